@@ -1,0 +1,171 @@
+"""The bundle: the one directory that crosses from export to runtime.
+
+    manifest.json          what is here: plan, spec, parity, and the SHA-256 of every file below
+    manifest.sha256        guards the manifest itself, against accident; not against an attacker
+    model.onnx             the whole model in one graph
+    segments/              one dense graph per segment of the plan
+    reference.safetensors  the torch weights that ``verify`` attacks
+    baselines/             dense, S-Dense and unfused graphs that ``profile`` times
+    golden.npz             inputs and the reference's answers
+
+Opening a bundle checks every hash before any of its files is handed out.
+"""
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from advmoe_deploy import __version__
+from advmoe_deploy.errors import BundleError
+from advmoe_deploy.files import sha256_of
+from advmoe_deploy.plan import Plan
+from advmoe_deploy.reports import Macs, ParityReport
+from advmoe_deploy.specs import Frozen, ModelSpec, Precision, ThreatModel, one_line
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+MODEL = "model.onnx"
+REFERENCE = "reference.safetensors"
+GOLDEN = "golden.npz"
+
+
+class FileRecord(Frozen):
+    """Hash and size of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+class BundleManifest(Frozen):
+    """What a bundle holds; ``files`` maps relative POSIX paths to their hashes."""
+
+    schema_version: int
+    created: str
+    producer: str
+    model: ModelSpec
+    threat: ThreatModel | None
+    precision: Precision
+    plan: Plan
+    macs: Macs
+    parity: ParityReport
+    class_names: tuple[str, ...]
+    training: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+class Bundle:
+    """A bundle on disk whose every file has the hash its manifest says."""
+
+    def __init__(self, path: Path, manifest: BundleManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def file(self, name: str) -> Path:
+        """Return the path of a listed file.
+
+        Raises:
+            BundleError: the manifest does not list ``name``.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} has no {name}; export it again")
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Return whether the manifest lists ``name``."""
+        return name in self.manifest.files
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Return the bundle at ``path`` after checking the hash of the manifest and of every file.
+
+    Raises:
+        BundleError: something is missing, changed or of another version.
+    """
+    manifest = _read_manifest(path)
+    for name, record in manifest.files.items():
+        _check_file(path, name, record)
+    return Bundle(path, manifest)
+
+
+def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
+    """Hash every file under ``path``, write the manifest and its hash last, and return it."""
+    files = {
+        file.relative_to(path).as_posix(): FileRecord(
+            sha256=sha256_of(file), bytes=file.stat().st_size
+        )
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+    manifest = BundleManifest(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        producer=f"advmoe-deploy {__version__}",
+        files=files,
+        **fields,
+    )
+    text = manifest.model_dump_json(indent=2) + "\n"
+    (path / MANIFEST).write_text(text, encoding="utf-8")
+    (path / MANIFEST_HASH).write_bytes(_hash_line(path / MANIFEST))
+    for name in [*files, MANIFEST, MANIFEST_HASH]:
+        _flush_to_disk(path / name)
+    return manifest
+
+
+def _read_manifest(path: Path) -> BundleManifest:
+    if not path.is_dir():
+        raise BundleError(f"{path} is no directory; name a bundle that 'advmoe export' wrote")
+    file = path / MANIFEST
+    if not file.is_file() or not (path / MANIFEST_HASH).is_file():
+        raise BundleError(f"{path} has no {MANIFEST} with its {MANIFEST_HASH}; export it again")
+    expected = (path / MANIFEST_HASH).read_bytes()
+    if expected != _hash_line(file):
+        raise _changed(path, f"{MANIFEST} or {MANIFEST_HASH}")
+    return _parse_manifest(path, file.read_bytes())
+
+
+def _hash_line(manifest: Path) -> bytes:
+    return f"{sha256_of(manifest)}  {MANIFEST}\n".encode("ascii")
+
+
+def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
+    try:
+        fields = json.loads(text)
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+                "export it again"
+            )
+        return BundleManifest.model_validate(fields)
+    except ValidationError as error:
+        raise BundleError(f"{path / MANIFEST}: {one_line(error)}; export it again") from None
+    except ValueError as error:
+        raise BundleError(f"{path / MANIFEST} is not JSON ({error}); export it again") from None
+
+
+def _check_file(path: Path, name: str, record: FileRecord) -> None:
+    file = path / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
+        raise BundleError(f"{path}: {name} points outside the bundle; do not use this bundle")
+    if not file.is_file():
+        raise BundleError(f"{path}: {name} is missing; copy the bundle again or export it again")
+    if file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+        raise _changed(path, name)
+
+
+def _changed(path: Path, name: str) -> BundleError:
+    return BundleError(
+        f"{path}: {name} is not what was exported (SHA-256 differs); "
+        "copy the bundle again or export it again"
+    )
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,107 @@
+"""Files that are whole or absent: hashes, atomic writes, staged directories."""
+
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from advmoe_deploy.errors import UsageError
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of the file at ``path``."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling of ``target`` that becomes ``target`` when the block ends well.
+
+    On any exception, Ctrl-C included, the staged files are removed and an older ``target`` is
+    left as it was.
+
+    Raises:
+        UsageError: ``target`` exists and ``overwrite`` is false.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    partial = _partial_name(target)
+    partial.mkdir()
+    try:
+        yield partial
+        _replace_directory(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise :class:`UsageError` if ``target`` is in the way and may not be replaced."""
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; pass --overwrite or choose another target")
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _replace_directory(partial: Path, target: Path) -> None:
+    # A directory cannot be renamed over a full one, so the old one steps aside for an instant.
+    aside = target.with_name(f"{partial.name}.old")
+    if target.exists():
+        target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what processes that were killed left behind for the same target."""
+    pattern = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)-\w+(\.old)?")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] and not target.exists():
+            path.rename(target)  # killed between the two renames: the old one is all there is
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

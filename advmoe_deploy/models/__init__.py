@@ -1,0 +1,1 @@
+"""Networks: routing, MoE layers and the backbones built from them (torch)."""

@@ -1,0 +1,122 @@
+"""A checkpoint: one copy of each weight in safetensors, everything else in JSON; no pickle.
+
+checkpoint.json        spec, threat model, recipe, metrics, and the weights' SHA-256
+weights.safetensors    the state dict
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advmoe_deploy.errors import CheckpointError
+from advmoe_deploy.files import sha256_of
+from advmoe_deploy.models.classifier import Classifier, build_model
+from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
+
+CHECKPOINT_VERSION = 1
+CHECKPOINT = "checkpoint.json"
+WEIGHTS = "weights.safetensors"
+
+
+class Checkpoint(Frozen):
+    """Everything a checkpoint says besides its weights.
+
+    ``recipe`` is the whole typed configuration it was trained with, ``metrics`` what was measured
+    on the hold-out, ``provenance`` versions, data and seed.
+    """
+
+    version: int = CHECKPOINT_VERSION
+    model: ModelSpec
+    threat: ThreatModel | None
+    class_names: tuple[str, ...]
+    recipe: dict[str, Any]
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+    weights_sha256: str = ""
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, model: Classifier) -> Checkpoint:
+    """Write ``model`` and ``checkpoint`` into an existing directory; return what was written."""
+    save_file(state_of(model), directory / WEIGHTS)
+    sealed = checkpoint.model_copy(update={"weights_sha256": sha256_of(directory / WEIGHTS)})
+    (directory / CHECKPOINT).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return sealed
+
+
+def load_checkpoint(directory: Path) -> tuple[Checkpoint, Classifier]:
+    """Return the checkpoint in ``directory`` and its model, in eval mode.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, changed, of another version, does not fit
+            the spec, or holds values that are not finite.
+    """
+    checkpoint = read_checkpoint(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is missing; train again or copy the run again")
+    if sha256_of(weights) != checkpoint.weights_sha256:
+        raise CheckpointError(
+            f"{weights} is truncated or changed (SHA-256 differs); copy the run again"
+        )
+    return checkpoint, model_from_weights(checkpoint.model, weights)
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Return ``checkpoint.json`` of ``directory``, weights unseen."""
+    file = directory / CHECKPOINT
+    if not file.is_file():
+        raise CheckpointError(f"{directory} holds no {CHECKPOINT}; name what 'advmoe train' wrote")
+    try:
+        fields = json.loads(file.read_bytes())
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if version != CHECKPOINT_VERSION:
+            raise CheckpointError(
+                f"{file} has version {version}, not {CHECKPOINT_VERSION}; train again"
+            )
+        return Checkpoint.model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); copy the run again") from None
+
+
+def model_from_weights(spec: ModelSpec, weights: Path) -> Classifier:
+    """Return the network of ``spec`` with the weights of a safetensors file, in eval mode."""
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}") from None
+    require_finite(state, str(weights))
+    model = build_model(spec)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        ours, theirs = model.state_dict(), state
+        odd = sorted(ours.keys() ^ theirs.keys())
+        odd += [k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape]
+        raise CheckpointError(
+            f"{weights} does not fit its spec: {len(odd)} tensors differ, first {odd[0]}"
+        ) from None
+    return model.eval()
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of ``model`` on the CPU, contiguous, as safetensors wants it."""
+    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+
+
+def require_finite(state: dict[str, Tensor], where: str) -> None:
+    """Raise :class:`CheckpointError` naming the first tensor of ``state`` with NaN or infinity."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{where}: {name} holds {bad} values that are not finite; "
+                "use an earlier checkpoint or train again"
+            )

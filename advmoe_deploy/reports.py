@@ -1,0 +1,128 @@
+"""What export, verify and profile found, as frozen values that serialise to JSON."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+
+
+class Macs(Frozen):
+    """Multiply-accumulates per image: convolutions and linear layers.
+
+    ``executed`` is what this form really computes: the router and one pathway.
+    ``unfused`` is what computing every expert and selecting would cost.
+    """
+
+    selected: int
+    router: int
+    executed: int
+    unfused: int
+    dense: int
+    s_dense: int
+
+
+class ParityReport(Frozen):
+    """How an exported model compares with its torch reference on the same images.
+
+    Routes are compared where the margin between the two best scores exceeds ``margin``; the other
+    images are counted in ``close_calls`` and, where their route did flip, in ``close_flips``.
+    The logit difference is taken over the images whose route is the same.
+    """
+
+    images: int
+    max_abs_logit_diff: float
+    logit_tolerance: float
+    route_agreement: float
+    route_flips: int
+    margin: float
+    close_calls: int
+    close_flips: int
+    smallest_margin: float | None
+    images_per_expert: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether logits are within the tolerance and no clear route flipped."""
+        return self.max_abs_logit_diff <= self.logit_tolerance and self.route_flips == 0
+
+
+class Pair(Frozen):
+    """One quantity on the torch reference and on the engine."""
+
+    reference: float
+    engine: float
+
+
+class AttackOutcome(Frozen):
+    """One attack: accuracy on its examples, with the reference's and the engine's predictions."""
+
+    attack: AttackSpec
+    found_on: Literal["reference", "engine"]
+    images: int
+    robust_accuracy: Pair
+    route_flip_rate: float | None
+    seconds: float
+
+
+class RobustReport(Frozen):
+    """Whether robustness survived the export. Accuracies are shares in [0, 1].
+
+    ``robust_accuracy`` counts an image as robust only if no attack changed its answer.
+    """
+
+    passed: bool
+    engine: str
+    data: str
+    images: int
+    threat: ThreatModel
+    max_drop: float
+    clean_accuracy: Pair
+    robust_accuracy: Pair
+    robust_interval: tuple[float, float]
+    route_agreement: float
+    parity: ParityReport
+    attacks: tuple[AttackOutcome, ...]
+    seconds: float
+
+
+ProfiledModel = Literal["moe", "dense", "s-dense", "unfused"]
+
+
+class LatencyRow(Frozen):
+    """Times of one model at one batch size. ``macs`` is per image, as executed."""
+
+    model: ProfiledModel
+    engine: str
+    precision: str
+    batch: int
+    threads: int
+    device: str
+    n: int
+    warmup: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_s: float
+    macs: int
+
+
+class LatencyRatio(Frozen):
+    """How many times slower ``a`` is than ``b``: ratio of medians, 95 % bootstrap interval."""
+
+    a: ProfiledModel
+    b: ProfiledModel
+    batch: int
+    engine: str
+    ratio: float
+    ci_low: float
+    ci_high: float
+
+
+class LatencyReport(Frozen):
+    """Latency of the MoE and its baselines, interleaved in one process."""
+
+    rows: tuple[LatencyRow, ...]
+    ratios: tuple[LatencyRatio, ...]
+    versions: dict[str, str]
+    settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
