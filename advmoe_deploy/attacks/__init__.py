@@ -1,0 +1,1 @@
+"""Adversarial attacks: white-box, aware of routing, and black-box."""

@@ -1,0 +1,1 @@
+"""Graph passes, each with a contract that is checked after it ran."""

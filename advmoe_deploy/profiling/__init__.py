@@ -1,0 +1,1 @@
+"""Latency of the MoE against its baselines, interleaved."""

@@ -1,0 +1,47 @@
+"""How long work says where it is, without knowing who listens; only the CLI draws."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """A listener for long work."""
+
+    def start(self, task: str, total: int) -> None:
+        """A task of ``total`` steps begins; a later one may begin before it ends."""
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        """``steps`` more are done; ``figures`` are the newest values worth showing."""
+
+    def finish(self, task: str) -> None:
+        """The task is over, well or not."""
+
+    def note(self, message: str) -> None:
+        """One line worth keeping."""
+
+
+class Silent:
+    """A listener that ignores everything."""
+
+    def start(self, task: str, total: int) -> None:
+        """Ignore."""
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        """Ignore."""
+
+    def finish(self, task: str) -> None:
+        """Ignore."""
+
+    def note(self, message: str) -> None:
+        """Ignore."""
+
+
+@contextmanager
+def task(progress: Progress, name: str, total: int) -> Iterator[None]:
+    """Announce the task ``name`` for the length of the block."""
+    progress.start(name, total)
+    try:
+        yield
+    finally:
+        progress.finish(name)

@@ -1,0 +1,1 @@
+"""Running a bundle, without torch."""

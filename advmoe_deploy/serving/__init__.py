@@ -1,0 +1,1 @@
+"""Serving a bundle: batch inference and the Open Inference Protocol."""

@@ -1,0 +1,1 @@
+"""Adversarial training: recipes, the loop, resume."""

@@ -1,0 +1,1 @@
+"""Whether robustness survived the export."""
