@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: 'make demo' and 'make test'. Everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint slow clean
+
+help:
+	@echo "make demo    train, export, verify, profile and classify on real digits (under 5 minutes)"
+	@echo "make test    lint, type check and every test that CI runs"
+	@echo "make slow    the tests that take minutes"
+	@echo "make lint    ruff and mypy only"
+	@echo "make clean   remove .venv and the demo's output"
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/advmoe demo --out demo-out
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The extras of 'dev' include those of 'demo', so either set-up serves the demo.
+$(VENV)/demo.stamp: pyproject.toml
+	$(SETUP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml
+	$(SETUP) --editable '.[dev]'
+	@touch $@ $(VENV)/demo.stamp
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info

@@ -1,0 +1,228 @@
+"""Whether robustness survived the export: the same attacked images on the reference and the engine.
+
+White-box examples are made on the torch model, which is rebuilt from the bundle's own
+``reference.safetensors``, and replayed on the engine; Square runs on the engine itself and its
+examples are replayed on the reference. An image counts as robust only if no attack changed its
+answer.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advmoe_deploy.attacks.black_box import attack_predictions
+from advmoe_deploy.attacks.white_box import attack_model
+from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import BundleError, UsageError
+from advmoe_deploy.export.parity import compare_with_reference
+from advmoe_deploy.intervals import wilson_interval
+from advmoe_deploy.models.checkpoint import model_from_weights
+from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports import AttackOutcome, Pair, RobustReport
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.verify.suites import Suite, attack_suite
+
+Images = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+_BATCH = 256
+
+
+def verify_bundle(
+    bundle: Bundle,
+    *,
+    engine: str = "onnxruntime",
+    data: str | None = None,
+    attacks: Suite = "quick",
+    max_drop: float = 0.5,
+    images: int | None = None,
+    epsilon: float | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> RobustReport:
+    """Return what clean and attacked accuracy are on the reference and on ``engine``.
+
+    Args:
+        bundle: an opened bundle with its reference weights.
+        engine: a name from ``runtime.select.ENGINES``.
+        data: a data source; by default the one the model was trained on. Its test split is used.
+        attacks: the suite to run.
+        max_drop: percentage points of clean or robust accuracy that the engine may lose.
+        images: how many test images, all by default.
+        epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
+        threads: of the engine; 0 leaves the choice to it.
+        progress: who listens.
+
+    Raises:
+        BundleError: the bundle holds no reference weights.
+        UsageError: neither the bundle nor the caller names a threat model.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    model = _reference(bundle)
+    threat = _threat(bundle, epsilon)
+    source = data or str(bundle.manifest.training.get("data", ""))
+    x_NCHW, labels_N = _test_images(bundle, source, images)
+    suite = attack_suite(attacks, bundle.manifest.model)
+    with open_runner(bundle, engine, threads=threads) as runner:
+        trial = _Trial(model, runner, x_NCHW, labels_N, threat)
+        with task(progress, "verify", len(suite)):
+            for attack in suite:
+                outcome = trial.run(attack)
+                progress.advance("verify", robust=outcome.robust_accuracy.engine)
+        parity = compare_with_reference(model, runner, x_NCHW)
+    clean, robust = trial.clean_accuracy, trial.robust_accuracy
+    drops = [100 * (pair.reference - pair.engine) for pair in (clean, robust)]
+    return RobustReport(
+        passed=max(drops) <= max_drop,
+        engine=engine,
+        data=source,
+        images=len(labels_N),
+        threat=threat,
+        max_drop=max_drop,
+        clean_accuracy=clean,
+        robust_accuracy=robust,
+        robust_interval=wilson_interval(int(trial.robust_on_engine_N.sum()), len(labels_N)),
+        route_agreement=parity.route_agreement,
+        parity=parity,
+        attacks=tuple(trial.outcomes),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Trial:
+    """The same images, clean and attacked, on a reference and on an engine."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        runner: Runner,
+        x_NCHW: Images,
+        labels_N: Labels,
+        threat: ThreatModel,
+    ) -> None:
+        self.model, self.runner, self.threat = model, runner, threat
+        self.x_NCHW, self.labels_N = x_NCHW, labels_N
+        self.outcomes: list[AttackOutcome] = []
+        correct_on_reference_N, correct_on_engine_N, self.routes = self._answers(x_NCHW)
+        self.clean_accuracy = _pair(correct_on_reference_N, correct_on_engine_N)
+        self.robust_on_reference_N = correct_on_reference_N
+        self.robust_on_engine_N = correct_on_engine_N
+
+    @property
+    def robust_accuracy(self) -> Pair:
+        """Share of images that no attack so far has changed the answer of."""
+        return _pair(self.robust_on_reference_N, self.robust_on_engine_N)
+
+    def run(self, attack: AttackSpec) -> AttackOutcome:
+        """Attack every image and count what still stands."""
+        started = time.perf_counter()
+        make = self._on_engine if attack.name == "square" else self._on_reference
+        adversarial_NCHW = make(attack)
+        reference_N, engine_N, routes = self._answers(adversarial_NCHW)
+        self.robust_on_reference_N = self.robust_on_reference_N & reference_N
+        self.robust_on_engine_N = self.robust_on_engine_N & engine_N
+        outcome = AttackOutcome(
+            attack=attack,
+            found_on="engine" if attack.name == "square" else "reference",
+            images=len(self.labels_N),
+            robust_accuracy=_pair(reference_N, engine_N),
+            route_flip_rate=_flip_rate(self.routes, routes),
+            seconds=time.perf_counter() - started,
+        )
+        self.outcomes.append(outcome)
+        return outcome
+
+    def _on_reference(self, attack: AttackSpec) -> Images:
+        return _in_batches(
+            lambda x, y: attack_model(
+                self.model, torch.from_numpy(x), torch.from_numpy(y), self.threat, attack
+            ).numpy(),
+            self.x_NCHW,
+            self.labels_N,
+        )
+
+    def _on_engine(self, attack: AttackSpec) -> Images:
+        return attack_predictions(
+            lambda x: self.runner.infer(x).logits, self.x_NCHW, self.labels_N, self.threat, attack
+        )
+
+    def _answers(
+        self, x_NCHW: Images
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[np.int64]]]:
+        """Return what the reference and the engine get right, and the engine's routes."""
+        with torch.inference_mode():
+            logits_NC = _in_batches(
+                lambda x, _: self.model(torch.from_numpy(x)).numpy(), x_NCHW, self.labels_N
+            )
+        answers = [
+            self.runner.infer(x) for x in np.split(x_NCHW, range(_BATCH, len(x_NCHW), _BATCH))
+        ]
+        engine_N = np.concatenate([answer.logits.argmax(axis=1) for answer in answers])
+        routes = {
+            layer: np.concatenate([answer.expert_ids[layer] for answer in answers])
+            for layer in answers[0].expert_ids
+        }
+        return logits_NC.argmax(axis=1) == self.labels_N, engine_N == self.labels_N, routes
+
+
+def _reference(bundle: Bundle) -> Classifier:
+    if not bundle.has(REFERENCE):
+        raise BundleError(
+            f"{bundle.path} was exported without its reference weights, which the attacks need; "
+            "export it again without --no-reference"
+        )
+    return model_from_weights(bundle.manifest.model, bundle.file(REFERENCE))
+
+
+def _threat(bundle: Bundle, epsilon: float | None) -> ThreatModel:
+    if epsilon is not None:
+        if not 0 < epsilon <= 1:
+            raise UsageError(f"epsilon={epsilon} is outside (0, 1]; it is in [0, 1] pixels")
+        return ThreatModel(epsilon=epsilon)
+    if bundle.manifest.threat is None:
+        raise UsageError(f"{bundle.path} names no threat model; pass --epsilon, in [0, 1] pixels")
+    return bundle.manifest.threat
+
+
+def _test_images(bundle: Bundle, source: str, count: int | None) -> tuple[Images, Labels]:
+    if count is not None and count < 1:
+        raise UsageError(f"images={count} is too few; verify at least one")
+    if not source:
+        raise UsageError(f"{bundle.path} does not say what it was trained on; pass --data")
+    dataset = load_dataset(source)
+    split, spec = dataset.test, bundle.manifest.model
+    if split.images.shape[1:] != spec.image_shape or len(dataset.class_names) != spec.num_classes:
+        raise UsageError(
+            f"{source} has images {split.images.shape[1:]} of {len(dataset.class_names)} classes, "
+            f"the model takes {spec.image_shape} of {spec.num_classes}; pass matching --data"
+        )
+    return to_float(split.images[:count]), split.labels[:count]
+
+
+def _in_batches(
+    run: Callable[[Images, Labels], Images], x_NCHW: Images, labels_N: Labels
+) -> Images:
+    starts = range(0, len(x_NCHW), _BATCH)
+    return np.concatenate([run(x_NCHW[i : i + _BATCH], labels_N[i : i + _BATCH]) for i in starts])
+
+
+def _pair(reference_N: NDArray[np.bool_], engine_N: NDArray[np.bool_]) -> Pair:
+    return Pair(reference=float(reference_N.mean()), engine=float(engine_N.mean()))
+
+
+def _flip_rate(
+    clean: dict[str, NDArray[np.int64]], attacked: dict[str, NDArray[np.int64]]
+) -> float | None:
+    if not clean:
+        return None
+    changed = [(clean[layer] != attacked[layer]).any(axis=1) for layer in clean]
+    return float(np.any(changed, axis=0).mean())
