@@ -1,0 +1,155 @@
+"""The whole road on real handwritten digits: train, export, verify, profile, classify, report."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.cli.demo_report import write_demo_report
+from advmoe_deploy.cli.demo_result import DemoResult
+from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.progress import Progress
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.batch import classify_files
+from advmoe_deploy.train.loop import TrainReport, train
+from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.verify.curve import CurvePoint, robustness_curve
+from advmoe_deploy.verify.verify import verify_bundle
+
+_EPSILONS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.26, 0.32)
+_MARKER = ".advmoe-demo"
+_CLASSIFIED = 100
+
+
+def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
+    """Return what the whole road on digits came to, and leave it all in ``out``.
+
+    ``quick`` trains for two epochs only: enough to see every stage run, not to see robustness.
+    An ``out`` that an earlier demo made is used again.
+
+    Raises:
+        UsageError: ``out`` holds something that no demo made.
+    """
+    started = time.perf_counter()
+    _claim(out)
+    data = load_dataset("digits")
+    reports = {
+        name: _train(name, data, out / "runs" / name, quick, progress)
+        for name in ("digits-advmoe", "digits-dense")
+    }
+    progress.note("export: cut into router and pathways, fold, stitch, compare with torch")
+    run = out / "runs" / "digits-advmoe"
+    export_onnx(run, out / "bundle", overwrite=True, progress=progress)
+    bundle = open_bundle(out / "bundle")
+    progress.note("verify: the same attacks on the torch model and on the exported one")
+    verified = verify_bundle(bundle, progress=progress)
+    progress.note("profile: interleaved with the dense baseline")
+    latency = profile_bundle(bundle, batches=(1, 64), progress=progress)
+    folder = _write_digits(data, out / "digits")
+    batch = classify_files(
+        bundle, str(folder), out / "predictions.jsonl", overwrite=True, progress=progress
+    )
+    result = DemoResult(
+        out=str(out),
+        quick=quick,
+        train=reports,
+        verify=verified,
+        profile=latency,
+        macs=bundle.manifest.macs,
+        curves=_curves(out, data, progress),
+        load_by_class=_load_by_class(bundle, data),
+        class_names=data.class_names,
+        classified=batch.images,
+        unreadable=batch.errors,
+        report=str(out / "report.html"),
+        seconds=time.perf_counter() - started,
+    )
+    write_demo_report(result, out)
+    return result
+
+
+def screen(result: DemoResult) -> RenderableType:
+    """Return the last screen: what happened and what to try next."""
+    table = Table(show_header=True, box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("AdvMoE", justify="right", style="bold green")
+    table.add_column("dense", justify="right")
+    for name, moe, dense in result.comparison():
+        table.add_row(name, moe, dense)
+    survived = result.verify.robust_accuracy
+    lines = [
+        f"On ONNX Runtime, under {len(result.verify.attacks)} attacks: "
+        f"{100 * survived.engine:.1f} % robust, torch {100 * survived.reference:.1f} %: "
+        + ("robustness survived the export." if result.verify.passed else "ROBUSTNESS WAS LOST."),
+        f"{result.classified} PNG files classified, {result.unreadable} unreadable and said so.",
+    ]
+    if result.quick:
+        lines.append("This was the quick form: two epochs are too few to be robust.")
+    out = result.out
+    following = [
+        f"open {result.report}",
+        f"advmoe inspect {out}/bundle",
+        f"advmoe profile {out}/bundle --batch 1,8,64,256",
+        f"advmoe predict {out}/bundle --input {out}/digits --output answers.parquet",
+        f"advmoe serve {out}/bundle        # then: curl http://127.0.0.1:8000/v2",
+        "advmoe train digits-advmoe --set model.num_experts=4 --out runs/four-experts",
+    ]
+    body = Group(
+        table, "", *lines, "", "[bold]Try next[/bold]", *(f"  {line}" for line in following)
+    )
+    return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
+
+
+def _claim(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
+        raise UsageError(f"{out} holds other things; choose an empty --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).touch()
+
+
+def _train(name: str, data: Dataset, out: Path, quick: bool, progress: Progress) -> TrainReport:
+    config = recipe(name)
+    if quick:
+        config = apply_overrides(config, ["epochs=2"])
+    progress.note(f"train: {name}, {config.epochs} epochs")
+    return train(config, data, out, overwrite=True, progress=progress)
+
+
+def _curves(out: Path, data: Dataset, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:
+    progress.note("robustness curve: PGD-20 at growing epsilon, AdvMoE and dense")
+    curves = {}
+    for label, name in (("AdvMoE", "digits-advmoe"), ("dense", "digits-dense")):
+        _, model = load_checkpoint(out / "runs" / name / "model")
+        curves[label] = robustness_curve(model, data.test, _EPSILONS, progress=progress)
+    return curves
+
+
+def _load_by_class(bundle: Bundle, data: Dataset) -> tuple[tuple[int, ...], ...]:
+    with open_runner(bundle) as runner:
+        prediction = runner.infer(to_float(data.test.images))
+    (ids_NK,) = prediction.expert_ids.values()
+    experts = bundle.manifest.model.num_experts
+    return tuple(
+        tuple(np.bincount(ids_NK[data.test.labels == label, 0], minlength=experts).tolist())
+        for label in range(len(data.class_names))
+    )
+
+
+def _write_digits(data: Dataset, folder: Path) -> Path:
+    """Write test images as PNG files, and one text file that only claims to be one."""
+    folder.mkdir(exist_ok=True)
+    for index in range(_CLASSIFIED):
+        name = f"{index:03}-is-{data.class_names[data.test.labels[index]]}.png"
+        Image.fromarray(data.test.images[index, 0]).save(folder / name)
+    (folder / "not-an-image.png").write_text("This is text.\n")
+    return folder

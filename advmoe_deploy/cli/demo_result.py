@@ -1,0 +1,60 @@
+"""What a demo came to, as one value."""
+
+from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs, RobustReport
+from advmoe_deploy.specs import Frozen
+from advmoe_deploy.train.loop import TrainReport
+from advmoe_deploy.verify.curve import CurvePoint
+
+
+class DemoResult(Frozen):
+    """Every figure of a demo; ``load_by_class`` is [classes][experts] test images."""
+
+    out: str
+    quick: bool
+    train: dict[str, TrainReport]
+    verify: RobustReport
+    profile: LatencyReport
+    macs: Macs
+    curves: dict[str, tuple[CurvePoint, ...]]
+    load_by_class: tuple[tuple[int, ...], ...]
+    class_names: tuple[str, ...]
+    classified: int
+    unreadable: int
+    report: str
+    seconds: float
+
+    def comparison(self) -> list[tuple[str, str, str]]:
+        """Return rows of (what, AdvMoE, dense), ready to print."""
+        moe, dense = self.train["digits-advmoe"], self.train["digits-dense"]
+        rows = [
+            ("clean accuracy (test)", _percent(moe.clean_accuracy), _percent(dense.clean_accuracy)),
+            (
+                f"robust accuracy, PGD-50, epsilon {self.verify.threat.epsilon:g}",
+                _percent(moe.robust_accuracy),
+                _percent(dense.robust_accuracy),
+            ),
+            ("effective routes", f"{moe.effective_routes or 1:.2f}", "-"),
+            (
+                "MACs per image, router included",
+                f"{self.macs.executed / 1e6:.2f} M",
+                f"{self.macs.dense / 1e6:.2f} M",
+            ),
+        ]
+        for batch in sorted({row.batch for row in self.profile.rows}):
+            ours, theirs = self.row("moe", batch), self.row("dense", batch)
+            rows.append(
+                (
+                    f"median latency, batch {batch}",
+                    f"{ours.p50_ms:.3g} ms",
+                    f"{theirs.p50_ms:.3g} ms",
+                )
+            )
+        return rows
+
+    def row(self, model: str, batch: int) -> LatencyRow:
+        """Return the latency row of ``model`` at ``batch``."""
+        return next(r for r in self.profile.rows if r.model == model and r.batch == batch)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

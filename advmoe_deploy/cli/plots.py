@@ -1,0 +1,159 @@
+"""Plots of the HTML reports, as SVG text (matplotlib, extra ``[report]``)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.reports import LatencyReport
+from advmoe_deploy.verify.curve import CurvePoint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOE, DENSE, S_DENSE, UNFUSED, INK, PALE = (
+    "#0b6e4f",
+    "#8a4f7d",
+    "#b3a369",
+    "#9aa5b1",
+    "#1f2933",
+    "#d9e2ec",
+)
+MODEL_COLOURS = {"moe": MOE, "dense": DENSE, "s-dense": S_DENSE, "unfused": UNFUSED}
+EXPERT_COLOURS = ("#0b6e4f", "#e0a526", "#3d6fb6", "#c8553d", "#7b5ea7", "#5f8f3e")
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+
+def robustness_svg(curves: Mapping[str, Sequence[CurvePoint]], trained_for: float | None) -> str:
+    """Return accuracy over epsilon, one line per model, with 95 % intervals as bands."""
+    with _style():
+        figure = _figure(1)
+        draw_robustness(figure.axes[0], curves, trained_for)
+        return _svg(figure, "robustness")
+
+
+def latency_svg(report: LatencyReport) -> str:
+    """Return times per batch of the MoE and its baselines, relative to the MoE."""
+    with _style():
+        figure = _figure(1)
+        draw_latency(figure.axes[0], report)
+        return _svg(figure, "latency")
+
+
+def expert_load_svg(load_CE: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
+    """Return which share of each class goes to which expert (C classes, E experts)."""
+    with _style():
+        figure = _figure(1)
+        draw_expert_load(figure.axes[0], load_CE, class_names)
+        return _svg(figure, "expert-load")
+
+
+def summary_svg(
+    curves: Mapping[str, Sequence[CurvePoint]], trained_for: float | None, report: LatencyReport
+) -> str:
+    """Return robustness and latency side by side."""
+    with _style():
+        figure = _figure(2)
+        draw_robustness(figure.axes[0], curves, trained_for)
+        draw_latency(figure.axes[1], report)
+        return _svg(figure, "summary")
+
+
+def draw_robustness(
+    axes: Axes, curves: Mapping[str, Sequence[CurvePoint]], trained_for: float | None
+) -> None:
+    """Draw accuracy over epsilon."""
+    for (name, points), colour in zip(curves.items(), (MOE, DENSE, S_DENSE, UNFUSED), strict=False):
+        x = [point.epsilon for point in points]
+        axes.plot(x, [100 * p.accuracy for p in points], "o-", color=colour, ms=4, label=name)
+        low, high = [100 * p.low for p in points], [100 * p.high for p in points]
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    if trained_for is not None:
+        axes.axvline(trained_for, color=INK, lw=0.8, ls=":")
+        axes.text(trained_for, 2, " trained for", fontsize=9, va="bottom")
+    axes.set(ylim=(0, 102), xlim=(0, None), xlabel="epsilon (l-inf, pixels in [0, 1])")
+    axes.set_ylabel("accuracy under PGD, %")
+    axes.set_title("Accuracy under a growing attack")
+    axes.legend(loc="upper right")
+
+
+def draw_latency(axes: Axes, report: LatencyReport) -> None:
+    """Draw median times as bars, grouped by batch; the MoE of each group is 1."""
+    batches = sorted({row.batch for row in report.rows})
+    models = list(dict.fromkeys(row.model for row in report.rows))
+    engine = report.rows[0].engine
+    times = {(r.model, r.batch): r.p50_ms for r in report.rows if r.engine == engine}
+    width = 0.8 / len(models)
+    for index, model in enumerate(models):
+        x = [position + (index - (len(models) - 1) / 2) * width for position in range(len(batches))]
+        heights = [times[model, batch] / times["moe", batch] for batch in batches]
+        bars = axes.bar(x, heights, width * 0.92, color=MODEL_COLOURS[model], label=model)
+        labels = [f"{times[model, batch]:.3g} ms" for batch in batches]
+        axes.bar_label(bars, labels, fontsize=8, padding=2, rotation=90 if len(batches) > 2 else 0)
+    axes.axhline(1, color=INK, lw=0.8, ls=":")
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    axes.set_ylabel("time, relative to the MoE")
+    axes.set_ylim(0, 1.18 * max(t / times["moe", b] for (_, b), t in times.items()))
+    threads = report.rows[0].threads
+    axes.set_title(f"Median latency, {engine}, {threads} threads")
+    axes.legend(loc="upper left", ncols=len(models), fontsize=9, handlelength=1)
+
+
+def draw_expert_load(
+    axes: Axes, load_CE: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> None:
+    """Draw one stacked bar per class."""
+    left = [0.0] * len(load_CE)
+    for expert in range(len(load_CE[0])):
+        shares = [100 * row[expert] / max(1, sum(row)) for row in load_CE]
+        colour = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
+        axes.barh(class_names, shares, left=left, color=colour, label=f"expert {expert}")
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="images, %", ylabel="class")
+    axes.set_title("Who sees what: experts by class", pad=26)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(load_CE[0]), fontsize=9)
+
+
+def _figure(panels: int) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * panels, 4.0), layout="constrained")
+    figure.subplots(1, panels)
+    return figure
+
+
+def _style() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise missing_extra("matplotlib", "report") from None
+    return matplotlib.rc_context(_STYLE)
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):  # ids that no other plot of the page has
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,49 @@
+"""Accuracy under a growing attack: a curve that falls smoothly is a sign of an honest attack."""
+
+from collections.abc import Sequence
+
+import torch
+
+from advmoe_deploy.attacks.white_box import attack_model
+from advmoe_deploy.data.dataset import Split, to_float
+from advmoe_deploy.intervals import wilson_interval
+from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+
+
+class CurvePoint(Frozen):
+    """Accuracy at one l-inf radius, with its 95 % Wilson interval. Shares and pixels in [0, 1]."""
+
+    epsilon: float
+    accuracy: float
+    low: float
+    high: float
+
+
+def robustness_curve(
+    model: Classifier,
+    split: Split,
+    epsilons: Sequence[float],
+    *,
+    steps: int = 20,
+    progress: Progress | None = None,
+) -> tuple[CurvePoint, ...]:
+    """Return the accuracy of ``model`` on ``split`` under PGD at each radius; 0 means clean."""
+    progress = progress or Silent()
+    x_NCHW, labels_N = torch.from_numpy(to_float(split.images)), torch.from_numpy(split.labels)
+    attack = AttackSpec(name="pgd", steps=steps)
+    points = []
+    with task(progress, "robustness curve", len(epsilons)):
+        for epsilon in epsilons:
+            attacked = x_NCHW
+            if epsilon > 0:
+                threat = ThreatModel(epsilon=epsilon)
+                attacked = attack_model(model, x_NCHW, labels_N, threat, attack)
+            with torch.inference_mode():
+                correct = int((model(attacked).argmax(dim=1) == labels_N).sum())
+            low, high = wilson_interval(correct, len(labels_N))
+            accuracy = correct / len(labels_N)
+            points.append(CurvePoint(epsilon=epsilon, accuracy=accuracy, low=low, high=high))
+            progress.advance("robustness curve", accuracy=accuracy)
+    return tuple(points)
