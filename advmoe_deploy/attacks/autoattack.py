@@ -1,0 +1,81 @@
+"""AutoAttack and Square (Croce & Hein, 2020) through pyautoattack, their authors' own code."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advmoe_deploy.attacks.pgd import eval_mode
+from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.models.routing import frozen_parameters
+from advmoe_deploy.specs import ThreatModel
+
+Predict = Callable[[Tensor], Tensor]
+
+
+def square(
+    predict: Predict,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    queries: int,
+    restarts: int,
+    seed: int,
+) -> Tensor:
+    """Return adversarial images [N, C, H, W] by Square, which only asks for logits.
+
+    ``predict`` gets float images [n, C, H, W] for any n and returns fresh logits [n, K].
+    """
+    attack = _import().square.SquareAttack(
+        predict,
+        norm="Linf",
+        n_queries=queries,
+        eps=epsilon,
+        n_restarts=restarts,
+        seed=seed,
+        # As in AutoAttack: the sizes of the squares are those of 10,000 queries.
+        resc_schedule=False,
+        device=images.device,
+    )
+    with _own_random_state(images.device):
+        found: Tensor = attack.perturb(images, labels)
+    return found
+
+
+def standard_autoattack(
+    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int = 0
+) -> Tensor:
+    """Return adversarial images by AutoAttack's standard four: APGD-CE, APGD-T, FAB-T, Square.
+
+    A routed model is attacked in its straight-through form, so that its router has a gradient.
+    ``model`` needs at least ten classes, as AutoAttack's targeted parts do.
+    """
+    package = _import()
+    with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
+        attack = package.AutoAttack(
+            model, eps=threat.epsilon, norm="Linf", seed=seed, device=images.device
+        )
+        found, _ = attack.run_standard_evaluation(images, labels)
+    result: Tensor = found.detach()
+    return result
+
+
+def _import() -> Any:
+    try:
+        import pyautoattack
+        import pyautoattack.square
+    except ImportError:
+        raise missing_extra("pyautoattack", "train") from None
+    return pyautoattack
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Give back torch's global random state, which the library seeds."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,67 @@
+"""What every data set becomes: uint8 images with labels, in three splits.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, C, H, W] and their labels int64 [N]."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Split":
+        """Return the split of these rows."""
+        return Split(np.ascontiguousarray(self.images[rows]), self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as :func:`~advmoe_deploy.data.registry.load_dataset` returns it.
+
+    ``source`` is the name that loads it again. Models are chosen on ``holdout``, which is never
+    part of the training images; ``test`` is only measured on.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    train: Split
+    holdout: Split
+    test: Split
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of one image."""
+        channels, height, width = self.test.images.shape[1:]
+        return (channels, height, width)
+
+
+def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return ``images`` as float32 in [0, 1]: x / 255."""
+    return images.astype(np.float32) / np.float32(255)
+
+
+def stratified_parts(
+    labels: npt.NDArray[np.int64], sizes: tuple[int, ...], seed: int
+) -> list[npt.NDArray[np.int64]]:
+    """Return disjoint row numbers, one array per size, then all the rows that remain.
+
+    Each part holds the classes as evenly as the whole does: rows are shuffled, then ordered by
+    their rank within their class relative to the class's size, and cut.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels[shuffled] == label)
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    dealt = shuffled[np.argsort(rank, kind="stable")].astype(np.int64)
+    return np.split(dealt, np.cumsum(sizes))
