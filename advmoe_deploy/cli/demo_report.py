@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing else (jinja2 and matplotlib, ``[report]``)."""
+"""The demo's report: one HTML file that needs nothing else (extra ``[report]``)."""
 
 import base64
 import io

@@ -1,0 +1,87 @@
+"""Files are whole or absent."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.files import sha256_of, staged_directory, write_atomically
+
+
+def test_staged_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with staged_directory(tmp_path / "out") as partial:
+        (partial / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failure_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(error), staged_directory(tmp_path / "out", overwrite=True) as partial:
+        (partial / "a").write_text("new")
+        raise error
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_existing_target_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="--overwrite"), staged_directory(tmp_path / "out"):
+        pass
+
+
+def test_overwrite_replaces(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with staged_directory(tmp_path / "out", overwrite=True) as partial:
+            (partial / content).touch()
+    assert os.listdir(tmp_path / "out") == ["two"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from advmoe_deploy.files import staged_directory\n"
+        "with staged_directory(Path(sys.argv[1])) as p:\n"
+        "    (p / 'half').touch(); print('ready', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    assert len(os.listdir(tmp_path)) == 1
+    with staged_directory(tmp_path / "out") as partial:
+        (partial / "whole").touch()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_old_directory_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    aside = tmp_path / f".out.partial-{dead.pid}-0123abcd.old"
+    aside.mkdir()
+    (aside / "old").touch()
+    with pytest.raises(RuntimeError), staged_directory(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert os.listdir(tmp_path / "out") == ["old"]
+
+
+def test_write_atomically(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_sha256_of_the_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256_of(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
