@@ -91,9 +91,12 @@ class ThreatModel(Frozen):
 
 
 class AttackSpec(Frozen):
-    """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps."""
+    """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    name: Literal["pgd", "square"]
+    ``steps`` are Square's queries; AutoAttack has its own.
+    """
+
+    name: Literal["pgd", "square", "autoattack"]
     target: AttackTarget = "model"
     steps: int = Field(50, ge=1)
     step_size: float | None = Field(None, gt=0)

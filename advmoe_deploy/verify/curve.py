@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from advmoe_deploy.attacks.white_box import attack_model
+from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import Split, to_float
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.classifier import Classifier
@@ -40,8 +40,7 @@ def robustness_curve(
             if epsilon > 0:
                 threat = ThreatModel(epsilon=epsilon)
                 attacked = attack_model(model, x_NCHW, labels_N, threat, attack)
-            with torch.inference_mode():
-                correct = int((model(attacked).argmax(dim=1) == labels_N).sum())
+            correct = int((predict(model, attacked) == labels_N).sum())
             low, high = wilson_interval(correct, len(labels_N))
             accuracy = correct / len(labels_N)
             points.append(CurvePoint(epsilon=epsilon, accuracy=accuracy, low=low, high=high))

@@ -4,21 +4,24 @@ from typing import Literal
 
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ModelSpec
 
-Suite = Literal["quick", "standard"]
+Suite = Literal["quick", "standard", "full"]
 
-_PGD_STEPS: dict[Suite, int] = {"quick": 20, "standard": 50}
-_SQUARE_QUERIES: dict[Suite, int] = {"quick": 200, "standard": 1000}
+_PGD_STEPS: dict[Suite, int] = {"quick": 20, "standard": 50, "full": 50}
+_SQUARE_QUERIES: dict[Suite, int] = {"quick": 200, "standard": 1000, "full": 5000}
 
 
 def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     """Return the attacks of ``suite`` that make sense for ``spec``.
 
     White-box PGD on the model as it runs, with a straight-through gradient into the router, and on
-    every pathway while the route is pushed to it; then Square, which needs no gradient.
+    every pathway while the route is pushed to it; then Square, which needs no gradient. The full
+    suite adds AutoAttack's standard four.
     """
     routed: tuple[AttackTarget, ...] = ("straight-through", "pathway")
     targets: tuple[AttackTarget, ...] = ("model", *(routed if spec.family == "advmoe" else ()))
     white_box = tuple(
         AttackSpec(name="pgd", target=target, steps=_PGD_STEPS[suite]) for target in targets
     )
-    return (*white_box, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))
+    through = targets[min(1, len(targets) - 1)]
+    auto = (AttackSpec(name="autoattack", target=through),) if suite == "full" else ()
+    return (*white_box, *auto, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))

@@ -7,14 +7,14 @@ answer.
 """
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from advmoe_deploy.attacks.autoattack import standard_autoattack
 from advmoe_deploy.attacks.black_box import attack_predictions
-from advmoe_deploy.attacks.white_box import attack_model
+from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
@@ -142,13 +142,10 @@ class _Trial:
         return outcome
 
     def _on_reference(self, attack: AttackSpec) -> Images:
-        return _in_batches(
-            lambda x, y: attack_model(
-                self.model, torch.from_numpy(x), torch.from_numpy(y), self.threat, attack
-            ).numpy(),
-            self.x_NCHW,
-            self.labels_N,
-        )
+        x_NCHW, labels_N = torch.from_numpy(self.x_NCHW), torch.from_numpy(self.labels_N)
+        if attack.name == "autoattack":
+            return standard_autoattack(self.model, x_NCHW, labels_N, self.threat).numpy()
+        return attack_model(self.model, x_NCHW, labels_N, self.threat, attack).numpy()
 
     def _on_engine(self, attack: AttackSpec) -> Images:
         return attack_predictions(
@@ -159,10 +156,7 @@ class _Trial:
         self, x_NCHW: Images
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[np.int64]]]:
         """Return what the reference and the engine get right, and the engine's routes."""
-        with torch.inference_mode():
-            logits_NC = _in_batches(
-                lambda x, _: self.model(torch.from_numpy(x)).numpy(), x_NCHW, self.labels_N
-            )
+        reference_N = predict(self.model, torch.from_numpy(x_NCHW)).numpy()
         answers = [
             self.runner.infer(x) for x in np.split(x_NCHW, range(_BATCH, len(x_NCHW), _BATCH))
         ]
@@ -171,7 +165,7 @@ class _Trial:
             layer: np.concatenate([answer.expert_ids[layer] for answer in answers])
             for layer in answers[0].expert_ids
         }
-        return logits_NC.argmax(axis=1) == self.labels_N, engine_N == self.labels_N, routes
+        return reference_N == self.labels_N, engine_N == self.labels_N, routes
 
 
 def _reference(bundle: Bundle) -> Classifier:
@@ -206,13 +200,6 @@ def _test_images(bundle: Bundle, source: str, count: int | None) -> tuple[Images
             f"the model takes {spec.image_shape} of {spec.num_classes}; pass matching --data"
         )
     return to_float(split.images[:count]), split.labels[:count]
-
-
-def _in_batches(
-    run: Callable[[Images, Labels], Images], x_NCHW: Images, labels_N: Labels
-) -> Images:
-    starts = range(0, len(x_NCHW), _BATCH)
-    return np.concatenate([run(x_NCHW[i : i + _BATCH], labels_N[i : i + _BATCH]) for i in starts])
 
 
 def _pair(reference_N: NDArray[np.bool_], engine_N: NDArray[np.bool_]) -> Pair:
