@@ -93,7 +93,7 @@ class ThreatModel(Frozen):
 class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    ``steps`` are Square's queries; AutoAttack has its own.
+    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router.
     """
 
     name: Literal["pgd", "square", "autoattack"]

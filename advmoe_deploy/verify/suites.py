@@ -17,11 +17,14 @@ def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     every pathway while the route is pushed to it; then Square, which needs no gradient. The full
     suite adds AutoAttack's standard four.
     """
-    routed: tuple[AttackTarget, ...] = ("straight-through", "pathway")
-    targets: tuple[AttackTarget, ...] = ("model", *(routed if spec.family == "advmoe" else ()))
-    white_box = tuple(
-        AttackSpec(name="pgd", target=target, steps=_PGD_STEPS[suite]) for target in targets
-    )
-    through = targets[min(1, len(targets) - 1)]
-    auto = (AttackSpec(name="autoattack", target=through),) if suite == "full" else ()
-    return (*white_box, *auto, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))
+    pgd = AttackSpec(name="pgd", steps=_PGD_STEPS[suite])
+    attacks = [pgd]
+    if spec.family == "advmoe":
+        attacks += [_aimed_at(pgd, "straight-through"), _aimed_at(pgd, "pathway")]
+    if suite == "full":
+        attacks.append(AttackSpec(name="autoattack"))
+    return (*attacks, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))
+
+
+def _aimed_at(attack: AttackSpec, target: AttackTarget) -> AttackSpec:
+    return attack.model_copy(update={"target": target})
