@@ -1,0 +1,58 @@
+"""Fixtures that several areas share: a small run on digits, and what it exports to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
+from advmoe_deploy.models.untrained import untrained_model
+from advmoe_deploy.specs import ModelSpec, ThreatModel
+
+TINY = ModelSpec(
+    family="advmoe",
+    num_experts=2,
+    ratio=0.5,
+    width=8,
+    router_width=4,
+    image_size=8,
+    in_channels=1,
+    mean=(0.3,),
+    std=(0.4,),
+)
+
+
+def write_run(directory: Path, spec: ModelSpec, *, seed: int = 0) -> Path:
+    """Return a run directory with a random model whose BatchNorm and router fit digits."""
+    digits = load_dataset("digits")
+    images = torch.from_numpy(to_float(digits.test.images))
+    (directory / "model").mkdir(parents=True)
+    checkpoint = Checkpoint(
+        model=spec,
+        threat=ThreatModel(epsilon=0.1),
+        class_names=digits.class_names,
+        recipe={"name": "untrained"},
+        metrics={"clean_accuracy": 0.1, "robust_accuracy": 0.0},
+        provenance={"data": "digits", "seed": seed},
+    )
+    save_checkpoint(directory / "model", checkpoint, untrained_model(spec, images, seed=seed))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory: a seeded random AdvMoE for digits, both experts in use."""
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The export of ``tiny_run``. Read it only; copy the directory to change a file."""
+    from advmoe_deploy.export.onnx_export import export_onnx
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_onnx(tiny_run, out)
+    return open_bundle(out)
