@@ -1,0 +1,124 @@
+"""Verification passes what survived and fails what did not."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from advmoe_deploy.bundle import (
+    MANIFEST,
+    MANIFEST_HASH,
+    REFERENCE,
+    Bundle,
+    open_bundle,
+    seal_bundle,
+)
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import BundleError, UsageError
+from advmoe_deploy.models.checkpoint import model_from_weights
+from advmoe_deploy.verify.curve import robustness_curve
+from advmoe_deploy.verify.suites import attack_suite
+from advmoe_deploy.verify.verify import verify_bundle
+
+
+def resealed(path: Path, bundle: Bundle) -> Bundle:
+    """Give a changed copy a manifest that fits it again, as somebody who meant it would."""
+    for name in (MANIFEST, MANIFEST_HASH):
+        (path / name).unlink()
+    kept = {"schema_version", "created", "producer", "files"}
+    fields = {k: v for k, v in bundle.manifest if k not in kept}
+    seal_bundle(path, **fields)
+    return open_bundle(path)
+
+
+def spoil_heads(model: onnx.ModelProto) -> int:
+    """Reverse the classes in the head of every pathway; return how many heads there were."""
+    graphs = [model.graph]
+    spoilt = 0
+    while graphs:
+        graph = graphs.pop()
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+        for tensor in graph.initializer:
+            if tensor.name.endswith("linear.weight") or tensor.name.endswith("linear.bias"):
+                reversed_rows = numpy_helper.to_array(tensor)[::-1]
+                tensor.CopyFrom(
+                    numpy_helper.from_array(np.ascontiguousarray(reversed_rows), tensor.name)
+                )
+                spoilt += 1
+    return spoilt
+
+
+def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
+    report = verify_bundle(tiny_bundle, images=100, threads=2)
+    assert report.passed
+    assert report.images == 100
+    assert report.route_agreement == 1.0
+    assert report.parity.passed
+    assert report.robust_accuracy.engine <= report.clean_accuracy.engine
+    low, high = report.robust_interval
+    assert low <= report.robust_accuracy.engine <= high
+    assert [a.found_on for a in report.attacks] == ["reference"] * 3 + ["engine"]
+    assert [a.attack.target for a in report.attacks[:3]] == ["model", "straight-through", "pathway"]
+
+
+def test_both_runners_verify(tiny_bundle: Bundle) -> None:
+    one, other = (
+        verify_bundle(tiny_bundle, engine=engine, images=40, threads=1)
+        for engine in ("onnxruntime", "onnxruntime-plan")
+    )
+    assert one.robust_accuracy == other.robust_accuracy
+
+
+def test_lost_accuracy_fails(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "spoilt"
+    shutil.copytree(tiny_bundle.path, path)
+    model = onnx.load(path / "model.onnx")
+    assert spoil_heads(model) >= tiny_bundle.manifest.model.num_experts
+    onnx.save(model, path / "model.onnx")
+    bundle = resealed(path, tiny_bundle)
+    report = verify_bundle(bundle, images=100, max_drop=0.0)
+    assert report.parity.max_abs_logit_diff > 1e-3
+    assert not report.parity.passed
+    drop = report.clean_accuracy.reference - report.clean_accuracy.engine
+    assert report.passed == (drop <= 0 and report.robust_accuracy.reference <= 0)
+
+
+def test_no_reference_no_verification(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "bare"
+    shutil.copytree(tiny_bundle.path, path)
+    (path / REFERENCE).unlink()
+    with pytest.raises(BundleError, match="without --no-reference"):
+        verify_bundle(resealed(path, tiny_bundle))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"images": 0}, "at least one"),
+        ({"epsilon": 2.0}, "outside"),
+        ({"data": "digit"}, "did you mean digits"),
+        ({"engine": "onnxruntim"}, "did you mean onnxruntime"),
+    ],
+)
+def test_nonsense_is_refused(tiny_bundle: Bundle, options: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        verify_bundle(tiny_bundle, **options)  # type: ignore[arg-type]
+
+
+def test_suites() -> None:
+    from tests.conftest import TINY
+
+    assert [a.name for a in attack_suite("quick", TINY)] == ["pgd", "pgd", "pgd", "square"]
+    assert [a.name for a in attack_suite("full", TINY)][-2:] == ["autoattack", "square"]
+    assert [a.target for a in attack_suite("quick", TINY.dense())] == ["model", "model"]
+
+
+def test_accuracy_falls_along_the_curve(tiny_bundle: Bundle) -> None:
+    model = model_from_weights(tiny_bundle.manifest.model, tiny_bundle.file(REFERENCE))
+    points = robustness_curve(model, load_dataset("digits").test, (0.0, 0.05, 0.5), steps=5)
+    accuracies = [point.accuracy for point in points]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[-1] < 0.05
