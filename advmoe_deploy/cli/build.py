@@ -1,0 +1,110 @@
+"""The commands that make something: train, export."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import Data, Json, Overwrite
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import BackendUnavailableError, unknown_name
+
+FORMATS = ("onnx",)
+PLANNED_FORMATS = ("openvino", "trt", "triton")
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="'advmoe list recipes' names them.")
+    ],
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; by default runs/RECIPE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a model adversarially by a recipe."""
+    with session(as_json) as ui:
+        from advmoe_deploy.train.recipes import apply_overrides
+        from advmoe_deploy.train.recipes import recipe as recipe_named
+
+        chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
+        config = apply_overrides(recipe_named(recipe), chosen)
+
+        from advmoe_deploy.cli import tables
+        from advmoe_deploy.data.registry import load_dataset
+        from advmoe_deploy.train.loop import train as train_model
+
+        _use_threads(threads)
+        report = train_model(
+            config,
+            load_dataset(config.data),
+            out or Path("runs") / recipe,
+            resume=resume,
+            overwrite=overwrite,
+            devices=devices,
+            progress=ui.progress,
+        )
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
+            ui.show(report.model_dump(mode="json"), lambda: tables.train_report(report))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What 'advmoe train' wrote.")],
+    to: Annotated[str, typer.Option("--format", help="onnx")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Bundle directory; by default RUN/bundle.")
+    ] = None,
+    data: Data = None,
+    overwrite: Overwrite = False,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference/--no-reference", help="Ship the weights that verify attacks."),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Export a trained model to a bundle, checked against the model before it is written."""
+    if to in PLANNED_FORMATS:
+        raise BackendUnavailableError(
+            f"format '{to}' is not available in this release; use --format {FORMATS[0]}"
+        )
+    if to not in FORMATS:
+        raise unknown_name("format", to, FORMATS)
+    with session(as_json) as ui:
+        from advmoe_deploy.cli import tables
+        from advmoe_deploy.export.onnx_export import export_onnx
+
+        bundle = export_onnx(
+            run,
+            out or run / "bundle",
+            data=data,
+            overwrite=overwrite,
+            with_reference=reference,
+            progress=ui.progress,
+        )
+        manifest = bundle.manifest
+        value = {
+            "bundle": str(bundle.path),
+            "parity": manifest.parity.model_dump(mode="json"),
+            "macs": manifest.macs.model_dump(mode="json"),
+            "bytes": sum(record.bytes for record in manifest.files.values()),
+        }
+        ui.show(value, lambda: tables.export_report(bundle))
+
+
+def _use_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,40 @@
+"""The examples that each command's --help ends with."""
+
+EXAMPLES = {
+    "train": (
+        "advmoe train digits-advmoe",
+        "advmoe train cifar10-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
+        "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
+    ),
+    "export": (
+        "advmoe export runs/digits-advmoe --format onnx",
+        "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",
+    ),
+    "verify": (
+        "advmoe verify runs/digits-advmoe/bundle",
+        "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
+    ),
+    "profile": (
+        "advmoe profile runs/digits-advmoe/bundle",
+        "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",
+    ),
+    "serve": (
+        "advmoe serve bundle --port 8000",
+        "advmoe serve bundle --input photos/ --output answers.parquet",
+    ),
+    "predict": (
+        "advmoe predict bundle --input photos/ --output answers.jsonl",
+        "advmoe predict bundle --input 'photos/**/*.png' --output answers.parquet --top-k 3",
+        "advmoe predict bundle --input list.txt --output answers.jsonl --resume",
+    ),
+    "inspect": ("advmoe inspect bundle", "advmoe inspect bundle --json"),
+    "list": ("advmoe list", "advmoe list recipes"),
+    "demo": ("advmoe demo", "advmoe demo --quick --out /tmp/demo"),
+    "doctor": ("advmoe doctor",),
+}
+
+
+def epilog(command: str) -> str:
+    """Return the end of the help of ``command``, in lines that stay as they are."""
+    # To the parser, a backspace means: do not join the lines of this paragraph.
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[command])

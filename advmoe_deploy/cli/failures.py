@@ -1,0 +1,77 @@
+"""What an exception amounts to for whoever called the command: an exit code and one line."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from advmoe_deploy.errors import AdvMoEError, machine_error
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+# Typer keeps its parser's exceptions to itself, save for this one and thereby its bases.
+ParserError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class Interrupts:
+    """Whether Ctrl-C came, even where native code made another error of it."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def handle(self, _: int, __: FrameType | None) -> None:
+        """Note the signal and raise KeyboardInterrupt, as Python does by itself."""
+        self.came = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def watched_interrupts() -> Iterator[Interrupts]:
+    """Yield a record of Ctrl-C during the block; only the main thread can keep one."""
+    interrupts = Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, interrupts.handle)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line for ``error``."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, AdvMoEError):
+        return error.exit_code, str(error)
+    if isinstance(error, ParserError):
+        return 2, _parser_message(error)
+    if isinstance(error, OSError | MemoryError) and (machine := machine_error(error)):
+        return machine.exit_code, str(machine)
+    if isinstance(error, OSError):
+        return 3, _os_message(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return 5, "out of memory; lower the batch size"
+    return 1, f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it"
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` without line breaks."""
+    return " ".join(text.split())
+
+
+def _parser_message(error: Exception) -> str:
+    message = str(getattr(error, "format_message", error.__str__)())
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "advmoe")
+    return f"{message.rstrip('.')}; see '{command} --help'"
+
+
+def _os_message(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

@@ -1,0 +1,62 @@
+"""One command's conversation: its result on stdout, everything else on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
+
+from advmoe_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Whether this run has put its one JSON object on stdout.
+_shown: ContextVar[bool] = ContextVar("shown", default=False)
+
+
+class Session:
+    """Where a command says what came out, drawn for people or as one JSON object."""
+
+    def __init__(self, stdout: TextIO, progress: Progress, *, as_json: bool) -> None:
+        self.progress = progress
+        self._stdout = stdout
+        self._as_json = as_json
+
+    def show(self, value: Mapping[str, Any], draw: Callable[[], "RenderableType"]) -> None:
+        """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
+        from advmoe_deploy.cli.render import draw_on
+
+        if self._as_json:
+            print_json(value, self._stdout)
+        else:
+            draw_on(self._stdout, draw())
+            self._stdout.flush()
+
+
+@contextmanager
+def session(as_json: bool) -> Iterator[Session]:
+    """Yield a session; what libraries print meanwhile goes to stderr."""
+    from advmoe_deploy.cli.render import shown_progress
+
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr), shown_progress() as progress:
+        yield Session(stdout, progress, as_json=as_json)
+
+
+def print_json(value: Mapping[str, Any], stdout: TextIO) -> None:
+    """Print ``value`` as the one JSON object of this run."""
+    print(json.dumps(value, indent=2), file=stdout, flush=True)
+    _shown.set(True)
+
+
+def print_json_error(message: str, code: int) -> None:
+    """Print an error as JSON, unless this run has printed its object already."""
+    if not _shown.get():
+        print_json({"error": message, "exit_code": code}, sys.stdout)
+
+
+def forget_shown() -> None:
+    """Begin a run that has shown nothing."""
+    _shown.set(False)

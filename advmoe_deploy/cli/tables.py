@@ -1,0 +1,199 @@
+"""Results as tables and short screens; render.py draws them."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
+from advmoe_deploy.serving.batch import BatchReport
+
+if TYPE_CHECKING:
+    from advmoe_deploy.train.loop import TrainReport
+
+
+def train_report(report: "TrainReport") -> RenderableType:
+    """Return what a training run came to, and the next step."""
+    routes = report.effective_routes
+    rows = [
+        ("recipe", report.recipe),
+        ("epochs", str(report.epochs)),
+        ("clean accuracy", _percent(report.clean_accuracy)),
+        (f"robust accuracy, epsilon {report.epsilon:.4g}", _percent(report.robust_accuracy)),
+        ("effective routes", "-" if routes is None else f"{routes:.2f}"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    hint = f"next: advmoe export {report.run} --format onnx"
+    return Group(_facts(f"{report.run}", rows), escape(hint))
+
+
+def export_report(bundle: Bundle) -> RenderableType:
+    """Return where the bundle is and how close it is to the model."""
+    size = sum(record.bytes for record in bundle.manifest.files.values())
+    rows = [
+        ("files", f"{len(bundle.manifest.files)}, {size / 1e6:.1f} MB"),
+        *_parity_rows(bundle.manifest.parity),
+    ]
+    return Group(_facts(str(bundle.path), rows), escape(f"next: advmoe verify {bundle.path}"))
+
+
+def robust_report(report: RobustReport) -> RenderableType:
+    """Return accuracies of reference and engine, clean and under each attack."""
+    norm, epsilon = report.threat.norm, report.threat.epsilon
+    table = _table(
+        f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
+        ("attack", "found on", "reference", report.engine, "routes flipped", "seconds"),
+    )
+    table.add_row("none (clean)", "", *_pair(report.clean_accuracy), "", "")
+    for outcome in report.attacks:
+        attack, flips = outcome.attack, outcome.route_flip_rate
+        table.add_row(
+            f"{attack.name}-{attack.steps} {attack.target if attack.name == 'pgd' else ''}",
+            outcome.found_on,
+            *_pair(outcome.robust_accuracy),
+            "-" if flips is None else _percent(flips),
+            f"{outcome.seconds:.1f}",
+        )
+    table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
+    low, high = report.robust_interval
+    verdict = "robustness survived the export" if report.passed else "ROBUSTNESS WAS LOST"
+    return Group(
+        table,
+        f"robust on {escape(report.engine)}: 95 % interval {_percent(low)} to {_percent(high)}; "
+        f"routes agree on {_percent(report.route_agreement)}; "
+        f"largest logit difference {report.parity.max_abs_logit_diff:.2g}",
+        f"{verdict} (limit: {report.max_drop:g} points)",
+    )
+
+
+def latency_report(report: LatencyReport) -> RenderableType:
+    """Return the latency rows and the ratios between models."""
+    rows = _table(
+        "latency",
+        ("model", "engine", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "MACs", "n"),
+    )
+    for row in report.rows:
+        times = (f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))
+        rows.add_row(
+            row.model,
+            row.engine,
+            str(row.batch),
+            *times,
+            f"{row.images_per_s:.0f}",
+            f"{row.macs / 1e6:.1f} M",
+            str(row.n),
+        )
+    ratios = _table("ratio of medians", ("slower / faster", "engine", "batch", "ratio", "95 %"))
+    for ratio in report.ratios:
+        ratios.add_row(
+            f"{ratio.a} / {ratio.b}",
+            ratio.engine,
+            str(ratio.batch),
+            f"{ratio.ratio:.2f}x",
+            f"{ratio.ci_low:.2f} to {ratio.ci_high:.2f}",
+        )
+    first = report.rows[0]
+    setting = f"{first.precision}, {first.threads} threads, warm-up {first.warmup}, {first.device}"
+    return Group(rows, *([ratios] if report.ratios else []), escape(setting))
+
+
+def batch_report(report: BatchReport) -> RenderableType:
+    """Return how many inputs were classified and where the answers are."""
+    resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
+    lines = [
+        f"{report.images - report.errors} of {report.images} images classified{resumed}, "
+        f"{report.images_per_s:.0f} images/s: {report.output}"
+    ]
+    if report.errors:
+        lines.append(f"note: {report.errors} unreadable; the column error says why")
+    return escape("\n".join(lines))
+
+
+def bundle_contents(bundle: Bundle) -> RenderableType:
+    """Return what a bundle says about itself."""
+    manifest = bundle.manifest
+    spec, macs, threat = manifest.model, manifest.macs, manifest.threat
+    facts = [
+        (
+            "model",
+            f"{spec.family} {spec.backbone}, {spec.num_experts} experts, ratio {spec.ratio:g}",
+        ),
+        ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
+        ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
+        ("threat", f"{threat.norm} epsilon {threat.epsilon:.4g}" if threat else "none named"),
+        (
+            "MACs per image",
+            f"{macs.executed / 1e6:.2f} M (pathway {macs.selected / 1e6:.2f} + router "
+            f"{macs.router / 1e6:.2f}); unfused {macs.unfused / 1e6:.2f}, "
+            f"dense {macs.dense / 1e6:.2f}",
+        ),
+        *_parity_rows(manifest.parity),
+        ("made", f"{manifest.created} by {manifest.producer}"),
+    ]
+    files = _table("files", ("name", "bytes", "SHA-256"))
+    for name, record in manifest.files.items():
+        files.add_row(escape(name), str(record.bytes), record.sha256[:16])
+    return Group(_facts(f"{bundle.path}: every hash is as listed", facts), files)
+
+
+def name_lists(lists: Mapping[str, Iterable[Mapping[str, str]]]) -> RenderableType:
+    """Return the names of each kind with what they are."""
+    return Group(
+        *(
+            _facts(kind, [(entry["name"], entry["summary"]) for entry in entries])
+            for kind, entries in lists.items()
+        )
+    )
+
+
+def doctor_report(value: Mapping[str, Any]) -> RenderableType:
+    """Return what the machine has, package by package."""
+    machine = [(key, str(value[key])) for key in ("advmoe", "python", "platform", "cpu", "cpus")]
+    packages = [
+        (name, found["version"] or f"missing: pip install 'advmoe-deploy[{found['extra']}]'")
+        for name, found in value["packages"].items()
+    ]
+    return Group(_facts("machine", machine), _facts("packages", packages))
+
+
+def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
+    experts = ", ".join(map(str, parity.images_per_expert))
+    return [
+        (
+            f"logits, {parity.images} images",
+            f"differ by {parity.max_abs_logit_diff:.2g} at most, limit {parity.logit_tolerance:g}",
+        ),
+        (
+            "routes",
+            f"{_percent(parity.route_agreement)} agree; {parity.close_calls} close calls, "
+            f"{parity.close_flips} of them flipped",
+        ),
+        ("images per expert", experts or "-"),
+    ]
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(
+        title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
+    for name, text in rows:
+        table.add_row(f"  {escape(name)}", escape(text))
+    return table
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if index == 0 else "right")
+    return table
+
+
+def _pair(pair: Pair) -> tuple[str, str]:
+    return _percent(pair.reference), _percent(pair.engine)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,205 @@
+"""Batch inference: one row per input, whatever the input is, resumable after kill -9."""
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.files import sha256_of
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.images import DecodedImage, decode_image
+from advmoe_deploy.serving.inputs import list_inputs
+from advmoe_deploy.serving.journal import Job, Journal, open_journal
+from advmoe_deploy.serving.rows import Row, RowFormat, write_rows, writer_for
+from advmoe_deploy.specs import Frozen
+
+_DECODERS = min(4, os.cpu_count() or 1)
+_BATCHES_AHEAD = 2
+
+Shape = tuple[int, int, int]
+Decoded = DecodedImage | str
+
+
+class BatchReport(Frozen):
+    """What a batch job did: ``images`` rows, of which ``errors`` have no answer.
+
+    ``resumed`` rows came from an earlier, interrupted run; ``images_per_s`` is about the others.
+    """
+
+    output: str
+    images: int
+    errors: int
+    resumed: int
+    seconds: float
+    images_per_s: float
+
+
+def classify_files(
+    bundle: Bundle,
+    source: str,
+    output: Path,
+    *,
+    engine: str = "onnxruntime",
+    threads: int = 0,
+    batch: int = 64,
+    top_k: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BatchReport:
+    """Classify every image of ``source`` into ``output`` and return what came of it.
+
+    Args:
+        bundle: an opened bundle.
+        source: a folder, a pattern, an image, or a .txt list; see :func:`list_inputs`.
+        output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
+            a hidden ``.partial.jsonl`` beside it.
+        engine: a name from ``runtime.select.ENGINES``.
+        threads: of the engine; 0 leaves the choice to it.
+        batch: images per inference.
+        top_k: how many classes the column ``top_k`` lists; 0 leaves it out.
+        resume: continue an interrupted run, if there is one.
+        overwrite: replace an existing output, or an interrupted run.
+        progress: who listens.
+
+    Raises:
+        UsageError: the output is in the way or of an unknown kind, or the run to resume is of
+            another bundle, other inputs or other settings.
+        DataError: ``source`` gives no input at all. An unreadable image is a row, not an error.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    columns = _columns(bundle, batch, top_k)
+    writer_for(output)
+    paths = list_inputs(source)
+    shown = [_printable(path) for path in paths]
+    job = _job(bundle, paths, engine, top_k)
+    opened = open_journal(output, job, shown, batch=batch, resume=resume, overwrite=overwrite)
+    with opened as journal:
+        resumed = journal.done
+        if resumed < len(paths):
+            with open_runner(bundle, engine, threads=threads) as runner:
+                _Job(runner, columns, bundle.manifest.model.image_shape, progress).run(
+                    journal, paths, shown, batch
+                )
+        write_rows(output, journal.lines(), columns)
+        journal.discard()
+    seconds = time.perf_counter() - started
+    return BatchReport(
+        output=str(output),
+        images=journal.done,
+        errors=journal.errors,
+        resumed=resumed,
+        seconds=seconds,
+        images_per_s=(journal.done - resumed) / seconds,
+    )
+
+
+class _Job:
+    """Inference on batches of decoded files, the next of which are decoded meanwhile."""
+
+    def __init__(
+        self, runner: Runner, columns: RowFormat, shape: Shape, progress: Progress
+    ) -> None:
+        self._runner, self._columns, self._shape = runner, columns, shape
+        self._progress = progress
+        self._said_resized = False
+
+    def run(self, journal: Journal, paths: Sequence[str], shown: Sequence[str], batch: int) -> None:
+        """Append the rows that ``journal`` still lacks."""
+        with task(self._progress, "classify", len(paths)):
+            self._progress.advance("classify", journal.done, errors=journal.errors)
+            windows = _decoded_ahead(paths[journal.done :], self._shape, batch)
+            with closing(windows):
+                for window in windows:
+                    names = shown[journal.done : journal.done + len(window)]
+                    journal.append(self._rows(names, window))
+                    self._progress.advance("classify", len(window), errors=journal.errors)
+
+    def _rows(self, names: Sequence[str], window: Sequence[Decoded]) -> list[Row]:
+        images = [(i, item) for i, item in enumerate(window) if isinstance(item, DecodedImage)]
+        rows = [
+            self._columns.unreadable(name, item if isinstance(item, str) else "")
+            for name, item in zip(names, window, strict=True)
+        ]
+        if images:
+            self._say_resized([image for _, image in images])
+            prediction = self._runner.infer(np.stack([image.pixels for _, image in images]))
+            answers = self._columns.answered([names[i] for i, _ in images], prediction)
+            for (i, _), answer in zip(images, answers, strict=True):
+                rows[i] = answer
+        return rows
+
+    def _say_resized(self, images: Sequence[DecodedImage]) -> None:
+        _, height, width = self._shape
+        other = next(
+            (image.original for image in images if image.original != (width, height)), None
+        )
+        if other and not self._said_resized:
+            self._said_resized = True
+            self._progress.note(
+                f"some images are not {width} x {height} (the first: {other[0]} x {other[1]}); "
+                "they are resized"
+            )
+
+
+def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
+    names = bundle.manifest.class_names
+    if batch < 1:
+        raise UsageError(f"batch={batch} is below 1; pass --batch 64, say")
+    if not 0 <= top_k <= len(names):
+        raise UsageError(f"top_k={top_k} is outside 0..{len(names)}, the number of classes")
+    layers = tuple(route.layer for route in bundle.manifest.plan.routes)
+    return RowFormat(class_names=names, layers=layers, top_k=top_k)
+
+
+def _job(bundle: Bundle, paths: Sequence[str], engine: str, top_k: int) -> Job:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(path) + b"\0")
+    return {
+        "bundle": sha256_of(bundle.path / MANIFEST),
+        "inputs": digest.hexdigest(),
+        "engine": engine,
+        "top_k": top_k,
+    }
+
+
+def _decoded_ahead(
+    paths: Sequence[str], shape: Shape, batch: int
+) -> Generator[list[Decoded], None, None]:
+    """Yield decoded batches in order while a small pool works on the following ones."""
+    waiting: deque[list[Future[Decoded]]] = deque()
+    pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+    try:
+        for start in range(0, len(paths), batch):
+            window = paths[start : start + batch]
+            waiting.append([pool.submit(_decode, path, shape) for path in window])
+            if len(waiting) > _BATCHES_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _decode(path: str, shape: Shape) -> Decoded:
+    try:
+        return decode_image(Path(path), shape)
+    except DataError as error:
+        return _printable(str(error).removeprefix(f"{Path(path)}: "))
+
+
+def _printable(path: str) -> str:
+    # A file name may be no UTF-8; a Parquet string must be.
+    return os.fsencode(path).decode("utf-8", "replace")

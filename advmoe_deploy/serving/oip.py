@@ -1,0 +1,120 @@
+"""Online serving by the Open Inference Protocol, version 2: loopback unless told otherwise."""
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import MachineError, UsageError, missing_extra
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.oip_protocol import Limits, ServedModel, served_model
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def create_app(
+    bundle: Bundle, runner: Runner, *, name: str | None = None, limits: Limits | None = None
+) -> "FastAPI":
+    """Return a FastAPI application that answers for ``bundle`` through an open ``runner``.
+
+    Raises:
+        BackendUnavailableError: FastAPI or uvicorn is not installed.
+    """
+    rest = _rest()
+    app: FastAPI = rest.build_app(rest.Service(served_model(bundle, name, limits), runner))
+    return app
+
+
+def serve(
+    bundle: Bundle,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    insecure: bool = False,
+    engine: str = "onnxruntime",
+    threads: int = 0,
+    limits: Limits | None = None,
+    announce: Callable[[str, ServedModel], None] = lambda url, model: None,
+) -> None:
+    """Serve ``bundle`` until SIGTERM; then finish what is running and return.
+
+    Args:
+        bundle: an opened bundle.
+        host: address to listen on.
+        port: 0 takes any free one.
+        insecure: allow a ``host`` that other machines can reach: there is no authentication yet.
+        engine: a name from ``runtime.select.ENGINES``.
+        threads: of the engine; 0 leaves the choice to it.
+        limits: on the size of a request.
+        announce: called with the URL once the model is warm and ready.
+
+    Raises:
+        UsageError: ``host`` is not loopback, or no address at all.
+        MachineError: the port is in use or forbidden.
+        BackendUnavailableError: FastAPI, uvicorn or the engine is missing.
+    """
+    _require_private(host, insecure)
+    rest = _rest()
+    model = served_model(bundle, limits=limits)
+    with _listen(host, port) as listener, open_runner(bundle, engine, threads=threads) as runner:
+        url = _url(host, listener.getsockname()[1])
+        rest.run_app(rest.Service(model, runner), listener, lambda: announce(url, model))
+
+
+def _rest() -> ModuleType:
+    try:
+        import advmoe_deploy.serving.rest as rest
+    except ImportError as error:
+        package = (error.name or "fastapi").split(".")[0]
+        if package not in {"fastapi", "uvicorn", "starlette"}:
+            raise
+        raise missing_extra(package, "serve") from None
+    return rest
+
+
+def _require_private(host: str, insecure: bool) -> None:
+    if insecure or host == "localhost":
+        return
+    try:
+        private = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        private = False
+    if not private:
+        raise UsageError(
+            f"host '{host}' is open to other machines and this server has no authentication; "
+            "use 127.0.0.1 behind a proxy, or pass --insecure"
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port {port} is outside 0..65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(f"host '{host}' is no address of this machine ({error})") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _cannot_bind(error, host, port) from None
+    return listener
+
+
+def _cannot_bind(error: OSError, host: str, port: int) -> UsageError | MachineError:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return UsageError(f"host '{host}' is no address of this machine; use 127.0.0.1")
+    if error.errno == errno.EADDRINUSE:
+        return MachineError(f"port {port} of {host} is in use; choose another --port")
+    return MachineError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port")
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

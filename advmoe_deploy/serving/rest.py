@@ -1,0 +1,235 @@
+"""The Open Inference Protocol over HTTP: FastAPI and uvicorn, known to this module alone."""
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.serving.oip_protocol import (
+    SERVER,
+    VERSION,
+    InferResponse,
+    RefusedError,
+    ServedModel,
+    read_request,
+    write_response,
+)
+
+_JSON_LENGTH = "Inference-Header-Content-Length"
+_GRACE_S = 30
+
+T = TypeVar("T")
+
+
+class Service:
+    """One model and the one thread that runs it, so that everything else answers meanwhile."""
+
+    def __init__(self, model: ServedModel, runner: Runner) -> None:
+        self.model = model
+        self.ready = False
+        self.failure: BaseException | None = None
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="infer")
+
+    async def warm_up(self) -> None:
+        """Run one image through the model; ``ready`` or ``failure`` says how it went."""
+        image = np.zeros((1, *self.model.image_shape), dtype=np.float32)
+        try:
+            await self._run(lambda: self._runner.infer(image))
+            self.ready = True
+        except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
+            self.failure = error
+
+    async def infer(self, body: bytes, json_length: int | None) -> InferResponse:
+        """Return the response to one request."""
+        if not self.ready:
+            raise RefusedError("the model is not ready; ask /v2/health/ready", 503)
+        return await self._run(lambda: self._answer(body, json_length))
+
+    def close(self) -> None:
+        """Wait for the running inference and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _answer(self, body: bytes, json_length: int | None) -> InferResponse:
+        request = read_request(body, json_length, self.model)
+        return write_response(self._runner.infer(request.images), request, self.model)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def build_app(service: Service, on_warm: Callable[[], None] | None = None) -> FastAPI:
+    """Return the application; ``on_warm`` is called when the warm-up has ended, well or not."""
+
+    async def warm_up() -> None:
+        await service.warm_up()
+        if on_warm is not None:
+            on_warm()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(warm_up())
+        yield
+        await warming
+        service.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_errors(app)
+    _add_health(app, service)
+    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        _add_model(app, service, prefix)
+    return app
+
+
+def run_app(service: Service, listener: socket.socket, announce: Callable[[], None]) -> None:
+    """Serve on ``listener`` until SIGTERM (returns) or SIGINT (KeyboardInterrupt), then drain.
+
+    Raises:
+        Exception: whatever the warm-up raised.
+    """
+
+    def on_warm() -> None:
+        if service.failure is None:
+            announce()
+        else:
+            server.should_exit = True
+
+    config = uvicorn.Config(
+        build_app(service, on_warm),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        # uvicorn, once drained, raises the signal again for the handler it found: this one.
+        server.should_exit = True
+
+    with _sigterm(stop):
+        server.run(sockets=[listener])
+    if service.failure is not None:
+        raise service.failure
+
+
+class _sigterm:  # noqa: N801 - used as a verb
+    """Handle SIGTERM within the block, where that is possible at all: in the main thread."""
+
+    def __init__(self, handler: Callable[..., None]) -> None:
+        self._handler = handler
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handler)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/v2")
+    async def server() -> dict[str, Any]:
+        return SERVER
+
+    @app.get("/v2/health/live")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+
+def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
+    model = service.model
+
+    @app.get(prefix)
+    async def metadata(name: str, version: str = VERSION) -> dict[str, Any]:
+        model.require(name, version)
+        return model.metadata()
+
+    @app.get(f"{prefix}/ready")
+    async def ready(name: str, version: str = VERSION) -> JSONResponse:
+        model.require(name, version)
+        return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+
+    @app.post(f"{prefix}/infer")
+    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
+        model.require(name, version)
+        body = await _body(request, model.limits.max_body)
+        answer = await service.infer(body, _json_length(request))
+        if answer.json_length is None:
+            return Response(answer.body, media_type="application/json")
+        headers = {_JSON_LENGTH: str(answer.json_length)}
+        return Response(answer.body, media_type="application/octet-stream", headers=headers)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise RefusedError(f"content-encoding '{encoding}' is not supported; send it plain", 415)
+    too_large = RefusedError(f"the body exceeds the limit of {limit} bytes; send fewer images", 413)
+    claimed = request.headers.get("content-length", "0")
+    if claimed.isdecimal() and int(claimed) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def _json_length(request: Request) -> int | None:
+    value = request.headers.get(_JSON_LENGTH)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 20):
+        raise RefusedError(f"{_JSON_LENGTH} is '{value}'; it must be a number of bytes")
+    return int(value)
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(status: int, message: str, **headers: str) -> JSONResponse:
+        return JSONResponse({"error": message}, status, headers=headers)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusedError)
+        # What is left of a refused body is not read: the connection cannot be used again.
+        return answer(error.status, str(error), Connection="close")
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return answer(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+
+    async def gone(_: Request, __: Exception) -> Response:
+        return answer(400, "the client went away")
+
+    async def internal(_: Request, __: Exception) -> Response:
+        return answer(500, "internal error; the server's log says more")
+
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        RefusedError: refused,
+        HTTPException: http,
+        ClientDisconnect: gone,
+        Exception: internal,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,157 @@
+"""One row per input: what it says, and how rows become a .jsonl or a .parquet file."""
+
+import importlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.errors import UsageError, missing_extra
+from advmoe_deploy.runtime.prediction import Prediction
+
+Row = dict[str, Any]
+
+_ROWS_PER_GROUP = 4096
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The columns: ``top_k`` best classes (0: no such column), ids for each routed layer."""
+
+    class_names: tuple[str, ...]
+    layers: tuple[str, ...]
+    top_k: int = 0
+
+    def unreadable(self, path: str, reason: str) -> Row:
+        """Return the row of an input without an answer."""
+        row: Row = {"path": path, "label": None, "label_id": None, "probability": None}
+        if self.top_k:
+            row["top_k"] = None
+        return {**row, "expert_ids": None, "error": reason}
+
+    def answered(self, paths: Sequence[str], prediction: Prediction) -> list[Row]:
+        """Return one row per image of ``prediction``, in its order."""
+        probabilities_NC = _softmax(prediction.logits)
+        return [
+            self._row(
+                path, probabilities_NC[i], {k: v[i] for k, v in prediction.expert_ids.items()}
+            )
+            for i, path in enumerate(paths)
+        ]
+
+    def _row(
+        self, path: str, probabilities_C: NDArray[np.float64], ids: dict[str, NDArray[np.int64]]
+    ) -> Row:
+        if not np.isfinite(probabilities_C).all():
+            return self.unreadable(path, "the model's logits are not finite")
+        order = np.argsort(-probabilities_C, kind="stable")
+        best = [self._class(int(c), probabilities_C) for c in order[: max(1, self.top_k)]]
+        row: Row = {"path": path, **best[0]}
+        if self.top_k:
+            row["top_k"] = best
+        expert_ids = {layer: ids_K.tolist() for layer, ids_K in ids.items()} or None
+        return {**row, "expert_ids": expert_ids, "error": None}
+
+    def _class(self, label_id: int, probabilities_C: NDArray[np.float64]) -> Row:
+        return {
+            "label": self.class_names[label_id],
+            "label_id": label_id,
+            "probability": round(float(probabilities_C[label_id]), 6),
+        }
+
+
+def writer_for(output: Path) -> Callable[[Path, Iterable[bytes], RowFormat], None]:
+    """Return what writes JSON lines into a file of the kind that ``output`` names.
+
+    Raises:
+        UsageError: another suffix than .jsonl or .parquet.
+        BackendUnavailableError: .parquet without pyarrow.
+    """
+    match output.suffix.lower():
+        case ".jsonl":
+            return _write_jsonl
+        case ".parquet":
+            _pyarrow("pyarrow")
+            return _write_parquet
+    raise UsageError(f"output '{output}' ends in neither .jsonl nor .parquet; rename it")
+
+
+def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
+    """Write JSON ``lines`` to ``output``, which appears only when it is whole."""
+    write = writer_for(output)
+    partial = output.with_name(f".{output.name}.writing")
+    try:
+        write(partial, lines, columns)
+        _flush_to_disk(partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add ``path`` to an :class:`OSError` that does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _write_jsonl(target: Path, lines: Iterable[bytes], _: RowFormat) -> None:
+    with naming(target), target.open("wb") as file:
+        file.writelines(lines)
+
+
+def _write_parquet(target: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
+    arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
+    schema, rows = _schema(arrow, columns), map(json.loads, lines)
+    with naming(target), parquet.ParquetWriter(target, schema) as writer:
+        while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
+            writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+
+
+def _schema(arrow: Any, columns: RowFormat) -> Any:
+    answer = [
+        ("label", arrow.string()),
+        ("label_id", arrow.int64()),
+        ("probability", arrow.float64()),
+    ]
+    ids = arrow.struct([(layer, arrow.list_(arrow.int64())) for layer in columns.layers])
+    best = [("top_k", arrow.list_(arrow.struct(answer)))] if columns.top_k else []
+    return arrow.schema(
+        [
+            ("path", arrow.string()),
+            *answer,
+            *best,
+            # Parquet has no struct without fields: a model without routes has a column of nulls.
+            ("expert_ids", ids if columns.layers else arrow.null()),
+            ("error", arrow.string()),
+        ]
+    )
+
+
+def _pyarrow(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise missing_extra("pyarrow", "serve") from None
+
+
+def _softmax(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):
+        shifted_NC = logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True)
+        powers_NC = np.exp(shifted_NC)
+        return np.asarray(powers_NC / powers_NC.sum(axis=1, keepdims=True))
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
