@@ -1,0 +1,121 @@
+"""One process or several, through Lightning Fabric; errors and progress find their way back."""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from advmoe_deploy import errors
+from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, UsageError, machine_error
+from advmoe_deploy.progress import Progress, Silent
+
+T = TypeVar("T")
+Work = Callable[[Fabric, Progress], T]
+_OWN_ERROR = re.compile(r"^advmoe_deploy\.errors\.(\w+): (.+)$", re.MULTILINE)
+
+
+def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -> T:
+    """Return what ``work(fabric, progress)`` returns in the first of ``devices`` processes.
+
+    Under torchrun the processes exist already; otherwise more than one are spawned, and ``work``
+    must be picklable. Accelerators are used where there are any, else the CPU.
+
+    Raises:
+        BackendUnavailableError: there are fewer accelerators than ``devices``.
+        AdvMoEError: what a process raised; a full disk and the like as MachineError.
+    """
+    _require_devices(devices)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    many = devices > 1 or under_torchrun
+    strategy = ("ddp" if under_torchrun else "ddp_spawn") if many else "auto"
+    fabric = Fabric(
+        accelerator="auto",
+        devices=devices,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    if strategy != "ddp_spawn":
+        fabric.launch()
+        return _work(fabric, work, progress)
+    with _relayed(progress) as relay:
+        try:
+            result: T = fabric.launch(_work, work, relay)  # type: ignore[arg-type]
+        except ProcessRaisedException as error:
+            raise _own_error(error) or error from None
+    return result
+
+
+def _work(fabric: Fabric, work: Work[T], progress: Progress) -> T:
+    try:
+        return work(fabric, progress if fabric.is_global_zero else Silent())
+    except (OSError, MemoryError) as error:
+        known = machine_error(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _require_devices(devices: int) -> None:
+    if devices < 1:
+        raise UsageError(f"devices={devices}; the least is 1")
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise BackendUnavailableError(
+            f"devices={devices}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "lower --devices"
+        )
+
+
+def _own_error(error: ProcessRaisedException) -> AdvMoEError | None:
+    """Return the error of ours that a spawned process died of; only its text comes back."""
+    matches = _OWN_ERROR.findall(str(error))
+    if not matches:
+        return None
+    name, message = matches[-1]
+    kind: type[AdvMoEError] = getattr(errors, name)
+    return kind(message)
+
+
+class _Relay:
+    """A progress that crosses the border of a process."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def start(self, task: str, total: int) -> None:
+        self._queue.put(("start", (task, total), {}))
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        self._queue.put(("advance", (task, steps), figures))
+
+    def finish(self, task: str) -> None:
+        self._queue.put(("finish", (task,), {}))
+
+    def note(self, message: str) -> None:
+        self._queue.put(("note", (message,), {}))
+
+
+@contextmanager
+def _relayed(progress: Progress) -> Iterator[Progress]:
+    """Yield a progress for other processes that tells ``progress`` in this one."""
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+
+    def listen() -> None:
+        while (message := queue.get()) is not None:
+            verb, arguments, figures = message
+            getattr(progress, verb)(*arguments, **figures)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield _Relay(queue)
+    finally:
+        queue.put(None)
+        listener.join(timeout=5)
+        queue.close()

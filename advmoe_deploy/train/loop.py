@@ -1,0 +1,77 @@
+"""Adversarial training from the first epoch to the selected model.
+
+Each epoch's order and each step's random numbers follow from (seed, epoch, step) alone, so a run
+that was killed goes on, from weights, optimizers and counters, to the same weights bit for bit on
+the same machine with as many threads and processes.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from lightning_fabric import Fabric
+
+from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.progress import Progress, Silent
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.launch import launch
+from advmoe_deploy.train.report import TrainReport
+from advmoe_deploy.train.run_folder import RunFolder, open_run
+from advmoe_deploy.train.session import Session
+
+__all__ = ["TrainReport", "train"]
+
+_SILENT = Silent()
+
+
+def train(
+    config: TrainConfig,
+    data: Dataset,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    devices: int = 1,
+    progress: Progress = _SILENT,
+) -> TrainReport:
+    """Train into the folder ``out`` and return what the selected model reaches on the test set.
+
+    ``out`` must be new, empty, or with ``overwrite`` an older run; ``resume`` goes on with the
+    run there. ``devices`` processes share each batch; BatchNorm statistics are per process, so
+    their number is part of what a run gives.
+
+    Raises:
+        UsageError: the folder is in the way, another configuration trained it, or the data do
+            not fit the model.
+        CheckpointError: the newest checkpoint is truncated or changed.
+        DivergedError: a loss, gradient or weight is not finite; the last checkpoint is good.
+        MachineError: the disk is full or may not be written; the last checkpoint is good.
+    """
+    _require_fit(config, data, devices)
+    config = config.model_copy(update={"data": data.source})
+    folder = open_run(out, config, resume=resume, overwrite=overwrite)
+    work = partial(_work, config=config, data=data, folder=folder)
+    return launch(work, devices=devices, precision=config.precision, progress=progress)
+
+
+def _work(
+    fabric: Fabric, progress: Progress, *, config: TrainConfig, data: Dataset, folder: RunFolder
+) -> TrainReport:
+    session = Session(fabric, config, data, folder, progress)
+    return session.finish(session.train())
+
+
+def _require_fit(config: TrainConfig, data: Dataset, devices: int) -> None:
+    model = config.model
+    if model.image_shape != data.image_shape:
+        raise UsageError(
+            f"{data.source} has images of {data.image_shape}, the model takes "
+            f"{model.image_shape}; set model.in_channels and model.image_size"
+        )
+    if model.num_classes != len(data.class_names):
+        raise UsageError(
+            f"{data.source} has {len(data.class_names)} classes, not {model.num_classes}; "
+            f"set model.num_classes={len(data.class_names)}"
+        )
+    if config.batch_size < 2 * devices:
+        raise UsageError(f"batch_size={config.batch_size} is under two images for each process")

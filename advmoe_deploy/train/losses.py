@@ -1,0 +1,35 @@
+"""What training minimises, in log space so that no probability underflows.
+
+Shapes: N images, K classes, E experts.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from advmoe_deploy.models.routing import Routing
+
+
+def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: float) -> Tensor:
+    """Return CE(clean, y) + beta * KL(clean || adversarial), the mean over the batch.
+
+    Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
+    """
+    natural = F.cross_entropy(clean_NK, labels_N)
+    robust = F.kl_div(
+        F.log_softmax(adversarial_NK, dim=1),
+        F.log_softmax(clean_NK, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return natural + beta * robust
+
+
+def imbalance(routing: Routing) -> Tensor:
+    """Return E * sum_e f_e * P_e - 1: 0 when all experts are used alike, E - 1 at a collapse.
+
+    f_e is the share of rows sent to expert e and P_e the mean softmax score of e, which has the
+    gradient. Fedus et al., "Switch Transformers", JMLR 2022.
+    """
+    share_E = routing.expert_load_E / len(routing.scores_NE)
+    probability_E = F.softmax(routing.scores_NE, dim=1).mean(dim=0)
+    return routing.num_experts * (share_E * probability_E).sum() - 1

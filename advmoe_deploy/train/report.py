@@ -1,0 +1,62 @@
+"""What training leaves in words and numbers."""
+
+import platform
+from importlib import metadata
+
+from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+from advmoe_deploy.train.config import Method
+
+
+class EpochRecord(Frozen):
+    """One line of metrics.jsonl. Accuracies are those of the hold-out, ``None`` if not measured.
+
+    ``seconds`` is the time since the run began, interruptions left out.
+    """
+
+    epoch: int
+    loss: float
+    clean_accuracy: float | None = None
+    robust_accuracy: float | None = None
+    effective_routes: float | None = None
+    expert_load: tuple[int, ...] = ()
+    seconds: float
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is a number and was measured."""
+        fields = self.model_dump(exclude={"epoch", "expert_load", "seconds"})
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class TrainReport(Frozen):
+    """What a run reached: accuracies are shares of the ``images`` of the test set.
+
+    ``robust_accuracy`` is that under ``attack`` at ``threat``, on the model as it runs. The
+    weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes`` is
+    ``None`` for a dense model.
+    """
+
+    run: str
+    recipe: str
+    method: Method
+    data: str
+    epochs: int
+    selected_epoch: int
+    images: int
+    clean_accuracy: float
+    robust_accuracy: float
+    threat: ThreatModel
+    epsilon: float
+    attack: AttackSpec
+    effective_routes: float | None
+    expert_load: tuple[int, ...]
+    seed: int
+    seconds: float
+    device: str
+    devices: int
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a run gives."""
+    packages = ("advmoe-deploy", "torch", "lightning-fabric", "numpy")
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}

@@ -1,0 +1,198 @@
+"""The folder of one run, and how to go on from it.
+
+RUN/config.json                 the whole configuration
+RUN/checkpoints/epoch-NNNN/     weights.safetensors, checkpoint.json, resume.safetensors, state.json
+RUN/metrics.jsonl               a line per epoch
+RUN/tensorboard/
+RUN/model/                      the selected model, at the end
+RUN/report.json                 what it reached, at the end
+
+Every file is whole or absent. Two newest checkpoints and the best one are kept.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from advmoe_deploy.errors import CheckpointError, UsageError
+from advmoe_deploy.files import sha256_of, staged_directory, write_atomically
+from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.specs import Frozen, one_line
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.report import EpochRecord, TrainReport
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+REPORT = "report.json"
+RESUME = "resume.safetensors"
+STATE = "state.json"
+_EPOCH_NAME = re.compile(r"epoch-(\d{4,})")
+_KEPT = 2
+
+
+class RunState(Frozen):
+    """Where a run stands after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out."""
+
+    epoch: int
+    best_epoch: int
+    history: tuple[EpochRecord, ...]
+    seconds: float
+    resume_sha256: str = ""
+
+    def after(self, record: EpochRecord, seconds: float) -> "RunState":
+        """Return the state one epoch later; the better of two epochs is the more robust one.
+
+        Clean accuracy decides between equals, and of equals in both the later one is kept.
+        """
+        history = (*self.history, record)
+        best = self.best_epoch
+        measured = record.robust_accuracy is not None
+        if measured and (not best or _merit(record) >= _merit(self.history[best - 1])):
+            best = record.epoch
+        return RunState(epoch=record.epoch, best_epoch=best, history=history, seconds=seconds)
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensorboard = path / "tensorboard"
+        self._checkpoints = path / CHECKPOINTS
+
+    def checkpoint(self, epoch: int) -> Path:
+        """Return where the checkpoint of this epoch, counted from 1, lies."""
+        return self._checkpoints / f"epoch-{epoch:04d}"
+
+    def epochs(self) -> list[int]:
+        """Return the epochs that have a checkpoint, oldest first."""
+        if not self._checkpoints.is_dir():
+            return []
+        matches = (_EPOCH_NAME.fullmatch(path.name) for path in self._checkpoints.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(
+        self, state: RunState, checkpoint: Checkpoint, model: Classifier, resume: dict[str, Tensor]
+    ) -> None:
+        """Write the checkpoint of ``state.epoch``, then the metrics, then drop old checkpoints."""
+        with staged_directory(self.checkpoint(state.epoch), overwrite=True) as partial:
+            save_checkpoint(partial, checkpoint, model)
+            (partial / RESUME).write_bytes(save(resume))
+            sealed = state.model_copy(update={"resume_sha256": sha256_of(partial / RESUME)})
+            (partial / STATE).write_text(sealed.model_dump_json(indent=2), encoding="utf-8")
+        self.write_metrics(state.history)
+        for epoch in self.epochs()[:-_KEPT]:
+            if epoch != state.best_epoch:
+                shutil.rmtree(self.checkpoint(epoch), ignore_errors=True)
+
+    def write_metrics(self, history: Sequence[EpochRecord]) -> None:
+        """Write metrics.jsonl anew, so that no line is ever doubled or half-written."""
+        lines = "".join(record.model_dump_json() + "\n" for record in history)
+        write_atomically(self.path / METRICS, lines.encode())
+
+    def load(self) -> tuple[RunState, Classifier, dict[str, Tensor]] | None:
+        """Return the newest checkpoint, or ``None`` if there is none yet.
+
+        Raises:
+            CheckpointError: it is truncated or changed. An older one is never taken in silence.
+        """
+        epochs = self.epochs()
+        if not epochs:
+            return None
+        directory = self.checkpoint(epochs[-1])
+        way_out = f"delete {directory} to go on from the checkpoint before it"
+        if len(epochs) == 1:
+            way_out = "train again"
+        try:
+            state = _read_state(directory)
+            _, model = load_checkpoint(directory)
+            return state, model, load_file(directory / RESUME)
+        except (CheckpointError, SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot resume: {error}; {way_out}") from None
+
+    def publish(self, epoch: int) -> None:
+        """Write RUN/model: the weights of this epoch's checkpoint, without its resume state."""
+        with staged_directory(self.path / MODEL, overwrite=True) as partial:
+            for name in ("checkpoint.json", "weights.safetensors"):
+                shutil.copyfile(self.checkpoint(epoch) / name, partial / name)
+
+    def write_report(self, report: TrainReport) -> None:
+        """Write report.json."""
+        write_atomically(self.path / REPORT, report.model_dump_json(indent=2).encode() + b"\n")
+
+
+def open_run(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Return the folder of a new run, or of one to go on with.
+
+    Raises:
+        UsageError: the folder is in the way, is no run, or was trained by another configuration.
+        CheckpointError: its configuration cannot be read.
+    """
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if resume:
+        if not occupied:
+            raise UsageError(f"{path} holds no run to resume; leave --resume out")
+        _require_same(path, config)
+        return RunFolder(path)
+    if occupied:
+        _make_room(path, overwrite=overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
+    return RunFolder(path)
+
+
+def _merit(record: EpochRecord) -> tuple[float, float]:
+    return (record.robust_accuracy or 0.0, record.clean_accuracy or 0.0)
+
+
+def _make_room(path: Path, *, overwrite: bool) -> None:
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path} exists and is no run; choose another --out")
+    if not overwrite:
+        raise UsageError(f"{path} holds a run; pass --resume to go on, or choose another --out")
+    shutil.rmtree(path)
+
+
+def _require_same(path: Path, config: TrainConfig) -> None:
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
+    try:
+        before = TrainConfig.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
+    ours, theirs = config.model_dump(), before.model_dump()
+    changed = [f"{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise UsageError(
+            f"{path} was trained with {', '.join(changed)}; "
+            "resume with the same settings, or choose another --out"
+        )
+
+
+def _read_state(directory: Path) -> RunState:
+    file = directory / STATE
+    try:
+        state = RunState.model_validate(json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error})") from None
+    resume = directory / RESUME
+    if not resume.is_file():
+        raise CheckpointError(f"{resume} is missing")
+    if sha256_of(resume) != state.resume_sha256:
+        raise CheckpointError(f"{resume} is truncated or changed (SHA-256 differs)")
+    return state

@@ -1,0 +1,176 @@
+"""One process's view of a run: epochs, checkpoints, the test at the end."""
+
+from contextlib import nullcontext
+from time import perf_counter
+
+from lightning_fabric import Fabric
+
+from advmoe_deploy.data.augment import to_unit
+from advmoe_deploy.data.dataset import Dataset, Split
+from advmoe_deploy.errors import DivergedError
+from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.progress import Progress, task
+from advmoe_deploy.specs import AttackSpec
+from advmoe_deploy.train.board import Board
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.evaluate import Measured, measure
+from advmoe_deploy.train.feed import Feed, on_device
+from advmoe_deploy.train.report import EpochRecord, TrainReport, versions
+from advmoe_deploy.train.run_folder import RunFolder, RunState
+from advmoe_deploy.train.weights import TrainedWeights, place
+
+
+class Session:
+    """The state and the collaborators of one run in one process."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: TrainConfig,
+        data: Dataset,
+        folder: RunFolder,
+        progress: Progress,
+    ) -> None:
+        self.fabric = fabric
+        self.config = config
+        self.data = data
+        self.folder = folder
+        self.progress = progress
+        self.weights = TrainedWeights(fabric, config)
+        self.feed = Feed(fabric, config, data.train)
+
+    def train(self) -> RunState:
+        """Train the epochs that are left and return where the run stands."""
+        state = self._start()
+        per_epoch = self.feed.batches_per_epoch
+        leads = self.fabric.is_global_zero
+        board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
+        with task(self.progress, "train", self.config.epochs * per_epoch), board or nullcontext():
+            self.progress.advance("train", state.epoch * per_epoch)
+            for _ in range(state.epoch, self.config.epochs):
+                state = self._epoch(state)
+                if board is not None:
+                    board.write(state.history[-1])
+        return state
+
+    def finish(self, state: RunState) -> TrainReport:
+        """Publish the selected model and return what it reaches on the test set."""
+        began = perf_counter()
+        self.fabric.barrier()  # the first process has written the checkpoints by now
+        _, model = load_checkpoint(self.folder.checkpoint(state.best_epoch))
+        attack = AttackSpec(name="pgd", steps=self.config.test_attack_steps, seed=self.config.seed)
+        with task(self.progress, "test", 1):
+            measured = self._measure(place(self.fabric, model), self.data.test, attack)
+            self.progress.advance("test", robust_accuracy=measured.robust_accuracy)
+        seconds = state.seconds + perf_counter() - began
+        report = self._report(measured, attack, state, seconds)
+        if self.fabric.is_global_zero:
+            self.folder.publish(state.best_epoch)
+            self.folder.write_report(report)
+        return report
+
+    def _start(self) -> RunState:
+        loaded = self.folder.load()
+        if loaded is None:
+            if self.config.balanced_start:
+                self.weights.learner.balance_start(next(self.feed.epoch(0)).images)
+            return RunState(epoch=0, best_epoch=0, history=(), seconds=0)
+        state, model, tensors = loaded
+        self.weights.restore(model, tensors)
+        if self.fabric.is_global_zero:
+            self.folder.write_metrics(state.history)
+        self.progress.note(f"going on after epoch {state.epoch}")
+        return state
+
+    def _epoch(self, before: RunState) -> RunState:
+        began = perf_counter()
+        epoch = before.epoch + 1
+        record = EpochRecord(epoch=epoch, loss=self._steps(before), seconds=0)
+        if epoch == self.config.epochs or epoch % self.config.evaluate_every == 0:
+            attack = AttackSpec(name="pgd", steps=self.config.holdout_attack_steps)
+            measured = self._measure(self.weights.evaluated, self.data.holdout, attack)
+            record = _with(record, measured)
+        seconds = before.seconds + perf_counter() - began
+        record = record.model_copy(update={"seconds": round(seconds, 3)})
+        state = before.after(record, seconds)
+        if self.fabric.is_global_zero:
+            self._save(state)
+        self.progress.advance("train", 0, epoch=epoch, **record.scalars())
+        return state
+
+    def _steps(self, before: RunState) -> float:
+        """Train one epoch and return its mean loss."""
+        losses: list[float] = []
+        try:
+            for batch in self.feed.epoch(before.epoch):
+                losses.append(self.weights.step(batch))
+                self.progress.advance("train", loss=losses[-1])
+            self.weights.end_epoch()
+        except DivergedError as error:
+            kept = f"the last good checkpoint is {self.folder.checkpoint(before.epoch)}"
+            if not before.epoch:
+                kept = "there is no checkpoint yet"
+            raise DivergedError(
+                f"epoch {before.epoch + 1}, step {len(losses) + 1}: {error}; {kept}; "
+                "train again with a lower lr and router_lr"
+            ) from None
+        return sum(losses) / len(losses)
+
+    def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
+        images, labels = on_device(self.fabric, split)
+        threat = self.config.threat
+        return measure(self.fabric, model, to_unit(images), labels, threat=threat, attack=attack)
+
+    def _save(self, state: RunState) -> None:
+        checkpoint = Checkpoint(
+            model=self.config.model,
+            threat=self.config.threat,
+            class_names=self.data.class_names,
+            recipe=self.config.model_dump(mode="json"),
+            metrics={f"holdout_{k}": v for k, v in state.history[-1].scalars().items()},
+            provenance={
+                "data": self.data.source,
+                "seed": self.config.seed,
+                "epoch": state.epoch,
+                "versions": versions(),
+            },
+        )
+        self.folder.save(state, checkpoint, self.weights.evaluated, self.weights.resume_tensors())
+
+    def _report(
+        self, measured: Measured, attack: AttackSpec, state: RunState, seconds: float
+    ) -> TrainReport:
+        config = self.config
+        return TrainReport(
+            run=str(self.folder.path),
+            recipe=config.name,
+            method=config.method,
+            data=self.data.source,
+            epochs=config.epochs,
+            selected_epoch=state.best_epoch,
+            images=measured.images,
+            clean_accuracy=measured.clean_accuracy,
+            robust_accuracy=measured.robust_accuracy,
+            threat=config.threat,
+            epsilon=config.threat.epsilon,
+            attack=attack,
+            effective_routes=measured.effective_routes,
+            expert_load=measured.expert_load,
+            seed=config.seed,
+            seconds=round(seconds, 3),
+            device=self.fabric.device.type,
+            devices=self.fabric.world_size,
+            versions=versions(),
+        )
+
+
+def _with(record: EpochRecord, measured: Measured) -> EpochRecord:
+    return record.model_copy(
+        update={
+            "clean_accuracy": measured.clean_accuracy,
+            "robust_accuracy": measured.robust_accuracy,
+            "effective_routes": measured.effective_routes,
+            "expert_load": measured.expert_load,
+        }
+    )
