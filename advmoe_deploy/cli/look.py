@@ -3,15 +3,15 @@
 import importlib.metadata
 import os
 import platform
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from advmoe_deploy import __version__
 from advmoe_deploy.cli.options import BundlePath, Json
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import unknown_name
 
 # Optional package -> the extra that brings it.
 OPTIONAL = {
@@ -29,16 +29,15 @@ OPTIONAL = {
     "jinja2": "report",
     "matplotlib": "report",
 }
+_ENGINE_SUMMARIES = {
+    "onnxruntime": "the one graph, model.onnx",
+    "onnxruntime-plan": "one session per segment; this package dispatches the rows",
+}
+_DATA_SUMMARIES = {
+    "digits": "1,797 handwritten digits, 8 x 8, embedded",
+    "cifar10": "cifar10:PATH reads the hub's parquet files; without a path, the hub",
+}
 REQUIRED = ("numpy", "onnx", "pillow", "pydantic", "rich", "safetensors", "typer")
-
-
-class Kind(str, Enum):
-    """What ``list`` can list."""
-
-    recipes = "recipes"
-    models = "models"
-    engines = "engines"
-    data = "data"
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
@@ -53,15 +52,19 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
 
 def list_names(
-    kind: Annotated[Kind | None, typer.Argument(help="By default all of them.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="One of them; by default all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List recipes, models, engines and data sets."""
+    listings = {"recipes": _recipes, "models": _models, "engines": _engines, "data": _data}
+    if kind is not None and kind not in listings:
+        raise unknown_name("kind", kind, listings)
     with session(as_json) as ui:
         from advmoe_deploy.cli import tables
 
-        kinds = (kind,) if kind else tuple(Kind)
-        value = {one.value: _entries(one) for one in kinds}
+        value = {one: listings[one]() for one in ([kind] if kind else listings)}
         ui.show(value, lambda: tables.name_lists(value))
 
 
@@ -84,42 +87,35 @@ def doctor(as_json: Json = False) -> None:
         ui.show(value, lambda: tables.doctor_report(value))
 
 
-def _entries(kind: Kind) -> list[dict[str, str]]:
-    match kind:
-        case Kind.recipes:
-            from advmoe_deploy.train.recipes import RECIPES
+def _recipes() -> list[dict[str, str]]:
+    from advmoe_deploy.train.recipes import RECIPES
 
-            return [
-                _entry(name, " ".join((r.__doc__ or "").split())) for name, r in RECIPES.items()
-            ]
-        case Kind.models:
-            return _models()
-        case Kind.engines:
-            from advmoe_deploy.runtime.select import ENGINES
-
-            return [_entry(name, _first_line(engine)) for name, engine in ENGINES.items()]
-        case Kind.data:
-            from advmoe_deploy.data.registry import DATASETS
-
-            return [_entry(name, "") for name in DATASETS]
+    docs = {name: " ".join((make.__doc__ or "").split()) for name, make in RECIPES.items()}
+    return [_entry(name, doc.removeprefix("Return ")) for name, doc in docs.items()]
 
 
 def _models() -> list[dict[str, str]]:
     from advmoe_deploy.specs import Backbone, Family
 
     return [
-        _entry(f"{family} {backbone}", "")
-        for family in get_args(Family)
-        for backbone in get_args(Backbone)
+        _entry(family, f"backbones: {', '.join(get_args(Backbone))}") for family in get_args(Family)
     ]
+
+
+def _engines() -> list[dict[str, str]]:
+    from advmoe_deploy.runtime.select import ENGINES
+
+    return [_entry(name, _ENGINE_SUMMARIES.get(name, "")) for name in ENGINES]
+
+
+def _data() -> list[dict[str, str]]:
+    from advmoe_deploy.data.registry import DATASETS
+
+    return [_entry(name, _DATA_SUMMARIES.get(name, "")) for name in DATASETS]
 
 
 def _entry(name: str, summary: str) -> dict[str, str]:
     return {"name": name, "summary": summary}
-
-
-def _first_line(documented: Any) -> str:
-    return (getattr(documented, "__doc__", None) or "").strip().partition("\n")[0]
 
 
 def _version(package: str) -> str | None:

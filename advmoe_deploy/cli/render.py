@@ -1,5 +1,6 @@
 """Drawing: the progress of long work on stderr, results on stdout. Rich lives here."""
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -25,8 +26,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def draw_on(stream: TextIO, picture: RenderableType) -> None:
     """Draw ``picture`` on ``stream``, wide enough for tables where it is no terminal."""
-    width = None if stream.isatty() else _PLAIN_WIDTH
-    Console(file=stream, width=width, highlight=False, markup=True).print(picture)
+    if stream.isatty():
+        Console(file=stream, highlight=False).print(picture)
+        return
+    console = Console(file=io.StringIO(), width=_PLAIN_WIDTH, highlight=False)
+    with console.capture() as capture:
+        console.print(picture)
+    stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from advmoe_deploy.errors import DataError
 
@@ -31,6 +31,16 @@ _DAMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Filters of warnings belong to the process, so one thread at a time may change them.
 _warning_filters = threading.Lock()
 
@@ -68,8 +78,21 @@ def decode_image(path: Path, shape: tuple[int, int, int]) -> DecodedImage:
 
 def _open(path: Path) -> Image.Image:
     with _warning_filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none; damaged metadata spoil no image."""
+    if "exif" not in image.info:
+        return 1
+    with _warning_filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        except _DAMAGE:
+            return 1
 
 
 def _convert(image: Image.Image, path: Path, shape: tuple[int, int, int]) -> DecodedImage:
@@ -77,8 +100,10 @@ def _convert(image: Image.Image, path: Path, shape: tuple[int, int, int]) -> Dec
     if width * height > MAX_PIXELS:
         raise DataError(f"{path}: {width} x {height} pixels exceed the limit of {MAX_PIXELS}")
     channels, rows, columns = shape
-    upright = ImageOps.exif_transpose(image)
-    plain = _eight_bits(upright).convert("L" if channels == 1 else "RGB")
+    turn = _UPRIGHT.get(_orientation(image))
+    plain = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+    if turn is not None:
+        plain = plain.transpose(turn)
     if plain.size != (columns, rows):
         plain = plain.resize((columns, rows), Image.Resampling.BILINEAR)
     pixels_HWC = np.asarray(plain, dtype=np.float32).reshape(rows, columns, channels) / 255
@@ -87,6 +112,8 @@ def _convert(image: Image.Image, path: Path, shape: tuple[int, int, int]) -> Dec
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     # Pillow's own conversion of 16-bit grey to L clips at 255 instead of scaling.
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # which Pillow warns about if it is not asked for
     if not image.mode.startswith("I"):
         return image
     grey = np.asarray(image, dtype=np.float64)

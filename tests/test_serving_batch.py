@@ -1,0 +1,238 @@
+"""Batch inference: a row for every input, whole or absent, resumable."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import BackendUnavailableError, UsageError
+from advmoe_deploy.files import sha256_of
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.batch import classify_files
+from advmoe_deploy.serving.journal import open_journal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty digits, one text file and one truncated image, all called .png."""
+    folder = tmp_path_factory.mktemp("digits")
+    for index, image in enumerate(load_dataset("digits").test.images[:20]):
+        Image.fromarray(image[0]).save(folder / f"{index:02}.png")
+    (folder / "05b.png").write_text("text")
+    whole = (folder / "00.png").read_bytes()
+    (folder / "zz.png").write_bytes(whole[: len(whole) - 30])
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Notes:
+    """A listener that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def start(self, task: str, total: int) -> None: ...
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None: ...
+
+    def finish(self, task: str) -> None: ...
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_every_input_has_its_row(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "answers.jsonl"
+    report = classify_files(tiny_bundle, str(folder), output, batch=8)
+    rows = rows_of(output)
+    assert (report.images, report.errors, report.resumed) == (22, 2, 0)
+    assert [row["path"] for row in rows] == sorted(str(p) for p in folder.iterdir())
+    assert [Path(row["path"]).name for row in rows if row["error"]] == ["05b.png", "zz.png"]
+    assert rows[6]["error"].startswith("not a PNG")
+    assert list(output.parent.iterdir()) == [output]  # nothing else is left behind
+
+
+def test_rows_say_what_the_runner_says(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    classify_files(tiny_bundle, str(folder), tmp_path / "a.jsonl", batch=4, top_k=3)
+    good = [row for row in rows_of(tmp_path / "a.jsonl") if row["error"] is None]
+    with open_runner(tiny_bundle) as runner:
+        prediction = runner.infer(to_float(load_dataset("digits").test.images[:20]))
+    powers = np.exp(prediction.logits - prediction.logits.max(axis=1, keepdims=True))
+    probabilities = powers / powers.sum(axis=1, keepdims=True)
+    for row, one, ids in zip(good, probabilities, prediction.expert_ids["router"], strict=True):
+        assert row["label_id"] == one.argmax()
+        assert row["label"] == tiny_bundle.manifest.class_names[row["label_id"]]
+        assert row["probability"] == pytest.approx(one.max(), abs=2e-6)
+        assert row["expert_ids"] == {"router": ids.tolist()}
+        best = [entry["probability"] for entry in row["top_k"]]
+        assert len(best) == 3
+        assert best == sorted(best, reverse=True)
+        assert row["top_k"][0]["label"] == row["label"]
+
+
+def test_parquet_holds_the_same_rows(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    for suffix in ("jsonl", "parquet"):
+        classify_files(tiny_bundle, str(folder), tmp_path / f"a.{suffix}", top_k=2)
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == rows_of(tmp_path / "a.jsonl")
+
+
+def test_other_sizes_are_said_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    for index in range(5):
+        Image.new("L", (16, 12), 40 * index).save(tmp_path / f"{index}.png")
+    notes = Notes()
+    classify_files(tiny_bundle, str(tmp_path), tmp_path / "a.jsonl", batch=2, progress=notes)
+    assert [note for note in notes.notes if "16 x 12" in note] == notes.notes
+    assert len(notes.notes) == 1
+
+
+def test_a_name_that_is_no_utf8_still_has_a_row(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with open(os.fsencode(tmp_path / "in") + b"/\xff.png", "wb") as file:  # noqa: PTH123
+        Image.new("L", (8, 8)).save(file, "PNG")
+    for suffix in ("jsonl", "parquet"):
+        report = classify_files(tiny_bundle, str(tmp_path / "in"), tmp_path / f"a.{suffix}")
+        assert (report.images, report.errors) == (1, 0)
+
+
+def test_an_existing_output_is_refused(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    output.write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="--overwrite"):
+            classify_files(tiny_bundle, str(folder), output, resume=resume)
+    assert output.read_text() == "precious"
+    classify_files(tiny_bundle, str(folder), output, overwrite=True)
+    assert len(rows_of(output)) == 22
+
+
+def test_nonsense_is_refused(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"neither \.jsonl nor \.parquet"):
+        classify_files(tiny_bundle, str(folder), tmp_path / "a.csv")
+    with pytest.raises(UsageError, match=r"outside 0\.\.10"):
+        classify_files(tiny_bundle, str(folder), tmp_path / "a.jsonl", top_k=11)
+    with pytest.raises(UsageError, match="batch=0"):
+        classify_files(tiny_bundle, str(folder), tmp_path / "a.jsonl", batch=0)
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BackendUnavailableError, match=r"advmoe-deploy\[serve\]"):
+        classify_files(tiny_bundle, str(folder), tmp_path / "a.parquet")
+
+
+class StopHereError(Exception):
+    pass
+
+
+class KilledAfter(Notes):
+    """A listener that ends the run after some inputs."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.left = inputs
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        self.left -= steps
+        if self.left <= 0:
+            raise StopHereError
+
+
+def test_resume_continues_and_ends_with_the_same_bytes(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    classify_files(tiny_bundle, str(folder), whole, batch=4)
+    with pytest.raises(StopHereError):
+        classify_files(tiny_bundle, str(folder), output, batch=4, progress=KilledAfter(8))
+    journal = tmp_path / ".a.jsonl.partial.jsonl"
+    with journal.open("a") as file:
+        file.write('{"path": "torn in the mid')
+    assert not output.exists()
+    with pytest.raises(UsageError, match="--resume"):
+        classify_files(tiny_bundle, str(folder), output, batch=4)
+    report = classify_files(tiny_bundle, str(folder), output, batch=4, resume=True)
+    assert (report.resumed, report.images, report.errors) == (8, 22, 2)
+    assert output.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+def test_resume_refuses_another_job(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(StopHereError):
+        classify_files(tiny_bundle, str(folder), output, batch=4, progress=KilledAfter(8))
+    other = altered_copy(tiny_bundle, tmp_path / "bundle")
+    with pytest.raises(UsageError, match="another bundle"):
+        classify_files(other, str(folder), output, batch=4, resume=True)
+    with pytest.raises(UsageError, match="another inputs"):
+        classify_files(tiny_bundle, str(folder / "0*.png"), output, batch=4, resume=True)
+    with pytest.raises(UsageError, match="another top_k"):
+        classify_files(tiny_bundle, str(folder), output, batch=4, resume=True, top_k=1)
+    report = classify_files(tiny_bundle, str(folder), output, batch=4, overwrite=True)
+    assert report.resumed == 0
+
+
+def altered_copy(bundle: Bundle, target: Path) -> Bundle:
+    """Return the same bundle with another, valid manifest."""
+    shutil.copytree(bundle.path, target)
+    manifest = target / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"producer": "', '"producer": "another '))
+    (target / MANIFEST_HASH).write_text(f"{sha256_of(manifest)}  {MANIFEST}\n")
+    return open_bundle(target)
+
+
+def test_resume_without_anything_to_resume_starts(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    report = classify_files(tiny_bundle, str(folder), tmp_path / "a.jsonl", resume=True)
+    assert (report.images, report.resumed) == (22, 0)
+
+
+def test_a_journal_in_use_is_not_touched(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    options: dict[str, Any] = {"batch": 1, "resume": False, "overwrite": True}
+    with (
+        open_journal(output, {"bundle": "b"}, ["x"], **options),
+        pytest.raises(UsageError, match="another process"),
+    ):
+        open_journal(output, {"bundle": "b"}, ["x"], **options)
+
+
+def test_kill_9_loses_one_batch_at_most(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in folder.iterdir()) * 200)
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    source = str(tmp_path / "list.txt")
+    classify_files(tiny_bundle, source, whole, batch=4)
+    command = ["predict", str(tiny_bundle.path), "--input", source, "--output", str(output)]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "advmoe_deploy.cli.app", *command, "--batch", "4"]
+    )
+    journal = tmp_path / ".a.jsonl.partial.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.stat().st_size < 20_000:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not output.exists()
+    report = classify_files(tiny_bundle, source, output, batch=4, resume=True)
+    assert 0 < report.resumed < 4400
+    assert output.read_bytes() == whole.read_bytes()
