@@ -27,10 +27,12 @@ class ParityReport(Frozen):
 
     Routes are compared where the margin between the two best scores exceeds ``margin``; the other
     images are counted in ``close_calls`` and, where their route did flip, in ``close_flips``.
-    The logit difference is taken over the images whose route is the same.
+    The logit difference is taken over the images whose route is the same. ``data`` says where the
+    images come from.
     """
 
     images: int
+    data: str | None = None
     max_abs_logit_diff: float
     logit_tolerance: float
     route_agreement: float

@@ -1,0 +1,63 @@
+"""The images an export is checked on, and the few that travel with it.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+import numpy as np
+
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.export.parity import load_of
+from advmoe_deploy.export.reference import Answers, Images
+from advmoe_deploy.specs import ModelSpec
+
+PARITY_IMAGES = 1000
+GOLDEN_IMAGES = 64
+
+_ADVICE = "pass --data, or --data random:1000 to check on noise"
+
+
+def parity_images(source: str | None, spec: ModelSpec) -> Images:
+    """Return up to 1,000 float32 images [N, C, H, W] in [0, 1] of ``source``, test images first.
+
+    ``random:N`` are N images of seeded uniform noise.
+
+    Raises:
+        UsageError: ``source`` is missing, unknown or of another image size.
+        DataError: the data set cannot be read.
+    """
+    if not source:
+        raise UsageError(f"the run does not say what it was trained on; {_ADVICE}")
+    if source.startswith("random:"):
+        return _noise(source, spec)
+    try:
+        data = load_dataset(source)
+    except DataError as error:
+        raise DataError(f"{error}; {_ADVICE}") from None
+    images = np.concatenate([s.images for s in (data.test, data.holdout, data.train)])
+    if images.shape[1:] != spec.image_shape:
+        raise UsageError(
+            f"{source} has images {images.shape[1:]}, the model takes {spec.image_shape}; {_ADVICE}"
+        )
+    return to_float(images[:PARITY_IMAGES])
+
+
+def _noise(source: str, spec: ModelSpec) -> Images:
+    count = source.removeprefix("random:")
+    if not count.isdecimal() or not 1 <= int(count) <= 100_000:
+        raise UsageError(f"'{source}' is no number of images in 1..100000; say random:1000")
+    shape = (int(count), *spec.image_shape)
+    return np.random.default_rng(0).random(shape, dtype=np.float32)
+
+
+def golden_rows(answers: Answers) -> list[int]:
+    """Return the rows of the first 64 images, and of one more for each expert they do not visit."""
+    rows = list(range(min(GOLDEN_IMAGES, len(answers.logits))))
+    if answers.expert_ids is None:
+        return rows
+    ids_N = answers.expert_ids[:, 0]
+    for expert in range(len(load_of(answers))):
+        if expert not in ids_N[rows] and expert in ids_N:
+            rows.append(int(np.flatnonzero(ids_N == expert)[0]))
+    return rows

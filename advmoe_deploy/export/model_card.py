@@ -1,0 +1,112 @@
+"""The page that tells whoever opens a bundle what it is."""
+
+from advmoe_deploy.bundle import MODEL
+from advmoe_deploy.export.passes.report import PassReport
+from advmoe_deploy.models.checkpoint import Checkpoint
+from advmoe_deploy.reports import Macs, ParityReport
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    macs: Macs,
+    parity: ParityReport,
+    passes: dict[str, tuple[PassReport, ...]],
+) -> str:
+    """Return the model card in Markdown."""
+    sections = [
+        _title(checkpoint),
+        _threat(checkpoint),
+        _metrics(checkpoint),
+        _macs(checkpoint, macs),
+        _parity(checkpoint, parity),
+        _passes(passes),
+        _LIMITS,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _title(checkpoint: Checkpoint) -> str:
+    spec = checkpoint.model
+    if spec.family == "advmoe":
+        what = (
+            f"An AdvMoE {spec.backbone}: a router looks at the image and sends it to one of "
+            f"{spec.num_experts} experts of {spec.ratio:g} times the dense width."
+        )
+    else:
+        what = f"A dense {spec.backbone} at {spec.ratio:g} times the full width."
+    names = ", ".join(checkpoint.class_names)
+    shape = ", ".join(str(size) for size in spec.image_shape)
+    return (
+        f"# {spec.backbone}, {spec.family}\n\n{what} `{MODEL}` takes `images`, float32 "
+        f"[N, {shape}] in [0, 1] (normalisation is inside), and answers `logits` "
+        f"[N, {spec.num_classes}].\n\nClasses: {names}."
+    )
+
+
+def _threat(checkpoint: Checkpoint) -> str:
+    if checkpoint.threat is None:
+        return "## Threat model\n\nNone is declared: do not take this model for a robust one."
+    threat = checkpoint.threat
+    return (
+        f"## Threat model\n\n{threat.norm}, epsilon {threat.epsilon:.4g} in [0, 1] pixels "
+        f"({255 * threat.epsilon:.3g}/255)."
+    )
+
+
+def _metrics(checkpoint: Checkpoint) -> str:
+    rows = [f"| {name} | {value:.4g} |" for name, value in checkpoint.metrics.items()]
+    table = "\n".join(["| on the hold-out | |", "|---|---|", *rows])
+    nothing = "Nothing was measured in training."
+    return (
+        f"## Measured in training\n\n{table if rows else nothing}\n\n"
+        "Run `advmoe verify` for the exported model's own numbers."
+    )
+
+
+def _macs(checkpoint: Checkpoint, macs: Macs) -> str:
+    rows = {"executed": macs.executed, "dense network of full width": macs.dense}
+    if checkpoint.model.family == "advmoe":
+        rows = {
+            "selected pathway": macs.selected,
+            "router": macs.router,
+            "executed: pathway and router": macs.executed,
+            "every expert, then select": macs.unfused,
+            "dense network of full width": macs.dense,
+            "dense network of this ratio": macs.s_dense,
+        }
+    lines = [f"| {name} | {value / 1e6:,.2f} M |" for name, value in rows.items()]
+    return "\n".join(["## Multiply-accumulates per image\n", "| | |", "|---|---:|", *lines])
+
+
+def _parity(checkpoint: Checkpoint, parity: ParityReport) -> str:
+    lines = [
+        f"On {parity.images} images of {parity.data}, logits differ from the torch model by at "
+        f"most {parity.max_abs_logit_diff:.2g} (limit {parity.logit_tolerance:.2g})."
+    ]
+    if checkpoint.model.family == "advmoe":
+        lines.append(
+            f"Routes agree on {100 * parity.route_agreement:.4g} % of the images whose two best "
+            f"scores are more than {parity.margin:g} apart; {parity.close_calls} are closer, "
+            f"{parity.close_flips} of those flipped. Images per expert: "
+            f"{', '.join(str(count) for count in parity.images_per_expert)}."
+        )
+    return "## Parity with the torch model\n\n" + "\n".join(lines)
+
+
+def _passes(passes: dict[str, tuple[PassReport, ...]]) -> str:
+    lines = []
+    for graph, reports in passes.items():
+        done = ", ".join(f"{report.name} {report.applied}" for report in reports)
+        lines.append(f"- {graph}: {done}")
+        lines += [f"  - declined: {reason}" for report in reports for reason in report.declined]
+    return "\n".join(["## Graph passes, and how often each applied\n", *lines])
+
+
+_LIMITS = """## Limits
+
+- No capacity limit: every image is answered, whatever else is in its batch, and its answer does \
+not depend on the others.
+- A route is a hard choice. Where the two best scores are close, another engine or precision may \
+choose the other expert.
+- Robustness holds for the threat model above and the attacks it was measured with, for no other.
+- Hashes in `manifest.json` guard against accident, not against an attacker."""

@@ -1,0 +1,18 @@
+"""What a runner answers.
+
+Shapes: N images, C classes, K experts per image.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits float32 [N, C], and for each routed layer the ids int64 [N, K] and weights [N, K]."""
+
+    logits: NDArray[np.float32]
+    expert_ids: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)

@@ -1,0 +1,85 @@
+"""Runners: from images to a prediction, whatever is underneath."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from advmoe_deploy.plan import Plan
+from advmoe_deploy.runtime.images import checked_images
+from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.prediction import Prediction
+
+
+class Runner(Protocol):
+    """Answers batches of images; a context manager, safe to call from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """The engine, as ``runtime.select.ENGINES`` spells it."""
+
+    def infer(self, images: NDArray[np.float32]) -> Prediction:
+        """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
+
+    def close(self) -> None:
+        """Release what the runner holds."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class GraphRunner:
+    """Runs one ONNX graph that routes inside."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        model: bytes | Path,
+        plan: Plan,
+        image_shape: tuple[int, int, int],
+        *,
+        threads: int = 0,
+    ) -> None:
+        """Load ``model``; ``plan`` says which of its outputs are routes."""
+        self._engine = OrtEngine(model, threads=threads)
+        self._plan = plan
+        self._image_shape = image_shape
+
+    def infer(self, images: NDArray[np.float32]) -> Prediction:
+        """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
+        checked = checked_images(images, self._image_shape)
+        return prediction_of(self._plan, self._engine.run({self._plan.inputs[0]: checked}))
+
+    def close(self) -> None:
+        """Release the session."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def prediction_of(plan: Plan, tensors: dict[str, NDArray[Any]]) -> Prediction:
+    """Return the prediction in ``tensors``, which are named as ``plan`` names them."""
+    return Prediction(
+        logits=tensors["logits"],
+        expert_ids={route.layer: tensors[route.expert_ids] for route in plan.routes},
+        weights={route.layer: tensors[route.weights] for route in plan.routes},
+    )
