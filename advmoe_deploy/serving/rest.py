@@ -1,12 +1,12 @@
 """The Open Inference Protocol over HTTP: FastAPI and uvicorn, known to this module alone."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.oip_protocol import (
@@ -29,6 +30,8 @@ from advmoe_deploy.serving.oip_protocol import (
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _GRACE_S = 30
+_LINGER_S = 2.0
+_LINGER_BYTES = 256 << 20
 
 T = TypeVar("T")
 
@@ -78,7 +81,7 @@ def build_app(service: Service, on_warm: Callable[[], None] | None = None) -> Fa
         if on_warm is not None:
             on_warm()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         warming = asyncio.create_task(warm_up())
         yield
@@ -172,8 +175,8 @@ def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
 
     @app.post(f"{prefix}/infer")
     async def infer(request: Request, name: str, version: str = VERSION) -> Response:
-        model.require(name, version)
         body = await _body(request, model.limits.max_body)
+        model.require(name, version)
         answer = await service.infer(body, _json_length(request))
         if answer.json_length is None:
             return Response(answer.body, media_type="application/json")
@@ -181,11 +184,39 @@ def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
         return Response(answer.body, media_type="application/octet-stream", headers=headers)
 
 
+class _UnreadError(RefusedError):
+    """A request refused before its body was read to the end."""
+
+
+class _Refusal(JSONResponse):
+    """An answer to a request whose body may still be on its way.
+
+    Closing at once would reset the connection, and a client that is still sending would never see
+    the answer; so what comes is dropped for a while, within bounds, before the answer ends.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drop_body(receive), _LINGER_S)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _drop_body(receive: Receive) -> None:
+    dropped, more = 0, True
+    while more and dropped < _LINGER_BYTES:
+        message = await receive()
+        dropped += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+
+
 async def _body(request: Request, limit: int) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
-        raise RefusedError(f"content-encoding '{encoding}' is not supported; send it plain", 415)
-    too_large = RefusedError(f"the body exceeds the limit of {limit} bytes; send fewer images", 413)
+        raise _UnreadError(f"content-encoding '{encoding}' is not supported; send it plain", 415)
+    too_large = _UnreadError(f"the body exceeds the limit of {limit} bytes; send fewer images", 413)
     claimed = request.headers.get("content-length", "0")
     if claimed.isdecimal() and int(claimed) > limit:
         raise too_large
@@ -207,13 +238,14 @@ def _json_length(request: Request) -> int | None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def answer(status: int, message: str, **headers: str) -> JSONResponse:
-        return JSONResponse({"error": message}, status, headers=headers)
+    def answer(status: int, message: str) -> JSONResponse:
+        return JSONResponse({"error": message}, status)
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedError)
-        # What is left of a refused body is not read: the connection cannot be used again.
-        return answer(error.status, str(error), Connection="close")
+        if isinstance(error, _UnreadError):
+            return _Refusal({"error": str(error)}, error.status, headers={"Connection": "close"})
+        return answer(error.status, str(error))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
