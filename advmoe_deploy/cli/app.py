@@ -85,6 +85,11 @@ def run(arguments: Sequence[str]) -> int:
                 sys.stdout.flush()
                 return code
             error: BaseException = KeyboardInterrupt()
+        except SystemExit as exit_:
+            # The parser's own way to end when stdout is closed; nothing else here exits.
+            if not isinstance(exit_.__context__, BrokenPipeError):
+                raise
+            return _end_quietly()
         except BrokenPipeError:
             return _end_quietly()
         except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001, RUF100

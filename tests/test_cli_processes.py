@@ -1,0 +1,169 @@
+"""What only a process of its own can show: signals, purity of stdout, start-up, closed pipes."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+
+ADVMOE = [sys.executable, "-m", "advmoe_deploy.cli.app"]
+
+
+def advmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*ADVMOE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*ADVMOE, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_help_starts_without_the_heavy_imports(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from advmoe_deploy.cli.app import run\n"
+        "code = run(['--help'])\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'fastapi', 'pyarrow', 'sklearn', 'numpy'}\n"
+        "sys.exit(code or ' '.join(heavy & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_recipe_in_a_process(tmp_path: Path) -> None:
+    done = advmoe("train", "nope", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("advmoe: error: unknown recipe 'nope'; choose from ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_during_training_ends_with_130(tmp_path: Path) -> None:
+    with started("train", "digits-advmoe", "--threads", "1", cwd=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "runs").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "advmoe: error: interrupted"
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*ADVMOE, "doctor"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_ends_with_5_and_nothing_half_written(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("missing.png\n" * 3000)
+    limit = 100_000  # bytes per file: to a program, the same as a disk that fills up
+    done = subprocess.run(
+        [*ADVMOE, "predict", str(tiny_bundle.path), "--input", "list.txt", "--output", "a.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 5
+    assert "file size limit" in done.stderr.splitlines()[-1]
+    assert ".a.jsonl.partial.jsonl" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    """Return the address that a starting server says it is ready at."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    match = re.search(r"http://\S+:\d+", line)
+    assert match, line + process.stderr.read()
+    return match[0]
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with started("serve", str(tiny_bundle.path), "--port", "0", "--json", cwd=tmp_path) as process:
+        url = url_of(process)
+        images = np.full((512, 1, 8, 8), 0.5)
+        tensor = {"name": "images", "datatype": "FP32", "shape": list(images.shape)}
+        body = json.dumps({"inputs": [{**tensor, "data": images.ravel().tolist()}]}).encode()
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            head = (
+                f"POST /v2/models/advmoe/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            )
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert json.loads(out)["url"] == url
+
+
+def test_ctrl_c_stops_the_server_with_130(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
+        assert httpx.get(f"{url_of(process)}/v2/health/ready").status_code == 200
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "advmoe: error: interrupted"
+
+
+def test_a_port_in_use_is_one_line_and_5(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = advmoe("serve", str(tiny_bundle.path), "--port", port, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == (
+        f"advmoe: error: port {port} of 127.0.0.1 is in use; choose another --port\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_forbidden_target_is_the_machines_fault(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    tmp_path.chmod(0o500)
+    files = ["--input", "a.png", "--output", "b.jsonl"]
+    done = advmoe("predict", str(tiny_bundle.path), *files, cwd=tmp_path)
+    tmp_path.chmod(0o700)
+    assert done.returncode == 5
+    assert "permission denied" in done.stderr
