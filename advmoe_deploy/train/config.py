@@ -54,6 +54,8 @@ class TrainConfig(Frozen):
     attack_in_eval_mode: bool = True
     balanced_start: bool = False
     balance_weight: float = Field(0.0, ge=0)
+    decision_weight: float = Field(0.0, ge=0)
+    consistency_weight: float = Field(0.0, ge=0)
     crop_padding: int = Field(0, ge=0)
     flip: bool = False
     ema_decay: float | None = Field(None, gt=0, lt=1)

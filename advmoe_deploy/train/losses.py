@@ -3,6 +3,7 @@
 Shapes: N images, K classes, E experts.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +23,30 @@ def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: flo
         log_target=True,
     )
     return natural + beta * robust
+
+
+def indecision(scores_NE: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
+    """Return minus the mutual information of class and expert: -log(E) at best, 0 at a collapse.
+
+    It falls as all images of a class, attacked ones included, go to one expert, and as the
+    experts share the classes alike; which classes go together is for training to find.
+    """
+    probability_NE = F.softmax(scores_NE, dim=1)
+    member_NK = F.one_hot(labels_N, num_classes).to(probability_NE)
+    joint_KE = member_NK.T @ probability_NE / len(labels_N)
+    by_class_K, by_expert_E = joint_KE.sum(dim=1), joint_KE.sum(dim=0)
+    entropies = [-torch.special.entr(p).sum() for p in (by_class_K, by_expert_E, joint_KE)]
+    return entropies[0] + entropies[1] - entropies[2]
+
+
+def inconsistency(clean_NE: Tensor, adversarial_NE: Tensor) -> Tensor:
+    """Return KL(clean || adversarial) of the router's softmax scores, the mean over the batch."""
+    return F.kl_div(
+        F.log_softmax(adversarial_NE, dim=1),
+        F.log_softmax(clean_NE, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
 
 
 def imbalance(routing: Routing) -> Tensor:
