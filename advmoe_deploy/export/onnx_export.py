@@ -129,7 +129,7 @@ def check_graphs(
     with PlanRunner(plan, files, shape) as plan_runner:
         by_plan = compare_answers(answers, _predictions(plan_runner, images), data=data)
     require_parity(by_plan, "the plan")
-    with GraphRunner(staged / MODEL, plan, shape) as graph_runner:
+    with GraphRunner(staged / MODEL, shape, routes=plan.routes) as graph_runner:
         by_graph = compare_answers(answers, _predictions(graph_runner, images), data=data)
     require_parity(by_graph, MODEL)
     return by_graph

@@ -59,7 +59,7 @@ class PlanRunner:
                     tensors |= route(step, tensors[step.scores])
                 case ExpertsStep():
                     tensors[step.output] = self._experts(step, tensors)
-        return prediction_of(self._plan, tensors)
+        return prediction_of(self._plan.routes, tensors)
 
     def _run(self, name: str, tensors: Tensors) -> Tensors:
         segment = self._plan.segment(name)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from advmoe_deploy.plan import Plan
+from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
@@ -45,20 +45,20 @@ class GraphRunner:
     def __init__(
         self,
         model: bytes | Path,
-        plan: Plan,
         image_shape: tuple[int, int, int],
         *,
+        routes: tuple[RouteStep, ...] = (),
         threads: int = 0,
     ) -> None:
-        """Load ``model``; ``plan`` says which of its outputs are routes."""
+        """Load ``model``; ``routes`` says which of its outputs are routes."""
         self._engine = OrtEngine(model, threads=threads)
-        self._plan = plan
+        self._routes = routes
         self._image_shape = image_shape
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
         checked = checked_images(images, self._image_shape)
-        return prediction_of(self._plan, self._engine.run({self._plan.inputs[0]: checked}))
+        return prediction_of(self._routes, self._engine.run({"images": checked}))
 
     def close(self) -> None:
         """Release the session."""
@@ -76,10 +76,10 @@ class GraphRunner:
         self.close()
 
 
-def prediction_of(plan: Plan, tensors: dict[str, NDArray[Any]]) -> Prediction:
-    """Return the prediction in ``tensors``, which are named as ``plan`` names them."""
+def prediction_of(routes: tuple[RouteStep, ...], tensors: dict[str, NDArray[Any]]) -> Prediction:
+    """Return the prediction in ``tensors``, which are named as a plan names them."""
     return Prediction(
         logits=tensors["logits"],
-        expert_ids={route.layer: tensors[route.expert_ids] for route in plan.routes},
-        weights={route.layer: tensors[route.weights] for route in plan.routes},
+        expert_ids={route.layer: tensors[route.expert_ids] for route in routes},
+        weights={route.layer: tensors[route.weights] for route in routes},
     )

@@ -27,9 +27,8 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
 
 def _graph_runner(bundle: Bundle, threads: int) -> Runner:
     manifest = bundle.manifest
-    return GraphRunner(
-        bundle.file(MODEL), manifest.plan, manifest.model.image_shape, threads=threads
-    )
+    shape, routes = manifest.model.image_shape, manifest.plan.routes
+    return GraphRunner(bundle.file(MODEL), shape, routes=routes, threads=threads)
 
 
 def _plan_runner(bundle: Bundle, threads: int) -> Runner:

@@ -1,0 +1,251 @@
+"""How fast a bundle is, next to its baselines, in one process and on the same images."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy import __version__
+from advmoe_deploy.bundle import GOLDEN, Bundle
+from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.runtime.ort_engine import onnxruntime_version
+from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.select import ENGINES, open_runner
+
+BASELINES: tuple[ProfiledModel, ...] = ("dense", "s-dense", "unfused")
+
+Images = NDArray[np.float32]
+Seconds = NDArray[np.float64]
+_LARGEST_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One model on one engine."""
+
+    model: ProfiledModel
+    engine: str
+    runner: Runner
+    macs: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} {self.engine}"
+
+
+@dataclass(frozen=True)
+class _Timings:
+    """Seconds per round of every subject at one batch size."""
+
+    batch: int
+    seconds: Mapping[str, Seconds]
+    warmup: int
+    threads: int
+
+
+def profile_bundle(
+    bundle: Bundle,
+    *,
+    engines: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8, 64),
+    against: Sequence[str] = BASELINES,
+    threads: int = 2,
+    n: int | None = None,
+    warmup: int = 3,
+    budget_s: float = 10.0,
+    samples: dict[str, list[float]] | None = None,
+    progress: Progress | None = None,
+) -> LatencyReport:
+    """Return latencies of the bundle's model and of its baselines, interleaved in one process.
+
+    Args:
+        bundle: an opened bundle. Its golden images are repeated up to the batch size, so that
+            images are routed as real ones are.
+        engines: names from ``runtime.select.ENGINES``; baselines run as graphs on ONNX Runtime.
+        batches: batch sizes.
+        against: baselines; one that the bundle lacks is left out, and ``settings`` says so.
+        threads: inside one operator.
+        n: rounds per batch size; by default as many as ``budget_s`` allows, at least 30.
+        warmup: rounds that are not counted.
+        budget_s: seconds of measuring per batch size.
+        samples: filled with every single time in milliseconds, where one is given.
+        progress: who listens.
+
+    Raises:
+        UsageError: an engine, a baseline, a batch size or a count makes no sense.
+    """
+    progress = progress or Silent()
+    _check_request(engines, batches, against, threads, n, warmup)
+    images, ids = _golden(bundle)
+    rows: list[LatencyRow] = []
+    ratios: list[LatencyRatio] = []
+    settings: dict[str, str | int | float | bool] = {
+        "spinning": False,
+        "threads": threads,
+        "images": "golden.npz, repeated to the batch size",
+        "order": "interleaved, shuffled in every round",
+        "timed": "infer: input check, engine, outputs",
+        "advmoe_deploy": __version__,
+    }
+    with ExitStack() as stack, task(progress, "profile", len(batches)):
+        subjects = _open_subjects(stack, bundle, engines, against, threads, settings)
+        for batch in batches:
+            repeated = np.resize(images, (batch, *images.shape[1:]))
+            seconds = time_interleaved(
+                {s.key: partial(s.runner.infer, repeated) for s in subjects},
+                rounds=n,
+                warmup=warmup,
+                budget_s=budget_s,
+            )
+            if samples is not None:
+                samples |= {f"{k}, batch {batch}": (1e3 * v).tolist() for k, v in seconds.items()}
+            timings = _Timings(batch, seconds, warmup, threads)
+            rows += [_row(s, timings) for s in subjects]
+            ratios += _ratios(subjects, timings)
+            if ids is not None:
+                settings[f"expert_load_{batch}"] = _load(np.resize(ids, batch), bundle)
+            progress.advance("profile", batch=batch)
+    return LatencyReport(
+        rows=tuple(rows), ratios=tuple(ratios), versions=_versions(), settings=settings
+    )
+
+
+def _check_request(
+    engines: Sequence[str],
+    batches: Sequence[int],
+    against: Sequence[str],
+    threads: int,
+    n: int | None,
+    warmup: int,
+) -> None:
+    for kind, names, known in (("engine", engines, ENGINES), ("baseline", against, BASELINES)):
+        for name in names:
+            if name not in known:
+                raise unknown_name(kind, name, known)
+    if not engines or not batches:
+        raise UsageError("nothing to time; name at least one engine and one batch size")
+    for batch in batches:
+        if not 1 <= batch <= _LARGEST_BATCH:
+            raise UsageError(f"batch={batch} is outside 1..{_LARGEST_BATCH}; choose another")
+    for name, value, least in (("threads", threads, 0), ("n", n, 2), ("warmup", warmup, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name}={value} is too small; the least is {least}")
+
+
+def _golden(bundle: Bundle) -> tuple[Images, NDArray[np.int64] | None]:
+    with np.load(bundle.file(GOLDEN)) as golden:
+        ids = golden["expert_ids"][:, 0] if "expert_ids" in golden else None
+        return golden["images"], ids
+
+
+def _open_subjects(
+    stack: ExitStack,
+    bundle: Bundle,
+    engines: Sequence[str],
+    against: Sequence[str],
+    threads: int,
+    settings: dict[str, str | int | float | bool],
+) -> list[_Subject]:
+    manifest = bundle.manifest
+    macs = manifest.macs
+    own: ProfiledModel = "moe" if manifest.plan.routes else "dense"
+    subjects = [
+        _Subject(
+            own,
+            engine,
+            stack.enter_context(open_runner(bundle, engine, threads=threads)),
+            macs.executed,
+        )
+        for engine in engines
+    ]
+    cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}
+    left_out = []
+    for name in (name for name in BASELINES if name in against):
+        file = f"baselines/{name}.onnx"
+        if not bundle.has(file):
+            left_out.append(name)
+            continue
+        runner = _baseline(bundle, bundle.file(file), name, threads)
+        subjects.append(_Subject(name, "onnxruntime", stack.enter_context(runner), cost[name]))
+    if left_out:
+        settings["left_out"] = f"{', '.join(left_out)}: the bundle has no such graph"
+    return subjects
+
+
+def _baseline(bundle: Bundle, file: Path, name: str, threads: int) -> GraphRunner:
+    manifest = bundle.manifest
+    routes = manifest.plan.routes if name == "unfused" else ()
+    return GraphRunner(file, manifest.model.image_shape, routes=routes, threads=threads)
+
+
+def _row(subject: _Subject, timings: _Timings) -> LatencyRow:
+    milliseconds = 1e3 * timings.seconds[subject.key]
+    p50, p90, p99 = (float(p) for p in np.percentile(milliseconds, [50, 90, 99]))
+    return LatencyRow(
+        model=subject.model,
+        engine=subject.engine,
+        precision="fp32",
+        batch=timings.batch,
+        threads=timings.threads,
+        device=f"cpu ({_processor()})",
+        n=len(milliseconds),
+        warmup=timings.warmup,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        images_per_s=1e3 * timings.batch / p50,
+        macs=subject.macs,
+    )
+
+
+def _ratios(subjects: Sequence[_Subject], timings: _Timings) -> list[LatencyRatio]:
+    """Return every baseline over the model, on each engine the model ran on."""
+    models = [s for s in subjects if s.model == "moe"]
+    baselines = [s for s in subjects if s.model != "moe"]
+    ratios = []
+    for model in models:
+        for baseline in baselines:
+            ratio = ratio_of_medians(timings.seconds[baseline.key], timings.seconds[model.key])
+            ratios.append(
+                LatencyRatio(
+                    a=baseline.model,
+                    b="moe",
+                    batch=timings.batch,
+                    engine=model.engine,
+                    ratio=ratio.value,
+                    ci_low=ratio.low,
+                    ci_high=ratio.high,
+                )
+            )
+    return ratios
+
+
+def _load(ids: NDArray[np.int64], bundle: Bundle) -> str:
+    load = np.bincount(ids, minlength=bundle.manifest.model.num_experts)
+    return ",".join(str(count) for count in load)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime_version(),
+    }
+
+
+def _processor() -> str:
+    """Return the model name of the processor, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,78 @@
+"""Timing things against each other: interleaved, so that a busy moment hits all of them alike."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    warmup: int = 3,
+    budget_s: float = 10.0,
+    least: int = 30,
+    most: int = 500,
+    seed: int = 0,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the seconds of each call in each round, one array per name, all of one length.
+
+    In every round each call runs once, in an order shuffled anew; the collector of garbage is off
+    meanwhile. Without ``rounds``, as many as ``budget_s`` allows, between ``least`` and ``most``.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for _ in range(warmup):
+            for call in calls.values():
+                call()
+        if rounds is None:
+            per_round = (time.perf_counter() - started) / max(1, warmup)
+            rounds = int(np.clip(budget_s / max(per_round, 1e-9), least, most))
+        return _time_rounds(calls, rounds, seed)
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _time_rounds(
+    calls: Mapping[str, Callable[[], object]], rounds: int, seed: int
+) -> dict[str, NDArray[np.float64]]:
+    shuffle = np.random.default_rng(seed)
+    names = list(calls)
+    seconds = {name: np.empty(rounds) for name in names}
+    for index in range(rounds):
+        for position in shuffle.permutation(len(names)):
+            name = names[position]
+            started = time.perf_counter_ns()
+            calls[name]()
+            seconds[name][index] = (time.perf_counter_ns() - started) / 1e9
+    return seconds
+
+
+def ratio_of_medians(a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0) -> Ratio:
+    """Return median(a) / median(b) with its 95 % interval, for two timings of the same rounds.
+
+    Rounds are resampled in pairs (the paired bootstrap): what slowed a whole round slowed both.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(a), (_RESAMPLES, len(a)))
+    ratios = np.median(a[draws], axis=1) / np.median(b[draws], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
