@@ -24,7 +24,7 @@ MOE, DENSE, S_DENSE, UNFUSED, INK, PALE = (
 )
 MODEL_COLOURS = {"moe": MOE, "dense": DENSE, "s-dense": S_DENSE, "unfused": UNFUSED}
 EXPERT_COLOURS = ("#0b6e4f", "#e0a526", "#3d6fb6", "#c8553d", "#7b5ea7", "#5f8f3e")
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib types each key as a literal
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
