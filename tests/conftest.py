@@ -12,6 +12,10 @@ from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 
+# Networks this small gain nothing from threads, and pools that wait for each other lose a lot on a
+# busy machine.
+torch.set_num_threads(1)
+
 TINY = ModelSpec(
     family="advmoe",
     num_experts=2,

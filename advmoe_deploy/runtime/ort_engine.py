@@ -54,8 +54,15 @@ class OrtEngine:
         self.output_names: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return every output by name."""
-        values = self._session.run(None, dict(inputs))
+        """Return every output by name.
+
+        Raises:
+            UsageError: the engine is closed.
+        """
+        session = self._session  # another thread may close the engine meanwhile
+        if session is None:
+            raise UsageError("the engine is closed; open the bundle again")
+        values = session.run(None, dict(inputs))
         return dict(zip(self.output_names, values, strict=True))
 
     def close(self) -> None:

@@ -1,0 +1,108 @@
+"""A bundle is whole or it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.errors import BundleError
+from advmoe_deploy.files import sha256_of
+
+FILES = (
+    "MODEL_CARD.md",
+    "baselines/dense.onnx",
+    "baselines/s-dense.onnx",
+    "baselines/unfused.onnx",
+    "golden.npz",
+    "model.onnx",
+    "reference.safetensors",
+    "segments/pathway-0.onnx",
+    "segments/pathway-1.onnx",
+    "segments/router.onnx",
+)
+
+
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    """Change the manifest and make its hash fit again, as someone who means it would."""
+    fields = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(fields | changes))
+    digest = sha256_of(bundle / MANIFEST)
+    (bundle / MANIFEST_HASH).write_text(f"{digest}  {MANIFEST}\n")
+
+
+def test_the_list_of_files_is_complete(tiny_bundle: Bundle) -> None:
+    assert tuple(sorted(tiny_bundle.manifest.files)) == FILES
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST, MANIFEST_HASH])
+@pytest.mark.parametrize("position", [0, -1])
+def test_one_changed_byte_is_noticed(copied: Path, name: str, position: int) -> None:
+    content = bytearray((copied / name).read_bytes())
+    content[position] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(BundleError, match=r"SHA-256 differs") as caught:
+        open_bundle(copied)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST, MANIFEST_HASH])
+def test_a_missing_file_is_noticed(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(BundleError, match=r"missing|has no"):
+        open_bundle(copied)
+
+
+def test_a_truncated_file_is_noticed(copied: Path) -> None:
+    content = (copied / "model.onnx").read_bytes()
+    (copied / "model.onnx").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        open_bundle(copied)
+
+
+def test_another_schema_version_is_refused(copied: Path) -> None:
+    edit_manifest(copied, schema_version=99)
+    with pytest.raises(BundleError, match="schema version 99, this release reads 1"):
+        open_bundle(copied)
+
+
+def test_an_unknown_field_is_refused(copied: Path) -> None:
+    edit_manifest(copied, surprise=1)
+    with pytest.raises(BundleError, match="surprise"):
+        open_bundle(copied)
+
+
+@pytest.mark.parametrize("name", ["../outside.onnx", "/etc/hostname"])
+def test_a_path_may_not_leave_the_bundle(copied: Path, name: str) -> None:
+    (copied.parent / "outside.onnx").write_bytes(b"x")
+    edit_manifest(copied, files={name: {"sha256": "0" * 64, "bytes": 1}})
+    with pytest.raises(BundleError, match="outside the bundle"):
+        open_bundle(copied)
+
+
+def test_a_link_out_of_the_bundle_is_refused(copied: Path, tiny_bundle: Bundle) -> None:
+    (copied / "model.onnx").unlink()
+    (copied / "model.onnx").symlink_to(tiny_bundle.path / "model.onnx")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        open_bundle(copied)
+
+
+def test_no_bundle_at_all(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no directory"):
+        open_bundle(tmp_path / "nothing")
+    with pytest.raises(BundleError, match=r"no manifest\.json"):
+        open_bundle(tmp_path)
+
+
+def test_a_file_that_is_not_listed_is_not_handed_out(tiny_bundle: Bundle) -> None:
+    assert not tiny_bundle.has("engines/none")
+    with pytest.raises(BundleError, match="engines/none"):
+        tiny_bundle.file("engines/none")
