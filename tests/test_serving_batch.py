@@ -160,8 +160,10 @@ def test_resume_continues_and_ends_with_the_same_bytes(
 ) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     classify_files(tiny_bundle, str(folder), whole, batch=4)
+    stopper = KilledAfter(8)
     with pytest.raises(StopHereError):
-        classify_files(tiny_bundle, str(folder), output, batch=4, progress=KilledAfter(8))
+        classify_files(tiny_bundle, str(folder), output, batch=4, progress=stopper)
+    assert stopper.notes == ["8 of 22 rows are kept; --resume continues from there"]
     journal = tmp_path / ".a.jsonl.partial.jsonl"
     with journal.open("a") as file:
         file.write('{"path": "torn in the mid')

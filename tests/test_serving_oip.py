@@ -1,11 +1,13 @@
 """The Open Inference Protocol over real HTTP, by hand and by a stock client."""
 
+import contextlib
+import copy
 import json
+import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -23,13 +25,13 @@ from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.oip import create_app, serve
-from advmoe_deploy.serving.oip_protocol import Limits
+from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, read_request, served_model
 
 LIMITS = Limits(max_batch=64, max_body=200_000)
 INFER = "/v2/models/advmoe/infer"
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(bundle: Bundle, runner: Runner) -> Iterator[str]:
     """Serve ``runner`` on a free port of the loopback and yield its address."""
     app = create_app(bundle, runner, limits=LIMITS)
@@ -299,6 +301,32 @@ def test_ready_comes_after_the_warm_up_and_health_answers_meanwhile(tiny_bundle:
         runner.let_go.set()
         waiting.join()
         assert answers == [200]
+
+
+def test_no_message_raises_anything_but_a_refusal(tiny_bundle: Bundle) -> None:
+    model = served_model(tiny_bundle, limits=LIMITS)
+    junk = [None, True, -1, 0, 1.5, 10**30, 1e300, "", "FP32", [], [[]], {}, {"a": [1]}, [None]]
+    random.seed(0)
+    for _ in range(2000):
+        message = {
+            **request_for(ONE, parameters={"binary_data_size": 256}),
+            "id": "7",
+            "parameters": {"binary_data_output": True},
+            "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
+        }
+        for _ in range(random.randint(1, 3)):
+            place: Any = message
+            while isinstance(place, dict | list) and place:
+                keys = list(place) if isinstance(place, dict) else range(len(place))
+                key = random.choice(keys)
+                if random.random() < 0.4 or not isinstance(place[key], dict | list):
+                    place[key] = copy.deepcopy(random.choice(junk))
+                    break
+                place = place[key]
+        text = json.dumps(message).encode()
+        tail = ONE.tobytes()[: random.choice([0, 255, 256])]
+        with contextlib.suppress(RefusedError):
+            read_request(text + tail, random.choice([None, len(text)]), model)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])

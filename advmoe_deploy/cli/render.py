@@ -57,6 +57,7 @@ class PlainProgress:
         self._tasks: dict[str, tuple[int, int]] = {}
         self._figures: dict[str, dict[str, float]] = {}
         self._last_line = time.monotonic()
+        self._last_text = ""
 
     def start(self, task: str, total: int) -> None:
         """Remember the task; short ones never show."""
@@ -83,7 +84,10 @@ class PlainProgress:
 
     def _print(self, task: str) -> None:
         done, total = self._tasks[task]
-        self._write(f"{task} {done}/{total} {_figures_text(self._figures[task])}".rstrip())
+        text = f"{task} {done}/{total} {_figures_text(self._figures[task])}".rstrip()
+        if text != self._last_text:
+            self._write(text)
+        self._last_text = text
         self._last_line = time.monotonic()
 
     def _write(self, line: str) -> None:

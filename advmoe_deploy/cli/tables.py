@@ -86,7 +86,7 @@ def latency_report(report: LatencyReport) -> RenderableType:
             f"{row.macs / 1e6:.1f} M",
             str(row.n),
         )
-    ratios = _table("ratio of medians", ("slower / faster", "engine", "batch", "ratio", "95 %"))
+    ratios = _table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
     for ratio in report.ratios:
         ratios.add_row(
             f"{ratio.a} / {ratio.b}",
@@ -164,7 +164,8 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
     return [
         (
             f"logits, {parity.images} images",
-            f"differ by {parity.max_abs_logit_diff:.2g} at most, limit {parity.logit_tolerance:g}",
+            f"differ by {parity.max_abs_logit_diff:.2g} at most, "
+            f"limit {parity.logit_tolerance:.2g}",
         ),
         (
             "routes",

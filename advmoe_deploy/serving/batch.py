@@ -4,9 +4,9 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def classify_files(
     shown = [_printable(path) for path in paths]
     job = _job(bundle, paths, engine, top_k)
     opened = open_journal(output, job, shown, batch=batch, resume=resume, overwrite=overwrite)
-    with opened as journal:
+    with opened as journal, _saying_what_is_kept(journal, len(paths), progress):
         resumed = journal.done
         if resumed < len(paths):
             with open_runner(bundle, engine, threads=threads) as runner:
@@ -103,6 +103,15 @@ def classify_files(
         seconds=seconds,
         images_per_s=(journal.done - resumed) / seconds,
     )
+
+
+@contextmanager
+def _saying_what_is_kept(journal: Journal, total: int, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        progress.note(f"{journal.done} of {total} rows are kept; --resume continues from there")
+        raise
 
 
 class _Job:
