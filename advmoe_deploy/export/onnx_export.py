@@ -87,7 +87,7 @@ def export_onnx(
         if with_reference:
             shutil.copyfile(run / "model" / WEIGHTS, staged / REFERENCE)
         progress.advance("export")
-        _write_baselines(staged, model, plan, images[:_BATCH])
+        _write_baselines(staged, model)
         progress.advance("export")
         parity = check_graphs(staged, model, plan, images, answers, data=source)
         macs = macs_of(checkpoint.model)
@@ -169,10 +169,11 @@ def segment_graphs(parts: Partition, images: Images) -> tuple[dict[str, ModelPro
     return graphs, reports
 
 
-def _write_baselines(staged: Path, model: Classifier, plan: Plan, images: Images) -> None:
+def _write_baselines(staged: Path, model: Classifier) -> None:
     """Write the dense networks an AdvMoE is timed against: random weights, the real shapes."""
     if not isinstance(model, AdvMoE):
         return
+    images = parity_images("random:64", model.spec)  # the same baselines whatever the data
     for name, spec in (("dense", model.spec.dense()), ("s-dense", model.spec.s_dense())):
         parts = partition(untrained_model(spec, torch.from_numpy(images)))
         segments, _ = segment_graphs(parts, images[:8])

@@ -1,0 +1,113 @@
+"""Timings are interleaved, reported with their settings, and compared by ratio."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, write_run
+
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
+
+
+def test_calls_are_interleaved_and_counted() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = time_interleaved(calls, rounds=20, warmup=2)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 20, "b": 20, "c": 20}
+    assert len(order) == 3 * 22
+    rounds = [tuple(order[i : i + 3]) for i in range(6, 66, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 1
+    assert all((values > 0).all() for values in seconds.values())
+
+
+def test_the_collector_rests_meanwhile_and_comes_back() -> None:
+    seen = []
+    assert gc.isenabled()
+    time_interleaved({"a": lambda: seen.append(gc.isenabled())}, rounds=2, warmup=1)
+    assert seen == [False] * 3
+    assert gc.isenabled()
+
+
+def test_rounds_follow_the_budget() -> None:
+    few = time_interleaved({"a": lambda: None}, budget_s=0.0, least=30)
+    many = time_interleaved({"a": lambda: None}, budget_s=5.0, most=40)
+    assert (len(few["a"]), len(many["a"])) == (30, 40)
+
+
+def test_a_ratio_by_hand() -> None:
+    b = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    ratio = ratio_of_medians(2 * b, b)  # each round twice as slow, however slow the round
+    assert ratio.value == 2
+    assert ratio.low == pytest.approx(2)
+    assert ratio.high == pytest.approx(2)
+
+
+def test_an_interval_holds_its_ratio() -> None:
+    draw = np.random.default_rng(0)
+    ratio = ratio_of_medians(draw.normal(3, 0.3, 200), draw.normal(1, 0.1, 200))
+    assert ratio.low < ratio.value < ratio.high
+    assert ratio.low == pytest.approx(3, abs=0.2)
+
+
+def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
+    samples: dict[str, list[float]] = {}
+    report = profile_bundle(
+        tiny_bundle,
+        engines=("onnxruntime", "onnxruntime-plan"),
+        batches=(1, 5),
+        n=5,
+        threads=1,
+        samples=samples,
+    )
+    assert len(report.rows) == 2 * (2 + 3)
+    assert len(report.ratios) == 2 * 2 * 3
+    macs = tiny_bundle.manifest.macs
+    assert {row.model: row.macs for row in report.rows} == {
+        "moe": macs.executed,
+        "dense": macs.dense,
+        "s-dense": macs.s_dense,
+        "unfused": macs.unfused,
+    }
+    for row in report.rows:
+        assert row.n == 5
+        assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
+        assert row.images_per_s == pytest.approx(1e3 * row.batch / row.p50_ms)
+    for ratio in report.ratios:
+        assert ratio.b == "moe"
+        assert ratio.ci_low <= ratio.ratio <= ratio.ci_high
+    assert report.settings["spinning"] is False
+    assert sum(int(n) for n in str(report.settings["expert_load_5"]).split(",")) == 5
+    assert report.versions.keys() >= {"onnxruntime"}
+    assert len(samples["dense onnxruntime, batch 5"]) == 5
+
+
+def test_a_dense_bundle_is_profiled_alone_and_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", TINY.dense())
+    export_onnx(run, tmp_path / "bundle", data="random:4")
+    report = profile_bundle(open_bundle(tmp_path / "bundle"), batches=(2,), n=3, threads=1)
+    assert [row.model for row in report.rows] == ["dense"]
+    assert report.ratios == ()
+    assert report.settings["left_out"] == "dense, s-dense, unfused: the bundle has no such graph"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engines": ("tensort",)}, "unknown engine"),
+        ({"against": ("dens",)}, "did you mean dense"),
+        ({"batches": (0,)}, "batch=0"),
+        ({"batches": ()}, "at least one"),
+        ({"n": 1}, "n=1"),
+        ({"warmup": 0}, "warmup=0"),
+        ({"threads": -2}, "threads=-2"),
+    ],
+)
+def test_nonsense_is_refused(tiny_bundle: Bundle, change: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        profile_bundle(tiny_bundle, **change)
