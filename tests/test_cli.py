@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_list_and_doctor(capsys: Capture) -> None:
 def test_doctor_names_the_extra_of_what_is_missing(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advmoe_deploy.cli.look.OPTIONAL", {"no-such-package": "serve"})
+    monkeypatch.setattr("advmoe_deploy.cli.look.OPTIONAL", {"x": ("no-such-package", "serve")})
     assert run(["doctor"]) == 0
     assert "pip install 'advmoe-deploy[serve]'" in capsys.readouterr().out
 
@@ -225,6 +226,38 @@ def test_serve_without_fastapi_names_the_extra(
     assert said(capsys).endswith(
         "fastapi is not installed; run: pip install 'advmoe-deploy[serve]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["train", "digits-dense"], "torch", "train"),
+        (["train", "digits-dense"], "lightning_fabric", "train"),
+        (["verify", "BUNDLE"], "torch", "train"),
+        (["export", "RUN", "--format", "onnx"], "torch", "train"),
+        (["predict", "BUNDLE", "--input", "IN", "--output", "a.jsonl"], "onnxruntime", "cpu"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    tiny_bundle: Bundle, folder: Path, arguments: list[str], package: str, extra: str
+) -> None:
+    places = {"BUNDLE": str(tiny_bundle.path), "IN": str(folder)}
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from advmoe_deploy.cli.app import run; sys.exit(run(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *(places.get(a, a) for a in arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"advmoe: error: {package.replace('_', '-')} is not installed")
+    assert f"pip install 'advmoe-deploy[{extra}]'" in line
+    assert not list(folder.glob(".*"))
 
 
 def raising(error: BaseException) -> Callable[..., None]:

@@ -8,6 +8,7 @@ from types import FrameType
 
 import typer
 
+from advmoe_deploy.cli.extras import missing_package
 from advmoe_deploy.errors import AdvMoEError, machine_error
 
 INTERRUPTED = 130
@@ -51,6 +52,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, ParserError):
         return 2, _parser_message(error)
+    if isinstance(error, ImportError) and (missing := missing_package(error)):
+        return missing.exit_code, str(missing)
     if isinstance(error, OSError | MemoryError) and (machine := machine_error(error)):
         return machine.exit_code, str(machine)
     if isinstance(error, OSError):

@@ -9,26 +9,11 @@ from typing import Annotated, get_args
 import typer
 
 from advmoe_deploy import __version__
+from advmoe_deploy.cli.extras import OPTIONAL, REQUIRED
 from advmoe_deploy.cli.options import BundlePath, Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import unknown_name
 
-# Optional package -> the extra that brings it.
-OPTIONAL = {
-    "onnxruntime": "cpu",
-    "torch": "train",
-    "lightning-fabric": "train",
-    "datasets": "train",
-    "onnxscript": "train",
-    "pyautoattack": "train",
-    "scikit-learn": "train",
-    "tensorboard": "train",
-    "pyarrow": "serve",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "jinja2": "report",
-    "matplotlib": "report",
-}
 _ENGINE_SUMMARIES = {
     "onnxruntime": "the one graph, model.onnx",
     "onnxruntime-plan": "one session per segment; this package dispatches the rows",
@@ -37,7 +22,6 @@ _DATA_SUMMARIES = {
     "digits": "1,797 handwritten digits, 8 x 8, embedded",
     "cifar10": "cifar10:PATH reads the hub's parquet files; without a path, the hub",
 }
-REQUIRED = ("numpy", "onnx", "pillow", "pydantic", "rich", "safetensors", "typer")
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
@@ -81,7 +65,7 @@ def doctor(as_json: Json = False) -> None:
             "cpus": _usable_cpus(),
             "packages": {
                 **{name: {"version": _version(name), "extra": None} for name in REQUIRED},
-                **{name: {"version": _version(name), "extra": e} for name, e in OPTIONAL.items()},
+                **{name: {"version": _version(name), "extra": e} for name, e in OPTIONAL.values()},
             },
         }
         ui.show(value, lambda: tables.doctor_report(value))

@@ -85,7 +85,7 @@ def classify_files(
     shown = [_printable(path) for path in paths]
     job = _job(bundle, paths, engine, top_k)
     opened = open_journal(output, job, shown, batch=batch, resume=resume, overwrite=overwrite)
-    with opened as journal, _saying_what_is_kept(journal, len(paths), progress):
+    with opened as journal, _keeping_what_is_done(journal, len(paths), progress):
         resumed = journal.done
         if resumed < len(paths):
             with open_runner(bundle, engine, threads=threads) as runner:
@@ -106,11 +106,15 @@ def classify_files(
 
 
 @contextmanager
-def _saying_what_is_kept(journal: Journal, total: int, progress: Progress) -> Iterator[None]:
+def _keeping_what_is_done(journal: Journal, total: int, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        progress.note(f"{journal.done} of {total} rows are kept; --resume continues from there")
+        if journal.done:
+            kept = f"{journal.done} of {total} rows are kept"
+            progress.note(f"{kept}; --resume continues from there")
+        else:
+            journal.discard()
         raise
 
 

@@ -1,0 +1,26 @@
+"""Optional packages, and the extra that brings each."""
+
+from advmoe_deploy.errors import BackendUnavailableError, missing_extra
+
+# Name in imports -> name in pip, extra.
+OPTIONAL = {
+    "onnxruntime": ("onnxruntime", "cpu"),
+    "torch": ("torch", "train"),
+    "lightning_fabric": ("lightning-fabric", "train"),
+    "datasets": ("datasets", "train"),
+    "pyautoattack": ("pyautoattack", "train"),
+    "sklearn": ("scikit-learn", "train"),
+    "tensorboard": ("tensorboard", "train"),
+    "pyarrow": ("pyarrow", "serve"),
+    "fastapi": ("fastapi", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
+    "jinja2": ("jinja2", "report"),
+    "matplotlib": ("matplotlib", "report"),
+}
+REQUIRED = ("numpy", "onnx", "pillow", "pydantic", "rich", "safetensors", "typer")
+
+
+def missing_package(error: ImportError) -> BackendUnavailableError | None:
+    """Return the error that names the extra, if ``error`` is about one of our optional packages."""
+    found = OPTIONAL.get((error.name or "").partition(".")[0])
+    return missing_extra(*found) if found else None
