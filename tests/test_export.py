@@ -28,7 +28,7 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.export.images import golden_rows, parity_images
 from advmoe_deploy.export.onnx_export import export_onnx
-from advmoe_deploy.export.parity import compare_answers
+from advmoe_deploy.export.parity import compare_answers, logit_tolerance
 from advmoe_deploy.export.reference import Answers
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.progress import Silent
@@ -194,6 +194,11 @@ def test_parity_counts_flips_by_margin() -> None:
     assert report.max_abs_logit_diff == pytest.approx(2e-6)
     assert report.images_per_expert == (1, 3)
     assert not report.passed
+
+
+def test_the_tolerance_grows_with_large_logits_only() -> None:
+    assert logit_tolerance(np.array([[0.5, -0.2]], np.float32)) == 1e-5
+    assert logit_tolerance(np.array([[3.0, -20.0]], np.float32)) == pytest.approx(2e-4)
 
 
 def test_an_existing_target_is_left_alone(tiny_run: Path, tmp_path: Path) -> None:

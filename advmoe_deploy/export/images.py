@@ -35,7 +35,8 @@ def parity_images(source: str | None, spec: ModelSpec) -> Images:
         data = load_dataset(source)
     except DataError as error:
         raise DataError(f"{error}; {_ADVICE}") from None
-    images = np.concatenate([s.images for s in (data.test, data.holdout, data.train)])
+    splits = (data.test, data.holdout, data.train)
+    images = np.concatenate([split.images[:PARITY_IMAGES] for split in splits])
     if images.shape[1:] != spec.image_shape:
         raise UsageError(
             f"{source} has images {images.shape[1:]}, the model takes {spec.image_shape}; {_ADVICE}"
