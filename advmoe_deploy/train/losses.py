@@ -3,7 +3,6 @@
 Shapes: N images, K classes, E experts.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,9 +33,7 @@ def indecision(scores_NE: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     probability_NE = F.softmax(scores_NE, dim=1)
     member_NK = F.one_hot(labels_N, num_classes).to(probability_NE)
     joint_KE = member_NK.T @ probability_NE / len(labels_N)
-    by_class_K, by_expert_E = joint_KE.sum(dim=1), joint_KE.sum(dim=0)
-    entropies = [-torch.special.entr(p).sum() for p in (by_class_K, by_expert_E, joint_KE)]
-    return entropies[0] + entropies[1] - entropies[2]
+    return _entropy(joint_KE) - _entropy(joint_KE.sum(dim=0)) - _entropy(joint_KE.sum(dim=1))
 
 
 def inconsistency(clean_NE: Tensor, adversarial_NE: Tensor) -> Tensor:
@@ -58,3 +55,8 @@ def imbalance(routing: Routing) -> Tensor:
     share_E = routing.expert_load_E / len(routing.scores_NE)
     probability_E = F.softmax(routing.scores_NE, dim=1).mean(dim=0)
     return routing.num_experts * (share_E * probability_E).sum() - 1
+
+
+def _entropy(p: Tensor) -> Tensor:
+    # Clamped, for a class that a batch lacks has probability 0, whose logarithm has no gradient.
+    return -(p * p.clamp(min=1e-12).log()).sum()

@@ -23,15 +23,14 @@ def digits_advmoe() -> TrainConfig:
         method="advmoe",
         epochs=20,
         batch_size=100,
-        lr=0.1,
-        router_lr=0.01,
+        lr=0.02,
         schedule="one-cycle",
         attack_steps=2,
         attack_step_size=0.625 * DIGITS_EPSILON,
         attack_per_step=False,
         balanced_start=True,
-        balance_weight=0.0,
-        evaluate_every=2,
+        decision_weight=12,
+        evaluate_every=4,
     )
 
 

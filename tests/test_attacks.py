@@ -1,0 +1,197 @@
+"""Attacks stay inside the threat model, do harm, and can be repeated."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmoe_deploy.attacks.autoattack import standard_autoattack
+from advmoe_deploy.attacks.black_box import attack_predictions
+from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl, project, step_size_of
+from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.models.classifier import AdvMoE, Classifier, DenseClassifier, build_model
+from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, build_spec
+
+THREAT = ThreatModel(epsilon=0.1)
+TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway")
+
+
+def some_digits(n: int) -> tuple[Tensor, Tensor]:
+    test = load_dataset("digits").test
+    return torch.from_numpy(to_float(test.images[:n])), torch.from_numpy(test.labels[:n])
+
+
+@pytest.fixture(scope="module")
+def model() -> AdvMoE:
+    """A tiny AdvMoE after thirty plain steps: right about most digits, not robust."""
+    torch.manual_seed(0)
+    spec = build_spec(
+        family="advmoe",
+        num_experts=2,
+        ratio=0.5,
+        width=8,
+        router_width=4,
+        in_channels=1,
+        image_size=8,
+        mean=[0.3],
+        std=[0.4],
+    )
+    built = build_model(spec)
+    assert isinstance(built, AdvMoE)
+    train = load_dataset("digits").train
+    x, y = torch.from_numpy(to_float(train.images)), torch.from_numpy(train.labels)
+    built.router.fc.bias.data -= built.score(x).mean(dim=0).detach()
+    optimizer = torch.optim.SGD(built.parameters(), lr=0.05, momentum=0.9)
+    for rows in torch.randperm(1000).split(100) + torch.randperm(1000).split(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(built(x[rows]), y[rows]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return built.eval()
+
+
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    return float((predict(model, images) == labels).float().mean())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pgd_stays_inside_and_lowers_accuracy(model: AdvMoE, target: AttackTarget) -> None:
+    x, y = some_digits(60)
+    found = attack_model(model, x, y, THREAT, AttackSpec(name="pgd", steps=8, target=target))
+    assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert accuracy(model, found, y) < accuracy(model, x, y) - 0.1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_same_seed_finds_the_same_examples(model: AdvMoE, target: AttackTarget) -> None:
+    x, y = some_digits(10)
+    attack = AttackSpec(name="pgd", steps=2, target=target, restarts=2, seed=5)
+    first = attack_model(model, x, y, THREAT, attack)
+    assert torch.equal(first, attack_model(model, x, y, THREAT, attack))
+    other = attack_model(model, x, y, THREAT, attack.model_copy(update={"seed": 6}))
+    assert not torch.equal(first, other)
+
+
+def test_an_attack_leaves_the_model_as_it_was(model: AdvMoE) -> None:
+    x, y = some_digits(8)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.train()
+    model.backbone.bn1.eval()
+    try:
+        attack_model(model, x, y, THREAT, AttackSpec(name="pgd", steps=1))
+        assert model.training
+        assert not model.backbone.bn1.training
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    finally:
+        model.eval()
+
+
+def test_settling_for_the_first_fools_as_many(model: AdvMoE) -> None:
+    x, y = some_digits(60)
+    attack = AttackSpec(name="pgd", steps=6)
+    worst = attack_model(model, x, y, THREAT, attack)
+    first = attack_model(model, x, y, THREAT, attack, first_only=True)
+    assert accuracy(model, worst, y) == pytest.approx(accuracy(model, first, y), abs=0.04)
+
+
+def test_a_clean_mistake_is_never_corrected(model: AdvMoE) -> None:
+    x, _ = some_digits(30)
+    wrong = (predict(model, x) + 1) % 10
+    found = attack_model(model, x, wrong, THREAT, AttackSpec(name="pgd", steps=2))
+    assert accuracy(model, found, wrong) == 0
+
+
+class TwoHalves(nn.Module):
+    """Logits (s, -s) with s the sum of the pixels less two: the best attack is known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.sum(dim=(1, 2, 3)) - 2
+        return torch.stack([s, -s], dim=1)
+
+
+def test_pgd_reaches_the_corner_a_linear_model_wants() -> None:
+    x = torch.full((1, 1, 2, 2), 0.6)  # sum 2.4: class 0; lowering each pixel by 0.15 flips it
+    attack = AttackSpec(name="pgd", steps=5)
+    fooled = attack_model(TwoHalves(), x, torch.tensor([0]), ThreatModel(epsilon=0.15), attack)  # type: ignore[arg-type]
+    assert torch.allclose(fooled, torch.full_like(x, 0.45))
+
+
+def test_only_a_router_has_routes_to_attack() -> None:
+    dense = build_model(build_spec(family="dense", width=4, in_channels=1, mean=[0], std=[1]))
+    assert isinstance(dense, DenseClassifier)
+    x, y = some_digits(2)
+    with pytest.raises(UsageError, match="needs a router"):
+        attack_model(dense, x, y, THREAT, AttackSpec(name="pgd", target="pathway"))
+    with pytest.raises(UsageError, match="no white-box attack"):
+        attack_model(dense, x, y, THREAT, AttackSpec(name="square"))
+    with pytest.raises(UsageError, match="needs gradients"):
+        attack_predictions(lambda a: a, x.numpy(), y.numpy(), THREAT, AttackSpec(name="pgd"))
+
+
+def test_default_step_and_projection() -> None:
+    assert step_size_of(AttackSpec(name="pgd", steps=10), THREAT) == pytest.approx(0.025)
+    assert step_size_of(AttackSpec(name="pgd", step_size=0.3), THREAT) == 0.3
+    x = torch.tensor([0.0, 0.5, 1.0])
+    assert project(x + 0.2, x, 0.1).tolist() == pytest.approx([0.1, 0.6, 1.0])
+
+
+def test_pgd_kl_raises_the_divergence_it_climbs(model: AdvMoE) -> None:
+    x, _ = some_digits(20)
+
+    def divergence(x_adv: Tensor) -> float:
+        with torch.no_grad():
+            p, q = model(x).log_softmax(1), model(x_adv).log_softmax(1)
+        return float(nn.functional.kl_div(q, p, log_target=True, reduction="batchmean"))
+
+    found = pgd_kl(
+        model,
+        x,
+        threat=THREAT,
+        steps=3,
+        step_size=0.05,
+        noise=0.001,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
+    assert divergence(found) > 0.1
+
+
+def test_square_attacks_anything_that_answers(model: AdvMoE) -> None:
+    x, y = some_digits(40)
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.float32
+        with torch.no_grad():
+            return model(torch.from_numpy(images)).numpy()
+
+    attack = AttackSpec(name="square", steps=60, seed=1)
+    state = torch.random.get_rng_state()
+    found = attack_predictions(answer, x.numpy(), y.numpy(), THREAT, attack)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert np.abs(found - x.numpy()).max() <= THREAT.epsilon + 1e-6
+    assert accuracy(model, torch.from_numpy(found), y) < accuracy(model, x, y)
+    again = attack_predictions(answer, x.numpy(), y.numpy(), THREAT, attack)
+    assert np.array_equal(found, again)
+
+
+def test_autoattack_leaves_nothing_of_a_weak_model(model: AdvMoE) -> None:
+    x, y = some_digits(6)
+    wide = ThreatModel(epsilon=0.5)  # so that its first attack succeeds and the test is short
+    found = standard_autoattack(model, x, y, wide)
+    assert (found - x).abs().max() <= wide.epsilon + 1e-5
+    assert accuracy(model, found, y) == 0
+
+
+def test_eval_mode_gives_each_module_its_own_mode_back() -> None:
+    pair = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1)).train()
+    pair[1].eval()
+    with eval_mode(pair):
+        assert not pair[0].training
+    assert pair[0].training
+    assert not pair[1].training
