@@ -17,13 +17,12 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.classifier import AdvMoE
-from advmoe_deploy.models.routing import route_top_1
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.evaluate import effective_routes
 from advmoe_deploy.train.feed import Batch, Feed
 from advmoe_deploy.train.loop import train
-from advmoe_deploy.train.losses import imbalance, inconsistency, indecision, trades
+from advmoe_deploy.train.losses import class_routing_loss, trades
 from advmoe_deploy.train.recipes import RECIPES, apply_overrides, recipe
 from advmoe_deploy.train.schedule import epoch_batches, lr_factor
 from advmoe_deploy.train.weights import TrainedWeights
@@ -69,8 +68,7 @@ def test_every_recipe_builds_and_names_itself() -> None:
     assert (paper.epochs, paper.batch_size, paper.beta) == (100, 128, 6)
     assert (paper.lr, paper.weight_decay, paper.schedule) == (0.1, 5e-4, "cosine")
     assert (paper.attack_steps, paper.attack_step_size) == (2, 5 / 255)
-    assert (paper.balance_weight, paper.decision_weight, paper.consistency_weight) == (0, 0, 0)
-    assert not paper.balanced_start
+    assert (paper.class_routing_weight, paper.balanced_start) == (0, False)
 
 
 def test_an_unknown_recipe_offers_the_nearest() -> None:
@@ -122,18 +120,23 @@ def test_trades_survives_probabilities_that_underflow() -> None:
     assert all(torch.isfinite(t).all() for t in (loss, *gradients))
 
 
-def test_router_terms_at_their_ends() -> None:
+def test_class_routing_is_best_when_each_class_has_its_expert() -> None:
     split = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
     collapsed = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
-    labels = torch.tensor([0, 1])
-    assert float(imbalance(route_top_1(split))) == pytest.approx(0)
-    assert float(imbalance(route_top_1(collapsed))) == pytest.approx(1)
-    assert float(indecision(split, labels, 2)) == pytest.approx(-math.log(2))
-    assert float(indecision(collapsed, labels, 2)) == pytest.approx(0, abs=1e-6)
+    both = torch.tensor([0, 1])
+    assert float(class_routing_loss(split, both, 2)) == pytest.approx(-math.log(2))
+    assert float(class_routing_loss(collapsed, both, 2)) == pytest.approx(0, abs=1e-6)
     # A class that goes half here, half there tells nothing of its expert.
-    assert float(indecision(split, torch.tensor([0, 0]), 2)) == pytest.approx(0, abs=1e-6)
-    assert float(inconsistency(split, split)) == pytest.approx(0)
-    assert float(inconsistency(split, split.flip(0))) == pytest.approx(50)
+    assert float(class_routing_loss(split, torch.tensor([0, 0]), 2)) == pytest.approx(0, abs=1e-6)
+
+
+def test_class_routing_has_a_gradient_where_a_batch_lacks_a_class() -> None:
+    scores = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    loss = class_routing_loss(scores, torch.tensor([0, 1]), num_classes=5)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert torch.isfinite(gradient).all()
+    assert gradient[0, 0] < 0
+    assert gradient[1, 1] < 0
 
 
 def test_effective_routes() -> None:

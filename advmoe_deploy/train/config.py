@@ -26,10 +26,15 @@ class TrainConfig(Frozen):
     ``attack_per_step`` finds new examples for the expert step, as the paper does; without it the
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
-    ``balanced_start`` sets the router's last bias so that the mean scores of the first batch are
-    equal; ``balance_weight`` weighs the load-balancing term E * sum_e f_e * P_e - 1 of Switch
-    Transformers (arXiv 2101.03961) in the router's loss. Neither is in AdvMoE's paper, whose
-    recipe leaves both off. ``ema_decay`` averages the weights that are evaluated and kept.
+    ``ema_decay`` averages the weights that are evaluated and kept.
+
+    Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
+    and off in its recipe. ``balanced_start`` sets the router's last bias so that the mean scores
+    of the first batch are equal. ``class_routing_weight`` adds to the router's loss minus the
+    mutual information of class and expert: all images of a class to one expert, and as many to
+    each. (Released code of the paper prescribes label modulo E instead of the router's own
+    choice.) On the digits the paper's objective alone collapses within six epochs, and
+    balancing the load alone splits each class at random, which leaves each expert half the data.
     """
 
     name: str
@@ -53,9 +58,7 @@ class TrainConfig(Frozen):
     attack_per_step: bool = True
     attack_in_eval_mode: bool = True
     balanced_start: bool = False
-    balance_weight: float = Field(0.0, ge=0)
-    decision_weight: float = Field(0.0, ge=0)
-    consistency_weight: float = Field(0.0, ge=0)
+    class_routing_weight: float = Field(0.0, ge=0)
     crop_padding: int = Field(0, ge=0)
     flip: bool = False
     ema_decay: float | None = Field(None, gt=0, lt=1)

@@ -20,7 +20,7 @@ from advmoe_deploy.models.classifier import AdvMoE, Classifier
 from advmoe_deploy.models.routing import Routing, frozen_parameters
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch
-from advmoe_deploy.train.losses import imbalance, inconsistency, indecision, trades
+from advmoe_deploy.train.losses import class_routing_loss, trades
 from advmoe_deploy.train.schedule import lr_factor
 
 Named = dict[str, nn.Parameter]
@@ -111,23 +111,10 @@ class Learner:
         logits, routing = self._forward(both, through_router=through_router)
         clean_NK, adversarial_NK = logits.chunk(2)
         loss = trades(clean_NK, adversarial_NK, batch.labels, self.config.beta)
-        if routing is not None and through_router:
-            loss = loss + self._routing_loss(routing, batch.labels)
-        return loss
-
-    def _routing_loss(self, routing: Routing, y_N: Tensor) -> Tensor | float:
-        """Return the terms that are the router's own; none in the paper's recipe."""
-        config = self.config
-        loss: Tensor | float = 0.0
-        if config.balance_weight:
-            loss = config.balance_weight * imbalance(routing)
-        if config.decision_weight:
-            loss = loss + config.decision_weight * indecision(
-                routing.scores_NE, y_N.repeat(2), config.model.num_classes
-            )
-        if config.consistency_weight:
-            clean_NE, adversarial_NE = routing.scores_NE.chunk(2)
-            loss = loss + config.consistency_weight * inconsistency(clean_NE, adversarial_NE)
+        weight = self.config.class_routing_weight
+        if routing is not None and through_router and weight:
+            y_2N, classes = batch.labels.repeat(2), self.config.model.num_classes
+            loss = loss + weight * class_routing_loss(routing.scores_NE, y_2N, classes)
         return loss
 
     def _forward(self, x: Tensor, *, through_router: bool) -> tuple[Tensor, Routing | None]:

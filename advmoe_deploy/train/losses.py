@@ -6,8 +6,6 @@ Shapes: N images, K classes, E experts.
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.routing import Routing
-
 
 def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: float) -> Tensor:
     """Return CE(clean, y) + beta * KL(clean || adversarial), the mean over the batch.
@@ -24,37 +22,16 @@ def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: flo
     return natural + beta * robust
 
 
-def indecision(scores_NE: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
+def class_routing_loss(scores_NE: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     """Return minus the mutual information of class and expert: -log(E) at best, 0 at a collapse.
 
     It falls as all images of a class, attacked ones included, go to one expert, and as the
-    experts share the classes alike; which classes go together is for training to find.
+    experts share the images alike; which classes go together is for training to find.
     """
     probability_NE = F.softmax(scores_NE, dim=1)
     member_NK = F.one_hot(labels_N, num_classes).to(probability_NE)
     joint_KE = member_NK.T @ probability_NE / len(labels_N)
     return _entropy(joint_KE) - _entropy(joint_KE.sum(dim=0)) - _entropy(joint_KE.sum(dim=1))
-
-
-def inconsistency(clean_NE: Tensor, adversarial_NE: Tensor) -> Tensor:
-    """Return KL(clean || adversarial) of the router's softmax scores, the mean over the batch."""
-    return F.kl_div(
-        F.log_softmax(adversarial_NE, dim=1),
-        F.log_softmax(clean_NE, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
-def imbalance(routing: Routing) -> Tensor:
-    """Return E * sum_e f_e * P_e - 1: 0 when all experts are used alike, E - 1 at a collapse.
-
-    f_e is the share of rows sent to expert e and P_e the mean softmax score of e, which has the
-    gradient. Fedus et al., "Switch Transformers", JMLR 2022.
-    """
-    share_E = routing.expert_load_E / len(routing.scores_NE)
-    probability_E = F.softmax(routing.scores_NE, dim=1).mean(dim=0)
-    return routing.num_experts * (share_E * probability_E).sum() - 1
 
 
 def _entropy(p: Tensor) -> Tensor:

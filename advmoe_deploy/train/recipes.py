@@ -29,7 +29,7 @@ def digits_advmoe() -> TrainConfig:
         attack_step_size=0.625 * DIGITS_EPSILON,
         attack_per_step=False,
         balanced_start=True,
-        decision_weight=12,
+        class_routing_weight=20,
         evaluate_every=4,
     )
 
