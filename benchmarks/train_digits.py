@@ -2,7 +2,7 @@
 
     python benchmarks/train_digits.py [--seeds 0,1,2] [--recipes digits-advmoe,...] [--threads 2]
 
-Each model is measured on the 400 test images: clean, PGD-50 as trained and reported, and for an
+Rows of an earlier result that were not measured again are kept. Each model is measured on the 400 test images: clean, PGD-50 as trained and reported, and for an
 MoE also PGD-50 through the router and along each pathway; an image counts as robust under all
 only if no attack turned it. Intervals are Wilson's, 95 %, over the images of one seed.
 """
@@ -71,10 +71,20 @@ def row_of(config: TrainConfig, data: Dataset, run: Path) -> dict[str, Any]:
         "robust_under_all": share(survived),
         "effective_routes": report.effective_routes,
         "expert_load": report.expert_load,
+        "threads": torch.get_num_threads(),
         "executed_macs": macs_of(config.model).executed,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
     }
+
+
+def kept_rows(path: Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier result that were not measured again."""
+    if not path.exists():
+        return []
+    done = {(row["recipe"], row["seed"]) for row in new}
+    rows = json.loads(path.read_text())["rows"]
+    return [row for row in rows if (row["recipe"], row["seed"]) not in done]
 
 
 def processor() -> str:
@@ -103,13 +113,13 @@ def main() -> None:
             rows.append(row_of(config, data, scratch / f"{name}-{seed}"))
             print(json.dumps(rows[-1]), flush=True)
     shutil.rmtree(scratch)
+    rows += kept_rows(arguments.out, rows)
     result = {
         "epsilon": config.threat.epsilon,
         "attack": "PGD-50, step 2.5 * epsilon / 50, one random start, l-infinity, best iterate",
-        "threads": arguments.threads,
         "processor": processor(),
         "versions": versions(),
-        "rows": rows,
+        "rows": sorted(rows, key=lambda row: (row["recipe"], row["seed"])),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -24,24 +24,19 @@ _OWN_ERROR = re.compile(r"^advmoe_deploy\.errors\.(\w+): (.+)$", re.MULTILINE)
 def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -> T:
     """Return what ``work(fabric, progress)`` returns in the first of ``devices`` processes.
 
-    Under torchrun the processes exist already; otherwise more than one are spawned, and ``work``
-    must be picklable. Accelerators are used where there are any, else the CPU.
+    Under torchrun the processes exist already, and their number is torchrun's; otherwise more
+    than one are spawned, and ``work`` must be picklable. Accelerators are used where there are any, else the CPU.
 
     Raises:
         BackendUnavailableError: there are fewer accelerators than ``devices``.
         AdvMoEError: what a process raised; a full disk and the like as MachineError.
     """
-    _require_devices(devices)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    many = devices > 1 or under_torchrun
-    strategy = ("ddp" if under_torchrun else "ddp_spawn") if many else "auto"
-    fabric = Fabric(
-        accelerator="auto",
-        devices=devices,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    if strategy != "ddp_spawn":
+    if under_torchrun():
+        fabric = _fabric("ddp", int(os.environ["LOCAL_WORLD_SIZE"]), precision)
+    else:
+        _require_devices(devices)
+        fabric = _fabric("ddp_spawn" if devices > 1 else "auto", devices, precision)
+    if under_torchrun() or devices == 1:
         fabric.launch()
         return _work(fabric, work, progress)
     with _relayed(progress) as relay:
@@ -50,6 +45,29 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
         except ProcessRaisedException as error:
             raise _own_error(error) or error from None
     return result
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun has started this process, and the others, already."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_process() -> bool:
+    """Return whether this process prepares what all others use, before they are joined."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def _fabric(strategy: str, devices: int, precision: str) -> Fabric:
+    nodes = 1
+    if under_torchrun():
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return Fabric(
+        accelerator="auto",
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+    )
 
 
 def _work(fabric: Fabric, work: Work[T], progress: Progress) -> T:

@@ -14,7 +14,7 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.launch import launch
+from advmoe_deploy.train.launch import is_first_process, launch
 from advmoe_deploy.train.report import TrainReport
 from advmoe_deploy.train.run_folder import RunFolder, open_run
 from advmoe_deploy.train.session import Session
@@ -49,7 +49,9 @@ def train(
     """
     _require_fit(config, data, devices)
     config = config.model_copy(update={"data": data.source})
-    folder = open_run(out, config, resume=resume, overwrite=overwrite)
+    folder = RunFolder(out)
+    if is_first_process():
+        folder = open_run(out, config, resume=resume, overwrite=overwrite)
     work = partial(_work, config=config, data=data, folder=folder)
     return launch(work, devices=devices, precision=config.precision, progress=progress)
 

@@ -21,7 +21,7 @@ def digits_advmoe() -> TrainConfig:
         model=_digits_model(),
         threat=ThreatModel(epsilon=DIGITS_EPSILON),
         method="advmoe",
-        epochs=20,
+        epochs=24,
         batch_size=100,
         lr=0.02,
         schedule="one-cycle",
