@@ -2,9 +2,10 @@
 
     python benchmarks/train_digits.py [--seeds 0,1,2] [--recipes digits-advmoe,...] [--threads 2]
 
-Rows of an earlier result that were not measured again are kept. Each model is measured on the 400 test images: clean, PGD-50 as trained and reported, and for an
+Each model is measured on the 400 test images: clean, PGD-50 as trained and reported, and for an
 MoE also PGD-50 through the router and along each pathway; an image counts as robust under all
-only if no attack turned it. Intervals are Wilson's, 95 %, over the images of one seed.
+only if no attack turned it. Intervals are Wilson's, 95 %, over the images of one seed. Rows of an
+earlier result that were not measured again are kept.
 """
 
 import argparse

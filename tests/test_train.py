@@ -12,7 +12,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.data.cifar10 import CLASS_NAMES
+from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
 from advmoe_deploy.models.checkpoint import load_checkpoint
@@ -250,6 +251,7 @@ def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Pat
     assert checkpoint.provenance["data"] == "digits"
     assert checkpoint.recipe == config.model_dump(mode="json")
     assert isinstance(model, AdvMoE)
+    assert set(checkpoint.metrics) == {"clean_accuracy", "robust_accuracy", "effective_routes"}
     assert list((run / "tensorboard").iterdir())
     assert not list(run.rglob(".*"))
     assert report.images == 30
@@ -261,6 +263,21 @@ def test_a_dense_run_has_no_routes(tmp_path: Path) -> None:
     report = train(tiny("digits-s-dense", "epochs=1"), some_digits(), tmp_path / "run")
     assert report.effective_routes is None
     assert report.expert_load == ()
+
+
+def test_the_cifar10_recipe_runs_in_reduced_precision(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(n: int) -> Split:
+        images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        return Split(images, np.arange(n, dtype=np.int64) % 10)
+
+    data = Dataset("cifar10:noise", CLASS_NAMES, noise(12), noise(4), noise(4))
+    config = apply_overrides(recipe("cifar10-advmoe"), [*TINY, "precision=bf16-mixed", "epochs=1"])
+    report = train(config, data, tmp_path / "run")
+    assert report.data == "cifar10:noise"
+    _, model = load_checkpoint(tmp_path / "run" / "model")
+    assert all(t.dtype != torch.bfloat16 for t in model.state_dict().values())
 
 
 def test_a_run_in_the_way_is_refused(tmp_path: Path) -> None:

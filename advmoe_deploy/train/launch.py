@@ -25,7 +25,8 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
     """Return what ``work(fabric, progress)`` returns in the first of ``devices`` processes.
 
     Under torchrun the processes exist already, and their number is torchrun's; otherwise more
-    than one are spawned, and ``work`` must be picklable. Accelerators are used where there are any, else the CPU.
+    than one are spawned, and ``work`` must be picklable. Accelerators are used where there are
+    any, else the CPU.
 
     Raises:
         BackendUnavailableError: there are fewer accelerators than ``devices``.

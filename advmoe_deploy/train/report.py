@@ -21,6 +21,10 @@ class EpochRecord(Frozen):
     expert_load: tuple[int, ...] = ()
     seconds: float
 
+    def measured(self) -> dict[str, float]:
+        """Return what was measured on the hold-out."""
+        return {name: value for name, value in self.scalars().items() if name != "loss"}
+
     def scalars(self) -> dict[str, float]:
         """Return what is a number and was measured."""
         fields = self.model_dump(exclude={"epoch", "expert_load", "seconds"})

@@ -128,7 +128,7 @@ class Session:
             threat=self.config.threat,
             class_names=self.data.class_names,
             recipe=self.config.model_dump(mode="json"),
-            metrics={f"holdout_{k}": v for k, v in state.history[-1].scalars().items()},
+            metrics=state.history[-1].measured(),
             provenance={
                 "data": self.data.source,
                 "seed": self.config.seed,
