@@ -7,7 +7,7 @@ share of the batch.
 Shapes: N images, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl
 from advmoe_deploy.errors import DivergedError
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
-from advmoe_deploy.models.routing import Routing, frozen_parameters
+from advmoe_deploy.models.classifier import AdvMoE, Classifier, as_advmoe
+from advmoe_deploy.models.routing import frozen_parameters
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch
 from advmoe_deploy.train.losses import class_routing_loss, trades
@@ -59,12 +59,12 @@ class Learner:
             DivergedError: the loss or a gradient is not finite; those weights are as before.
         """
         self._set_lr(batch.done)
-        adversarial = self._attack(batch)
+        adversarial = self._attack_model(batch)
         if self.config.method != "advmoe":
             return self._update(tuple(self.groups), batch, adversarial)
         self._update(("router",), batch, adversarial)
         if self.config.attack_per_step:
-            adversarial = self._attack(batch)
+            adversarial = self._attack_model(batch)
         return self._update(("backbone",), batch, adversarial)
 
     def _set_lr(self, done: float) -> None:
@@ -73,12 +73,16 @@ class Learner:
             peak = self.config.router_lr if name == "router" else self.config.lr
             optimizer.param_groups[0]["lr"] = peak * factor
 
-    def _attack(self, batch: Batch) -> Tensor:
-        mode = eval_mode if self.config.attack_in_eval_mode else _batch_statistics
+    def _attack_model(self, batch: Batch) -> Tensor:
         through_router = self.config.attack_target == "straight-through"
+        return self._attack(batch, lambda x: self._forward(x, through_router=through_router))
+
+    def _attack(self, batch: Batch, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the images that change most what ``forward`` gives, as TRADES wants them."""
+        mode = eval_mode if self.config.attack_in_eval_mode else _batch_statistics
         with mode(self.model), frozen_parameters(self.model):
             return pgd_kl(
-                lambda x: self._forward(x, through_router=through_router)[0],
+                forward,
                 batch.images,
                 threat=self.config.threat,
                 steps=self.config.attack_steps,
@@ -108,24 +112,29 @@ class Learner:
         # One pass over both halves: BatchNorm trains on the mixture that it will meet.
         through_router = "router" in names
         both = torch.cat([batch.images, adversarial])
-        logits, routing = self._forward(both, through_router=through_router)
+        logits = self._forward(both, through_router=through_router)
         clean_NK, adversarial_NK = logits.chunk(2)
         loss = trades(clean_NK, adversarial_NK, batch.labels, self.config.beta)
-        weight = self.config.class_routing_weight
-        if routing is not None and through_router and weight:
-            y_2N, classes = batch.labels.repeat(2), self.config.model.num_classes
-            loss = loss + weight * class_routing_loss(routing.scores_NE, y_2N, classes)
+        if through_router and self.config.class_routing_weight:
+            loss = loss + self.config.class_routing_weight * self._class_routing(batch)
         return loss
 
-    def _forward(self, x: Tensor, *, through_router: bool) -> tuple[Tensor, Routing | None]:
+    def _class_routing(self, batch: Batch) -> Tensor:
+        """Return the class routing loss over the clean images and over those that attack it."""
+        model = as_advmoe(self.model)
+        attacked = self._attack(batch, model.score)
+        scores_2NE = model.score(torch.cat([batch.images, attacked]))
+        return class_routing_loss(scores_2NE, batch.labels.repeat(2), model.spec.num_classes)
+
+    def _forward(self, x: Tensor, *, through_router: bool) -> Tensor:
         """Return float32 logits; the router never runs in reduced precision."""
         if not isinstance(self.model, AdvMoE):
             with self.fabric.autocast():
-                return self.model(x).float(), None
+                return self.model(x).float()  # type: ignore[no-any-return]
         with nullcontext() if through_router else torch.no_grad():
             routing = self.model.route(x)
         with self.fabric.autocast():
-            return self.model(x, routing).float(), routing
+            return self.model(x, routing).float()  # type: ignore[no-any-return]
 
     def _averaged(
         self, loss: Tensor, gradients: tuple[Tensor, ...]
