@@ -57,13 +57,19 @@ class Pair(Frozen):
 
 
 class AttackOutcome(Frozen):
-    """One attack: accuracy on its examples, with the reference's and the engine's predictions."""
+    """One attack: accuracy on its examples, with the reference's and the engine's predictions.
+
+    ``route_flip_rate`` is the share of images whose route on the engine the attack changed,
+    ``route_agreement`` the share of attacked images that both send to the same experts; ``None``
+    where nothing routes.
+    """
 
     attack: AttackSpec
     found_on: Literal["reference", "engine"]
     images: int
     robust_accuracy: Pair
     route_flip_rate: float | None
+    route_agreement: float | None
     seconds: float
 
 

@@ -21,6 +21,7 @@ from advmoe_deploy.cli.failures import (
 )
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import forget_shown, print_json_error, session
+from advmoe_deploy.errors import CheckFailedError
 
 app = typer.Typer(
     name="advmoe",
@@ -49,6 +50,8 @@ def demo(
 
         result = run_demo(out, quick=quick, progress=ui.progress)
         ui.show(result.model_dump(mode="json"), lambda: screen(result))
+    if not result.verify.passed:
+        raise CheckFailedError(f"robustness did not survive the export; see {result.report}")
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,6 +1,7 @@
 """One command's conversation: its result on stdout, everything else on stderr."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -47,8 +48,17 @@ def session(as_json: bool) -> Iterator[Session]:
 
 def print_json(value: Mapping[str, Any], stdout: TextIO) -> None:
     """Print ``value`` as the one JSON object of this run."""
-    print(json.dumps(value, indent=2), file=stdout, flush=True)
+    print(json.dumps(_standard(value), indent=2, allow_nan=False), file=stdout, flush=True)
     _shown.set(True)
+
+
+def _standard(value: Any) -> Any:
+    """Return ``value`` with null for NaN and infinity, which JSON cannot say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _standard(item) for key, item in value.items()}
+    return [_standard(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def print_json_error(message: str, code: int) -> None:

@@ -60,6 +60,10 @@ def robust_report(report: RobustReport) -> RenderableType:
     table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
     low, high = report.robust_interval
     verdict = "robustness survived the export" if report.passed else "ROBUSTNESS WAS LOST"
+    if report.passed and report.robust_accuracy.reference == 0:
+        verdict = "nothing was lost, but the reference itself is not robust at this epsilon"
+    if not report.parity.passed:
+        verdict += "; note: logits or clear routes differ from the reference"
     return Group(
         table,
         f"robust on {escape(report.engine)}: 95 % interval {_percent(low)} to {_percent(high)}; "

@@ -83,7 +83,7 @@ def classify_files(
     writer_for(output)
     paths = list_inputs(source)
     shown = [_printable(path) for path in paths]
-    job = _job(bundle, paths, engine, top_k)
+    job = _job(bundle, paths, engine=engine, top_k=top_k, batch=batch)
     opened = open_journal(output, job, shown, batch=batch, resume=resume, overwrite=overwrite)
     with opened as journal, _keeping_what_is_done(journal, len(paths), progress):
         resumed = journal.done
@@ -176,15 +176,14 @@ def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     return RowFormat(class_names=names, layers=layers, top_k=top_k)
 
 
-def _job(bundle: Bundle, paths: Sequence[str], engine: str, top_k: int) -> Job:
+def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Job:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path) + b"\0")
     return {
         "bundle": sha256_of(bundle.path / MANIFEST),
         "inputs": digest.hexdigest(),
-        "engine": engine,
-        "top_k": top_k,
+        **options,
     }
 
 

@@ -137,10 +137,10 @@ def json_line(row: Row) -> bytes:
 
 
 def _refuse(output: Path, journal: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and journal.exists():
-        return
     if resume and output.exists() and not overwrite:
         raise UsageError(f"{output} is finished already; pass --overwrite to do it again")
+    if resume and journal.exists():
+        return
     refuse_existing(output, overwrite=overwrite)
     if journal.exists() and not overwrite:
         raise UsageError(

@@ -20,6 +20,7 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.export.parity import compare_with_reference
+from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.checkpoint import model_from_weights
 from advmoe_deploy.models.classifier import Classifier
@@ -79,17 +80,15 @@ def verify_bundle(
                 outcome = trial.run(attack)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         parity = compare_with_reference(model, runner, x_NCHW)
-    clean, robust = trial.clean_accuracy, trial.robust_accuracy
-    drops = [100 * (pair.reference - pair.engine) for pair in (clean, robust)]
     return RobustReport(
-        passed=max(drops) <= max_drop,
+        passed=trial.worst_drop <= max_drop,
         engine=engine,
         data=source,
         images=len(labels_N),
         threat=threat,
         max_drop=max_drop,
-        clean_accuracy=clean,
-        robust_accuracy=robust,
+        clean_accuracy=trial.clean_accuracy,
+        robust_accuracy=trial.robust_accuracy,
         robust_interval=wilson_interval(int(trial.robust_on_engine_N.sum()), len(labels_N)),
         route_agreement=parity.route_agreement,
         parity=parity,
@@ -122,6 +121,13 @@ class _Trial:
         """Share of images that no attack so far has changed the answer of."""
         return _pair(self.robust_on_reference_N, self.robust_on_engine_N)
 
+    @property
+    def worst_drop(self) -> float:
+        """Percentage points that the engine lost, clean or robust, whichever is more."""
+        # Rounded, for 390 less 388 of 400 is half a point and not a hair more.
+        drops = [p.reference - p.engine for p in (self.clean_accuracy, self.robust_accuracy)]
+        return round(100 * max(drops), 9)
+
     def run(self, attack: AttackSpec) -> AttackOutcome:
         """Attack every image and count what still stands."""
         started = time.perf_counter()
@@ -136,10 +142,20 @@ class _Trial:
             images=len(self.labels_N),
             robust_accuracy=_pair(reference_N, engine_N),
             route_flip_rate=_flip_rate(self.routes, routes),
+            route_agreement=self._route_agreement(adversarial_NCHW, routes),
             seconds=time.perf_counter() - started,
         )
         self.outcomes.append(outcome)
         return outcome
+
+    def _route_agreement(
+        self, x_NCHW: Images, routes: dict[str, NDArray[np.int64]]
+    ) -> float | None:
+        ids_NK = reference_answers(self.model, x_NCHW).expert_ids
+        if ids_NK is None:
+            return None
+        (engine_ids_NK,) = routes.values()
+        return float((ids_NK == engine_ids_NK).all(axis=1).mean())
 
     def _on_reference(self, attack: AttackSpec) -> Images:
         x_NCHW, labels_N = torch.from_numpy(self.x_NCHW), torch.from_numpy(self.labels_N)
