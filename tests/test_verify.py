@@ -16,16 +16,18 @@ from advmoe_deploy.bundle import (
     open_bundle,
     seal_bundle,
 )
+from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.models.checkpoint import model_from_weights
+from advmoe_deploy.reports import Pair
 from advmoe_deploy.specs import build_spec
 from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.verify.curve import robustness_curve
 from advmoe_deploy.verify.suites import attack_suite
-from advmoe_deploy.verify.verify import verify_bundle
+from advmoe_deploy.verify.verify import drop_in_points, verify_bundle
 
 
 def resealed(path: Path, bundle: Bundle) -> Bundle:
@@ -38,21 +40,27 @@ def resealed(path: Path, bundle: Bundle) -> Bundle:
     return open_bundle(path)
 
 
-def spoil_heads(model: onnx.ModelProto) -> int:
-    """Reverse the classes in the head of every pathway; return how many heads there were."""
-    graphs = [model.graph]
-    spoilt = 0
-    while graphs:
-        graph = graphs.pop()
-        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+def spoil_heads(model: onnx.ModelProto, heads: int) -> int:
+    """Reverse the classes in the heads of the first pathways; return how many were reversed."""
+    biases = [t for graph in graphs_of(model.graph) for t in graph.initializer]
+    biases = sorted((t for t in biases if t.name.endswith("linear.bias")), key=lambda t: t.name)
+    for graph in graphs_of(model.graph):
         for tensor in graph.initializer:
-            if tensor.name.endswith("linear.weight") or tensor.name.endswith("linear.bias"):
-                reversed_rows = numpy_helper.to_array(tensor)[::-1]
-                tensor.CopyFrom(
-                    numpy_helper.from_array(np.ascontiguousarray(reversed_rows), tensor.name)
-                )
-                spoilt += 1
-    return spoilt
+            of_a_head = any(
+                tensor.name == bias.name.removesuffix("bias") + part
+                for bias in biases[:heads]
+                for part in ("weight", "bias")
+            )
+            if of_a_head:
+                rows = np.ascontiguousarray(numpy_helper.to_array(tensor)[::-1])
+                tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
+    return len(biases[:heads])
+
+
+def graphs_of(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """Return ``graph`` and, behind it, the branches inside it."""
+    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [graph, *(each for one in inner for each in graphs_of(one))]
 
 
 def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
@@ -68,42 +76,66 @@ def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
     assert [a.attack.target for a in report.attacks[:3]] == ["model", "straight-through", "pathway"]
 
 
-def test_both_runners_verify(tiny_bundle: Bundle) -> None:
-    one, other = (
-        verify_bundle(tiny_bundle, engine=engine, images=40, threads=1)
-        for engine in ("onnxruntime", "onnxruntime-plan")
-    )
-    assert one.robust_accuracy == other.robust_accuracy
-
-
 @pytest.fixture(scope="module")
 def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small dense network that four epochs made robust, exported."""
+    """A small AdvMoE that a few epochs made robust, exported."""
     folder = tmp_path_factory.mktemp("trained")
-    settings = ["epochs=4", "model.width=8", "lr=0.05", "beta=1", "batch_size=50"]
-    settings += ["threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9", "test_attack_steps=5"]
-    config = apply_overrides(recipe("digits-dense"), settings)
+    settings = ["epochs=5", "model.width=8", "model.router_width=4", "lr=0.05", "beta=1"]
+    settings += ["batch_size=50", "threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9"]
+    config = apply_overrides(recipe("digits-advmoe"), [*settings, "test_attack_steps=5"])
     train(config, load_dataset("digits"), folder / "run")
     return export_onnx(folder / "run", folder / "bundle")
+
+
+def spoilt(bundle: Bundle, path: Path, heads: int) -> Bundle:
+    """Return a copy of ``bundle`` whose first ``heads`` pathways answer with the wrong classes."""
+    shutil.copytree(bundle.path, path)
+    model = onnx.load(path / "model.onnx")
+    assert spoil_heads(model, heads) == heads
+    onnx.save(model, path / "model.onnx")
+    return resealed(path, bundle)
 
 
 def test_robustness_that_survived_passes(trained_bundle: Bundle) -> None:
     report = verify_bundle(trained_bundle, images=150, max_drop=0.0)
     assert report.passed
+    assert min(report.parity.images_per_expert) > 10
     assert report.clean_accuracy.engine > 0.8
-    assert report.robust_accuracy.engine > 0.5
+    assert report.robust_accuracy.engine > 0.4
+    assert all(a.route_agreement == 1.0 for a in report.attacks)
 
 
-def test_robustness_that_was_lost_fails(trained_bundle: Bundle, tmp_path: Path) -> None:
-    path = tmp_path / "spoilt"
-    shutil.copytree(trained_bundle.path, path)
-    model = onnx.load(path / "model.onnx")
-    assert spoil_heads(model) == 2
-    onnx.save(model, path / "model.onnx")
-    report = verify_bundle(resealed(path, trained_bundle), images=150)
+def test_both_runners_verify(trained_bundle: Bundle) -> None:
+    one, other = (
+        verify_bundle(trained_bundle, engine=engine, images=60, threads=1)
+        for engine in ("onnxruntime", "onnxruntime-plan")
+    )
+    assert one.robust_accuracy == other.robust_accuracy
+
+
+def test_one_expert_that_was_lost_fails(trained_bundle: Bundle, tmp_path: Path) -> None:
+    report = verify_bundle(spoilt(trained_bundle, tmp_path / "spoilt", heads=1), images=150)
     assert not report.passed
     assert not report.parity.passed
-    assert report.robust_accuracy.engine < report.robust_accuracy.reference - 0.3
+    assert report.route_agreement == 1.0  # the router still does its part
+    assert report.robust_accuracy.engine < report.robust_accuracy.reference - 0.1
+
+
+def test_the_command_exits_1_when_robustness_was_lost(
+    trained_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = spoilt(trained_bundle, tmp_path / "spoilt", heads=2)
+    assert run(["verify", str(bundle.path), "--images", "40"]) == 1
+    printed = capsys.readouterr()
+    assert "ROBUSTNESS WAS LOST" in printed.out
+    assert "advmoe: error: clean accuracy fell by" in printed.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("lost", "limit", "passed"), [(2, 0.5, True), (3, 0.5, False), (0, 0.0, True), (-3, 0.0, True)]
+)
+def test_the_limit_itself_is_allowed(lost: int, limit: float, passed: bool) -> None:
+    assert (drop_in_points(Pair(reference=390 / 400, engine=(390 - lost) / 400)) <= limit) == passed
 
 
 def test_no_reference_no_verification(tiny_bundle: Bundle, tmp_path: Path) -> None:
