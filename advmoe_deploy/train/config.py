@@ -31,10 +31,11 @@ class TrainConfig(Frozen):
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and off in its recipe. ``balanced_start`` sets the router's last bias so that the mean scores
     of the first batch are equal. ``class_routing_weight`` adds to the router's loss minus the
-    mutual information of class and expert: all images of a class to one expert, and as many to
-    each. (Released code of the paper prescribes label modulo E instead of the router's own
-    choice.) On the digits the paper's objective alone collapses within six epochs, and
-    balancing the load alone splits each class at random, which leaves each expert half the data.
+    mutual information of class and expert, on clean images and on those that attack the router:
+    all images of a class to one expert, and as many to each. (The paper's released code prescribes
+    label modulo E instead; here the router chooses.) On the digits the paper's objective alone
+    collapses within six epochs, and balancing the load alone splits each class at random, which
+    leaves each expert half the data of every class.
     """
 
     name: str

@@ -14,7 +14,16 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 def digits_advmoe() -> TrainConfig:
-    """Return AdvMoE on the embedded digits."""
+    """Return AdvMoE on the embedded digits.
+
+    Reaches about 98 % clean and 88 % against PGD-50 on the model at epsilon 0.1, over three seeds
+    within a point of :func:`digits_dense` at 35 % of its MACs, router included; about 85 % of the
+    images also withstand the pathway attack. Both experts are used (1.8 to 2.0 effective routes).
+    About two minutes of one CPU core. The paper's objective alone sends all digits to one expert
+    after a few epochs, so the router also learns to keep classes together (see
+    ``class_routing_weight``), and its own start is balanced; neither is in the paper.
+    Figures of all digits recipes: benchmarks/results/train_digits.json.
+    """
     return TrainConfig(
         name="digits-advmoe",
         data="digits",
@@ -36,12 +45,19 @@ def digits_advmoe() -> TrainConfig:
 
 
 def digits_at_moe() -> TrainConfig:
-    """Return the papers' AT MoE baseline on the digits: router and experts in one joint step."""
+    """Return the papers' AT MoE baseline on the digits: router and experts in one joint step.
+
+    The router's own terms are those of :func:`digits_advmoe`, so that only the alternation differs.
+    """
     return _variant(digits_advmoe(), name="digits-at-moe", method="at-moe")
 
 
 def digits_dense() -> TrainConfig:
-    """Return the dense network of full width on the digits, adversarially trained."""
+    """Return the dense network of full width on the digits, adversarially trained.
+
+    Reaches about 99 % clean and 89 % against PGD-50 at epsilon 0.1 in a minute and a half of one
+    CPU core.
+    """
     base = digits_advmoe()
     return _variant(base, name="digits-dense", method="at-dense", model=base.model.dense())
 
