@@ -1,5 +1,7 @@
 """Attacks stay inside the threat model, do harm, and can be repeated."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl, project, step_size_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.models.classifier import AdvMoE, Classifier, DenseClassifier, build_model
+from advmoe_deploy.models.routing import route_top_1
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, build_spec
 
 THREAT = ThreatModel(epsilon=0.1)
@@ -195,3 +198,46 @@ def test_eval_mode_gives_each_module_its_own_mode_back() -> None:
         assert not pair[0].training
     assert pair[0].training
     assert not pair[1].training
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_restarts_never_find_less(model: AdvMoE, target: AttackTarget) -> None:
+    x, y = some_digits(60)
+    losses = []
+    for restarts in (1, 4):
+        attack = AttackSpec(name="pgd", steps=3, target=target, restarts=restarts)
+        found = attack_model(model, x, y, THREAT, attack)
+        with torch.no_grad():
+            losses.append(nn.functional.cross_entropy(model(found), y, reduction="none"))
+    right_N = losses[1] < np.log(2)  # certainly right: such an image is still under attack
+    assert right_N.any()
+    assert (losses[1] >= losses[0] - 1e-6)[right_N].all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_that_answers_nan_is_not_called_robust(model: AdvMoE, target: AttackTarget) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.backbone.linear.bias[3] = torch.nan
+    with pytest.raises(CheckFailedError, match="not finite under attack"):
+        attack_model(broken, *some_digits(5), THREAT, AttackSpec(name="pgd", target=target))
+
+
+def test_the_straight_through_weight_is_exactly_one_and_reaches_the_router() -> None:
+    scores = torch.randn(1000, 3, requires_grad=True)
+    routing = route_top_1(scores)
+    assert bool((routing.weights_NK == 1).all())
+    routing.weights_NK.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.abs().min() > 0
+
+
+def test_the_pathway_attack_moves_more_routes(model: AdvMoE) -> None:
+    x, y = some_digits(100)
+    clean = model.route(x).expert_ids_NK
+    moved = []
+    for target in ("model", "pathway"):
+        attack = AttackSpec(name="pgd", steps=10, target=target)
+        found = attack_model(model, x, y, THREAT, attack)
+        moved.append(int((model.route(found).expert_ids_NK != clean).sum()))
+    assert moved[1] > moved[0]

@@ -217,8 +217,21 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_applied() -> None:
     with pytest.raises(DivergedError, match="the loss is not finite in the router step"):
         weights.step(batch)
     assert torch.equal(model.router.fc.weight, before)  # type: ignore[union-attr]
-    with pytest.raises(DivergedError, match=r"backbone.linear.weight holds 160 values"):
-        weights.end_epoch()
+
+
+def test_a_weight_that_is_not_finite_is_named_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    weights = TrainedWeights(fabric(), config)
+    optimizer = weights.learner.optimizers["backbone"]
+    step = optimizer.step
+
+    def overflowing_step() -> None:
+        step()
+        weights.learner.model.backbone.linear.weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(optimizer, "step", overflowing_step)
+    with pytest.raises(DivergedError, match=r"backbone.linear.weight holds 1 values"):
+        weights.step(first_batch(config))
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -358,6 +371,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     train(tiny("digits-dense"), some_digits(), run)
     return run
+
+
+def test_a_finished_run_may_be_resumed_and_stays_the_same(finished: Path) -> None:
+    before = (finished / "model" / "weights.safetensors").read_bytes()
+    train(tiny("digits-dense"), some_digits(), finished, resume=True)
+    assert (finished / "model" / "weights.safetensors").read_bytes() == before
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:

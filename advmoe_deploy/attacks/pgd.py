@@ -90,8 +90,8 @@ def pgd_search(
     steps: int,
     step_size: float,
     first_only: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the worst images met and whether each fools the model.
+) -> Tensor:
+    """Return the worst images met.
 
     Worst is, among the iterates that fool the model, the one of the highest loss; an image that
     nothing fooled keeps its highest loss. ``first_only`` stops working on an image at the first
@@ -110,7 +110,7 @@ def pgd_search(
         if step == steps or not len(rows_N):
             break
         x_NCHW = project(x_NCHW, images_NCHW[rows_N], threat.epsilon)
-    return worst.images_NCHW, worst.fooled_N
+    return worst.images_NCHW
 
 
 class _Worst:

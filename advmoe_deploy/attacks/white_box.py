@@ -11,6 +11,7 @@ Shapes: N images, E experts, C channels, H height, W width, K classes.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from advmoe_deploy.attacks.pgd import (
     random_start,
     step_size_of,
 )
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.models.classifier import AdvMoE, Classifier
 from advmoe_deploy.models.routing import frozen_parameters
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -84,12 +85,12 @@ def _attack_batch(
     result = images.clone()
     left_N = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     if first_only:
-        left_N &= _is_right(model, images, labels)
+        left_N &= ~_judge(model, images, labels).fooled_N
     for objective, start in _tries(objectives, images, threat, attack, generator):
         rows_N = left_N.nonzero()[:, 0]
         if not len(rows_N):
             continue  # still draws the starts, so that later batches do not depend on it
-        candidates, fooled_N = pgd_search(
+        candidates = pgd_search(
             objective,
             images[rows_N],
             labels[rows_N],
@@ -99,9 +100,11 @@ def _attack_batch(
             step_size=step_size_of(attack, threat),
             first_only=first_only,
         )
-        fooled_N = fooled_N | ~_is_right(model, candidates, labels[rows_N])
-        result[rows_N] = candidates
-        left_N[rows_N[fooled_N]] = False
+        judged = _judge(model, candidates, labels[rows_N])
+        worse_N = judged.loss_N > _judge(model, result[rows_N], labels[rows_N]).loss_N
+        taken_N = judged.fooled_N | worse_N
+        result[rows_N[taken_N]] = candidates[taken_N]
+        left_N[rows_N[judged.fooled_N]] = False
     if not first_only:
         _restore_clean_mistakes(model, result, images, labels)
     return result
@@ -109,7 +112,7 @@ def _attack_batch(
 
 def _restore_clean_mistakes(model: Classifier, found: Tensor, clean: Tensor, y: Tensor) -> None:
     """Never let an attack correct a mistake: an image wrong from the start stays wrong."""
-    rows = _is_right(model, found, y) & ~_is_right(model, clean, y)
+    rows = ~_judge(model, found, y).fooled_N & _judge(model, clean, y).fooled_N
     found[rows] = clean[rows]
 
 
@@ -126,10 +129,27 @@ def _tries(
             yield objective, start
 
 
+class _Judged(NamedTuple):
+    loss_N: Tensor
+    fooled_N: Tensor
+
+
 @torch.no_grad()
-def _is_right(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+def _judge(model: Classifier, images: Tensor, labels: Tensor) -> _Judged:
+    """Return what the model itself, its own route included, makes of ``images``."""
     logits_NK: Tensor = model(images)
-    return logits_NK.argmax(dim=1) == labels
+    loss_N = F.cross_entropy(logits_NK, labels, reduction="none")
+    return _Judged(_finite(loss_N), logits_NK.argmax(dim=1) != labels)
+
+
+def _finite(loss_N: Tensor) -> Tensor:
+    # The sign of NaN is 0: an attack on such a model would be mere noise and call it robust.
+    if not bool(torch.isfinite(loss_N).all()):
+        raise CheckFailedError(
+            "the model's loss is not finite under attack, so no attack can tell anything; "
+            "use an earlier checkpoint or train again"
+        )
+    return loss_N
 
 
 def _objectives(model: Classifier, attack: AttackSpec) -> list[Objective]:
@@ -157,7 +177,7 @@ class _ModelObjective:
             logits_NK = self._logits(x)
             loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
             (gradient,) = torch.autograd.grad(loss_N.sum(), x)
-        return Ascent(gradient, loss_N.detach(), logits_NK.argmax(dim=1) != labels_N)
+        return Ascent(gradient, _finite(loss_N.detach()), logits_NK.argmax(dim=1) != labels_N)
 
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.model, AdvMoE) and not self.through_router:
@@ -186,9 +206,13 @@ class _PathwayObjective:
             lead_N = self._lead(x)
             (attack,) = torch.autograd.grad(loss_N.sum(), x)
             (pull,) = torch.autograd.grad(lead_N.clamp(max=ROUTE_MARGIN).sum(), x)
-        # Elsewhere the model gives another pathway's answer; attack_model asks it at the end.
-        fooled_N = (lead_N > 0) & (logits_NK.argmax(dim=1) != labels_N)
-        return Ascent(_unit(attack) + _unit(pull), loss_N.detach(), fooled_N)
+        answers_N = logits_NK.argmax(dim=1)
+        elsewhere_N = lead_N <= 0  # where the model itself gives another pathway's answer
+        if bool(elsewhere_N.any()):
+            with torch.no_grad():
+                answers_N[elsewhere_N] = self.model.forward(x[elsewhere_N]).argmax(dim=1)
+        gradient = _unit(attack) + _unit(pull)
+        return Ascent(gradient, _finite(loss_N.detach()), answers_N != labels_N)
 
     def _lead(self, x: Tensor) -> Tensor:
         scores_NE = self.model.score(x)

@@ -69,7 +69,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
         curves=_curves(out, data, progress),
         load_by_class=_load_by_class(bundle, data),
         class_names=data.class_names,
-        classified=batch.images,
+        classified=batch.images - batch.errors,
         unreadable=batch.errors,
         report=str(out / "report.html"),
         seconds=time.perf_counter() - started,

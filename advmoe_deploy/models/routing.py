@@ -55,7 +55,7 @@ def route_top_1(scores_NE: Tensor) -> Routing:
     if not (torch.is_grad_enabled() and scores_NE.requires_grad):
         return Routing(scores_NE, ids_NK, ones_NK)
     probability_NK = F.softmax(scores_NE, dim=1).gather(1, ids_NK)
-    return Routing(scores_NE, ids_NK, ones_NK + probability_NK - probability_NK.detach())
+    return Routing(scores_NE, ids_NK, ones_NK + (probability_NK - probability_NK.detach()))
 
 
 def forced_route(expert_ids_N: Tensor, num_experts: int, *, like: Tensor) -> Routing:

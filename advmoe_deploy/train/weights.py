@@ -4,10 +4,10 @@ import copy
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from advmoe_deploy.errors import CheckpointError, DivergedError
-from advmoe_deploy.models.checkpoint import require_finite, state_of
+from advmoe_deploy.errors import DivergedError
+from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.classifier import Classifier, build_model
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch
@@ -35,26 +35,22 @@ class TrainedWeights:
         return self.average or self.learner.model
 
     def step(self, batch: Batch) -> float:
-        """Train on one batch and return its loss."""
+        """Train on one batch and return its loss.
+
+        Raises:
+            DivergedError: the loss, a gradient, a weight or a BatchNorm statistic is not finite.
+        """
         loss = self.learner.step(batch)
+        _require_finite(self.learner.model)
         if self.average is not None:
             self._blend(self.average, 1 - (self.config.ema_decay or 0))
         return loss
 
     def end_epoch(self) -> None:
-        """Give all processes the same buffers and make sure that all weights are finite.
-
-        Raises:
-            DivergedError: a weight is not finite.
-        """
+        """Give all processes the same buffers."""
         for model in (self.learner.model, self.average):
-            if model is None:
-                continue
-            self._average_buffers(model)
-            try:
-                require_finite(model.state_dict(), "after the epoch")
-            except CheckpointError as error:
-                raise DivergedError(str(error).split(";")[0]) from None
+            if model is not None:
+                self._average_buffers(model)
 
     def resume_tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs besides the evaluated weights, on the CPU."""
@@ -113,3 +109,11 @@ class TrainedWeights:
 def place(fabric: Fabric, model: Classifier) -> Classifier:
     """Return ``model`` on the device of ``fabric``, in the memory layout its kernels like best."""
     return model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _require_finite(model: nn.Module) -> None:
+    state = model.state_dict()
+    # One norm over everything is cheap enough for every step; only a bad one is searched.
+    norm = nn.utils.get_total_norm([t for t in state.values() if t.is_floating_point()])
+    if not bool(torch.isfinite(norm)) and (bad := first_not_finite(state)):
+        raise DivergedError(f"{bad} after the step")
