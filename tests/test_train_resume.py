@@ -133,11 +133,3 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
     load_checkpoint(run / "checkpoints" / "epoch-0002")
     finish(run, "resume")
     assert_same_run(run, uninterrupted)
-
-
-def test_a_finished_run_may_be_resumed_and_stays_the_same(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
-    before = (uninterrupted / "model" / "weights.safetensors").read_bytes()
-    finish(uninterrupted, "resume")
-    assert (uninterrupted / "model" / "weights.safetensors").read_bytes() == before
