@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
-from typing_extensions import Self
 
-from advmoe_deploy.errors import BundleError, UsageError, missing_extra
+from advmoe_deploy.errors import BundleError, MachineError, UsageError, missing_extra
+from advmoe_deploy.runtime.closing import Closing
 
+# ONNX Runtime has no class of its own for a failed allocation, on no path.
+_OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")
 _LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")
 
 
-class OrtEngine:
+class OrtEngine(Closing):
     """One ONNX graph, ready to run; safe to call from several threads at once.
 
     Thread pools sleep instead of spinning between runs: side by side in one process, spinning pools
@@ -30,6 +31,7 @@ class OrtEngine:
         Raises:
             BackendUnavailableError: ONNX Runtime is not installed.
             BundleError: it cannot read the graph.
+            MachineError: memory is used up.
             UsageError: ``threads`` is negative.
         """
         if threads < 0:
@@ -45,6 +47,7 @@ class OrtEngine:
         try:
             session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            _refuse_out_of_memory(error)
             if type(error).__name__ not in _LOAD_ERRORS:
                 raise
             where = "the graph" if isinstance(model, bytes) else str(model)
@@ -57,28 +60,27 @@ class OrtEngine:
         """Return every output by name.
 
         Raises:
+            MachineError: memory is used up.
             UsageError: the engine is closed.
         """
         session = self._session  # another thread may close the engine meanwhile
         if session is None:
             raise UsageError("the engine is closed; open the bundle again")
-        values = session.run(None, dict(inputs))
+        try:
+            values = session.run(None, dict(inputs))
+        except Exception as error:
+            _refuse_out_of_memory(error)
+            raise
         return dict(zip(self.output_names, values, strict=True))
 
     def close(self) -> None:
         """Release the session."""
         self._session = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+def _refuse_out_of_memory(error: Exception) -> None:
+    if any(words in str(error) for words in _OUT_OF_MEMORY):
+        raise MachineError("out of memory; lower the batch size") from None
 
 
 def onnxruntime_version() -> str:

@@ -9,14 +9,13 @@ Shapes: N rows, E experts, K experts per row.
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
+from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
@@ -25,7 +24,7 @@ from advmoe_deploy.runtime.runner import prediction_of
 Tensors = dict[str, NDArray[Any]]
 
 
-class PlanRunner:
+class PlanRunner(Closing):
     """Runs the steps of a plan over ONNX Runtime engines."""
 
     name = "onnxruntime-plan"
@@ -90,17 +89,6 @@ class PlanRunner:
     def close(self) -> None:
         """Release every engine."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def route(step: RouteStep, scores_NE: NDArray[np.float32]) -> Tensors:

@@ -1,7 +1,6 @@
 """Runners: from images to a prediction, whatever is underneath."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from advmoe_deploy.plan import RouteStep
+from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
@@ -29,15 +29,10 @@ class Runner(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
-class GraphRunner:
+class GraphRunner(Closing):
     """Runs one ONNX graph that routes inside."""
 
     name = "onnxruntime"
@@ -63,17 +58,6 @@ class GraphRunner:
     def close(self) -> None:
         """Release the session."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def prediction_of(routes: tuple[RouteStep, ...], tensors: dict[str, NDArray[Any]]) -> Prediction:

@@ -7,19 +7,17 @@ import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
-
-from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import refuse_existing
+from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.serving.rows import Row, naming
 
 Job = dict[str, Any]
 
 
-class Journal:
+class Journal(Closing):
     """An open journal; ``done`` rows are in it, ``errors`` of them without an answer."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -28,15 +26,8 @@ class Journal:
         self.errors = 0
         self._file = file
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file, rows and all on disk."""
         with naming(self.path):
             self._file.close()
 
