@@ -11,6 +11,7 @@
 Opening a bundle checks every hash before any of its files is handed out.
 """
 
+import hashlib
 import json
 import os
 from datetime import datetime, timezone
@@ -24,7 +25,7 @@ from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import Macs, ParityReport
-from advmoe_deploy.specs import Frozen, ModelSpec, Precision, ThreatModel, one_line
+from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, Precision, ThreatModel, one_line
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,7 +54,7 @@ class BundleManifest(Frozen):
     plan: Plan
     macs: Macs
     parity: ParityReport
-    class_names: tuple[str, ...]
+    class_names: ClassNames
     training: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileRecord]
@@ -109,9 +110,9 @@ def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
         files=files,
         **fields,
     )
-    text = manifest.model_dump_json(indent=2) + "\n"
-    (path / MANIFEST).write_text(text, encoding="utf-8")
-    (path / MANIFEST_HASH).write_bytes(_hash_line(path / MANIFEST))
+    text = (manifest.model_dump_json(indent=2) + "\n").encode()
+    (path / MANIFEST).write_bytes(text)
+    (path / MANIFEST_HASH).write_bytes(_hash_line(text))
     for name in [*files, MANIFEST, MANIFEST_HASH]:
         _flush_to_disk(path / name)
     return manifest
@@ -123,14 +124,14 @@ def _read_manifest(path: Path) -> BundleManifest:
     file = path / MANIFEST
     if not file.is_file() or not (path / MANIFEST_HASH).is_file():
         raise BundleError(f"{path} has no {MANIFEST} with its {MANIFEST_HASH}; export it again")
-    expected = (path / MANIFEST_HASH).read_bytes()
-    if expected != _hash_line(file):
+    text = file.read_bytes()  # once: what is parsed is what was hashed
+    if (path / MANIFEST_HASH).read_bytes() != _hash_line(text):
         raise _changed(path, f"{MANIFEST} or {MANIFEST_HASH}")
-    return _parse_manifest(path, file.read_bytes())
+    return _parse_manifest(path, text)
 
 
-def _hash_line(manifest: Path) -> bytes:
-    return f"{sha256_of(manifest)}  {MANIFEST}\n".encode("ascii")
+def _hash_line(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode("ascii")
 
 
 def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
@@ -151,7 +152,8 @@ def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
 
 def _check_file(path: Path, name: str, record: FileRecord) -> None:
     file = path / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
+    # A link anywhere on the way leads elsewhere.
+    if Path(name).is_absolute() or os.path.realpath(file) != str(path.resolve() / name):
         raise BundleError(f"{path}: {name} points outside the bundle; do not use this bundle")
     if not file.is_file():
         raise BundleError(f"{path}: {name} is missing; copy the bundle again or export it again")

@@ -1,9 +1,17 @@
 """What a model is, what it is up against, at which batch sizes it runs: frozen, validated."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
@@ -81,6 +89,17 @@ class ModelSpec(Frozen):
     def s_dense(self) -> "ModelSpec":
         """Return the small dense network: this ratio in every layer, no experts."""
         return self.model_copy(update={"family": "dense", "num_experts": 1})
+
+
+def _one_per_class(names: tuple[str, ...], fields: ValidationInfo) -> tuple[str, ...]:
+    spec = fields.data.get("model")
+    if isinstance(spec, ModelSpec) and len(names) != spec.num_classes:
+        raise ValueError(f"{len(names)} names for num_classes={spec.num_classes}; give one each")
+    return names
+
+
+# A field after ``model: ModelSpec``, whose classes it names.
+ClassNames = Annotated[tuple[str, ...], AfterValidator(_one_per_class)]
 
 
 class ThreatModel(Frozen):

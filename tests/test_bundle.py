@@ -95,6 +95,41 @@ def test_a_link_out_of_the_bundle_is_refused(copied: Path, tiny_bundle: Bundle) 
         open_bundle(copied)
 
 
+def test_a_linked_directory_is_refused(copied: Path, tiny_bundle: Bundle) -> None:
+    shutil.rmtree(copied / "segments")
+    (copied / "segments").symlink_to(tiny_bundle.path / "segments")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        open_bundle(copied)
+
+
+def test_a_link_to_the_bundle_itself_is_fine(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny_bundle.path)
+    assert open_bundle(tmp_path / "link").manifest == tiny_bundle.manifest
+
+
+def test_the_manifest_that_is_hashed_is_the_one_that_is_read(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+    (copied / "another").write_bytes(b"{}")
+
+    def swapping(path: Path, *args: object, **options: object) -> object:
+        file = real(path, *args, **options)
+        if path.name == MANIFEST:
+            (copied / "another").replace(path)
+        return file
+
+    monkeypatch.setattr(Path, "open", swapping)
+    assert open_bundle(copied).manifest.schema_version == 1
+
+
+def test_there_is_one_name_per_class(copied: Path) -> None:
+    edit_manifest(copied, class_names=["a", "b"])
+    with pytest.raises(BundleError, match="2 names for num_classes=10") as caught:
+        open_bundle(copied)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_bundle_at_all(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no directory"):
         open_bundle(tmp_path / "nothing")

@@ -17,7 +17,7 @@ from torch import Tensor
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.classifier import Classifier, build_model
-from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel, one_line
 
 CHECKPOINT_VERSION = 1
 CHECKPOINT = "checkpoint.json"
@@ -34,7 +34,7 @@ class Checkpoint(Frozen):
     version: int = CHECKPOINT_VERSION
     model: ModelSpec
     threat: ThreatModel | None
-    class_names: tuple[str, ...]
+    class_names: ClassNames
     recipe: dict[str, Any]
     metrics: dict[str, float]
     provenance: dict[str, Any]
@@ -114,10 +114,14 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def require_finite(state: dict[str, Tensor], where: str) -> None:
     """Raise :class:`CheckpointError` naming the first tensor of ``state`` with NaN or infinity."""
+    if bad := first_not_finite(state):
+        raise CheckpointError(f"{where}: {bad}; use an earlier checkpoint or train again")
+
+
+def first_not_finite(state: dict[str, Tensor]) -> str | None:
+    """Return what is wrong with the first tensor that holds NaN or infinity, or ``None``."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{where}: {name} holds {bad} values that are not finite; "
-                "use an earlier checkpoint or train again"
-            )
+            return f"{name} holds {bad} values that are not finite"
+    return None
