@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import uuid
@@ -39,12 +40,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of ``target`` that becomes ``target`` when the block ends well.
 
-    On any exception, Ctrl-C included, the staged files are removed and an older ``target`` is
-    left as it was.
+    Where ``target`` is a link, what it leads to is replaced. On any exception, Ctrl-C included, the
+    staged files are removed and an older ``target`` is left as it was.
 
     Raises:
         UsageError: ``target`` exists and ``overwrite`` is false.
     """
+    target = target.resolve()
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
@@ -57,36 +59,48 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise :class:`UsageError` if ``target`` is in the way and may not be replaced."""
+def refuse_existing(target: Path, *, overwrite: bool, marker: str | None = None) -> None:
+    """Raise :class:`UsageError` if ``target`` is in the way and may not be replaced.
+
+    With ``marker`` only a directory that holds a file of that name may be, and not the one we are
+    in.
+    """
+    if marker and Path.cwd().is_relative_to(target.resolve()):
+        raise UsageError(f"{target} holds the current directory; choose another target")
+    if marker and target.exists() and not (target / marker).is_file():
+        raise UsageError(
+            f"{target} exists and holds no {marker}, so it is not replaced; choose another target"
+        )
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; pass --overwrite or choose another target")
 
 
 def _partial_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    # The host is named because process ids mean nothing to another one on a shared volume.
+    unique = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return target.with_name(f".{target.name}.partial-{unique}")
 
 
 def _replace_directory(partial: Path, target: Path) -> None:
     # A directory cannot be renamed over a full one, so the old one steps aside for an instant.
     aside = target.with_name(f"{partial.name}.old")
-    if target.exists():
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         partial.rename(target)
-    except BaseException:
-        if aside.exists():
+    finally:
+        if aside.exists() and not target.exists():
             aside.rename(target)
-        raise
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete what processes that were killed left behind for the same target."""
-    pattern = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)-\w+(\.old)?")
+    """Delete what processes of this host that were killed left behind for the same target."""
+    own = re.escape(f".{target.name}.partial-{platform.node()}-")
+    pattern = re.compile(own + r"(\d+)-\w+(\.old)?")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match is None or _is_alive(int(match[1])):

@@ -1,6 +1,7 @@
 """Files are whole or absent."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -66,12 +67,44 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 def test_old_directory_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    aside = tmp_path / f".out.partial-{dead.pid}-0123abcd.old"
+    aside = tmp_path / f".out.partial-{platform.node()}-{dead.pid}-0123abcd.old"
     aside.mkdir()
     (aside / "old").touch()
     with pytest.raises(RuntimeError), staged_directory(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert os.listdir(tmp_path / "out") == ["old"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_ctrl_c_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    rename, done = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        done.append(target)
+        if len(done) == renames:
+            signal.raise_signal(signal.SIGINT)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_directory(tmp_path / "out", overwrite=True) as p:
+        (p / "new").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == (["old"] if renames == 1 else ["new"])
+
+
+def test_what_another_host_is_writing_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    theirs = tmp_path / f".out.partial-another{platform.node()}-{dead.pid}-0123abcd"
+    theirs.mkdir()
+    with staged_directory(tmp_path / "out") as partial:
+        assert platform.node() in partial.name
+    assert theirs.is_dir()
 
 
 def test_write_atomically(tmp_path: Path) -> None:
