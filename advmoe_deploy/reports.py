@@ -27,13 +27,20 @@ class ParityReport(Frozen):
 
     Routes are compared where the margin between the two best scores exceeds ``margin``; the other
     images are counted in ``close_calls`` and, where their route did flip, in ``close_flips``.
-    The logit difference is taken over the images whose route is the same. ``data`` says where the
-    images come from.
+    ``route_agreement`` is 0 if there is no image to compare.
+
+    Logits are compared over the images whose route is the same. ``max_abs_logit_diff`` is the
+    largest difference, ``max_relative_logit_diff`` the largest after dividing each image's by its
+    largest reference logit where that exceeds 1. ``non_finite`` counts images with NaN or infinity
+    in the logits of either side or in the reference's scores. ``data`` says where the images come
+    from.
     """
 
     images: int
     data: str | None = None
+    non_finite: int
     max_abs_logit_diff: float
+    max_relative_logit_diff: float
     logit_tolerance: float
     route_agreement: float
     route_flips: int
@@ -45,8 +52,13 @@ class ParityReport(Frozen):
 
     @property
     def passed(self) -> bool:
-        """Whether logits are within the tolerance and no clear route flipped."""
-        return self.max_abs_logit_diff <= self.logit_tolerance and self.route_flips == 0
+        """Whether images were compared, all finite, near enough, and no clear route flipped."""
+        return (
+            self.close_calls < self.images
+            and self.non_finite == 0
+            and self.route_flips == 0
+            and self.max_relative_logit_diff <= self.logit_tolerance
+        )
 
 
 class Pair(Frozen):
@@ -116,9 +128,13 @@ class LatencyRow(Frozen):
 
 
 class LatencyRatio(Frozen):
-    """How many times slower ``a`` is than ``b``: ratio of medians, 95 % bootstrap interval."""
+    """How many times slower ``a`` is than ``b``: ratio of medians, 95 % bootstrap interval.
+
+    ``a`` ran on ``a_engine``, ``b`` on ``engine``.
+    """
 
     a: ProfiledModel
+    a_engine: str
     b: ProfiledModel
     batch: int
     engine: str

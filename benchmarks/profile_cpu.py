@@ -165,9 +165,10 @@ def _eager_ratio(name: str, batch: int, times: dict[str, np.ndarray]) -> dict[st
     ratio = ratio_of_medians(times[name], times["moe"])
     return {
         "a": name,
+        "a_engine": f"torch {torch.__version__}",
         "b": "moe",
         "batch": batch,
-        "engine": f"torch {torch.__version__} / onnxruntime",
+        "engine": "onnxruntime",
         "ratio": ratio.value,
         "ci_low": ratio.low,
         "ci_high": ratio.high,
@@ -185,7 +186,8 @@ def show(result: dict) -> None:
     for ratio in result["ratios"]:
         target = TARGETS.get((ratio["a"], ratio["b"], ratio["batch"]))
         wanted = f"  (target {target})" if target and "plan" not in ratio["engine"] else ""
-        print(f"{ratio['a']:>12} / {ratio['b']} batch {ratio['batch']:>3} {ratio['engine']}: "
+        print(f"{ratio['a']:>12} / {ratio['b']} batch {ratio['batch']:>3} "
+              f"{ratio['a_engine']} / {ratio['engine']}: "
               f"{ratio['ratio']:.2f} [{ratio['ci_low']:.2f}, {ratio['ci_high']:.2f}]"
               f"{wanted}")  # fmt: skip
 

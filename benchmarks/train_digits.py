@@ -10,7 +10,6 @@ earlier result that were not measured again are kept.
 
 import argparse
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.classifier import AdvMoE
 from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.loop import train
@@ -88,14 +88,6 @@ def kept_rows(path: Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if (row["recipe"], row["seed"]) not in done]
 
 
-def processor() -> str:
-    """Return the processor's name as Linux gives it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     """Train, measure, print a line per run, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,7 +110,7 @@ def main() -> None:
     result = {
         "epsilon": config.threat.epsilon,
         "attack": "PGD-50, step 2.5 * epsilon / 50, one random start, l-infinity, best iterate",
-        "processor": processor(),
+        "processor": processor_name(),
         "versions": versions(),
         "rows": sorted(rows, key=lambda row: (row["recipe"], row["seed"])),
     }

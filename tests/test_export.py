@@ -28,9 +28,9 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.export.images import golden_rows, parity_images
 from advmoe_deploy.export.onnx_export import export_onnx
-from advmoe_deploy.export.parity import compare_answers, logit_tolerance
+from advmoe_deploy.export.parity import compare_answers, require_parity
 from advmoe_deploy.export.reference import Answers
-from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.select import open_runner
@@ -148,6 +148,7 @@ def test_a_dense_model_exports_too(tmp_path: Path) -> None:
         ("segments/pathway-1.onnx", None, "pathway-1"),
         ("model.onnx", "pathway-0/then_branch", "lacks"),
         ("segments/router.onnx", None, "lacks|routes flipped|router"),
+        ("baselines/unfused.onnx", None, r"unfused\.onnx differs"),
     ],
 )
 def test_a_wrong_weight_stops_the_export(
@@ -180,6 +181,73 @@ def test_a_wrong_expert_that_no_image_visits_stops_the_export(
     assert_nothing_left(out)
 
 
+class Listener(Meddler):
+    """A meddler that keeps the notes."""
+
+    def __init__(self, out: Path, after: int, change: Callable[[Path], None]) -> None:
+        super().__init__(out, after, change)
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def skip_an_activation(file: Path, branch: str) -> None:
+    """Break what a branch computes, every weight left as it is."""
+    model = onnx.load_model(file)
+    graphs = [a.g for n in model.graph.node if n.op_type == "If" for a in n.attribute]
+    graph = next(g for g in graphs if g.name == branch)
+    next(n for n in graph.node if n.op_type == "Relu").op_type = "Neg"
+    onnx.save_model(model, file)
+
+
+def test_the_branch_of_an_expert_that_no_image_visits_is_run(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    listener = Listener(out, 0, lambda staged: None)
+    bundle = export_onnx(tiny_run, out, data="random:1", progress=listener)
+    unvisited = bundle.manifest.parity.images_per_expert.index(0)
+    (note,) = listener.notes
+    assert note.startswith(f"expert {unvisited} is visited by none of the 1 images of random:1")
+
+    def change(staged: Path) -> None:
+        skip_an_activation(staged / "model.onnx", f"pathway-{unvisited}/then_branch")
+
+    broken = tmp_path / "broken"
+    with pytest.raises(CheckFailedError, match=rf"expert {unvisited} in model\.onnx differs"):
+        export_onnx(tiny_run, broken, data="random:1", progress=Meddler(broken, 3, change))
+    assert_nothing_left(broken)
+
+
+def test_the_routers_scores_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    from advmoe_deploy.export.parity import require_segments
+
+    bundle = export_onnx(tiny_run, tmp_path / "bundle", data="random:8")
+    _, model = load_checkpoint(tiny_run / "model")
+    with torch.no_grad():
+        model.router.fc.bias.add_(0.01)  # every score alike: no route changes
+    plan = bundle.manifest.plan
+    files = {segment.name: bundle.file(segment.file) for segment in plan.segments}
+    with pytest.raises(CheckFailedError, match="router differs"):
+        require_segments(model, plan, files, IMAGES[:4])
+
+
+def test_reference_weights_that_changed_meanwhile_are_noticed(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "bundle"
+    shutil.copytree(tiny_run, run)
+    other = write_run(tmp_path / "other", TINY, seed=5) / "model" / "weights.safetensors"
+
+    def change(staged: Path) -> None:
+        shutil.copyfile(other, run / "model" / "weights.safetensors")
+
+    with pytest.raises(CheckpointError, match="changed during the export"):
+        export_onnx(run, out, data="random:8", progress=Meddler(out, 1, change))
+    assert_nothing_left(out)
+
+
 def test_parity_counts_flips_by_margin() -> None:
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.50005], [0.0, 1.0]], np.float32)
     ids = np.array([[0], [1], [1], [1]])
@@ -196,24 +264,100 @@ def test_parity_counts_flips_by_margin() -> None:
     assert not report.passed
 
 
-def test_the_tolerance_grows_with_large_logits_only() -> None:
-    assert logit_tolerance(np.array([[0.5, -0.2]], np.float32)) == 1e-5
-    assert logit_tolerance(np.array([[3.0, -20.0]], np.float32)) == pytest.approx(2e-4)
+def test_each_image_is_compared_relative_to_its_own_logits() -> None:
+    expected = np.array([[0.5, -0.2], [3.0, -20.0]], np.float32)
+    answers = Answers(expected, None, None)
+    small_off, large_off = expected.copy(), expected.copy()
+    small_off[0, 0] += 1e-4  # within 1e-5 of the largest logit of the set, not of its own
+    large_off[1, 0] += 1e-4
+    report = compare_answers(answers, [Prediction(small_off)])
+    assert report.max_relative_logit_diff == pytest.approx(1e-4, rel=1e-2)
+    assert not report.passed
+    report = compare_answers(answers, [Prediction(large_off)])
+    assert report.max_abs_logit_diff == pytest.approx(1e-4, rel=1e-2)
+    assert report.max_relative_logit_diff == pytest.approx(5e-6, rel=1e-2)
+    assert report.logit_tolerance == 1e-5
+    assert report.passed
+
+
+def routed_answers(scores: np.ndarray) -> tuple[Answers, Prediction]:
+    ids = scores.argmax(axis=1)[:, None]
+    logits = np.zeros((len(scores), 2), np.float32)
+    return Answers(logits, scores, ids), Prediction(logits.copy(), {"router": ids})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["reference logits", "engine logits", "both", "scores"])
+def test_what_is_not_finite_fails(bad: float, where: str) -> None:
+    answers, prediction = routed_answers(np.array([[1, 0, 0], [0, 1, 0]], np.float32))
+    if where in ("reference logits", "both"):
+        answers.logits[1, 0] = bad
+    if where in ("engine logits", "both"):
+        prediction.logits[1, 0] = bad
+    if where == "scores":
+        answers.scores[1, 2] = bad
+    report = compare_answers(answers, [prediction])
+    assert report.non_finite == 1
+    assert not report.passed
+    with pytest.raises(CheckFailedError, match="not finite on 1 of 2 images") as caught:
+        require_parity(report, "model.onnx")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_nothing_to_compare_fails(images: int) -> None:
+    answers, prediction = routed_answers(np.full((images, 2), 0.5, np.float32))
+    report = compare_answers(answers, [prediction])
+    assert report.close_calls == report.images == images
+    assert report.route_agreement == 0.0
+    assert not report.passed
+    with pytest.raises(CheckFailedError, match="cannot be compared"):
+        require_parity(report, "model.onnx")
+
+
+def test_a_router_that_decides_nothing_is_not_exported(tiny_run: Path, tmp_path: Path) -> None:
+    checkpoint, model = load_checkpoint(tiny_run / "model")
+    with torch.no_grad():
+        model.router.fc.weight.zero_()
+        model.router.fc.bias.zero_()
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    save_checkpoint(tmp_path / "run" / "model", checkpoint, model)
+    with pytest.raises(CheckFailedError, match="all of 8 images the two best scores"):
+        export_onnx(tmp_path / "run", tmp_path / "bundle", data="random:8")
+    assert_nothing_left(tmp_path / "bundle")
 
 
 def test_an_existing_target_is_left_alone(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "mine.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"holds no manifest\.json, so it is not replaced"):
+            export_onnx(tiny_run, tmp_path / "bundle", overwrite=overwrite)
+    assert (tmp_path / "bundle" / "mine.txt").read_text() == "mine"
+
+
+def test_only_a_bundle_is_replaced(tiny_run: Path, tmp_path: Path) -> None:
+    export_onnx(tiny_run, tmp_path / "bundle", data="random:8")
     with pytest.raises(UsageError, match="exists; pass --overwrite"):
         export_onnx(tiny_run, tmp_path / "bundle")
-    assert (tmp_path / "bundle" / "mine.txt").read_text() == "mine"
-    export_onnx(tiny_run, tmp_path / "bundle", data="random:4", overwrite=True)
-    assert open_bundle(tmp_path / "bundle").manifest.parity.data == "random:4"
+    (tmp_path / "link").symlink_to("bundle")
+    export_onnx(tiny_run, tmp_path / "link", data="random:9", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert open_bundle(tmp_path / "bundle").manifest.parity.data == "random:9"
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_the_current_directory_is_no_target(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="holds the current directory"):
+        export_onnx(tiny_run, Path(out), overwrite=True)
+    assert os.listdir(tmp_path) == ["manifest.json"]
 
 
 def test_nan_in_the_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:
-    from advmoe_deploy.models.checkpoint import save_checkpoint
-
     checkpoint, model = load_checkpoint(tiny_run / "model")
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = float("nan")

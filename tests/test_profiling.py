@@ -55,6 +55,25 @@ def test_an_interval_holds_its_ratio() -> None:
     assert ratio.low == pytest.approx(3, abs=0.2)
 
 
+def test_neighbouring_rounds_that_resemble_each_other_widen_the_interval() -> None:
+    draw = np.random.default_rng(0)
+    drift = np.zeros(400)
+    for i in range(1, 400):
+        drift[i] = 0.95 * drift[i - 1] + draw.normal(0, 0.01)
+    steady = np.ones(400)
+    together = ratio_of_medians(1 + drift, steady)
+    shuffled = ratio_of_medians(1 + draw.permutation(drift), steady)
+    assert together.high - together.low > 2 * (shuffled.high - shuffled.low)
+
+
+def test_a_ratio_says_what_each_side_ran_on(tiny_bundle: Bundle) -> None:
+    report = profile_bundle(
+        tiny_bundle, engines=("onnxruntime-plan",), batches=(2,), against=("dense",), n=3, threads=1
+    )
+    (ratio,) = report.ratios
+    assert (ratio.a_engine, ratio.engine) == ("onnxruntime", "onnxruntime-plan")
+
+
 def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
     samples: dict[str, list[float]] = {}
     report = profile_bundle(

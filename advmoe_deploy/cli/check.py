@@ -17,8 +17,7 @@ from advmoe_deploy.cli.options import (
 )
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckFailedError, unknown_name
-
-BASELINES = ("dense", "s-dense", "unfused")
+from advmoe_deploy.profiling.baselines import BASELINES
 
 
 def verify(

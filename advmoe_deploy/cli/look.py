@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
@@ -13,6 +12,7 @@ from advmoe_deploy.cli.extras import OPTIONAL, REQUIRED
 from advmoe_deploy.cli.options import BundlePath, Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import unknown_name
+from advmoe_deploy.profiling.processor import processor_name
 
 _ENGINE_SUMMARIES = {
     "onnxruntime": "the one graph, model.onnx",
@@ -61,7 +61,7 @@ def doctor(as_json: Json = False) -> None:
             "advmoe": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cpu": _cpu_name(),
+            "cpu": processor_name(),
             "cpus": _usable_cpus(),
             "packages": {
                 **{name: {"version": _version(name), "extra": None} for name in REQUIRED},
@@ -113,12 +113,3 @@ def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")

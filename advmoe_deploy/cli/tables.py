@@ -68,7 +68,8 @@ def robust_report(report: RobustReport) -> RenderableType:
         table,
         f"robust on {escape(report.engine)}: 95 % interval {_percent(low)} to {_percent(high)}; "
         f"routes agree on {_percent(report.route_agreement)}; "
-        f"largest logit difference {report.parity.max_abs_logit_diff:.2g}",
+        f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
+        f"relative {report.parity.max_relative_logit_diff:.2g}",
         f"{verdict} (limit: {report.max_drop:g} points)",
     )
 
@@ -94,7 +95,9 @@ def latency_report(report: LatencyReport) -> RenderableType:
     for ratio in report.ratios:
         ratios.add_row(
             f"{ratio.a} / {ratio.b}",
-            ratio.engine,
+            ratio.engine
+            if ratio.a_engine == ratio.engine
+            else f"{ratio.a_engine} / {ratio.engine}",
             str(ratio.batch),
             f"{ratio.ratio:.2f}x",
             f"{ratio.ci_low:.2f} to {ratio.ci_high:.2f}",
@@ -168,8 +171,8 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
     return [
         (
             f"logits, {parity.images} images",
-            f"differ by {parity.max_abs_logit_diff:.2g} at most, "
-            f"limit {parity.logit_tolerance:.2g}",
+            f"differ by {parity.max_abs_logit_diff:.2g} at most, relative to logits above 1 by "
+            f"{parity.max_relative_logit_diff:.2g}, limit {parity.logit_tolerance:g}",
         ),
         (
             "routes",

@@ -81,7 +81,8 @@ def _macs(checkpoint: Checkpoint, macs: Macs) -> str:
 def _parity(checkpoint: Checkpoint, parity: ParityReport) -> str:
     lines = [
         f"On {parity.images} images of {parity.data}, logits differ from the torch model by at "
-        f"most {parity.max_abs_logit_diff:.2g} (limit {parity.logit_tolerance:.2g})."
+        f"most {parity.max_abs_logit_diff:.2g}; relative to the image's largest logit where that "
+        f"exceeds 1, by {parity.max_relative_logit_diff:.2g} (limit {parity.logit_tolerance:g})."
     ]
     if checkpoint.model.family == "advmoe":
         lines.append(

@@ -14,12 +14,13 @@ import onnx
 import torch
 from onnx import ModelProto
 
-from advmoe_deploy.bundle import GOLDEN, MODEL, REFERENCE, Bundle, seal_bundle
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, seal_bundle
+from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.export.images import golden_rows, parity_images
 from advmoe_deploy.export.lowering import onnx_from_module
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.onnx_graph import write_model
-from advmoe_deploy.export.parity import compare_answers, require_parity, require_pathways
+from advmoe_deploy.export.parity import compare_answers, require_parity, require_segments
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked
@@ -28,7 +29,8 @@ from advmoe_deploy.export.reference import Answers, Images, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.structure import require_every_expert
 from advmoe_deploy.export.unfused import unfused_graph
-from advmoe_deploy.files import refuse_existing, staged_directory
+from advmoe_deploy.export.unvisited import require_branch, unvisited_experts
+from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from advmoe_deploy.models.classifier import AdvMoE, Classifier
 from advmoe_deploy.models.macs import macs_of
@@ -42,6 +44,7 @@ from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
 
 PASSES = (fold_batchnorm, strided_shortcut)
+UNFUSED = "baselines/unfused.onnx"
 
 Reports = dict[str, tuple[PassReport, ...]]
 _BATCH = 128
@@ -62,19 +65,19 @@ def export_onnx(
         run: a run directory; its ``model`` holds the checkpoint.
         out: the bundle to be.
         data: images to check on: a data source, or ``random:N``; by default the run's own data.
-        overwrite: replace an ``out`` that exists.
+        overwrite: replace an ``out`` that is a bundle already.
         with_reference: also write the torch weights, which ``verify`` attacks.
         progress: who listens.
 
     Raises:
-        UsageError: ``out`` exists, or ``data`` does not fit the model.
+        UsageError: ``out`` is in the way, or ``data`` does not fit the model.
         CheckpointError: the run's checkpoint cannot be used.
         DataError: the data cannot be loaded.
         CheckFailedError: the exported model does not answer what the torch model answers.
         BackendUnavailableError: ONNX Runtime is not installed.
     """
     progress = progress or Silent()
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
     versions = _versions()
     checkpoint, model = load_checkpoint(run / "model")
     source = data or str(checkpoint.provenance.get("data", ""))
@@ -85,11 +88,16 @@ def export_onnx(
         plan, reports = _write_graphs(staged, model, images, progress)
         _write_golden(staged, images, answers)
         if with_reference:
-            shutil.copyfile(run / "model" / WEIGHTS, staged / REFERENCE)
+            _copy_reference(run / "model" / WEIGHTS, staged, checkpoint)
         progress.advance("export")
         _write_baselines(staged, model)
         progress.advance("export")
         parity = check_graphs(staged, model, plan, images, answers, data=source)
+        for expert in unvisited_experts(answers):
+            progress.note(
+                f"expert {expert} is visited by none of the {len(images)} images of {source}; it "
+                "was checked on images sent there by force"
+            )
         macs = macs_of(checkpoint.model)
         card = model_card(checkpoint, macs, parity, reports)
         (staged / "MODEL_CARD.md").write_text(card, encoding="utf-8")
@@ -114,25 +122,39 @@ def check_graphs(
 ) -> ParityReport:
     """Return how the graphs under ``staged`` compare with ``model``, which answers ``answers``.
 
-    Read from the files, as a user will: the whole graph and the plan on every image, each pathway
-    on forced routes, and every expert's weights in the graph.
+    Read from the files, as a user will: the whole graph, the unfused one and the plan on every
+    image, each pathway on forced routes, and every expert's weights in the graph.
 
     Raises:
         CheckFailedError: a logit, a route or an expert is not what it should be.
     """
     files = {segment.name: staged / segment.file for segment in plan.segments}
     segments = {name: onnx.load_model(file) for name, file in files.items()}
-    require_every_expert(plan, onnx.load_model(staged / MODEL), segments)
+    graph = onnx.load_model(staged / MODEL)
+    require_every_expert(plan, graph, segments)
+    few = images[golden_rows(answers)]
     if isinstance(model, AdvMoE):
-        require_pathways(model, plan, files, images[golden_rows(answers)])
-    shape = model.spec.image_shape
-    with PlanRunner(plan, files, shape) as plan_runner:
-        by_plan = compare_answers(answers, _predictions(plan_runner, images), data=data)
-    require_parity(by_plan, "the plan")
-    with GraphRunner(staged / MODEL, shape, routes=plan.routes) as graph_runner:
-        by_graph = compare_answers(answers, _predictions(graph_runner, images), data=data)
-    require_parity(by_graph, MODEL)
-    return by_graph
+        require_segments(model, plan, files, few)
+        for expert in unvisited_experts(answers):
+            require_branch(model, plan, graph, few, expert)
+    shape, routes = model.spec.image_shape, plan.routes
+
+    def checked(runner: Runner, name: str) -> ParityReport:
+        with runner:
+            report = compare_answers(answers, _predictions(runner, images), data=data)
+        require_parity(report, name)
+        return report
+
+    checked(PlanRunner(plan, files, shape), "the plan")
+    if isinstance(model, AdvMoE):
+        checked(GraphRunner(staged / UNFUSED, shape, routes=routes), UNFUSED)
+    return checked(GraphRunner(staged / MODEL, shape, routes=routes), MODEL)
+
+
+def _copy_reference(weights: Path, staged: Path, checkpoint: Checkpoint) -> None:
+    shutil.copyfile(weights, staged / REFERENCE)
+    if sha256_of(staged / REFERENCE) != checkpoint.weights_sha256:
+        raise CheckpointError(f"{weights} changed during the export; export again")
 
 
 def _predictions(runner: Runner, images: Images) -> list[Prediction]:
@@ -150,7 +172,7 @@ def _write_graphs(
     write_model(graph_from_plan(parts.plan, segments), staged / MODEL)
     if isinstance(model, AdvMoE):
         unfused = unfused_graph(parts.plan, segments)
-        write_model(unfused, staged / "baselines" / "unfused.onnx")
+        write_model(unfused, staged / UNFUSED)
     for name, done in reports.items():
         for reason in (reason for report in done for reason in report.declined):
             progress.note(f"{name}: {reason}")

@@ -34,7 +34,8 @@ class Answers:
         if self.scores is None:
             return None
         best = np.sort(self.scores, axis=1)
-        return np.asarray(best[:, -1] - best[:, -2])
+        with np.errstate(invalid="ignore"):  # infinity less infinity: no number, no clear margin
+            return np.asarray(best[:, -1] - best[:, -2])
 
 
 def reference_answers(model: Classifier, images: Images) -> Answers:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import GOLDEN, Bundle
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.profiling.baselines import BASELINES
+from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
-
-BASELINES: tuple[ProfiledModel, ...] = ("dense", "s-dense", "unfused")
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
@@ -195,7 +195,7 @@ def _row(subject: _Subject, timings: _Timings) -> LatencyRow:
         precision="fp32",
         batch=timings.batch,
         threads=timings.threads,
-        device=f"cpu ({_processor()})",
+        device=f"cpu ({processor_name()})",
         n=len(milliseconds),
         warmup=timings.warmup,
         p50_ms=p50,
@@ -217,6 +217,7 @@ def _ratios(subjects: Sequence[_Subject], timings: _Timings) -> list[LatencyRati
             ratios.append(
                 LatencyRatio(
                     a=baseline.model,
+                    a_engine=baseline.engine,
                     b="moe",
                     batch=timings.batch,
                     engine=model.engine,
@@ -239,13 +240,3 @@ def _versions() -> dict[str, str]:
         "numpy": np.__version__,
         "onnxruntime": onnxruntime_version(),
     }
-
-
-def _processor() -> str:
-    """Return the model name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
