@@ -126,7 +126,7 @@ def _train(name: str, data: Dataset, out: Path, quick: bool, progress: Progress)
 
 
 def _curves(out: Path, data: Dataset, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:
-    progress.note("robustness curve: PGD-20 at growing epsilon, AdvMoE and dense")
+    progress.note("robustness curve: PGD-20 at growing epsilon, AdvMoE (its routes too) and dense")
     curves = {}
     for label, name in (("AdvMoE", "digits-advmoe"), ("dense", "digits-dense")):
         _, model = load_checkpoint(out / "runs" / name / "model")

@@ -33,6 +33,11 @@ class DemoResult(Frozen):
                 _percent(moe.robust_accuracy),
                 _percent(dense.robust_accuracy),
             ),
+            (
+                f"  under {len(self.verify.attacks)} attacks, on routes too",
+                _percent(self.verify.robust_accuracy.engine),
+                "",
+            ),
             ("effective routes", f"{moe.effective_routes or 1:.2f}", "-"),
             (
                 "MACs per image, router included",

@@ -7,9 +7,9 @@ import torch
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import Split, to_float
 from advmoe_deploy.intervals import wilson_interval
-from advmoe_deploy.models.classifier import Classifier
+from advmoe_deploy.models.classifier import AdvMoE, Classifier
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 
 
 class CurvePoint(Frozen):
@@ -29,18 +29,29 @@ def robustness_curve(
     steps: int = 20,
     progress: Progress | None = None,
 ) -> tuple[CurvePoint, ...]:
-    """Return the accuracy of ``model`` on ``split`` under PGD at each radius; 0 means clean."""
+    """Return the accuracy of ``model`` on ``split`` under PGD at each radius; 0 means clean.
+
+    A model that routes is attacked twice, as it runs and by its pathways; an image counts only if
+    it withstands both.
+    """
     progress = progress or Silent()
     x_NCHW, labels_N = torch.from_numpy(to_float(split.images)), torch.from_numpy(split.labels)
-    attack = AttackSpec(name="pgd", steps=steps)
+    targets: tuple[AttackTarget, ...] = ("model",)
+    if isinstance(model, AdvMoE):
+        targets = ("model", "pathway")
     points = []
     with task(progress, "robustness curve", len(epsilons)):
         for epsilon in epsilons:
-            attacked = x_NCHW
-            if epsilon > 0:
+            right_N = predict(model, x_NCHW) == labels_N
+            for target in targets if epsilon > 0 else ():
                 threat = ThreatModel(epsilon=epsilon)
-                attacked = attack_model(model, x_NCHW, labels_N, threat, attack)
-            correct = int((predict(model, attacked) == labels_N).sum())
+                attack = AttackSpec(name="pgd", target=target, steps=steps)
+                left_N = right_N.nonzero()[:, 0]
+                found = attack_model(
+                    model, x_NCHW[left_N], labels_N[left_N], threat, attack, first_only=True
+                )
+                right_N[left_N] = predict(model, found) == labels_N[left_N]
+            correct = int(right_N.sum())
             low, high = wilson_interval(correct, len(labels_N))
             accuracy = correct / len(labels_N)
             points.append(CurvePoint(epsilon=epsilon, accuracy=accuracy, low=low, high=high))
