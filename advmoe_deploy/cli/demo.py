@@ -12,6 +12,7 @@ from rich.table import Table
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.demo_report import write_demo_report
 from advmoe_deploy.cli.demo_result import DemoResult
+from advmoe_deploy.cli.demo_training import train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
@@ -21,8 +22,6 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
-from advmoe_deploy.train.loop import TrainReport, train
-from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.verify.curve import CurvePoint, robustness_curve
 from advmoe_deploy.verify.verify import verify_bundle
 
@@ -43,10 +42,8 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     started = time.perf_counter()
     _claim(out)
     data = load_dataset("digits")
-    reports = {
-        name: _train(name, data, out / "runs" / name, quick, progress)
-        for name in ("digits-advmoe", "digits-dense")
-    }
+    progress.note("train: digits-advmoe and digits-dense side by side, one thread each")
+    reports = train_side_by_side(("digits-advmoe", "digits-dense"), out / "runs", quick, progress)
     progress.note("export: cut into router and pathways, fold, stitch, compare with torch")
     run = out / "runs" / "digits-advmoe"
     export_onnx(run, out / "bundle", overwrite=True, progress=progress)
@@ -115,14 +112,6 @@ def _claim(out: Path) -> None:
         raise UsageError(f"{out} holds other things; choose an empty --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()
-
-
-def _train(name: str, data: Dataset, out: Path, quick: bool, progress: Progress) -> TrainReport:
-    config = recipe(name)
-    if quick:
-        config = apply_overrides(config, ["epochs=2"])
-    progress.note(f"train: {name}, {config.epochs} epochs")
-    return train(config, data, out, overwrite=True, progress=progress)
 
 
 def _curves(out: Path, data: Dataset, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:

@@ -40,7 +40,7 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
     if under_torchrun() or devices == 1:
         fabric.launch()
         return _work(fabric, work, progress)
-    with _relayed(progress) as relay:
+    with relayed(progress) as relay:
         try:
             result: T = fabric.launch(_work, work, relay)  # type: ignore[arg-type]
         except ProcessRaisedException as error:
@@ -121,7 +121,7 @@ class _Relay:
 
 
 @contextmanager
-def _relayed(progress: Progress) -> Iterator[Progress]:
+def relayed(progress: Progress) -> Iterator[Progress]:
     """Yield a progress for other processes that tells ``progress`` in this one."""
     queue = multiprocessing.get_context("spawn").SimpleQueue()
 
