@@ -74,7 +74,7 @@ def summary_svg(
         figure = _figure(2)
         draw_robustness(figure.axes[0], curves, trained_for)
         draw_latency(figure.axes[1], report)
-        return _svg(figure, "summary")
+        return _svg(figure, "summary", transparent=False)  # it also stands on dark pages
 
 
 def draw_robustness(
@@ -149,11 +149,11 @@ def _style() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure, salt: str, *, transparent: bool = True) -> str:
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):  # ids that no other plot of the page has
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
