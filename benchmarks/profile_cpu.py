@@ -10,6 +10,9 @@ unfused graphs in ONNX Runtime, and times it interleaved with two masked layers 
 * ``released eager``: as the papers' released layer works, every expert computed, multiplied by a
   mask of zeros and ones, and only then the chosen one copied.
 
+No pool of threads spins, neither ONNX Runtime's nor PyTorch's (OMP_WAIT_POLICY=PASSIVE unless the
+environment says otherwise): one that does disturbs whatever is timed after it.
+
 Writes ``benchmarks/results/profile_cpu.json`` with every raw sample.
 """
 
@@ -21,6 +24,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -107,7 +113,7 @@ def measure(bundle: Bundle, model: AdvMoE, seconds: float) -> dict[str, object]:
         "parity": bundle.manifest.parity.model_dump(),
         "rows": [row.model_dump() for row in report.rows],
         "ratios": ratios,
-        "settings": report.settings,
+        "settings": {**report.settings, "omp_wait_policy": os.environ["OMP_WAIT_POLICY"]},
         "versions": {**bundle.manifest.versions, **report.versions},
         "platform": platform.platform(),
         "cores": os.cpu_count(),

@@ -1,8 +1,14 @@
 """Fixtures that several areas share: a small run on digits, and what it exports to."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Networks this small gain nothing from threads, and on a busy machine threads that wait for each
+# other lose more than tenfold. Set before torch is loaded, and for every process a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 from advmoe_deploy.bundle import Bundle, open_bundle
@@ -11,10 +17,6 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, ThreatModel
-
-# Networks this small gain nothing from threads, and pools that wait for each other lose a lot on a
-# busy machine.
-torch.set_num_threads(1)
 
 TINY = ModelSpec(
     family="advmoe",
