@@ -241,3 +241,10 @@ def test_the_pathway_attack_moves_more_routes(model: AdvMoE) -> None:
         found = attack_model(model, x, y, THREAT, attack)
         moved.append(int((model.route(found).expert_ids_NK != clean).sum()))
     assert moved[1] > moved[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_images_are_no_problem(model: AdvMoE, target: AttackTarget) -> None:
+    x, y = some_digits(0)
+    assert attack_model(model, x, y, THREAT, AttackSpec(name="pgd", target=target)).shape == x.shape
+    assert predict(model, x).shape == (0,)

@@ -54,6 +54,8 @@ def attack_model(
         UsageError: the attack is no PGD, or its target needs a router and the model has none.
     """
     objectives = _objectives(model, attack)
+    if not len(images):
+        return images.clone()
     generator = torch.Generator().manual_seed(attack.seed)
     found = []
     with eval_mode(model), frozen_parameters(model):
@@ -61,14 +63,15 @@ def attack_model(
             found.append(
                 _attack_batch(model, objectives, x, y, threat, attack, generator, first_only)
             )
-    return torch.cat(found) if found else images.clone()
+    return torch.cat(found)
 
 
 def predict(model: Classifier, images: Tensor) -> Tensor:
     """Return the class [N] the model gives each float image, in eval mode and in batches."""
+    if not len(images):
+        return torch.empty(0, dtype=torch.int64, device=images.device)
     with eval_mode(model), torch.no_grad():
-        parts = [model(batch).argmax(dim=1) for batch in torch.split(images, BATCH)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return torch.cat([model(batch).argmax(dim=1) for batch in torch.split(images, BATCH)])
 
 
 def _attack_batch(
