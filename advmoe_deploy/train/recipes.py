@@ -16,9 +16,9 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 def digits_advmoe() -> TrainConfig:
     """Return AdvMoE on the embedded digits.
 
-    Reaches 98.0 to 98.8 % clean and 87 to 88 % against PGD-50 on the model at epsilon 0.1 (three
-    seeds, 400 images), 0.3 to 2.3 points under :func:`digits_dense` at 35 % of its MACs, router
-    included; 83 to 85 % of the images also withstand the straight-through and pathway attacks.
+    Reaches 97.5 to 98.8 % clean and 87.5 to 87.8 % against PGD-50 on the model at epsilon 0.1
+    (three seeds, 400 images), 0.8 to 1.8 points under :func:`digits_dense` at 35 % of its MACs,
+    router included; 84 % of the images also withstand the straight-through and pathway attacks.
     Both experts are used (1.8 to 2.0 effective routes). Takes about two minutes of one CPU core.
     The paper's objective alone sends all digits to one expert after a few epochs, so the router
     also learns to keep classes together (see ``class_routing_weight``), and its start is
