@@ -1,6 +1,7 @@
 """Fixtures that several areas share: a small run on digits, and what it exports to."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 # Networks this small gain nothing from threads, and on a busy machine threads that wait for each
 # other lose more than tenfold. Set before torch is loaded, and for every process a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell starts background jobs with Ctrl-C ignored, and the processes of a test would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
