@@ -1,7 +1,8 @@
 """What a model is, what it is up against, at which batch sizes it runs: frozen, validated."""
 
 import math
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,10 +17,48 @@ from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
 
-Family = Literal["advmoe", "dense"]
-Backbone = Literal["resnet18"]
+Family = Literal[
+    "advmoe", "dense", "pathway", "robust-experts", "expert-networks", "dual-model", "vit-moe"
+]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "wrn-28-10", "wrn-28-4", "vgg16-bn", "densenet-bc", "vit"
+]
+Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
+Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32"]
-AttackTarget = Literal["model", "straight-through", "pathway"]
+AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
+
+# Channels of the first stage before ``ratio``; of DenseNet its growth rate, of a ViT its tokens.
+BASE_WIDTH: dict[str, int] = {
+    "resnet18": 64,
+    "resnet34": 64,
+    "resnet50": 64,
+    "wrn-28-10": 160,
+    "wrn-28-4": 64,
+    "vgg16-bn": 64,
+    "densenet-bc": 12,
+    "vit": 192,
+}
+# Which backbones each family of routed models can be built on.
+BACKBONES: dict[Family, tuple[Backbone, ...]] = {
+    "advmoe": (
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "wrn-28-10",
+        "wrn-28-4",
+        "vgg16-bn",
+        "densenet-bc",
+    ),
+    "robust-experts": ("resnet18", "resnet50"),
+    "expert-networks": ("resnet18", "vit"),
+    "dual-model": ("resnet18", "vit"),
+    "vit-moe": ("vit",),
+}
+
+
+# Families in which a router looks at the whole image, once.
+_IMAGE_ROUTED: tuple[Family, ...] = ("advmoe", "expert-networks", "dual-model")
 
 
 class Frozen(BaseModel):
@@ -28,12 +67,52 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ExpertLayers(Frozen):
+    """Where a ResNet of Robust Experts (arXiv 2509.05086) holds experts, and how they are gated.
+
+    ``kind`` is ``block`` (each expert a whole residual block) or ``conv`` (each one convolution).
+    ``layers`` are prefixes of module names: ``layer4`` (the whole stage, 1x1 downsample included),
+    ``layer4.1`` (one block), ``layer4.1.conv2`` (one convolution, ``conv`` only).
+    """
+
+    kind: Literal["block", "conv"]
+    layers: tuple[str, ...] = Field(("layer4",), min_length=1)
+    gate: Gate = "gap-fc"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        shape = r"layer[1-4](\.\d+)?" if self.kind == "block" else _CONV_LAYER
+        for layer in self.layers:
+            if not re.fullmatch(shape, layer):
+                raise ValueError(
+                    f"'{layer}' names no {self.kind} of a ResNet; write layer4 or layer4.1"
+                    + (" or layer4.1.conv2" if self.kind == "conv" else "")
+                )
+        return self
+
+
+_CONV_LAYER = r"layer[1-4](\.\d+(\.(conv[1-3]|downsample\.0))?)?"
+
+
+class VisionTransformer(Frozen):
+    """A small ViT. ``moe_blocks`` are the blocks whose MLP is a bank of experts (V-MoE)."""
+
+    patch_size: int = Field(4, ge=1)
+    depth: int = Field(6, ge=1)
+    heads: int = Field(3, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    moe_blocks: tuple[int, ...] = ()
+
+
 class ModelSpec(Frozen):
     """Everything needed to build the network, weights aside.
 
     ``ratio`` scales the channels of every routed convolution (AdvMoE), or of every layer, the stem
-    included (dense: ``ratio < 1`` is the papers' S-Dense). ``mean`` and ``std`` are per channel, in
-    [0, 1] pixels, and are part of the model.
+    included (dense: ``ratio < 1`` is the papers' S-Dense). ``width`` is the base width of the
+    backbone before ``ratio``, by default the paper's; of a ViT, the embedding. ``mean`` and ``std``
+    are per channel, in [0, 1] pixels, and are part of the model. ``stem`` is ``small`` (3x3, for
+    images up to 64 pixels) or ``imagenet`` (7x7 with stride 2, then max-pooling).
+    ``alpha`` is the robust model's share in a dual model.
     """
 
     family: Family
@@ -41,28 +120,89 @@ class ModelSpec(Frozen):
     num_classes: int = Field(10, ge=2)
     num_experts: int = Field(1, ge=1, le=64)
     top_k: int = Field(1, ge=1)
+    weighting: Weighting = "one"
     ratio: float = Field(1.0, gt=0, le=1)
     width: int = Field(64, ge=1)
     router_width: int = Field(16, ge=1)
     in_channels: int = Field(3, ge=1)
-    image_size: int = Field(32, ge=4, le=64)
+    image_size: int = Field(32, ge=4, le=512)
+    stem: Literal["small", "imagenet"] = "small"
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    expert_layers: ExpertLayers | None = None
+    transformer: VisionTransformer | None = None
+    alpha: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_width(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("width") is None:
+            backbone = fields.get("backbone", "resnet18")
+            return {**fields, "width": BASE_WIDTH.get(backbone, 64)}
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_routing()
+        self._check_parts()
+        self._check_channels()
+        return self
+
+    def _check_routing(self) -> None:
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} exceeds num_experts={self.num_experts}; "
                 "lower top_k or add experts"
             )
-        if self.family == "advmoe" and (self.num_experts < 2 or self.top_k != 1):
+        if self.family in ("dense", "pathway"):
+            if self.num_experts != 1:
+                raise ValueError(f"a dense model has num_experts=1, not {self.num_experts}")
+            return
+        if self.num_experts < 2:
+            raise ValueError(f"{self.family} needs at least two experts, not {self.num_experts}")
+        if self.family in _IMAGE_ROUTED and self.top_k != 1:
             raise ValueError(
-                f"advmoe routes each image to one of at least two experts, not "
+                f"{self.family} routes each image to one of at least two experts, not "
                 f"top_k={self.top_k} of num_experts={self.num_experts}"
             )
-        if self.family == "dense" and self.num_experts != 1:
-            raise ValueError(f"a dense model has num_experts=1, not {self.num_experts}")
+        if self.weighting == "one" and self.top_k != 1:
+            raise ValueError(
+                f"weighting 'one' is for top_k=1, not {self.top_k}; use renormalised or probability"
+            )
+
+    def _check_parts(self) -> None:
+        if self.family == "robust-experts" and self.backbone == "vit":
+            raise ValueError("a ViT has no convolutions to turn into experts; use family vit-moe")
+        allowed = BACKBONES.get(self.family)
+        if allowed and self.backbone not in allowed:
+            raise ValueError(
+                f"{self.family} cannot be built on {self.backbone}; use {', '.join(allowed)}"
+            )
+        if (self.expert_layers is not None) != (self.family == "robust-experts"):
+            raise ValueError("expert_layers go with family robust-experts, and with no other")
+        if (self.transformer is not None) != (self.backbone == "vit"):
+            raise ValueError("transformer goes with backbone vit, and with no other")
+        if (self.alpha is not None) != (self.family == "dual-model"):
+            raise ValueError("alpha goes with family dual-model, and with no other")
+        if self.transformer is not None:
+            self._check_transformer(self.transformer)
+
+    def _check_transformer(self, transformer: VisionTransformer) -> None:
+        if self.image_size % transformer.patch_size:
+            raise ValueError(
+                f"patch_size={transformer.patch_size} does not divide image_size={self.image_size}"
+            )
+        if self.width % transformer.heads:
+            raise ValueError(f"heads={transformer.heads} does not divide width={self.width}")
+        blocks = transformer.moe_blocks
+        if bool(blocks) != (self.family == "vit-moe"):
+            raise ValueError("moe_blocks go with family vit-moe, and with no other")
+        if len(set(blocks)) != len(blocks) or any(
+            not 0 <= block < transformer.depth for block in blocks
+        ):
+            raise ValueError(f"moe_blocks={blocks} are not blocks of depth={transformer.depth}")
+
+    def _check_channels(self) -> None:
         if int(self.width * self.ratio) < 1:
             raise ValueError(
                 f"ratio={self.ratio} leaves no channel of width={self.width}; "
@@ -75,7 +215,6 @@ class ModelSpec(Frozen):
             )
         if not all(math.isfinite(v) for v in self.mean + self.std) or min(self.std) <= 0:
             raise ValueError("mean and std must be finite and std positive")
-        return self
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -84,11 +223,26 @@ class ModelSpec(Frozen):
 
     def dense(self) -> "ModelSpec":
         """Return the dense network of full width that the MoE is measured against."""
-        return self.model_copy(update={"family": "dense", "num_experts": 1, "ratio": 1.0})
+        return self._without_experts(ratio=1.0)
 
     def s_dense(self) -> "ModelSpec":
         """Return the small dense network: this ratio in every layer, no experts."""
-        return self.model_copy(update={"family": "dense", "num_experts": 1})
+        return self._without_experts()
+
+    def _without_experts(self, **changes: object) -> "ModelSpec":
+        transformer = self.transformer
+        if transformer is not None:
+            transformer = transformer.model_copy(update={"moe_blocks": ()})
+        dense = {
+            "family": "dense",
+            "num_experts": 1,
+            "top_k": 1,
+            "weighting": "one",
+            "expert_layers": None,
+            "transformer": transformer,
+            "alpha": None,
+        }
+        return self.model_copy(update={**dense, **changes})
 
 
 def _one_per_class(names: tuple[str, ...], fields: ValidationInfo) -> tuple[str, ...]:

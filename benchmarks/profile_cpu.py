@@ -34,9 +34,10 @@ from torch.nn import functional as F
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.export.images import parity_images
 from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from advmoe_deploy.models.classifier import AdvMoE
-from advmoe_deploy.models.routing import Dispatch
+from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
@@ -143,16 +144,15 @@ def against_eager(
     """Return the ratios of the masked layers in PyTorch eager to the exported model."""
     with np.load(bundle.file("golden.npz")) as golden:
         images = np.resize(golden["images"], (batch, *SPEC.image_shape))
-    model.execution = "masked"
     x_NCHW = torch.from_numpy(images)
 
     def masked() -> None:
         with torch.inference_mode():
-            model(x_NCHW)
+            model(x_NCHW, Routes(execution="masked"))
 
     def released() -> None:
         with torch.inference_mode():
-            dispatch = ReleasedDispatch(model.route(x_NCHW), "masked")
+            dispatch = ReleasedDispatch(model.route(x_NCHW)["router"], "masked")
             model.backbone(model.normalise(x_NCHW), dispatch)
 
     with open_runner(bundle, threads=THREADS) as runner:

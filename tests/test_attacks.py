@@ -14,8 +14,10 @@ from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from advmoe_deploy.models.classifier import AdvMoE, Classifier, DenseClassifier, build_model
-from advmoe_deploy.models.routing import route_top_1
+from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.models.routing import RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, build_spec
 
 THREAT = ThreatModel(epsilon=0.1)
@@ -113,7 +115,7 @@ def test_a_clean_mistake_is_never_corrected(model: AdvMoE) -> None:
 class TwoHalves(nn.Module):
     """Logits (s, -s) with s the sum of the pixels less two: the best attack is known."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routes: object = None) -> Tensor:
         s = x.sum(dim=(1, 2, 3)) - 2
         return torch.stack([s, -s], dim=1)
 
@@ -225,7 +227,7 @@ def test_a_model_that_answers_nan_is_not_called_robust(model: AdvMoE, target: At
 
 def test_the_straight_through_weight_is_exactly_one_and_reaches_the_router() -> None:
     scores = torch.randn(1000, 3, requires_grad=True)
-    routing = route_top_1(scores)
+    routing = choose(scores, RoutingRule("router", scores.shape[1]), "probability")
     assert bool((routing.weights_NK == 1).all())
     routing.weights_NK.sum().backward()
     assert scores.grad is not None
@@ -234,12 +236,12 @@ def test_the_straight_through_weight_is_exactly_one_and_reaches_the_router() -> 
 
 def test_the_pathway_attack_moves_more_routes(model: AdvMoE) -> None:
     x, y = some_digits(100)
-    clean = model.route(x).expert_ids_NK
+    clean = model.route(x)["router"].expert_ids_NK
     moved = []
     for target in ("model", "pathway"):
         attack = AttackSpec(name="pgd", steps=10, target=target)
         found = attack_model(model, x, y, THREAT, attack)
-        moved.append(int((model.route(found).expert_ids_NK != clean).sum()))
+        moved.append(int((model.route(found)["router"].expert_ids_NK != clean).sum()))
     assert moved[1] > moved[0]
 
 

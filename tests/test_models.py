@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.classifier import AdvMoE, build_model
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.dispatch import Dispatch, run_experts
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.models.routing import Dispatch, forced_route, route_top_1
+from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.models.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 SPEC = build_spec(
@@ -42,12 +44,12 @@ def images(n: int = 24) -> Tensor:
 
 def outputs_and_gradients(execution: str, *, training: bool) -> dict[str, Tensor]:
     model = advmoe().train(training)
-    model.execution = execution  # type: ignore[assignment]
+    routes = Routes(surrogate="probability", execution=execution)  # type: ignore[arg-type]
     x = images().requires_grad_(True)
     labels = torch.arange(24) % 10
-    load = advmoe().train(training).route(x).expert_load_E
+    load = advmoe().train(training).route(x)["router"].expert_load_E
     assert (load > 0).sum() >= 2, "the test is empty unless several experts are used"
-    logits = model(x)
+    logits = model(x, routes)
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(F.cross_entropy(logits, labels), [x, *named.values()])
     buffers = {name: b for name, b in model.named_buffers() if "running" in name}
@@ -70,16 +72,14 @@ def test_a_pathway_is_the_model_with_that_route_forced() -> None:
     model = advmoe().eval()
     x = images()
     for expert in range(3):
-        torch.testing.assert_close(
-            model.pathway(expert).double()(x), model.forward_expert(x, expert)
-        )
+        torch.testing.assert_close(model.pathway(expert)(x), model(x, model.forced(expert)))
 
 
 def test_each_image_gets_the_answer_of_its_own_pathway() -> None:
     model = advmoe().eval()
     x = images()
-    ids = model.route(x).expert_ids_NK[:, 0]
-    by_pathway = torch.stack([model.pathway(e).double()(x) for e in range(3)])
+    ids = model.route(x)["router"].expert_ids_NK[:, 0]
+    by_pathway = torch.stack([model.pathway(e)(x) for e in range(3)])
     torch.testing.assert_close(model(x), by_pathway[ids, torch.arange(len(x))])
 
 
@@ -95,7 +95,7 @@ def test_grouped_rows_go_to_their_expert_and_come_back_in_order() -> None:
 
 
 def test_a_tie_goes_to_the_first_expert_with_weight_one() -> None:
-    routing = route_top_1(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+    routing = choose(torch.tensor([[1.0, 1.0], [0.0, 2.0]]), RoutingRule("router", 2))
     assert routing.expert_ids_NK.tolist() == [[0], [1]]
     assert routing.weights_NK.tolist() == [[1.0], [1.0]]
     assert routing.margin_N.tolist() == [0.0, 2.0]
@@ -115,3 +115,36 @@ def test_the_papers_router_has_269_202_parameters() -> None:
     model = build_model(build_spec(family="advmoe", num_experts=2, ratio=0.5))
     assert isinstance(model, AdvMoE)
     assert sum(p.numel() for p in model.router.parameters()) == 269_202
+
+
+def test_top_k_weights_follow_the_rule() -> None:
+    scores = torch.tensor([[0.0, 2.0, 1.0]]).log_softmax(dim=1)
+    p = scores.exp()[0]
+    probability = choose(scores, RoutingRule("gate", 3, 2, "probability"))
+    assert probability.expert_ids_NK.tolist() == [[1, 2]]
+    torch.testing.assert_close(probability.weights_NK[0], p[[1, 2]])
+    renormalised = choose(scores, RoutingRule("gate", 3, 2, "renormalised"))
+    torch.testing.assert_close(renormalised.weights_NK[0], p[[1, 2]] / (p[[1, 2]].sum() + 1e-5))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_whole_experts_grouped_and_masked_are_the_same(top_k: int) -> None:
+    torch.manual_seed(0)
+    experts = [torch.nn.Linear(4, 5).double() for _ in range(3)]
+    x = torch.randn(16, 4, dtype=torch.float64, requires_grad=True)
+    gate = torch.nn.Linear(4, 3).double()
+    rule = RoutingRule("gate", 3, top_k, "renormalised")
+    results = []
+    for execution in ("masked", "grouped"):
+        y = run_experts(choose(gate(x), rule), x, experts, execution)  # type: ignore[arg-type]
+        leaves = [x, gate.weight, *(e.weight for e in experts)]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for masked, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, masked)
+
+
+def test_routes_overrule_a_gate_and_remember_what_was_taken() -> None:
+    model = advmoe().eval()
+    routes = Routes({"router": 2})
+    model(images(), routes)
+    assert routes.taken["router"].expert_load_E.tolist() == [0, 0, 24]

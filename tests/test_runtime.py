@@ -19,9 +19,9 @@ from advmoe_deploy.export.onnx_export import export_onnx, segment_graphs
 from advmoe_deploy.export.onnx_graph import GraphWriter, write_model
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.stitch import graph_from_plan
+from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
-from advmoe_deploy.models.classifier import AdvMoE
-from advmoe_deploy.models.routing import route_top_1
+from advmoe_deploy.models.routing import RoutingRule, choose
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner, route
@@ -65,7 +65,7 @@ def test_answers_are_those_of_torch(
 ) -> None:
     model, images = load_model(tiny_run), IMAGES[:batch]
     with torch.inference_mode():
-        routing = model.route(torch.from_numpy(images))
+        routing = model.route(torch.from_numpy(images))["router"]
         logits = model(torch.from_numpy(images)).numpy()
     with open_runner(tiny_bundle, engine, threads=1) as runner:
         answer = runner.infer(images)
@@ -93,7 +93,8 @@ def test_one_expert_takes_all(tiny_run: Path, tmp_path: Path, winner: int) -> No
     run = rerouted(tiny_run, tmp_path, weight=1.0, bias=bias)
     export_onnx(run, tmp_path / "bundle")
     with torch.inference_mode():
-        expected = load_model(run).forward_expert(torch.from_numpy(IMAGES), winner).numpy()
+        model = load_model(run)
+        expected = model(torch.from_numpy(IMAGES), model.forced(winner)).numpy()
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest.parity.images_per_expert[1 - winner] == 0
     for engine in ENGINES:
@@ -107,7 +108,7 @@ def test_ties_go_to_the_lowest_index(tiny_run: Path, tmp_path: Path) -> None:
     model = load_model(rerouted(tiny_run, tmp_path, weight=0.0, bias=(0.5, 0.5)))
     images = IMAGES[:4]
     with torch.inference_mode():
-        assert not model.route(torch.from_numpy(images)).expert_ids_NK.any()
+        assert not model.route(torch.from_numpy(images))["router"].expert_ids_NK.any()
     parts = partition(model)  # export itself refuses a router without an opinion
     segments, _ = segment_graphs(parts, images)
     graph = graph_from_plan(parts.plan, segments)
@@ -129,7 +130,12 @@ def test_ties_behind_the_first_expert() -> None:
     step = RouteStep(layer="router", scores="scores", num_experts=3)
     ids = route(step, scores)["router.expert_ids"]
     np.testing.assert_array_equal(ids, [[1], [0], [2]])
-    np.testing.assert_array_equal(route_top_1(torch.from_numpy(scores)).expert_ids_NK.numpy(), ids)
+    np.testing.assert_array_equal(
+        choose(
+            torch.from_numpy(scores), RoutingRule("router", scores.shape[1])
+        ).expert_ids_NK.numpy(),
+        ids,
+    )
 
 
 def test_the_reference_evaluator_agrees(tiny_bundle: Bundle) -> None:

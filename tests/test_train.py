@@ -16,8 +16,8 @@ from advmoe_deploy.data.cifar10 import CLASS_NAMES
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
+from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint
-from advmoe_deploy.models.classifier import AdvMoE
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.evaluate import effective_routes

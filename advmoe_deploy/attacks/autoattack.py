@@ -9,8 +9,9 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import missing_extra
-from advmoe_deploy.models.classifier import Classifier
-from advmoe_deploy.models.routing import frozen_parameters
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dispatch import frozen_parameters
+from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.specs import ThreatModel
 
 Predict = Callable[[Tensor], Tensor]
@@ -57,7 +58,11 @@ def standard_autoattack(
     package = _import()
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
         attack = package.AutoAttack(
-            model, eps=threat.epsilon, norm="Linf", seed=seed, device=images.device
+            lambda x: model(x, Routes(surrogate="probability")),
+            eps=threat.epsilon,
+            norm="Linf",
+            seed=seed,
+            device=images.device,
         )
         found, _ = attack.run_standard_evaluation(images, labels)
     result: Tensor = found.detach()

@@ -26,8 +26,10 @@ from advmoe_deploy.attacks.pgd import (
     step_size_of,
 )
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
-from advmoe_deploy.models.routing import frozen_parameters
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dispatch import frozen_parameters
+from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 BATCH = 256  # fixed: the random starts, hence the examples, depend on it
@@ -183,11 +185,8 @@ class _ModelObjective:
         return Ascent(gradient, _finite(loss_N.detach()), logits_NK.argmax(dim=1) != labels_N)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if isinstance(self.model, AdvMoE) and not self.through_router:
-            with torch.no_grad():
-                routing = self.model.route(x)
-            return self.model.forward(x, routing)
-        logits: Tensor = self.model(x)
+        routes = Routes(surrogate="probability" if self.through_router else None)
+        logits: Tensor = self.model(x, routes)
         return logits
 
 
@@ -204,7 +203,7 @@ class _PathwayObjective:
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, /) -> Ascent:
         x = images_NCHW.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits_NK = self.model.forward_expert(x, self.expert)
+            logits_NK = self.model(x, self.model.forced(self.expert))
             loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
             lead_N = self._lead(x)
             (attack,) = torch.autograd.grad(loss_N.sum(), x)

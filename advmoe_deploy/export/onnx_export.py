@@ -32,7 +32,8 @@ from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.export.unvisited import require_branch, unvisited_experts
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import Plan

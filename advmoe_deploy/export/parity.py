@@ -16,7 +16,8 @@ from advmoe_deploy.export.reference import (
     forced_answers,
     reference_answers,
 )
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from advmoe_deploy.models.classifier import AdvMoE, Classifier, DenseClassifier
+from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, TensorInfo
 
 LAYER = "router"
@@ -64,7 +65,7 @@ def _partition_advmoe(model: AdvMoE) -> Partition:
     return Partition(plan, modules)
 
 
-def _partition_dense(model: DenseClassifier) -> Partition:
+def _partition_dense(model: Classifier) -> Partition:
     segment = _segment("network", _image(model), _rows("logits", model.spec.num_classes))
     plan = Plan(segments=(segment,), steps=(RunStep(segment=segment.name),))
     return Partition(plan, {segment.name: model})

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.advmoe import ROUTER, AdvMoE
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.routing import Routes
 
 _BATCH = 128
 
@@ -44,8 +45,10 @@ def reference_answers(model: Classifier, images: Images) -> Answers:
         return Answers(_in_batches(model, images)[0], None, None)
 
     def run(x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        routing: Routing = model.route(x_NCHW)
-        return model(x_NCHW, routing), routing.scores_NE, routing.expert_ids_NK
+        routes = Routes()
+        logits = model(x_NCHW, routes)
+        routing = routes.taken[ROUTER]
+        return logits, routing.scores_NE, routing.expert_ids_NK
 
     logits, scores, ids = _in_batches(run, images)
     return Answers(logits, scores, ids)
@@ -53,7 +56,7 @@ def reference_answers(model: Classifier, images: Images) -> Answers:
 
 def forced_answers(model: AdvMoE, images: Images, expert: int) -> NDArray[np.float32]:
     """Return the logits of ``model`` when every image is sent to ``expert``."""
-    return _in_batches(lambda x_NCHW: model.forward_expert(x_NCHW, expert), images)[0]
+    return _in_batches(lambda x_NCHW: model(x_NCHW, model.forced(expert)), images)[0]
 
 
 def _in_batches(run: Callable[[Tensor], Any], images: Images) -> list[NDArray[Any]]:

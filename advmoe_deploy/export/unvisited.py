@@ -7,7 +7,7 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.export.parity import load_of, require_near
 from advmoe_deploy.export.reference import Answers, Images, forced_answers
-from advmoe_deploy.models.classifier import AdvMoE
+from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.runtime.runner import GraphRunner
 

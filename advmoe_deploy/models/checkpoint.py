@@ -16,7 +16,8 @@ from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.files import sha256_of
-from advmoe_deploy.models.classifier import Classifier, build_model
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel, one_line
 
 CHECKPOINT_VERSION = 1

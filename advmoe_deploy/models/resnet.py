@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe_deploy.models.routing import Dispatch
+from advmoe_deploy.models.dispatch import Dispatch
 
 
 class RoutedConv2d(nn.Module):

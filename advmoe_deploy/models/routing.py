@@ -1,10 +1,10 @@
-"""Which experts each row goes to, and two ways to execute that choice.
+"""Which experts each row goes to: the rule of a layer, its answer, and who may overrule it.
 
-Shapes: N rows, E experts, K experts per row, C channels, H height, W width.
+Shapes: N rows (images, or tokens), E experts, K experts per row.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,16 +12,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.specs import Weighting
+
 Execution = Literal["grouped", "masked"]
+Surrogate = Literal["probability", "score"]
+
+# What Robust Experts (arXiv 2509.05086) adds to the sum it divides by.
+_RENORMALISER = 1e-5
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How one routed layer turns scores into a route; the plan says the same to every engine.
+
+    ``weighting`` of the chosen experts: ``one`` is 1 (top-1 only), ``probability`` their softmax
+    over all experts, ``renormalised`` that divided by its sum over the chosen.
+    """
+
+    layer: str
+    num_experts: int
+    top_k: int = 1
+    weighting: Weighting = "one"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's answer for one batch.
-
-    ``weights_NK`` is 1 for a top-1 route; while gradients are recorded it also carries the
-    straight-through gradient into the scores.
-    """
+    """A router's answer for one batch: raw scores, chosen ids best first, and their weights."""
 
     scores_NE: Tensor
     expert_ids_NK: Tensor
@@ -34,100 +50,101 @@ class Routing:
 
     @property
     def expert_load_E(self) -> Tensor:
-        """Rows per expert, int64."""
+        """Choices per expert, int64; each row counts K times."""
         return torch.bincount(self.expert_ids_NK.flatten(), minlength=self.num_experts)
 
     @property
+    def probabilities_NE(self) -> Tensor:
+        """Softmax of the scores."""
+        return F.softmax(self.scores_NE, dim=1)
+
+    @property
     def margin_N(self) -> Tensor:
-        """Distance between the best and the second best score of each row."""
-        best = self.scores_NE.topk(2, dim=1).values
-        return best[:, 0] - best[:, 1]
+        """Distance between the last score that was chosen and the first that was not."""
+        k = self.expert_ids_NK.shape[1]
+        if k == self.num_experts:
+            return torch.full_like(self.scores_NE[:, 0], torch.inf)
+        best = self.scores_NE.topk(k + 1, dim=1).values
+        return best[:, k - 1] - best[:, k]
 
 
-def route_top_1(scores_NE: Tensor) -> Routing:
-    """Return the arg-max route; ties go to the lowest index.
+def choose(scores_NE: Tensor, rule: RoutingRule, surrogate: Surrogate | None = None) -> Routing:
+    """Return the route by ``rule``; ties go to the lowest index.
 
-    The weight equals 1; its gradient is that of the chosen expert's softmax probability
-    (straight-through), so a loss of the model's output reaches the router.
+    Where a weight is the constant 1, ``surrogate`` gives it a gradient nevertheless
+    (straight-through): that of the chosen expert's softmax probability, or, as AdvMoE's released
+    code has it, of its raw score.
     """
-    ids_NK = scores_NE.argmax(dim=1, keepdim=True)
-    ones_NK = torch.ones_like(scores_NE[:, :1])
-    if not (torch.is_grad_enabled() and scores_NE.requires_grad):
-        return Routing(scores_NE, ids_NK, ones_NK)
-    probability_NK = F.softmax(scores_NE, dim=1).gather(1, ids_NK)
-    return Routing(scores_NE, ids_NK, ones_NK + (probability_NK - probability_NK.detach()))
+    # Stable, for topk and argmax promise no order between equals on every device.
+    ids_NK = scores_NE.argsort(dim=1, descending=True, stable=True)[:, : rule.top_k]
+    return Routing(scores_NE, ids_NK, weights_of(scores_NE, ids_NK, rule, surrogate))
+
+
+def weights_of(
+    scores_NE: Tensor, ids_NK: Tensor, rule: RoutingRule, surrogate: Surrogate | None = None
+) -> Tensor:
+    """Return the weights [N, K] that ``rule`` gives the experts ``ids_NK``."""
+    if rule.weighting == "one" and surrogate is None:
+        return torch.ones_like(scores_NE[:, : ids_NK.shape[1]])
+    values_NE = scores_NE if surrogate == "score" else F.softmax(scores_NE, dim=1)
+    chosen_NK = values_NE.gather(1, ids_NK)
+    if rule.weighting == "one":
+        return 1 + (chosen_NK - chosen_NK.detach())
+    if rule.weighting == "probability":
+        return chosen_NK
+    return chosen_NK / (chosen_NK.sum(dim=1, keepdim=True) + _RENORMALISER)
 
 
 def forced_route(expert_ids_N: Tensor, num_experts: int, *, like: Tensor) -> Routing:
-    """Return the routing that sends row n to ``expert_ids_N[n]``, whatever a router would say."""
+    """Return the routing that sends row n to ``expert_ids_N[n]`` alone, with weight 1."""
     scores_NE = F.one_hot(expert_ids_N, num_experts).to(like.dtype)
     ids_NK = expert_ids_N[:, None]
     return Routing(scores_NE, ids_NK, torch.ones_like(scores_NE[:, :1]))
 
 
-class Dispatch:
-    """One batch's routing, made ready for the routed layers of one forward pass.
+class Routes:
+    """The routings of one forward pass: every routed layer asks here, and the answers stay.
 
-    ``masked`` computes every expert on every row and then selects: the papers' layer and our
-    reference. ``grouped`` sorts the rows by expert once, runs each expert on its own rows only, and
-    restores the order at the end. Layers shared by the experts, BatchNorm above all, see the whole
-    batch either way, so both give the same outputs and the same gradients.
+    Pass one to ``model(images, routes)`` to see the routes (:attr:`taken`), to overrule them, or to
+    change how they are executed. A model without one makes its own.
+
+    Args:
+        forced: by layer, a routing to use instead of asking the gate, or an expert for all rows.
+        surrogate: the straight-through gradient of hard routes, ``None`` for none: the gradient is
+            then exactly that of the deployed function.
+        execution: ``grouped`` or ``masked``, see :mod:`~advmoe_deploy.models.dispatch`.
+        adjust: called with (rule, scores) before the choice; returns the routing. For what only
+            training or analysis does: noise, capacity.
     """
 
-    def __init__(self, routing: Routing, execution: Execution) -> None:
-        self.routing = routing
-        self.execution = execution
-        ids_N = routing.expert_ids_NK[:, 0]
-        self.order_N = ids_N.argsort(stable=True)
-        self.rows_per_expert: list[int] = (
-            routing.expert_load_E.tolist() if execution == "grouped" else []
-        )
+    def __init__(
+        self,
+        forced: Mapping[str, Routing | int] | None = None,
+        *,
+        surrogate: Surrogate | None = None,
+        execution: Execution = "grouped",
+        adjust: Callable[[RoutingRule, Tensor, Surrogate | None], Routing] = (
+            lambda rule, scores_NE, surrogate: choose(scores_NE, rule, surrogate)
+        ),
+    ) -> None:
+        self.forced = dict(forced or {})
+        self.surrogate = surrogate
+        self.execution: Execution = execution
+        self.adjust = adjust
+        self.taken: dict[str, Routing] = {}
 
-    def dispatch(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` in the order the routed layers expect."""
-        return rows[self.order_N] if self.execution == "grouped" else rows
+    def decide(self, rule: RoutingRule, gate: Callable[[Tensor], Tensor], x: Tensor) -> Routing:
+        """Return the routing of the rows ``x`` at the layer of ``rule``, and remember it.
 
-    def combine(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` in the batch's own order again."""
-        if self.execution == "masked":
-            return rows
-        return torch.empty_like(rows).index_copy(0, self.order_N, rows)
-
-    def conv2d(self, x_NCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        """Return each row's convolution with its own expert, times its routing weight.
-
-        ``weight`` is [E * C_out, C_in, kh, kw]; expert e owns the e-th run of C_out rows.
+        A gate whose gradient nobody wants runs without one; an overruled gate does not run.
         """
-        run = self._grouped_conv2d if self.execution == "grouped" else self._masked_conv2d
-        y_NCHW = run(x_NCHW, weight, stride, padding)
-        weights_NK = self.routing.weights_NK
-        if not weights_NK.requires_grad:
-            return y_NCHW  # a top-1 weight is exactly 1
-        return y_NCHW * self.dispatch(weights_NK)[:, :1, None, None]
-
-    def _grouped_conv2d(self, x_NCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        experts = weight.chunk(self.routing.num_experts)
-        parts = zip(torch.split(x_NCHW, self.rows_per_expert), experts, strict=True)
-        return torch.cat(
-            [F.conv2d(x, w, stride=stride, padding=padding) for x, w in parts if len(x)]
-        )
-
-    def _masked_conv2d(self, x_NCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        all_experts = F.conv2d(x_NCHW, weight, stride=stride, padding=padding)
-        n, _, height, width = all_experts.shape
-        y_NECHW = all_experts.view(n, self.routing.num_experts, -1, height, width)
-        ids_N = self.routing.expert_ids_NK[:, 0]
-        return y_NECHW[torch.arange(n, device=ids_N.device), ids_N]
-
-
-@contextmanager
-def frozen_parameters(module: torch.nn.Module) -> Iterator[None]:
-    """Record no gradients for the parameters of ``module`` inside the block (attacks want none)."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        routing = self.forced.get(rule.layer)
+        if isinstance(routing, int):
+            ids_N = torch.full((len(x),), routing, dtype=torch.int64, device=x.device)
+            routing = forced_route(ids_N, rule.num_experts, like=x)
+        elif routing is None:
+            hard = rule.weighting == "one" and self.surrogate is None
+            with torch.no_grad() if hard else nullcontext():
+                routing = self.adjust(rule, gate(x), self.surrogate)
+        self.taken[rule.layer] = routing
+        return routing

@@ -10,7 +10,9 @@ Shapes: N images, C channels, H height, W width, E experts.
 import torch
 from torch import Tensor, nn
 
-from advmoe_deploy.models.classifier import AdvMoE, Classifier, build_model
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import ModelSpec
 
 _BALANCING_STEPS = 60

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model, predict
-from advmoe_deploy.models.classifier import AdvMoE, Classifier
+from advmoe_deploy.models.advmoe import ROUTER, AdvMoE
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 
@@ -71,5 +72,5 @@ def _load(model: Classifier, images: Tensor) -> list[Tensor]:
     if not isinstance(model, AdvMoE):
         return []
     with eval_mode(model), torch.no_grad():
-        loads = [model.route(batch).expert_load_E for batch in torch.split(images, BATCH)]
+        loads = [model.route(batch)[ROUTER].expert_load_E for batch in torch.split(images, BATCH)]
     return list(torch.stack(loads).sum(dim=0))

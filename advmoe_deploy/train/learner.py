@@ -8,7 +8,7 @@ Shapes: N images, K classes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl
 from advmoe_deploy.errors import DivergedError
-from advmoe_deploy.models.classifier import AdvMoE, Classifier, as_advmoe
-from advmoe_deploy.models.routing import frozen_parameters
+from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dispatch import frozen_parameters
+from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch
 from advmoe_deploy.train.losses import class_routing_loss, trades
@@ -121,20 +123,17 @@ class Learner:
 
     def _class_routing(self, batch: Batch) -> Tensor:
         """Return the class routing loss over the clean images and over those that attack it."""
-        model = as_advmoe(self.model)
+        model = self.model
+        assert isinstance(model, AdvMoE)
         attacked = self._attack(batch, model.score)
         scores_2NE = model.score(torch.cat([batch.images, attacked]))
         return class_routing_loss(scores_2NE, batch.labels.repeat(2), model.spec.num_classes)
 
     def _forward(self, x: Tensor, *, through_router: bool) -> Tensor:
         """Return float32 logits; the router never runs in reduced precision."""
-        if not isinstance(self.model, AdvMoE):
-            with self.fabric.autocast():
-                return self.model(x).float()  # type: ignore[no-any-return]
-        with nullcontext() if through_router else torch.no_grad():
-            routing = self.model.route(x)
+        routes = Routes(surrogate="probability" if through_router else None)
         with self.fabric.autocast():
-            return self.model(x, routing).float()  # type: ignore[no-any-return]
+            return self.model(x, routes).float()  # type: ignore[no-any-return]
 
     def _averaged(
         self, loss: Tensor, gradients: tuple[Tensor, ...]

@@ -22,8 +22,8 @@ from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.export.parity import compare_with_reference
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.intervals import wilson_interval
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import model_from_weights
-from advmoe_deploy.models.classifier import Classifier
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import AttackOutcome, Pair, RobustReport
 from advmoe_deploy.runtime.runner import Runner

@@ -1,0 +1,69 @@
+"""AdvMoE, and the dense networks it is measured against."""
+
+from torch import Tensor
+
+from advmoe_deploy.models.backbones import build_backbone
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.resnet import RoutedConv2d, RouterResNet
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.specs import ModelSpec
+
+ROUTER = "router"
+
+
+class DenseClassifier(Classifier):
+    """A dense network; one pathway of an AdvMoE is one of these too."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.backbone = build_backbone(spec, num_experts=1)
+
+    def forward(self, images: Tensor, routes: Routes | None = None) -> Tensor:
+        """Return logits [N, classes]; there is nothing to route."""
+        logits: Tensor = self.backbone(self.normalise(images), None)
+        return logits
+
+
+class AdvMoE(Classifier):
+    """AdvMoE: a router that looks at the image picks one expert index for all routed layers.
+
+    In eval mode it equals ``num_experts`` dense networks (:meth:`pathway`) behind a router.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.rules = (RoutingRule(ROUTER, spec.num_experts),)
+        self.router = RouterResNet(spec.in_channels, spec.router_width, spec.num_experts)
+        self.backbone = build_backbone(spec, num_experts=spec.num_experts)
+
+    def forward(self, images: Tensor, routes: Routes | None = None) -> Tensor:
+        """Return logits [N, classes]."""
+        routes = routes or Routes()
+        x = self.normalise(images)
+        routing = routes.decide(self.rules[0], self.router, x)
+        logits: Tensor = self.backbone(x, Dispatch(routing, routes.execution))
+        return logits
+
+    def score(self, images: Tensor) -> Tensor:
+        """Return the router's scores [N, E]."""
+        scores: Tensor = self.router(self.normalise(images))
+        return scores
+
+    def route(self, images: Tensor) -> dict[str, Routing]:
+        """Return the routing of the one router, for its cost alone."""
+        routes = Routes()
+        routes.decide(self.rules[0], self.router, self.normalise(images))
+        return routes.taken
+
+    def pathway(self, expert: int) -> DenseClassifier:
+        """Return the dense network that images of ``expert`` meet, with copied weights."""
+        spec = self.spec.model_copy(update={"family": "pathway", "num_experts": 1})
+        dense = DenseClassifier(spec)
+        state = {name: t.detach().clone() for name, t in self.backbone.state_dict().items()}
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, RoutedConv2d):
+                bank = state[f"{name}.weight"]
+                state[f"{name}.weight"] = bank.chunk(module.num_experts)[expert].clone()
+        dense.backbone.load_state_dict(state)
+        return dense.to(next(self.parameters())).train(self.training)

@@ -1,0 +1,18 @@
+"""From a spec to a network: one constructor per family."""
+
+from collections.abc import Callable
+
+from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.specs import Family, ModelSpec
+
+_FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
+    "dense": DenseClassifier,
+    "pathway": DenseClassifier,
+    "advmoe": AdvMoE,
+}
+
+
+def build_model(spec: ModelSpec) -> Classifier:
+    """Return a freshly initialised network for ``spec``; seed torch first for a known one."""
+    return _FAMILIES[spec.family](spec)
