@@ -12,7 +12,6 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.data.cifar10 import CLASS_NAMES
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
@@ -285,7 +284,7 @@ def test_the_cifar10_recipe_runs_in_reduced_precision(tmp_path: Path) -> None:
         images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
         return Split(images, np.arange(n, dtype=np.int64) % 10)
 
-    data = Dataset("cifar10:noise", CLASS_NAMES, noise(12), noise(4), noise(4))
+    data = Dataset("cifar10:noise", tuple("abcdefghij"), noise(12), noise(4), noise(4))
     config = apply_overrides(recipe("cifar10-advmoe"), [*TINY, "precision=bf16-mixed", "epochs=1"])
     report = train(config, data, tmp_path / "run")
     assert report.data == "cifar10:noise"

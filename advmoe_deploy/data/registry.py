@@ -2,19 +2,26 @@
 
 from pathlib import Path
 
-from advmoe_deploy.data.cifar10 import load_cifar10
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.digits import load_digits
+from advmoe_deploy.data.folder import load_image_folder
+from advmoe_deploy.data.hub import HUB_SETS, load_hub_set
 from advmoe_deploy.errors import UsageError, unknown_name
 
-DATASETS = ("digits", "cifar10")
+DATASETS = ("digits", *HUB_SETS, "imagenet", "folder")
+_IMAGENET_SIZE = 224
+_FOLDER_SIZES = range(8, 513)
 
 
 def load_dataset(source: str) -> Dataset:
-    """Return the data set ``source`` names: ``digits``, ``cifar10`` or ``cifar10:PATH``.
+    """Return the data set ``source`` names.
+
+    ``digits`` is embedded. ``cifar10``, ``cifar100`` and ``tiny-imagenet`` come from the parquet
+    files of ``NAME:PATH``, or from the hub. ``imagenet:PATH`` and ``folder:PATH?size=64`` read
+    ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``.
 
     Raises:
-        UsageError: no such name, or ``digits`` with a path.
+        UsageError: no such name, a path that is missing or too much, or a size out of range.
         DataError: a file is missing or damaged, or the hub cannot be reached.
     """
     name, colon, path = source.partition(":")
@@ -26,4 +33,18 @@ def load_dataset(source: str) -> Dataset:
         if path:
             raise UsageError(f"digits is embedded and takes no path, not '{path}'")
         return load_digits()
-    return load_cifar10(source, Path(path).expanduser() if path else None)
+    if name in HUB_SETS:
+        return load_hub_set(HUB_SETS[name], source, Path(path).expanduser() if path else None)
+    return _from_folder(source, name, path)
+
+
+def _from_folder(source: str, name: str, path: str) -> Dataset:
+    if not path:
+        raise UsageError(f"{name} needs a folder: {name}:PATH, with train/CLASS/ and val/CLASS/")
+    size = _IMAGENET_SIZE
+    if name == "folder":
+        path, _, text = path.partition("?size=")
+        if not text.isdecimal() or int(text) not in _FOLDER_SIZES:
+            raise UsageError(f"'{source}' names no size in 8..512; write folder:PATH?size=64")
+        size = int(text)
+    return load_image_folder(source, Path(path).expanduser(), size=size)
