@@ -21,6 +21,7 @@ from advmoe_deploy.cli.failures import (
 )
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import forget_shown, print_json_error, session
+from advmoe_deploy.cli.sweep import sweep
 from advmoe_deploy.errors import CheckFailedError
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ def demo(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": build.train,
+    "sweep": sweep,
     "export": build.export,
     "verify": check.verify,
     "profile": check.profile,

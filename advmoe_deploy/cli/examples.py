@@ -6,6 +6,10 @@ EXAMPLES = {
         "advmoe train cifar10-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
     ),
+    "sweep": (
+        "advmoe sweep digits-advmoe --over model.num_experts=2,4,8",
+        "advmoe sweep digits-advmoe --over model.ratio=0.25,0.5,0.75 --seeds 0,1,2",
+    ),
     "export": (
         "advmoe export runs/digits-advmoe --format onnx",
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",

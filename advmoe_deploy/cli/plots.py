@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from advmoe_deploy.errors import missing_extra
@@ -141,12 +141,26 @@ def _figure(panels: int) -> Figure:
     return figure
 
 
-def _style() -> Any:
+def require_matplotlib() -> Any:
+    """Return matplotlib; without it, raise :class:`BackendUnavailableError` with the way out."""
     try:
         import matplotlib
     except ImportError:
         raise missing_extra("matplotlib", "report") from None
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib
+
+
+def svg_of(salt: str, panels: Sequence[Callable[[Axes], None]]) -> str:
+    """Return the panels side by side, each drawn by a function; ``salt`` is unique in a page."""
+    with _style():
+        figure = _figure(len(panels))
+        for draw, axes in zip(panels, figure.axes, strict=True):
+            draw(axes)
+        return _svg(figure, salt, transparent=False)
+
+
+def _style() -> Any:
+    return require_matplotlib().rc_context(_STYLE)
 
 
 def _svg(figure: Figure, salt: str, *, transparent: bool = True) -> str:

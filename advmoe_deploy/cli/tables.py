@@ -13,6 +13,7 @@ from advmoe_deploy.serving.batch import BatchReport
 
 if TYPE_CHECKING:
     from advmoe_deploy.train.loop import TrainReport
+    from advmoe_deploy.train.sweep import SweepReport
 
 
 def train_report(report: "TrainReport") -> RenderableType:
@@ -28,6 +29,26 @@ def train_report(report: "TrainReport") -> RenderableType:
     ]
     hint = f"next: advmoe export {report.run} --format onnx"
     return Group(_facts(f"{report.run}", rows), escape(hint))
+
+
+def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
+    """Return a row per value: mean accuracies over the seeds, and MACs per image."""
+    table = _table(
+        f"{report.recipe} over {report.key}",
+        (report.key, "robust", "clean", "effective routes", "executed MACs"),
+    )
+    for point in report.points:
+        robust = [r.robust_accuracy for r in point.reports]
+        clean = [r.clean_accuracy for r in point.reports]
+        routes = [r.effective_routes for r in point.reports if r.effective_routes is not None]
+        table.add_row(
+            f"{point.value:g}",
+            _percent(sum(robust) / len(robust)),
+            _percent(sum(clean) / len(clean)),
+            f"{sum(routes) / len(routes):.2f}" if routes else "-",
+            f"{point.macs.executed / 1e6:.2f} M",
+        )
+    return Group(table, escape(f"plot: {plot}"))
 
 
 def export_report(bundle: Bundle) -> RenderableType:

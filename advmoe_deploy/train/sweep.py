@@ -1,0 +1,111 @@
+"""One recipe trained at several values of one setting: AdvMoE's Figures 4 and 5, and others.
+
+Every run keeps a folder of its own, so that a sweep that was interrupted goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.errors import CheckpointError, UsageError
+from advmoe_deploy.files import write_atomically
+from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports import Macs
+from advmoe_deploy.specs import Frozen
+from advmoe_deploy.train.config import TrainConfig, apply_overrides
+from advmoe_deploy.train.loop import train
+from advmoe_deploy.train.report import TrainReport
+from advmoe_deploy.train.run_folder import CONFIG, REPORT
+
+SWEEP = "sweep.json"
+
+
+class SweepPoint(Frozen):
+    """One value of the setting: what each seed reached, and what an image costs."""
+
+    value: float
+    reports: tuple[TrainReport, ...]
+    macs: Macs
+
+
+class SweepReport(Frozen):
+    """Every point of a sweep over ``key``, in the order given."""
+
+    recipe: str
+    key: str
+    out: str
+    points: tuple[SweepPoint, ...]
+
+
+def sweep(
+    config: TrainConfig,
+    key: str,
+    values: Sequence[float],
+    data: Dataset,
+    out: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    devices: int = 1,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Train ``config`` with ``key`` set to each of ``values``, for each seed.
+
+    Each run is ``out/KEY=VALUE/seed-S``; one that is finished is taken as it is, an interrupted one
+    goes on. ``out/sweep.json`` is written after each run.
+
+    Raises:
+        UsageError: a value makes no sense for the recipe (before anything is trained), or ``out``
+            holds runs of another configuration.
+    """
+    progress = progress or Silent()
+    configs = sweep_configs(config, key, values, seeds)
+    points: list[SweepPoint] = []
+    with task(progress, "sweep", len(values) * len(seeds)):
+        for value in values:
+            reports = []
+            for seed in seeds:
+                folder = out / f"{key}={value:g}" / f"seed-{seed}"
+                reports.append(_run(configs[value, seed], data, folder, devices, progress))
+                progress.advance("sweep", robust_accuracy=reports[-1].robust_accuracy)
+            macs = macs_of(configs[value, seeds[0]].model)
+            points.append(SweepPoint(value=value, reports=tuple(reports), macs=macs))
+            result = SweepReport(
+                recipe=config.name, key=key, out=str(out), points=tuple(points)
+            )
+            write_atomically(out / SWEEP, result.model_dump_json(indent=2).encode() + b"\n")
+    return result
+
+
+def sweep_configs(
+    config: TrainConfig, key: str, values: Sequence[float], seeds: Sequence[int]
+) -> dict[tuple[float, int], TrainConfig]:
+    """Return the configuration of each (value, seed); nonsense is refused here, all at once."""
+    if not values or not seeds:
+        raise UsageError("a sweep needs at least one value and one seed")
+    return {
+        (value, seed): apply_overrides(config, [f"{key}={value:g}", f"seed={seed}"])
+        for value in values
+        for seed in seeds
+    }
+
+
+def _run(
+    config: TrainConfig, data: Dataset, folder: Path, devices: int, progress: Progress
+) -> TrainReport:
+    started = (folder / CONFIG).is_file()
+    report = folder / REPORT
+    if started and report.is_file():
+        _require_trained_by(config, data, folder)
+        progress.note(f"{folder} is finished and taken as it is")
+        return TrainReport.model_validate_json(report.read_bytes())
+    return train(config, data, folder, resume=started, devices=devices, progress=progress)
+
+
+def _require_trained_by(config: TrainConfig, data: Dataset, folder: Path) -> None:
+    try:
+        before = TrainConfig.model_validate_json((folder / CONFIG).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read ({error}); delete it") from None
+    if before != config.model_copy(update={"data": data.source}):
+        raise UsageError(f"{folder} was trained with other settings; choose another --out")

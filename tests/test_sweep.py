@@ -1,0 +1,64 @@
+"""Sweeps: every value trained once, nonsense refused before, an interrupted one goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.sweep import sweep
+
+TINY = [
+    "epochs=1",
+    "model.width=4",
+    "model.router_width=2",
+    "batch_size=400",
+    "test_attack_steps=1",
+    "holdout_attack_steps=1",
+]
+
+
+def test_the_command_trains_plots_and_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sets = [part for setting in TINY for part in ("--set", setting)]
+    command = ["sweep", "digits-advmoe", "--over", "model.num_experts=2,3", *sets]
+    command += ["--out", str(tmp_path), "--json"]
+    assert run(command) == 0
+    first = json.loads(capfd.readouterr().out)
+    assert [point["value"] for point in first["points"]] == [2, 3]
+    loads = [len(point["reports"][0]["expert_load"]) for point in first["points"]]
+    assert loads == [2, 3]
+    assert "model.num_experts" in (tmp_path / "sweep.svg").read_text()
+    # As if it had been killed between the two runs: the first is taken, the second made again.
+    (tmp_path / "model.num_experts=3" / "seed-0" / "report.json").unlink()
+    assert run(command) == 0
+    out, err = capfd.readouterr()
+    assert "seed-0 is finished" in err
+    again = json.loads(out)
+    assert again["points"][0] == first["points"][0]
+    accuracy = [x["points"][1]["reports"][0]["robust_accuracy"] for x in (first, again)]
+    assert accuracy[0] == accuracy[1]
+
+
+def test_nonsense_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    config = apply_overrides(recipe("digits-advmoe"), TINY)
+    with pytest.raises(UsageError, match="leaves no channel"):
+        sweep(config, "model.ratio", (0.5, 0.001), load_dataset("digits"), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(UsageError, match="at least one value"):
+        sweep(config, "model.ratio", (), load_dataset("digits"), tmp_path / "s")
+    for over in ("model.num_experts", "model.num_experts=", "model.num_experts=two"):
+        assert run(["sweep", "digits-advmoe", "--over", over]) == 2
+
+
+def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
+    config = apply_overrides(recipe("digits-advmoe"), TINY)
+    data = load_dataset("digits")
+    sweep(config, "model.num_experts", (2,), data, tmp_path)
+    other = config.model_copy(update={"lr": 0.5})
+    with pytest.raises(UsageError, match="other settings"):
+        sweep(other, "model.num_experts", (2,), data, tmp_path)
