@@ -1,7 +1,6 @@
 """What a model is, what it is up against, at which batch sizes it runs: frozen, validated."""
 
 import math
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,6 +15,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.layout import ExpertKind, expert_modules
 
 Family = Literal[
     "advmoe", "dense", "pathway", "robust-experts", "expert-networks", "dual-model", "vit-moe"
@@ -71,27 +71,13 @@ class ExpertLayers(Frozen):
     """Where a ResNet of Robust Experts (arXiv 2509.05086) holds experts, and how they are gated.
 
     ``kind`` is ``block`` (each expert a whole residual block) or ``conv`` (each one convolution).
-    ``layers`` are prefixes of module names: ``layer4`` (the whole stage, 1x1 downsample included),
-    ``layer4.1`` (one block), ``layer4.1.conv2`` (one convolution, ``conv`` only).
+    ``layers`` are prefixes of module names: ``layer4`` (the whole stage, 1x1 convolutions
+    included), ``layer4.1`` (one block), ``layer4.1.conv2`` (one convolution, ``conv`` only).
     """
 
-    kind: Literal["block", "conv"]
+    kind: ExpertKind
     layers: tuple[str, ...] = Field(("layer4",), min_length=1)
     gate: Gate = "gap-fc"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        shape = r"layer[1-4](\.\d+)?" if self.kind == "block" else _CONV_LAYER
-        for layer in self.layers:
-            if not re.fullmatch(shape, layer):
-                raise ValueError(
-                    f"'{layer}' names no {self.kind} of a ResNet; write layer4 or layer4.1"
-                    + (" or layer4.1.conv2" if self.kind == "conv" else "")
-                )
-        return self
-
-
-_CONV_LAYER = r"layer[1-4](\.\d+(\.(conv[1-3]|downsample\.0))?)?"
 
 
 class VisionTransformer(Frozen):
@@ -186,6 +172,19 @@ class ModelSpec(Frozen):
             raise ValueError("alpha goes with family dual-model, and with no other")
         if self.transformer is not None:
             self._check_transformer(self.transformer)
+        if self.expert_layers is not None:
+            self._check_expert_layers(self.expert_layers)
+
+    def _check_expert_layers(self, layers: ExpertLayers) -> None:
+        if self.ratio != 1:
+            raise ValueError(f"experts of {self.family} have full width: ratio=1, not {self.ratio}")
+        first = expert_modules(self.backbone, layers.kind, layers.layers)[0]
+        channels = self.width * 2 ** max(int(first[len("layer")]) - 2, 0)
+        if layers.gate == "fixed-conv-gap" and self.num_experts > channels:
+            raise ValueError(
+                f"gate fixed-conv-gap has a channel score each of num_experts={self.num_experts} "
+                f"experts, and {first} may see {channels}; lower num_experts or raise width"
+            )
 
     def _check_transformer(self, transformer: VisionTransformer) -> None:
         if self.image_size % transformer.patch_size:

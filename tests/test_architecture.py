@@ -11,7 +11,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "advmoe_deploy"
 
 LAYERS = [
-    {"errors", "files", "intervals", "specs", "plan", "bundle", "reports", "progress", "__init__"},
+    {
+        "errors",
+        "files",
+        "intervals",
+        "layout",
+        "specs",
+        "plan",
+        "bundle",
+        "reports",
+        "progress",
+        "__init__",
+    },
     {"models"},
     {"attacks", "data"},
     {"train", "export", "runtime"},

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.robust_experts import RobustExperts
 from advmoe_deploy.specs import Family, ModelSpec
 
 _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
     "dense": DenseClassifier,
     "pathway": DenseClassifier,
     "advmoe": AdvMoE,
+    "robust-experts": RobustExperts,
 }
 
 
