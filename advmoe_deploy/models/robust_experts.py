@@ -19,26 +19,11 @@ from torch.nn import functional as F
 
 from advmoe_deploy.layout import BLOCKS_PER_STAGE, expert_modules
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.batch_norm import BatchNorm2d
 from advmoe_deploy.models.dispatch import run_experts
 from advmoe_deploy.models.gates import build_gate
 from advmoe_deploy.models.routing import Routes, RoutingRule
 from advmoe_deploy.specs import ModelSpec
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that a single value per channel does not stop in training.
-
-    An expert may get one row, and small images end in 1x1 maps: one value has no variance, so such
-    a group is normalised by the running statistics, which it leaves as they are.
-    """
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the normalised ``x_NCHW``."""
-        if not self.training or x_NCHW.numel() > self.num_features:
-            return super().forward(x_NCHW)
-        return F.batch_norm(
-            x_NCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
 
 
 class ExpertBank(nn.Module):
