@@ -7,6 +7,7 @@ Every backbone is a module whose ``forward(x_NCHW, dispatch)`` returns logits; `
 from torch import nn
 
 from advmoe_deploy.models.resnet import ResNet
+from advmoe_deploy.models.vit import ViT
 from advmoe_deploy.specs import ModelSpec
 
 _BLOCKS_PER_STAGE = {"resnet18": (2, 2, 2, 2)}
@@ -17,6 +18,8 @@ def build_backbone(spec: ModelSpec, *, num_experts: int) -> nn.Module:
 
     ``ratio`` scales the experts; of a dense network (family ``dense``) it scales the stem too.
     """
+    if spec.backbone == "vit":
+        return ViT(spec)
     return ResNet(
         blocks_per_stage=_BLOCKS_PER_STAGE[spec.backbone],
         stem_width=_scaled(spec.width, spec) if spec.family == "dense" else spec.width,

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dual import DualModel, ExpertNetworks
 from advmoe_deploy.models.robust_experts import RobustExperts
+from advmoe_deploy.models.vit import ViTMoE
 from advmoe_deploy.specs import Family, ModelSpec
 
 _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
@@ -12,6 +14,9 @@ _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
     "pathway": DenseClassifier,
     "advmoe": AdvMoE,
     "robust-experts": RobustExperts,
+    "expert-networks": ExpertNetworks,
+    "dual-model": DualModel,
+    "vit-moe": ViTMoE,
 }
 
 
