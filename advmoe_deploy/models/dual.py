@@ -7,6 +7,8 @@ the expert is given and no others.
 Shapes: N images, C channels, H height, W width, E experts.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from advmoe_deploy.models.advmoe import ROUTER, DenseClassifier
@@ -14,7 +16,7 @@ from advmoe_deploy.models.backbones import build_backbone
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.batch_norm import replace_batch_norms
 from advmoe_deploy.models.dispatch import run_experts
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, forced_route
 from advmoe_deploy.specs import ModelSpec
 
 STANDARD = "standard"
@@ -113,3 +115,15 @@ class DualModel(Classifier):
 def second_expert(routing: Routing) -> Tensor:
     """Return the expert that each row's scores rank second, int64 [N]."""
     return routing.scores_NE.argsort(dim=1, descending=True, stable=True)[:, 1]
+
+
+def second_expert_routes(taken: Mapping[str, Routing], copies: int = 1) -> Routes:
+    """Return routes that send each row, with weight 1, to the expert it ranked second in ``taken``.
+
+    They are for ``copies`` batches, one behind the other, of the images that were routed so.
+    """
+    forced = {}
+    for layer, routing in taken.items():
+        ids_N = second_expert(routing).repeat(copies)
+        forced[layer] = forced_route(ids_N, routing.num_experts, like=routing.scores_NE)
+    return Routes(forced)
