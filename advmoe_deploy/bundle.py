@@ -6,7 +6,7 @@
     segments/              one dense graph per segment of the plan
     reference.safetensors  the torch weights that ``verify`` attacks
     baselines/             dense, S-Dense and unfused graphs that ``profile`` times
-    golden.npz             inputs and the reference's answers
+    golden.npz             inputs and the reference's answers, routes by layer
 
 Opening a bundle checks every hash before any of its files is handed out.
 """
@@ -27,7 +27,7 @@ from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import Macs, ParityReport
 from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, Precision, ThreatModel, one_line
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MODEL = "model.onnx"

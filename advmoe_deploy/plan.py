@@ -3,18 +3,28 @@
 A routed model is cut at its routing points into segments, dense graphs without data-dependent
 control flow. Every export and every runner is a lowering of the same plan. AdvMoE's plan has three
 steps: run the router, route, send each image to its pathway.
+
+Shapes: N images, T tokens per image, R rows (images, or all tokens of all images), E experts,
+K experts per row.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from advmoe_deploy.specs import Frozen
+from advmoe_deploy.specs import Frozen, Weighting
+
+# What Robust Experts (arXiv 2509.05086) adds to the sum that renormalised weights are divided by.
+RENORMALISER = 1e-5
 
 
 class TensorInfo(Frozen):
-    """A named tensor; ``"N"`` in the shape is the batch."""
+    """A named tensor; in the shape ``"N"`` is the batch, ``"16*N"`` 16 tokens of each image.
+
+    ``"R"`` are the rows that an expert is given.
+    """
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -38,28 +48,51 @@ class RunStep(Frozen):
 
 
 class RouteStep(Frozen):
-    """Turn scores [N, E] into ids [N, K] and weights [N, K]; ties go to the lowest index."""
+    """Turn scores [R, E] into ids, best first, and weights; ties go to the lowest index.
+
+    Both are [N, K], or [N, T, K] where a layer routes tokens; the rows of ``scores`` are then those
+    of the images one after the other. Weights are 1 (``one``), the softmax over all experts
+    (``probability``), or that divided by its sum over the chosen and :data:`RENORMALISER`
+    (``renormalised``).
+    """
 
     kind: Literal["route"] = "route"
     layer: str
     scores: str
     num_experts: int = Field(ge=1)
     top_k: int = Field(1, ge=1)
-    scoring: Literal["one"] = "one"
+    weighting: Weighting = "one"
+    tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        if self.weighting == "one" and self.top_k != 1:
+            raise ValueError(f"weighting 'one' is for top_k=1, not {self.top_k}")
+        return self
 
     @property
     def expert_ids(self) -> str:
-        """Name of the chosen ids, int64 [N, K]."""
+        """Name of the chosen ids, int64 [N, K] or [N, T, K]."""
         return f"{self.layer}.expert_ids"
 
     @property
     def weights(self) -> str:
-        """Name of the weights, float32 [N, K]."""
+        """Name of the weights, float32 [N, K] or [N, T, K]."""
         return f"{self.layer}.weights"
+
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """Shape of ids and weights."""
+        return ("N", self.top_k) if self.tokens is None else ("N", self.tokens, self.top_k)
 
 
 class ExpertsStep(Frozen):
-    """Send each row to its expert's segment and bring the results back in the original order."""
+    """Each row's output is the sum over its experts of weight times the expert's segment of it.
+
+    With weighting ``one`` nothing is multiplied. Rows keep their order.
+    """
 
     kind: Literal["experts"] = "experts"
     layer: str
@@ -81,48 +114,118 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        known = {segment.name for segment in self.segments}
-        if len(known) != len(self.segments):
+        if len({segment.name for segment in self.segments}) != len(self.segments):
             raise ValueError("two segments share a name")
-        produced = set(self.inputs)
-        routes: dict[str, RouteStep] = {}
-        for step in self.steps:
-            needed, made = self._tensors_of(step, known, routes)
-            if missing := needed - produced:
-                raise ValueError(f"{step.kind} step needs {sorted(missing)}, which no step made")
-            produced |= made
-        if missing := set(self.outputs) - produced:
+        if missing := set(self.outputs) - self.tensors().keys():
             raise ValueError(f"no step makes the outputs {sorted(missing)}")
         return self
 
-    def _tensors_of(
-        self, step: Step, known: set[str], routes: dict[str, RouteStep]
-    ) -> tuple[set[str], set[str]]:
-        match step:
-            case RunStep():
-                if step.segment not in known:
-                    raise ValueError(f"no segment is called {step.segment!r}")
-                segment = self.segment(step.segment)
-                return {t.name for t in segment.inputs}, {t.name for t in segment.outputs}
-            case RouteStep():
-                routes[step.layer] = step
-                return {step.scores}, {step.expert_ids, step.weights}
-            case ExpertsStep():
-                route = routes.get(step.layer)
-                if route is None or len(step.segments) != route.num_experts:
-                    raise ValueError(
-                        f"layer {step.layer!r} has {len(step.segments)} expert segments and "
-                        f"{route.num_experts if route else 'no'} routes"
-                    )
-                if missing := set(step.segments) - known:
-                    raise ValueError(f"no segments are called {sorted(missing)}")
-                return {step.input, route.expert_ids}, {step.output}
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Return the declaration of every tensor that is given or made by a step.
+
+        Raises:
+            ValueError: the steps do not fit together.
+        """
+        walk = _Walk(self.segments, self.inputs)
+        for step in self.steps:
+            walk.take(step)
+        return {name: info for name, info in walk.made.items() if info is not None}
 
     def segment(self, name: str) -> Segment:
         """Return the segment called ``name``."""
         return next(segment for segment in self.segments if segment.name == name)
 
+    def route(self, layer: str) -> RouteStep:
+        """Return the routing point called ``layer``."""
+        return next(route for route in self.routes if route.layer == layer)
+
     @property
     def routes(self) -> tuple[RouteStep, ...]:
         """The routing points, in order."""
         return tuple(step for step in self.steps if isinstance(step, RouteStep))
+
+
+class _Walk:
+    """Goes through the steps and knows which tensors there are by now.
+
+    An input of the plan is declared by whoever reads it first.
+    """
+
+    def __init__(self, segments: Iterable[Segment], inputs: Iterable[str]) -> None:
+        self.segments = {segment.name: segment for segment in segments}
+        self.made: dict[str, TensorInfo | None] = dict.fromkeys(inputs)
+        self.routes: dict[str, RouteStep] = {}
+
+    def take(self, step: Step) -> None:
+        """Check one step and add what it makes."""
+        match step:
+            case RunStep():
+                segment = self._segment(step.segment)
+                for tensor in segment.inputs:
+                    self._read(tensor, step)
+                self._add(*segment.outputs)
+            case RouteStep():
+                self._route(step)
+            case ExpertsStep():
+                self._experts(step)
+
+    def _route(self, step: RouteStep) -> None:
+        scores = self._known(step.scores, step)
+        rows = "N" if step.tokens is None else f"{step.tokens}*N"
+        if scores.shape != (rows, step.num_experts):
+            raise ValueError(
+                f"layer {step.layer!r} routes scores of shape {scores.shape}, "
+                f"not {(rows, step.num_experts)}"
+            )
+        self.routes[step.layer] = step
+        self._add(
+            TensorInfo(name=step.expert_ids, dtype="int64", shape=step.shape),
+            TensorInfo(name=step.weights, dtype="float32", shape=step.shape),
+        )
+
+    def _experts(self, step: ExpertsStep) -> None:
+        route = self.routes.get(step.layer)
+        if route is None or len(step.segments) != route.num_experts:
+            raise ValueError(
+                f"layer {step.layer!r} has {len(step.segments)} expert segments and "
+                f"{route.num_experts if route else 'no'} routes"
+            )
+        experts = [self._segment(name) for name in step.segments]
+        kinds = {(_kinds(expert.inputs), _kinds(expert.outputs)) for expert in experts}
+        if len(kinds) > 1 or any(len(e.inputs) != 1 or len(e.outputs) != 1 for e in experts):
+            raise ValueError(f"the experts of layer {step.layer!r} are not of one shape")
+        rows = self._known(route.scores, step).shape[0]
+        (given,), (answer,) = experts[0].inputs, experts[0].outputs
+        self._read(_with_rows(given, step.input, rows), step)
+        self._add(_with_rows(answer, step.output, rows))
+
+    def _segment(self, name: str) -> Segment:
+        if name not in self.segments:
+            raise ValueError(f"no segment is called {name!r}")
+        return self.segments[name]
+
+    def _known(self, name: str, step: Step) -> TensorInfo:
+        info = self.made.get(name)
+        if info is None:
+            raise ValueError(f"{step.kind} step needs {name!r}, which no step made")
+        return info
+
+    def _read(self, tensor: TensorInfo, step: Step) -> None:
+        if tensor.name in self.made and self.made[tensor.name] is None:
+            self.made[tensor.name] = tensor
+        if self._known(tensor.name, step) != tensor:
+            raise ValueError(f"{tensor} is read, {self.made[tensor.name]} was made")
+
+    def _add(self, *tensors: TensorInfo) -> None:
+        for tensor in tensors:
+            if tensor.name in self.made:
+                raise ValueError(f"{tensor.name!r} is made twice")
+            self.made[tensor.name] = tensor
+
+
+def _kinds(tensors: tuple[TensorInfo, ...]) -> tuple[tuple[str, tuple[int | str, ...]], ...]:
+    return tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+
+
+def _with_rows(tensor: TensorInfo, name: str, rows: int | str) -> TensorInfo:
+    return TensorInfo(name=name, dtype=tensor.dtype, shape=(rows, *tensor.shape[1:]))

@@ -22,42 +22,80 @@ class Macs(Frozen):
     s_dense: int
 
 
+class LayerParity(Frozen):
+    """How the routes of one layer compare; rows are images or, where those are routed, tokens.
+
+    ``rows`` are those compared: not those of images in which an earlier layer flipped, for after
+    that everything differs. They are ``close_calls`` where the last score chosen and the first not
+    chosen are within the margin, and are expected to agree elsewhere: ``flips`` are those that do
+    not, ``close_flips`` the close calls that went the other way. ``expert_load`` counts the rows of
+    the reference by expert, each once for every expert it goes to.
+    """
+
+    layer: str
+    rows: int
+    flips: int
+    close_calls: int
+    close_flips: int
+    smallest_margin: float | None
+    expert_load: tuple[int, ...]
+
+
 class ParityReport(Frozen):
     """How an exported model compares with its torch reference on the same images.
 
-    Routes are compared where the margin between the two best scores exceeds ``margin``; the other
-    images are counted in ``close_calls`` and, where their route did flip, in ``close_flips``.
-    ``route_agreement`` is 0 if there is no image to compare.
+    ``route_agreement`` is the share of rows, over all layers, that go to the same experts, close
+    calls (scores within ``margin``) aside; 0 if there is none to compare, 1 if nothing routes.
 
-    Logits are compared over the images whose route is the same. ``max_abs_logit_diff`` is the
-    largest difference, ``max_relative_logit_diff`` the largest after dividing each image's by its
-    largest reference logit where that exceeds 1. ``non_finite`` counts images with NaN or infinity
-    in the logits of either side or in the reference's scores. ``data`` says where the images come
-    from.
+    Logits are compared over the ``compared`` images whose routes are the same in every layer.
+    ``max_abs_logit_diff`` is the largest difference, ``max_relative_logit_diff`` the largest after
+    dividing each image's by its largest reference logit where that exceeds 1; routing weights may
+    differ by ``max_abs_weight_diff``. ``non_finite`` counts images with NaN or infinity in the
+    logits of either side or in the reference's scores. ``data`` says where the images come from.
     """
 
     images: int
     data: str | None = None
+    compared: int
     non_finite: int
     max_abs_logit_diff: float
     max_relative_logit_diff: float
+    max_abs_weight_diff: float
     logit_tolerance: float
     route_agreement: float
-    route_flips: int
     margin: float
-    close_calls: int
-    close_flips: int
-    smallest_margin: float | None
-    images_per_expert: tuple[int, ...]
+    layers: tuple[LayerParity, ...]
+
+    @property
+    def route_flips(self) -> int:
+        """Rows that were no close call and go elsewhere, over all layers."""
+        return sum(layer.flips for layer in self.layers)
+
+    @property
+    def close_calls(self) -> int:
+        """Rows that were a close call, over all layers."""
+        return sum(layer.close_calls for layer in self.layers)
+
+    @property
+    def close_flips(self) -> int:
+        """Close calls that went the other way, over all layers."""
+        return sum(layer.close_flips for layer in self.layers)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Layers without a single row that was no close call."""
+        return tuple(layer.layer for layer in self.layers if layer.close_calls == layer.rows)
 
     @property
     def passed(self) -> bool:
         """Whether images were compared, all finite, near enough, and no clear route flipped."""
         return (
-            self.close_calls < self.images
+            self.compared > 0
+            and not self.undecided
             and self.non_finite == 0
             and self.route_flips == 0
             and self.max_relative_logit_diff <= self.logit_tolerance
+            and self.max_abs_weight_diff <= self.logit_tolerance
         )
 
 

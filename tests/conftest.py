@@ -66,3 +66,9 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     export_onnx(tiny_run, out)
     return open_bundle(out)
+
+
+def assert_nothing_left(out: Path) -> None:
+    """Check that neither ``out`` nor a part of it is there."""
+    assert not out.exists()
+    assert not list(out.parent.glob(".*"))

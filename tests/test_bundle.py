@@ -18,8 +18,8 @@ FILES = (
     "golden.npz",
     "model.onnx",
     "reference.safetensors",
-    "segments/pathway-0.onnx",
-    "segments/pathway-1.onnx",
+    "segments/router.expert-0.onnx",
+    "segments/router.expert-1.onnx",
     "segments/router.onnx",
 )
 
@@ -70,7 +70,7 @@ def test_a_truncated_file_is_noticed(copied: Path) -> None:
 
 def test_another_schema_version_is_refused(copied: Path) -> None:
     edit_manifest(copied, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this release reads 1"):
+    with pytest.raises(BundleError, match="schema version 99, this release reads 2"):
         open_bundle(copied)
 
 
@@ -120,7 +120,7 @@ def test_the_manifest_that_is_hashed_is_the_one_that_is_read(
         return file
 
     monkeypatch.setattr(Path, "open", swapping)
-    assert open_bundle(copied).manifest.schema_version == 1
+    assert open_bundle(copied).manifest.schema_version == 2
 
 
 def test_there_is_one_name_per_class(copied: Path) -> None:

@@ -66,7 +66,7 @@ def operators(model: ModelProto) -> list[str]:
 def test_batchnorm_folds_into_the_convolution(bias: bool) -> None:
     module = ConvNorm(bias=bias)
     model = lowered(module)
-    (report,) = apply_checked((fold_batchnorm,), model, IMAGES)
+    (report,) = apply_checked((fold_batchnorm,), model, {"images": IMAGES})
     assert report == PassReport("fold_batchnorm", 1)
     assert operators(model) == ["Conv"]
     assert sorted(t.name for t in model.graph.initializer) == ["conv.bias", "conv.weight"]
@@ -95,7 +95,7 @@ def test_a_batchnorm_by_hand() -> None:
 )
 def test_folding_declines_with_a_reason(module: nn.Module, reason: str) -> None:
     model = lowered(module)
-    (report,) = apply_checked((fold_batchnorm,), model, IMAGES)
+    (report,) = apply_checked((fold_batchnorm,), model, {"images": IMAGES})
     assert report.applied == 0
     assert reason in report.declined[0]
     assert "BatchNormalization" in operators(model)
@@ -106,7 +106,7 @@ def test_a_shortcut_becomes_a_convolution_bit_for_bit(stride: int) -> None:
     module = Shortcut((0, 0, 0, 0, 1, 2), stride)
     model = lowered(module)
     before = lowered(module)
-    (report,) = apply_checked((strided_shortcut,), model, IMAGES)
+    (report,) = apply_checked((strided_shortcut,), model, {"images": IMAGES})
     assert report == PassReport("strided_shortcut", 1)
     assert operators(model) == ["Conv", "Relu", "Conv"]
     with OrtEngine(before.SerializeToString()) as a, OrtEngine(model.SerializeToString()) as b:
@@ -122,7 +122,7 @@ def test_a_shortcut_becomes_a_convolution_bit_for_bit(stride: int) -> None:
 )
 def test_rewriting_a_shortcut_declines_with_a_reason(module: nn.Module, reason: str) -> None:
     model = lowered(module)
-    (report,) = apply_checked((strided_shortcut,), model, IMAGES)
+    (report,) = apply_checked((strided_shortcut,), model, {"images": IMAGES})
     assert report.applied == 0
     assert reason in report.declined[0]
 
@@ -135,7 +135,7 @@ def test_a_pass_that_breaks_the_model_is_caught() -> None:
         return PassReport("break_it", 1)
 
     with pytest.raises(CheckFailedError, match="pass break_it changed out of test"):
-        apply_checked((break_it,), lowered(ConvNorm()), IMAGES)
+        apply_checked((break_it,), lowered(ConvNorm()), {"images": IMAGES})
 
 
 def test_an_operator_outside_the_table_is_named() -> None:

@@ -10,7 +10,13 @@ SCORES = TensorInfo(name="scores", dtype="float32", shape=("N", 2))
 LOGITS = TensorInfo(name="logits", dtype="float32", shape=("N", 10))
 ROUTER = Segment(name="router", file="r.onnx", inputs=(IMAGE,), outputs=(SCORES,))
 EXPERTS = tuple(
-    Segment(name=f"e{i}", file=f"e{i}.onnx", inputs=(IMAGE,), outputs=(LOGITS,)) for i in range(2)
+    Segment(
+        name=f"e{i}",
+        file=f"e{i}.onnx",
+        inputs=(TensorInfo(name="images", dtype="float32", shape=("R", 1, 8, 8)),),
+        outputs=(TensorInfo(name="logits", dtype="float32", shape=("R", 10)),),
+    )
+    for i in range(2)
 )
 RUN = RunStep(segment="router")
 ROUTE = RouteStep(layer="router", scores="scores", num_experts=2)
@@ -30,7 +36,7 @@ def test_a_sound_plan_survives_json() -> None:
         ((ROUTER, *EXPERTS), (ROUTE, RUN, SEND), "needs"),
         ((ROUTER, *EXPERTS), (RUN, SEND), "no routes"),
         ((ROUTER, *EXPERTS), (RUN, ROUTE), "no step makes the outputs"),
-        ((ROUTER, EXPERTS[0]), (RUN, ROUTE, SEND), "no segments are called"),
+        ((ROUTER, EXPERTS[0]), (RUN, ROUTE, SEND), "no segment is called 'e1'"),
         (EXPERTS, (RUN, ROUTE, SEND), "no segment is called 'router'"),
         (
             (ROUTER, *EXPERTS),

@@ -101,7 +101,7 @@ def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
         assert ratio.b == "moe"
         assert ratio.ci_low <= ratio.ratio <= ratio.ci_high
     assert report.settings["spinning"] is False
-    assert sum(int(n) for n in str(report.settings["expert_load_5"]).split(",")) == 5
+    assert sum(int(n) for n in str(report.settings["router.expert_load_5"]).split(",")) == 5
     assert report.versions.keys() >= {"onnxruntime"}
     assert len(samples["dense onnxruntime, batch 5"]) == 5
 

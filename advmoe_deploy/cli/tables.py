@@ -188,7 +188,6 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
 
 
 def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
-    experts = ", ".join(map(str, parity.images_per_expert))
     return [
         (
             f"logits, {parity.images} images",
@@ -198,9 +197,14 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
         (
             "routes",
             f"{_percent(parity.route_agreement)} agree; {parity.close_calls} close calls, "
-            f"{parity.close_flips} of them flipped",
+            f"{parity.close_flips} of them flipped"
+            if parity.layers
+            else "none",
         ),
-        ("images per expert", experts or "-"),
+        *(
+            (f"rows per expert, {layer.layer}", ", ".join(map(str, layer.expert_load)))
+            for layer in parity.layers
+        ),
     ]
 
 

@@ -1,23 +1,110 @@
-"""From a torch module to an ONNX graph: ``torch.export`` traces, a table of operators lowers.
+"""From a traced torch program to ONNX graphs, node by node, by a table of operators.
 
-The table is small on purpose. A segment is a dense graph without control flow, so a dozen operators
-say it; each becomes one node that keeps the parameter's own name, which the passes and the checks
-rely on. ``torch.onnx`` would fold, rename and expand before we could look.
+Parameters keep their own names, which the passes and the checks rely on; ``torch.onnx`` would fold,
+rename and expand before we could look.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.operators import OPERATORS
+from advmoe_deploy.export.segment_writer import SegmentWriter, Shape
 from advmoe_deploy.plan import TensorInfo
 
-_END = np.iinfo(np.int64).max
+BATCH = "N"
+
+
+class Program:
+    """A traced module with one input and one output, and what its nodes are."""
+
+    def __init__(self, module: nn.Module, image_shape: tuple[int, ...]) -> None:
+        """Trace ``module``, in eval mode, on a batch of two that stands for any.
+
+        Its one argument are images [N, *image_shape], its answer one tensor.
+        """
+        example = torch.zeros(2, *image_shape)
+        with torch.no_grad():
+            self.exported = torch.export.export(
+                module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
+            )
+        self.constants = self._constants()
+        nodes = self.exported.graph.nodes
+        (self.image,) = (n for n in nodes if n.op == "placeholder" and n not in self.constants)
+        (self.result,) = self.exported.graph.output_node().args[0]
+        self._batch = str(self.image.meta["val"].shape[0])
+
+    def _constants(self) -> dict[fx.Node, tuple[str, torch.Tensor]]:
+        signature = self.exported.graph_signature
+        names = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        values = {**self.exported.state_dict, **self.exported.constants}
+        return {
+            node: (names[node.name], values[names[node.name]])
+            for node in self.exported.graph.nodes
+            if node.op == "placeholder" and node.name in names
+        }
+
+    def shape(self, node: fx.Node) -> Shape:
+        """Return the shape of a tensor; sizes that follow the batch read like ``16*N``."""
+        return tuple(
+            size if isinstance(size, int) else str(size).replace(self._batch, BATCH)
+            for size in node.meta["val"].shape
+        )
+
+    def needed(self, results: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> list[fx.Node]:
+        """Return, in order, the operations that ``results`` come from, back to ``given``."""
+        seen = {self.image, *self.constants, *given}
+        found: set[fx.Node] = set()
+        waiting = [node for node in results if node not in seen]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += [n for n in node.all_input_nodes if n not in seen]
+        return [node for node in self.exported.graph.nodes if node in found]
+
+    def run(self, images: NDArray[np.float32], wanted: set[fx.Node]) -> dict[fx.Node, Any]:
+        """Return the values of the ``wanted`` nodes for ``images``, as arrays."""
+        recorder = _Recorder(self.exported.graph_module, wanted)
+        arguments = {node: value for node, (_, value) in self.constants.items()}
+        arguments[self.image] = torch.from_numpy(images)
+        with torch.inference_mode():
+            recorder.run(*(arguments[n] for n in arguments_of(self.exported.graph)))
+        return recorder.seen
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.seen[n] = np.ascontiguousarray(value.numpy())
+        return value
+
+
+def arguments_of(graph: fx.Graph) -> list[fx.Node]:
+    """Return the placeholders of ``graph`` in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Return whether ``node`` is a tensor or several, and not a size."""
+    return not isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def onnx_from_module(
@@ -28,165 +115,85 @@ def onnx_from_module(
     Raises:
         CheckFailedError: the module uses an operator that the table does not know.
     """
-    example = torch.zeros(2, *(int(size) for size in image.shape[1:]))
-    program = torch.export.export(
-        module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("N")},)
-    )
-    lowering = _Lowering(program, image.name, output.name)
-    lowering.run()
-    return lowering.writer.model(name, [image], [output])
+    program = Program(module, tuple(int(size) for size in image.shape[1:]))
+    writer = lower(program, program.needed([program.result]), {program.image: image.name}, {program.result: output.name})
+    return writer.model(name, [image], [output])
 
 
-class _Lowering:
-    """Walks a traced program once, node by node."""
+def lower(
+    program: Program,
+    nodes: Iterable[fx.Node],
+    inputs: Mapping[fx.Node, str],
+    outputs: Mapping[fx.Node, str],
+) -> SegmentWriter:
+    """Return ``nodes`` of ``program`` as a graph; inputs and outputs get the names given.
 
-    def __init__(self, program: torch.export.ExportedProgram, image: str, output: str) -> None:
-        self.writer = GraphWriter()
-        self.program = program
-        self.names: dict[fx.Node, str] = {}
-        self.image, self.output = image, output
+    Parameters lose the module path that they all share; other values are numbered by operator, so
+    that experts of one structure become graphs with the same names.
 
-    def run(self) -> None:
-        """Lower every node."""
-        signature = self.program.graph_signature
-        parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        values = {**self.program.state_dict, **self.program.constants}
-        (result,) = self.program.graph.output_node().args[0]
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name in parameters:
-                target = parameters[node.name]
-                if node.users:
-                    self.names[node] = self.writer.constant(target, values[target].detach().numpy())
-            elif node.op == "placeholder":
-                self.names[node] = self.image
-            elif node.op == "call_function":
-                self.names[node] = self._lower(node, self.output if node is result else node.name)
+    Raises:
+        CheckFailedError: a node is an operator that the table does not know.
+    """
+    nodes = [node for node in nodes if is_tensor(node)]
+    writer = SegmentWriter(inputs.values())
+    walk = _Walk(program, writer, inputs, _constant_names(program, nodes))
+    for node in nodes:
+        walk.lower(node, outputs.get(node))
+    return writer
 
-    def _lower(self, node: fx.Node, output: str) -> str:
-        lower = _OPERATORS.get(str(node.target))
-        if lower is None:
-            known = ", ".join(sorted(_OPERATORS))
+
+def _constant_names(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, str]:
+    used = {a: None for n in nodes for a in n.all_input_nodes if a in program.constants}
+    paths = {node: program.constants[node][0].split(".") for node in used}
+    shared = 0
+    for parts in zip(*(path[:-1] for path in paths.values()), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared += 1
+    return {node: ".".join(path[shared:]) for node, path in paths.items()}
+
+
+class _Walk:
+    """Lowers nodes one by one into a writer."""
+
+    def __init__(
+        self,
+        program: Program,
+        writer: SegmentWriter,
+        inputs: Mapping[fx.Node, str],
+        constants: Mapping[fx.Node, str],
+    ) -> None:
+        self.program, self.writer = program, writer
+        self.names: dict[fx.Node, Any] = dict(inputs)
+        self.count: Counter[str] = Counter()
+        for node, name in inputs.items():
+            writer.shapes[name] = program.shape(node)
+        for node, name in constants.items():
+            values = program.constants[node][1].detach().numpy()
+            self.names[node] = writer.constant(name, values)
+            writer.shapes[name] = values.shape
+
+    def lower(self, node: fx.Node, output: str | None) -> None:
+        """Lower ``node``; its value is called ``output`` where that is given."""
+        operator = OPERATORS.get(str(node.target))
+        if operator is None:
+            known = ", ".join(sorted(OPERATORS))
             raise CheckFailedError(f"cannot export {node.target}; known operators: {known}")
-        inputs = [self.names[a] if isinstance(a, fx.Node) else a for a in node.args]
-        made: str = lower(self.writer, output, *inputs, **node.kwargs)
-        return made
+        name = output or self._new_name(node)
+        one = isinstance(node.meta["val"], torch.Tensor)
+        if one:
+            self.writer.shapes[name] = self.program.shape(node)
+        made = operator(self.writer, name, *self._named(node.args), **self._named(node.kwargs))
+        if one:  # an operator may hand on a value that there is already
+            self.writer.shapes[made] = self.program.shape(node)
+        if output is not None and made != output:
+            made = self.writer.emit("Identity", [made], output)
+        self.names[node] = made
 
+    def _new_name(self, node: fx.Node) -> str:
+        kind = str(node.target).split(".")[1] if "." in str(node.target) else "part"
+        self.count[kind] += 1
+        return f"{kind}_{self.count[kind]}"
 
-def _require(holds: bool, limit: str) -> None:
-    if not holds:
-        raise CheckFailedError(f"cannot export this model: {limit}")
-
-
-def _conv2d(
-    g: GraphWriter,
-    output: str,
-    x: str,
-    weight: str,
-    bias: str | None = None,
-    stride: tuple[int, ...] = (1, 1),
-    padding: tuple[int, ...] = (0, 0),
-    dilation: tuple[int, ...] = (1, 1),
-    groups: int = 1,
-) -> str:
-    return g.emit(
-        "Conv",
-        [x, weight] if bias is None else [x, weight, bias],
-        output,
-        kernel_shape=list(g.initializers[weight].dims[2:]),
-        strides=list(stride),
-        pads=[*padding, *padding],
-        dilations=list(dilation),
-        group=groups,
-    )
-
-
-def _batch_norm(
-    g: GraphWriter,
-    output: str,
-    x: str,
-    weight: str,
-    bias: str,
-    mean: str,
-    variance: str,
-    training: bool,
-    _momentum: float,
-    epsilon: float,
-    _cudnn: bool,
-) -> str:
-    _require(not training, "a segment is exported in eval mode")
-    return g.emit("BatchNormalization", [x, weight, bias, mean, variance], output, epsilon=epsilon)
-
-
-def _slice(
-    g: GraphWriter,
-    output: str,
-    x: str,
-    axis: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> str:
-    start, end = start or 0, _END if end is None else end
-    if (start, end, step) == (0, _END, 1):
-        return x
-    bounds = {"starts": start, "ends": end, "axes": axis, "steps": step}
-    return g.emit(
-        "Slice", [x, *(g.integers(f"{output}.{k}", v) for k, v in bounds.items())], output
-    )
-
-
-def _pad(
-    g: GraphWriter,
-    output: str,
-    x: str,
-    pad: list[int],
-    mode: str = "constant",
-    value: float | None = None,
-) -> str:
-    _require(mode == "constant" and not value, "only zero padding is known")
-    # torch: (before, after) from the last axis backwards; ONNX: all befores, then all afters.
-    pairs = [*zip(pad[::2], pad[1::2], strict=True)][::-1]
-    pairs = [(0, 0)] * (4 - len(pairs)) + pairs
-    amounts = [before for before, _ in pairs] + [after for _, after in pairs]
-    return g.emit("Pad", [x, g.integers(f"{output}.pads", *amounts)], output)
-
-
-def _pool(g: GraphWriter, output: str, x: str, size: list[int]) -> str:
-    _require(list(size) == [1, 1], "only global average pooling is known")
-    return g.emit("GlobalAveragePool", [x], output)
-
-
-def _flatten(g: GraphWriter, output: str, x: str, start: int = 0, end: int = -1) -> str:
-    _require((start, end) == (1, -1), "only flattening to rows is known")
-    return g.emit("Flatten", [x], output, axis=1)
-
-
-def _linear(g: GraphWriter, output: str, x: str, weight: str, bias: str | None = None) -> str:
-    inputs = [x, weight] if bias is None else [x, weight, bias]
-    return g.emit("Gemm", inputs, output, transB=1)
-
-
-def _pairwise(operator: str) -> Callable[..., str]:
-    def lower(g: GraphWriter, output: str, a: str, b: str) -> str:
-        return g.emit(operator, [a, b], output)
-
-    return lower
-
-
-def _relu(g: GraphWriter, output: str, x: str) -> str:
-    return g.emit("Relu", [x], output)
-
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "aten.conv2d.default": _conv2d,
-    "aten.batch_norm.default": _batch_norm,
-    "aten.relu.default": _relu,
-    "aten.add.Tensor": _pairwise("Add"),
-    "aten.sub.Tensor": _pairwise("Sub"),
-    "aten.div.Tensor": _pairwise("Div"),
-    "aten.slice.Tensor": _slice,
-    "aten.pad.default": _pad,
-    "aten.adaptive_avg_pool2d.default": _pool,
-    "aten.flatten.using_ints": _flatten,
-    "aten.linear.default": _linear,
-}
+    def _named(self, arguments: Any) -> Any:
+        return fx.node.map_arg(arguments, lambda node: self.names.get(node))

@@ -1,9 +1,10 @@
 """The page that tells whoever opens a bundle what it is."""
 
 from advmoe_deploy.bundle import MODEL
-from advmoe_deploy.export.passes.report import PassReport
+from advmoe_deploy.export.passes.report import PassReport, declined
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.reports import Macs, ParityReport
+from advmoe_deploy.specs import ModelSpec
 
 
 def model_card(
@@ -18,7 +19,7 @@ def model_card(
         _threat(checkpoint),
         _metrics(checkpoint),
         _macs(checkpoint, macs),
-        _parity(checkpoint, parity),
+        _parity(parity),
         _passes(passes),
         _LIMITS,
     ]
@@ -27,20 +28,42 @@ def model_card(
 
 def _title(checkpoint: Checkpoint) -> str:
     spec = checkpoint.model
-    if spec.family == "advmoe":
-        what = (
-            f"An AdvMoE {spec.backbone}: a router looks at the image and sends it to one of "
-            f"{spec.num_experts} experts of {spec.ratio:g} times the dense width."
-        )
-    else:
-        what = f"A dense {spec.backbone} at {spec.ratio:g} times the full width."
     names = ", ".join(checkpoint.class_names)
     shape = ", ".join(str(size) for size in spec.image_shape)
     return (
-        f"# {spec.backbone}, {spec.family}\n\n{what} `{MODEL}` takes `images`, float32 "
+        f"# {spec.backbone}, {spec.family}\n\n{_what(spec)} `{MODEL}` takes `images`, float32 "
         f"[N, {shape}] in [0, 1] (normalisation is inside), and answers `logits` "
         f"[N, {spec.num_classes}].\n\nClasses: {names}."
     )
+
+
+def _what(spec: ModelSpec) -> str:
+    count, backbone = spec.num_experts, spec.backbone
+    if spec.family == "advmoe":
+        return (
+            f"An AdvMoE {backbone}: a router looks at the image and sends it to one of {count} "
+            f"experts of {spec.ratio:g} times the dense width."
+        )
+    if spec.family == "expert-networks":
+        return f"A router looks at the image and sends it to one of {count} whole {backbone}s."
+    if spec.family == "dual-model":
+        return (
+            f"Two mixtures of {count} {backbone}s each, a standard and a robust one; the robust "
+            f"one's share in the logits is {spec.alpha:g}."
+        )
+    if spec.expert_layers is not None:
+        where = ", ".join(spec.expert_layers.layers)
+        return (
+            f"A {backbone} in which each {spec.expert_layers.kind} of {where} is {count} experts; "
+            f"its gate sends an image to {spec.top_k} of them."
+        )
+    if spec.transformer is not None and spec.transformer.moe_blocks:
+        where = ", ".join(map(str, spec.transformer.moe_blocks))
+        return (
+            f"A vision transformer in which the MLP of block {where} is {count} experts; "
+            f"each token goes to {spec.top_k} of them."
+        )
+    return f"A dense {backbone} at {spec.ratio:g} times the full width."
 
 
 def _threat(checkpoint: Checkpoint) -> str:
@@ -65,11 +88,11 @@ def _metrics(checkpoint: Checkpoint) -> str:
 
 def _macs(checkpoint: Checkpoint, macs: Macs) -> str:
     rows = {"executed": macs.executed, "dense network of full width": macs.dense}
-    if checkpoint.model.family == "advmoe":
+    if checkpoint.model.num_experts > 1:
         rows = {
-            "selected pathway": macs.selected,
-            "router": macs.router,
-            "executed: pathway and router": macs.executed,
+            "network with the selected experts": macs.selected,
+            "routers": macs.router,
+            "executed: both": macs.executed,
             "every expert, then select": macs.unfused,
             "dense network of full width": macs.dense,
             "dense network of this ratio": macs.s_dense,
@@ -78,19 +101,22 @@ def _macs(checkpoint: Checkpoint, macs: Macs) -> str:
     return "\n".join(["## Multiply-accumulates per image\n", "| | |", "|---|---:|", *lines])
 
 
-def _parity(checkpoint: Checkpoint, parity: ParityReport) -> str:
+def _parity(parity: ParityReport) -> str:
     lines = [
         f"On {parity.images} images of {parity.data}, logits differ from the torch model by at "
         f"most {parity.max_abs_logit_diff:.2g}; relative to the image's largest logit where that "
         f"exceeds 1, by {parity.max_relative_logit_diff:.2g} (limit {parity.logit_tolerance:g})."
     ]
-    if checkpoint.model.family == "advmoe":
+    if parity.layers:
         lines.append(
-            f"Routes agree on {100 * parity.route_agreement:.4g} % of the images whose two best "
-            f"scores are more than {parity.margin:g} apart; {parity.close_calls} are closer, "
-            f"{parity.close_flips} of those flipped. Images per expert: "
-            f"{', '.join(str(count) for count in parity.images_per_expert)}."
+            f"Routes agree on {100 * parity.route_agreement:.4g} % of the rows whose best scores "
+            f"are more than {parity.margin:g} apart; {parity.close_calls} are closer, "
+            f"{parity.close_flips} of those flipped.\n\n"
+            "| layer | rows per expert |\n|---|---|"
         )
+    for layer in parity.layers:
+        load = ", ".join(str(count) for count in layer.expert_load)
+        lines.append(f"| {layer.layer} | {load} |")
     return "## Parity with the torch model\n\n" + "\n".join(lines)
 
 
@@ -99,7 +125,7 @@ def _passes(passes: dict[str, tuple[PassReport, ...]]) -> str:
     for graph, reports in passes.items():
         done = ", ".join(f"{report.name} {report.applied}" for report in reports)
         lines.append(f"- {graph}: {done}")
-        lines += [f"  - declined: {reason}" for report in reports for reason in report.declined]
+    lines += [f"- {reason}, {count} times" for reason, count in declined(passes).items()]
     return "\n".join(["## Graph passes, and how often each applied\n", *lines])
 
 

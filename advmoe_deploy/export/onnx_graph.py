@@ -38,7 +38,7 @@ class GraphWriter:
     def constant(self, name: str, values: NDArray[np.generic]) -> str:
         """Add a constant, once per name, and return its name."""
         if name not in self.initializers:
-            self.initializers[name] = onnx_numpy.from_array(np.ascontiguousarray(values), name)
+            self.initializers[name] = onnx_numpy.from_array(np.asarray(values, order="C"), name)
         return name
 
     def integers(self, name: str, *values: int) -> str:

@@ -1,26 +1,18 @@
-"""Does the exported model answer what the torch model answers? Logits, routes, every expert.
+"""Does the exported model answer what the torch model answers? Logits, routes, weights.
 
-Shapes: N images, C classes, E experts.
+Shapes: N images, T tokens, R rows of a layer (N, or N * T), C classes, E experts, K experts per
+row.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.reference import (
-    Answers,
-    Images,
-    forced_answers,
-    reference_answers,
-)
-from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.export.reference import Answers, Images, RouteAnswers, reference_answers
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
-from advmoe_deploy.reports import ParityReport
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import Runner
 
@@ -28,6 +20,8 @@ LOGIT_TOLERANCE = 1e-5
 ROUTE_MARGIN = 1e-4
 
 _BATCH = 128
+
+Flags = NDArray[np.bool_]
 
 
 def compare_with_reference(
@@ -37,56 +31,106 @@ def compare_with_reference(
 
     ``data`` says where the images come from.
     """
+    answer = predictions_of(runner, images)
+    return compare_answers(reference_answers(model, images), answer, data=data)
+
+
+def predictions_of(runner: Runner, images: Images) -> Prediction:
+    """Return what ``runner`` answers to ``images``, taken in batches."""
     batches = np.split(images, range(_BATCH, len(images), _BATCH))
-    predictions = [runner.infer(batch) for batch in batches]
-    return compare_answers(reference_answers(model, images), predictions, data=data)
+    parts = [runner.infer(batch) for batch in batches]
+
+    def joined(field: str) -> dict[str, NDArray[np.generic]]:
+        layers = getattr(parts[0], field)
+        return {name: np.concatenate([getattr(p, field)[name] for p in parts]) for name in layers}
+
+    logits = np.concatenate([part.logits for part in parts])
+    return Prediction(logits, joined("expert_ids"), joined("weights"))  # type: ignore[arg-type]
 
 
 def compare_answers(
-    reference: Answers, predictions: list[Prediction], *, data: str | None = None
+    reference: Answers, answer: Prediction, *, data: str | None = None
 ) -> ParityReport:
-    """Return the report over ``predictions``, which together cover the reference's images."""
-    logits_NC = np.concatenate([p.logits for p in predictions])
-    images = len(logits_NC)
-    finite_N = _finite_rows(logits_NC) & _finite_rows(reference.logits)
-    same_N = clear_N = np.ones(images, dtype=bool)
-    smallest: float | None = None
-    load: tuple[int, ...] = (images,)
-    if reference.expert_ids is not None and reference.margins is not None:
-        ids_N1 = np.concatenate([next(iter(p.expert_ids.values())) for p in predictions])
-        same_N = (ids_N1 == reference.expert_ids).all(axis=1)
-        clear_N = reference.margins > ROUTE_MARGIN
-        smallest = float(reference.margins.min()) if images else None
-        load = load_of(reference)
-        if reference.scores is not None:
-            finite_N = finite_N & _finite_rows(reference.scores)
+    """Return the report over ``answer``, which covers the reference's images."""
+    images = len(answer.logits)
+    same_N = np.ones(images, dtype=bool)
+    finite_N = _finite_rows(answer.logits) & _finite_rows(reference.logits)
+    layers, weight_differences = [], [0.0]
+    for name, expected in reference.routes.items():
+        layer, same_R = _compare_layer(name, expected, answer.expert_ids[name], same_N)
+        weights_RK = answer.weights[name].reshape(expected.weights.shape)
+        weight_differences.append(_weight_difference(expected, weights_RK, same_R))
+        same_N = same_N & _every_row(same_R, images)
+        finite_N = finite_N & _every_row(_finite_rows(expected.scores), images)
+        layers.append(layer)
     counted_N = same_N & finite_N
-    absolute_N, relative_N = row_differences(logits_NC[counted_N], reference.logits[counted_N])
-    flips = int((clear_N & ~same_N).sum())
-    clear = int(clear_N.sum())
+    absolute_N, relative_N = row_differences(
+        answer.logits[counted_N], reference.logits[counted_N]
+    )
     return ParityReport(
         images=images,
         data=data,
+        compared=int(counted_N.sum()),
         non_finite=int((~finite_N).sum()),
         max_abs_logit_diff=float(absolute_N.max(initial=0.0)),
         max_relative_logit_diff=float(relative_N.max(initial=0.0)),
+        max_abs_weight_diff=float(np.max(weight_differences)),
         logit_tolerance=LOGIT_TOLERANCE,
-        route_agreement=1 - flips / clear if clear else 0.0,
-        route_flips=flips,
+        route_agreement=_agreement(layers),
         margin=ROUTE_MARGIN,
-        close_calls=images - clear,
-        close_flips=int((~clear_N & ~same_N).sum()),
-        smallest_margin=smallest,
-        images_per_expert=load,
+        layers=tuple(layers),
     )
 
 
-def load_of(reference: Answers) -> tuple[int, ...]:
-    """Return how many images each expert gets; all of them where nothing routes."""
-    if reference.expert_ids is None or reference.scores is None:
-        return (len(reference.logits),)
-    experts = reference.scores.shape[1]
-    return tuple(np.bincount(reference.expert_ids[:, 0], minlength=experts).tolist())
+def _compare_layer(
+    name: str, expected: RouteAnswers, ids: NDArray[np.int64], clean_N: Flags
+) -> tuple[LayerParity, Flags]:
+    """Return the report over the rows of ``clean_N``, and which rows [R] go the same way."""
+    same_R = same_experts(expected.expert_ids, ids)
+    clean_R = np.repeat(clean_N, len(same_R) // max(1, len(clean_N)))
+    margins_R = expected.margins
+    clear_R = margins_R > ROUTE_MARGIN
+    layer = LayerParity(
+        layer=name,
+        rows=int(clean_R.sum()),
+        flips=int((clean_R & clear_R & ~same_R).sum()),
+        close_calls=int((clean_R & ~clear_R).sum()),
+        close_flips=int((clean_R & ~clear_R & ~same_R).sum()),
+        smallest_margin=_smallest(margins_R),
+        expert_load=expected.expert_load,
+    )
+    return layer, same_R
+
+
+def same_experts(expected: NDArray[np.int64], ids: NDArray[np.int64]) -> Flags:
+    """Return which rows [R] have the same experts, in whatever order."""
+    ids_RK = ids.reshape(expected.shape)
+    return np.asarray((np.sort(expected, axis=1) == np.sort(ids_RK, axis=1)).all(axis=1))
+
+
+def _weight_difference(
+    expected: RouteAnswers, weights_RK: NDArray[np.float32], same_R: Flags
+) -> float:
+    """Return the largest difference of the rows that go the same way, best weight first."""
+    ours, theirs = np.sort(weights_RK[same_R], axis=1), np.sort(expected.weights[same_R], axis=1)
+    return float(np.abs(ours - theirs).max(initial=0.0))
+
+
+def _every_row(rows_R: Flags, images: int) -> Flags:
+    """Return for which images [N] all rows hold."""
+    return np.asarray(rows_R.reshape(images, -1).all(axis=1) if images else rows_R)
+
+
+def _smallest(margins_R: NDArray[np.float32]) -> float | None:
+    finite = margins_R[np.isfinite(margins_R)]
+    return float(finite.min()) if len(finite) else None
+
+
+def _agreement(layers: list[LayerParity]) -> float:
+    if not layers:
+        return 1.0
+    clear = sum(layer.rows - layer.close_calls for layer in layers)
+    return 1 - sum(layer.flips for layer in layers) / clear if clear else 0.0
 
 
 def row_differences(
@@ -114,54 +158,37 @@ def require_parity(report: ParityReport, what: str) -> None:
 def _complaint(report: ParityReport) -> str:
     if report.non_finite:
         return f"or the torch model is not finite on {report.non_finite} of {report.images} images"
-    if report.close_calls == report.images:
+    if report.undecided:
+        rows = {layer.layer: layer.rows for layer in report.layers}
+        name = report.undecided[0]
         return (
-            f"cannot be compared: on all of {report.images} images the two best scores are within "
-            f"{report.margin:g}; check on other images with --data, or train the router"
+            f"cannot be compared: on all of {rows[name]} rows the best scores of layer {name} are "
+            f"within {report.margin:g}; check on other images with --data, or train the router"
         )
+    if report.compared == 0 and not report.route_flips:
+        return "cannot be compared: no image has the same routes; check on more images with --data"
     return (
         f"differs from the torch model on {report.images} images: logits by "
         f"{report.max_relative_logit_diff:.3g} (limit {report.logit_tolerance:.3g}, relative to "
-        f"logits above 1), {report.route_flips} clear routes flipped"
+        f"logits above 1), routing weights by {report.max_abs_weight_diff:.3g}, "
+        f"{report.route_flips} clear routes flipped"
     )
 
 
-def require_segments(model: AdvMoE, plan: Plan, files: Mapping[str, Path], images: Images) -> None:
-    """Check the router's scores, and each pathway with every image forced through it.
-
-    Raises:
-        CheckFailedError: a segment's output differs from the torch model's.
-    """
-    scores = reference_answers(model, images).scores
-    assert scores is not None
-    for step in plan.steps:
-        match step:
-            case RunStep():
-                _require_segment(plan, step.segment, files, images, scores)
-            case ExpertsStep():
-                for expert, name in enumerate(step.segments):
-                    expected = forced_answers(model, images, expert)
-                    _require_segment(plan, name, files, images, expected)
-
-
-def _require_segment(
-    plan: Plan, name: str, files: Mapping[str, Path], images: Images, expected: NDArray[np.float32]
+def require_near(
+    answers: Mapping[str, NDArray[np.float32]],
+    expected: Mapping[str, NDArray[np.float32]],
+    what: str,
 ) -> None:
-    (image,), (output,) = plan.segment(name).inputs, plan.segment(name).outputs
-    with OrtEngine(files[name]) as engine:
-        answer = engine.run({image.name: images})[output.name]
-    require_near(answer, expected, name)
+    """Raise :class:`CheckFailedError` if a row of an answer is further off than the tolerance."""
+    for name, values in expected.items():
+        difference = float(row_differences(answers[name], values)[1].max())
+        if not difference <= LOGIT_TOLERANCE:
+            raise CheckFailedError(
+                f"{what} differs from the torch model in {name} by {difference:.3g} (limit "
+                f"{LOGIT_TOLERANCE:g}, relative to values above 1); no bundle was written"
+            )
 
 
-def require_near(answer: NDArray[np.float32], expected: NDArray[np.float32], what: str) -> None:
-    """Raise :class:`CheckFailedError` if a row of ``answer`` is further off than the tolerance."""
-    difference = float(row_differences(answer, expected)[1].max())
-    if not difference <= LOGIT_TOLERANCE:
-        raise CheckFailedError(
-            f"{what} differs from the torch model by {difference:.3g} (limit {LOGIT_TOLERANCE:g}, "
-            "relative to values above 1); no bundle was written"
-        )
-
-
-def _finite_rows(values_NX: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _finite_rows(values_NX: NDArray[np.float32]) -> Flags:
     return np.asarray(np.isfinite(values_NX).all(axis=1))

@@ -1,10 +1,11 @@
 """What the torch model answers: the truth that every export is compared with.
 
-Shapes: N images, C classes, E experts.
+Shapes: N images, R rows of a layer (images, or tokens of each image in turn), C classes, E experts,
+K experts per row.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advmoe_deploy.models.advmoe import ROUTER, AdvMoE
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+
+# Above any score, and a float32 still: less than it, a score is nothing.
+CERTAIN = 1e30
 
 _BATCH = 128
 
@@ -22,47 +25,85 @@ Images = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Logits [N, C]; scores [N, E] and ids [N, 1] of a model that routes, else ``None``."""
+class RouteAnswers:
+    """One routed layer: scores [R, E], ids [R, K] best first, weights [R, K]."""
 
-    logits: NDArray[np.float32]
-    scores: NDArray[np.float32] | None
-    expert_ids: NDArray[np.int64] | None
+    scores: NDArray[np.float32]
+    expert_ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
     @property
-    def margins(self) -> NDArray[np.float32] | None:
-        """Distance between the two best scores of each image."""
-        if self.scores is None:
-            return None
-        best = np.sort(self.scores, axis=1)
+    def margins(self) -> NDArray[np.float32]:
+        """Distance between the last score that was chosen and the first that was not, [R]."""
+        k, experts = self.expert_ids.shape[1], self.scores.shape[1]
+        if k == experts:
+            return np.full(len(self.scores), np.inf, np.float32)
+        best = np.sort(self.scores, axis=1)[:, ::-1]
         with np.errstate(invalid="ignore"):  # infinity less infinity: no number, no clear margin
-            return np.asarray(best[:, -1] - best[:, -2])
+            return np.asarray(best[:, k - 1] - best[:, k])
+
+    @property
+    def expert_load(self) -> tuple[int, ...]:
+        """How many rows each expert gets; a row counts for each of its experts."""
+        load = np.bincount(self.expert_ids.reshape(-1), minlength=self.scores.shape[1])
+        return tuple(load.tolist())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits [N, C] and, by name and in the order they are met, the layers that route."""
+
+    logits: NDArray[np.float32]
+    routes: dict[str, RouteAnswers] = field(default_factory=dict)
 
 
 def reference_answers(model: Classifier, images: Images) -> Answers:
     """Return what ``model`` answers to float32 images [N, C, H, W] in [0, 1]."""
-    if not isinstance(model, AdvMoE):
-        return Answers(_in_batches(model, images)[0], None, None)
-
-    def run(x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        routes = Routes()
-        logits = model(x_NCHW, routes)
-        routing = routes.taken[ROUTER]
-        return logits, routing.scores_NE, routing.expert_ids_NK
-
-    logits, scores, ids = _in_batches(run, images)
-    return Answers(logits, scores, ids)
+    return _answers(model, images, Routes)
 
 
-def forced_answers(model: AdvMoE, images: Images, expert: int) -> NDArray[np.float32]:
-    """Return the logits of ``model`` when every image is sent to ``expert``."""
-    return _in_batches(lambda x_NCHW: model(x_NCHW, model.forced(expert)), images)[0]
+def preferring_answers(model: Classifier, images: Images, expert: int) -> Answers:
+    """Return what ``model`` answers if each layer prefers ``expert``, or its last one.
+
+    Its score is raised above all others, so with top-1 every row goes there.
+    """
+
+    def adjust(rule: RoutingRule, scores_NE: Tensor, surrogate: Surrogate | None) -> Routing:
+        bonus_E = torch.from_numpy(bonus_for(expert, rule.num_experts))
+        return choose(scores_NE + bonus_E, rule, surrogate)
+
+    return _answers(model, images, lambda: Routes(adjust=adjust))
 
 
-def _in_batches(run: Callable[[Tensor], Any], images: Images) -> list[NDArray[Any]]:
-    parts = []
+def bonus_for(expert: int, num_experts: int) -> NDArray[np.float32]:
+    """Return what to add to the scores [E] so that ``expert``, or the last one, is the best."""
+    bonus_E = np.zeros(num_experts, np.float32)
+    bonus_E[min(expert, num_experts - 1)] = CERTAIN
+    return bonus_E
+
+
+def _answers(model: Classifier, images: Images, new_routes: Callable[[], Routes]) -> Answers:
+    columns: dict[tuple[str, str], list[Tensor]] = {}
+    logits = []
     with torch.inference_mode():
         for x_NCHW in torch.split(torch.from_numpy(images), _BATCH):
-            answer = run(x_NCHW)
-            parts.append(answer if isinstance(answer, tuple) else (answer,))
-    return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+            routes = new_routes()
+            logits.append(model(x_NCHW, routes))
+            for layer, routing in routes.taken.items():
+                for name in ("scores_NE", "expert_ids_NK", "weights_NK"):
+                    columns.setdefault((layer, name), []).append(getattr(routing, name))
+    arrays: dict[tuple[str, str], NDArray[Any]] = {
+        key: torch.cat(parts).numpy() for key, parts in columns.items()
+    }
+    layers = dict.fromkeys(layer for layer, _ in arrays)
+    return Answers(
+        torch.cat(logits).numpy(),
+        {
+            layer: RouteAnswers(
+                arrays[layer, "scores_NE"],
+                arrays[layer, "expert_ids_NK"],
+                arrays[layer, "weights_NK"],
+            )
+            for layer in layers
+        },
+    )

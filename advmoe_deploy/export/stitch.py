@@ -3,6 +3,8 @@
 Standard operators, so any runtime executes it. An expert's weights are initializers of its branch:
 as initializers of the main graph they would cost up to 1.7 times the run time. An expert without
 rows is not run at all.
+
+Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
 """
 
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
-from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, TensorInfo
+from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, TensorInfo
 
 
 @dataclass
@@ -30,17 +32,18 @@ def graph_from_plan(plan: Plan, segments: Mapping[str, ModelProto]) -> ModelProt
     for step in plan.steps:
         match step:
             case RunStep():
-                _write_segment(writer, segments[step.segment], step.segment)
+                write_segment(writer, segments[step.segment])
             case RouteStep():
                 write_route(writer, step)
             case ExpertsStep():
                 _write_experts(writer, plan, step, segments)
-    return writer.model("model", [_tensor(plan, plan.inputs[0])], plan_outputs(plan))
+    return writer.model("model", *plan_ends(plan))
 
 
-def plan_outputs(plan: Plan) -> list[TensorInfo]:
-    """Return the declarations of the plan's outputs, in order."""
-    return [_tensor(plan, name) for name in plan.outputs]
+def plan_ends(plan: Plan) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Return the declarations of the plan's inputs and outputs, in order."""
+    tensors = plan.tensors()
+    return [tensors[name] for name in plan.inputs], [tensors[name] for name in plan.outputs]
 
 
 def inline(model: ModelProto, prefix: str, kept: Mapping[str, str]) -> Inlined:
@@ -68,52 +71,116 @@ def inline(model: ModelProto, prefix: str, kept: Mapping[str, str]) -> Inlined:
     return result
 
 
-def write_route(writer: GraphWriter, step: RouteStep) -> None:
-    """Add the choice of the best score; ties go to the lowest index, the weight is 1."""
-    assert step.top_k == 1, "top-1 is the only route so far"
-    ids = writer.emit(
-        "ArgMax", [step.scores], step.expert_ids, axis=1, keepdims=1, select_last_index=0
-    )
-    shape = writer.emit("Shape", [ids], f"{step.layer}/shape")
-    one = onnx_numpy.from_array(np.ones(1, np.float32))
-    writer.emit("ConstantOfShape", [shape], step.weights, value=one)
-
-
-def _write_segment(writer: GraphWriter, model: ModelProto, name: str) -> None:
-    own = [*model.graph.input, *model.graph.output]
-    part = inline(model, name, {tensor.name: tensor.name for tensor in own})
+def write_segment(
+    writer: GraphWriter, model: ModelProto, kept: Mapping[str, str] | None = None
+) -> None:
+    """Add a segment; its inputs and outputs keep their names, or get those of ``kept``."""
+    own = {tensor.name: tensor.name for tensor in [*model.graph.input, *model.graph.output]}
+    part = inline(model, model.graph.name, own if kept is None else kept)
     writer.nodes += part.nodes
     writer.initializers |= {tensor.name: tensor for tensor in part.initializers}
+
+
+def write_route(writer: GraphWriter, step: RouteStep) -> None:
+    """Add the choice of the best scores, ties to the lowest index, and its weights."""
+    ids, weights = rows_of(step)
+    if step.top_k == 1:
+        writer.emit("ArgMax", [step.scores], ids, axis=1, keepdims=1, select_last_index=0)
+    else:
+        k = writer.integers(f"{step.layer}/k", step.top_k)
+        best = f"{step.layer}/best"
+        writer.nodes.append(
+            helper.make_node("TopK", [step.scores, k], [best, ids], ids, axis=1, sorted=1)
+        )
+    _write_weights(writer, step, ids, weights)
+    if step.tokens is not None:
+        shape = writer.integers(f"{step.layer}/shape", -1, step.tokens, step.top_k)
+        writer.emit("Reshape", [ids, shape], step.expert_ids)
+        writer.emit("Reshape", [weights, shape], step.weights)
+
+
+def rows_of(step: RouteStep) -> tuple[str, str]:
+    """Return the names of ids and weights as [R, K], whatever the outputs' shape."""
+    if step.tokens is None:
+        return step.expert_ids, step.weights
+    return f"{step.layer}/ids", f"{step.layer}/weights"
+
+
+def _write_weights(writer: GraphWriter, step: RouteStep, ids: str, weights: str) -> None:
+    layer = step.layer
+    if step.weighting == "one":
+        shape = writer.emit("Shape", [ids], f"{layer}/ids_shape")
+        one = onnx_numpy.from_array(np.ones(1, np.float32))
+        writer.emit("ConstantOfShape", [shape], weights, value=one)
+        return
+    shares = writer.emit("Softmax", [step.scores], f"{layer}/probabilities", axis=1)
+    if step.weighting == "probability":
+        writer.emit("GatherElements", [shares, ids], weights, axis=1)
+        return
+    chosen = writer.emit("GatherElements", [shares, ids], f"{layer}/chosen", axis=1)
+    axis = writer.integers("axis_1", 1)
+    total = writer.emit("ReduceSum", [chosen, axis], f"{layer}/total", keepdims=1)
+    little = writer.constant("renormaliser", np.array(RENORMALISER, np.float32))
+    divisor = writer.emit("Add", [total, little], f"{layer}/divisor")
+    writer.emit("Div", [chosen, divisor], weights)
 
 
 def _write_experts(
     writer: GraphWriter, plan: Plan, step: ExpertsStep, segments: Mapping[str, ModelProto]
 ) -> None:
-    layer = step.layer
-    axis = writer.integers(f"{layer}/axis_1", 1)
-    ids_N = writer.emit("Squeeze", [f"{layer}.expert_ids", axis], f"{layer}/ids")
-    rows, parts = [], []
+    layer, route = step.layer, plan.route(step.layer)
+    ids, weights = rows_of(route)
+    flat = writer.integers("flat", -1)
+    ids_S = writer.emit("Reshape", [ids, flat], f"{layer}/choices")
+    choices, parts = [], []
     for expert, name in enumerate(step.segments):
-        rows.append(_write_rows(writer, ids_N, name, expert))
+        choices.append(_write_choices(writer, ids_S, name, expert, route.top_k))
         parts.append(_write_branch(writer, plan, step, name, segments[name]))
-    # Rows are a permutation, so every row of the scattered tensor is overwritten.
-    order_N = writer.emit("Concat", rows, f"{layer}/order", axis=0)
-    indices = writer.emit("Unsqueeze", [order_N, axis], f"{layer}/indices")
+    # The choices are a permutation, so every row of the scattered tensor is overwritten.
+    axis = writer.integers("axis_1", 1)
+    order_S = writer.emit("Concat", choices, f"{layer}/order", axis=0)
+    indices = writer.emit("Unsqueeze", [order_S, axis], f"{layer}/indices")
     grouped = writer.emit("Concat", parts, f"{layer}/grouped", axis=0)
-    writer.emit("ScatterND", [grouped, indices, grouped], step.output)
+    if route.weighting == "one":
+        writer.emit("ScatterND", [grouped, indices, grouped], step.output)
+        return
+    each = writer.emit("ScatterND", [grouped, indices, grouped], f"{layer}/each")
+    _write_sum(writer, plan, step, each, weights)
 
 
-def _write_rows(writer: GraphWriter, ids_N: str, name: str, expert: int) -> str:
-    """Add the row numbers of one expert, and whether there are any."""
+def _write_sum(
+    writer: GraphWriter, plan: Plan, step: ExpertsStep, each: str, weights: str
+) -> None:
+    """Add the weighted sum over the K answers [S, ...] of each row."""
+    layer, top_k = step.layer, plan.route(step.layer).top_k
+    rest = [int(size) for size in plan.tensors()[step.output].shape[1:]]
+    beside = writer.integers(f"{layer}/beside", -1, top_k, *([1] * len(rest)))
+    weights_RK = writer.emit("Reshape", [weights, beside], f"{layer}/weights_beside")
+    shape = writer.integers(f"{layer}/by_row", -1, top_k, *rest)
+    each_RK = writer.emit("Reshape", [each, shape], f"{layer}/each_by_row")
+    weighted = writer.emit("Mul", [each_RK, weights_RK], f"{layer}/weighted")
+    axis = writer.integers("axis_1", 1)
+    writer.emit("ReduceSum", [weighted, axis], step.output, keepdims=0)
+
+
+def _write_choices(
+    writer: GraphWriter, ids_S: str, name: str, expert: int, top_k: int
+) -> str:
+    """Add which choices are of one expert, from which rows, and whether there are any."""
     number = writer.constant(f"{name}/number", np.array(expert, np.int64))
     none = writer.constant("none", np.array(0, np.int64))
     axis = writer.integers("axis_0", 0)
-    mine_N = writer.emit("Equal", [ids_N, number], f"{name}/mine")
-    found = writer.emit("NonZero", [mine_N], f"{name}/found")
-    rows = writer.emit("Squeeze", [found, axis], f"{name}/rows")
-    count = writer.emit("Size", [rows], f"{name}/count")
+    mine_S = writer.emit("Equal", [ids_S, number], f"{name}/mine")
+    found = writer.emit("NonZero", [mine_S], f"{name}/found")
+    if top_k == 1:
+        choices = writer.emit("Squeeze", [found, axis], f"{name}/rows")
+    else:
+        choices = writer.emit("Squeeze", [found, axis], f"{name}/choices")
+        per_row = writer.constant(f"per_row_{top_k}", np.array(top_k, np.int64))
+        writer.emit("Div", [choices, per_row], f"{name}/rows")
+    count = writer.emit("Size", [choices], f"{name}/count")
     writer.emit("Greater", [count, none], f"{name}/any")
-    return rows
+    return choices
 
 
 def _write_branch(
@@ -145,14 +212,3 @@ def _empty_branch(name: str, answer: TensorInfo) -> GraphProto:
 
 def _info(tensor: TensorInfo, name: str) -> ValueInfoProto:
     return value_info(tensor.model_copy(update={"name": name}))
-
-
-def _tensor(plan: Plan, name: str) -> TensorInfo:
-    """Return the declaration of a tensor of ``plan``, wherever it is made."""
-    for route in plan.routes:
-        if name == route.expert_ids:
-            return TensorInfo(name=name, dtype="int64", shape=("N", route.top_k))
-        if name == route.weights:
-            return TensorInfo(name=name, dtype="float32", shape=("N", route.top_k))
-    tensors = (t for s in plan.segments for t in (*s.inputs, *s.outputs))
-    return next(t for t in tensors if t.name == name)

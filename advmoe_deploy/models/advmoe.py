@@ -1,10 +1,10 @@
 """AdvMoE, and the dense networks it is measured against."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from advmoe_deploy.models.backbones import build_backbone
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.dispatch import Dispatch, run_experts
 from advmoe_deploy.models.resnet import RoutedConv2d, RouterResNet
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.specs import ModelSpec
@@ -56,6 +56,10 @@ class AdvMoE(Classifier):
         routes.decide(self.rules[0], self.router, self.normalise(images))
         return routes.taken
 
+    def unrolled(self) -> nn.Module:
+        """Return the pathways behind the router."""
+        return _Pathways(self)
+
     def pathway(self, expert: int) -> DenseClassifier:
         """Return the dense network that images of ``expert`` meet, with copied weights."""
         spec = self.spec.model_copy(update={"family": "pathway", "num_experts": 1})
@@ -67,3 +71,19 @@ class AdvMoE(Classifier):
                 state[f"{name}.weight"] = bank.chunk(module.num_experts)[expert].clone()
         dense.backbone.load_state_dict(state)
         return dense.to(next(self.parameters())).train(self.training)
+
+
+class _Pathways(nn.Module):
+    """An AdvMoE as what it equals in eval mode: whole dense networks and a router."""
+
+    def __init__(self, model: AdvMoE) -> None:
+        super().__init__()
+        self.rule, self.normalise, self.router = model.rules[0], model.normalise, model.router
+        self.pathways = nn.ModuleList(
+            model.pathway(expert) for expert in range(model.spec.num_experts)
+        )
+
+    def forward(self, images: Tensor, routes: Routes) -> Tensor:
+        """Return logits [N, classes]."""
+        routing = routes.decide(self.rule, lambda x: self.router(self.normalise(x)), images)
+        return run_experts(routing, images, [*self.pathways], routes.execution)

@@ -53,6 +53,13 @@ class Classifier(nn.Module):
         self(images, routes)
         return routes.taken
 
+    def unrolled(self) -> nn.Module:
+        """Return the same function, of images and routes, with each expert a module of its own.
+
+        It is what the exporter cuts into segments.
+        """
+        return self
+
     def forced(self, expert: int) -> Routes:
         """Return routes that send every row of every layer to ``expert``, or the layer's last."""
         return Routes({rule.layer: min(expert, rule.num_experts - 1) for rule in self.rules})

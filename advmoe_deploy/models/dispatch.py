@@ -1,8 +1,9 @@
-"""Sending rows to their experts and bringing them back: two executions of one choice.
+"""Sending rows to their experts and bringing them back: executions of one choice.
 
 ``masked`` computes every expert on every row and then selects: the papers' layers and our
 reference. ``grouped`` runs each expert on its own rows only. Both give the same outputs and the
-same gradients; what experts share, BatchNorm above all, sees the whole batch either way.
+same gradients; what experts share, BatchNorm above all, sees the whole batch either way. ``traced``
+is ``masked`` with markers, from which the exporter learns what belongs to which expert.
 
 Shapes: N rows, E experts, K experts per row, C channels, H height, W width.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.models.markers import mark_experts, mark_input
 from advmoe_deploy.models.routing import Execution, Routing
 
 Expert = Callable[[Tensor], Tensor]
@@ -26,7 +28,7 @@ def run_experts(
 
     Each expert is any callable on rows; one without rows does not run when grouped.
     """
-    run = _grouped if execution == "grouped" else _masked
+    run = {"grouped": _grouped, "masked": _masked, "traced": _traced}[execution]
     return run(routing, x, experts)
 
 
@@ -51,6 +53,11 @@ def _masked(routing: Routing, x: Tensor, experts: Sequence[Expert]) -> Tensor:
     return torch.stack(
         [y * _beside(w_N, y) for y, w_N in zip(outputs, weights_NE.unbind(1), strict=True)]
     ).sum(dim=0)
+
+
+def _traced(routing: Routing, x: Tensor, experts: Sequence[Expert]) -> Tensor:
+    outputs = [run(mark_input(x, expert)) for expert, run in enumerate(experts)]
+    return mark_experts(routing.expert_ids_NK, routing.weights_NK, outputs)
 
 
 def _beside(weights_N: Tensor, y: Tensor) -> Tensor:

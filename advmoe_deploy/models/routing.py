@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.plan import RENORMALISER
 from advmoe_deploy.specs import Weighting
 
-Execution = Literal["grouped", "masked"]
+Execution = Literal["grouped", "masked", "traced"]
 Surrogate = Literal["probability", "score"]
-
-# What Robust Experts (arXiv 2509.05086) adds to the sum it divides by.
-_RENORMALISER = 1e-5
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def weights_of(
         return 1 + (chosen_NK - chosen_NK.detach())
     if rule.weighting == "probability":
         return chosen_NK
-    return chosen_NK / (chosen_NK.sum(dim=1, keepdim=True) + _RENORMALISER)
+    return chosen_NK / (chosen_NK.sum(dim=1, keepdim=True) + RENORMALISER)
 
 
 def forced_route(expert_ids_N: Tensor, num_experts: int, *, like: Tensor) -> Routing:
@@ -112,7 +110,8 @@ class Routes:
         forced: by layer, a routing to use instead of asking the gate, or an expert for all rows.
         surrogate: the straight-through gradient of hard routes, ``None`` for none: the gradient is
             then exactly that of the deployed function.
-        execution: ``grouped`` or ``masked``, see :mod:`~advmoe_deploy.models.dispatch`.
+        execution: ``grouped``, ``masked`` or, for the exporter only, ``traced``; see
+            :mod:`~advmoe_deploy.models.dispatch`.
         adjust: called with (rule, scores) before the choice; returns the routing. For what only
             training or analysis does: noise, capacity.
     """

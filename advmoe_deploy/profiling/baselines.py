@@ -1,4 +1,4 @@
-"""What an AdvMoE is timed against; apart, so that the command line need not load the rest."""
+"""What a mixture of experts is timed against; apart, so that the command line loads no more."""
 
 from typing import Literal
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import GOLDEN, Bundle
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.profiling.baselines import BASELINES
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
@@ -110,8 +111,9 @@ def profile_bundle(
             timings = _Timings(batch, seconds, warmup, threads)
             rows += [_row(s, timings) for s in subjects]
             ratios += _ratios(subjects, timings)
-            if ids is not None:
-                settings[f"expert_load_{batch}"] = _load(np.resize(ids, batch), bundle)
+            for route in bundle.manifest.plan.routes:
+                load = _load(route, ids[route.layer], batch)
+                settings[f"{route.layer}.expert_load_{batch}"] = load
             progress.advance("profile", batch=batch)
     return LatencyReport(
         rows=tuple(rows), ratios=tuple(ratios), versions=_versions(), settings=settings
@@ -140,10 +142,11 @@ def _check_request(
             raise UsageError(f"{name}={value} is too small; the least is {least}")
 
 
-def _golden(bundle: Bundle) -> tuple[Images, NDArray[np.int64] | None]:
+def _golden(bundle: Bundle) -> tuple[Images, dict[str, NDArray[np.int64]]]:
+    """Return the golden images and where each layer sends them."""
+    layers = [route.layer for route in bundle.manifest.plan.routes]
     with np.load(bundle.file(GOLDEN)) as golden:
-        ids = golden["expert_ids"][:, 0] if "expert_ids" in golden else None
-        return golden["images"], ids
+        return golden["images"], {layer: golden[f"{layer}.expert_ids"] for layer in layers}
 
 
 def _open_subjects(
@@ -229,9 +232,9 @@ def _ratios(subjects: Sequence[_Subject], timings: _Timings) -> list[LatencyRati
     return ratios
 
 
-def _load(ids: NDArray[np.int64], bundle: Bundle) -> str:
-    load = np.bincount(ids, minlength=bundle.manifest.model.num_experts)
-    return ",".join(str(count) for count in load)
+def _load(route: RouteStep, ids: NDArray[np.int64], batch: int) -> str:
+    repeated = np.resize(ids, (batch, *ids.shape[1:])).reshape(-1)
+    return ",".join(map(str, np.bincount(repeated, minlength=route.num_experts)))
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 The engines know nothing of experts. That is the point: any vendor's engine for dense graphs will
 do.
 
-Shapes: N rows, E experts, K experts per row.
+Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
+from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
@@ -65,21 +65,40 @@ class PlanRunner(Closing):
         return self._engines[name].run({t.name: tensors[t.name] for t in segment.inputs})
 
     def _experts(self, step: ExpertsStep, tensors: Tensors) -> NDArray[Any]:
-        """Return the experts' rows in the original order; an expert without rows does not run."""
+        """Return the weighted answers in the rows' order; an expert without rows does not run."""
         x = tensors[step.input]
-        ids_N = tensors[f"{step.layer}.expert_ids"][:, 0]
-        chosen = np.flatnonzero(np.bincount(ids_N, minlength=len(step.segments)))
+        route = self._plan.route(step.layer)
+        ids_S = tensors[route.expert_ids].reshape(-1)
+        chosen = np.flatnonzero(np.bincount(ids_S, minlength=len(step.segments)))
         if len(chosen) == 1:  # always so for a single image: nothing to gather or to bring back
-            return self._run_expert(step.segments[chosen[0]], x)
+            each = self._run_expert(step.segments[chosen[0]], x)
+        else:
+            each = self._scattered(step, ids_S, chosen, x)
+        if route.weighting == "one":
+            return each
+        rest = each.shape[1:]
+        weights_RK = tensors[route.weights].reshape(-1, route.top_k, *([1] * len(rest)))
+        weighted: NDArray[Any] = (each.reshape(-1, route.top_k, *rest) * weights_RK).sum(axis=1)
+        return weighted
+
+    def _scattered(
+        self,
+        step: ExpertsStep,
+        ids_S: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+        x: NDArray[Any],
+    ) -> NDArray[Any]:
+        """Return one answer per choice, in the order of the choices."""
+        top_k = len(ids_S) // len(x)
         parts = {}
         for expert in chosen:
-            rows = np.flatnonzero(ids_N == expert)
-            parts[expert] = rows, self._run_expert(step.segments[expert], x[rows])
+            choices = np.flatnonzero(ids_S == expert)
+            parts[expert] = choices, self._run_expert(step.segments[expert], x[choices // top_k])
         _, first = next(iter(parts.values()))
-        combined = np.empty((len(x), *first.shape[1:]), first.dtype)
-        for rows, part in parts.values():
-            combined[rows] = part
-        return combined
+        each = np.empty((len(ids_S), *first.shape[1:]), first.dtype)
+        for choices, part in parts.values():
+            each[choices] = part
+        return each
 
     def _run_expert(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
         segment = self._plan.segment(name)
@@ -91,8 +110,27 @@ class PlanRunner(Closing):
         self._stack.close()
 
 
-def route(step: RouteStep, scores_NE: NDArray[np.float32]) -> Tensors:
-    """Return ids int64 [N, 1] and weights 1 for the best score; ties go to the lowest index."""
-    assert step.top_k == 1, "top-1 is the only route so far"
-    ids_NK = scores_NE.argmax(axis=1)[:, None].astype(np.int64)
-    return {step.expert_ids: ids_NK, step.weights: np.ones(ids_NK.shape, np.float32)}
+def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
+    """Return ids, best first, and weights by the rule of ``step``; ties to the lowest index."""
+    if step.top_k == 1:
+        ids_RK = scores_RE.argmax(axis=1)[:, None].astype(np.int64)
+    else:
+        ids_RK = np.argsort(-scores_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
+    shape = (-1, *(int(size) for size in step.shape[1:]))
+    weights_RK = weights_of(step, scores_RE, ids_RK)
+    return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}
+
+
+def weights_of(
+    step: RouteStep, scores_RE: NDArray[np.float32], ids_RK: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the weights [R, K] of the chosen experts."""
+    if step.weighting == "one":
+        return np.ones(ids_RK.shape, np.float32)
+    powers_RE = np.exp(scores_RE - scores_RE.max(axis=1, keepdims=True))
+    shares_RE = powers_RE / powers_RE.sum(axis=1, keepdims=True)
+    chosen_RK: NDArray[np.float32] = np.take_along_axis(shares_RE, ids_RK, axis=1)
+    if step.weighting == "probability":
+        return chosen_RK
+    total_R1: NDArray[np.float32] = chosen_RK.sum(axis=1, keepdims=True) + np.float32(RENORMALISER)
+    return np.asarray(chosen_RK / total_R1)

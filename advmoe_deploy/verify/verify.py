@@ -19,7 +19,7 @@ from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
-from advmoe_deploy.export.parity import compare_with_reference
+from advmoe_deploy.export.parity import compare_with_reference, predictions_of, same_experts
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
@@ -33,8 +33,6 @@ from advmoe_deploy.verify.suites import Suite, attack_suite
 
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
-
-_BATCH = 256
 
 
 def verify_bundle(
@@ -149,11 +147,15 @@ class _Trial:
     def _route_agreement(
         self, x_NCHW: Images, routes: dict[str, NDArray[np.int64]]
     ) -> float | None:
-        ids_NK = reference_answers(self.model, x_NCHW).expert_ids
-        if ids_NK is None:
+        """Return the share of images that go the same way in every layer."""
+        if not routes:
             return None
-        (engine_ids_NK,) = routes.values()
-        return float((ids_NK == engine_ids_NK).all(axis=1).mean())
+        expected = reference_answers(self.model, x_NCHW).routes
+        same = [
+            same_experts(expected[layer].expert_ids, ids).reshape(len(ids), -1).all(axis=1)
+            for layer, ids in routes.items()
+        ]
+        return float(np.all(same, axis=0).mean())
 
     def _on_reference(self, attack: AttackSpec) -> Images:
         x_NCHW, labels_N = torch.from_numpy(self.x_NCHW), torch.from_numpy(self.labels_N)
@@ -171,15 +173,9 @@ class _Trial:
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[np.int64]]]:
         """Return what the reference and the engine get right, and the engine's routes."""
         reference_N = predict(self.model, torch.from_numpy(x_NCHW)).numpy()
-        answers = [
-            self.runner.infer(x) for x in np.split(x_NCHW, range(_BATCH, len(x_NCHW), _BATCH))
-        ]
-        engine_N = np.concatenate([answer.logits.argmax(axis=1) for answer in answers])
-        routes = {
-            layer: np.concatenate([answer.expert_ids[layer] for answer in answers])
-            for layer in answers[0].expert_ids
-        }
-        return reference_N == self.labels_N, engine_N == self.labels_N, routes
+        answer = predictions_of(self.runner, x_NCHW)
+        engine_N = answer.logits.argmax(axis=1)
+        return reference_N == self.labels_N, engine_N == self.labels_N, answer.expert_ids
 
 
 def drop_in_points(accuracy: Pair) -> float:
@@ -229,7 +225,11 @@ def _pair(reference_N: NDArray[np.bool_], engine_N: NDArray[np.bool_]) -> Pair:
 def _flip_rate(
     clean: dict[str, NDArray[np.int64]], attacked: dict[str, NDArray[np.int64]]
 ) -> float | None:
+    """Return the share of images that, in some layer, go to other experts than before."""
     if not clean:
         return None
-    changed = [(clean[layer] != attacked[layer]).any(axis=1) for layer in clean]
-    return float(np.any(changed, axis=0).mean())
+    changed = [
+        (np.sort(ids, axis=-1) != np.sort(attacked[layer], axis=-1)).reshape(len(ids), -1)
+        for layer, ids in clean.items()
+    ]
+    return float(np.concatenate(changed, axis=1).any(axis=1).mean())

@@ -1,6 +1,7 @@
 """What a graph pass did, and the check that it kept its contract."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,21 +23,22 @@ class PassReport:
 
 
 Pass = Callable[[ModelProto], PassReport]
+Inputs = Mapping[str, NDArray[np.float32]]
 
 
 def apply_checked(
-    passes: tuple[Pass, ...], model: ModelProto, images: NDArray[np.float32]
+    passes: tuple[Pass, ...], model: ModelProto, inputs: Inputs
 ) -> tuple[PassReport, ...]:
     """Run ``passes`` on ``model`` in place and return their reports.
 
     Raises:
-        CheckFailedError: after a pass the model answers differently on ``images``.
+        CheckFailedError: after a pass the model answers differently to ``inputs``.
     """
     reports = []
-    before = _answers(model, images)
+    before = _answers(model, inputs)
     for run in passes:
         report = run(model)
-        after = _answers(model, images)
+        after = _answers(model, inputs)
         for name, expected in before.items():
             difference = float(row_differences(after[name], expected)[1].max())
             if not difference <= LOGIT_TOLERANCE:
@@ -48,7 +50,16 @@ def apply_checked(
     return tuple(reports)
 
 
-def _answers(model: ModelProto, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    (image,) = model.graph.input
+def _answers(model: ModelProto, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
     with OrtEngine(model.SerializeToString()) as engine:
-        return engine.run({image.name: images})
+        return engine.run(inputs)
+
+
+def declined(reports: Mapping[str, Sequence[PassReport]]) -> Counter[str]:
+    """Return why passes declined, over all graphs, and how often each reason was given."""
+    return Counter(
+        f"{report.name} declined: {place.partition(': ')[2]}"
+        for done in reports.values()
+        for report in done
+        for place in report.declined
+    )
