@@ -265,15 +265,23 @@ class ThreatModel(Frozen):
 class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router.
+    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router. APGD sets
+    its step size itself. ``random_start`` is PGD's: without it the search begins at the image.
     """
 
-    name: Literal["pgd", "square", "autoattack"]
+    name: Literal["pgd", "apgd", "square", "autoattack"]
     target: AttackTarget = "model"
     steps: int = Field(50, ge=1)
     step_size: float | None = Field(None, gt=0)
     restarts: int = Field(1, ge=1)
+    random_start: bool = True
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} without random_start would all be the same")
+        return self
 
 
 class BatchProfile(Frozen):

@@ -1,14 +1,19 @@
 """Attacks stay inside the threat model, do harm, and can be repeated."""
 
 import copy
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from toys import Linear, LinearMoE, PixelMoE, toy_spec
 
 from advmoe_deploy.attacks.autoattack import standard_autoattack
 from advmoe_deploy.attacks.black_box import attack_predictions
+from advmoe_deploy.attacks.clean_routes import CleanRoutes
+from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl, project, step_size_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
@@ -18,10 +23,10 @@ from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import RoutingRule, choose
-from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, build_spec
+from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, Weighting, build_spec
 
 THREAT = ThreatModel(epsilon=0.1)
-TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway")
+TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "experts", "router")
 
 
 def some_digits(n: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +36,7 @@ def some_digits(n: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> AdvMoE:
-    """A tiny AdvMoE after thirty plain steps: right about most digits, not robust."""
+    """A tiny AdvMoE after sixty plain steps: right about most digits, not robust."""
     torch.manual_seed(0)
     spec = build_spec(
         family="advmoe",
@@ -50,7 +55,7 @@ def model() -> AdvMoE:
     x, y = torch.from_numpy(to_float(train.images)), torch.from_numpy(train.labels)
     built.router.fc.bias.data -= built.score(x).mean(dim=0).detach()
     optimizer = torch.optim.SGD(built.parameters(), lr=0.05, momentum=0.9)
-    for rows in torch.randperm(1000).split(100) + torch.randperm(1000).split(100):
+    for rows in [part for _ in range(6) for part in torch.randperm(1000).split(100)]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(built(x[rows]), y[rows]).backward()
         optimizer.step()
@@ -69,7 +74,8 @@ def test_pgd_stays_inside_and_lowers_accuracy(model: AdvMoE, target: AttackTarge
     assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
-    assert accuracy(model, found, y) < accuracy(model, x, y) - 0.1
+    answers = predict(model, found, routes_of=x if target == "experts" else None)
+    assert (answers == y).float().mean() < accuracy(model, x, y) - 0.1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -115,6 +121,8 @@ def test_a_clean_mistake_is_never_corrected(model: AdvMoE) -> None:
 class TwoHalves(nn.Module):
     """Logits (s, -s) with s the sum of the pixels less two: the best attack is known."""
 
+    rules = ()
+
     def forward(self, x: Tensor, routes: object = None) -> Tensor:
         s = x.sum(dim=(1, 2, 3)) - 2
         return torch.stack([s, -s], dim=1)
@@ -133,10 +141,110 @@ def test_only_a_router_has_routes_to_attack() -> None:
     x, y = some_digits(2)
     with pytest.raises(UsageError, match="needs a router"):
         attack_model(dense, x, y, THREAT, AttackSpec(name="pgd", target="pathway"))
-    with pytest.raises(UsageError, match="no white-box attack"):
+    with pytest.raises(UsageError, match="square is no PGD"):
         attack_model(dense, x, y, THREAT, AttackSpec(name="square"))
     with pytest.raises(UsageError, match="needs gradients"):
         attack_predictions(lambda a: a, x.numpy(), y.numpy(), THREAT, AttackSpec(name="pgd"))
+
+
+def opposites() -> tuple[LinearMoE, Tensor]:
+    """Expert 0 always says class 0, expert 1 class 1; the router goes by the first pixel.
+
+    Its scores are (p, 0.5), so that at p = 0.6 the route turns at an epsilon of 0.1.
+    """
+    weight, still = torch.zeros(2, 4), torch.zeros(2, 4)
+    weight[0, 0] = 1
+    router = Linear(weight, torch.tensor([0.0, 0.5]))
+    experts = [Linear(still, torch.tensor(bias)) for bias in ([1.0, 0.0], [0.0, 1.0])]
+    return LinearMoE(toy_spec(size=4), router, experts), torch.full((1, 1, 2, 2), 0.6)
+
+
+@pytest.mark.parametrize(
+    ("target", "fools"),
+    [("straight-through", True), ("pathway", True), ("router", True), ("experts", False)],
+)
+def test_what_each_target_can_do_to_a_route(target: AttackTarget, fools: bool) -> None:
+    model, x = opposites()
+    y = torch.tensor([0])
+    for epsilon, enough in ((0.12, True), (0.08, False)):
+        attack = AttackSpec(name="pgd", steps=8, target=target)
+        found = attack_model(model, x, y, ThreatModel(epsilon=epsilon), attack)
+        assert bool(predict(model, found) != y) == (fools and enough)
+
+
+def test_attacked_experts_keep_the_clean_route() -> None:
+    weight = torch.zeros(2, 4)
+    weight[0, 0] = 1
+    router = Linear(weight, torch.tensor([0.0, 0.5]))
+    # Expert 0 errs once the pixels' sum falls below 2; by then the route would be expert 1's.
+    sums = torch.stack([torch.ones(4), torch.zeros(4)])
+    experts = [Linear(sums, torch.tensor([-2.0, 0.0])), Linear(0 * sums, torch.tensor([1.0, 0.0]))]
+    model = LinearMoE(toy_spec(size=4), router, experts)
+    x, y = torch.full((1, 1, 2, 2), 0.6), torch.tensor([0])
+    attack = AttackSpec(name="pgd", steps=8, target="experts")
+    found = attack_model(model, x, y, ThreatModel(epsilon=0.15), attack)
+    assert predict(model, found).tolist() == [0]
+    assert predict(model, found, routes_of=x).tolist() == [1]
+
+
+def test_clean_routes_of_tokens_stay_with_their_image() -> None:
+    model = PixelMoE(toy_spec(size=4), top_k=2, weighting="renormalised")
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    clean, rows = CleanRoutes(model, x), torch.tensor([4, 1])
+    assert torch.allclose(model(x[rows], clean.of(rows)), model(x[rows]))
+    assert not torch.allclose(model(x[rows], clean.of(rows.flip(0))), model(x[rows]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("weighting", ["one", "probability"])
+def test_tokens_can_be_attacked(target: AttackTarget, weighting: Weighting) -> None:
+    model = PixelMoE(toy_spec(size=4), weighting=weighting)
+    x = 0.45 + 0.1 * torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = predict(model, x)
+    found = attack_model(model, x, y, THREAT, AttackSpec(name="pgd", steps=10, target=target))
+    assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
+    if weighting == "one" and target in ("pathway", "router"):  # the others meet no gradient
+        assert accuracy(model, found, y) < 0.5
+    assert torch.equal(
+        found, attack_model(model, x, y, THREAT, AttackSpec(name="pgd", steps=10, target=target))
+    )
+
+
+def test_without_a_random_start_the_seed_does_not_matter(model: AdvMoE) -> None:
+    x, y = some_digits(10)
+    one, other = (
+        attack_model(
+            model, x, y, THREAT, AttackSpec(name="pgd", steps=2, random_start=False, seed=seed)
+        )
+        for seed in (0, 1)
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(ValidationError, match="would all be the same"):
+        AttackSpec(name="pgd", random_start=False, restarts=2)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
+def test_every_attack_is_found_by_name(model: AdvMoE, name: Literal["pgd", "apgd"]) -> None:
+    x, y = some_digits(40)
+    attack = AttackSpec(name=name, steps=20, seed=1)
+    state = torch.random.get_rng_state()
+    found = find_adversarial(model, x, y, THREAT, attack)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
+    assert accuracy(model, found, y) < accuracy(model, x, y)
+    assert torch.equal(found, find_adversarial(model, x, y, THREAT, attack))
+    assert find_adversarial(model, x[:0], y[:0], THREAT, attack).shape == (0, 1, 8, 8)
+
+
+def test_apgd_does_what_it_can_aim_at(model: AdvMoE) -> None:
+    x, y = some_digits(20)
+    for target in ("model", "straight-through"):
+        attack = AttackSpec(name="apgd", steps=20, target=target)
+        found = find_adversarial(model, x, y, THREAT, attack)
+        pgd = attack_model(model, x, y, THREAT, AttackSpec(name="pgd", steps=20, target=target))
+        assert accuracy(model, found, y) <= accuracy(model, pgd, y) + 0.1
+    with pytest.raises(UsageError, match="cannot aim at target pathway"):
+        find_adversarial(model, x, y, THREAT, AttackSpec(name="apgd", target="pathway"))
 
 
 def test_default_step_and_projection() -> None:
@@ -209,8 +317,9 @@ def test_more_restarts_never_find_less(model: AdvMoE, target: AttackTarget) -> N
     for restarts in (1, 4):
         attack = AttackSpec(name="pgd", steps=3, target=target, restarts=restarts)
         found = attack_model(model, x, y, THREAT, attack)
+        routes = CleanRoutes(model, x).of(torch.arange(60)) if target == "experts" else None
         with torch.no_grad():
-            losses.append(nn.functional.cross_entropy(model(found), y, reduction="none"))
+            losses.append(nn.functional.cross_entropy(model(found, routes), y, reduction="none"))
     right_N = losses[1] < np.log(2)  # certainly right: such an image is still under attack
     assert right_N.any()
     assert (losses[1] >= losses[0] - 1e-6)[right_N].all()

@@ -1,4 +1,4 @@
-"""AutoAttack and Square (Croce & Hein, 2020) through pyautoattack, their authors' own code."""
+"""AutoAttack, APGD and Square (Croce & Hein, 2020) through pyautoattack, their authors' code."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.objectives import require_target
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.dispatch import frozen_parameters
-from advmoe_deploy.models.routing import Routes
-from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.models.routing import Routes, Surrogate
+from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 Predict = Callable[[Tensor], Tensor]
+
+_BATCH = 256
 
 
 def square(
@@ -47,6 +50,41 @@ def square(
     return found
 
 
+def apgd(
+    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, attack: AttackSpec
+) -> Tensor:
+    """Return adversarial images by APGD on the cross-entropy, which sets its own step size.
+
+    Robust Experts (arXiv 2509.05086) reports it at 20 steps. An image no step turned comes back at
+    its clean self.
+
+    Raises:
+        UsageError: the target is not model or straight-through, or the model has no router.
+    """
+    if attack.target not in ("model", "straight-through"):
+        raise UsageError(f"apgd cannot aim at target {attack.target}; use pgd, or target model")
+    require_target(model, attack.target)
+    surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
+    package = _import()
+    with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
+        search = package.autopgd_base.APGDAttack(
+            lambda x: model(x, Routes(surrogate=surrogate)),
+            n_iter=attack.steps,
+            norm="Linf",
+            n_restarts=attack.restarts,
+            eps=threat.epsilon,
+            seed=attack.seed,
+            loss="ce",
+            device=images.device,
+        )
+        found = [
+            search.perturb(x, y)
+            for x, y in zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
+            if len(x)
+        ]
+    return torch.cat(found).detach() if found else images.clone()
+
+
 def standard_autoattack(
     model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int = 0
 ) -> Tensor:
@@ -72,6 +110,7 @@ def standard_autoattack(
 def _import() -> Any:
     try:
         import pyautoattack
+        import pyautoattack.autopgd_base
         import pyautoattack.square
     except ImportError:
         raise missing_extra("pyautoattack", "train") from None

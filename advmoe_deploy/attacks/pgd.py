@@ -25,10 +25,10 @@ class Ascent:
 
 
 class Objective(Protocol):
-    """What an attack ascends: ``objective(images, labels) -> Ascent``."""
+    """What an attack ascends: ``objective(images, labels, rows) -> Ascent``."""
 
-    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, /) -> Ascent:
-        """Return the ascent at ``images_NCHW``."""
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
+        """Return the ascent at ``images_NCHW``, which stand for ``rows_N`` of a batch."""
 
 
 def step_size_of(attack: AttackSpec, threat: ThreatModel) -> float:
@@ -86,22 +86,22 @@ def pgd_search(
     labels_N: Tensor,
     start_NCHW: Tensor,
     *,
+    rows_N: Tensor,
     threat: ThreatModel,
     steps: int,
     step_size: float,
     first_only: bool = False,
 ) -> Tensor:
-    """Return the worst images met.
+    """Return the worst images met for ``rows_N`` of a batch; the other rows come back as they are.
 
     Worst is, among the iterates that fool the model, the one of the highest loss; an image that
     nothing fooled keeps its highest loss. ``first_only`` stops working on an image at the first
     iterate that fools: the same count of fooled images, for less work.
     """
     worst = _Worst(images_NCHW)
-    x_NCHW = start_NCHW
-    rows_N = torch.arange(len(labels_N), device=labels_N.device)
+    x_NCHW = start_NCHW[rows_N]
     for step in range(steps + 1):
-        ascent = objective(x_NCHW, labels_N[rows_N])
+        ascent = objective(x_NCHW, labels_N[rows_N], rows_N)
         worst.offer(rows_N, x_NCHW, ascent)
         x_NCHW = x_NCHW + step_size * ascent.gradient_NCHW.sign()
         if first_only:

@@ -7,7 +7,6 @@ import torch
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import Split, to_float
 from advmoe_deploy.intervals import wilson_interval
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
@@ -38,7 +37,7 @@ def robustness_curve(
     progress = progress or Silent()
     x_NCHW, labels_N = torch.from_numpy(to_float(split.images)), torch.from_numpy(split.labels)
     targets: tuple[AttackTarget, ...] = ("model",)
-    if isinstance(model, AdvMoE):
+    if model.rules:
         targets = ("model", "pathway")
     points = []
     with task(progress, "robustness curve", len(epsilons)):

@@ -19,11 +19,19 @@ def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     """
     pgd = AttackSpec(name="pgd", steps=_PGD_STEPS[suite])
     attacks = [pgd]
-    if spec.family == "advmoe":
-        attacks += [_aimed_at(pgd, "straight-through"), _aimed_at(pgd, "pathway")]
+    attacks += [_aimed_at(pgd, target) for target in routing_targets(spec)]
     if suite == "full":
         attacks.append(AttackSpec(name="autoattack"))
     return (*attacks, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))
+
+
+def routing_targets(spec: ModelSpec) -> tuple[AttackTarget, ...]:
+    """Return the targets, beside the model itself, that an honest number for ``spec`` needs."""
+    if spec.family in ("dense", "pathway"):
+        return ()
+    if spec.weighting == "one":
+        return ("straight-through", "pathway")
+    return ("pathway",)  # weights that depend on scores lead the gradient into the gates already
 
 
 def _aimed_at(attack: AttackSpec, target: AttackTarget) -> AttackSpec:

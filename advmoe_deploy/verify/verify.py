@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advmoe_deploy.attacks.autoattack import standard_autoattack
 from advmoe_deploy.attacks.black_box import attack_predictions
-from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
@@ -159,9 +159,7 @@ class _Trial:
 
     def _on_reference(self, attack: AttackSpec) -> Images:
         x_NCHW, labels_N = torch.from_numpy(self.x_NCHW), torch.from_numpy(self.labels_N)
-        if attack.name == "autoattack":
-            return standard_autoattack(self.model, x_NCHW, labels_N, self.threat).numpy()
-        return attack_model(self.model, x_NCHW, labels_N, self.threat, attack).numpy()
+        return find_adversarial(self.model, x_NCHW, labels_N, self.threat, attack).numpy()
 
     def _on_engine(self, attack: AttackSpec) -> Images:
         return attack_predictions(
