@@ -95,10 +95,10 @@ class ModelSpec(Frozen):
 
     ``ratio`` scales the channels of every routed convolution (AdvMoE), or of every layer, the stem
     included (dense: ``ratio < 1`` is the papers' S-Dense). ``width`` is the base width of the
-    backbone before ``ratio``, by default the paper's; of a ViT, the embedding. ``mean`` and ``std``
-    are per channel, in [0, 1] pixels, and are part of the model. ``stem`` is ``small`` (3x3, for
-    images up to 64 pixels) or ``imagenet`` (7x7 with stride 2, then max-pooling).
-    ``alpha`` is the robust model's share in a dual model.
+    backbone before ``ratio``, by default the paper's; of a ViT, the embedding, whose ``ratio``
+    scales the MLPs alone. ``mean`` and ``std`` are per channel, in [0, 1] pixels, and are part of
+    the model. ``stem`` is ``small`` (3x3, for images up to 64 pixels) or ``imagenet`` (7x7 with
+    stride 2, then max-pooling). ``alpha`` is the robust model's share in a dual model.
     """
 
     family: Family

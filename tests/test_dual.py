@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.dual import DualModel, ExpertNetworks, second_expert
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, RoutingRule, choose
+from advmoe_deploy.models.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, VisionTransformer, build_spec
 
 VIT = {
@@ -156,6 +156,18 @@ def test_training_reduces_the_loss_and_reaches_the_router(family: str) -> None:
                 assert parameter.grad.abs().sum() > 0
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_one_image_for_an_expert_does_not_stop_training() -> None:
+    # Its last maps are 1x1: one value per channel, of which no variance can be taken.
+    model = experts().train()
+    routing = forced_route(torch.tensor([0] * 23 + [1]), 3, like=images())
+    logits = model(images(), Routes({"router": routing}))
+    F.cross_entropy(logits, LABELS).backward()
+    gradient = model.experts[1].get_submodule("linear").weight.grad
+    assert isinstance(gradient, Tensor)
+    assert gradient.isfinite().all()
+    assert gradient.any()
 
 
 def test_s_dense_is_one_expert() -> None:
