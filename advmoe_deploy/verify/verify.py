@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
-from advmoe_deploy.bundle import REFERENCE, Bundle
-from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import BundleError, UsageError
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.data.matching import matching_test_images
 from advmoe_deploy.export.parity import compare_with_reference, predictions_of, same_experts
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.checkpoint import model_from_weights
+from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import AttackOutcome, Pair, RobustReport
 from advmoe_deploy.runtime.runner import Runner
@@ -66,10 +64,10 @@ def verify_bundle(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    model = _reference(bundle)
-    threat = _threat(bundle, epsilon)
+    model = reference_model(bundle)
+    threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
     source = data or str(bundle.manifest.training.get("data", ""))
-    x_NCHW, labels_N = _test_images(bundle, source, images)
+    x_NCHW, labels_N = matching_test_images(source, model.spec, images)
     suite = attack_suite(attacks, bundle.manifest.model)
     with open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)
@@ -180,40 +178,6 @@ def drop_in_points(accuracy: Pair) -> float:
     """Return the percentage points that the engine lost, negative where it gained."""
     # Rounded, for 390 less 388 of 400 is half a point and not a hair more.
     return round(100 * (accuracy.reference - accuracy.engine), 9)
-
-
-def _reference(bundle: Bundle) -> Classifier:
-    if not bundle.has(REFERENCE):
-        raise BundleError(
-            f"{bundle.path} was exported without its reference weights, which the attacks need; "
-            "export it again without --no-reference"
-        )
-    return model_from_weights(bundle.manifest.model, bundle.file(REFERENCE))
-
-
-def _threat(bundle: Bundle, epsilon: float | None) -> ThreatModel:
-    if epsilon is not None:
-        if not 0 < epsilon <= 1:
-            raise UsageError(f"epsilon={epsilon} is outside (0, 1]; it is in [0, 1] pixels")
-        return ThreatModel(epsilon=epsilon)
-    if bundle.manifest.threat is None:
-        raise UsageError(f"{bundle.path} names no threat model; pass --epsilon, in [0, 1] pixels")
-    return bundle.manifest.threat
-
-
-def _test_images(bundle: Bundle, source: str, count: int | None) -> tuple[Images, Labels]:
-    if count is not None and count < 1:
-        raise UsageError(f"images={count} is too few; verify at least one")
-    if not source:
-        raise UsageError(f"{bundle.path} does not say what it was trained on; pass --data")
-    dataset = load_dataset(source)
-    split, spec = dataset.test, bundle.manifest.model
-    if split.images.shape[1:] != spec.image_shape or len(dataset.class_names) != spec.num_classes:
-        raise UsageError(
-            f"{source} has images {split.images.shape[1:]} of {len(dataset.class_names)} classes, "
-            f"the model takes {spec.image_shape} of {spec.num_classes}; pass matching --data"
-        )
-    return to_float(split.images[:count]), split.labels[:count]
 
 
 def _pair(reference_N: NDArray[np.bool_], engine_N: NDArray[np.bool_]) -> Pair:

@@ -1,0 +1,99 @@
+"""The torch model behind a path, be it a run, a checkpoint or a bundle's reference weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from advmoe_deploy.bundle import MANIFEST, REFERENCE, Bundle, open_bundle
+from advmoe_deploy.errors import BundleError, InputError, UsageError
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import CHECKPOINT, load_checkpoint, model_from_weights
+from advmoe_deploy.specs import ThreatModel
+
+_RUN_MODEL = "model"  # where a run keeps the model it selected
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in eval mode with what was stored beside it.
+
+    ``data`` is the source it was trained on, empty if unknown; ``recipe`` the recipe's name.
+    """
+
+    path: Path
+    model: Classifier
+    threat: ThreatModel | None
+    class_names: tuple[str, ...]
+    data: str
+    recipe: str
+
+    def threat_model(self, epsilon: float | None) -> ThreatModel:
+        """Return the l-inf ball of radius ``epsilon``, by default the one it was trained for."""
+        return threat_or(epsilon, self.threat, self.path)
+
+
+def open_stored(path: Path) -> StoredModel:
+    """Return the model at ``path``: a run, one of its checkpoints, or a bundle.
+
+    Raises:
+        InputError: ``path`` is none of them, or a file of it is missing or damaged.
+    """
+    if (path / MANIFEST).is_file():
+        return _from_bundle(open_bundle(path))
+    for folder in (path / _RUN_MODEL, path):
+        if (folder / CHECKPOINT).is_file():
+            return _from_checkpoint(path, folder)
+    what = "no directory" if not path.is_dir() else "neither a finished run nor a bundle"
+    raise InputError(f"{path} is {what}; name what 'advmoe train' or 'advmoe export' wrote")
+
+
+def reference_model(bundle: Bundle) -> Classifier:
+    """Return the torch model of ``bundle``, rebuilt from its own reference weights.
+
+    Raises:
+        BundleError: it was exported without them.
+    """
+    if not bundle.has(REFERENCE):
+        raise BundleError(
+            f"{bundle.path} was exported without its reference weights, which the attacks need; "
+            "export it again without --no-reference"
+        )
+    return model_from_weights(bundle.manifest.model, bundle.file(REFERENCE))
+
+
+def threat_or(epsilon: float | None, own: ThreatModel | None, where: Path) -> ThreatModel:
+    """Return the threat model of radius ``epsilon``, or, without one, ``own``.
+
+    Raises:
+        UsageError: ``epsilon`` makes no sense, or there is neither.
+    """
+    if epsilon is not None:
+        if not 0 < epsilon <= 1:
+            raise UsageError(f"epsilon={epsilon} is outside (0, 1]; it is in [0, 1] pixels")
+        return ThreatModel(epsilon=epsilon)
+    if own is None:
+        raise UsageError(f"{where} names no threat model; pass --epsilon, in [0, 1] pixels")
+    return own
+
+
+def _from_bundle(bundle: Bundle) -> StoredModel:
+    manifest = bundle.manifest
+    return StoredModel(
+        path=bundle.path,
+        model=reference_model(bundle),
+        threat=manifest.threat,
+        class_names=manifest.class_names,
+        data=str(manifest.training.get("data", "")),
+        recipe=str(manifest.training.get("recipe", "")),
+    )
+
+
+def _from_checkpoint(path: Path, folder: Path) -> StoredModel:
+    checkpoint, model = load_checkpoint(folder)
+    return StoredModel(
+        path=path,
+        model=model,
+        threat=checkpoint.threat,
+        class_names=checkpoint.class_names,
+        data=str(checkpoint.provenance.get("data", "")),
+        recipe=str(checkpoint.recipe.get("name", "")),
+    )
