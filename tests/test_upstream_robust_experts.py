@@ -1,14 +1,10 @@
 """Checkpoints of the released Robust Experts code: the same answers, and specs from shapes."""
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from upstream_fixture import fill
+from upstream_fixture import case_of, fill
 
 from advmoe_deploy.errors import AdvMoEError, CheckpointError, UsageError
 from advmoe_deploy.models.registry import build_model
@@ -22,19 +18,6 @@ CASES = {
     "experts-conv-layer4-e4-k2": ExpertLayers(kind="conv", layers=("layer4",), gate="conv-gap"),
     "experts-conv-layer4.1-e4-k1": ExpertLayers(kind="conv", layers=("layer4.1",), gate="gap-fc"),
 }
-Case = tuple[dict, dict[str, Tensor], dict[str, np.ndarray]]
-
-
-def case_of(name: str) -> Case:
-    """What the model is, its filled weights, and the released code's answers."""
-    folder = os.environ.get("ADVMOE_FIXTURES")
-    if not folder:
-        pytest.skip("set ADVMOE_FIXTURES to the folder with the released code's answers")
-    about = json.loads((Path(folder) / f"{name}.json").read_text())
-    shapes = about["tensors"].items()
-    state = {n: torch.from_numpy(fill(n, tuple(shape), about["seed"])) for n, shape in shapes}
-    with np.load(Path(folder) / f"{name}.npz") as answers:
-        return about, state, dict(answers)
 
 
 def dense_weights(routing: Routing) -> Tensor:
