@@ -159,6 +159,8 @@ class ModelSpec(Frozen):
     def _check_parts(self) -> None:
         if self.family == "robust-experts" and self.backbone == "vit":
             raise ValueError("a ViT has no convolutions to turn into experts; use family vit-moe")
+        if self.stem == "imagenet" and self.backbone in ("vgg16-bn", "vit"):
+            raise ValueError(f"{self.backbone} has no imagenet stem; leave stem=small")
         allowed = BACKBONES.get(self.family)
         if allowed and self.backbone not in allowed:
             raise ValueError(

@@ -1,18 +1,20 @@
 """Random networks that behave like trained ones where speed and numerics are concerned.
 
 A fresh network has BatchNorm statistics that fit nothing, so its activations grow from block to
-block, and a router that sends every image to one expert. Latency can be measured before a model is
+block, and routers that send everything to one expert. Latency can be measured before a model is
 trained once both are set right.
 
-Shapes: N images, C channels, H height, W width, E experts.
+Shapes: N rows (images, or tokens), C channels, H height, W width, E experts.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 _BALANCING_STEPS = 60
@@ -21,31 +23,50 @@ _BALANCING_STEPS = 60
 def untrained_model(spec: ModelSpec, images_NCHW: Tensor, *, seed: int = 0) -> Classifier:
     """Return a random network of ``spec``, in eval mode, fitted to images in [0, 1].
 
-    BatchNorm holds the statistics of ``images_NCHW``, and the router's bias spreads them evenly
-    over the experts.
+    BatchNorm holds the statistics of ``images_NCHW``, and the bias of each gate that has one
+    spreads them evenly over the experts.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = build_model(spec).eval()
-        if isinstance(model, AdvMoE):
-            x_NCHW = model.normalise(images_NCHW)
-            _fit_batchnorm(model.router, x_NCHW)
-            model.router.fc.bias.add_(_balancing_bias(model.router(x_NCHW)))
         _fit_batchnorm(model, images_NCHW)
+        if model.rules:
+            model(images_NCHW, _Balancing())
+            _fit_batchnorm(model, images_NCHW)
     return model
 
 
-def _fit_batchnorm(module: nn.Module, x_NCHW: Tensor) -> None:
-    """Set the running statistics of ``module`` to those of one forward pass over ``x_NCHW``."""
-    layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+def _fit_batchnorm(model: Classifier, images_NCHW: Tensor) -> None:
+    """Set the running statistics of ``model`` to those of one forward pass."""
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.train()
         layer.momentum = 1.0
-    module(x_NCHW)
+    # Masked, so that experts without an image see some too.
+    model(images_NCHW, Routes(execution="masked"))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.eval()
         layer.momentum = momentum
+
+
+class _Balancing(Routes):
+    """Routes that balance each gate as it is met, so that later ones see balanced rows."""
+
+    def decide(self, rule: RoutingRule, gate: Callable[[Tensor], Tensor], x: Tensor) -> Routing:
+        """Add to the gate's bias, if it has one, and return the routing after that."""
+        bias_E = _last_bias(gate, rule.num_experts)
+        if bias_E is not None:
+            bias_E.add_(_balancing_bias(gate(x)))
+        return super().decide(rule, gate, x)
+
+
+def _last_bias(gate: Callable[[Tensor], Tensor], num_experts: int) -> Tensor | None:
+    """Return the bias that is added to the scores of ``gate``."""
+    modules = list(gate.modules()) if isinstance(gate, nn.Module) else []
+    layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d)]
+    bias = layers[-1].bias if layers else None
+    return bias if bias is not None and len(bias) == num_experts else None
 
 
 def _balancing_bias(scores_NE: Tensor) -> Tensor:
