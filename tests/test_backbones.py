@@ -156,3 +156,56 @@ def test_macs_of_larger_images() -> None:
     assert (imagenet.dense, imagenet.s_dense) == (1_813_566_464, 482_896_384)
     tiny = macs_of(spec.model_copy(update={"image_size": 64}))
     assert (tiny.dense, tiny.s_dense, tiny.selected) == (2_221_675_520, 557_189_632, 606_865_920)
+
+
+TOY = {"in_channels": 1, "image_size": 8, "mean": [0.0], "std": [1.0]}
+TRANSFORMER = {"patch_size": 2, "depth": 2, "heads": 3}
+FAMILIES: list[dict[str, object]] = [
+    {"family": "expert-networks", "num_experts": 3, "width": 8},
+    {"family": "dual-model", "num_experts": 3, "width": 8, "alpha": 0.7},
+    {
+        "family": "robust-experts",
+        "num_experts": 4,
+        "top_k": 2,
+        "weighting": "renormalised",
+        "width": 8,
+        "expert_layers": {"kind": "conv", "layers": ["layer4.1"]},
+    },
+    {
+        "family": "vit-moe",
+        "backbone": "vit",
+        "num_experts": 4,
+        "top_k": 2,
+        "weighting": "probability",
+        "width": 12,
+        "transformer": {**TRANSFORMER, "moe_blocks": [1]},
+    },
+]
+
+
+def test_macs_of_the_other_families_by_hand() -> None:
+    networks, dual, conv, vit = (macs_of(build_spec(**TOY, **fields)) for fields in FAMILIES)
+    assert networks.selected == networks.dense == networks.s_dense
+    assert networks.router == 3 * 64
+    assert networks.unfused == 3 * networks.dense + networks.router
+    assert (dual.selected, dual.router) == (2 * networks.selected, 2 * networks.router)
+    bank = 2 * 64 * 64 * 9  # both convolutions of a 1x1 map
+    assert conv.selected == networks.dense + bank
+    assert conv.unfused == networks.dense + 3 * bank + conv.router
+    assert conv.router == 2 * 64 * 4
+    tokens, width = 16, 12
+    mlp = tokens * 2 * width * 48
+    block = tokens * 4 * width * width + 2 * tokens * tokens * width + mlp
+    assert vit.dense == tokens * 4 * width + 2 * block + width * 10
+    assert vit.selected == vit.dense + mlp
+    assert vit.unfused == vit.dense + 3 * mlp + vit.router
+    assert vit.router == tokens * width * 4
+
+
+@pytest.mark.parametrize("fields", FAMILIES, ids=lambda fields: str(fields["family"]))
+def test_untrained_networks_use_every_expert(fields: dict[str, object]) -> None:
+    x = images(96)
+    model = untrained_model(build_spec(**TOY, **fields), x)
+    for layer, routing in model.route(x).items():
+        share = routing.expert_load_E / routing.expert_load_E.sum()
+        assert share.min() > 0.25 / routing.num_experts, layer

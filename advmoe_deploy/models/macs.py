@@ -1,13 +1,16 @@
 """Multiply-accumulates per image, counted as they are executed: the router is never left out."""
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Execution, Routes
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import ModelSpec
+
+# The counter knows attention on every device but this one.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def macs_of(spec: ModelSpec) -> Macs:
@@ -37,7 +40,8 @@ def count_macs(model: Classifier, execution: Execution = "grouped") -> tuple[int
     image = torch.zeros(1, *model.spec.image_shape, dtype=parameter.dtype, device=parameter.device)
     was_training = model.training
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+        with counter, torch.no_grad():
             model.eval()(image, Routes(execution=execution))
     finally:
         model.train(was_training)
@@ -53,3 +57,9 @@ def _of_routers(counter: FlopCounterMode) -> int:
         for name, flops in by_module.items()
         if is_router_parameter(name) and not is_router_parameter(name.rpartition(".")[0])
     )
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
@@ -24,7 +25,7 @@ def untrained_model(spec: ModelSpec, images_NCHW: Tensor, *, seed: int = 0) -> C
     """Return a random network of ``spec``, in eval mode, fitted to images in [0, 1].
 
     BatchNorm holds the statistics of ``images_NCHW``, and the bias of each gate that has one
-    spreads them evenly over the experts.
+    spreads them evenly over the experts. A linear gate without is blind to their mean instead.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -54,10 +55,13 @@ class _Balancing(Routes):
     """Routes that balance each gate as it is met, so that later ones see balanced rows."""
 
     def decide(self, rule: RoutingRule, gate: Callable[[Tensor], Tensor], x: Tensor) -> Routing:
-        """Add to the gate's bias, if it has one, and return the routing after that."""
+        """Balance the gate and return the routing after that."""
         bias_E = _last_bias(gate, rule.num_experts)
         if bias_E is not None:
             bias_E.add_(_balancing_bias(gate(x)))
+        elif isinstance(gate, nn.Linear):
+            mean_D = F.normalize(x.mean(dim=0), dim=0)
+            gate.weight.sub_(torch.outer(gate.weight @ mean_D, mean_D))
         return super().decide(rule, gate, x)
 
 

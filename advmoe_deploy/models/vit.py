@@ -42,10 +42,6 @@ class Attention(nn.Module):
         y_NTD: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return y_NTD
 
-    def products(self, tokens: int) -> int:
-        """Return the multiply-accumulates per image of the two products of attention itself."""
-        return 2 * tokens * tokens * self.out.in_features
-
 
 class Mlp(nn.Module):
     """Linear, GELU, linear: a block's feed-forward part, or one expert."""
