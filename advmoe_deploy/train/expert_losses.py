@@ -1,7 +1,9 @@
 """What RT-ER and JTDMoE minimise: every expert robust by itself, not only behind its router.
 
 Zhang et al., arXiv 2502.06832. A mixture whose experts are robust each on its own images breaks as
-soon as an attack moves an image to another expert; these losses hold the others still as well.
+soon as an attack moves an image to another expert; these losses hold the others still as well. They
+do not teach them: labels reach only the expert that is ranked first, and one that never is can be
+as still as one likes by giving the same answer to everything. Watch the load.
 
 A ``forward`` is a model, or anything that is called like one: ``forward(images, routes)`` returns
 logits. The attacks are the caller's. All in log space, so that no probability underflows.
