@@ -13,12 +13,12 @@ from advmoe_deploy.models.vit import ViT
 from advmoe_deploy.models.wide_resnet import WideResNet
 from advmoe_deploy.specs import ModelSpec
 
-_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-_WIDENING = {"wrn-28-10": 10, "wrn-28-4": 4}
+WIDENING = {"wrn-28-10": 10, "wrn-28-4": 4}
 _WRN_BLOCKS = 4  # (28 - 4) / 6
 _DENSENET_LAYERS = (6, 6, 6)  # depth 40
 
@@ -27,9 +27,9 @@ def build_backbone(spec: ModelSpec, *, num_experts: int) -> nn.Module:
     """Return the backbone of ``spec`` with ``num_experts`` experts in each routed convolution."""
     if spec.backbone == "vit":
         return ViT(spec)
-    if spec.backbone in _RESNETS:
+    if spec.backbone in RESNETS:
         return _resnet(spec, num_experts)
-    if spec.backbone in _WIDENING:
+    if spec.backbone in WIDENING:
         return _wide_resnet(spec, num_experts)
     if spec.backbone == "vgg16-bn":
         return _vgg(spec, num_experts)
@@ -42,7 +42,7 @@ def scaled(channels: int, ratio: float) -> int:
 
 
 def _resnet(spec: ModelSpec, num_experts: int) -> ResNet:
-    block, blocks_per_stage = _RESNETS[spec.backbone]
+    block, blocks_per_stage = RESNETS[spec.backbone]
     imagenet = spec.stem == "imagenet"
     return ResNet(
         block=block,
@@ -60,7 +60,7 @@ def _wide_resnet(spec: ModelSpec, num_experts: int) -> WideResNet:
     return WideResNet(
         blocks_per_stage=_WRN_BLOCKS,
         # A toy network may be narrower than the widening factor.
-        stem_width=max(1, scaled(spec.width // _WIDENING[spec.backbone], spec.ratio)),
+        stem_width=max(1, scaled(spec.width // WIDENING[spec.backbone], spec.ratio)),
         stage_widths=_doubling(spec, 3),
         in_channels=spec.in_channels,
         num_classes=spec.num_classes,

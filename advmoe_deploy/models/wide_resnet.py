@@ -1,7 +1,9 @@
 """Wide ResNets (Zagoruyko and Komodakis, arXiv 1605.07146) with routed convolutions.
 
 As AdvMoE's released network: pre-activation, every convolution after the stem routed, the 1x1
-shortcuts included, and the stem scaled by ``ratio`` like everything else.
+shortcuts included, and the stem scaled by ``ratio`` like everything else. Where a block changes the
+number of channels, both its branch and its shortcut start at the block's input as it is: the
+released code makes a BatchNorm there and then does not use its output, so here there is none.
 
 Shapes: N images, C channels, H height, W width, E experts.
 """
@@ -14,22 +16,22 @@ from advmoe_deploy.models.layers import RoutedConv2d, global_average, shared_con
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm and ReLU before each of two 3x3 convolutions; the shortcut is a 1x1 one."""
+    """BatchNorm and ReLU before two 3x3 convolutions, before the second alone beside a shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, num_experts: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        same = in_channels == channels
+        self.bn1 = nn.BatchNorm2d(in_channels) if same else None
         self.conv1 = RoutedConv2d(in_channels, channels, 3, stride, num_experts)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = RoutedConv2d(channels, channels, 3, 1, num_experts)
-        self.shortcut: RoutedConv2d | None = None
-        if in_channels != channels:
-            self.shortcut = RoutedConv2d(in_channels, channels, 1, stride, num_experts)
+        shape = (in_channels, channels, 1, stride, num_experts)
+        self.shortcut = None if same else RoutedConv2d(*shape)
 
     def forward(self, x_NCHW: Tensor, dispatch: Dispatch | None) -> Tensor:
         """Return [N, channels, H / stride, W / stride]."""
-        h = F.relu(self.bn1(x_NCHW))
-        skip = x_NCHW if self.shortcut is None else self.shortcut(h, dispatch)
+        h = x_NCHW if self.bn1 is None else F.relu(self.bn1(x_NCHW))
+        skip = x_NCHW if self.shortcut is None else self.shortcut(x_NCHW, dispatch)
         h = F.relu(self.bn2(self.conv1(h, dispatch)))
         y_NCHW: Tensor = skip + self.conv2(h, dispatch)
         return y_NCHW
