@@ -26,7 +26,7 @@ LAYERS = [
     {"models"},
     {"attacks", "data"},
     {"train", "export", "runtime"},
-    {"serving", "verify", "profiling"},
+    {"serving", "verify", "analysis", "profiling"},
     {"cli"},
 ]
 # Neighbours in one layer that may meet: an export is checked on the runtime it is meant for.

@@ -9,6 +9,7 @@ OPTIONAL = {
     "lightning_fabric": ("lightning-fabric", "train"),
     "datasets": ("datasets", "train"),
     "pyautoattack": ("pyautoattack", "train"),
+    "scipy": ("scipy", "train"),
     "sklearn": ("scikit-learn", "train"),
     "tensorboard": ("tensorboard", "train"),
     "pyarrow": ("pyarrow", "serve"),

@@ -1,0 +1,1 @@
+"""What a model does with its routes, and what can be proved about it."""

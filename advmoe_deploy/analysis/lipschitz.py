@@ -1,0 +1,226 @@
+"""How fast experts and routers can change, and how far the answer jumps where a route changes.
+
+Everything is about *margins*, differences of two outputs, for they decide answers and routes; with
+the l-inf norm on images, so that a constant times epsilon is the most a margin can move.
+
+Shapes: N images, T routed rows per image, E experts, K classes.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from advmoe_deploy.analysis.redundancy import FixedExpert
+from advmoe_deploy.analysis.shares import Share, answers, fold_rows, share_of
+from advmoe_deploy.analysis.slopes import (
+    Sloped,
+    UnboundedError,
+    in_float64,
+    pair_slopes,
+    sloped_image,
+)
+from advmoe_deploy.attacks.pgd import eval_mode, random_start
+from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.dispatch import frozen_parameters
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, forced_route
+from advmoe_deploy.specs import Frozen, ThreatModel
+
+Tag = Literal["formal", "diagnostic", "not applicable"]
+
+_HALVINGS = 20
+
+
+class Lipschitz(Frozen):
+    """Constants of one part's margins, per l-inf unit of image change.
+
+    ``sampled`` is the largest gradient (l1 norm) that was met: a lower bound, *diagnostic*.
+    ``bound`` is *formal*, an upper bound over all images (see slopes.py), ``None`` with the reason
+    where there is none; that of a router behind other routers holds while those all choose experts
+    of one number. ``part`` is ``expert 0``, ``the network``, or ``router`` with its layer.
+    """
+
+    part: str
+    sampled: float
+    bound: float | None
+    reason: str | None
+
+
+class BoundaryJumps(Frozen):
+    """The model on both sides of route boundaries, found by bisection between two images.
+
+    ``jump_*`` is the largest change of a logit; ``distance`` the largest l-inf distance between the
+    two sides, in pixels; ``answer_changes`` the share of boundaries at which the class changes.
+    """
+
+    boundaries: int
+    distance: float
+    jump_median: float
+    jump_max: float
+    answer_changes: Share
+
+
+def lipschitz_constants(
+    model: Classifier, images: Tensor, threat: ThreatModel, *, draws: int = 2, seed: int = 0
+) -> tuple[Lipschitz, ...]:
+    """Return the constants of every fixed expert and every router; of a dense model, its own.
+
+    Gradients are sampled at ``images`` and at ``draws`` random points of each one's ball.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(draws))]
+    x = torch.cat(points)
+    if not model.rules:
+        bound, reason = margin_bound(model, None)
+        sampled = _steepest(model, x)
+        return (Lipschitz(part="the network", sampled=sampled, bound=bound, reason=reason),)
+    rows = []
+    for expert in range(max(rule.num_experts for rule in model.rules)):
+        bound, reason = margin_bound(model, model.forced(expert))
+        sampled = _steepest(FixedExpert(model, expert), x)
+        rows.append(Lipschitz(part=f"expert {expert}", sampled=sampled, bound=bound, reason=reason))
+    return (*rows, *_routers(model, x))
+
+
+def margin_bound(model: Classifier, routes: Routes | None) -> tuple[float | None, str | None]:
+    """Return the formal bound of the worst margin of the network under ``routes``, or why not."""
+    try:
+        outputs = in_float64(model)(sloped_image(model.spec.image_shape), routes)
+        return float(pair_slopes(outputs).max()), None
+    except UnboundedError as error:
+        return None, f"{error} has no global bound"
+
+
+class ForcedScores:
+    """Sends all rows of all layers where it is told and keeps the scores of the overruled gates.
+
+    ``expert_of`` maps layers to experts. Its :attr:`scores` have their gradients or their bounds.
+    """
+
+    def __init__(self, expert_of: dict[str, int]) -> None:
+        self.expert_of = expert_of
+        self.scores: dict[str, Tensor] = {}
+
+    def routes(self) -> Routes:
+        """Return routes for one forward pass."""
+        return Routes(surrogate="probability", adjust=self)
+
+    def __call__(self, rule: RoutingRule, scores_NE: Tensor, _: Surrogate | None) -> Routing:
+        """Keep the scores, return the route."""
+        self.scores[rule.layer] = scores_NE
+        expert = self.expert_of[rule.layer]
+        ids_N = torch.full((len(scores_NE),), expert, dtype=torch.int64, device=scores_NE.device)
+        return forced_route(ids_N, rule.num_experts, like=scores_NE)
+
+
+def boundary_jumps(
+    model: Classifier, images: Tensor, *, pairs: int = 100, seed: int = 0
+) -> BoundaryJumps | None:
+    """Return how far the logits jump at up to ``pairs`` boundaries, ``None`` if there are none.
+
+    Between two images with different routes lies a point where a route changes; whatever changes
+    there within a distance of a millionth is a jump.
+    """
+    order_N = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order_N = order_N.to(images.device)
+    routes_NR = _route_ids(model, images)
+    different_N = (routes_NR[order_N] != routes_NR[order_N.roll(1)]).any(dim=1)
+    ends = [images[order_N][different_N][:pairs], images[order_N.roll(1)][different_N][:pairs]]
+    if not len(ends[0]):
+        return None
+    near, far = _bisected(model, *ends)
+    before, after = answers(model, near)[0], answers(model, far)[0]
+    jump_N = (before - after).abs().amax(dim=1)
+    return BoundaryJumps(
+        boundaries=len(near),
+        distance=float((near - far).abs().max()),
+        jump_median=float(jump_N.median()),
+        jump_max=float(jump_N.max()),
+        answer_changes=share_of(before.argmax(dim=1) != after.argmax(dim=1)),
+    )
+
+
+def _bisected(model: Classifier, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two nearby points per pair: one routed as ``start`` is, one routed otherwise."""
+    low_N = torch.zeros(len(start), dtype=start.dtype, device=start.device)
+    high_N = torch.ones_like(low_N)
+    home_NR = _route_ids(model, start)
+    for _ in range(_HALVINGS):
+        middle_N = (low_N + high_N) / 2
+        at_home_N = (_route_ids(model, _between(start, end, middle_N)) == home_NR).all(dim=1)
+        low_N = torch.where(at_home_N, middle_N, low_N)
+        high_N = torch.where(at_home_N, high_N, middle_N)
+    return _between(start, end, low_N), _between(start, end, high_N)
+
+
+def _between(start: Tensor, end: Tensor, share_N: Tensor) -> Tensor:
+    return torch.lerp(start, end, share_N[:, None, None, None])
+
+
+def _route_ids(model: Classifier, images: Tensor) -> Tensor:
+    """Return every choice of every layer, sets in order of expert, [N, all rows * experts]."""
+    _, taken = answers(model, images)
+    sets = [r.expert_ids_NK.sort(dim=1).values for r in taken.values()]
+    return torch.cat([fold_rows(ids, len(images)).flatten(1) for ids in sets], dim=1)
+
+
+def _routers(model: Classifier, x: Tensor) -> list[Lipschitz]:
+    bounds = [_router_bounds(model, expert) for expert in range(model.rules[0].num_experts)]
+    rows = []
+    for rule in model.rules:
+        worst = [b.get(rule.layer) for b in bounds]
+        known = [value for value in worst if value is not None]
+        complete = len(known) == len(worst)
+        rows.append(
+            Lipschitz(
+                part=f"router {rule.layer}" if rule.layer != "router" else "router",
+                sampled=_steepest_scores(model, rule.layer, x),
+                bound=max(known) if complete else None,
+                reason=None if complete else "what the gate looks at has no global bound",
+            )
+        )
+    return rows
+
+
+def _router_bounds(model: Classifier, expert: int) -> dict[str, float]:
+    """Return the bound of each gate's worst margin behind layers that all use ``expert``."""
+    forced = ForcedScores({r.layer: min(expert, r.num_experts - 1) for r in model.rules})
+    with suppress(UnboundedError):  # gates met before are bounded all the same
+        in_float64(model)(sloped_image(model.spec.image_shape), forced.routes())
+    scores = {layer: s for layer, s in forced.scores.items() if isinstance(s, Sloped)}
+    return {layer: float(pair_slopes(s).max()) for layer, s in scores.items() if len(s) == 1}
+
+
+def _steepest(model: Classifier, images: Tensor) -> float:
+    """Return the largest l1 norm of the gradient of the margin of the best class over the next."""
+
+    def margin(x: Tensor) -> Tensor:
+        best_NK: Tensor = model(x).topk(2, dim=1).values
+        return best_NK[:, 0] - best_NK[:, 1]
+
+    return _largest_gradient(model, margin, images)
+
+
+def _steepest_scores(model: Classifier, layer: str, images: Tensor) -> float:
+    """Return the same of a gate's scores; of tokens, the one nearest to changing its route."""
+
+    def margin(x: Tensor) -> Tensor:
+        routes = Routes(surrogate="probability")
+        model(x, routes)
+        best_RK = routes.taken[layer].scores_NE.topk(2, dim=1).values
+        return fold_rows(best_RK[:, 0] - best_RK[:, 1], len(x)).amin(dim=1)
+
+    return _largest_gradient(model, margin, images)
+
+
+def _largest_gradient(model: Classifier, of: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    largest = 0.0
+    with eval_mode(model), frozen_parameters(model), torch.enable_grad():
+        for batch in torch.split(images, BATCH):
+            x = batch.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(of(x).sum(), x)
+            largest = max(largest, float(gradient.abs().sum(dim=(1, 2, 3)).max()))
+    return largest

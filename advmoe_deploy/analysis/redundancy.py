@@ -1,0 +1,210 @@
+"""How much experts differ, and which part of a model an attack gets hold of.
+
+*Fixed experts* (Robust Experts, arXiv 2509.05086): one expert answers all images and is attacked as
+the network it then is. *RA-E* and *RA-R* (arXiv 2502.06832): the experts attacked with the clean
+routes fixed, the router attacked alone. *Second experts* (arXiv 2210.10253): the best one is taken
+away.
+
+Shapes: N images, E experts, K classes.
+"""
+
+import torch
+from torch import Tensor
+
+from advmoe_deploy.analysis.routing_change import changed_images
+from advmoe_deploy.analysis.shares import Share, answers, share_of
+from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.models.base import Classifier, require_routes
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.progress import Progress, Silent
+from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
+
+ALL_LAYERS = "all layers"
+
+
+class SecondExpert(Frozen):
+    """Answers once the best expert of ``layer`` is taken away and the route chosen anew."""
+
+    layer: str
+    accuracy: Share
+    agreement: Share
+
+
+class FixedExpertRow(Frozen):
+    """One expert answering every image: clean accuracy, and under PGD on that fixed network."""
+
+    expert: int
+    clean_accuracy: Share
+    robust_accuracy: Share
+
+
+class TargetRow(Frozen):
+    """Accuracy under PGD with one target, and the share of images whose route it changed.
+
+    For ``experts`` the routes stay those of the clean images, and so ``route_change`` is ``None``.
+    """
+
+    target: AttackTarget
+    accuracy: Share
+    route_change: Share | None
+
+
+class ExpertReport(Frozen):
+    """How redundant the experts are and what each part withstands.
+
+    ``disagreement`` [E][E] is the share of images that two fixed experts answer differently.
+    ``together`` is the accuracy under all attacks on the whole model: an image counts only if no
+    target but ``experts``, which is about another model, changed its answer.
+    """
+
+    accuracy: Share
+    second: tuple[SecondExpert, ...]
+    disagreement: tuple[tuple[float, ...], ...]
+    fixed: tuple[FixedExpertRow, ...]
+    targets: tuple[TargetRow, ...]
+    together: Share
+
+
+class FixedExpert(Classifier):
+    """The dense network that ``model`` becomes when ``expert`` takes every row of every layer."""
+
+    def __init__(self, model: Classifier, expert: int) -> None:
+        super().__init__(model.spec)
+        self.model = model
+        self.expert = expert
+
+    def forward(self, images: Tensor, routes: Routes | None = None) -> Tensor:
+        """Return logits [N, K]; there is nothing left to route."""
+        logits: Tensor = self.model(images, self.model.forced(self.expert))
+        return logits
+
+
+def expert_report(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    *,
+    progress: Progress | None = None,
+) -> ExpertReport:
+    """Return second and fixed experts, their disagreement, and accuracy under each target.
+
+    Raises:
+        UsageError: the model routes nothing, or the attack is no PGD.
+    """
+    progress = progress or Silent()
+    require_routes(model)
+    targets = list(_targets(model, images, labels, threat, attack, progress))
+    standing = [right_N for row, right_N in targets if row.target != "experts"]
+    return ExpertReport(
+        accuracy=share_of(predict(model, images) == labels),
+        second=second_experts(model, images, labels),
+        disagreement=disagreement(model, images),
+        fixed=fixed_experts(model, images, labels, threat, attack, progress=progress),
+        targets=tuple(row for row, _ in targets),
+        together=share_of(torch.stack(standing).all(dim=0)),
+    )
+
+
+def steps_of_report(model: Classifier) -> int:
+    """Return how often :func:`expert_report` advances its listener."""
+    return _experts_of(model) + len(_TARGETS)
+
+
+def second_experts(model: Classifier, images: Tensor, labels: Tensor) -> tuple[SecondExpert, ...]:
+    """Return what becomes of the answers without the best expert, layer by layer and in all."""
+    own_N = predict(model, images)
+    layers = [rule.layer for rule in model.rules]
+    rows = [(layer, {layer}) for layer in layers]
+    if len(layers) > 1:
+        rows.append((ALL_LAYERS, set(layers)))
+    result = []
+    for name, without in rows:
+        logits, _ = answers(model, images, Routes(adjust=_WithoutBest(without)))
+        other_N = logits.argmax(dim=1)
+        row = SecondExpert(
+            layer=name, accuracy=share_of(other_N == labels), agreement=share_of(other_N == own_N)
+        )
+        result.append(row)
+    return tuple(result)
+
+
+def disagreement(model: Classifier, images: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Return the share of images that two fixed experts answer differently, [E][E]."""
+    fixed = [predict(FixedExpert(model, e), images) for e in range(_experts_of(model))]
+    return tuple(tuple(float((one != other).double().mean()) for other in fixed) for one in fixed)
+
+
+def fixed_experts(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    *,
+    progress: Progress,
+) -> tuple[FixedExpertRow, ...]:
+    """Return the accuracy of every expert when it answers all images, clean and attacked."""
+    rows = []
+    on_model = attack.model_copy(update={"target": "model"})
+    for expert in range(_experts_of(model)):
+        network = FixedExpert(model, expert)
+        found = attack_model(network, images, labels, threat, on_model, first_only=True)
+        row = FixedExpertRow(
+            expert=expert,
+            clean_accuracy=share_of(predict(network, images) == labels),
+            robust_accuracy=share_of(predict(network, found) == labels),
+        )
+        rows.append(row)
+        progress.advance("experts", robust=row.robust_accuracy.value)
+    return tuple(rows)
+
+
+_TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")
+
+
+def _targets(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    progress: Progress,
+) -> list[tuple[TargetRow, Tensor]]:
+    """Return one row per target, and which images stayed right."""
+    rows = []
+    _, clean = answers(model, images)
+    for target in _TARGETS:
+        aimed = attack.model_copy(update={"target": target})
+        found = attack_model(model, images, labels, threat, aimed, first_only=True)
+        fixed = target == "experts"
+        right_N = predict(model, found, routes_of=images if fixed else None) == labels
+        changed = None
+        if not fixed:
+            changed = share_of(changed_images(clean, answers(model, found)[1], len(labels)))
+        rows.append(
+            (TargetRow(target=target, accuracy=share_of(right_N), route_change=changed), right_N)
+        )
+        progress.advance("experts", robust=rows[-1][0].accuracy.value)
+    return rows
+
+
+class _WithoutBest:
+    """Chooses, in some layers, as if the best expert of each row were not there."""
+
+    def __init__(self, layers: set[str]) -> None:
+        self.layers = layers
+
+    def __call__(
+        self, rule: RoutingRule, scores_NE: Tensor, surrogate: Surrogate | None
+    ) -> Routing:
+        if rule.layer in self.layers:
+            best_N1 = choose(scores_NE, rule).expert_ids_NK[:, :1]
+            # Where all experts are chosen, the best one stays with a weight of 0.
+            scores_NE = scores_NE.scatter(1, best_N1, -torch.inf)
+        return choose(scores_NE, rule, surrogate)
+
+
+def _experts_of(model: Classifier) -> int:
+    return max(rule.num_experts for rule in model.rules)
