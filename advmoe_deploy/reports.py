@@ -50,7 +50,9 @@ class ParityReport(Frozen):
     Logits are compared over the ``compared`` images whose routes are the same in every layer.
     ``max_abs_logit_diff`` is the largest difference, ``max_relative_logit_diff`` the largest after
     dividing each image's by its largest reference logit where that exceeds 1; routing weights may
-    differ by ``max_abs_weight_diff``. ``non_finite`` counts images with NaN or infinity in the
+    differ by ``max_abs_weight_diff``. All are held to ``logit_tolerance``: 1e-5, or more where
+    ``rounding``, the distance of the torch model from itself in float64, is of that size.
+    ``non_finite`` counts images with NaN or infinity in the
     logits of either side or in the reference's scores. ``data`` says where the images come from.
     """
 
@@ -61,6 +63,7 @@ class ParityReport(Frozen):
     max_abs_logit_diff: float
     max_relative_logit_diff: float
     max_abs_weight_diff: float
+    rounding: float
     logit_tolerance: float
     route_agreement: float
     margin: float

@@ -1,5 +1,7 @@
 """Each pass keeps its contract, says why it declined, and is caught when it does not."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.lowering import onnx_from_module
+from advmoe_deploy.export.lowering import Program, lower
 from advmoe_deploy.export.onnx_graph import GraphWriter, write_model
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
+from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.plan import TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 
@@ -54,8 +57,18 @@ class Shortcut(nn.Module):
 
 
 def lowered(module: nn.Module) -> ModelProto:
-    torch.manual_seed(0)
-    return onnx_from_module(module.eval(), "test", IMAGE, OUTPUT)
+    program = Program(module, (2, 6, 6))
+    nodes = program.needed([program.result])
+    return lower(program, nodes, {program.image: "images"}, {program.result: "out"}).model(
+        "test", [IMAGE], [OUTPUT]
+    )
+
+
+def sample_of(module: nn.Module) -> Sample:
+    x = torch.from_numpy(IMAGES)
+    with torch.inference_mode():
+        out, exact = module.eval()(x), copy.deepcopy(module).double()(x.double())
+    return Sample({"images": IMAGES}, {"out": out.numpy()}, {"out": exact.numpy()})
 
 
 def operators(model: ModelProto) -> list[str]:
@@ -66,7 +79,7 @@ def operators(model: ModelProto) -> list[str]:
 def test_batchnorm_folds_into_the_convolution(bias: bool) -> None:
     module = ConvNorm(bias=bias)
     model = lowered(module)
-    (report,) = apply_checked((fold_batchnorm,), model, {"images": IMAGES})
+    (report,) = apply_checked((fold_batchnorm,), model, sample_of(module))
     assert report == PassReport("fold_batchnorm", 1)
     assert operators(model) == ["Conv"]
     assert sorted(t.name for t in model.graph.initializer) == ["conv.bias", "conv.weight"]
@@ -95,7 +108,7 @@ def test_a_batchnorm_by_hand() -> None:
 )
 def test_folding_declines_with_a_reason(module: nn.Module, reason: str) -> None:
     model = lowered(module)
-    (report,) = apply_checked((fold_batchnorm,), model, {"images": IMAGES})
+    (report,) = apply_checked((fold_batchnorm,), model, sample_of(module))
     assert report.applied == 0
     assert reason in report.declined[0]
     assert "BatchNormalization" in operators(model)
@@ -106,7 +119,7 @@ def test_a_shortcut_becomes_a_convolution_bit_for_bit(stride: int) -> None:
     module = Shortcut((0, 0, 0, 0, 1, 2), stride)
     model = lowered(module)
     before = lowered(module)
-    (report,) = apply_checked((strided_shortcut,), model, {"images": IMAGES})
+    (report,) = apply_checked((strided_shortcut,), model, sample_of(module))
     assert report == PassReport("strided_shortcut", 1)
     assert operators(model) == ["Conv", "Relu", "Conv"]
     with OrtEngine(before.SerializeToString()) as a, OrtEngine(model.SerializeToString()) as b:
@@ -122,7 +135,7 @@ def test_a_shortcut_becomes_a_convolution_bit_for_bit(stride: int) -> None:
 )
 def test_rewriting_a_shortcut_declines_with_a_reason(module: nn.Module, reason: str) -> None:
     model = lowered(module)
-    (report,) = apply_checked((strided_shortcut,), model, {"images": IMAGES})
+    (report,) = apply_checked((strided_shortcut,), model, sample_of(module))
     assert report.applied == 0
     assert reason in report.declined[0]
 
@@ -135,7 +148,7 @@ def test_a_pass_that_breaks_the_model_is_caught() -> None:
         return PassReport("break_it", 1)
 
     with pytest.raises(CheckFailedError, match="pass break_it changed out of test"):
-        apply_checked((break_it,), lowered(ConvNorm()), {"images": IMAGES})
+        apply_checked((break_it,), lowered(ConvNorm()), sample_of(ConvNorm()))
 
 
 def test_an_operator_outside_the_table_is_named() -> None:

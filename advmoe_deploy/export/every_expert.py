@@ -14,10 +14,9 @@ from onnx import ModelProto, helper
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.onnx_graph import subgraphs_of, value_info
-from advmoe_deploy.export.parity import require_near
-from advmoe_deploy.export.partition import Sample
-from advmoe_deploy.export.reference import Answers, Images, bonus_for, preferring_answers
-from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.export.reference import Answers, Images, Reference, bonus_for
+from advmoe_deploy.export.sample import Sample
+from advmoe_deploy.export.tolerance import require_near, rounding_of
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 
@@ -71,11 +70,16 @@ def require_segments(files: Mapping[str, Path], samples: Mapping[str, Sample]) -
     """
     for name, sample in samples.items():
         with OrtEngine(files[name]) as engine:
-            require_near(engine.run(sample.inputs), sample.outputs, name)
+            answers = engine.run(sample.inputs)
+        for output, expected in sample.outputs.items():
+            rounding = rounding_of(expected, sample.exact[output])
+            require_near(answers[output], expected, rounding, f"{output} of {name}")
 
 
-def require_branches(model: Classifier, plan: Plan, graph: ModelProto, images: Images) -> None:
-    """Check ``graph``, the whole model, with each expert preferred in turn by every layer.
+def require_branches(
+    reference: Reference, plan: Plan, graph: ModelProto, images: Images
+) -> None:
+    """Check ``graph``, the whole of a model, with each expert preferred in turn by every layer.
 
     Raises:
         CheckFailedError: the logits differ from the torch model's.
@@ -85,9 +89,10 @@ def require_branches(model: Classifier, plan: Plan, graph: ModelProto, images: I
     with OrtEngine(overruled_graph(graph, plan).SerializeToString()) as engine:
         for expert in range(max(route.num_experts for route in plan.routes)):
             bonuses = {_bonus(route): bonus_for(expert, route.num_experts) for route in plan.routes}
-            answer = engine.run({"images": images, **bonuses})
-            expected = preferring_answers(model, images, expert)
-            require_near(answer, {"logits": expected.logits}, f"expert {expert} in {MODEL}")
+            logits = engine.run({"images": images, **bonuses})["logits"]
+            expected = reference.answers(images, preferred=expert)
+            rounding = reference.rounding(images, preferred=expert)
+            require_near(logits, expected.logits, rounding, f"expert {expert} in {MODEL}")
 
 
 def overruled_graph(graph: ModelProto, plan: Plan) -> ModelProto:

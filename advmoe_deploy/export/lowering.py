@@ -4,6 +4,7 @@ Parameters keep their own names, which the passes and the checks rely on; ``torc
 rename and expand before we could look.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
 from torch import fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.operators import OPERATORS
 from advmoe_deploy.export.segment_writer import SegmentWriter, Shape
-from advmoe_deploy.plan import TensorInfo
 
 BATCH = "N"
 
@@ -74,32 +73,23 @@ class Program:
                 waiting += [n for n in node.all_input_nodes if n not in seen]
         return [node for node in self.exported.graph.nodes if node in found]
 
-    def run(self, images: NDArray[np.float32], wanted: set[fx.Node]) -> dict[fx.Node, Any]:
-        """Return the values of the ``wanted`` nodes for ``images``, as arrays."""
-        recorder = _Recorder(self.exported.graph_module, wanted)
-        arguments = {node: value for node, (_, value) in self.constants.items()}
-        arguments[self.image] = torch.from_numpy(images)
+    def evaluate(
+        self,
+        results: Iterable[fx.Node],
+        given: Mapping[fx.Node, torch.Tensor],
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[fx.Node, torch.Tensor]:
+        """Return the values of ``results`` where those of ``given`` are known, computed in
+        ``dtype``."""
+        results = list(results)
+        values: dict[fx.Node, Any] = {n: v.to(dtype) for n, (_, v) in self.constants.items()}
+        values |= {node: value.to(dtype) for node, value in given.items()}
         with torch.inference_mode():
-            recorder.run(*(arguments[n] for n in arguments_of(self.exported.graph)))
-        return recorder.seen
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.seen: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.seen[n] = np.ascontiguousarray(value.numpy())
-        return value
-
-
-def arguments_of(graph: fx.Graph) -> list[fx.Node]:
-    """Return the placeholders of ``graph`` in order."""
-    return [node for node in graph.nodes if node.op == "placeholder"]
+            for node in self.needed(results, given):
+                assert callable(node.target)
+                arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*arguments[0], **arguments[1])
+        return {node: values[node] for node in results}
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -107,50 +97,35 @@ def is_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
-def onnx_from_module(
-    module: nn.Module, name: str, image: TensorInfo, output: TensorInfo
-) -> ModelProto:
-    """Return ``module`` (one input, one output, eval mode) as ONNX with a dynamic batch.
-
-    Raises:
-        CheckFailedError: the module uses an operator that the table does not know.
-    """
-    program = Program(module, tuple(int(size) for size in image.shape[1:]))
-    writer = lower(program, program.needed([program.result]), {program.image: image.name}, {program.result: output.name})
-    return writer.model(name, [image], [output])
-
-
 def lower(
     program: Program,
     nodes: Iterable[fx.Node],
     inputs: Mapping[fx.Node, str],
     outputs: Mapping[fx.Node, str],
+    path: str = "",
 ) -> SegmentWriter:
     """Return ``nodes`` of ``program`` as a graph; inputs and outputs get the names given.
 
-    Parameters lose the module path that they all share; other values are numbered by operator, so
-    that experts of one structure become graphs with the same names.
+    Parameters lose ``path`` where their names begin so, and values are numbered by operator: experts
+    of one structure become graphs with the same names.
 
     Raises:
         CheckFailedError: a node is an operator that the table does not know.
     """
-    nodes = [node for node in nodes if is_tensor(node)]
-    writer = SegmentWriter(inputs.values())
-    walk = _Walk(program, writer, inputs, _constant_names(program, nodes))
+    writer = SegmentWriter()
+    walk = _Walk(program, writer, inputs, path)
     for node in nodes:
-        walk.lower(node, outputs.get(node))
+        if is_tensor(node):
+            walk.lower(node, outputs.get(node))
     return writer
 
 
-def _constant_names(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, str]:
-    used = {a: None for n in nodes for a in n.all_input_nodes if a in program.constants}
-    paths = {node: program.constants[node][0].split(".") for node in used}
-    shared = 0
-    for parts in zip(*(path[:-1] for path in paths.values()), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared += 1
-    return {node: ".".join(path[shared:]) for node, path in paths.items()}
+def shared_path(program: Program, nodes: Iterable[fx.Node]) -> str:
+    """Return the module path, with a dot behind it, in which all parameters of ``nodes`` lie."""
+    used = {a for node in nodes for a in node.all_input_nodes if a in program.constants}
+    modules = [program.constants[a][0].split(".")[:-1] for a in used]
+    shared = os.path.commonprefix(modules)
+    return "".join(f"{part}." for part in shared)
 
 
 class _Walk:
@@ -161,17 +136,13 @@ class _Walk:
         program: Program,
         writer: SegmentWriter,
         inputs: Mapping[fx.Node, str],
-        constants: Mapping[fx.Node, str],
+        path: str,
     ) -> None:
-        self.program, self.writer = program, writer
+        self.program, self.writer, self.path = program, writer, path
         self.names: dict[fx.Node, Any] = dict(inputs)
         self.count: Counter[str] = Counter()
         for node, name in inputs.items():
             writer.shapes[name] = program.shape(node)
-        for node, name in constants.items():
-            values = program.constants[node][1].detach().numpy()
-            self.names[node] = writer.constant(name, values)
-            writer.shapes[name] = values.shape
 
     def lower(self, node: fx.Node, output: str | None) -> None:
         """Lower ``node``; its value is called ``output`` where that is given."""
@@ -180,6 +151,9 @@ class _Walk:
             known = ", ".join(sorted(OPERATORS))
             raise CheckFailedError(f"cannot export {node.target}; known operators: {known}")
         name = output or self._new_name(node)
+        for read in node.all_input_nodes:
+            if read in self.program.constants and read not in self.names:
+                self._add_constant(read)
         one = isinstance(node.meta["val"], torch.Tensor)
         if one:
             self.writer.shapes[name] = self.program.shape(node)
@@ -189,6 +163,12 @@ class _Walk:
         if output is not None and made != output:
             made = self.writer.emit("Identity", [made], output)
         self.names[node] = made
+
+    def _add_constant(self, node: fx.Node) -> None:
+        path, tensor = self.program.constants[node]
+        name = self.writer.constant(path.removeprefix(self.path), tensor.detach().numpy())
+        self.writer.shapes[name] = tuple(tensor.shape)
+        self.names[node] = name
 
     def _new_name(self, node: fx.Node) -> str:
         kind = str(node.target).split(".")[1] if "." in str(node.target) else "part"

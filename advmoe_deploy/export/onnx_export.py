@@ -29,7 +29,7 @@ from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked, declined
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
-from advmoe_deploy.export.reference import Answers, Images, reference_answers
+from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
@@ -86,7 +86,7 @@ def export_onnx(
     with staged_directory(out, overwrite=overwrite) as staged, task(progress, "export", 4):
         answers = reference_answers(model, images)
         progress.advance("export")
-        parts, reports = _write_graphs(staged, model, images, progress)
+        parts, reports = write_graphs(staged, model, images, progress)
         write_golden(staged / GOLDEN, images, answers)
         if with_reference:
             _copy_reference(run / "model" / WEIGHTS, staged, checkpoint)
@@ -142,12 +142,15 @@ def check_graphs(
     require_every_expert(plan, graph, segments)
     few = images[golden_rows(answers)]
     require_segments(files, parts.samples(few[:_SAMPLES]))
-    require_branches(model, plan, graph, few)
+    reference = Reference(model)
+    require_branches(reference, plan, graph, few)
+    rounding = reference.rounding(few)
     shape, routes = model.spec.image_shape, plan.routes
 
     def checked(runner: Runner, name: str) -> ParityReport:
         with runner:
-            report = compare_answers(answers, predictions_of(runner, images), data=data)
+            answer = predictions_of(runner, images)
+        report = compare_answers(answers, answer, rounding=rounding, data=data)
         require_parity(report, name)
         return report
 
@@ -168,7 +171,7 @@ def _copy_reference(weights: Path, staged: Path, checkpoint: Checkpoint) -> None
         raise CheckpointError(f"{weights} changed during the export; export again")
 
 
-def _write_graphs(
+def write_graphs(
     staged: Path, model: Classifier, images: Images, progress: Progress
 ) -> tuple[Partition, Reports]:
     """Write every segment and the whole graphs; return the plan and what the passes did."""
@@ -189,7 +192,7 @@ def apply_passes(parts: Partition, images: Images) -> Reports:
     """Run all passes on every segment, in place, each checked on what ``images`` give it."""
     samples = parts.samples(images[:_SAMPLES])
     return {
-        name: apply_checked(PASSES, graph, samples[name].inputs)
+        name: apply_checked(PASSES, graph, samples[name])
         for name, graph in parts.graphs.items()
     }
 

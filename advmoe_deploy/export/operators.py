@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_deploy.export import shape_operators as shapes
 from advmoe_deploy.export.segment_writer import SegmentWriter, require
+
+_END = np.iinfo(np.int64).max
 
 
 def _conv2d(
@@ -174,10 +175,6 @@ def _gelu(g: SegmentWriter, output: str, x: str, *, approximate: str = "none") -
     return g.emit("Mul", [half, shifted], output)
 
 
-def _softmax(g: SegmentWriter, output: str, x: str, axis: int, _dtype: object = None) -> str:
-    return g.emit("Softmax", [x], output, axis=axis)
-
-
 def _pairwise(operator: str) -> Callable[..., str]:
     def lower(g: SegmentWriter, output: str, a: str | float, b: str | float) -> str:
         return g.emit(operator, [g.number(output, a), g.number(output, b)], output)
@@ -192,28 +189,95 @@ def _unary(operator: str) -> Callable[..., str]:
     return lower
 
 
-def _nothing(_g: SegmentWriter, _output: str, x: str, *_: object, **__: object) -> str:
-    return x
+def _slice(
+    g: SegmentWriter,
+    output: str,
+    x: str,
+    axis: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> str:
+    start, end = start or 0, _END if end is None else end
+    if (start, end, step) == (0, _END, 1):
+        return x
+    bounds = {"starts": start, "ends": end, "axes": axis, "steps": step}
+    return g.emit(
+        "Slice", [x, *(g.integers(f"{output}.{k}", v) for k, v in bounds.items())], output
+    )
 
 
-def _dropout(_g: SegmentWriter, _output: str, x: str, _share: float, training: bool) -> str:
-    require(not training, "a segment is exported in eval mode")
-    return x
+def _unbind(g: SegmentWriter, output: str, x: str, axis: int = 0) -> list[str]:
+    """Add each part along ``axis``; return their names."""
+    count = g.shapes[x][axis]
+    require(isinstance(count, int), "only axes of known size can be unbound")
+    parts = []
+    for i in range(int(count)):
+        at = g.constant(f"{output}.{i}.index", np.array(i, np.int64))
+        parts.append(g.emit("Gather", [x, at], f"{output}.{i}", axis=axis))
+    return parts
+
+
+def _getitem(_g: SegmentWriter, _output: str, parts: list[str], index: int) -> str:
+    return parts[index]
+
+
+def _pad(
+    g: SegmentWriter,
+    output: str,
+    x: str,
+    pad: list[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> str:
+    require(mode == "constant" and not value, "only zero padding is known")
+    # torch: (before, after) from the last axis backwards; ONNX: all befores, then all afters.
+    pairs = [*zip(pad[::2], pad[1::2], strict=True)][::-1]
+    pairs = [(0, 0)] * (len(g.shapes[x]) - len(pairs)) + pairs
+    amounts = [before for before, _ in pairs] + [after for _, after in pairs]
+    return g.emit("Pad", [x, g.integers(f"{output}.pads", *amounts)], output)
+
+
+def _flatten(g: SegmentWriter, output: str, x: str, start: int = 0, end: int = -1) -> str:
+    if (start, end) == (1, -1):
+        return g.emit("Flatten", [x], output, axis=1)  # unlike Reshape, it takes no rows too
+    return _reshape(g, output, x)
+
+
+def _reshape(g: SegmentWriter, output: str, x: str, *_sizes: object) -> str:
+    before, after = g.shapes[x], g.shapes[output]
+    require(sum(isinstance(d, str) for d in after) <= 1, "only one size may follow the batch")
+    kept = bool(before) and bool(after) and before[0] == after[0]
+    sizes = [-1 if isinstance(d, str) else d for d in after]
+    if kept:
+        sizes[0] = 0  # as it was, which is right for no rows too
+    return g.emit("Reshape", [x, g.integers(f"{output}.shape", *sizes)], output)
+
+
+def _permute(g: SegmentWriter, output: str, x: str, axes: Sequence[int]) -> str:
+    rank = len(g.shapes[x])
+    return g.emit("Transpose", [x], output, perm=[axis % rank for axis in axes])
+
+
+def _transpose(g: SegmentWriter, output: str, x: str, a: int, b: int) -> str:
+    axes = [*range(len(g.shapes[x]))]
+    axes[a], axes[b] = axes[b], axes[a]
+    return _permute(g, output, x, axes)
+
+
+def _cat(g: SegmentWriter, output: str, parts: list[str], axis: int = 0) -> str:
+    return g.emit("Concat", parts, output, axis=axis)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "aten.conv2d.default": _conv2d,
     "aten.linear.default": _linear,
-    "aten.matmul.default": _pairwise("MatMul"),
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.batch_norm.default": _batch_norm,
     "aten.layer_norm.default": _layer_norm,
     "aten.relu.default": _unary("Relu"),
-    "aten.relu_.default": _unary("Relu"),
     "aten.gelu.default": _gelu,
-    "aten.softmax.int": _softmax,
     "aten.add.Tensor": _pairwise("Add"),
-    "aten.add_.Tensor": _pairwise("Add"),
     "aten.sub.Tensor": _pairwise("Sub"),
     "aten.mul.Tensor": _pairwise("Mul"),
     "aten.div.Tensor": _pairwise("Div"),
@@ -221,25 +285,15 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "aten.avg_pool2d.default": _avg_pool,
     "aten.max_pool2d.default": _max_pool,
     "aten.mean.dim": _mean,
-    "aten.slice.Tensor": shapes.slice,
-    "aten.select.int": shapes.select,
-    "aten.unbind.int": shapes.unbind,
-    "aten.chunk.default": shapes.chunk,
-    "aten.split.Tensor": shapes.split,
-    "aten.split_with_sizes.default": shapes.split,
-    "<built-in function getitem>": shapes.getitem,
-    "aten.cat.default": shapes.cat,
-    "aten.pad.default": shapes.pad,
-    "aten.flatten.using_ints": shapes.flatten,
-    "aten.reshape.default": shapes.reshape,
-    "aten.view.default": shapes.reshape,
-    "aten.unflatten.int": shapes.reshape,
-    "aten.expand.default": shapes.expand,
-    "aten.permute.default": shapes.permute,
-    "aten.transpose.int": shapes.transpose,
-    "aten.unsqueeze.default": shapes.by_axis("Unsqueeze"),
-    "aten.squeeze.dim": shapes.by_axis("Squeeze"),
-    "aten.dropout.default": _dropout,
-    "aten.contiguous.default": _nothing,
-    "aten.clone.default": _nothing,
+    "aten.slice.Tensor": _slice,
+    "aten.unbind.int": _unbind,
+    "<built-in function getitem>": _getitem,
+    "aten.cat.default": _cat,
+    "aten.pad.default": _pad,
+    "aten.flatten.using_ints": _flatten,
+    "aten.reshape.default": _reshape,
+    "aten.view.default": _reshape,
+    "aten.unflatten.int": _reshape,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _transpose,
 }

@@ -4,19 +4,17 @@ Shapes: N images, T tokens, R rows of a layer (N, or N * T), C classes, E expert
 row.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.reference import Answers, Images, RouteAnswers, reference_answers
+from advmoe_deploy.export.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import Runner
 
-LOGIT_TOLERANCE = 1e-5
 ROUTE_MARGIN = 1e-4
 
 _BATCH = 128
@@ -25,14 +23,20 @@ Flags = NDArray[np.bool_]
 
 
 def compare_with_reference(
-    model: Classifier, runner: Runner, images: Images, *, data: str | None = None
+    model: Classifier,
+    runner: Runner,
+    images: Images,
+    *,
+    rounding: float = 0.0,
+    data: str | None = None,
 ) -> ParityReport:
     """Return how ``runner`` and ``model`` compare on float32 images [N, C, H, W] in [0, 1].
 
-    ``data`` says where the images come from.
+    ``rounding`` is the model's own; ``data`` says where the images come from.
     """
     answer = predictions_of(runner, images)
-    return compare_answers(reference_answers(model, images), answer, data=data)
+    reference = reference_answers(model, images)
+    return compare_answers(reference, answer, rounding=rounding, data=data)
 
 
 def predictions_of(runner: Runner, images: Images) -> Prediction:
@@ -49,9 +53,12 @@ def predictions_of(runner: Runner, images: Images) -> Prediction:
 
 
 def compare_answers(
-    reference: Answers, answer: Prediction, *, data: str | None = None
+    reference: Answers, answer: Prediction, *, rounding: float = 0.0, data: str | None = None
 ) -> ParityReport:
-    """Return the report over ``answer``, which covers the reference's images."""
+    """Return the report over ``answer``, which covers the reference's images.
+
+    ``rounding`` is the reference's own, see :func:`~advmoe_deploy.export.tolerance.tolerance_for`.
+    """
     images = len(answer.logits)
     same_N = np.ones(images, dtype=bool)
     finite_N = _finite_rows(answer.logits) & _finite_rows(reference.logits)
@@ -75,7 +82,8 @@ def compare_answers(
         max_abs_logit_diff=float(absolute_N.max(initial=0.0)),
         max_relative_logit_diff=float(relative_N.max(initial=0.0)),
         max_abs_weight_diff=float(np.max(weight_differences)),
-        logit_tolerance=LOGIT_TOLERANCE,
+        rounding=rounding,
+        logit_tolerance=tolerance_for(rounding),
         route_agreement=_agreement(layers),
         margin=ROUTE_MARGIN,
         layers=tuple(layers),
@@ -100,12 +108,6 @@ def _compare_layer(
         expert_load=expected.expert_load,
     )
     return layer, same_R
-
-
-def same_experts(expected: NDArray[np.int64], ids: NDArray[np.int64]) -> Flags:
-    """Return which rows [R] have the same experts, in whatever order."""
-    ids_RK = ids.reshape(expected.shape)
-    return np.asarray((np.sort(expected, axis=1) == np.sort(ids_RK, axis=1)).all(axis=1))
 
 
 def _weight_difference(
@@ -133,21 +135,6 @@ def _agreement(layers: list[LayerParity]) -> float:
     return 1 - sum(layer.flips for layer in layers) / clear if clear else 0.0
 
 
-def row_differences(
-    answer: NDArray[np.float32], expected: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each row's largest difference, as it is and relative to the row, both float64 [N].
-
-    Relative means divided by the row's largest expected value where that exceeds 1: a float32 keeps
-    seven digits, so of a logit of 20 the last bit alone is 2e-6. NaN or infinity on either side
-    gives NaN or infinity.
-    """
-    rest = tuple(range(1, expected.ndim))
-    with np.errstate(invalid="ignore"):
-        absolute_N = np.abs(answer.astype(np.float64) - expected).max(axis=rest)
-        return absolute_N, absolute_N / np.maximum(1.0, np.abs(expected).max(axis=rest))
-
-
 def require_parity(report: ParityReport, what: str) -> None:
     """Raise :class:`CheckFailedError` if ``report`` did not pass."""
     if report.passed:
@@ -173,21 +160,6 @@ def _complaint(report: ParityReport) -> str:
         f"logits above 1), routing weights by {report.max_abs_weight_diff:.3g}, "
         f"{report.route_flips} clear routes flipped"
     )
-
-
-def require_near(
-    answers: Mapping[str, NDArray[np.float32]],
-    expected: Mapping[str, NDArray[np.float32]],
-    what: str,
-) -> None:
-    """Raise :class:`CheckFailedError` if a row of an answer is further off than the tolerance."""
-    for name, values in expected.items():
-        difference = float(row_differences(answers[name], values)[1].max())
-        if not difference <= LOGIT_TOLERANCE:
-            raise CheckFailedError(
-                f"{what} differs from the torch model in {name} by {difference:.3g} (limit "
-                f"{LOGIT_TOLERANCE:g}, relative to values above 1); no bundle was written"
-            )
 
 
 def _finite_rows(values_NX: NDArray[np.float32]) -> Flags:

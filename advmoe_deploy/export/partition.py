@@ -12,29 +12,21 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.lowering import BATCH, Program, is_tensor, lower
+from advmoe_deploy.export.lowering import BATCH, Program, is_tensor, lower, shared_path
+from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.markers import mark_route
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, Step, TensorInfo
 
-Arrays = dict[str, NDArray[Any]]
-_Piece = tuple[Segment, list[fx.Node], list[fx.Node], list[fx.Node]]
 
 _ROUTE, _INPUT, _COMBINE = "advmoe.route.default", "advmoe.dispatch.default", "advmoe.combine.default"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one segment is given and what it answers, by tensor name, in the torch model."""
-
-    inputs: Arrays
-    outputs: Arrays
 
 
 @dataclass(frozen=True)
@@ -86,6 +78,17 @@ class _Layer:
     answers: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A segment and its nodes; its parameters are called by their names below ``path``."""
+
+    segment: Segment
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    nodes: list[fx.Node]
+    path: str = "model."
+
+
 class _Cut:
     """Finds the layers of a marked program, the depth of its trunk, and names what crosses."""
 
@@ -106,15 +109,20 @@ class _Cut:
     def partition(self) -> Partition:
         """Return what was cut."""
         segments, graphs, nodes = [], {}, {}
-        for segment, inputs, outputs, own in [*self._trunk_segments(), *self._expert_segments()]:
+        for piece in [*self._trunk_pieces(), *self._expert_pieces()]:
+            segment = piece.segment
             segments.append(segment)
-            named = zip(inputs, segment.inputs, strict=True)
-            results = zip(outputs, segment.outputs, strict=True)
+            named = zip(piece.inputs, segment.inputs, strict=True)
+            results = zip(piece.outputs, segment.outputs, strict=True)
             writer = lower(
-                self.program, own, {n: t.name for n, t in named}, {n: t.name for n, t in results}
+                self.program,
+                piece.nodes,
+                {node: tensor.name for node, tensor in named},
+                {node: tensor.name for node, tensor in results},
+                piece.path,
             )
             graphs[segment.name] = writer.model(segment.name, segment.inputs, segment.outputs)
-            nodes[segment.name] = inputs, outputs
+            nodes[segment.name] = piece.inputs, piece.outputs
         ids_and_weights = (name for r in self._routes() for name in (r.expert_ids, r.weights))
         plan = Plan(
             segments=tuple(segments),
@@ -179,7 +187,7 @@ class _Cut:
         only_scores = scores >= {*self._outputs(self._own(depth))}
         return "router" if only_scores and depth == 0 else f"trunk-{depth}"
 
-    def _trunk_segments(self) -> Iterator[_Piece]:
+    def _trunk_pieces(self) -> Iterator[_Piece]:
         for depth in range(self.last + 1):
             own = self._own(depth)
             if own:
@@ -187,16 +195,22 @@ class _Cut:
                 segment = _segment(
                     self._trunk_name(depth), self._infos(inputs), self._infos(outputs)
                 )
-                yield segment, inputs, outputs, own
+                yield _Piece(segment, inputs, outputs, own)
 
-    def _expert_segments(self) -> Iterator[_Piece]:
+    def _expert_pieces(self) -> Iterator[_Piece]:
         for combine, layer in self.layers.items():
             parts = zip(layer.inputs, layer.answers, layer.nodes, strict=True)
             for expert, (mark, answer, own) in enumerate(parts):
                 given = _rows(self._info(mark, self.names[layer.input]))
                 made = _rows(self._info(answer, self.names[combine]))
                 name = _expert_name(layer.name, expert)
-                yield _segment(name, (given,), (made,)), [mark], [answer], list(own)
+                yield _Piece(
+                    _segment(name, (given,), (made,)),
+                    [mark],
+                    [answer],
+                    list(own),
+                    shared_path(self.program, own),
+                )
 
     def _steps(self) -> Iterator[Step]:
         routes = {route.layer: route for route in self._routes()}
@@ -243,15 +257,23 @@ class _Cut:
         images: NDArray[np.float32],
     ) -> dict[str, Sample]:
         wanted = {node for both in nodes.values() for some in both for node in some}
-        values = self.program.run(images, wanted)
+        batch = {self.program.image: torch.from_numpy(images)}
+        values = self.program.evaluate(wanted, batch)
         samples = {}
         for segment in plan.segments:
             inputs, outputs = nodes[segment.name]
+            given = {**batch, **{node: values[node] for node in inputs}}
+            exact = self.program.evaluate(outputs, given, torch.float64)
             samples[segment.name] = Sample(
-                {t.name: values[n] for t, n in zip(segment.inputs, inputs, strict=True)},
-                {t.name: values[n] for t, n in zip(segment.outputs, outputs, strict=True)},
+                {t.name: _array(values[n]) for t, n in zip(segment.inputs, inputs, strict=True)},
+                {t.name: _array(values[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
+                {t.name: _array(exact[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
             )
         return samples
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return np.ascontiguousarray(tensor.numpy())
 
 
 def _node(argument: object) -> fx.Node:

@@ -4,6 +4,7 @@ Shapes: N images, R rows of a layer (images, or tokens of each image in turn), C
 K experts per row.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from advmoe_deploy.export.tolerance import rounding_of, same_experts
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
 
@@ -57,22 +59,44 @@ class Answers:
     routes: dict[str, RouteAnswers] = field(default_factory=dict)
 
 
-def reference_answers(model: Classifier, images: Images) -> Answers:
-    """Return what ``model`` answers to float32 images [N, C, H, W] in [0, 1]."""
-    return _answers(model, images, Routes)
+def reference_answers(
+    model: Classifier, images: NDArray[Any], *, preferred: int | None = None
+) -> Answers:
+    """Return what ``model`` answers to images [N, C, H, W] in [0, 1].
 
-
-def preferring_answers(model: Classifier, images: Images, expert: int) -> Answers:
-    """Return what ``model`` answers if each layer prefers ``expert``, or its last one.
-
-    Its score is raised above all others, so with top-1 every row goes there.
+    With ``preferred``, each layer prefers that expert, or its last: the score is raised above all
+    others, so that with top-1 every row goes there.
     """
+    if preferred is None:
+        return _answers(model, images, Routes)
 
     def adjust(rule: RoutingRule, scores_NE: Tensor, surrogate: Surrogate | None) -> Routing:
-        bonus_E = torch.from_numpy(bonus_for(expert, rule.num_experts))
+        bonus_E = torch.from_numpy(bonus_for(preferred, rule.num_experts))
         return choose(scores_NE + bonus_E, rule, surrogate)
 
     return _answers(model, images, lambda: Routes(adjust=adjust))
+
+
+class Reference:
+    """A model, and the same in float64: how far apart they are is what float32 cannot tell."""
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model
+        self._exact = copy.deepcopy(model).double()
+
+    def answers(self, images: Images, *, preferred: int | None = None) -> Answers:
+        """Return what the model answers, see :func:`reference_answers`."""
+        return reference_answers(self.model, images, preferred=preferred)
+
+    def rounding(self, images: Images, *, preferred: int | None = None) -> float:
+        """Return the largest difference float32 makes to logits, over images routed alike."""
+        answers = self.answers(images, preferred=preferred)
+        exact = reference_answers(self._exact, images.astype(np.float64), preferred=preferred)
+        alike_N = np.ones(len(images), dtype=bool)
+        for layer, route in answers.routes.items():
+            alike_R = same_experts(exact.routes[layer].expert_ids, route.expert_ids)
+            alike_N &= alike_R.reshape(len(images), -1).all(axis=1)
+        return rounding_of(answers.logits[alike_N], exact.logits[alike_N])
 
 
 def bonus_for(expert: int, num_experts: int) -> NDArray[np.float32]:
@@ -82,7 +106,7 @@ def bonus_for(expert: int, num_experts: int) -> NDArray[np.float32]:
     return bonus_E
 
 
-def _answers(model: Classifier, images: Images, new_routes: Callable[[], Routes]) -> Answers:
+def _answers(model: Classifier, images: NDArray[Any], new_routes: Callable[[], Routes]) -> Answers:
     columns: dict[tuple[str, str], list[Tensor]] = {}
     logits = []
     with torch.inference_mode():

@@ -1,7 +1,5 @@
 """Writes one segment; knows the shape of every value."""
 
-from collections.abc import Iterable
-
 import numpy as np
 from onnx import numpy_helper as onnx_numpy
 
@@ -14,9 +12,8 @@ Shape = tuple[int | str, ...]
 class SegmentWriter(GraphWriter):
     """A graph writer that knows shapes: sizes that depend on the batch are strings."""
 
-    def __init__(self, inputs: Iterable[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inputs = tuple(inputs)
         self.shapes: dict[str, Shape] = {}
 
     def transposed(self, weight: str) -> str:

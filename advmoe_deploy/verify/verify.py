@@ -17,8 +17,9 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import matching_test_images
-from advmoe_deploy.export.parity import compare_with_reference, predictions_of, same_experts
+from advmoe_deploy.export.parity import compare_with_reference, predictions_of
 from advmoe_deploy.export.reference import reference_answers
+from advmoe_deploy.export.tolerance import same_experts
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model, threat_or
@@ -75,7 +76,8 @@ def verify_bundle(
             for attack in suite:
                 outcome = trial.run(attack)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
-        parity = compare_with_reference(model, runner, x_NCHW)
+        rounding = bundle.manifest.parity.rounding
+        parity = compare_with_reference(model, runner, x_NCHW, rounding=rounding)
     return RobustReport(
         passed=trial.worst_drop <= max_drop,
         engine=engine,

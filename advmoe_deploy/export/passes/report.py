@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.parity import LOGIT_TOLERANCE, row_differences
+from advmoe_deploy.export.sample import Arrays, Sample
+from advmoe_deploy.export.tolerance import rounding_of, row_differences, tolerance_for
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 
 
@@ -23,34 +24,34 @@ class PassReport:
 
 
 Pass = Callable[[ModelProto], PassReport]
-Inputs = Mapping[str, NDArray[np.float32]]
 
 
 def apply_checked(
-    passes: tuple[Pass, ...], model: ModelProto, inputs: Inputs
+    passes: tuple[Pass, ...], model: ModelProto, sample: Sample
 ) -> tuple[PassReport, ...]:
     """Run ``passes`` on ``model`` in place and return their reports.
 
     Raises:
-        CheckFailedError: after a pass the model answers differently to ``inputs``.
+        CheckFailedError: after a pass the model answers differently to the inputs of ``sample``.
     """
     reports = []
-    before = _answers(model, inputs)
+    before = _answers(model, sample.inputs)
     for run in passes:
         report = run(model)
-        after = _answers(model, inputs)
+        after = _answers(model, sample.inputs)
         for name, expected in before.items():
             difference = float(row_differences(after[name], expected)[1].max())
-            if not difference <= LOGIT_TOLERANCE:
+            limit = tolerance_for(rounding_of(sample.outputs[name], sample.exact[name]))
+            if not difference <= limit:
                 raise CheckFailedError(
                     f"pass {report.name} changed {name} of {model.graph.name} by "
-                    f"{difference:.2g}, more than {LOGIT_TOLERANCE:g}; please report it"
+                    f"{difference:.2g}, more than {limit:.2g}; please report it"
                 )
         reports.append(report)
     return tuple(reports)
 
 
-def _answers(model: ModelProto, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
+def _answers(model: ModelProto, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
     with OrtEngine(model.SerializeToString()) as engine:
         return engine.run(inputs)
 

@@ -1,0 +1,156 @@
+"""Whatever is wrong with a routed layer, the gate of the export finds it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, NodeProto, numpy_helper
+from test_export_families import spec_of
+
+from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.export.onnx_export import check_graphs, write_graphs
+from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.reference import reference_answers
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.progress import Silent
+
+IMAGES = np.random.default_rng(2).random((24, 1, 8, 8), dtype=np.float32)
+Staged = tuple[Path, Classifier, Partition]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Staged:
+    """The graphs of a V-MoE: two layers, two of three experts for each token."""
+    torch.manual_seed(0)
+    model = build_model(spec_of("token experts")).eval()
+    folder = tmp_path_factory.mktemp("staged")
+    parts, _ = write_graphs(folder, model, IMAGES, Silent())
+    return folder, model, parts
+
+
+def check(folder: Path, staged: Staged) -> None:
+    _, model, parts = staged
+    answers = reference_answers(model, IMAGES)
+    check_graphs(folder, model, parts, IMAGES, answers, data="random")
+
+
+def edit(file: Path, change: Callable[[ModelProto], None]) -> None:
+    model = onnx.load_model(file)
+    change(model)
+    onnx.save_model(model, file)
+
+
+def node_called(model: ModelProto, name: str) -> NodeProto:
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def swap_files(folder: Path) -> None:
+    first, second = (folder / f"segments/block-1.expert-{e}.onnx" for e in (0, 1))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+
+
+def swap_everywhere(folder: Path) -> None:
+    """Exchange two experts of one layer in the segments and in the whole graph alike."""
+
+    def swap(model: ModelProto) -> None:
+        branches = [
+            [a.g for a in node_called(model, f"block-1.expert-{e}/block-1.output").attribute]
+            for e in (0, 1)
+        ]
+        for one, other in zip(*branches, strict=True):
+            tensors = zip(one.initializer, other.initializer, strict=True)
+            for a, b in tensors:
+                a.raw_data, b.raw_data = b.raw_data, a.raw_data
+
+    swap_files(folder)
+    edit(folder / "model.onnx", swap)
+
+
+def drop_branch(folder: Path) -> None:
+    """Let the second expert of a layer run the first one's branch."""
+
+    def drop(model: ModelProto) -> None:
+        first, second = (node_called(model, f"block-0.expert-{e}/block-0.output") for e in (0, 1))
+        for branch in second.attribute:
+            branch.CopyFrom(next(a for a in first.attribute if a.name == branch.name))
+
+    edit(folder / "model.onnx", drop)
+
+
+def take_the_worst(folder: Path) -> None:
+    def change(model: ModelProto) -> None:
+        node_called(model, "block-1/ids").attribute.append(onnx.helper.make_attribute("largest", 0))
+
+    edit(folder / "model.onnx", change)
+
+
+def weigh_by_row(folder: Path) -> None:
+    """Give every expert the weight of another row's expert: softmax over rows, not experts."""
+
+    def change(model: ModelProto) -> None:
+        node_called(model, "block-0/probabilities").attribute[0].i = 0
+
+    edit(folder / "model.onnx", change)
+
+
+def forget_weights(folder: Path) -> None:
+    def change(model: ModelProto) -> None:
+        node = node_called(model, "block-1/weighted")
+        node.op_type, node.input[1] = "Max", node.input[0]
+
+    edit(folder / "model.onnx", change)
+
+
+def spoil_gate(folder: Path) -> None:
+    """Change the gate of a later layer in its segment and in the whole graph alike."""
+
+    def change(model: ModelProto) -> None:
+        tensor = next(
+            t for t in model.graph.initializer if t.name.endswith("blocks.1.mlp.gate.weight")
+        )
+        values = numpy_helper.to_array(tensor)[::-1].copy()
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    for name in ("segments/trunk-1.onnx", "model.onnx"):
+        edit(folder / name, change)
+
+
+def spoil_unfused(folder: Path) -> None:
+    def change(model: ModelProto) -> None:
+        node_called(model, "block-0.output").input.pop()
+
+    edit(folder / "baselines/unfused.onnx", change)
+
+
+def test_what_is_right_passes(staged: Staged) -> None:
+    check(staged[0], staged)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (swap_files, r"model\.onnx lacks .* of block-1\.expert-0"),
+        (swap_everywhere, r"block-1\.output of block-1\.expert-0 differs"),
+        (drop_branch, r"branches for block-0\.expert-[01], not 1"),
+        (take_the_worst, r"model\.onnx differs|expert 0 in model\.onnx differs"),
+        (weigh_by_row, r"expert 0 in model\.onnx differs"),
+        (forget_weights, r"expert 0 in model\.onnx differs"),
+        (spoil_gate, r"block-1\.scores of trunk-1 differs"),
+        (spoil_unfused, r"unfused\.onnx differs"),
+    ],
+)
+def test_what_is_wrong_is_found(
+    staged: Staged, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = tmp_path / "staged"
+    shutil.copytree(staged[0], folder)
+    damage(folder)
+    with pytest.raises(CheckFailedError, match=message):
+        check(folder, staged)
