@@ -18,6 +18,7 @@ from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
 DIGITS = {"width": 8, "image_size": 8, "in_channels": 1, "mean": (0.3,), "std": (0.4,)}
 SHAPE = VisionTransformer(patch_size=4, depth=2, heads=2)
 VIT = {"backbone": "vit", "transformer": SHAPE}
+ADVMOE = {"family": "advmoe", "num_experts": 2, "ratio": 0.5, "router_width": 4}
 FAMILIES: dict[str, dict[str, object]] = {
     "conv experts": {
         "family": "robust-experts",
@@ -32,6 +33,16 @@ FAMILIES: dict[str, dict[str, object]] = {
         "weighting": "probability",
         "expert_layers": ExpertLayers(kind="block", layers=("layer3.1", "layer4.1")),
     },
+    "bottleneck experts": {
+        "family": "robust-experts",
+        "backbone": "resnet50",
+        "num_experts": 2,
+        "expert_layers": ExpertLayers(kind="conv", layers=("layer4.2.conv3",), gate="double-conv"),
+    },
+    "ResNet-50": {**ADVMOE, "backbone": "resnet50", "stem": "imagenet"},
+    "wide ResNet": {**ADVMOE, "backbone": "wrn-28-4"},
+    "VGG": {**ADVMOE, "backbone": "vgg16-bn"},
+    "DenseNet": {**ADVMOE, "backbone": "densenet-bc", "width": 4},
     "expert networks": {"family": "expert-networks", "num_experts": 2},
     "dual model": {"family": "dual-model", "num_experts": 2, "alpha": 0.7},
     "dual ViT": {"family": "dual-model", "num_experts": 2, "alpha": 0.25, **VIT},
@@ -60,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     class Exports(dict):
         def __missing__(self, family: str) -> tuple[Path, Bundle]:
             run = write_run(folder / family / "run", spec_of(family))
-            export_onnx(run, folder / family / "bundle", data="digits")
+            export_onnx(run, folder / family / "bundle", data="random:64")
             self[family] = run, open_bundle(folder / family / "bundle")
             return self[family]
 
