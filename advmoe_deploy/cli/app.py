@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from advmoe_deploy import __version__
-from advmoe_deploy.cli import build, check, look, serve
+from advmoe_deploy.cli import build, check, import_, look, serve
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
@@ -58,6 +58,7 @@ def demo(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": build.train,
     "sweep": sweep,
+    "import": import_.import_checkpoint,
     "export": build.export,
     "verify": check.verify,
     "profile": check.profile,

@@ -10,6 +10,11 @@ EXAMPLES = {
         "advmoe sweep digits-advmoe --over model.num_experts=2,4,8",
         "advmoe sweep digits-advmoe --over model.ratio=0.25,0.5,0.75 --seeds 0,1,2",
     ),
+    "import": (
+        "advmoe import best.pth --from advmoe",
+        "advmoe import last.ckpt --from robust-experts --set top_k=2 --out runs/conv-experts",
+        "advmoe import ckpt.t7 --from dual-model --set alpha=0.7 --set mean=0.49,0.48,0.45",
+    ),
     "export": (
         "advmoe export runs/digits-advmoe --format onnx",
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",

@@ -51,6 +51,29 @@ def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
     return Group(table, escape(f"plot: {plot}"))
 
 
+def import_report(value: Mapping[str, Any]) -> RenderableType:
+    """Return what a checkpoint turned out to be, and the next step."""
+    spec, macs = value["model"], value["macs"]
+    told = {k: v for k, v in spec.items() if v is not None}
+    rows = [
+        *((key, _spec_text(field)) for key, field in told.items()),
+        (
+            "MACs per image",
+            f"{macs['executed'] / 1e6:.2f} M (selected {macs['selected'] / 1e6:.2f} + router "
+            f"{macs['router'] / 1e6:.2f}); unfused {macs['unfused'] / 1e6:.2f}, "
+            f"dense {macs['dense'] / 1e6:.2f}",
+        ),
+    ]
+    hint = f"next: advmoe export {value['run']} --format onnx --data random:1000"
+    return Group(_facts(value["run"], rows), escape(hint))
+
+
+def _spec_text(field: object) -> str:
+    if isinstance(field, Mapping):
+        return ", ".join(f"{key} {_spec_text(value)}" for key, value in field.items())
+    return " ".join(map(str, field)) if isinstance(field, list) else str(field)
+
+
 def export_report(bundle: Bundle) -> RenderableType:
     """Return where the bundle is and how close it is to the model."""
     size = sum(record.bytes for record in bundle.manifest.files.values())

@@ -1,0 +1,64 @@
+"""The command that brings in what the papers' released code wrote: import."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import Json, Overwrite
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
+
+# What tells a run that may be replaced from a folder that is none.
+_MARKER = "model/checkpoint.json"
+
+
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="By torch.save or safetensors.")],
+    source: Annotated[
+        str, typer.Option("--from", help="Whose code wrote it: advmoe, robust-experts, dual-model.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="What shapes cannot tell: image_size, mean, std, top_k, alpha...; repeatable.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; by default runs/ and FILE's name.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
+    run = out or Path("runs") / file.stem
+    refuse_existing(run, overwrite=overwrite, marker=_MARKER)
+    with session(as_json) as ui:
+        from advmoe_deploy.cli import tables
+        from advmoe_deploy.models import upstream
+        from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
+        from advmoe_deploy.models.macs import macs_of
+
+        overrides = upstream.parse_settings(settings or ())
+        spec, model = upstream.import_checkpoint(file, source, overrides)
+        provenance = {"imported_from": source, "file": file.name, "file_sha256": sha256_of(file)}
+        checkpoint = Checkpoint(
+            model=spec,
+            threat=None,
+            class_names=tuple(str(label) for label in range(spec.num_classes)),
+            recipe={"name": f"imported from {source}", "settings": overrides},
+            metrics={},
+            provenance=provenance,
+        )
+        value = {
+            "run": str(run),
+            "model": spec.model_dump(mode="json"),
+            "macs": macs_of(spec).model_dump(mode="json"),
+            **provenance,
+        }
+        with staged_directory(run, overwrite=overwrite) as staged:
+            (staged / "model").mkdir()
+            save_checkpoint(staged / "model", checkpoint, model)
+        ui.show(value, lambda: tables.import_report(value))
