@@ -1,6 +1,7 @@
 """Balancing losses: values by hand, what they push towards, and a gate that has collapsed."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 from advmoe_deploy.models.capacity import Adjust, NoisyRouting
 from advmoe_deploy.models.routing import Routing, RoutingRule, choose
 from advmoe_deploy.train.balance import BALANCE_LOSSES
+
+
+def seeded(seed: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda scores: torch.randn(scores.shape, generator=generator).to(scores)
 
 
 def routing_of(scores_NE: Tensor, top_k: int = 1) -> Routing:
@@ -112,7 +118,7 @@ def test_finite_however_far_the_gate_has_collapsed(
     scores = torch.zeros(rows, 4, dtype=dtype)
     scores[:, 0] = gap
     scores.requires_grad_(True)
-    adjust = Adjust(noise=0.1, generator=torch.Generator().manual_seed(0))
+    adjust = Adjust(noise=0.1, normal=seeded(0))
     for routing in (routing_of(scores), adjust(RoutingRule("gate", 4), scores, "probability")):
         loss = BALANCE_LOSSES[name](routing)
         (gradient,) = torch.autograd.grad(loss, scores)

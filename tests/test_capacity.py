@@ -1,6 +1,7 @@
 """Noise and capacity: rows by hand, and what must hold for any scores."""
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -11,6 +12,11 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.capacity import Adjust, NoisyRouting, Overflow, reassigned
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, choose
 from advmoe_deploy.specs import Weighting
+
+
+def seeded(seed: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda scores: torch.randn(scores.shape, generator=generator).to(scores)
 
 
 def rule_of(num_experts: int, top_k: int) -> RoutingRule:
@@ -142,7 +148,7 @@ def test_noise_is_seeded_and_what_was_before_it_is_kept() -> None:
     rule = rule_of(4, 2)
 
     def noisy(seed: int) -> Routing:
-        adjust = Adjust(noise=0.5, generator=torch.Generator().manual_seed(seed))
+        adjust = Adjust(noise=0.5, normal=seeded(seed))
         return adjust(rule, scores, None)
 
     first, again, other = noisy(1), noisy(1), noisy(2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advmoe_deploy.data.augment import augment, to_unit
+from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import stratified_parts, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
@@ -162,13 +162,15 @@ def test_a_crop_is_a_shift_with_black_borders() -> None:
         for left in range(3)
     }
     rng = torch.Generator().manual_seed(0)
-    crops = augment(image.repeat(200, 1, 1, 1), crop_padding=1, flip=False, generator=rng)
+    moves = random_moves(200, crop_padding=1, flip=False, generator=rng)
+    crops = augment(image.repeat(200, 1, 1, 1), moves)
     assert {bytes(crop.flatten().tolist()) for crop in crops} == windows
 
 
 def test_a_flip_mirrors_about_half_the_images() -> None:
     image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     rng = torch.Generator().manual_seed(0)
-    both = to_unit(augment(image.repeat(400, 1, 1, 1), crop_padding=0, flip=True, generator=rng))
+    moves = random_moves(400, crop_padding=0, flip=True, generator=rng)
+    both = to_unit(augment(image.repeat(400, 1, 1, 1), moves))
     assert 160 < both[:, 0, 0, 0].sum() < 240
     assert torch.equal(both.sum(dim=(1, 2, 3)), torch.ones(400))

@@ -48,36 +48,55 @@ def random_start(images_NCHW: Tensor, epsilon: float, generator: torch.Generator
     return project(images_NCHW + noise.to(images_NCHW), images_NCHW, epsilon)
 
 
-def pgd_kl(
-    forward: Callable[[Tensor], Tensor],
+def ascend(
+    loss: Callable[[Tensor], Tensor],
     images_NCHW: Tensor,
+    start_NCHW: Tensor,
     *,
     threat: ThreatModel,
     steps: int,
     step_size: float,
-    noise: float,
-    generator: torch.Generator,
 ) -> Tensor:
-    """Return the adversarial images that TRADES trains on.
+    """Return the last of ``steps`` signed gradient steps up ``loss``, a sum over the images.
 
-    They start at ``images_NCHW`` + ``noise`` * N(0, 1) and ascend KL(f(x) || f(x')), whose target
-    is fixed; in log space, so that no probability underflows.
+    Each step ends in the ball around ``images_NCHW`` and in [0, 1]; ``start_NCHW`` is taken as it
+    is. Training wants the last iterate; :func:`pgd_search` keeps the worst.
     """
-    with torch.no_grad():
-        target_NK = F.log_softmax(forward(images_NCHW), dim=1)
-    x_NCHW = images_NCHW + noise * torch.randn(images_NCHW.shape, generator=generator).to(
-        images_NCHW
-    )
-    x_NCHW = project(x_NCHW, images_NCHW, threat.epsilon)
+    x_NCHW = start_NCHW
     for _ in range(steps):
-        x_NCHW.requires_grad_(True)
+        x_NCHW = x_NCHW.detach().requires_grad_(True)
         with torch.enable_grad():
-            log_p_NK = F.log_softmax(forward(x_NCHW), dim=1)
-            divergence = F.kl_div(log_p_NK, target_NK, reduction="sum", log_target=True)
-        (gradient,) = torch.autograd.grad(divergence, x_NCHW)
+            total = loss(x_NCHW)
+        (gradient,) = torch.autograd.grad(total, x_NCHW)
         moved = x_NCHW.detach() + step_size * gradient.sign()
         x_NCHW = project(moved, images_NCHW, threat.epsilon)
     return x_NCHW
+
+
+def pgd_kl(
+    forward: Callable[[Tensor], Tensor],
+    images_NCHW: Tensor,
+    start_NCHW: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """Return the adversarial images that TRADES trains on.
+
+    They ascend KL(f(x) || f(x')), whose target is fixed; in log space, so that no probability
+    underflows. At ``images_NCHW`` itself the gradient is zero, so they start beside it.
+    """
+    with torch.no_grad():
+        target_NK = F.log_softmax(forward(images_NCHW), dim=1)
+
+    def divergence(x_NCHW: Tensor) -> Tensor:
+        log_p_NK = F.log_softmax(forward(x_NCHW), dim=1)
+        return F.kl_div(log_p_NK, target_NK, reduction="sum", log_target=True)
+
+    return ascend(
+        divergence, images_NCHW, start_NCHW, threat=threat, steps=steps, step_size=step_size
+    )
 
 
 def pgd_search(

@@ -1,27 +1,56 @@
 """Batched augmentation of uint8 images where they live, on the device (torch).
 
+What is random is drawn first, for a whole batch, and then applied to any share of it: processes
+that share a batch draw the same and each moves its own images.
+
 Shapes: N images, C channels, H height, W width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def augment(
-    images_NCHW: Tensor, *, crop_padding: int, flip: bool, generator: torch.Generator
-) -> Tensor:
-    """Return randomly shifted and flipped copies of uint8 ``images_NCHW``, same shape.
+@dataclass(frozen=True)
+class Moves:
+    """How each image is shifted, by up to ``crop_padding`` pixels, and whether it is mirrored."""
 
-    Each image is padded by ``crop_padding`` black pixels on every side and cropped back at a
-    random place, then mirrored with probability one half if ``flip``. ``generator`` is on the
-    CPU, so that the same seed gives the same images on every device.
-    """
+    crop_padding: int
+    shifts_2N: Tensor | None
+    mirrored_N: Tensor | None
+
+    def take(self, rows: slice) -> "Moves":
+        """Return the moves of these images."""
+        shifts_2N, mirrored_N = self.shifts_2N, self.mirrored_N
+        return Moves(
+            self.crop_padding,
+            None if shifts_2N is None else shifts_2N[:, rows],
+            None if mirrored_N is None else mirrored_N[rows],
+        )
+
+
+def random_moves(n: int, *, crop_padding: int, flip: bool, generator: torch.Generator) -> Moves:
+    """Return moves for ``n`` images; ``generator`` is on the CPU, the same for every device."""
+    shifts_2N = mirrored_N = None
     if crop_padding:
-        images_NCHW = _random_crop(images_NCHW, crop_padding, generator)
+        shifts_2N = torch.randint(2 * crop_padding + 1, (2, n), generator=generator)
     if flip:
-        mirrored_N = torch.rand(len(images_NCHW), generator=generator) < 0.5
-        mirrored_N111 = mirrored_N.to(images_NCHW.device)[:, None, None, None]
+        mirrored_N = torch.rand(n, generator=generator) < 0.5
+    return Moves(crop_padding, shifts_2N, mirrored_N)
+
+
+def augment(images_NCHW: Tensor, moves: Moves) -> Tensor:
+    """Return shifted and mirrored copies of uint8 ``images_NCHW``, same shape.
+
+    Each image is padded by black pixels on every side and cropped back at its shift.
+    """
+    device = images_NCHW.device
+    if moves.shifts_2N is not None:
+        images_NCHW = _crop(images_NCHW, moves.crop_padding, moves.shifts_2N.to(device))
+    if moves.mirrored_N is not None:
+        mirrored_N111 = moves.mirrored_N.to(device)[:, None, None, None]
         images_NCHW = torch.where(mirrored_N111, images_NCHW.flip(-1), images_NCHW)
     return images_NCHW
 
@@ -31,10 +60,9 @@ def to_unit(images_NCHW: Tensor) -> Tensor:
     return images_NCHW.float().div_(255)
 
 
-def _random_crop(images_NCHW: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+def _crop(images_NCHW: Tensor, padding: int, shifts_2N: Tensor) -> Tensor:
     n, channels, height, width = images_NCHW.shape
-    shifts_2N = torch.randint(2 * padding + 1, (2, n), generator=generator)
-    top_N, left_N = shifts_2N.to(images_NCHW.device)
+    top_N, left_N = shifts_2N
     device = images_NCHW.device
     rows_NH = top_N[:, None] + torch.arange(height, device=device)
     columns_NW = left_N[:, None] + torch.arange(width, device=device)

@@ -7,6 +7,7 @@ Shapes: N rows, E experts, K experts per row.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ class Adjust:
             served before second ones.
         prioritised: serve rows by their highest probability instead of by their place in the
             batch (V-MoE's batch priority).
-        generator: of the noise, on the CPU; ``None`` is torch's own.
+        normal: called with the scores, returns standard normal numbers of their shape.
 
     Raises:
         UsageError: a setting makes no sense.
@@ -52,7 +53,7 @@ class Adjust:
     capacity_factor: float | None = None
     overflow: Overflow = "reassign"
     prioritised: bool = False
-    generator: torch.Generator | None = None
+    normal: Callable[[Tensor], Tensor] = torch.randn_like
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise) and self.noise >= 0):
@@ -84,8 +85,7 @@ class Adjust:
     def _noisy(self, scores_NE: Tensor) -> Tensor:
         if not self.noise:
             return scores_NE
-        noise_NE = torch.randn(scores_NE.shape, generator=self.generator)
-        return scores_NE + self.noise * noise_NE.to(scores_NE)
+        return scores_NE + self.noise * self.normal(scores_NE)
 
     def _limited(
         self, routing: Routing, capacity: int, rule: RoutingRule, surrogate: Surrogate | None
