@@ -49,7 +49,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     target = target.resolve()
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target.parent, re.escape(target.name))
     partial = _partial_name(target)
     partial.mkdir()
     try:
@@ -75,6 +75,27 @@ def refuse_existing(target: Path, *, overwrite: bool, marker: str | None = None)
         raise UsageError(f"{target} exists; pass --overwrite or choose another target")
 
 
+def remove_abandoned(directory: Path, target: str = r".+") -> None:
+    """Delete what processes of this host that were killed left half-written in ``directory``.
+
+    A directory that stepped aside for a new one which never came steps back. ``target`` is a
+    pattern for the names of what was being written.
+    """
+    if not directory.is_dir():
+        return
+    pattern = re.compile(rf"\.({target})\.partial-{re.escape(platform.node())}-(\d+)-\w+(\.old)?")
+    for path in directory.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[2])):
+            continue
+        if match[3] and not (directory / match[1]).exists():
+            path.rename(directory / match[1])  # killed between the two renames: it is all there is
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _partial_name(target: Path) -> Path:
     # The host is named because process ids mean nothing to another one on a shared volume.
     unique = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -95,20 +116,6 @@ def _replace_directory(partial: Path, target: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete what processes of this host that were killed left behind for the same target."""
-    own = re.escape(f".{target.name}.partial-{platform.node()}-")
-    pattern = re.compile(own + r"(\d+)-\w+(\.old)?")
-    for path in target.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match[1])):
-            continue
-        if match[2] and not target.exists():
-            path.rename(target)  # killed between the two renames: the old one is all there is
-        else:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
