@@ -34,7 +34,7 @@ from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.train.report import versions
 
 RESULT = Path(__file__).parent / "results" / "train_digits.json"
-RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-at-moe"
+RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-joint"
 
 
 def share(correct: np.ndarray) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def row_of(config: TrainConfig, data: Dataset, run: Path) -> dict[str, Any]:
         "robust": robust,
         "robust_under_all": share(survived),
         "effective_routes": report.effective_routes,
-        "expert_load": report.expert_load,
+        "expert_load": next(iter(report.expert_load.values()), ()),
         "threads": torch.get_num_threads(),
         "executed_macs": macs_of(config.model).executed,
         "seconds": round(seconds, 1),

@@ -30,7 +30,7 @@ def test_the_command_trains_plots_and_goes_on(
     assert run(command) == 0
     first = json.loads(capfd.readouterr().out)
     assert [point["value"] for point in first["points"]] == [2, 3]
-    loads = [len(point["reports"][0]["expert_load"]) for point in first["points"]]
+    loads = [len(point["reports"][0]["expert_load"]["router"]) for point in first["points"]]
     assert loads == [2, 3]
     assert "model.num_experts" in (tmp_path / "sweep.svg").read_text()
     # As if it had been killed between the two runs: the first is taken, the second made again.

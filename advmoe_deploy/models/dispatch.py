@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from advmoe_deploy.models.markers import mark_experts, mark_input
@@ -37,13 +37,18 @@ def _grouped(routing: Routing, x: Tensor, experts: Sequence[Expert]) -> Tensor:
     rows, parts = [], []
     for expert, run in enumerate(experts):
         row_R, slot_R = (ids_NK == expert).nonzero(as_tuple=True)
-        if len(row_R):
+        if len(row_R) or _others_may_have_rows():
             y = run(x[row_R])
             rows.append(row_R)
             parts.append(y * _beside(weights_NK[row_R, slot_R], y))
     grouped = torch.cat(parts)
     combined = grouped.new_zeros(len(x), *grouped.shape[1:])
     return combined.index_add(0, torch.cat(rows), grouped)
+
+
+def _others_may_have_rows() -> bool:
+    """Return whether an expert without rows must run: another process may wait in its BatchNorm."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _masked(routing: Routing, x: Tensor, experts: Sequence[Expert]) -> Tensor:

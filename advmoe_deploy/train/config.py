@@ -8,25 +8,81 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.specs import Family, Frozen, ModelSpec, ThreatModel, one_line
 
-Method = Literal["advmoe", "at-moe", "at-dense"]
+Method = Literal[
+    "advmoe",
+    "advmoe-released",
+    "router-only",
+    "experts-only",
+    "joint",
+    "sparse",
+    "rt-er",
+    "jtdmoe",
+]
+Loss = Literal["trades", "pgd-at", "n-fgsm", "fast", "free", "standard"]
+BalanceLoss = Literal[
+    "switch",
+    "entropy",
+    "column-entropy",
+    "variance",
+    "importance",
+    "load",
+    "importance-load",
+]
 MAX_ROUTER_LR = 0.01
+
+_ROUTED: tuple[Family, ...] = (
+    "advmoe",
+    "robust-experts",
+    "expert-networks",
+    "dual-model",
+    "vit-moe",
+)
+FAMILIES: dict[Method, tuple[Family, ...]] = {
+    "advmoe": ("advmoe",),
+    "advmoe-released": ("advmoe",),
+    "router-only": _ROUTED,
+    "experts-only": _ROUTED,
+    "joint": ("dense", *_ROUTED),
+    "sparse": ("dense",),
+    "rt-er": ("expert-networks",),
+    "jtdmoe": ("dual-model",),
+}
+# Methods whose own formula says which loss it is.
+_ONE_LOSS: dict[Method, Loss] = {
+    "advmoe-released": "trades",
+    "rt-er": "pgd-at",
+    "jtdmoe": "pgd-at",
+}
 
 
 class TrainConfig(Frozen):
     """Everything that decides a run, the data aside: the same value gives the same weights.
 
-    ``method`` is ``advmoe`` (router and expert steps alternate), ``at-moe`` (one joint step) or
-    ``at-dense``; all minimise TRADES, CE(f(x), y) + ``beta`` * KL(f(x) || f(x')).
+    ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.methods`),
+    ``loss`` how examples are found and what is minimised on them
+    (:mod:`~advmoe_deploy.train.objectives`). ``beta`` weighs the second term of TRADES and RT-ER.
 
     ``router_lr`` is a peak like ``lr``, and bounded: at 0.1 the scores of AdvMoE's router explode
     and all images flip between experts. ``router_grad_clip`` bounds the norm of its gradient.
+
+    ``attack_steps`` and ``attack_noise`` (the deviation of the start) are for the attacks of
+    ``trades`` and ``pgd-at``; ``attack_step_size`` in [0, 1] pixels is by default 2.5 * epsilon /
+    steps, epsilon (``n-fgsm``, ``free``) or 1.25 * epsilon (``fast``). ``nfgsm_noise`` is N-FGSM's
+    k, ``free_repeats`` the m of free adversarial training.
     ``attack_target`` says whether the gradient of the attack inside training enters the router.
     ``attack_per_step`` finds new examples for the expert step, as the paper does; without it the
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
+
+    ``batch_size`` images make one optimizer step. ``accumulate`` works through them in so many
+    parts, for less memory; BatchNorm then sees a part at a time.
     ``ema_decay`` averages the weights that are evaluated and kept.
+
+    ``balance_loss`` times ``balance_weight`` is added wherever a router learns; ``gate_noise``,
+    ``capacity_factor`` and ``capacity_overflow`` act in training steps only, never in attacks or
+    measurements (:mod:`~advmoe_deploy.train.passes`).
 
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and off in its recipe. ``balanced_start`` sets the router's last bias so that the mean scores
@@ -36,6 +92,11 @@ class TrainConfig(Frozen):
     label modulo E instead; here the router chooses.) On the digits the paper's objective alone
     collapses within six epochs, and balancing the load alone splits each class at random, which
     leaves each expert half the data of every class.
+
+    Method ``sparse`` prunes to the multiply-accumulates of the S-Dense network of ``sparse_ratio``,
+    or to ``sparse_density`` of the weights of each layer where that is set.
+    ``track_router_robustness`` records how the routes withstand attacks before and after experts
+    are updated (:mod:`~advmoe_deploy.train.router_robustness`).
     """
 
     name: str
@@ -43,9 +104,11 @@ class TrainConfig(Frozen):
     model: ModelSpec
     threat: ThreatModel
     method: Method
+    loss: Loss = "trades"
     beta: float = Field(6.0, ge=0)
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2)
+    accumulate: int = Field(1, ge=1)
     lr: float = Field(0.1, gt=0)
     router_lr: float = Field(MAX_ROUTER_LR, gt=0, le=MAX_ROUTER_LR)
     router_grad_clip: float = Field(1.0, gt=0)
@@ -53,43 +116,113 @@ class TrainConfig(Frozen):
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "one-cycle"] = "cosine"
     attack_steps: int = Field(2, ge=1)
-    attack_step_size: float = Field(5 / 255, gt=0)
+    attack_step_size: float | None = Field(None, gt=0)
     attack_noise: float = Field(0.001, ge=0)
+    nfgsm_noise: float = Field(2.0, ge=0)
+    free_repeats: int = Field(4, ge=1)
     attack_target: Literal["model", "straight-through"] = "straight-through"
     attack_per_step: bool = True
     attack_in_eval_mode: bool = True
+    balance_loss: BalanceLoss | None = None
+    balance_weight: float = Field(0.5, gt=0)
+    gate_noise: float = Field(0.0, ge=0)
+    capacity_factor: float | None = Field(None, gt=0)
+    capacity_overflow: Literal["reassign", "drop"] = "reassign"
     balanced_start: bool = False
     class_routing_weight: float = Field(0.0, ge=0)
+    sparse_ratio: float = Field(0.5, gt=0, le=1)
+    sparse_density: float | None = Field(None, gt=0, le=1)
     crop_padding: int = Field(0, ge=0)
     flip: bool = False
     ema_decay: float | None = Field(None, gt=0, lt=1)
     seed: int = Field(0, ge=0)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    channels_last: bool = True
     evaluate_every: int = Field(1, ge=1)
     holdout_attack_steps: int = Field(10, ge=1)
     test_attack_steps: int = Field(50, ge=1)
+    track_router_robustness: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        family = "dense" if self.method == "at-dense" else "advmoe"
-        if self.model.family != family:
+        self._check_method()
+        self._check_routing()
+        if self.batch_size < 2 * self.accumulate:
             raise ValueError(
-                f"method {self.method} trains family {family}, not {self.model.family}; "
-                "change method or model.family"
+                f"batch_size={self.batch_size} leaves under two images for each of "
+                f"accumulate={self.accumulate} parts; lower accumulate"
             )
+        if self.method == "sparse" and self.epochs < len(SPARSE_STAGES):
+            raise ValueError(f"method sparse needs at least {len(SPARSE_STAGES)} epochs")
+        if self.method == "sparse" and self.sparse_ratio >= self.model.ratio:
+            raise ValueError(
+                f"sparse_ratio={self.sparse_ratio} is no smaller than model.ratio="
+                f"{self.model.ratio}; there is nothing to prune"
+            )
+        if self.method != "sparse" and self.sparse_density is not None:
+            raise ValueError(f"sparse_density goes with method sparse, not {self.method}")
         return self
+
+    def _check_method(self) -> None:
+        families = FAMILIES[self.method]
+        if self.model.family not in families:
+            raise ValueError(
+                f"method {self.method} trains family {' or '.join(families)}, not "
+                f"{self.model.family}; change method or model.family"
+            )
+        loss = _ONE_LOSS.get(self.method, self.loss)
+        if self.loss != loss:
+            raise ValueError(f"method {self.method} is defined with loss {loss}, not {self.loss}")
+
+    def _check_routing(self) -> None:
+        family, method = self.model.family, self.method
+        asked = {
+            "balance_loss": self.balance_loss is not None,
+            "gate_noise": self.gate_noise > 0,
+            "capacity_factor": self.capacity_factor is not None,
+            "track_router_robustness": self.track_router_robustness,
+        }
+        if family == "dense" and (useless := [name for name, on in asked.items() if on]):
+            raise ValueError(f"{useless[0]} needs routes, and a dense model has none")
+        of_advmoe = {
+            "balanced_start": self.balanced_start,
+            "class_routing_weight": self.class_routing_weight > 0,
+        }
+        if family != "advmoe" and (useless := [name for name, on in of_advmoe.items() if on]):
+            raise ValueError(f"{useless[0]} is for the router of family advmoe, not {family}")
+        learned = {"balance_loss": asked["balance_loss"], **of_advmoe}
+        if method == "advmoe-released" and (useless := [n for n, on in learned.items() if on]):
+            raise ValueError(f"{useless[0]} is no part of method advmoe-released; use advmoe")
+        if method == "experts-only" and (useless := [n for n, on in learned.items() if on]):
+            raise ValueError(f"{useless[0]} needs a router that learns, not method experts-only")
+        factor = self.capacity_factor
+        if factor is not None and factor < 1 and self.capacity_overflow == "reassign":
+            raise ValueError(
+                f"capacity_factor={factor} leaves rows without an expert; use at least 1, or "
+                "capacity_overflow=drop"
+            )
+        gate = self.model.expert_layers.gate if self.model.expert_layers else ""
+        if method == "router-only" and gate.startswith("fixed"):
+            raise ValueError(f"method router-only cannot train gate {gate}, which never learns")
+
+
+# The stages of method ``sparse`` and the share of the epochs that each takes, as HYDRA's 100, 20
+# and 100 epochs (Sehwag et al., NeurIPS 2020).
+SPARSE_STAGES = {"dense": 5 / 11, "scores": 1 / 11, "fine-tune": 5 / 11}
 
 
 def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
     """Return ``config`` with ``key=value`` settings applied and everything validated again.
 
-    A key may be dotted (``model.num_experts=4``); a value is JSON, or a plain word.
+    A key may be dotted (``model.num_experts=4``); a value is JSON, or a plain word. Another
+    ``model.backbone`` brings its own width, unless ``model.width`` is set too.
 
     Raises:
         UsageError: a setting has no ``=``, an unknown key, or a value that makes no sense.
     """
     fields = config.model_dump()
     known = _flat_keys(fields)
+    changed = set()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -100,7 +233,12 @@ def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig
         target = fields
         for part in path:
             target = target[part]
+            if not isinstance(target, dict):
+                raise UsageError(f"{key} has no place once {part} is {target!r}; set {part} whole")
         target[last] = _value(text)
+        changed.add(key)
+    if fields["model"]["backbone"] != config.model.backbone and "model.width" not in changed:
+        fields["model"]["width"] = None
     try:
         return TrainConfig.model_validate(fields)
     except ValidationError as error:

@@ -1,4 +1,8 @@
-"""Accuracy, robust accuracy and use of the experts on one split, shared among the processes."""
+"""Accuracy, robust accuracy and use of the experts on one split, shared among the processes.
+
+Each process draws the random starts of its own share, so that a measurement, unlike training,
+depends on their number.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +13,22 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model, predict
-from advmoe_deploy.models.advmoe import ROUTER, AdvMoE
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
+
+# Choices per expert, by routed layer.
+ExpertLoad = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one split gave. ``expert_load`` counts clean images; empty for a dense model."""
+    """What one split gave. ``expert_load`` counts clean rows; empty for a dense model."""
 
     images: int
     clean_correct: int
     robust_correct: int
-    expert_load: tuple[int, ...]
+    expert_load: ExpertLoad
 
     @property
     def clean_accuracy(self) -> float:
@@ -35,8 +42,8 @@ class Measured:
 
     @property
     def effective_routes(self) -> float | None:
-        """Effective number of experts in use, ``None`` for a dense model."""
-        return effective_routes(self.expert_load) if self.expert_load else None
+        """Effective number of experts in use, of the layer with the fewest; dense: ``None``."""
+        return min(map(effective_routes, self.expert_load.values()), default=None)
 
 
 def effective_routes(expert_load: tuple[int, ...]) -> float:
@@ -58,19 +65,28 @@ def measure(
     """Return what ``model`` reaches on float ``images``; each process attacks its own share."""
     mine = slice(fabric.global_rank, None, fabric.world_size)
     x, y = images[mine], labels[mine]
-    clean = (predict(model, x) == y).sum()
+    clean, loads = _clean(model, x, y)
     found = attack_model(model, x, y, threat, attack, first_only=True)
     robust = (predict(model, found) == y).sum()
-    counts = torch.stack([clean, robust, *_load(model, x)])
+    counts = torch.cat([torch.stack([clean, robust]), *loads])
     summed = fabric.all_reduce(counts, reduce_op="sum")
     assert isinstance(summed, Tensor)
     clean_correct, robust_correct, *load = summed.tolist()
-    return Measured(len(labels), clean_correct, robust_correct, tuple(load))
+    expert_load = {}
+    for rule in model.rules:
+        expert_load[rule.layer] = tuple(load[: rule.num_experts])
+        load = load[rule.num_experts :]
+    return Measured(len(labels), clean_correct, robust_correct, expert_load)
 
 
-def _load(model: Classifier, images: Tensor) -> list[Tensor]:
-    if not isinstance(model, AdvMoE):
-        return []
+def _clean(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return how many clean images are right, and the load of each routed layer."""
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
+    loads = [correct.new_zeros(rule.num_experts) for rule in model.rules]
     with eval_mode(model), torch.no_grad():
-        loads = [model.route(batch)[ROUTER].expert_load_E for batch in torch.split(images, BATCH)]
-    return list(torch.stack(loads).sum(dim=0))
+        for images, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
+            routes = Routes()
+            correct += (model(images, routes).argmax(dim=1) == labels).sum()
+            for rule, load in zip(model.rules, loads, strict=True):
+                load += routes.taken[rule.layer].expert_load_E
+    return correct, loads

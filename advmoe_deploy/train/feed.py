@@ -9,25 +9,34 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from advmoe_deploy.data.augment import augment, to_unit
+from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.draws import Draws
 from advmoe_deploy.train.schedule import epoch_batches, step_generator
 
 
 @dataclass(frozen=True)
-class Batch:
-    """This process's share of one batch: augmented float images in [0, 1] and their labels.
+class Part:
+    """This process's rows of one part of a batch: augmented float images in [0, 1] and labels.
 
-    ``share`` is how much its rows count in the mean over the processes, ``done`` the share of
-    the run that is over, ``rng`` the step's own random numbers, on the CPU.
+    ``weight`` is the part's share of the batch, ``share`` how much the mean over these rows counts
+    in the mean over the processes of the batch.
     """
 
     images: Tensor
     labels: Tensor
+    weight: float
     share: float
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on, in parts; ``done`` is the share of the run that is over."""
+
+    parts: tuple[Part, ...]
     done: float
-    rng: torch.Generator
 
 
 class Feed:
@@ -42,23 +51,29 @@ class Feed:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this process's share of each batch of ``epoch``, counted from 0."""
         config, order = self._config, self._order(epoch)
-        for step, batch in enumerate(order):
-            rng = step_generator(seed=config.seed, epoch=epoch, step=step, rank=self._rank)
-            mine = batch[self._rank :: self._processes]
-            rows = torch.from_numpy(mine).to(self._images.device)
-            images = augment(
-                self._images[rows],
-                crop_padding=config.crop_padding,
-                flip=config.flip,
-                generator=rng,
-            )
+        for step, rows in enumerate(order):
+            rng = step_generator(seed=config.seed, epoch=epoch, step=step)
+            parts = np.array_split(rows, config.accumulate)
             yield Batch(
-                images=to_unit(images),
-                labels=self._labels[rows],
-                share=len(mine) * self._processes / len(batch),
+                parts=tuple(self._part(part, len(part) / len(rows), rng) for part in parts),
                 done=(epoch + step / len(order)) / config.epochs,
-                rng=rng,
             )
+
+    def _part(self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator) -> Part:
+        config, total = self._config, len(rows)
+        mine = slice(self._rank, None, self._processes)
+        own = torch.from_numpy(rows[mine]).to(self._images.device)
+        # Drawn for all images of the part, so that no number depends on who has which.
+        moves = random_moves(
+            total, crop_padding=config.crop_padding, flip=config.flip, generator=rng
+        )
+        return Part(
+            images=to_unit(augment(self._images[own], moves.take(mine))),
+            labels=self._labels[own],
+            weight=weight,
+            share=len(own) * self._processes / total * weight,
+            draws=Draws(rng, total, mine),
+        )
 
     def _order(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         config = self._config

@@ -29,9 +29,11 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
     any, else the CPU.
 
     Raises:
-        BackendUnavailableError: there are fewer accelerators than ``devices``.
+        BackendUnavailableError: there are fewer accelerators than ``devices``, or none for the
+            precision.
         AdvMoEError: what a process raised; a full disk and the like as MachineError.
     """
+    _require_precision(precision)
     if under_torchrun():
         fabric = _fabric("ddp", int(os.environ["LOCAL_WORLD_SIZE"]), precision)
     else:
@@ -51,6 +53,16 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
 def under_torchrun() -> bool:
     """Return whether torchrun has started this process, and the others, already."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def was_restarted() -> bool:
+    """Return whether torchrun has started this process in the place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def process_total(devices: int) -> int:
+    """Return how many processes will share a batch: torchrun's, or ``devices``."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else devices
 
 
 def is_first_process() -> bool:
@@ -88,6 +100,13 @@ def _require_devices(devices: int) -> None:
         raise BackendUnavailableError(
             f"devices={devices}, but this machine has {torch.cuda.device_count()} GPUs; "
             "lower --devices"
+        )
+
+
+def _require_precision(precision: str) -> None:
+    if precision == "16-mixed" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "precision=16-mixed needs a GPU, and here is none; use bf16-mixed or 32-true"
         )
 
 

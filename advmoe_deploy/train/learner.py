@@ -1,31 +1,34 @@
-"""One training step of each method: which examples, which loss, which parameters.
+"""The step that improves a model: for each phase of the method, examples, gradients, weights.
 
-Gradients come from torch.autograd.grad for one group of parameters at a time, are averaged over
-the processes, checked, clipped and applied. BatchNorm statistics are those of each process's own
-share of the batch.
+Gradients come from torch.autograd.grad for the parameters of one phase, are averaged over the
+processes, checked, clipped and applied.
 
-Shapes: N images, K classes.
+Shapes: N images, E experts.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl
+from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.dispatch import frozen_parameters
-from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.feed import Batch
-from advmoe_deploy.train.losses import class_routing_loss, trades
+from advmoe_deploy.train.feed import Batch, Part
+from advmoe_deploy.train.methods import Named, Phase, groups_of, is_router_group, phases_of
+from advmoe_deploy.train.objectives import Free, Scene, ascent_of
+from advmoe_deploy.train.passes import Pass, batch_statistics
+from advmoe_deploy.train.precision import LossScale
+from advmoe_deploy.train.processes import synchronise
+from advmoe_deploy.train.router_terms import adjustment, balance, class_routing
 from advmoe_deploy.train.schedule import lr_factor
+from advmoe_deploy.train.sparse import Pruning
 
-Named = dict[str, nn.Parameter]
+Found = list[Tensor | None]
 
 
 class Learner:
@@ -35,23 +38,25 @@ class Learner:
         self.fabric = fabric
         self.config = config
         self.model = model
-        self.groups = _groups(model)
-        self.optimizers = {
-            name: torch.optim.SGD(
-                group.values(),
-                lr=config.lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-            )
-            for name, group in self.groups.items()
-        }
+        self.scale = LossScale(enabled=config.precision == "16-mixed")
+        if fabric.world_size > 1:
+            synchronise(model)
+        self.pruning = Pruning(config, model) if config.method == "sparse" else None
+        self._set_up()
 
-    def balance_start(self, images_NCHW: Tensor) -> None:
+    def begin_epoch(self, epoch: int) -> bool:
+        """Prepare for ``epoch``, counted from 0; true if what learns is no longer the same."""
+        if self.pruning is None or not self.pruning.begin_epoch(epoch):
+            return False
+        self._set_up()
+        return True
+
+    def balance_start(self, part: Part) -> None:
         """Set the router's last bias so that the experts' mean scores on these images are equal."""
         if isinstance(self.model, AdvMoE):
-            with torch.no_grad(), eval_mode(self.model), _batch_statistics(self.model):
-                mean_E = self.model.score(images_NCHW).mean(dim=0)
-            mean_E = self._mean_over_processes(mean_E)
+            with torch.no_grad(), eval_mode(self.model), batch_statistics(self.model):
+                mean_E = self.model.score(part.images).mean(dim=0)
+            mean_E = self._mean_over_processes(mean_E * (part.share / part.weight))
             self.model.router.fc.bias.data.sub_(mean_E - mean_E.mean())
 
     def step(self, batch: Batch) -> float:
@@ -61,79 +66,143 @@ class Learner:
             DivergedError: the loss or a gradient is not finite; those weights are as before.
         """
         self._set_lr(batch.done)
-        adversarial = self._attack_model(batch)
-        if self.config.method != "advmoe":
-            return self._update(tuple(self.groups), batch, adversarial)
-        self._update(("router",), batch, adversarial)
-        if self.config.attack_per_step:
-            adversarial = self._attack_model(batch)
-        return self._update(("backbone",), batch, adversarial)
+        found: Found = [None] * len(batch.parts)
+        loss = 0.0
+        for _ in range(self.config.free_repeats if self.config.loss == "free" else 1):
+            for phase in self.phases:
+                loss = self._update(phase, batch, found)
+        return loss
+
+    def _set_up(self) -> None:
+        model, config = self.model, self.config
+        self.groups: dict[str, Named] = groups_of(model)
+        self.phases: tuple[Phase, ...] = phases_of(config, model)
+        if self.pruning is not None:
+            self.groups, self.phases = self.pruning.taking_part(self.groups, self.phases)
+        self.optimizers = {
+            name: torch.optim.SGD(
+                self.groups[name].values(),
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+            )
+            for phase in self.phases
+            for name in phase.groups
+        }
 
     def _set_lr(self, done: float) -> None:
-        factor = lr_factor(self.config.schedule, done)
+        peak = 1.0
+        if self.pruning is not None:
+            done, peak = self.pruning.pace(done)
+        factor = lr_factor(self.config.schedule, done) * peak
         for name, optimizer in self.optimizers.items():
-            peak = self.config.router_lr if name == "router" else self.config.lr
-            optimizer.param_groups[0]["lr"] = peak * factor
+            lr = self.config.router_lr if is_router_group(name) else self.config.lr
+            optimizer.param_groups[0]["lr"] = lr * factor
 
-    def _attack_model(self, batch: Batch) -> Tensor:
-        through_router = self.config.attack_target == "straight-through"
-        return self._attack(batch, lambda x: self._forward(x, through_router=through_router))
+    def _update(self, phase: Phase, batch: Batch, found: Found) -> float:
+        """Take the step of one phase and return its loss; ``found`` examples are kept for others.
 
-    def _attack(self, batch: Batch, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the images that change most what ``forward`` gives, as TRADES wants them."""
-        mode = eval_mode if self.config.attack_in_eval_mode else _batch_statistics
-        with mode(self.model), frozen_parameters(self.model):
-            return pgd_kl(
-                forward,
-                batch.images,
-                threat=self.config.threat,
-                steps=self.config.attack_steps,
-                step_size=self.config.attack_step_size,
-                noise=self.config.attack_noise,
-                generator=batch.rng,
-            )
-
-    def _update(self, names: tuple[str, ...], batch: Batch, adversarial: Tensor) -> float:
+        In float16 a gradient that overflows is no error: the step is left out.
+        """
         named: Named = {}
-        for name in names:
+        for name in phase.groups:
             named |= self.groups[name]
-        loss = self._loss(names, batch, adversarial) * batch.share
-        gradients = torch.autograd.grad(loss, list(named.values()))
-        total, gradients = self._averaged(loss.detach(), gradients)
-        self._require_finite(total, named, gradients, " and ".join(names))
-        for parameter, gradient in zip(named.values(), gradients, strict=True):
-            parameter.grad = gradient
-        if "router" in names:
-            nn.utils.clip_grad_norm_(self.groups["router"].values(), self.config.router_grad_clip)
-        for name in names:
+        total, gradients = self._gradients(phase, named, batch, found)
+        total, gradients = self._averaged(total, gradients)
+        if not self._finite(total, named, gradients, phase.name):
+            return float(total)
+        for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
+            parameter.grad = gradient if self.pruning is None else self.pruning.kept(name, gradient)
+        for name in phase.groups:
+            if is_router_group(name):
+                clip = self.config.router_grad_clip
+                nn.utils.clip_grad_norm_(self.groups[name].values(), clip)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         return float(total)
 
-    def _loss(self, names: tuple[str, ...], batch: Batch, adversarial: Tensor) -> Tensor:
-        # One pass over both halves: BatchNorm trains on the mixture that it will meet.
-        through_router = "router" in names
-        both = torch.cat([batch.images, adversarial])
-        logits = self._forward(both, through_router=through_router)
-        clean_NK, adversarial_NK = logits.chunk(2)
-        loss = trades(clean_NK, adversarial_NK, batch.labels, self.config.beta)
-        if through_router and self.config.class_routing_weight:
-            loss = loss + self.config.class_routing_weight * self._class_routing(batch)
+    def _gradients(
+        self, phase: Phase, named: Named, batch: Batch, found: Found
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return loss and gradients on this process's rows of all parts."""
+        total: Tensor | None = None
+        sums: tuple[Tensor, ...] = ()
+        for index, part in enumerate(batch.parts):
+            scene = self._scene(phase, part)
+            examples = found[index]
+            if examples is None or (phase.finds and not isinstance(phase.objective, Free)):
+                examples = self._find(phase, scene)
+            loss, gradients, found[index] = self._differentiate(phase, scene, examples, named)
+            total = loss if total is None else total + loss
+            sums = tuple(a + b for a, b in zip(sums, gradients, strict=True)) if sums else gradients
+        assert total is not None
+        return total, sums
+
+    def _differentiate(
+        self, phase: Phase, scene: Scene, examples: Tensor, named: Named
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Return loss, gradients, and the examples: free training moves them by its gradient."""
+        objective, scale = phase.objective, self.scale.factor
+        inputs: list[Tensor] = list(named.values())
+        if isinstance(objective, Free):
+            examples = examples.detach().requires_grad_(True)
+            inputs.append(examples)
+        loss = self._loss(phase, scene, examples)
+        # An expert without rows has no part in the loss, and a gradient of zero.
+        gradients = torch.autograd.grad(
+            loss * scale if scale != 1 else loss, inputs, allow_unused=True, materialize_grads=True
+        )
+        if scale != 1:
+            gradients = tuple(gradient / scale for gradient in gradients)
+        if isinstance(objective, Free):
+            *gradients_of_weights, of_examples = gradients
+            examples = objective.moved(examples, of_examples, scene.part.images)
+            gradients = tuple(gradients_of_weights)
+        return loss.detach(), gradients, examples
+
+    def _loss(self, phase: Phase, scene: Scene, examples: Tensor) -> Tensor:
+        config, part = self.config, scene.part
+        loss = phase.objective.loss(scene, examples) * part.share
+        if not phase.routes_learn:
+            return loss
+        if config.balance_loss is not None:
+            term = balance(config.balance_loss, scene.trained.taken)
+            loss = loss + config.balance_weight * part.weight * term
+        if config.class_routing_weight:
+            model = scene.model
+            assert isinstance(model, AdvMoE)
+            with self._attack_mode(), frozen_parameters(self.model):
+                attacked = ascent_of(config).on_divergence(model.score, part)
+            term = class_routing(model, part, attacked)
+            loss = loss + config.class_routing_weight * part.weight * term
         return loss
 
-    def _class_routing(self, batch: Batch) -> Tensor:
-        """Return the class routing loss over the clean images and over those that attack it."""
-        model = self.model
-        assert isinstance(model, AdvMoE)
-        attacked = self._attack(batch, model.score)
-        scores_2NE = model.score(torch.cat([batch.images, attacked]))
-        return class_routing_loss(scores_2NE, batch.labels.repeat(2), model.spec.num_classes)
+    def _scene(self, phase: Phase, part: Part) -> Scene:
+        autocast = self.fabric.autocast
+        call = phase.call if self.pruning is None else self.pruning.call
+        return Scene(
+            model=phase.model,
+            part=part,
+            attacked=Pass(
+                phase.model if self.pruning is None else self.pruning.call,
+                surrogate=phase.attack_surrogate,
+                autocast=autocast,
+            ),
+            trained=Pass(
+                call,
+                surrogate=phase.surrogate,
+                adjust=adjustment(self.config, part),
+                autocast=autocast,
+            ),
+        )
 
-    def _forward(self, x: Tensor, *, through_router: bool) -> Tensor:
-        """Return float32 logits; the router never runs in reduced precision."""
-        routes = Routes(surrogate="probability" if through_router else None)
-        with self.fabric.autocast():
-            return self.model(x, routes).float()  # type: ignore[no-any-return]
+    def _find(self, phase: Phase, scene: Scene) -> Tensor:
+        with self._attack_mode(), frozen_parameters(self.model):
+            return phase.objective.find(scene)
+
+    def _attack_mode(self) -> AbstractContextManager[None]:
+        mode = eval_mode if self.config.attack_in_eval_mode else batch_statistics
+        return mode(self.model)
 
     def _averaged(
         self, loss: Tensor, gradients: tuple[Tensor, ...]
@@ -151,38 +220,19 @@ class Learner:
         assert isinstance(mean, Tensor)
         return mean
 
-    def _require_finite(
+    def _finite(
         self, loss: Tensor, named: Named, gradients: tuple[Tensor, ...], what: str
-    ) -> None:
+    ) -> bool:
+        """Return whether the step can be taken; if it never can, raise DivergedError."""
         norm = nn.utils.get_total_norm(gradients)
         if bool(torch.isfinite(loss + norm)):
-            return
+            self.scale.fitted()
+            return True
         bad = "the loss"
         if bool(torch.isfinite(loss)):
+            if self.scale.overflowed():
+                return False
             pairs = zip(named, gradients, strict=True)
             odd = [name for name, gradient in pairs if not torch.isfinite(gradient).all()]
             bad = f"the gradient of {odd[0]}" if odd else "the norm of the gradients"
         raise DivergedError(f"{bad} is not finite in the {what} step")
-
-
-def _groups(model: Classifier) -> dict[str, Named]:
-    """Return the parameters by name: those of the router, and everything else."""
-    groups: dict[str, Named] = {}
-    for name, parameter in model.named_parameters():
-        group = "router" if name.startswith("router.") else "backbone"
-        groups.setdefault(group, {})[name] = parameter
-    return groups
-
-
-@contextmanager
-def _batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use the batch's statistics for the block, and learn nothing from it."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [(m, m.training, m.track_running_stats) for m in norms]
-    for m in norms:
-        m.training, m.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for m, training, tracked in before:
-            m.training, m.track_running_stats = training, tracked

@@ -2,9 +2,11 @@
 
 Each epoch's order and each step's random numbers follow from (seed, epoch, step) alone, so a run
 that was killed goes on, from weights, optimizers and counters, to the same weights bit for bit on
-the same machine with as many threads and processes.
+the same machine with as many threads and processes; with more or fewer, to the same but for
+rounding.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,12 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.launch import is_first_process, launch
+from advmoe_deploy.train.launch import (
+    is_first_process,
+    launch,
+    process_total,
+    was_restarted,
+)
 from advmoe_deploy.train.report import TrainReport
 from advmoe_deploy.train.run_folder import RunFolder, open_run
 from advmoe_deploy.train.session import Session
@@ -37,8 +44,8 @@ def train(
     """Train into the folder ``out`` and return what the selected model reaches on the test set.
 
     ``out`` must be new, empty, or with ``overwrite`` an older run; ``resume`` goes on with the
-    run there. ``devices`` processes share each batch; BatchNorm statistics are per process, so
-    their number is part of what a run gives.
+    run there, and so does a process that torchrun restarts. ``devices`` processes share each
+    batch, BatchNorm statistics included, and train what one would, but for rounding.
 
     Raises:
         UsageError: the folder is in the way, another configuration trained it, or the data do
@@ -47,10 +54,11 @@ def train(
         DivergedError: a loss, gradient or weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
-    _require_fit(config, data, devices)
+    _require_fit(config, data, process_total(devices))
     config = config.model_copy(update={"data": data.source})
     folder = RunFolder(out)
     if is_first_process():
+        resume = resume or (was_restarted() and folder.was_begun())
         folder = open_run(out, config, resume=resume, overwrite=overwrite)
     work = partial(_work, config=config, data=data, folder=folder)
     return launch(work, devices=devices, precision=config.precision, progress=progress)
@@ -63,7 +71,7 @@ def _work(
     return session.finish(session.train())
 
 
-def _require_fit(config: TrainConfig, data: Dataset, devices: int) -> None:
+def _require_fit(config: TrainConfig, data: Dataset, processes: int) -> None:
     model = config.model
     if model.image_shape != data.image_shape:
         raise UsageError(
@@ -75,5 +83,9 @@ def _require_fit(config: TrainConfig, data: Dataset, devices: int) -> None:
             f"{data.source} has {len(data.class_names)} classes, not {model.num_classes}; "
             f"set model.num_classes={len(data.class_names)}"
         )
-    if config.batch_size < 2 * devices:
-        raise UsageError(f"batch_size={config.batch_size} is under two images for each process")
+    parts = config.accumulate * math.ceil(len(data.train) / config.batch_size)
+    if len(data.train) // parts < 2 * processes:
+        raise UsageError(
+            f"batch_size={config.batch_size} leaves under two images for each of {processes} "
+            f"processes, with accumulate={config.accumulate} and {len(data.train)} images in all"
+        )

@@ -4,12 +4,16 @@ import platform
 from importlib import metadata
 
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
-from advmoe_deploy.train.config import Method
+from advmoe_deploy.train.config import Loss, Method
 
 
 class EpochRecord(Frozen):
     """One line of metrics.jsonl. Accuracies are those of the hold-out, ``None`` if not measured.
 
+    ``expert_load`` counts the choices of each routed layer, ``effective_routes`` is that of the
+    layer with the fewest. ``density`` and ``nonzero_macs`` are of method ``sparse``, the
+    ``router_flips`` of ``track_router_robustness``
+    (:mod:`~advmoe_deploy.train.router_robustness`).
     ``seconds`` is the time since the run began, interruptions left out.
     """
 
@@ -18,7 +22,12 @@ class EpochRecord(Frozen):
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
     effective_routes: float | None = None
-    expert_load: tuple[int, ...] = ()
+    expert_load: dict[str, tuple[int, ...]] = {}
+    density: float | None = None
+    nonzero_macs: int | None = None
+    router_flips_before: float | None = None
+    router_flips_experts_moved: float | None = None
+    router_flips_after: float | None = None
     seconds: float
 
     def measured(self) -> dict[str, float]:
@@ -35,13 +44,15 @@ class TrainReport(Frozen):
     """What a run reached: accuracies are shares of the ``images`` of the test set.
 
     ``robust_accuracy`` is that under ``attack`` at ``threat``, on the model as it runs. The
-    weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes`` is
-    ``None`` for a dense model.
+    weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes``, of the
+    routed layer with the fewest, is ``None`` for a dense model; ``density`` and ``nonzero_macs``
+    are of method ``sparse``.
     """
 
     run: str
     recipe: str
     method: Method
+    loss: Loss
     data: str
     epochs: int
     selected_epoch: int
@@ -52,7 +63,9 @@ class TrainReport(Frozen):
     epsilon: float
     attack: AttackSpec
     effective_routes: float | None
-    expert_load: tuple[int, ...]
+    expert_load: dict[str, tuple[int, ...]]
+    density: float | None = None
+    nonzero_macs: int | None = None
     seed: int
     seconds: float
     device: str

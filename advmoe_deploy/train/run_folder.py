@@ -22,7 +22,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, UsageError
-from advmoe_deploy.files import sha256_of, staged_directory, write_atomically
+from advmoe_deploy.files import (
+    remove_abandoned,
+    sha256_of,
+    staged_directory,
+    write_atomically,
+)
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import Frozen, one_line
@@ -41,25 +46,47 @@ _KEPT = 2
 
 
 class RunState(Frozen):
-    """Where a run stands after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out."""
+    """Where a run stands after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out.
+
+    ``best_epoch`` is 0 as long as no epoch could be the result. ``processes`` and ``threads`` of
+    the last epoch decide how sums are rounded.
+    """
 
     epoch: int
     best_epoch: int
     history: tuple[EpochRecord, ...]
     seconds: float
+    processes: int = 1
+    threads: int = 1
     resume_sha256: str = ""
 
-    def after(self, record: EpochRecord, seconds: float) -> "RunState":
+    def after(
+        self,
+        record: EpochRecord,
+        seconds: float,
+        *,
+        selectable: bool = True,
+        processes: int = 1,
+        threads: int = 1,
+    ) -> "RunState":
         """Return the state one epoch later; the better of two epochs is the more robust one.
 
-        Clean accuracy decides between equals, and of equals in both the later one is kept.
+        Clean accuracy decides between equals, and of equals in both the later one is kept. One
+        that is not ``selectable`` is never the best.
         """
         history = (*self.history, record)
         best = self.best_epoch
-        measured = record.robust_accuracy is not None
+        measured = selectable and record.robust_accuracy is not None
         if measured and (not best or _merit(record) >= _merit(self.history[best - 1])):
             best = record.epoch
-        return RunState(epoch=record.epoch, best_epoch=best, history=history, seconds=seconds)
+        return RunState(
+            epoch=record.epoch,
+            best_epoch=best,
+            history=history,
+            seconds=seconds,
+            processes=processes,
+            threads=threads,
+        )
 
 
 class RunFolder:
@@ -69,6 +96,10 @@ class RunFolder:
         self.path = path
         self.tensorboard = path / "tensorboard"
         self._checkpoints = path / CHECKPOINTS
+
+    def was_begun(self) -> bool:
+        """Return whether the configuration of a run is there."""
+        return (self.path / CONFIG).is_file()
 
     def checkpoint(self, epoch: int) -> Path:
         """Return where the checkpoint of this epoch, counted from 1, lies."""
@@ -132,12 +163,14 @@ class RunFolder:
 
 
 def open_run(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> RunFolder:
-    """Return the folder of a new run, or of one to go on with.
+    """Return the folder of a new run, or of one to go on with, rid of what a kill left behind.
 
     Raises:
         UsageError: the folder is in the way, is no run, or was trained by another configuration.
         CheckpointError: its configuration cannot be read.
     """
+    for directory in (path, path / CHECKPOINTS):
+        remove_abandoned(directory)
     occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if resume:
         if not occupied:
@@ -156,6 +189,12 @@ def _merit(record: EpochRecord) -> tuple[float, float]:
 
 
 def _make_room(path: Path, *, overwrite: bool) -> None:
+    killed_at_once = path.is_dir() and all(
+        entry.name.startswith(f".{CONFIG}.partial-") for entry in path.iterdir()
+    )
+    if killed_at_once and overwrite:  # by another host: remove_abandoned knows those of this one
+        shutil.rmtree(path)
+        return
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path} exists and is no run; choose another --out")
     if not overwrite:

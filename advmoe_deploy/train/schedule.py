@@ -30,9 +30,9 @@ def epoch_batches(
     return np.array_split(order, max(1, math.ceil(images / batch_size)))
 
 
-def step_generator(*, seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """Return the CPU generator of one step of one process, known from its place alone."""
-    state = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)
+def step_generator(*, seed: int, epoch: int, step: int) -> torch.Generator:
+    """Return the CPU generator of one step, known from its place alone."""
+    state = np.random.SeedSequence([seed, epoch, step, 0]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 

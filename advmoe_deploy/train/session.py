@@ -1,8 +1,10 @@
 """One process's view of a run: epochs, checkpoints, the test at the end."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
 
+import torch
 from lightning_fabric import Fabric
 
 from advmoe_deploy.data.augment import to_unit
@@ -17,7 +19,14 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.evaluate import Measured, measure
 from advmoe_deploy.train.feed import Feed, on_device
 from advmoe_deploy.train.report import EpochRecord, TrainReport, versions
+from advmoe_deploy.train.router_robustness import (
+    IMAGES,
+    FlipProbe,
+    router_state,
+    with_router,
+)
 from advmoe_deploy.train.run_folder import RunFolder, RunState
+from advmoe_deploy.train.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.weights import TrainedWeights, place
 
 
@@ -61,10 +70,11 @@ class Session:
         _, model = load_checkpoint(self.folder.checkpoint(state.best_epoch))
         attack = AttackSpec(name="pgd", steps=self.config.test_attack_steps, seed=self.config.seed)
         with task(self.progress, "test", 1):
-            measured = self._measure(place(self.fabric, model), self.data.test, attack)
+            placed = place(self.fabric, model, channels_last=self.config.channels_last)
+            measured = self._measure(placed, self.data.test, attack)
             self.progress.advance("test", robust_accuracy=measured.robust_accuracy)
         seconds = state.seconds + perf_counter() - began
-        report = self._report(measured, attack, state, seconds)
+        report = self._report(measured, attack, state, seconds, _cost(self.config, model))
         if self.fabric.is_global_zero:
             self.folder.publish(state.best_epoch)
             self.folder.write_report(report)
@@ -74,26 +84,42 @@ class Session:
         loaded = self.folder.load()
         if loaded is None:
             if self.config.balanced_start:
-                self.weights.learner.balance_start(next(self.feed.epoch(0)).images)
+                self.weights.balance_start(next(self.feed.epoch(0)))
             return RunState(epoch=0, best_epoch=0, history=(), seconds=0)
         state, model, tensors = loaded
-        self.weights.restore(model, tensors)
+        self.weights.restore(state.epoch - 1, model, tensors)
         if self.fabric.is_global_zero:
             self.folder.write_metrics(state.history)
         self.progress.note(f"going on after epoch {state.epoch}")
+        if state.processes != self.fabric.world_size or state.threads != torch.get_num_threads():
+            self.progress.note(
+                f"so far with processes={state.processes} and threads={state.threads}, now "
+                f"{self.fabric.world_size} and {torch.get_num_threads()}: the weights will be the "
+                "same but for rounding, not bit for bit"
+            )
         return state
 
     def _epoch(self, before: RunState) -> RunState:
         began = perf_counter()
-        epoch = before.epoch + 1
-        record = EpochRecord(epoch=epoch, loss=self._steps(before), seconds=0)
-        if epoch == self.config.epochs or epoch % self.config.evaluate_every == 0:
-            attack = AttackSpec(name="pgd", steps=self.config.holdout_attack_steps)
-            measured = self._measure(self.weights.evaluated, self.data.holdout, attack)
-            record = _with(record, measured)
+        epoch, config = before.epoch + 1, self.config
+        evaluates = epoch == config.epochs or epoch % config.evaluate_every == 0
+        self.weights.begin_epoch(before.epoch)
+        flips = self._router_flips() if evaluates and config.track_router_robustness else None
+        found: dict[str, object] = {"epoch": epoch, "loss": self._steps(before)}
+        if evaluates:
+            attack = AttackSpec(name="pgd", steps=config.holdout_attack_steps)
+            model = self.weights.evaluated
+            found |= _fields(self._measure(model, self.data.holdout, attack))
+            found |= _cost(config, model) | (flips() if flips else {})
         seconds = before.seconds + perf_counter() - began
-        record = record.model_copy(update={"seconds": round(seconds, 3)})
-        state = before.after(record, seconds)
+        record = EpochRecord.model_validate({**found, "seconds": round(seconds, 3)})
+        state = before.after(
+            record,
+            seconds,
+            selectable=is_selectable(config, before.epoch),
+            processes=self.fabric.world_size,
+            threads=torch.get_num_threads(),
+        )
         if self.fabric.is_global_zero:
             self._save(state)
         self.progress.advance("train", 0, epoch=epoch, **record.scalars())
@@ -106,7 +132,6 @@ class Session:
             for batch in self.feed.epoch(before.epoch):
                 losses.append(self.weights.step(batch))
                 self.progress.advance("train", loss=losses[-1])
-            self.weights.end_epoch()
         except DivergedError as error:
             kept = f"the last good checkpoint is {self.folder.checkpoint(before.epoch)}"
             if not before.epoch:
@@ -116,6 +141,32 @@ class Session:
                 "train again with a lower lr and router_lr"
             ) from None
         return sum(losses) / len(losses)
+
+    def _router_flips(self) -> Callable[[], dict[str, float]]:
+        """Count flips now and return what counts them again once the epoch is over."""
+        images, labels = on_device(self.fabric, self.data.holdout)
+        probe = FlipProbe(
+            self.fabric,
+            to_unit(images[:IMAGES]),
+            labels[:IMAGES],
+            self.config.threat,
+            AttackSpec(
+                name="pgd", target="straight-through", steps=self.config.holdout_attack_steps
+            ),
+        )
+        model = self.weights.learner.model
+        before, router = probe.flips(model), router_state(model)
+
+        def again() -> dict[str, float]:
+            with with_router(model, router):
+                moved = probe.flips(model)
+            return {
+                "router_flips_before": before,
+                "router_flips_experts_moved": moved,
+                "router_flips_after": probe.flips(model),
+            }
+
+        return again
 
     def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
         images, labels = on_device(self.fabric, split)
@@ -134,29 +185,34 @@ class Session:
                 "seed": self.config.seed,
                 "epoch": state.epoch,
                 "versions": versions(),
+                **_cost(self.config, self.weights.evaluated),
             },
         )
         self.folder.save(state, checkpoint, self.weights.evaluated, self.weights.resume_tensors())
 
     def _report(
-        self, measured: Measured, attack: AttackSpec, state: RunState, seconds: float
+        self,
+        measured: Measured,
+        attack: AttackSpec,
+        state: RunState,
+        seconds: float,
+        cost: dict[str, object],
     ) -> TrainReport:
         config = self.config
         return TrainReport(
+            **cost,
             run=str(self.folder.path),
             recipe=config.name,
             method=config.method,
+            loss=config.loss,
             data=self.data.source,
             epochs=config.epochs,
             selected_epoch=state.best_epoch,
             images=measured.images,
-            clean_accuracy=measured.clean_accuracy,
-            robust_accuracy=measured.robust_accuracy,
+            **_fields(measured),
             threat=config.threat,
             epsilon=config.threat.epsilon,
             attack=attack,
-            effective_routes=measured.effective_routes,
-            expert_load=measured.expert_load,
             seed=config.seed,
             seconds=round(seconds, 3),
             device=self.fabric.device.type,
@@ -165,12 +221,18 @@ class Session:
         )
 
 
-def _with(record: EpochRecord, measured: Measured) -> EpochRecord:
-    return record.model_copy(
-        update={
-            "clean_accuracy": measured.clean_accuracy,
-            "robust_accuracy": measured.robust_accuracy,
-            "effective_routes": measured.effective_routes,
-            "expert_load": measured.expert_load,
-        }
-    )
+def _fields(measured: Measured) -> dict[str, object]:
+    return {
+        "clean_accuracy": measured.clean_accuracy,
+        "robust_accuracy": measured.robust_accuracy,
+        "effective_routes": measured.effective_routes,
+        "expert_load": measured.expert_load,
+    }
+
+
+def _cost(config: TrainConfig, model: Classifier) -> dict[str, object]:
+    """Return what is left of a pruned network."""
+    if config.method != "sparse":
+        return {}
+    macs, density = nonzero_macs(model)
+    return {"nonzero_macs": macs, "density": density}

@@ -26,14 +26,26 @@ class TrainedWeights:
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = place(fabric, build_model(config.model))
+            model = place(fabric, build_model(config.model), channels_last=config.channels_last)
         self.learner = Learner(fabric, config, model.train())
-        self.average = copy.deepcopy(model) if config.ema_decay else None
+        self.average: Classifier | None = None
+        self._restart_average()
 
     @property
     def evaluated(self) -> Classifier:
         """The model that is measured and kept."""
-        return self.average or self.learner.model
+        pruned = self.learner.pruning.evaluated() if self.learner.pruning else None
+        return pruned or self.average or self.learner.model
+
+    def balance_start(self, batch: Batch) -> None:
+        """Balance the router on the first images of the run."""
+        self.learner.balance_start(batch.parts[0])
+        self._restart_average()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for ``epoch``, counted from 0."""
+        if self.learner.begin_epoch(epoch):
+            self._restart_average()
 
     def step(self, batch: Batch) -> float:
         """Train on one batch and return its loss.
@@ -47,12 +59,6 @@ class TrainedWeights:
             self._blend(self.average, 1 - (self.config.ema_decay or 0))
         return loss
 
-    def end_epoch(self) -> None:
-        """Give all processes the same buffers."""
-        for model in (self.learner.model, self.average):
-            if model is not None:
-                self._average_buffers(model)
-
     def resume_tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs besides the evaluated weights, on the CPU."""
         tensors = {}
@@ -60,19 +66,26 @@ class TrainedWeights:
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
                 tensors[f"{_MOMENTUM}{name}"] = buffer.cpu().contiguous()
-        if self.average is not None:
+        if self._keeps_raw:
             state = state_of(self.learner.model)
             tensors |= {f"{_RAW}{name}": tensor for name, tensor in state.items()}
-        return tensors
+        if self.learner.pruning is not None:
+            pruning = self.learner.pruning.tensors()
+            tensors |= {name: t.cpu().contiguous() for name, t in pruning.items()}
+        return tensors | self.learner.scale.tensors()
 
-    def restore(self, evaluated: Classifier, tensors: dict[str, Tensor]) -> None:
-        """Take up the weights and the optimizers of a checkpoint."""
+    def restore(self, epoch: int, evaluated: Classifier, tensors: dict[str, Tensor]) -> None:
+        """Take up the weights and the optimizers of the checkpoint after ``epoch``, from 0."""
+        self.learner.begin_epoch(epoch)
         state = evaluated.state_dict()
         if self.average is not None:
             self.average.load_state_dict(state)
-            raw = {k.removeprefix(_RAW): t for k, t in tensors.items() if k.startswith(_RAW)}
-            state = raw
+        if self._keeps_raw:
+            state = {k.removeprefix(_RAW): t for k, t in tensors.items() if k.startswith(_RAW)}
         self.learner.model.load_state_dict(state)
+        self.learner.scale.restore(tensors)
+        if self.learner.pruning is not None:
+            self.learner.pruning.restore(tensors)
         for name, parameter, optimizer in self._optimized():
             buffer = tensors.get(f"{_MOMENTUM}{name}")
             if buffer is not None:
@@ -83,10 +96,19 @@ class TrainedWeights:
     def _optimized(self) -> list[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         learner = self.learner
         return [
-            (name, parameter, learner.optimizers[group])
-            for group, named in learner.groups.items()
-            for name, parameter in named.items()
+            (name, parameter, optimizer)
+            for group, optimizer in learner.optimizers.items()
+            for name, parameter in learner.groups[group].items()
         ]
+
+    @property
+    def _keeps_raw(self) -> bool:
+        """Whether the model that learns is not the one that is evaluated."""
+        return self.average is not None or self.learner.pruning is not None
+
+    def _restart_average(self) -> None:
+        if self.config.ema_decay:
+            self.average = copy.deepcopy(self.learner.model)
 
     @torch.no_grad()
     def _blend(self, average: Classifier, weight: float) -> None:
@@ -97,19 +119,11 @@ class TrainedWeights:
             else:
                 tensor.copy_(theirs[name])
 
-    def _average_buffers(self, model: Classifier) -> None:
-        if self.fabric.world_size == 1:
-            return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                mean = self.fabric.all_reduce(buffer, reduce_op="mean")
-                assert isinstance(mean, Tensor)
-                buffer.copy_(mean)
 
-
-def place(fabric: Fabric, model: Classifier) -> Classifier:
-    """Return ``model`` on the device of ``fabric``, in the memory layout its kernels like best."""
-    return model.to(device=fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+def place(fabric: Fabric, model: Classifier, *, channels_last: bool) -> Classifier:
+    """Return ``model`` on the device of ``fabric``, in the memory layout asked for."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def _require_finite(model: nn.Module) -> None:

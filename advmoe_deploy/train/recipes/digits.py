@@ -1,16 +1,10 @@
-"""Recipes: each a function that returns one typed configuration, and says what it reaches."""
+"""Recipes on the embedded digits: minutes of one CPU core each."""
 
-from collections.abc import Callable
-
-from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.specs import ModelSpec, ThreatModel
-from advmoe_deploy.train.config import TrainConfig, apply_overrides
-
-__all__ = ["RECIPES", "apply_overrides", "recipe"]
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.recipes.base import variant, without_router
 
 DIGITS_EPSILON = 0.1
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 def digits_advmoe() -> TrainConfig:
@@ -45,12 +39,12 @@ def digits_advmoe() -> TrainConfig:
     )
 
 
-def digits_at_moe() -> TrainConfig:
+def digits_joint() -> TrainConfig:
     """Return the papers' AT MoE baseline on the digits: router and experts in one joint step.
 
     The router's own terms are those of :func:`digits_advmoe`, so that only the alternation differs.
     """
-    return _variant(digits_advmoe(), name="digits-at-moe", method="at-moe")
+    return variant(digits_advmoe(), name="digits-joint", method="joint")
 
 
 def digits_dense() -> TrainConfig:
@@ -60,7 +54,7 @@ def digits_dense() -> TrainConfig:
     images) in a minute and a half of one CPU core.
     """
     base = digits_advmoe()
-    return _variant(base, name="digits-dense", method="at-dense", model=base.model.dense())
+    return without_router(base, name="digits-dense", model=base.model.dense())
 
 
 def digits_s_dense() -> TrainConfig:
@@ -70,43 +64,7 @@ def digits_s_dense() -> TrainConfig:
     images) in 40 seconds of one CPU core: on images this easy, as much as the MoE.
     """
     base = digits_advmoe()
-    return _variant(base, name="digits-s-dense", method="at-dense", model=base.model.s_dense())
-
-
-def cifar10_advmoe() -> TrainConfig:
-    """Return AdvMoE, ResNet-18 with two experts of half width, with the paper's hyper-parameters.
-
-    Zhang et al. (ICCV 2023, arXiv 2308.10110) report 51.83 % against PGD-50 and 80.15 % clean,
-    means of three runs of their code; this recipe itself has not been trained to its end here, so
-    neither its accuracy nor its cost is known. 100 epochs need a GPU.
-    """
-    return TrainConfig(
-        name="cifar10-advmoe",
-        data="cifar10",
-        model=ModelSpec(
-            family="advmoe", num_experts=2, ratio=0.5, mean=CIFAR10_MEAN, std=CIFAR10_STD
-        ),
-        threat=ThreatModel(epsilon=8 / 255),
-        method="advmoe",
-        crop_padding=4,
-        flip=True,
-    )
-
-
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "digits-advmoe": digits_advmoe,
-    "digits-at-moe": digits_at_moe,
-    "digits-dense": digits_dense,
-    "digits-s-dense": digits_s_dense,
-    "cifar10-advmoe": cifar10_advmoe,
-}
-
-
-def recipe(name: str) -> TrainConfig:
-    """Return the recipe of this name; an unknown one is a UsageError that offers the nearest."""
-    if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name]()
+    return without_router(base, name="digits-s-dense", model=base.model.s_dense())
 
 
 def _digits_model() -> ModelSpec:
@@ -123,5 +81,4 @@ def _digits_model() -> ModelSpec:
     )
 
 
-def _variant(base: TrainConfig, **changes: object) -> TrainConfig:
-    return TrainConfig.model_validate({**base.model_dump(), **changes})
+RECIPES = (digits_advmoe, digits_joint, digits_dense, digits_s_dense)

@@ -1,0 +1,153 @@
+"""Methods: which parameters learn in which step, one after the other on each batch.
+
+advmoe              a router step, then an expert step, both on the model's loss
+advmoe-released     the same with the released code's loss for the router
+router-only         the router's parameters, experts as they were initialised
+experts-only        the experts' parameters, router as it was initialised
+joint               all parameters in one step: AT dense, AT S-Dense, AT MoE, Robust Experts, V-MoE
+sparse              dense, then which weights to keep, then those: see sparse.py
+rt-er               all parameters of expert networks
+jtdmoe              the robust mixture, then the standard one behind the robust one
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from advmoe_deploy.models.base import Classifier, is_router_parameter
+from advmoe_deploy.models.dual import ROBUST, STANDARD, DualModel
+from advmoe_deploy.models.routing import Surrogate
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.expert_losses import standard_phase_logits
+from advmoe_deploy.train.expert_objectives import EveryExpert, SecondExpert
+from advmoe_deploy.train.objectives import Objective, Standard, ascent_of, objective_of
+from advmoe_deploy.train.passes import Call
+from advmoe_deploy.train.released import LabelParity
+
+Named = dict[str, nn.Parameter]
+ROUTER, EXPERTS, SCORES = "router", "experts", "scores"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One step: which groups of parameters it moves, and what it minimises.
+
+    ``model`` is the classifier that is attacked and trained, all or a part of the run's model;
+    ``call`` runs it in the loss. ``surrogate`` is that of the loss, ``attack_surrogate`` that of
+    the attack. ``finds`` says whether the step finds its own examples or takes those of the phase
+    before. ``routes_learn`` adds the terms for routers.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    objective: Objective
+    model: Classifier
+    call: Call
+    surrogate: Surrogate | None
+    attack_surrogate: Surrogate | None
+    finds: bool = True
+    routes_learn: bool = False
+
+
+def is_router_group(group: str) -> bool:
+    """Return whether the parameters of ``group`` are those of routers."""
+    return group.endswith(ROUTER)
+
+
+def groups_of(model: Classifier) -> dict[str, Named]:
+    """Return the parameters that learn, by group and by name.
+
+    Groups are ``router`` and ``experts``, the latter everything else; of a dual model those of
+    each mixture, such as ``robust.router``.
+    """
+    groups: dict[str, Named] = {}
+    for name, parameter in model.named_parameters():
+        group = ROUTER if is_router_parameter(name) else EXPERTS
+        if isinstance(model, DualModel):
+            group = f"{name.partition('.')[0]}.{group}"
+        groups.setdefault(group, {})[name] = parameter
+    return groups
+
+
+def phases_of(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
+    """Return the steps of ``config.method`` on each batch; of ``sparse``, those of its weights."""
+    groups = tuple(groups_of(model))
+    whole = partial(_phase, config, model, objective_of(config))
+    match config.method:
+        case "advmoe":
+            router = whole(ROUTER, (ROUTER,))
+            return router, whole(EXPERTS, (EXPERTS,), finds=config.attack_per_step)
+        case "advmoe-released":
+            return _released(config, model)
+        case "router-only":
+            return (whole(ROUTER, tuple(g for g in groups if is_router_group(g))),)
+        case "experts-only":
+            return (whole(EXPERTS, tuple(g for g in groups if not is_router_group(g))),)
+        case "joint" | "sparse":
+            return (whole(" and ".join(groups), groups),)
+        case "rt-er":
+            objective = SecondExpert(ascent_of(config), config.beta)
+            return (_phase(config, model, objective, " and ".join(groups), groups),)
+        case "jtdmoe":
+            assert isinstance(model, DualModel)
+            return _dual(config, model, groups)
+
+
+def _phase(
+    config: TrainConfig,
+    model: Classifier,
+    objective: Objective,
+    name: str,
+    groups: tuple[str, ...],
+    *,
+    call: Call | None = None,
+    finds: bool = True,
+) -> Phase:
+    learns = any(is_router_group(group) for group in groups)
+    through_router = config.attack_target == "straight-through"
+    return Phase(
+        name=name,
+        groups=groups,
+        objective=objective,
+        model=model,
+        call=call or model,
+        surrogate="probability" if learns else None,
+        attack_surrogate="probability" if through_router else None,
+        finds=finds,
+        routes_learn=learns,
+    )
+
+
+def _released(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
+    """Return the released code's steps: hard routes pass the gradient of the raw score."""
+    parts: list[tuple[str, Objective, bool]] = [
+        (ROUTER, LabelParity(ascent_of(config), config.beta), True),
+        (EXPERTS, objective_of(config), config.attack_per_step),
+    ]
+    return tuple(
+        Phase(
+            name=name,
+            groups=(name,),
+            objective=objective,
+            model=model,
+            call=model,
+            surrogate="score",
+            attack_surrogate="score",
+            finds=finds,
+        )
+        for name, objective, finds in parts
+    )
+
+
+def _dual(config: TrainConfig, model: DualModel, groups: tuple[str, ...]) -> tuple[Phase, ...]:
+    def of(mixture: str) -> tuple[str, ...]:
+        return tuple(group for group in groups if group.startswith(mixture))
+
+    every = EveryExpert(ascent_of(config), config.beta)
+    behind: Callable[..., object] = partial(standard_phase_logits, model)
+    return (
+        _phase(config, model.robust, every, ROBUST, of(ROBUST)),
+        _phase(config, model, Standard(), STANDARD, of(STANDARD), call=behind),  # type: ignore[arg-type]
+    )
