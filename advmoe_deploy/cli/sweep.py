@@ -98,7 +98,7 @@ def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
     axes.set(xlabel=report.key, ylabel="test accuracy, %", ylim=(0, 102))
     seeds = len(report.points[0].reports)
     axes.set_title(f"{report.recipe}, {seeds} seed{'s' if seeds > 1 else ''}")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def _draw_macs(axes: Axes, report: SweepReport) -> None:
@@ -112,8 +112,8 @@ def _draw_macs(axes: Axes, report: SweepReport) -> None:
     axes.axhline(macs[0].dense / 1e6, color=DENSE, ls=":", label="dense")
     axes.set_xticks(x, [f"{point.value:g}" for point in report.points])
     axes.set(xlabel=report.key, ylabel="million MACs per image")
-    axes.set_title("What an image costs")
-    axes.legend(loc="best")
+    axes.set_title("What an image costs", pad=24)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
 
 
 def _values(over: str) -> tuple[str, tuple[float, ...]]:
