@@ -34,7 +34,7 @@ from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.train.report import versions
 
 RESULT = Path(__file__).parent / "results" / "train_digits.json"
-RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-joint"
+RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-at-moe"
 
 
 def share(correct: np.ndarray) -> dict[str, Any]:

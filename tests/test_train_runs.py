@@ -58,7 +58,7 @@ def test_the_cifar10_recipe_runs_in_reduced_precision(tmp_path: Path) -> None:
 
     data = Dataset("cifar10:noise", tuple("abcdefghij"), noise(12), noise(4), noise(4))
     settings = ["model.width=4", "model.router_width=2", "precision=bf16-mixed", "epochs=1"]
-    config = apply_overrides(recipe("cifar10-advmoe"), [*TINY, *settings])
+    config = apply_overrides(recipe("cifar10-resnet18-advmoe"), [*TINY, *settings])
     report = train(config, data, tmp_path / "run")
     assert report.data == "cifar10:noise"
     _, model = load_checkpoint(tmp_path / "run" / "model")
@@ -86,7 +86,7 @@ def test_a_run_in_the_way_is_refused(tmp_path: Path) -> None:
 def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     data = some_digits()
     with pytest.raises(UsageError, match=r"model\.image_size"):
-        train(recipe("cifar10-advmoe"), data, tmp_path / "run")
+        train(recipe("cifar10-resnet18-advmoe"), data, tmp_path / "run")
     with pytest.raises(UsageError, match="num_classes=10"):
         train(tiny("digits-dense", "model.num_classes=7"), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ def test_the_router_step_moves_the_router_and_the_expert_step_the_rest() -> None
 
 
 def test_a_step_leaves_no_gradient_and_training_mode() -> None:
-    for name in ("digits-advmoe", "digits-joint", "digits-dense"):
+    for name in ("digits-advmoe", "digits-at-moe", "digits-dense"):
         config = tiny(name)
         weights = TrainedWeights(fabric(), config)
         assert math.isfinite(weights.step(first_batch(config)))

@@ -3,7 +3,7 @@
 EXAMPLES = {
     "train": (
         "advmoe train digits-advmoe",
-        "advmoe train cifar10-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
+        "advmoe train cifar10-resnet18-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
     ),
     "sweep": (

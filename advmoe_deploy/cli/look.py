@@ -78,8 +78,7 @@ def doctor(as_json: Json = False) -> None:
 def _recipes() -> list[dict[str, str]]:
     from advmoe_deploy.train.recipes import RECIPES
 
-    docs = {name: " ".join((make.__doc__ or "").split()) for name, make in RECIPES.items()}
-    return [_entry(name, doc.removeprefix("Return ")) for name, doc in docs.items()]
+    return [_entry(name, f"{each.summary}; {each.figures}") for name, each in RECIPES.items()]
 
 
 def _models() -> list[dict[str, str]]:

@@ -19,6 +19,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int | None) -> "Split":
+        """Return the first ``count`` images, or all of them."""
+        return Split(self.images[:count], self.labels[:count])
+
     def take(self, rows: npt.NDArray[np.int64]) -> "Split":
         """Return the split of these rows."""
         return Split(np.ascontiguousarray(self.images[rows]), self.labels[rows])

@@ -76,6 +76,7 @@ class TrainConfig(Frozen):
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
 
+    ``train_images`` trains on the first so many of the training images only.
     ``batch_size`` images make one optimizer step. ``accumulate`` works through them in so many
     parts, for less memory; BatchNorm then sees a part at a time.
     ``ema_decay`` averages the weights that are evaluated and kept.
@@ -107,6 +108,7 @@ class TrainConfig(Frozen):
     loss: Loss = "trades"
     beta: float = Field(6.0, ge=0)
     epochs: int = Field(100, ge=1)
+    train_images: int | None = Field(None, ge=2)
     batch_size: int = Field(128, ge=2)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(0.1, gt=0)

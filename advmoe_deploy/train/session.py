@@ -47,7 +47,7 @@ class Session:
         self.folder = folder
         self.progress = progress
         self.weights = TrainedWeights(fabric, config)
-        self.feed = Feed(fabric, config, data.train)
+        self.feed = Feed(fabric, config, data.train.first(config.train_images))
 
     def train(self) -> RunState:
         """Train the epochs that are left and return where the run stands."""

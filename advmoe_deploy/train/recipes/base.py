@@ -1,7 +1,11 @@
-"""How a recipe is made from another: a copy with a few fields changed, validated again."""
+"""What a recipe is, and how one is made from another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.recipes.published import Published
 
 # What only means something where a router learns.
 _ROUTER_TERMS = {
@@ -14,8 +18,31 @@ _ROUTER_TERMS = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A function that returns one typed configuration, what its paper says and what we measured.
+
+    ``measured`` names accuracies with their attack, or is empty: not measured.
+    """
+
+    make: Callable[[], TrainConfig]
+    summary: str
+    published: Published | None = None
+    measured: str = ""
+
+    @property
+    def figures(self) -> str:
+        """What the paper reports, if it does, and what we measured."""
+        ours = f"measured: {self.measured}" if self.measured else "not measured"
+        if (cell := self.published) is None:
+            return ours
+        return (
+            f"paper: {cell.robust_accuracy:g} % robust, {cell.clean_accuracy:g} % clean; {ours}"
+        )
+
+
 def variant(base: TrainConfig, *, name: str, **changes: object) -> TrainConfig:
-    """Return ``base`` under another name with these fields changed."""
+    """Return ``base`` under another name with these fields changed, validated again."""
     return TrainConfig.model_validate({**base.model_dump(), "name": name, **changes})
 
 

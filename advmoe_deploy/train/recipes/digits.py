@@ -2,7 +2,7 @@
 
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import variant, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
 
 DIGITS_EPSILON = 0.1
 
@@ -39,12 +39,12 @@ def digits_advmoe() -> TrainConfig:
     )
 
 
-def digits_joint() -> TrainConfig:
+def digits_at_moe() -> TrainConfig:
     """Return the papers' AT MoE baseline on the digits: router and experts in one joint step.
 
     The router's own terms are those of :func:`digits_advmoe`, so that only the alternation differs.
     """
-    return variant(digits_advmoe(), name="digits-joint", method="joint")
+    return variant(digits_advmoe(), name="digits-at-moe", method="joint")
 
 
 def digits_dense() -> TrainConfig:
@@ -81,4 +81,25 @@ def _digits_model() -> ModelSpec:
     )
 
 
-RECIPES = (digits_advmoe, digits_joint, digits_dense, digits_s_dense)
+RECIPES = {
+    "digits-advmoe": Recipe(
+        make=digits_advmoe,
+        summary="AdvMoE, two experts of half width, on the embedded digits",
+        measured="clean 97.5 to 98.8 %, PGD-50 87.5 to 87.8 %, 84 % with attacks on its routes",
+    ),
+    "digits-at-moe": Recipe(
+        make=digits_at_moe,
+        summary="AT MoE: router and experts in one joint step",
+        measured="clean 97.5 to 98.5 %, PGD-50 86.5 to 88.3 %",
+    ),
+    "digits-dense": Recipe(
+        make=digits_dense,
+        summary="AT dense: full width, no experts",
+        measured="clean 98.5 to 99.0 %, PGD-50 88.3 to 89.5 %",
+    ),
+    "digits-s-dense": Recipe(
+        make=digits_s_dense,
+        summary="AT S-Dense: half width, no experts",
+        measured="clean 98.5 to 99.0 %, PGD-50 87.0 to 88.0 %",
+    ),
+}
