@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
+from families import Families, spec_of
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
@@ -72,3 +73,21 @@ def assert_nothing_left(out: Path) -> None:
     """Check that neither ``out`` nor a part of it is there."""
     assert not out.exists()
     assert not list(out.parent.glob(".*"))
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """A run and a bundle of each family by name, made when first asked for. Read them only."""
+    from advmoe_deploy.export.onnx_export import export_onnx
+
+    folder = tmp_path_factory.mktemp("families")
+
+    class Exports(Families):
+        def __missing__(self, name: str) -> tuple[Path, Bundle]:
+            run, bundle = folder / name / "run", folder / name / "bundle"
+            write_run(run, spec_of(name))
+            export_onnx(run, bundle, data="random:64")
+            self[name] = run, open_bundle(bundle)
+            return self[name]
+
+    return Exports()

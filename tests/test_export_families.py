@@ -1,89 +1,22 @@
 """Every family exports, and both engines answer what torch answers: logits, routes, weights."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import write_run
+from families import FAMILIES, Families, spec_of
 
-from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.parity import compare_with_reference
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import ENGINES, open_runner
-from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
 
-DIGITS = {"width": 8, "image_size": 8, "in_channels": 1, "mean": (0.3,), "std": (0.4,)}
-SHAPE = VisionTransformer(patch_size=4, depth=2, heads=2)
-VIT = {"backbone": "vit", "transformer": SHAPE}
-ADVMOE = {"family": "advmoe", "num_experts": 2, "ratio": 0.5, "router_width": 4}
-FAMILIES: dict[str, dict[str, object]] = {
-    "conv experts": {
-        "family": "robust-experts",
-        "num_experts": 3,
-        "top_k": 2,
-        "weighting": "renormalised",
-        "expert_layers": ExpertLayers(kind="conv", layers=("layer4.0",), gate="conv-gap"),
-    },
-    "block experts": {
-        "family": "robust-experts",
-        "num_experts": 3,
-        "weighting": "probability",
-        "expert_layers": ExpertLayers(kind="block", layers=("layer3.1", "layer4.1")),
-    },
-    "bottleneck experts": {
-        "family": "robust-experts",
-        "backbone": "resnet50",
-        "num_experts": 2,
-        "expert_layers": ExpertLayers(kind="conv", layers=("layer4.2.conv3",), gate="double-conv"),
-    },
-    "ResNet-50": {**ADVMOE, "backbone": "resnet50", "stem": "imagenet"},
-    "wide ResNet": {**ADVMOE, "backbone": "wrn-28-4"},
-    "VGG": {**ADVMOE, "backbone": "vgg16-bn"},
-    "DenseNet": {**ADVMOE, "backbone": "densenet-bc", "width": 4},
-    "expert networks": {"family": "expert-networks", "num_experts": 2},
-    "dual model": {"family": "dual-model", "num_experts": 2, "alpha": 0.7},
-    "dual ViT": {"family": "dual-model", "num_experts": 2, "alpha": 0.25, **VIT},
-    "token experts": {
-        "family": "vit-moe",
-        "num_experts": 3,
-        "top_k": 2,
-        "weighting": "probability",
-        **VIT,
-        "transformer": SHAPE.model_copy(update={"moe_blocks": (0, 1)}),
-    },
-    "dense ViT": {"family": "dense", **VIT},
-}
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
-
-
-def spec_of(family: str) -> ModelSpec:
-    return ModelSpec.model_validate({**DIGITS, **FAMILIES[family]})
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Bundle]]:
-    """Runs and bundles, made when first asked for."""
-    folder, done = tmp_path_factory.mktemp("families"), {}
-
-    class Exports(dict):
-        def __missing__(self, family: str) -> tuple[Path, Bundle]:
-            run = write_run(folder / family / "run", spec_of(family))
-            export_onnx(run, folder / family / "bundle", data="random:64")
-            self[family] = run, open_bundle(folder / family / "bundle")
-            return self[family]
-
-    return Exports(done)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engines_answer_what_torch_answers(
-    exported: dict[str, tuple[Path, Bundle]], family: str, engine: str
-) -> None:
-    run, bundle = exported[family]
+def test_engines_answer_what_torch_answers(families: Families, family: str, engine: str) -> None:
+    run, bundle = families[family]
     _, model = load_checkpoint(run / "model")
     with open_runner(bundle, engine, threads=1) as runner:
         report = compare_with_reference(
@@ -105,9 +38,9 @@ def test_engines_answer_what_torch_answers(
 
 
 def test_outputs_are_named_and_shaped_by_layer(
-    exported: dict[str, tuple[Path, Bundle]],
+    families: Families,
 ) -> None:
-    _, bundle = exported["token experts"]
+    _, bundle = families["token experts"]
     graph = onnx.load_model(bundle.file("model.onnx")).graph
     shapes = {
         out.name: [d.dim_param or d.dim_value for d in out.type.tensor_type.shape.dim]
@@ -129,9 +62,9 @@ def test_outputs_are_named_and_shaped_by_layer(
 
 
 def test_layers_that_read_one_tensor_are_routed_side_by_side(
-    exported: dict[str, tuple[Path, Bundle]],
+    families: Families,
 ) -> None:
-    _, bundle = exported["conv experts"]
+    _, bundle = families["conv experts"]
     steps = bundle.manifest.plan.steps
     kinds = [step.kind for step in steps]
     assert kinds[:5] == ["run", "route", "route", "experts", "experts"]
@@ -144,18 +77,18 @@ def test_layers_that_read_one_tensor_are_routed_side_by_side(
 
 
 def test_experts_of_full_width_have_no_smaller_baseline(
-    exported: dict[str, tuple[Path, Bundle]],
+    families: Families,
 ) -> None:
     for family in ("token experts", "dual model"):
-        _, bundle = exported[family]
+        _, bundle = families[family]
         assert bundle.has("baselines/dense.onnx")
         assert bundle.has("baselines/unfused.onnx")
         assert not bundle.has("baselines/s-dense.onnx")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_card_says_what_it_is(exported: dict[str, tuple[Path, Bundle]], family: str) -> None:
-    _, bundle = exported[family]
+def test_the_card_says_what_it_is(families: Families, family: str) -> None:
+    _, bundle = families[family]
     card = bundle.file("MODEL_CARD.md").read_text()
     for route in bundle.manifest.plan.routes:
         assert f"| {route.layer} |" in card

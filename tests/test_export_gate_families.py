@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from families import spec_of
 from onnx import ModelProto, NodeProto, numpy_helper
-from test_export_families import spec_of
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.onnx_export import check_graphs, write_graphs

@@ -50,3 +50,70 @@ def test_a_plan_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=reason):
         Plan(segments=segments, steps=steps)
+
+
+def renamed(segment: Segment, **changes: object) -> Segment:
+    """Return ``segment`` with another output."""
+    output = segment.outputs[0].model_copy(update=changes)
+    return segment.model_copy(update={"outputs": (output,)})
+
+
+@pytest.mark.parametrize(
+    ("segments", "steps", "reason"),
+    [
+        ((ROUTER, *EXPERTS), (RUN, ROUTE, ROUTE, SEND), "'router.expert_ids' is made twice"),
+        ((ROUTER, *EXPERTS), (RUN, RUN, ROUTE, SEND), "'scores' is made twice"),
+        (
+            (renamed(ROUTER, shape=("N", 3)), *EXPERTS),
+            (RUN, ROUTE, SEND),
+            r"routes scores of shape \('N', 3\)",
+        ),
+        (
+            (ROUTER, *EXPERTS),
+            (RUN, ROUTE.model_copy(update={"tokens": 4}), SEND),
+            r"not \('4\*N', 2\)",
+        ),
+        (
+            (ROUTER, EXPERTS[0], renamed(EXPERTS[1], shape=("R", 11))),
+            (RUN, ROUTE, SEND),
+            "not of one shape",
+        ),
+        (
+            (ROUTER, *EXPERTS),
+            (RUN, ROUTE, SEND.model_copy(update={"input": "scores"})),
+            "was made",
+        ),
+    ],
+)
+def test_tensors_are_read_as_they_were_made(
+    segments: tuple[Segment, ...], steps: tuple[RunStep, ...], reason: str
+) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Plan(segments=segments, steps=steps)
+
+
+def test_a_plan_knows_every_tensor() -> None:
+    tokens = RouteStep(
+        layer="b", scores="scores", num_experts=3, top_k=2, weighting="renormalised", tokens=16
+    )
+    scores = TensorInfo(name="scores", dtype="float32", shape=("16*N", 3))
+    plan = Plan(
+        segments=(Segment(name="s", file="s.onnx", inputs=(IMAGE,), outputs=(scores,)),),
+        steps=(RunStep(segment="s"), tokens),
+        outputs=("b.expert_ids",),
+    )
+    assert plan.tensors()["images"] == IMAGE
+    assert plan.tensors()["b.expert_ids"].shape == ("N", 16, 2)
+    assert plan.tensors()["b.weights"].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"top_k": 3, "weighting": "probability"}, "top_k=3 exceeds num_experts=2"),
+        ({"top_k": 2}, "weighting 'one' is for top_k=1"),
+    ],
+)
+def test_a_route_that_cannot_be_is_refused(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        RouteStep(layer="router", scores="scores", num_experts=2, **fields)

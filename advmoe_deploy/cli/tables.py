@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
 from advmoe_deploy.serving.batch import BatchReport
 
@@ -168,19 +169,18 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
     manifest = bundle.manifest
     spec, macs, threat = manifest.model, manifest.macs, manifest.threat
     facts = [
-        (
-            "model",
-            f"{spec.family} {spec.backbone}, {spec.num_experts} experts, ratio {spec.ratio:g}",
-        ),
+        ("model", f"{spec.family} {spec.backbone}, {spec.num_experts} experts of {spec.ratio:g}"),
         ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
         ("threat", f"{threat.norm} epsilon {threat.epsilon:.4g}" if threat else "none named"),
         (
             "MACs per image",
-            f"{macs.executed / 1e6:.2f} M (pathway {macs.selected / 1e6:.2f} + router "
+            f"{macs.executed / 1e6:.2f} M (network {macs.selected / 1e6:.2f} + routers "
             f"{macs.router / 1e6:.2f}); unfused {macs.unfused / 1e6:.2f}, "
             f"dense {macs.dense / 1e6:.2f}",
         ),
+        ("plan", f"{len(manifest.plan.segments)} segments, {len(manifest.plan.routes)} routes"),
+        *((f"route {route.layer}", _route(route)) for route in manifest.plan.routes),
         *_parity_rows(manifest.parity),
         ("made", f"{manifest.created} by {manifest.producer}"),
     ]
@@ -188,6 +188,16 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
     for name, record in manifest.files.items():
         files.add_row(escape(name), str(record.bytes), record.sha256[:16])
     return Group(_facts(f"{bundle.path}: every hash is as listed", facts), files)
+
+
+def _route(route: RouteStep) -> str:
+    what = "image" if route.tokens is None else f"of {route.tokens} tokens"
+    weights = {
+        "one": "weight 1",
+        "probability": "weighted by probability",
+        "renormalised": "weights renormalised",
+    }[route.weighting]
+    return f"each {what} to {route.top_k} of {route.num_experts} experts, {weights}"
 
 
 def name_lists(lists: Mapping[str, Iterable[Mapping[str, str]]]) -> RenderableType:

@@ -172,8 +172,7 @@ def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
         raise UsageError(f"batch={batch} is below 1; pass --batch 64, say")
     if not 0 <= top_k <= len(names):
         raise UsageError(f"top_k={top_k} is outside 0..{len(names)}, the number of classes")
-    layers = tuple(route.layer for route in bundle.manifest.plan.routes)
-    return RowFormat(class_names=names, layers=layers, top_k=top_k)
+    return RowFormat(class_names=names, routes=bundle.manifest.plan.routes, top_k=top_k)
 
 
 def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Job:

@@ -82,8 +82,8 @@ def served_model(
     spec = bundle.manifest.model
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {"logits": ("FP32", (spec.num_classes,))}
     for route in bundle.manifest.plan.routes:
-        outputs[route.expert_ids] = ("INT64", (route.top_k,))
-        outputs[route.weights] = ("FP32", (route.top_k,))
+        shape = tuple(int(size) for size in route.shape[1:])
+        outputs |= {route.expert_ids: ("INT64", shape), route.weights: ("FP32", shape)}
     return ServedModel(name or spec.family, spec.image_shape, outputs, limits or Limits())
 
 

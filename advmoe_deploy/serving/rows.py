@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra
+from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.prediction import Prediction
 
 Row = dict[str, Any]
@@ -23,10 +24,13 @@ _ROWS_PER_GROUP = 4096
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The columns: ``top_k`` best classes (0: no such column), ids for each routed layer."""
+    """The columns: ``top_k`` best classes (0: no such column), ids for each routed layer.
+
+    Ids are a list per image or, where tokens are routed, a list of lists.
+    """
 
     class_names: tuple[str, ...]
-    layers: tuple[str, ...]
+    routes: tuple[RouteStep, ...]
     top_k: int = 0
 
     def unreadable(self, path: str, reason: str) -> Row:
@@ -124,7 +128,10 @@ def _schema(arrow: Any, columns: RowFormat) -> Any:
         ("label_id", arrow.int64()),
         ("probability", arrow.float64()),
     ]
-    ids = arrow.struct([(layer, arrow.list_(arrow.int64())) for layer in columns.layers])
+    of_image = arrow.list_(arrow.int64())
+    ids = arrow.struct(
+        [(r.layer, of_image if r.tokens is None else arrow.list_(of_image)) for r in columns.routes]
+    )
     best = [("top_k", arrow.list_(arrow.struct(answer)))] if columns.top_k else []
     return arrow.schema(
         [
@@ -132,7 +139,7 @@ def _schema(arrow: Any, columns: RowFormat) -> Any:
             *answer,
             *best,
             # Parquet has no struct without fields: a model without routes has a column of nulls.
-            ("expert_ids", ids if columns.layers else arrow.null()),
+            ("expert_ids", ids if columns.routes else arrow.null()),
             ("error", arrow.string()),
         ]
     )
