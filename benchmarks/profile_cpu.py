@@ -28,15 +28,13 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from released import ReleasedDispatch
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.export.images import parity_images
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from advmoe_deploy.models.dispatch import Dispatch
 from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.profile import profile_bundle
@@ -121,21 +119,6 @@ def measure(bundle: Bundle, model: AdvMoE, seconds: float) -> dict[str, object]:
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "raw_ms": samples,
     }
-
-
-class ReleasedDispatch(Dispatch):
-    """Masks the outputs of all experts before it copies the chosen one's."""
-
-    def _masked_conv2d(self, x_NCHW: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        every = F.conv2d(x_NCHW, weight, stride=stride, padding=padding)
-        n, channels, height, width = every.shape
-        ids_N = self.routing.expert_ids_NK[:, 0]
-        mask_NE = F.one_hot(ids_N, self.routing.num_experts).to(every.dtype)
-        mask_NC = mask_NE.repeat_interleave(channels // self.routing.num_experts, dim=1)
-        masked = (every * mask_NC[:, :, None, None]).view(
-            n, self.routing.num_experts, -1, height, width
-        )
-        return masked[torch.arange(n), ids_N]
 
 
 def against_eager(
