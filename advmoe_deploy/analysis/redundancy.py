@@ -41,7 +41,8 @@ class FixedExpertRow(Frozen):
 class TargetRow(Frozen):
     """Accuracy under PGD with one target, and the share of images whose route it changed.
 
-    For ``experts`` the routes stay those of the clean images, and so ``route_change`` is ``None``.
+    An image is left alone once its answer is wrong, so routes change less than under an attack that
+    goes on. For ``experts`` they stay those of the clean images, and ``route_change`` is ``None``.
     """
 
     target: AttackTarget

@@ -38,7 +38,7 @@ class Smoothing(Frozen):
     ``sigma`` is in [0, 1] pixels. The radius is at most sigma * Phi^-1(alpha ** (1 / n)).
     """
 
-    sigma: float = Field(0.25, gt=0)
+    sigma: float = Field(0.25, gt=0, allow_inf_nan=False)
     n0: int = Field(100, ge=1)
     n: int = Field(1000, ge=1)
     alpha: float = Field(0.001, gt=0, lt=1)

@@ -11,6 +11,7 @@ import typer
 
 from advmoe_deploy import __version__
 from advmoe_deploy.cli import build, check, import_, look, serve
+from advmoe_deploy.cli.analyze import analyze
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
@@ -62,6 +63,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": build.export,
     "verify": check.verify,
     "profile": check.profile,
+    "analyze": analyze,
     "serve": serve.serve,
     "predict": serve.predict,
     "inspect": look.inspect,

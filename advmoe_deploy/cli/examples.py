@@ -27,6 +27,11 @@ EXAMPLES = {
         "advmoe profile runs/digits-advmoe/bundle",
         "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",
     ),
+    "analyze": (
+        "advmoe analyze runs/digits-advmoe",
+        "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",
+        "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
+    ),
     "serve": (
         "advmoe serve bundle --port 8000",
         "advmoe serve bundle --input photos/ --output answers.parquet",

@@ -44,37 +44,37 @@ _STYLE: Any = {  # matplotlib types each key as a literal
 
 def robustness_svg(curves: Mapping[str, Sequence[CurvePoint]], trained_for: float | None) -> str:
     """Return accuracy over epsilon, one line per model, with 95 % intervals as bands."""
-    with _style():
+    with style():
         figure = _figure(1)
         draw_robustness(figure.axes[0], curves, trained_for)
-        return _svg(figure, "robustness")
+        return svg_text(figure, "robustness")
 
 
 def latency_svg(report: LatencyReport) -> str:
     """Return times per batch of the MoE and its baselines, relative to the MoE."""
-    with _style():
+    with style():
         figure = _figure(1)
         draw_latency(figure.axes[0], report)
-        return _svg(figure, "latency")
+        return svg_text(figure, "latency")
 
 
 def expert_load_svg(load_CE: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
     """Return which share of each class goes to which expert (C classes, E experts)."""
-    with _style():
+    with style():
         figure = _figure(1)
         draw_expert_load(figure.axes[0], load_CE, class_names)
-        return _svg(figure, "expert-load")
+        return svg_text(figure, "expert-load")
 
 
 def summary_svg(
     curves: Mapping[str, Sequence[CurvePoint]], trained_for: float | None, report: LatencyReport
 ) -> str:
     """Return robustness and latency side by side."""
-    with _style():
+    with style():
         figure = _figure(2)
         draw_robustness(figure.axes[0], curves, trained_for)
         draw_latency(figure.axes[1], report)
-        return _svg(figure, "summary", transparent=False)  # it also stands on dark pages
+        return svg_text(figure, "summary", transparent=False)  # it also stands on dark pages
 
 
 def draw_robustness(
@@ -152,18 +152,20 @@ def require_matplotlib() -> Any:
 
 def svg_of(salt: str, panels: Sequence[Callable[[Axes], None]]) -> str:
     """Return the panels side by side, each drawn by a function; ``salt`` is unique in a page."""
-    with _style():
+    with style():
         figure = _figure(len(panels))
         for draw, axes in zip(panels, figure.axes, strict=True):
             draw(axes)
-        return _svg(figure, salt, transparent=False)
+        return svg_text(figure, salt, transparent=False)
 
 
-def _style() -> Any:
+def style() -> Any:
+    """Return the context in which the plots of this package are drawn."""
     return require_matplotlib().rc_context(_STYLE)
 
 
-def _svg(figure: Figure, salt: str, *, transparent: bool = True) -> str:
+def svg_text(figure: Figure, salt: str, *, transparent: bool = True) -> str:
+    """Return ``figure`` as SVG; ``salt`` is unique in a page."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -17,6 +17,7 @@ class StoredModel:
     """A model in eval mode with what was stored beside it.
 
     ``data`` is the source it was trained on, empty if unknown; ``recipe`` the recipe's name.
+    ``sealed`` says that it comes from a bundle, to which nothing may be added.
     """
 
     path: Path
@@ -25,6 +26,7 @@ class StoredModel:
     class_names: tuple[str, ...]
     data: str
     recipe: str
+    sealed: bool
 
     def threat_model(self, epsilon: float | None) -> ThreatModel:
         """Return the l-inf ball of radius ``epsilon``, by default the one it was trained for."""
@@ -84,6 +86,7 @@ def _from_bundle(bundle: Bundle) -> StoredModel:
         class_names=manifest.class_names,
         data=str(manifest.training.get("data", "")),
         recipe=str(manifest.training.get("recipe", "")),
+        sealed=True,
     )
 
 
@@ -96,4 +99,5 @@ def _from_checkpoint(path: Path, folder: Path) -> StoredModel:
         class_names=checkpoint.class_names,
         data=str(checkpoint.provenance.get("data", "")),
         recipe=str(checkpoint.recipe.get("name", "")),
+        sealed=False,
     )

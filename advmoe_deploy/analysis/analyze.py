@@ -1,0 +1,235 @@
+"""Every analysis of one model, in the order in which their results help each other."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from advmoe_deploy import __version__
+from advmoe_deploy.analysis.certificate import Certificate, certificate
+from advmoe_deploy.analysis.lipschitz import (
+    BoundaryJumps,
+    Lipschitz,
+    boundary_jumps,
+    lipschitz_constants,
+)
+from advmoe_deploy.analysis.redundancy import ExpertReport, expert_report, steps_of_report
+from advmoe_deploy.analysis.routes import LayerUse, route_use
+from advmoe_deploy.analysis.routing_change import AttackEffect, effect_of
+from advmoe_deploy.analysis.shares import Share, share_of
+from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
+from advmoe_deploy.attacks.white_box import predict
+from advmoe_deploy.data.matching import matching_test_images
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.stored import StoredModel
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.specs import AttackSpec, AttackTarget, Family, Frozen, ThreatModel
+
+Section = Literal["routes", "changes", "experts", "lipschitz", "certificate", "smoothing"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+DENSE_SECTIONS: tuple[Section, ...] = ("lipschitz", "certificate", "smoothing")
+
+# Radii at which routes are watched, in parts of the threat model's; the last is beyond it.
+_RADII = (0.25, 0.5, 1.0, 1.5)
+_WATCHED: tuple[AttackTarget, ...] = ("model", "router")
+
+
+class AnalysisReport(Frozen):
+    """What was found. A section that was not run is ``None``; ``notes`` say what could not be."""
+
+    model: str
+    recipe: str
+    family: Family
+    data: str
+    images: int
+    threat: ThreatModel
+    steps: int
+    seed: int
+    class_names: tuple[str, ...]
+    accuracy: Share
+    routes: tuple[LayerUse, ...] | None
+    changes: tuple[AttackEffect, ...] | None
+    experts: ExpertReport | None
+    lipschitz: tuple[Lipschitz, ...] | None
+    jumps: BoundaryJumps | None
+    certificate: Certificate | None
+    smoothing: SmoothingReport | None
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has."""
+
+    sections: tuple[Section, ...] = SECTIONS
+    images: int | None = 200
+    data: str | None = None
+    epsilon: float | None = None
+    steps: int = 20
+    seed: int = 0
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    journal: Path | None = None
+
+
+def sections_for(model: Classifier, wanted: tuple[Section, ...] | None) -> tuple[Section, ...]:
+    """Return the sections to run on ``model``: those ``wanted``, by default all but smoothing.
+
+    Raises:
+        UsageError: a section is about routes and the model has none.
+    """
+    possible = SECTIONS if model.rules else DENSE_SECTIONS
+    if wanted is None:
+        return tuple(section for section in possible if section != "smoothing")
+    for section in wanted:
+        if section not in possible:
+            raise UsageError(
+                f"{section} needs a router; of a dense model {', '.join(DENSE_SECTIONS)} "
+                "can be analysed"
+            )
+    return wanted
+
+
+def analyze(
+    stored: StoredModel, settings: Settings, *, progress: Progress | None = None
+) -> AnalysisReport:
+    """Return the report on ``stored``, measured on test images.
+
+    Raises:
+        UsageError: no threat model, no data, or data that does not fit.
+        CheckFailedError: the model's answers are not finite.
+    """
+    started = time.perf_counter()
+    source = settings.data or stored.data
+    threat = stored.threat_model(settings.epsilon)
+    pixels, labels = matching_test_images(source, stored.model.spec, settings.images)
+    work = _Work(
+        stored.model,
+        torch.from_numpy(pixels),
+        torch.from_numpy(labels),
+        threat,
+        settings,
+        progress or Silent(),
+    )
+    found = work.run()
+    return AnalysisReport(
+        model=str(stored.path),
+        recipe=stored.recipe,
+        family=stored.model.spec.family,
+        data=source,
+        images=len(labels),
+        threat=threat,
+        steps=settings.steps,
+        seed=settings.seed,
+        class_names=stored.class_names,
+        accuracy=share_of(predict(stored.model, work.images) == work.labels),
+        **found,
+        notes=() if stored.model.rules else (_DENSE_NOTE,),
+        versions={
+            "advmoe": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        seconds=time.perf_counter() - started,
+    )
+
+
+_DENSE_NOTE = f"a dense model routes nothing: analysed are {', '.join(DENSE_SECTIONS)}"
+
+
+class _Work:
+    """One model, its images, and the sections that were asked for."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+        settings: Settings,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.labels = labels
+        self.threat = threat
+        self.settings = settings
+        self.progress = progress
+        self.attack = AttackSpec(name="pgd", steps=settings.steps, seed=settings.seed)
+
+    def run(self) -> dict[str, Any]:
+        """Return a value for every section of the report."""
+        constants = None
+        if {"lipschitz", "certificate"} & set(self.settings.sections):
+            constants = self._task("lipschitz", self._constants)
+        shown = constants if "lipschitz" in self.settings.sections else None
+        jumps = None
+        if shown is not None and self.model.rules:
+            jumps = boundary_jumps(self.model, self.images, seed=self.settings.seed)
+        return {
+            "routes": self._if("routes", self._routes),
+            "changes": self._if("changes", self._changes),
+            "experts": self._if("experts", self._experts),
+            "lipschitz": shown,
+            "jumps": jumps,
+            "certificate": self._if("certificate", lambda: self._certificate(constants or ())),
+            "smoothing": self._if("smoothing", self._smoothing),
+        }
+
+    def _if(self, section: Section, make: Callable[[], Any]) -> Any:
+        return make() if section in self.settings.sections else None
+
+    def _task(self, name: str, make: Callable[[], Any]) -> Any:
+        with task(self.progress, name, 1):
+            value = make()
+            self.progress.advance(name)
+        return value
+
+    def _routes(self) -> tuple[LayerUse, ...]:
+        return route_use(self.model, self.images, self.labels)
+
+    def _changes(self) -> tuple[AttackEffect, ...]:
+        effects = []
+        with task(self.progress, "changes", len(_RADII) * len(_WATCHED)):
+            for target in _WATCHED:
+                attack = self.attack.model_copy(update={"target": target})
+                for part in _RADII:
+                    ball = ThreatModel(epsilon=min(1.0, part * self.threat.epsilon))
+                    effect = effect_of(self.model, self.images, self.labels, ball, attack)
+                    effects.append(effect)
+                    self.progress.advance("changes", routes=effect.route_change.value)
+        return tuple(effects)
+
+    def _experts(self) -> ExpertReport:
+        with task(self.progress, "experts", steps_of_report(self.model)):
+            return expert_report(
+                self.model,
+                self.images,
+                self.labels,
+                self.threat,
+                self.attack,
+                progress=self.progress,
+            )
+
+    def _constants(self) -> tuple[Lipschitz, ...]:
+        return lipschitz_constants(self.model, self.images, self.threat, seed=self.settings.seed)
+
+    def _certificate(self, constants: tuple[Lipschitz, ...]) -> Certificate:
+        return certificate(self.model, self.images, self.labels, self.threat, constants)
+
+    def _smoothing(self) -> SmoothingReport:
+        return certify(
+            self.model,
+            self.images,
+            self.labels,
+            self.settings.smoothing,
+            journal=self.settings.journal,
+            progress=self.progress,
+        )

@@ -1,0 +1,136 @@
+"""An analysis as a short screen; render.py draws it."""
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from advmoe_deploy.analysis.analyze import AnalysisReport
+from advmoe_deploy.analysis.certificate import Radii
+from advmoe_deploy.analysis.shares import Share
+
+_MOST_LAYERS = 8
+
+
+def screen(report: AnalysisReport, out: Path) -> RenderableType:
+    """Return the main figures of ``report``, and where the rest is."""
+    title = (
+        f"{report.family}, {report.images} images of {report.data}, "
+        f"l-inf epsilon {report.threat.epsilon:.4g}, PGD-{report.steps}"
+    )
+    parts: list[RenderableType] = [escape(title), f"clean accuracy {interval(report.accuracy)}"]
+    parts += [escape(note) for note in report.notes]
+    for make in (_routes, _experts, _limits, _certificates, _smoothing):
+        part = make(report)
+        if part is not None:
+            parts += ["", part]
+    parts += ["", escape(f"report: {out / 'report.html'}")]
+    return Group(*parts)
+
+
+def interval(share: Share) -> str:
+    """Return a share in percent with its 95 % interval."""
+    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def radii_text(radii: Radii) -> str:
+    """Return what one kind of radius says, in a few words."""
+    if radii.certified is None or radii.median is None:
+        return radii.note
+    return (
+        f"{100 * radii.certified.value:.1f} % at epsilon, median radius {radii.median:.3g}; "
+        f"{radii.note}"
+    )
+
+
+def _routes(report: AnalysisReport) -> Table | None:
+    if not report.routes:
+        return None
+    at_epsilon = {
+        layer.layer: layer
+        for effect in report.changes or ()
+        if effect.attack.target == "router" and effect.epsilon == report.threat.epsilon
+        for layer in effect.layers
+    }
+    columns = ("layer", "load, %", "effective routes", "class, bits", "sets changed by RA-R")
+    table = _table("routes", columns)
+    for use in report.routes[:_MOST_LAYERS]:
+        total = max(1, sum(use.load))
+        shares = [f"{100 * count / total:.0f}" for count in use.load]
+        change = at_epsilon.get(use.layer)
+        table.add_row(
+            escape(use.layer),
+            " ".join(shares[:8]) + (" ..." if len(shares) > 8 else ""),
+            f"{use.effective_routes:.2f} of {use.experts}",
+            f"{use.class_information:.2f}",
+            "-" if change is None else f"{100 * change.set_change:.1f} %",
+        )
+    if (more := len(report.routes) - _MOST_LAYERS) > 0:
+        table.add_row(f"and {more} more in the report", "", "", "", "")
+    return table
+
+
+def _experts(report: AnalysisReport) -> Group | None:
+    experts = report.experts
+    if experts is None:
+        return None
+    attacks = _table("accuracy under PGD, by target", ("target", "accuracy", "routes changed"))
+    for row in experts.targets:
+        changed = "-" if row.route_change is None else f"{100 * row.route_change.value:.1f} %"
+        attacks.add_row(row.target, interval(row.accuracy), changed)
+    attacks.add_row("all but experts, together", interval(experts.together), "")
+    fixed = _table("one expert for every image", ("expert", "clean", "under PGD"))
+    for one in experts.fixed[:_MOST_LAYERS]:
+        fixed.add_row(str(one.expert), interval(one.clean_accuracy), interval(one.robust_accuracy))
+    second = _table("without the best expert", ("layer", "accuracy", "same answer"))
+    for other in experts.second[-_MOST_LAYERS:]:
+        second.add_row(escape(other.layer), interval(other.accuracy), interval(other.agreement))
+    return Group(attacks, "", fixed, "", second)
+
+
+def _limits(report: AnalysisReport) -> Group | None:
+    if not report.lipschitz:
+        return None
+    table = _table(
+        "Lipschitz constants of margins, l-inf", ("part", "sampled (at least)", "bound (at most)")
+    )
+    for part in report.lipschitz[:_MOST_LAYERS]:
+        bound = escape(part.reason or "") if part.bound is None else f"{part.bound:.3g}"
+        table.add_row(escape(part.part), f"{part.sampled:.3g}", bound)
+    jumps = report.jumps
+    if jumps is None:
+        return Group(table)
+    text = (
+        f"at {jumps.boundaries} route boundaries logits jump by {jumps.jump_median:.3g} (median), "
+        f"{jumps.jump_max:.3g} at most; the answer changes at {interval(jumps.answer_changes)}"
+    )
+    return Group(table, text)
+
+
+def _certificates(report: AnalysisReport) -> Table | None:
+    if report.certificate is None:
+        return None
+    table = _table("certified radii, l-inf", ("of", "worth", "result"))
+    for radii in report.certificate.radii:
+        table.add_row(radii.name, radii.tag, escape(radii_text(radii)))
+    return table
+
+
+def _smoothing(report: AnalysisReport) -> str | None:
+    found = report.smoothing
+    if found is None:
+        return None
+    return (
+        f"randomized smoothing, sigma {found.settings.sigma:g}, n {found.settings.n}: accuracy "
+        f"{interval(found.accuracy)}, abstains on {found.abstained} of {found.images}, "
+        f"mean certified l2 radius {found.mean_radius:.3f} (at most {found.largest_radius:.3f})"
+    )
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        text = index == 0 or column in ("result", "worth", "bound (at most)")
+        table.add_column(escape(column), justify="left" if text else "right")
+    return table

@@ -1,0 +1,130 @@
+"""The command that looks into a model: analyze."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import Data, Json, Overwrite, names
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.specs import one_line
+
+if TYPE_CHECKING:
+    from advmoe_deploy.analysis.analyze import Section
+    from advmoe_deploy.analysis.smoothing import Smoothing
+    from advmoe_deploy.models.stored import StoredModel
+
+REPORT = "analysis.json"
+
+
+def analyze(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE", help="What 'train' or 'export' wrote.")
+    ],
+    data: Data = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Test images to look at.")] = 200,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="SECTIONS",
+            help="Of routes, changes, experts, lipschitz, certificate, smoothing; "
+            "by default all but smoothing.",
+        ),
+    ] = None,
+    smoothing: Annotated[
+        int | None,
+        typer.Option(
+            "--smoothing",
+            min=1,
+            metavar="N",
+            help="Certify by randomized smoothing with N noises per image.",
+        ),
+    ] = None,
+    sigma: Annotated[
+        float, typer.Option("--sigma", help="Noise of the smoothing, in [0, 1] pixels.")
+    ] = 0.25,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each PGD.")] = 20,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of attacks and noise.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="By default RUN/analysis, or BUNDLE-analysis beside it."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
+    with session(as_json) as ui:
+        from advmoe_deploy.analysis.analyze import Settings, sections_for
+        from advmoe_deploy.analysis.analyze import analyze as analyze_model
+        from advmoe_deploy.cli import analysis_report, analysis_tables
+        from advmoe_deploy.files import refuse_existing, staged_directory
+        from advmoe_deploy.models.stored import open_stored
+
+        wanted, certified = _wanted(only), _smoothing(sigma, smoothing, seed)
+        analysis_report.require_libraries()
+        stored = open_stored(path)
+        target = out or _beside(stored)
+        refuse_existing(target, overwrite=overwrite, marker=REPORT)
+        sections = sections_for(stored.model, wanted)
+        if smoothing is not None and "smoothing" not in sections:
+            sections = (*sections, "smoothing")
+        journal = target.with_name(f".{target.name}.smoothing.jsonl")
+        settings = Settings(
+            sections=sections,
+            images=images,
+            data=data,
+            epsilon=epsilon,
+            steps=steps,
+            seed=seed,
+            smoothing=certified,
+            journal=journal,
+        )
+        report = analyze_model(stored, settings, progress=ui.progress)
+        with staged_directory(target, overwrite=overwrite) as staged:
+            analysis_report.write_report(report, staged, REPORT)
+        if "smoothing" in sections:
+            journal.unlink(missing_ok=True)
+        value = {"out": str(target), **report.model_dump(mode="json")}
+        ui.show(value, lambda: analysis_tables.screen(report, target))
+
+
+def _wanted(only: str | None) -> "tuple[Section, ...] | None":
+    from advmoe_deploy.analysis.analyze import SECTIONS
+
+    if only is None:
+        return None
+    chosen = names(only)
+    for section in chosen:
+        if section not in SECTIONS:
+            raise unknown_name("section", section, SECTIONS)
+    if not chosen:
+        raise UsageError(f"--only '{only}' names no section; choose from {', '.join(SECTIONS)}")
+    return tuple(section for section in SECTIONS if section in chosen)
+
+
+def _smoothing(sigma: float, draws: int | None, seed: int) -> "Smoothing":
+    from pydantic import ValidationError
+
+    from advmoe_deploy.analysis.smoothing import Smoothing
+
+    fields = {"sigma": sigma, "seed": seed, **({"n": draws} if draws else {})}
+    try:
+        return Smoothing.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(f"smoothing: {one_line(error)}") from None
+
+
+def _beside(stored: "StoredModel") -> Path:
+    """Return where the report of a run or, beside it, of a bundle goes."""
+    path = stored.path.resolve()
+    if stored.sealed:  # a bundle holds what its manifest lists and nothing else
+        return path.with_name(f"{path.name}-analysis")
+    return stored.path / "analysis"
