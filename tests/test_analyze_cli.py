@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, write_run
-from families import family_spec
+from families import spec_of
 
 from advmoe_deploy.analysis import smoothing
 from advmoe_deploy.analysis.smoothing import CertifiedImage
@@ -78,11 +78,11 @@ def test_a_dense_model_gets_what_is_possible(capsys: Capture, tmp_path: Path) ->
     assert "experts needs a router" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["conv-experts", "vit-moe"])
+@pytest.mark.parametrize("family", ["conv experts", "token experts"])
 def test_many_layers_fit_on_the_screen_and_the_page(
     capsys: Capture, tmp_path: Path, family: str
 ) -> None:
-    path = write_run(tmp_path / family, family_spec(family))
+    path = write_run(tmp_path / family, spec_of(family))
     assert run(["analyze", str(path), *QUICK]) == 0
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines()) <= 120
