@@ -86,7 +86,7 @@ class TrainConfig(Frozen):
     measurements (:mod:`~advmoe_deploy.train.passes`).
 
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
-    and off in its recipe. ``balanced_start`` sets the router's last bias so that the mean scores
+    and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the mean scores
     of the first batch are equal. ``class_routing_weight`` adds to the router's loss minus the
     mutual information of class and expert, on clean images and on those that attack the router:
     all images of a class to one expert, and as many to each. (The paper's released code prescribes

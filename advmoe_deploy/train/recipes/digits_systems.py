@@ -4,6 +4,8 @@ They are there to see every system work in a minute of one CPU core; which is be
 easy says little.
 """
 
+from collections.abc import Callable
+
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
@@ -116,8 +118,12 @@ def _model(**fields: object) -> ModelSpec:
     return ModelSpec.model_validate({**digits, **fields})
 
 
+def _summary(make: Callable[[], TrainConfig]) -> str:
+    return (make.__doc__ or "").splitlines()[0].removeprefix("Return ").rstrip(".")
+
+
 RECIPES = {
-    make().name: Recipe(make=make, summary=(make.__doc__ or "").splitlines()[0])
+    make().name: Recipe(make=make, summary=_summary(make))
     for make in (
         released,
         router_only,
