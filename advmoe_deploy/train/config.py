@@ -236,7 +236,7 @@ def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig
         for part in path:
             target = target[part]
             if not isinstance(target, dict):
-                raise UsageError(f"{key} has no place once {part} is {target!r}; set {part} whole")
+                raise UsageError(f"{key} has no place once {part} is {target!r}; set it whole")
         target[last] = _value(text)
         changed.add(key)
     if fields["model"]["backbone"] != config.model.backbone and "model.width" not in changed:
@@ -252,6 +252,7 @@ def _flat_keys(fields: dict[str, Any], prefix: str = "") -> list[str]:
     for name, value in fields.items():
         if isinstance(value, dict):
             keys += _flat_keys(value, f"{prefix}{name}.")
+            keys += [f"{prefix}{name}"] if prefix else []  # a part of the model, whole or null
         else:
             keys.append(f"{prefix}{name}")
     return keys
