@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import sha256_of, staged_directory, write_atomically
+from advmoe_deploy.files import (
+    remove_abandoned,
+    sha256_of,
+    staged_directory,
+    write_atomically,
+)
 
 
 def test_staged_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -118,3 +123,17 @@ def test_write_atomically(tmp_path: Path) -> None:
 def test_sha256_of_the_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty").startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+def test_what_a_kill_left_of_single_files_is_swept(tmp_path: Path) -> None:
+    write = (
+        "import os, sys; from pathlib import Path; from advmoe_deploy import files\n"
+        "files.os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "files.write_atomically(Path(sys.argv[1]) / 'a.json', b'{}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", write, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [name[:16] for name in os.listdir(tmp_path)] == [".a.json.partial-"]
+    (tmp_path / "kept").touch()
+    remove_abandoned(tmp_path)
+    assert os.listdir(tmp_path) == ["kept"]

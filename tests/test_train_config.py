@@ -88,7 +88,7 @@ def test_a_fixed_gate_is_not_for_router_only() -> None:
 
 
 def test_another_backbone_brings_its_own_width() -> None:
-    base = recipe("cifar10-advmoe")
+    base = recipe("cifar10-resnet18-advmoe")
     assert apply_overrides(base, ["model.backbone=wrn-28-10"]).model.width == 160
     both = apply_overrides(base, ["model.backbone=wrn-28-10", "model.width=32"])
     assert both.model.width == 32

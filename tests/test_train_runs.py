@@ -1,7 +1,10 @@
 """Whole runs: what they leave, what they refuse, how they end badly."""
 
 import json
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +152,21 @@ def test_a_finished_run_may_be_resumed_and_stays_the_same(finished: Path) -> Non
     before = (finished / "model" / "weights.safetensors").read_bytes()
     train(tiny("digits-dense"), some_digits(), finished, resume=True)
     assert (finished / "model" / "weights.safetensors").read_bytes() == before
+
+
+def test_a_run_killed_before_its_configuration_is_started_again(tmp_path: Path) -> None:
+    config, run = tiny("digits-dense", "epochs=1"), tmp_path / "run"
+    run.mkdir()
+    finished = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    dead = int(finished.stdout)
+    (run / f".config.json.partial-{platform.node()}-{dead}-0a1b2c3d").write_bytes(b"{")
+    train(config, some_digits(), run)
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / ".config.json.partial-elsewhere-1-0a1b2c3d").write_bytes(b"{")
+    with pytest.raises(UsageError, match="is no run"):
+        train(config, some_digits(), run)
+    train(config, some_digits(), run, overwrite=True)
+    assert not list(run.rglob(".*"))

@@ -28,6 +28,9 @@ def train_report(report: "TrainReport") -> RenderableType:
         ("effective routes", "-" if routes is None else f"{routes:.2f}"),
         ("time", f"{report.seconds:.1f} s"),
     ]
+    if report.nonzero_macs is not None and report.density is not None:
+        left = f"{report.nonzero_macs:,}, {_percent(report.density)} of the weights"
+        rows.insert(-1, ("MACs that are left", left))
     hint = f"next: advmoe export {report.run} --format onnx"
     return Group(_facts(f"{report.run}", rows), escape(hint))
 
