@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from advmoe_deploy.data import pixels
+from advmoe_deploy.data.dataset import mixed
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
 from tests.test_data import digit_png
@@ -66,6 +67,26 @@ def test_an_image_folder_is_scaled_and_split(folder: Path) -> None:
         assert np.array_equal(split.images.mean(axis=(1, 2, 3)), 255 * split.labels)
 
 
+def test_the_first_images_are_of_all_classes(folder: Path, tmp_path: Path) -> None:
+    data = load_dataset(f"folder:{folder}?size=8")
+    for split in (data.train, data.holdout, data.test):
+        for count in range(2, len(split) + 1, 2):
+            assert np.bincount(split.first(count).labels).tolist() == [count // 2] * 2
+    assert np.array_equal(load_dataset(data.source).train.labels, data.train.labels)
+    # What is mixed already keeps its order.
+    labels, rows = np.array([1, 0, 1, 0]), np.array([0, 1, 3])
+    assert mixed(labels, rows, seed=0) is rows
+
+
+def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in ("black", "white"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / label / "0.png")
+    with pytest.raises(DataError, match="holds 2 images; give at least five"):
+        load_dataset(f"folder:{tmp_path}?size=8")
+
+
 def test_a_large_split_is_kept_in_a_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,8 +103,10 @@ def test_a_large_split_is_kept_in_a_file(
 def test_imagenet_is_cut_from_the_middle(folder: Path) -> None:
     wide = np.zeros((300, 600, 3), np.uint8)
     wide[:, 200:400] = 255
-    Image.fromarray(wide).save(folder / "val" / "black" / "0.png")
-    test = load_dataset(f"imagenet:{folder}").test.images[0]
+    for name in ("0.png", "1.png"):
+        Image.fromarray(wide).save(folder / "val" / "black" / name)
+    split = load_dataset(f"imagenet:{folder}").test
+    test = split.images[split.labels == 0][0]
     assert test.shape == (3, 224, 224)
     assert test[:, :, 112].min() == 255
     assert test[:, :, 0].max() == 0

@@ -54,6 +54,20 @@ def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return images.astype(np.float32) / np.float32(255)
 
 
+def mixed(
+    labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], seed: int
+) -> npt.NDArray[np.int64]:
+    """Return ``rows`` as they are, or, if they come class by class, dealt evenly by class.
+
+    So the first so many images of a split are always of all classes.
+    """
+    steps = np.diff(labels[rows])
+    if np.any(steps < 0) or np.all(steps > 0):  # mixed, or one image a class
+        return rows
+    (dealt,) = stratified_parts(labels[rows], (), seed)
+    return rows[dealt]
+
+
 def stratified_parts(
     labels: npt.NDArray[np.int64], sizes: tuple[int, ...], seed: int
 ) -> list[npt.NDArray[np.int64]]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from advmoe_deploy.data.dataset import Dataset, Split, stratified_parts
+from advmoe_deploy.data.dataset import Dataset, Split, mixed, stratified_parts
 from advmoe_deploy.data.pixels import Pixels, decoded, stacked
 from advmoe_deploy.errors import DataError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
-_HOLDOUT_SEED = 20230810
+_SEED = 20230810
 _HOLDOUT_IMAGES = 1000
 
 
@@ -25,11 +25,12 @@ def load_image_folder(source: str, root: Path, *, size: int) -> Dataset:
     """Return the images under ``root`` as uint8 [N, 3, size, size], other sizes scaled and cut.
 
     The classes are the folders of ``train``, in alphabetical order; the hold-out is up to 1,000 of
-    the training images, evenly by class, at most a fifth of them.
+    the training images, evenly by class, at most a fifth of them. Images are dealt evenly by class,
+    always in the same order.
 
     Raises:
-        DataError: a folder is missing or empty, the splits have different classes, or a file is
-            no readable image.
+        DataError: a folder is missing or holds too few images, the splits have different classes,
+            or a file is no readable image.
     """
     train_root, test_root = root / "train", _first_folder(root, ("val", "valid", "test"))
     names = _classes(train_root)
@@ -38,13 +39,17 @@ def load_image_folder(source: str, root: Path, *, size: int) -> Dataset:
     train, test = _listing(train_root, names), _listing(test_root, names)
     labels = np.asarray(train.labels, dtype=np.int64)
     held = min(_HOLDOUT_IMAGES, len(labels) // 5)
-    holdout_rows, train_rows = stratified_parts(labels, (held,), _HOLDOUT_SEED)
+    if not held:
+        raise DataError(f"{train_root} holds {len(labels)} images; give at least five to train on")
+    holdout_rows, train_rows = stratified_parts(labels, (held,), _SEED)
+    test_labels = np.asarray(test.labels, dtype=np.int64)
+    test_rows = mixed(test_labels, np.arange(len(test_labels)), _SEED)
     return Dataset(
         source=source,
         class_names=names,
-        train=_split(train, np.sort(train_rows).tolist(), size),
-        holdout=_split(train, np.sort(holdout_rows).tolist(), size),
-        test=_split(test, range(len(test.files)), size),
+        train=_split(train, train_rows.tolist(), size),
+        holdout=_split(train, holdout_rows.tolist(), size),
+        test=_split(test, test_rows.tolist(), size),
     )
 
 

@@ -5,20 +5,20 @@ A row holds an image as {bytes, path} and an integer label.
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from advmoe_deploy.data.dataset import Dataset, Split
+from advmoe_deploy.data.dataset import Dataset, Split, mixed
 from advmoe_deploy.data.pixels import decoded, stacked
 from advmoe_deploy.errors import DataError, missing_extra
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
 HOLDOUT_IMAGES = 1000
-_HOLDOUT_SEED = 20230810
+_SEED = 20230810
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,27 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None) -> Dataset:
     """Return the data set as uint8 [N, 3, H, W].
 
     It comes from the parquet files of ``folder``; without one, of ``$ADVMOE_DATA/NAME``; without
-    that, from the hub. The hold-out is a fixed 1,000 of the training images.
+    that, from the hub. The hold-out is a fixed 1,000 of the training images. Images keep their
+    order, unless they come class by class: then they are dealt evenly by class.
 
     Raises:
-        DataError: a file is missing or damaged, or the hub cannot be reached.
+        DataError: a file is missing or damaged, there are too few images, or the hub cannot be
+            reached.
     """
     folder = folder or _default_folder(hub_set)
     read = _from_hub if folder is None else _from_folder
     train, test = (read(hub_set, split, folder) for split in (hub_set.train, hub_set.test))
-    order = np.random.default_rng(_HOLDOUT_SEED).permutation(len(train.labels))
+    order = np.random.default_rng(_SEED).permutation(len(train.labels)).astype(np.int64)
     # A tiny copy of the data still leaves four fifths of it to train on.
     size = min(HOLDOUT_IMAGES, len(order) // 5)
+    if not size:
+        raise DataError(f"{source} holds {len(order)} images to train on; give at least five")
     return Dataset(
         source=source,
         class_names=_class_names(hub_set, train.names),
-        train=_split(hub_set, train, np.sort(order[size:]).tolist()),
-        holdout=_split(hub_set, train, np.sort(order[:size]).tolist()),
-        test=_split(hub_set, test, range(len(test.labels))),
+        train=_split(hub_set, train, np.sort(order[size:])),
+        holdout=_split(hub_set, train, np.sort(order[:size])),
+        test=_split(hub_set, test, np.arange(len(test.labels))),
     )
 
 
@@ -176,10 +180,13 @@ def _checked(hub_set: HubSet, where: str, rows: _Rows) -> _Rows:
     return rows
 
 
-def _split(hub_set: HubSet, rows: _Rows, chosen: Sequence[int]) -> Split:
+def _split(hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64]) -> Split:
+    labels = np.asarray(rows.labels, dtype=np.int64)
+    chosen = mixed(labels, chosen, _SEED)
+
     def read(row: int) -> Any:
         where = f"{hub_set.name}, row {row}"
         return decoded(rows.encoded[row], where, hub_set.size, exact=True)
 
-    images = stacked(read, chosen, hub_set.size, key=hub_set.name)
-    return Split(images, np.asarray([rows.labels[row] for row in chosen], dtype=np.int64))
+    images = stacked(read, chosen.tolist(), hub_set.size, key=hub_set.name)
+    return Split(images, labels[chosen])
