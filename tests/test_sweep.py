@@ -7,9 +7,9 @@ import pytest
 
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.train.recipes import apply_overrides, recipe
-from advmoe_deploy.train.sweep import sweep
+from advmoe_deploy.train.sweep import sweep, sweep_configs
 
 TINY = [
     "epochs=1",
@@ -51,6 +51,12 @@ def test_nonsense_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
     with pytest.raises(UsageError, match="at least one value"):
         sweep(config, "model.ratio", (), load_dataset("digits"), tmp_path / "s")
+    with pytest.raises(UsageError, match="--seeds"):
+        sweep(config, "seed", (1, 2), load_dataset("digits"), tmp_path / "s")
+    with pytest.raises(UsageError, match="a value is twice among the values 2, 3, 2"):
+        sweep(config, "model.num_experts", (2, 3, 2), load_dataset("digits"), tmp_path / "s")
+    with pytest.raises(UsageError, match="a seed is twice"):
+        sweep(config, "lr", (1,), load_dataset("digits"), tmp_path / "s", seeds=(1, 1))
     for over in ("model.num_experts", "model.num_experts=", "model.num_experts=two"):
         assert run(["sweep", "digits-advmoe", "--over", over]) == 2
 
@@ -60,5 +66,16 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
     data = load_dataset("digits")
     sweep(config, "model.num_experts", (2,), data, tmp_path)
     other = config.model_copy(update={"lr": 0.5})
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match=r"was trained with lr=0\.02"):
         sweep(other, "model.num_experts", (2,), data, tmp_path)
+    (tmp_path / "model.num_experts=2" / "seed-0" / "report.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"report\.json: run: .*; delete it") as caught:
+        sweep(config, "model.num_experts", (2,), data, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_value_is_rounded() -> None:
+    config = apply_overrides(recipe("digits-advmoe"), TINY)
+    for key, values in (("lr", (0.12345678, 0.12345679)), ("train_images", (1234567, 1234568))):
+        configs = sweep_configs(config, key, values, (0,))
+        assert [getattr(configs[value, 0], key) for value in values] == [*values]

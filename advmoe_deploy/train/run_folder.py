@@ -175,7 +175,7 @@ def open_run(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) 
     if resume:
         if not occupied:
             raise UsageError(f"{path} holds no run to resume; leave --resume out")
-        _require_same(path, config)
+        require_same(path, config)
         return RunFolder(path)
     if occupied:
         _make_room(path, overwrite=overwrite)
@@ -202,7 +202,13 @@ def _make_room(path: Path, *, overwrite: bool) -> None:
     shutil.rmtree(path)
 
 
-def _require_same(path: Path, config: TrainConfig) -> None:
+def require_same(path: Path, config: TrainConfig) -> None:
+    """Refuse the run at ``path`` if it was trained by another configuration.
+
+    Raises:
+        UsageError: it was.
+        CheckpointError: its configuration is missing or cannot be read.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")

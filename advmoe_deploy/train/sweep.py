@@ -6,17 +6,19 @@ Every run keeps a folder of its own, so that a sweep that was interrupted goes o
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
-from advmoe_deploy.specs import Frozen
+from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.report import TrainReport
-from advmoe_deploy.train.run_folder import CONFIG, REPORT
+from advmoe_deploy.train.run_folder import CONFIG, REPORT, require_same
 
 SWEEP = "sweep.json"
 
@@ -65,7 +67,7 @@ def sweep(
         for value in values:
             reports = []
             for seed in seeds:
-                folder = out / f"{key}={value:g}" / f"seed-{seed}"
+                folder = out / f"{key}={_text(float(value))}" / f"seed-{seed}"
                 reports.append(_run(configs[value, seed], data, folder, devices, progress))
                 progress.advance("sweep", robust_accuracy=reports[-1].robust_accuracy)
             macs = macs_of(configs[value, seeds[0]].model)
@@ -83,8 +85,13 @@ def sweep_configs(
     """Return the configuration of each (value, seed); nonsense is refused here, all at once."""
     if not values or not seeds:
         raise UsageError("a sweep needs at least one value and one seed")
+    if key == "seed":
+        raise UsageError("a sweep over seed is no sweep; name its seeds by --seeds")
+    for what, given in (("values", values), ("seeds", seeds)):
+        if len(set(given)) < len(given):
+            raise UsageError(f"a {what[:-1]} is twice among the {what} {', '.join(map(str, given))}")
     return {
-        (value, seed): apply_overrides(config, [f"{key}={value:g}", f"seed={seed}"])
+        (value, seed): apply_overrides(config, [f"{key}={_text(float(value))}", f"seed={seed}"])
         for value in values
         for seed in seeds
     }
@@ -96,16 +103,19 @@ def _run(
     started = (folder / CONFIG).is_file()
     report = folder / REPORT
     if started and report.is_file():
-        _require_trained_by(config, data, folder)
+        require_same(folder, config.model_copy(update={"data": data.source}))
         progress.note(f"{folder} is finished and taken as it is")
-        return TrainReport.model_validate_json(report.read_bytes())
+        return _read(report)
     return train(config, data, folder, resume=started, devices=devices, progress=progress)
 
 
-def _require_trained_by(config: TrainConfig, data: Dataset, folder: Path) -> None:
+def _read(report: Path) -> TrainReport:
     try:
-        before = TrainConfig.model_validate_json((folder / CONFIG).read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read ({error}); delete it") from None
-    if before != config.model_copy(update={"data": data.source}):
-        raise UsageError(f"{folder} was trained with other settings; choose another --out")
+        return TrainReport.model_validate_json(report.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{report}: {one_line(error)}; delete it to go on") from None
+
+
+def _text(value: float) -> str:
+    """Return ``value`` as a setting says it, whole numbers without a point and nothing rounded."""
+    return str(int(value)) if value.is_integer() else repr(value)
