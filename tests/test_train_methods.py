@@ -121,3 +121,19 @@ def test_the_standard_phase_leaves_the_robust_mixture_alone() -> None:
             name.split(".")[0] for name in after if not torch.equal(after[name], before[name])
         }
         assert changed == {"robust", "standard"} - {other}
+
+
+def test_the_standard_phase_balances_its_own_router_alone() -> None:
+    """Exactly as much as if the robust mixture, which is frozen, had no router."""
+    plain = tiny_of("dual-model", "jtdmoe")
+    balanced = tiny_of("dual-model", "jtdmoe", "balance_loss=switch", "balance_weight=0.25")
+    losses = []
+    for config in (plain, balanced):
+        learner = TrainedWeights(fabric(), config).learner
+        part = first_batch(config).parts[0]
+        phase = learner.phases[1]
+        scene = learner._scene(phase, part)
+        losses.append(learner._loss(phase, scene, part.images))
+    term = BALANCE_LOSSES["switch"](learner.model.route(part.images)["standard"])
+    assert term > 0.01
+    assert torch.allclose(losses[1] - losses[0], 0.25 * term, atol=1e-5)

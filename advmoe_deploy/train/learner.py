@@ -166,7 +166,9 @@ class Learner:
         if not phase.routes_learn:
             return loss
         if config.balance_loss is not None:
-            term = balance(config.balance_loss, scene.trained.taken)
+            taken = scene.trained.taken  # of a frozen mixture's router, too, which learns nothing
+            own = [taken[rule.layer] for rule in scene.model.rules]
+            term = balance(config.balance_loss, own)
             loss = loss + config.balance_weight * part.weight * term
         if config.class_routing_weight:
             model = scene.model

@@ -35,7 +35,7 @@ class Phase:
     """One step: which groups of parameters it moves, and what it minimises.
 
     ``model`` is the classifier that is attacked and trained, all or a part of the run's model;
-    ``call`` runs it in the loss. ``surrogate`` is that of the loss, ``attack_surrogate`` that of
+    ``call`` runs it in the loss, maybe with what stands beside it. ``surrogate`` is that of the loss, ``attack_surrogate`` that of
     the attack. ``finds`` says whether the step finds its own examples or takes those of the phase
     before. ``routes_learn`` adds the terms for routers.
     """
@@ -149,5 +149,5 @@ def _dual(config: TrainConfig, model: DualModel, groups: tuple[str, ...]) -> tup
     behind: Callable[..., object] = partial(standard_phase_logits, model)
     return (
         _phase(config, model.robust, every, ROBUST, of(ROBUST)),
-        _phase(config, model, Standard(), STANDARD, of(STANDARD), call=behind),  # type: ignore[arg-type]
+        _phase(config, model.standard, Standard(), STANDARD, of(STANDARD), call=behind),  # type: ignore[arg-type]
     )

@@ -5,6 +5,7 @@ The losses are no means over rows, so each process computes them from the rows o
 Shapes: N images, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 
@@ -42,9 +43,9 @@ def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:
     return of_pass
 
 
-def balance(name: str, taken: dict[str, Routing]) -> Tensor:
+def balance(name: str, taken: Sequence[Routing]) -> Tensor:
     """Return the balancing loss of this name, its mean over the routed layers."""
-    losses = [BALANCE_LOSSES[name](_whole(routing)) for routing in taken.values()]
+    losses = [BALANCE_LOSSES[name](_whole(routing)) for routing in taken]
     return torch.stack(losses).mean()
 
 
