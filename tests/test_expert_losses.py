@@ -17,11 +17,11 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Execution, Routes, Routing
 from advmoe_deploy.specs import build_spec
 from advmoe_deploy.train.expert_losses import (
-    divergence,
     robust_phase_loss,
     rt_er_loss,
     standard_phase_logits,
 )
+from advmoe_deploy.train.losses import divergence
 
 LABELS = torch.arange(12) % 10
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.models.dual import DualModel, second_expert_routes
 from advmoe_deploy.models.routing import Routes, Routing
+from advmoe_deploy.train.losses import divergence
 
 Forward = Callable[[Tensor, Routes], Tensor]
 
@@ -96,13 +97,6 @@ def standard_phase_logits(
     with eval_mode(model.robust), torch.no_grad():
         robust_NK = model.robust(images_NCHW, routes)
     return model.blend(model.standard(images_NCHW, routes), robust_NK)
-
-
-def divergence(p_NK: Tensor, q_NK: Tensor) -> Tensor:
-    """Return KL(p || q) of two batches of logits, the mean over the batch."""
-    return F.kl_div(
-        F.log_softmax(q_NK, dim=1), F.log_softmax(p_NK, dim=1), reduction="batchmean", log_target=True
-    )
 
 
 def _mixture_loss(forward: Forward, attacked_NCHW: Tensor, labels_N: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: flo
     Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
     """
     natural = F.cross_entropy(clean_NK, labels_N)
-    robust = F.kl_div(
-        F.log_softmax(adversarial_NK, dim=1),
-        F.log_softmax(clean_NK, dim=1),
-        reduction="batchmean",
-        log_target=True,
+    return natural + beta * divergence(clean_NK, adversarial_NK)
+
+
+def divergence(p_NK: Tensor, q_NK: Tensor) -> Tensor:
+    """Return KL(p || q) of two batches of logits, the mean over the batch."""
+    return F.kl_div(
+        F.log_softmax(q_NK, dim=1), F.log_softmax(p_NK, dim=1), reduction="batchmean", log_target=True
     )
-    return natural + beta * robust
 
 
 def class_routing_loss(scores_NE: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
