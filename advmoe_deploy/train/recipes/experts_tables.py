@@ -27,7 +27,6 @@ def baseline(backbone: Backbone = "resnet18") -> TrainConfig:
         loss="pgd-at",
         attack_steps=7,
         attack_step_size=2 / 255,
-        attack_noise=4 / 255,
         test_attack_steps=20,
         crop_padding=_IMAGES.crop_padding,
         flip=True,
