@@ -58,7 +58,7 @@ BACKBONES: dict[Family, tuple[Backbone, ...]] = {
 
 
 # Families in which a router looks at the whole image, once.
-_IMAGE_ROUTED: tuple[Family, ...] = ("advmoe", "expert-networks", "dual-model")
+IMAGE_ROUTED: tuple[Family, ...] = ("advmoe", "expert-networks", "dual-model")
 
 
 class Frozen(BaseModel):
@@ -146,7 +146,7 @@ class ModelSpec(Frozen):
             return
         if self.num_experts < 2:
             raise ValueError(f"{self.family} needs at least two experts, not {self.num_experts}")
-        if self.family in _IMAGE_ROUTED and self.top_k != 1:
+        if self.family in IMAGE_ROUTED and self.top_k != 1:
             raise ValueError(
                 f"{self.family} routes each image to one of at least two experts, not "
                 f"top_k={self.top_k} of num_experts={self.num_experts}"

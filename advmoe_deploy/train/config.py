@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.specs import Family, Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.specs import IMAGE_ROUTED, Family, Frozen, ModelSpec, ThreatModel, one_line
 
 Method = Literal[
     "advmoe",
@@ -67,10 +67,12 @@ class TrainConfig(Frozen):
     ``router_lr`` is a peak like ``lr``, and bounded: at 0.1 the scores of AdvMoE's router explode
     and all images flip between experts. ``router_grad_clip`` bounds the norm of its gradient.
 
-    ``attack_steps`` and ``attack_noise`` (the deviation of the start) are for the attacks of
-    ``trades`` and ``pgd-at``; ``attack_step_size`` in [0, 1] pixels is by default 2.5 * epsilon /
-    steps, epsilon (``n-fgsm``, ``free``) or 1.25 * epsilon (``fast``). ``nfgsm_noise`` is N-FGSM's
-    k, ``free_repeats`` the m of free adversarial training.
+    ``attack_steps`` are those of every attack with more than one; ``attack_noise`` is the deviation
+    of the start of those that ascend a divergence, while those that ascend the cross-entropy start
+    anywhere in the ball. ``attack_step_size`` in [0, 1] pixels is by default 2.5 * epsilon / steps,
+    epsilon (``n-fgsm``, ``free``) or 1.25 * epsilon (``fast``). ``nfgsm_noise`` is N-FGSM's k,
+    ``free_repeats`` the m of free adversarial training, which repeats each batch without shortening
+    the run.
     ``attack_target`` says whether the gradient of the attack inside training enters the router.
     ``attack_per_step`` finds new examples for the expert step, as the paper does; without it the
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
@@ -99,6 +101,8 @@ class TrainConfig(Frozen):
     ``track_router_robustness`` records how the routes withstand attacks before and after experts
     are updated (:mod:`~advmoe_deploy.train.router_robustness`).
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     name: str
     data: str
@@ -156,7 +160,8 @@ class TrainConfig(Frozen):
             )
         if self.method == "sparse" and self.epochs < len(SPARSE_STAGES):
             raise ValueError(f"method sparse needs at least {len(SPARSE_STAGES)} epochs")
-        if self.method == "sparse" and self.sparse_ratio >= self.model.ratio:
+        by_ratio = self.method == "sparse" and self.sparse_density is None
+        if by_ratio and self.sparse_ratio >= self.model.ratio:
             raise ValueError(
                 f"sparse_ratio={self.sparse_ratio} is no smaller than model.ratio="
                 f"{self.model.ratio}; there is nothing to prune"
@@ -197,15 +202,28 @@ class TrainConfig(Frozen):
             raise ValueError(f"{useless[0]} is no part of method advmoe-released; use advmoe")
         if method == "experts-only" and (useless := [n for n, on in learned.items() if on]):
             raise ValueError(f"{useless[0]} needs a router that learns, not method experts-only")
-        factor = self.capacity_factor
-        if factor is not None and factor < 1 and self.capacity_overflow == "reassign":
+        self._check_capacity()
+        gate = self.model.expert_layers.gate if self.model.expert_layers else ""
+        if gate.startswith("fixed"):
+            if method == "router-only":
+                raise ValueError(f"method router-only cannot train gate {gate}, which never learns")
+            if self.balance_loss is not None:
+                raise ValueError(f"balance_loss cannot teach gate {gate}, which never learns")
+
+    def _check_capacity(self) -> None:
+        factor, family = self.capacity_factor, self.model.family
+        if factor is None:
+            return
+        if self.capacity_overflow == "drop" and family in IMAGE_ROUTED:
+            raise ValueError(
+                f"capacity_overflow=drop leaves images of family {family} without an answer; "
+                "use reassign"
+            )
+        if factor < 1 and self.capacity_overflow == "reassign":
             raise ValueError(
                 f"capacity_factor={factor} leaves rows without an expert; use at least 1, or "
                 "capacity_overflow=drop"
             )
-        gate = self.model.expert_layers.gate if self.model.expert_layers else ""
-        if method == "router-only" and gate.startswith("fixed"):
-            raise ValueError(f"method router-only cannot train gate {gate}, which never learns")
 
 
 # The stages of method ``sparse`` and the share of the epochs that each takes, as HYDRA's 100, 20

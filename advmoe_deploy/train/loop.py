@@ -83,9 +83,10 @@ def _require_fit(config: TrainConfig, data: Dataset, processes: int) -> None:
             f"{data.source} has {len(data.class_names)} classes, not {model.num_classes}; "
             f"set model.num_classes={len(data.class_names)}"
         )
-    parts = config.accumulate * math.ceil(len(data.train) / config.batch_size)
-    if len(data.train) // parts < 2 * processes:
+    images = len(data.train.first(config.train_images))
+    parts = config.accumulate * math.ceil(images / config.batch_size)
+    if images // parts < 2 * processes:
         raise UsageError(
             f"batch_size={config.batch_size} leaves under two images for each of {processes} "
-            f"processes, with accumulate={config.accumulate} and {len(data.train)} images in all"
+            f"processes, with accumulate={config.accumulate} and {images} images in all"
         )

@@ -10,6 +10,7 @@ from advmoe_deploy.train.config import Loss, Method
 class EpochRecord(Frozen):
     """One line of metrics.jsonl. Accuracies are those of the hold-out, ``None`` if not measured.
 
+    ``loss`` is the mean over the epoch of what the last phase of the method minimises.
     ``expert_load`` counts the choices of each routed layer, ``effective_routes`` is that of the
     layer with the fewest. ``density`` and ``nonzero_macs`` are of method ``sparse``, the
     ``router_flips`` of ``track_router_robustness``
