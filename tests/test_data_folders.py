@@ -16,8 +16,10 @@ from advmoe_deploy.errors import DataError, UsageError
 from tests.test_data import digit_png
 
 
-def write_hub_file(path: Path, image: str, label: str, size: int, names: list[str]) -> None:
-    rows = [{"bytes": digit_png(row, size), "path": None} for row in range(10)]
+def write_hub_file(
+    path: Path, image: str, label: str, size: int, names: list[str], first: int = 0
+) -> None:
+    rows = [{"bytes": digit_png(row, size), "path": None} for row in range(first, first + 10)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {image: pa.array(rows, kind), label: pa.array(range(10), pa.int64())}
     features = {"info": {"features": {label: {"names": names}}}}
@@ -78,6 +80,12 @@ def test_the_first_images_are_of_all_classes(folder: Path, tmp_path: Path) -> No
     assert mixed(labels, rows, seed=0) is rows
 
 
+def test_an_image_of_absurd_size_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(DataError, match=r"no readable image \(DecompressionBombError"):
+        load_dataset(f"folder:{folder}?size=8")
+
+
 def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for label in ("black", "white"):
@@ -98,6 +106,22 @@ def test_a_large_split_is_kept_in_a_file(
         assert isinstance(data.train.images, np.memmap)
         assert np.array_equal(data.train.images, expected.train.images)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # one file a split, nothing half-written
+
+
+def test_large_splits_of_one_name_and_shape_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pixels, "IN_MEMORY_BYTES", 0)
+    found = []
+    for first in (0, 10):
+        root = tmp_path / str(first)
+        root.mkdir()
+        for split in ("train", "test"):
+            file = root / f"{split}-00000-of-00001.parquet"
+            write_hub_file(file, "img", "label", 32, [], first)
+        found.append(load_dataset(f"cifar10:{root}").test.images)
+    assert not np.array_equal(*found)
 
 
 def test_imagenet_is_cut_from_the_middle(folder: Path) -> None:

@@ -91,6 +91,9 @@ def _split(listing: _Listing, rows: Sequence[int], size: int) -> Split:
         return decoded(data, str(file), size, exact=False)
 
     chosen = [listing.files[row] for row in rows]
-    key = "\n".join(f"{file} {file.stat().st_mtime_ns}" for file in chosen)
+
+    def key() -> str:
+        return "\n".join(f"{file} {file.stat().st_mtime_ns}" for file in chosen)
+
     labels = np.asarray([listing.labels[row] for row in rows], dtype=np.int64)
     return Split(stacked(read, rows, size, key), labels)

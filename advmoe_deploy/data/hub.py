@@ -3,6 +3,7 @@
 A row holds an image as {bytes, path} and an integer label.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -188,5 +189,11 @@ def _split(hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64]) -> Split
         where = f"{hub_set.name}, row {row}"
         return decoded(rows.encoded[row], where, hub_set.size, exact=True)
 
-    images = stacked(read, chosen.tolist(), hub_set.size, key=hub_set.name)
+    def key() -> str:
+        digest = hashlib.sha256()
+        for row in chosen:
+            digest.update(hashlib.sha256(rows.encoded[row] or b"").digest())
+        return digest.hexdigest()
+
+    images = stacked(read, chosen.tolist(), hub_set.size, key)
     return Split(images, labels[chosen])

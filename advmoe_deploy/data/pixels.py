@@ -19,6 +19,15 @@ CACHE_VARIABLE = "ADVMOE_CACHE"
 IN_MEMORY_BYTES = 4 << 30
 
 Pixels = npt.NDArray[np.uint8]
+# What Pillow raises, by format and by damage; the last for sizes that would fill the memory.
+_UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    TypeError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
 
 
 def decoded(data: Any, where: str, size: int, *, exact: bool) -> Pixels:
@@ -39,7 +48,7 @@ def decoded(data: Any, where: str, size: int, *, exact: bool) -> Pixels:
                 width, height = (max(margin, round(side * scale)) for side in rgb.size)
                 rgb = _middle(rgb.resize((width, height), Image.Resampling.BILINEAR), size)
             pixels = np.asarray(rgb)
-    except (UnidentifiedImageError, OSError, TypeError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{where}: no readable image ({type(error).__name__})") from None
     if pixels.shape != (size, size, 3):
         raise DataError(f"{where}: {pixels.shape} pixels, not {(size, size, 3)}")
@@ -51,18 +60,21 @@ def _middle(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.crop(image, (left, top, image.width - size - left, image.height - size - top))
 
 
-def stacked(read: Callable[[int], Pixels], rows: Sequence[int], size: int, key: str) -> Pixels:
+def stacked(
+    read: Callable[[int], Pixels], rows: Sequence[int], size: int, key: Callable[[], str]
+) -> Pixels:
     """Return ``read(row)`` of each row as uint8 [N, 3, size, size].
 
     A result above 4 GiB is kept in a file under ``$ADVMOE_CACHE`` (by default
-    ``~/.cache/advmoe``), named by a hash of ``key``, and found there the next time.
+    ``~/.cache/advmoe``), named by a hash of ``key()``, and found there the next time: the key must
+    tell these images, in this order, from all others.
     """
     shape = (len(rows), 3, size, size)
     if int(np.prod(shape)) <= IN_MEMORY_BYTES:
         images = np.empty(shape, np.uint8)
         _fill(images, read, rows)
         return images
-    return _cached(read, rows, shape, key)
+    return _cached(read, rows, shape, key())
 
 
 def _fill(images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int]) -> None:
