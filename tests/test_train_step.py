@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from toy_training import fabric, first_batch, tiny
+from toy_training import fabric, first_batch, some_digits, tiny
 
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.train.feed import Feed
 from advmoe_deploy.train.weights import TrainedWeights
 
 
@@ -30,6 +31,22 @@ def test_the_router_step_moves_the_router_and_the_expert_step_the_rest() -> None
     middle = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     learner._update(experts, batch, [None])
     assert moved(middle, learner.model) == {"backbone"}
+
+
+def test_images_too_many_for_the_device_come_batch_by_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny("digits-dense", "crop_padding=1", "flip=true")
+    expected = first_batch(config).parts[0]
+    monkeypatch.setattr("advmoe_deploy.data.pixels.IN_MEMORY_BYTES", 0)
+    feed = Feed(fabric(), config, some_digits().train)
+    # A device that holds no values: what is moved there is lost, what stays is not.
+    feed._device = torch.device("meta")
+    part = next(feed.epoch(0)).parts[0]
+    assert part.images.device.type == "meta"
+    assert feed._images.device.type == "cpu"
+    feed._device = torch.device("cpu")
+    assert torch.equal(next(feed.epoch(0)).parts[0].images, expected.images)
 
 
 def test_a_step_leaves_no_gradient_and_training_mode() -> None:

@@ -1,4 +1,4 @@
-"""The training images where they are used: uint8 on the device, a share of each batch at a time."""
+"""The training images where they are used: a share of each batch at a time, on the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from advmoe_deploy.data import pixels
 from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.train.config import TrainConfig
@@ -40,12 +41,20 @@ class Batch:
 
 
 class Feed:
-    """Batches of one split in an order known from seed and epoch."""
+    """Batches of one split in an order known from seed and epoch.
+
+    The images are on the device as uint8. Those of a split so large that it is paged in from a file
+    stay where they are, and only a batch goes to the device.
+    """
 
     def __init__(self, fabric: Fabric, config: TrainConfig, split: Split) -> None:
         self._config = config
         self._rank, self._processes = fabric.global_rank, fabric.world_size
-        self._images, self._labels = on_device(fabric, split)
+        self._device = fabric.device
+        large = split.images.nbytes > pixels.IN_MEMORY_BYTES
+        images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+        self._images = images if large else images.to(self._device)
+        self._labels = labels.to(self._device)
         self.batches_per_epoch = len(self._order(0))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -62,14 +71,15 @@ class Feed:
     def _part(self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator) -> Part:
         config, total = self._config, len(rows)
         mine = slice(self._rank, None, self._processes)
-        own = torch.from_numpy(rows[mine]).to(self._images.device)
+        own = torch.from_numpy(rows[mine])
+        images = self._images[own.to(self._images.device)].to(self._device)
         # Drawn for all images of the part, so that no number depends on who has which.
         moves = random_moves(
             total, crop_padding=config.crop_padding, flip=config.flip, generator=rng
         )
         return Part(
-            images=to_unit(augment(self._images[own], moves.take(mine))),
-            labels=self._labels[own],
+            images=to_unit(augment(images, moves.take(mine))),
+            labels=self._labels[own.to(self._device)],
             weight=weight,
             share=len(own) * self._processes / total * weight,
             draws=Draws(rng, total, mine),
