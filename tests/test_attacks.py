@@ -303,7 +303,18 @@ def test_eval_mode_gives_each_module_its_own_mode_back() -> None:
     assert not pair[1].training
 
 
-@pytest.mark.parametrize("target", TARGETS)
+def test_an_attack_on_the_router_turns_routes_that_do_no_harm() -> None:
+    model, x = opposites()
+    with torch.no_grad():  # expert 1 is right too, and surer
+        for expert, bias in zip(model.experts, ([1.0, 0.0], [5.0, 0.0]), strict=True):
+            expert.fc.bias.copy_(torch.tensor(bias))
+    attack = AttackSpec(name="pgd", steps=8, target="router", restarts=2)
+    found = attack_model(model, x, torch.tensor([0]), ThreatModel(epsilon=0.12), attack)
+    assert model.route(x)["router"].expert_ids_NK.tolist() == [[0]]
+    assert model.route(found)["router"].expert_ids_NK.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "router"])
 def test_more_restarts_never_find_less(model: AdvMoE, target: AttackTarget) -> None:
     x, y = some_digits(60)
     losses = []

@@ -41,8 +41,9 @@ def attack_model(
     ``images`` are float in [0, 1]. An image the attack could not turn is returned at its highest
     loss, one it turned at its highest loss among those that fool; ``first_only`` settles for the
     first that fools. What fools is the model's own answer; for target ``experts``, its answer with
-    the routes of the clean image. The same seed gives the same examples. The model is attacked in
-    eval mode; its own mode comes back.
+    the routes of the clean image. The loss is that of the answer; for target ``router``, that of
+    the gates against the clean routes. The same seed gives the same examples. The model is attacked
+    in eval mode; its own mode comes back.
 
     Raises:
         UsageError: the attack is no PGD, or its target needs a router and the model has none.
@@ -154,8 +155,11 @@ class _Batch:
         """Return what the model itself makes of ``images``, which stand for ``rows_N``."""
         logits_NK: Tensor = self.model(images, self.clean.of(rows_N) if self.clean else None)
         labels_N = self.labels[rows_N]
-        loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
-        return _Judged(require_finite_loss(loss_N), logits_NK.argmax(dim=1) != labels_N)
+        loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
+        if self.spec.target == "router":  # a new route may well lower the loss of the answer
+            (objective,) = self.objectives
+            loss_N = objective(images, labels_N, rows_N).loss_N
+        return _Judged(loss_N, logits_NK.argmax(dim=1) != labels_N)
 
     def _restore_clean_mistakes(self, found: Tensor, everyone: Tensor) -> None:
         """Never let an attack correct a mistake: an image wrong from the start stays wrong."""
