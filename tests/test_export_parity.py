@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from advmoe_deploy.errors import (
-    CheckFailedError,
-)
+from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.parity import compare_answers, require_parity
 from advmoe_deploy.export.reference import Answers, RouteAnswers
 from advmoe_deploy.runtime.prediction import Prediction
@@ -79,3 +77,18 @@ def test_nothing_to_compare_fails(images: int) -> None:
     assert not report.passed
     with pytest.raises(CheckFailedError, match="cannot be compared"):
         require_parity(report, "model.onnx")
+
+
+@pytest.mark.parametrize(("flipped", "passes"), [(1, True), (2, False), (3, False)])
+def test_close_calls_are_no_way_around_the_comparison(flipped: int, passes: bool) -> None:
+    scores = np.full((4, 2), 0.5, np.float32)
+    scores[3, 0] = 1  # one clear route
+    answers, prediction = routed_answers(scores)
+    prediction.expert_ids["router"] = answers.routes["router"].expert_ids.copy()
+    prediction.expert_ids["router"][:flipped] = 1
+    report = compare_answers(answers, prediction)
+    assert (report.route_flips, report.close_flips) == (0, flipped)
+    assert report.passed == passes
+    if not passes:
+        with pytest.raises(CheckFailedError, match=f"only {4 - flipped} of 4 images"):
+            require_parity(report, "model.onnx")

@@ -152,8 +152,11 @@ def _complaint(report: ParityReport) -> str:
             f"cannot be compared: on all of {rows[name]} rows the best scores of layer {name} are "
             f"within {report.margin:g}; check on other images with --data, or train the router"
         )
-    if report.compared == 0 and not report.route_flips:
-        return "cannot be compared: no image has the same routes; check on more images with --data"
+    if not report.mostly_compared and not report.route_flips:
+        return (
+            f"cannot be compared: only {report.compared} of {report.images} images have the same "
+            "routes; check on other images with --data, or train the router"
+        )
     return (
         f"differs from the torch model on {report.images} images: logits by "
         f"{report.max_relative_logit_diff:.3g} (limit {report.logit_tolerance:.3g}, relative to "
