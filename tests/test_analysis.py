@@ -225,6 +225,10 @@ def test_what_has_no_bound_is_refused() -> None:
         image.argmax()
     with pytest.raises(UnboundedError, match="choice"):
         bool(image.sum() > 0)
+    with pytest.raises(UnboundedError, match="choice"):
+        torch.equal(image, image)
+    with pytest.raises(UnboundedError, match="choice"):
+        torch.zeros(1, 1, 2, 2, dtype=torch.float64)[:] = image
     with pytest.raises(UnboundedError, match="layer_norm"):
         F.layer_norm(image, (2, 2))
     with pytest.raises(UnboundedError, match="exp"):
@@ -241,6 +245,9 @@ def test_bounds_of_small_operations_by_hand() -> None:
     assert pair_slopes(twice)[0, 1] == 6  # the rows differ by (0, 2) alone
     assert pair_slopes(0.5 * twice + 0.5 * twice)[0, 1] == 6
     assert pair_slopes(F.relu(twice))[0, 1] == 8
+    thrice = F.linear(x, torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]]))
+    assert pair_slopes(thrice[torch.tensor([0])])[0, 2] == 3  # the same row
+    assert pair_slopes(thrice[:, torch.tensor([0, 2, 1])])[0, 1] >= 3  # others' places
 
 
 def test_the_radius_of_a_linear_route_is_tight() -> None:

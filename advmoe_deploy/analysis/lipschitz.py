@@ -205,13 +205,18 @@ def _steepest(model: Classifier, images: Tensor) -> float:
 
 
 def _steepest_scores(model: Classifier, layer: str, images: Tensor) -> float:
-    """Return the same of a gate's scores; of tokens, the one nearest to changing its route."""
+    """Return the same of the last score chosen over the next; of tokens, where that is least.
+
+    Where every expert is chosen, the next is none, and the margin that of the last two.
+    """
 
     def margin(x: Tensor) -> Tensor:
         routes = Routes(surrogate="probability")
         model(x, routes)
-        best_RK = routes.taken[layer].scores_NE.topk(2, dim=1).values
-        return fold_rows(best_RK[:, 0] - best_RK[:, 1], len(x)).amin(dim=1)
+        routing = routes.taken[layer]
+        k = min(routing.expert_ids_NK.shape[1], routing.num_experts - 1)
+        best_RK = routing.scores_NE.topk(k + 1, dim=1).values
+        return fold_rows(best_RK[:, k - 1] - best_RK[:, k], len(x)).amin(dim=1)
 
     return _largest_gradient(model, margin, images)
 

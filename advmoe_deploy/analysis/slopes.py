@@ -217,7 +217,13 @@ _SELECTIONS = (
 _CONSTANT = frozenset(
     {"new_zeros", "new_ones", "new_empty", "zeros_like", "ones_like", "empty_like", "full_like"}
 )
-_LEAKS = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__"})
+# What turns values into something that carries no bounds, or writes them into it.
+_LEAKS = frozenset(
+    {
+        *("item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"),
+        *("__contains__", "allclose", "equal", "is_nonzero", "__setitem__"),
+    }
+)
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_SELECTIONS, _same),
     "relu": _kept,
@@ -254,7 +260,10 @@ def _kept_linear(name: str, value: Any, args: Any) -> Linear | None:
         known = [a.linear for a in args[:2] if isinstance(a, Sloped)]
         parts = [part for part in known if part is not None]
         return sum(parts, ()) if len(parts) == len(known) else None
-    if name in ("__getitem__", "index_add", "index_copy", "cat"):
+    # Along the first axis only: along another one outputs may change places.
+    if name == "__getitem__" and not isinstance(args[1], tuple):
+        return _same_row(value, args)
+    if name == "cat" or (name in ("index_add", "index_copy") and args[1] == 0):
         return _same_row(value, args)
     return None
 
