@@ -214,6 +214,13 @@ def test_wrappers_and_other_containers_are_seen_through(tmp_path: Path) -> None:
         assert torch.equal(twin.state_dict()["router.fc.bias"], router["fc.bias"])
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    network, router, _ = released_of(model_of(TINY))
+    content = {"state_dict": network, "router": router}
+    network["module.linear.weight"] = network["linear.weight"] + 1
+    assert "holds linear.weight twice" in refusal(write(tmp_path, content))
+
+
 class Code:
     """Something that only running code could bring back."""
 

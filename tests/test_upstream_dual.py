@@ -171,6 +171,9 @@ def test_normalisation_is_told() -> None:
         ({"experts.3.net.conv1.weight": torch.zeros(4, 3, 3, 3)}, "experts.3.conv1.weight"),
         ({"experts.1.net.linear.bias": torch.zeros(11)}, "experts.1.linear.bias"),
         ({"router.gate.weight": torch.zeros(3, 3 * 17)}, "square"),
+        ({"router.gate.weight": torch.zeros(3)}, "router.gate.weight is .3., not 2 sizes"),
+        ({"experts.0.net.conv1.weight": torch.zeros(4, 0, 3, 3)}, "not 4 sizes above 0"),
+        ({"experts.0.net.linear.weight": torch.tensor(1.0)}, "linear.weight is .., not 2 sizes"),
     ],
 )
 def test_what_is_no_mixture_is_refused(changed: dict[str, Tensor | None], says: str) -> None:

@@ -137,6 +137,7 @@ def with_an_expert_more() -> dict[str, Tensor]:
         (without_experts(), "none"),
         (with_a_block_more(), "2-2-3-2 basic blocks"),
         (with_an_expert_more(), "layer4.1.conv1 (5), layer4.1.conv2 (4)"),
+        ({**released(spec_of(), seed=1), "model.conv1.weight": torch.zeros(8)}, "conv1.weight is"),
     ],
 )
 def test_another_file_is_refused(state: dict[str, Tensor], says: str) -> None:

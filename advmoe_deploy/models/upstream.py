@@ -110,11 +110,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _tensors(state: object, prefix: str, file: Path) -> dict[str, Tensor]:
     named = dict(state) if isinstance(state, Mapping) else {}
-    tensors = {
-        prefix + ".".join(part for part in name.split(".") if part not in _WRAPPED): value
-        for name, value in named.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, value in named.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            plain = prefix + ".".join(part for part in name.split(".") if part not in _WRAPPED)
+            if plain in tensors:
+                raise CheckpointError(f"{file} holds {plain} twice; which one is meant?")
+            tensors[plain] = value
     if not tensors:
         found = ", ".join(list(map(str, named))[:5]) or type(state).__name__
         raise CheckpointError(f"{file} holds no tensors by name, but {found}; name a checkpoint")

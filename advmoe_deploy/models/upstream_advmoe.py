@@ -18,6 +18,7 @@ from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.models.backbones import RESNETS, WIDENING, scaled
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.resnet import Bottleneck
+from advmoe_deploy.models.upstream_shapes import shape_of
 from advmoe_deploy.models.vgg import VGG16_STAGES
 from advmoe_deploy.specs import BASE_WIDTH, ModelSpec, build_spec
 
@@ -90,14 +91,14 @@ def _one_router(state: Tensors) -> dict[str, Tensor]:
 
 
 def _spec_of(network: Tensors, overrides: Mapping[str, object]) -> ModelSpec:
-    num_experts = len(_required(network, "router.fc.weight"))
+    num_experts = shape_of(network, "router.fc.weight", 2)[0]
     told = _network_of(network, num_experts, overrides)
     in_channels = told["in_channels"]
     assert isinstance(in_channels, int)
     fields: dict[str, object] = {
         "family": "advmoe",
         "num_experts": num_experts,
-        "router_width": len(_required(network, "router.conv1.weight")),
+        "router_width": shape_of(network, "router.conv1.weight", 4)[0],
         "mean": (0.0,) * in_channels,
         "std": (1.0,) * in_channels,
     }
@@ -122,7 +123,7 @@ def _network_of(
 def _resnet(
     network: Tensors, num_experts: int, overrides: Mapping[str, object]
 ) -> dict[str, object]:
-    stem, in_channels, kernel, _ = _shape4(network, "conv1.weight")
+    stem, in_channels, kernel, _ = shape_of(network, "conv1.weight", 4)
     counts = tuple(_blocks(network, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5))
     bottleneck = "layer1.0.conv3.weight" in network
     backbone = next(
@@ -148,7 +149,7 @@ def _resnet(
         "width": width,
         "ratio": _ratio(widths if small else [(width, stem), *widths]),
         "in_channels": in_channels,
-        "num_classes": len(_required(network, "linear.weight" if small else "fc.weight")),
+        "num_classes": shape_of(network, "linear.weight" if small else "fc.weight", 2)[0],
         "image_size": 32 if small else 224,
     }
 
@@ -156,7 +157,7 @@ def _resnet(
 def _wide_resnet(
     network: Tensors, num_experts: int, overrides: Mapping[str, object]
 ) -> dict[str, object]:
-    stem, in_channels, kernel, _ = _shape4(network, "conv1.weight")
+    stem, in_channels, kernel, _ = shape_of(network, "conv1.weight", 4)
     firsts = [f"block{stage}.layer.0.conv1.weight" for stage in range(1, 4)]
     channels = [_bank(network, name, num_experts) for name in firsts]
     small = kernel == 3
@@ -176,13 +177,13 @@ def _wide_resnet(
         "width": width,
         "ratio": ratio,
         "in_channels": in_channels,
-        "num_classes": len(_required(network, "fc.weight")),
+        "num_classes": shape_of(network, "fc.weight", 2)[0],
         "image_size": 32 if small else 224,
     }
 
 
 def _vgg(network: Tensors, num_experts: int, overrides: Mapping[str, object]) -> dict[str, object]:
-    first, in_channels, _, _ = _shape4(network, "features.0.weight")
+    first, in_channels, _, _ = shape_of(network, "features.0.weight", 4)
     width = _width(overrides, "vgg16-bn")
     widths = [(width, first)]
     conv = 0
@@ -190,13 +191,13 @@ def _vgg(network: Tensors, num_experts: int, overrides: Mapping[str, object]) ->
         conv += count
         name = f"features.{_feature('convs', str(conv - 1))}.weight"
         widths.append((width * multiple, _bank(network, name, num_experts)))
-    pixels = _required(network, "classifier.0.weight").shape[1] // widths[-1][1]
+    pixels = shape_of(network, "classifier.0.weight", 2)[1] // widths[-1][1]
     return {
         "backbone": "vgg16-bn",
         "width": width,
         "ratio": _ratio(widths),
         "in_channels": in_channels,
-        "num_classes": len(_required(network, "classifier.4.weight")),
+        "num_classes": shape_of(network, "classifier.4.weight", 2)[0],
         "image_size": max(1, math.isqrt(pixels)) * 2 ** (len(VGG16_STAGES) - 1),
     }
 
@@ -212,26 +213,12 @@ def _blocks(network: Tensors, pattern: str) -> int:
 
 def _bank(network: Tensors, name: str, num_experts: int) -> int:
     """Return the output channels of one expert of a bank."""
-    rows = _shape4(network, name)[0]
+    rows = shape_of(network, name, 4)[0]
     if rows % num_experts:
         raise CheckpointError(
             f"{name} has {rows} output channels, which {num_experts} experts cannot share evenly"
         )
     return rows // num_experts
-
-
-def _shape4(network: Tensors, name: str) -> tuple[int, int, int, int]:
-    shape = _required(network, name).shape
-    if len(shape) != 4:
-        raise CheckpointError(f"{name} is {list(shape)} and no weight of a convolution")
-    return shape[0], shape[1], shape[2], shape[3]
-
-
-def _required(network: Tensors, name: str) -> Tensor:
-    tensor = network.get(name)
-    if tensor is None or tensor.dim() < 2:
-        raise CheckpointError(f"{name} is missing or no matrix")
-    return tensor
 
 
 def _ratio(widths: Widths) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.resnet import BasicBlock
+from advmoe_deploy.models.upstream_shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
@@ -58,8 +59,8 @@ def _spec_of(network: Mapping[str, Tensor], overrides: dict[str, object]) -> Mod
     for name in (_GATE, _STEM, _HEAD):
         if f"{prefix}{name}" not in network:
             raise CheckpointError(f"no {prefix}{name} in this file; it holds no mixture of ResNets")
-    num_experts, pixels = network[f"{prefix}{_GATE}"].shape
-    width, in_channels = network[f"{prefix}{_STEM}"].shape[:2]
+    num_experts, pixels = shape_of(network, f"{prefix}{_GATE}", 2)
+    width, in_channels, _, _ = shape_of(network, f"{prefix}{_STEM}", 4)
     image_size = math.isqrt(pixels // in_channels)
     if in_channels * image_size**2 != pixels:
         raise CheckpointError(
@@ -67,7 +68,7 @@ def _spec_of(network: Mapping[str, Tensor], overrides: dict[str, object]) -> Mod
         )
     told: dict[str, object] = {
         "family": "dual-model" if prefix else "expert-networks",
-        "num_classes": len(network[f"{prefix}{_HEAD}"]),
+        "num_classes": shape_of(network, f"{prefix}{_HEAD}", 2)[0],
         "num_experts": num_experts,
         "width": width,
         "in_channels": in_channels,

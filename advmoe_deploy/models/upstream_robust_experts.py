@@ -14,6 +14,7 @@ from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.layout import BLOCKS_PER_STAGE, ExpertKind, shortest_prefixes
+from advmoe_deploy.models.upstream_shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
@@ -76,7 +77,7 @@ def _spec_of(
     backbone = _backbone_of(network)
     first = next(iter(banks))
     kind: ExpertKind = "block" if first.count(".") == 1 else "conv"
-    width, in_channels, kernel, _ = network["conv1.weight"].shape
+    width, in_channels, kernel, _ = shape_of(network, "conv1.weight", 4)
     top_k = overrides.setdefault("top_k", 1)
     layers = {
         "kind": kind,
@@ -86,7 +87,7 @@ def _spec_of(
     told: dict[str, object] = {
         "family": "robust-experts",
         "backbone": backbone,
-        "num_classes": len(network["fc.weight"]),
+        "num_classes": shape_of(network, "fc.weight", 2)[0],
         "num_experts": banks[first],
         "weighting": "one" if str(top_k) == "1" else "renormalised",
         "width": width,
@@ -126,7 +127,7 @@ def _gate_of(network: Mapping[str, Tensor], bank: str) -> str:
         return "gap-fc"
     if "2.weight" in tensors:
         return "double-conv"
-    return "conv-gap" if tensors["0.weight"].shape[-1] == 1 else "conv3-gap"
+    return "conv-gap" if shape_of(tensors, "0.weight", 4)[-1] == 1 else "conv3-gap"
 
 
 def _our_name(name: str) -> str:
@@ -143,6 +144,6 @@ def _selections(
     selections = {}
     for bank, experts in banks.items():
         inner = "" if layers.kind == "conv" else "conv1."
-        channels = network[f"{bank}.experts.0.{inner}weight"].shape[1]
+        channels = shape_of(network, f"{bank}.experts.0.{inner}weight", 4)[1]
         selections[f"{bank}.gate.0.weight"] = torch.eye(experts, channels)[:, :, None, None]
     return selections
