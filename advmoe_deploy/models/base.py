@@ -42,11 +42,6 @@ class Classifier(nn.Module):
         self.spec = spec
         self.normalise = Normalise(spec.mean, spec.std)
 
-    @property
-    def routes_images(self) -> bool:
-        """Whether anything is routed at all."""
-        return bool(self.rules)
-
     def route(self, images: Tensor) -> dict[str, Routing]:
         """Return the routing of each routed layer for ``images``, as the deployed model routes."""
         routes = Routes()
