@@ -137,3 +137,16 @@ def test_the_standard_phase_balances_its_own_router_alone() -> None:
     term = BALANCE_LOSSES["switch"](learner.model.route(part.images)["standard"])
     assert term > 0.01
     assert torch.allclose(losses[1] - losses[0], 0.25 * term, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["advmoe", "advmoe-released", "joint"])
+def test_an_attack_on_the_model_alone_does_not_enter_the_router(method: str) -> None:
+    for target, enters in (("model", False), ("straight-through", True)):
+        learner = TrainedWeights(
+            fabric(), tiny_of("advmoe", method, f"attack_target={target}")
+        ).learner
+        part = first_batch(learner.config).parts[0]
+        for phase in learner.phases:
+            scene = learner._scene(phase, part)
+            scene.attacked(part.images)
+            assert scene.attacked.taken["router"].scores_NE.requires_grad == enters

@@ -134,7 +134,7 @@ def _released(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
             model=model,
             call=model,
             surrogate="score",
-            attack_surrogate="score",
+            attack_surrogate="score" if config.attack_target == "straight-through" else None,
             finds=finds,
         )
         for name, objective, finds in parts
