@@ -331,3 +331,14 @@ def test_what_cannot_be_certified_says_why() -> None:
     assert "tokens" in str(local_radii(model, corners(0.2, 0.9)))
     soft = PixelMoE(toy_spec(), weighting="probability")
     assert "weights" in str(local_radii(soft, corners(0.2, 0.9)))
+
+
+@pytest.mark.parametrize(("top_k", "jumps"), [(2, True), (3, False)])
+def test_only_a_choice_jumps(top_k: int, jumps: bool) -> None:
+    model, x = PixelMoE(toy_spec(), top_k, "probability"), corners(0.2, 0.9)
+    labels = torch.zeros(2, dtype=torch.int64)
+    found = certificate(model, x, labels, THREAT, lipschitz_constants(model, x, THREAT))
+    (weights,) = (c for c in found.constants if c.symbol == "r")
+    assert ("jumps" in weights.note) == jumps
+    assert ("jumps" in found.radii[-1].note) == jumps
+    assert all(c.value is None or c.value >= 0 for c in found.constants)

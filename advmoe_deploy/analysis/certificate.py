@@ -194,9 +194,11 @@ def _constants(model: Classifier, lipschitz: Sequence[Lipschitz]) -> tuple[Const
         constants.append(_diagnostic(symbol, part))
         constants.append(_formal(symbol, part))
     for rule in model.rules:
-        note = "an arg-max jumps at ties; inside the radius of the route it is 0"
-        if rule.weighting != "one" and rule.top_k < rule.num_experts:
-            note = "the chosen set jumps at ties"
+        note = "the chosen set jumps at ties"
+        if rule.weighting == "one":
+            note = "an arg-max jumps at ties; inside the radius of the route it is 0"
+        elif rule.top_k == rule.num_experts:
+            note = "no choice and no jump, but of no use without bounds M"
         tag: Tag = "not applicable"
         constants.append(
             Constant(symbol="r", of=f"weights of {rule.layer}", value=None, tag=tag, note=note)
@@ -217,6 +219,8 @@ def _formal(symbol: str, part: Lipschitz) -> Constant:
 
 def _theorem(model: Classifier, threat: ThreatModel) -> Radii:
     reason = "the choice of experts jumps at ties: no r_i exists, so it certifies nothing"
+    if all(rule.top_k == rule.num_experts for rule in model.rules):
+        reason = "all experts are weighed, without a jump, but no bound M of their margins is known"
     if not model.rules:
         reason = "nothing is routed: the theorem is the bound of the answer"
     return _refused("Theorem 5.4 as stated", reason, threat)
