@@ -10,7 +10,7 @@ from pathlib import Path
 
 ADVMOE = ["-m", "advmoe_deploy.cli.app"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-EPOCHS = 12
+EPOCHS = 25
 SETTINGS = {
     "model.width": 4,
     "epochs": EPOCHS,

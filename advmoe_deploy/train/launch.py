@@ -1,5 +1,6 @@
 """One process or several, through Lightning Fabric; errors and progress find their way back."""
 
+import atexit
 import os
 import re
 import threading
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import multiprocessing
+from torch import distributed, multiprocessing
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe_deploy import errors
@@ -39,6 +40,8 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
     else:
         _require_devices(devices)
         fabric = _fabric("ddp_spawn" if devices > 1 else "auto", devices, precision)
+    if under_torchrun():
+        _join_torchrun()
     if under_torchrun() or devices == 1:
         fabric.launch()
         return _work(fabric, work, progress)
@@ -81,6 +84,27 @@ def _fabric(strategy: str, devices: int, precision: str) -> Fabric:
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
     )
+
+
+def _join_torchrun() -> None:
+    """Join the processes that torchrun has started, before Fabric would.
+
+    torchrun's store outlives a restart, and a process would find in it the address of one that is
+    gone; so each attempt has keys of its own. With several nodes attempts are counted by each, and
+    it is left to Fabric.
+    """
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+        return
+    rendezvous = distributed.rendezvous("env://")  # type: ignore[attr-defined]
+    store, rank, processes = next(iter(rendezvous))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=distributed.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=processes,
+    )
+    atexit.register(distributed.destroy_process_group)
 
 
 def _work(fabric: Fabric, work: Work[T], progress: Progress) -> T:
