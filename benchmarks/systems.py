@@ -55,8 +55,8 @@ METHODS = (
     )),
     System("RT-ER", "digits-rt-er"),
     System("JTDMoE", "digits-jtdmoe"),
-    System("V-MoE", "digits-vit-moe"),
-    System("ViT, its dense twin", "digits-vit"),
+    System("V-MoE", "digits-vit-moe", ("model.width=24",)),
+    System("ViT, its dense twin", "digits-vit", ("model.width=24",)),
 )  # fmt: skip
 BACKBONES = tuple(
     System(f"{column}, {backbone}", recipe, (f"model.backbone={backbone}",))
