@@ -69,16 +69,18 @@ class Constant(nn.Module):
 
 
 def answers(parts: Partition, folder: Path) -> list[Prediction]:
-    """Return what the plan, the graph, the unfused graph and ONNX's own evaluator answer."""
+    """Return what the plan, all three graphs and ONNX's own evaluator answer."""
     plan, graphs = parts.plan, parts.graphs
     files = {segment.name: folder / f"{segment.name}.onnx" for segment in plan.segments}
     for name, file in files.items():
         write_model(graphs[name], file)
     graph, unfused = graph_from_plan(plan, graphs), unfused_graph(plan, graphs)
+    gather = graph_from_plan(plan, graphs, "gather")
     results = []
     for runner in (
         PlanRunner(plan, files, SHAPE),
         GraphRunner(graph.SerializeToString(), SHAPE, routes=plan.routes),
+        GraphRunner(gather.SerializeToString(), SHAPE, routes=plan.routes),
         GraphRunner(unfused.SerializeToString(), SHAPE, routes=plan.routes),
     ):
         with runner:

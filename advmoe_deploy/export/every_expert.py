@@ -1,9 +1,9 @@
 """Every expert is checked, whether or not an image visits it.
 
 Exporters that trace lose experts that no example visited. Here the weights of all are looked for in
-the whole graph. Each segment is run on what the torch model would give it, all rows through every expert. Then the
-whole graph is run with each expert preferred in turn, the routers overruled, against the torch
-model overruled in the same way.
+the whole graph. Each segment is run on what the torch model would give it, all rows through every
+expert. Then the whole graph is run with each expert preferred in turn, the routers overruled,
+against the torch model overruled in the same way.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from advmoe_deploy.runtime.ort_engine import OrtEngine
 
 
 def unvisited_experts(answers: Answers) -> dict[str, list[int]]:
-    """Return by layer the experts to which no row of ``answers`` goes; layers without are absent."""
+    """Return by layer the experts that no row of ``answers`` visits; no layer without any."""
     unvisited = {
         layer: [expert for expert, rows in enumerate(route.expert_load) if rows == 0]
         for layer, route in answers.routes.items()
@@ -76,9 +76,7 @@ def require_segments(files: Mapping[str, Path], samples: Mapping[str, Sample]) -
             require_near(answers[output], expected, rounding, f"{output} of {name}")
 
 
-def require_branches(
-    reference: Reference, plan: Plan, graph: ModelProto, images: Images
-) -> None:
+def require_branches(reference: Reference, plan: Plan, graph: ModelProto, images: Images) -> None:
     """Check ``graph``, the whole of a model, with each expert preferred in turn by every layer.
 
     Raises:

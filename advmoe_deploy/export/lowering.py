@@ -4,14 +4,12 @@ Parameters keep their own names, which the passes and the checks rely on; ``torc
 rename and expand before we could look.
 """
 
-import os
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
@@ -79,8 +77,7 @@ class Program:
         given: Mapping[fx.Node, torch.Tensor],
         dtype: torch.dtype = torch.float32,
     ) -> dict[fx.Node, torch.Tensor]:
-        """Return the values of ``results`` where those of ``given`` are known, computed in
-        ``dtype``."""
+        """Return the values of ``results``, computed in ``dtype`` from those of ``given``."""
         results = list(results)
         values: dict[fx.Node, Any] = {n: v.to(dtype) for n, (_, v) in self.constants.items()}
         values |= {node: value.to(dtype) for node, value in given.items()}
@@ -106,8 +103,8 @@ def lower(
 ) -> SegmentWriter:
     """Return ``nodes`` of ``program`` as a graph; inputs and outputs get the names given.
 
-    Parameters lose ``path`` where their names begin so, and values are numbered by operator: experts
-    of one structure become graphs with the same names.
+    Parameters lose ``path`` where their names begin so, and values are numbered by operator:
+    experts of one structure become graphs with the same names.
 
     Raises:
         CheckFailedError: a node is an operator that the table does not know.
@@ -124,8 +121,8 @@ def shared_path(program: Program, nodes: Iterable[fx.Node]) -> str:
     """Return the module path, with a dot behind it, in which all parameters of ``nodes`` lie."""
     used = {a for node in nodes for a in node.all_input_nodes if a in program.constants}
     modules = [program.constants[a][0].split(".")[:-1] for a in used]
-    shared = os.path.commonprefix(modules)
-    return "".join(f"{part}." for part in shared)
+    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*modules, strict=False))
+    return "".join(f"{names[0]}." for names in levels)
 
 
 class _Walk:

@@ -33,8 +33,8 @@ from advmoe_deploy.export.reference import Answers, Images, Reference, reference
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
-from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.progress import Progress, Silent, task
@@ -192,8 +192,7 @@ def apply_passes(parts: Partition, images: Images) -> Reports:
     """Run all passes on every segment, in place, each checked on what ``images`` give it."""
     samples = parts.samples(images[:_SAMPLES])
     return {
-        name: apply_checked(PASSES, graph, samples[name])
-        for name, graph in parts.graphs.items()
+        name: apply_checked(PASSES, graph, samples[name]) for name, graph in parts.graphs.items()
     }
 
 

@@ -124,9 +124,7 @@ def _pair(sizes: Sequence[int]) -> list[int]:
     return list(sizes) * (2 // len(sizes))
 
 
-def _mean(
-    g: SegmentWriter, output: str, x: str, axes: Sequence[int], keepdim: bool = False
-) -> str:
+def _mean(g: SegmentWriter, output: str, x: str, axes: Sequence[int], keepdim: bool = False) -> str:
     return g.emit("ReduceMean", [x], output, axes=list(axes), keepdims=int(keepdim))
 
 

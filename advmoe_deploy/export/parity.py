@@ -71,9 +71,7 @@ def compare_answers(
         finite_N = finite_N & _every_row(_finite_rows(expected.scores), images)
         layers.append(layer)
     counted_N = same_N & finite_N
-    absolute_N, relative_N = row_differences(
-        answer.logits[counted_N], reference.logits[counted_N]
-    )
+    absolute_N, relative_N = row_differences(answer.logits[counted_N], reference.logits[counted_N])
     return ParityReport(
         images=images,
         data=data,

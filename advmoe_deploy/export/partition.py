@@ -25,8 +25,9 @@ from advmoe_deploy.models.markers import mark_route
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, Step, TensorInfo
 
-
-_ROUTE, _INPUT, _COMBINE = "advmoe.route.default", "advmoe.dispatch.default", "advmoe.combine.default"
+_ROUTE = "advmoe.route.default"
+_INPUT = "advmoe.dispatch.default"
+_COMBINE = "advmoe.combine.default"
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,9 @@ class _Cut:
                         layer=layer.name,
                         input=self.names[layer.input],
                         output=self.names[node],
-                        segments=tuple(_expert_name(layer.name, e) for e, _ in enumerate(layer.nodes)),
+                        segments=tuple(
+                            _expert_name(layer.name, e) for e in range(len(layer.nodes))
+                        ),
                     )
 
     def _routes(self) -> list[RouteStep]:
@@ -290,9 +293,7 @@ def _expert_name(layer: str, expert: int) -> str:
     return f"{layer}.expert-{expert}"
 
 
-def _segment(
-    name: str, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]
-) -> Segment:
+def _segment(name: str, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> Segment:
     return Segment(name=name, file=f"segments/{name}.onnx", inputs=inputs, outputs=outputs)
 
 

@@ -1,14 +1,16 @@
-"""One ONNX graph from a plan: every expert sits in an ``If`` and runs on its own rows only.
+"""One ONNX graph from a plan: every expert runs on its own rows only.
 
-Standard operators, so any runtime executes it. An expert's weights are initializers of its branch:
-as initializers of the main graph they would cost up to 1.7 times the run time. An expert without
-rows is not run at all.
+Standard operators, so any runtime executes it. In the form ``"if"`` every expert sits in an ``If``
+and is not run at all without rows. Its weights are initializers of its branch: as initializers of
+the main graph they would cost up to 1.7 times the run time. In the form ``"gather"``, for runtimes
+that do not take an ``If`` whose branches differ in shape, an expert without rows runs on none.
 
 Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -16,6 +18,8 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
 from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, TensorInfo
+
+Form = Literal["if", "gather"]
 
 
 @dataclass
@@ -26,7 +30,9 @@ class Inlined:
     initializers: list[TensorProto] = field(default_factory=list)
 
 
-def graph_from_plan(plan: Plan, segments: Mapping[str, ModelProto]) -> ModelProto:
+def graph_from_plan(
+    plan: Plan, segments: Mapping[str, ModelProto], form: Form = "if"
+) -> ModelProto:
     """Return the whole plan as one graph; ``segments`` holds the graph of each segment."""
     writer = GraphWriter()
     for step in plan.steps:
@@ -36,7 +42,7 @@ def graph_from_plan(plan: Plan, segments: Mapping[str, ModelProto]) -> ModelProt
             case RouteStep():
                 write_route(writer, step)
             case ExpertsStep():
-                _write_experts(writer, plan, step, segments)
+                _write_experts(writer, plan, step, segments, form)
     return writer.model("model", *plan_ends(plan))
 
 
@@ -126,7 +132,11 @@ def _write_weights(writer: GraphWriter, step: RouteStep, ids: str, weights: str)
 
 
 def _write_experts(
-    writer: GraphWriter, plan: Plan, step: ExpertsStep, segments: Mapping[str, ModelProto]
+    writer: GraphWriter,
+    plan: Plan,
+    step: ExpertsStep,
+    segments: Mapping[str, ModelProto],
+    form: Form,
 ) -> None:
     layer, route = step.layer, plan.route(step.layer)
     ids, weights = rows_of(route)
@@ -135,7 +145,10 @@ def _write_experts(
     choices, parts = [], []
     for expert, name in enumerate(step.segments):
         choices.append(_write_choices(writer, ids_S, name, expert, route.top_k))
-        parts.append(_write_branch(writer, plan, step, name, segments[name]))
+        if form == "if":
+            parts.append(_write_branch(writer, plan, step, name, segments[name]))
+        else:
+            parts.append(_write_expert(writer, plan, step, name, segments[name]))
     # The choices are a permutation, so every row of the scattered tensor is overwritten.
     axis = writer.integers("axis_1", 1)
     order_S = writer.emit("Concat", choices, f"{layer}/order", axis=0)
@@ -148,9 +161,7 @@ def _write_experts(
     _write_sum(writer, plan, step, each, weights)
 
 
-def _write_sum(
-    writer: GraphWriter, plan: Plan, step: ExpertsStep, each: str, weights: str
-) -> None:
+def _write_sum(writer: GraphWriter, plan: Plan, step: ExpertsStep, each: str, weights: str) -> None:
     """Add the weighted sum over the K answers [S, ...] of each row."""
     layer, top_k = step.layer, plan.route(step.layer).top_k
     rest = [int(size) for size in plan.tensors()[step.output].shape[1:]]
@@ -163,12 +174,9 @@ def _write_sum(
     writer.emit("ReduceSum", [weighted, axis], step.output, keepdims=0)
 
 
-def _write_choices(
-    writer: GraphWriter, ids_S: str, name: str, expert: int, top_k: int
-) -> str:
-    """Add which choices are of one expert, from which rows, and whether there are any."""
+def _write_choices(writer: GraphWriter, ids_S: str, name: str, expert: int, top_k: int) -> str:
+    """Add which choices are of one expert, and from which rows; return the choices' name."""
     number = writer.constant(f"{name}/number", np.array(expert, np.int64))
-    none = writer.constant("none", np.array(0, np.int64))
     axis = writer.integers("axis_0", 0)
     mine_S = writer.emit("Equal", [ids_S, number], f"{name}/mine")
     found = writer.emit("NonZero", [mine_S], f"{name}/found")
@@ -178,16 +186,29 @@ def _write_choices(
         choices = writer.emit("Squeeze", [found, axis], f"{name}/choices")
         per_row = writer.constant(f"per_row_{top_k}", np.array(top_k, np.int64))
         writer.emit("Div", [choices, per_row], f"{name}/rows")
-    count = writer.emit("Size", [choices], f"{name}/count")
-    writer.emit("Greater", [count, none], f"{name}/any")
     return choices
+
+
+def _write_expert(
+    writer: GraphWriter, plan: Plan, step: ExpertsStep, name: str, model: ModelProto
+) -> str:
+    """Add an expert that runs whether it has rows or not."""
+    (image,), (output,) = plan.segment(name).inputs, plan.segment(name).outputs
+    gathered = writer.emit("Gather", [step.input, f"{name}/rows"], f"{name}/input", axis=0)
+    result = f"{name}/{output.name}"
+    write_segment(writer, model, {image.name: gathered, output.name: result})
+    return result
 
 
 def _write_branch(
     writer: GraphWriter, plan: Plan, step: ExpertsStep, name: str, model: ModelProto
 ) -> str:
+    """Add an ``If`` that runs an expert where it has rows."""
     (image,), (output,) = plan.segment(name).inputs, plan.segment(name).outputs
     gathered, result = f"{name}/input", f"{name}/then"
+    none = writer.constant("none", np.array(0, np.int64))
+    count = writer.emit("Size", [f"{name}/rows"], f"{name}/count")
+    writer.emit("Greater", [count, none], f"{name}/any")
     part = inline(model, name, {image.name: gathered, output.name: result})
     gather = helper.make_node("Gather", [step.input, f"{name}/rows"], [gathered], gathered, axis=0)
     answer = output.model_copy(update={"shape": (f"rows of {name}", *output.shape[1:])})

@@ -45,9 +45,7 @@ def tolerance_for(rounding: float) -> float:
     return float(np.clip(_ROUNDINGS * rounding, LOGIT_TOLERANCE, _LARGEST_TOLERANCE))
 
 
-def require_near(
-    answer: NDArray[Any], expected: NDArray[Any], rounding: float, what: str
-) -> None:
+def require_near(answer: NDArray[Any], expected: NDArray[Any], rounding: float, what: str) -> None:
     """Raise :class:`CheckFailedError` if a row of ``answer`` is further off than the tolerance."""
     difference = float(row_differences(answer, expected)[1].max())
     limit = tolerance_for(rounding)

@@ -88,13 +88,13 @@ class TrainConfig(Frozen):
     measurements (:mod:`~advmoe_deploy.train.passes`).
 
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
-    and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the mean scores
-    of the first batch are equal. ``class_routing_weight`` adds to the router's loss minus the
-    mutual information of class and expert, on clean images and on those that attack the router:
-    all images of a class to one expert, and as many to each. (The paper's released code prescribes
-    label modulo E instead; here the router chooses.) On the digits the paper's objective alone
-    collapses within six epochs, and balancing the load alone splits each class at random, which
-    leaves each expert half the data of every class.
+    and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the
+    mean scores of the first batch are equal. ``class_routing_weight`` adds to the router's loss
+    minus the mutual information of class and expert, on clean images and on those that attack the
+    router: all images of a class to one expert, and as many to each. (The paper's released code
+    prescribes label modulo E instead; here the router chooses.) On the digits the paper's objective
+    alone collapses within six epochs, and balancing the load alone splits each class at random,
+    which leaves each expert half the data of every class.
 
     Method ``sparse`` prunes to the multiply-accumulates of the S-Dense network of ``sparse_ratio``,
     or to ``sparse_density`` of the weights of each layer where that is set.

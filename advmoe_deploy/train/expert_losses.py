@@ -105,9 +105,7 @@ def _mixture_loss(forward: Forward, attacked_NCHW: Tensor, labels_N: Tensor) -> 
     return F.cross_entropy(logits_NK, labels_N)
 
 
-def _change(
-    forward: Forward, images_NCHW: Tensor, attacked_NCHW: Tensor, routes: Routes
-) -> Tensor:
+def _change(forward: Forward, images_NCHW: Tensor, attacked_NCHW: Tensor, routes: Routes) -> Tensor:
     """Return KL(f(attacked) || f(clean)); ``routes`` are for both batches, attacked first."""
     # One pass over both: BatchNorm trains on the mixture that it will meet.
     both_NK = forward(torch.cat([attacked_NCHW, images_NCHW]), routes)

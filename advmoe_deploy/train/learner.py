@@ -222,9 +222,7 @@ class Learner:
         assert isinstance(mean, Tensor)
         return mean
 
-    def _finite(
-        self, loss: Tensor, named: Named, gradients: tuple[Tensor, ...], what: str
-    ) -> bool:
+    def _finite(self, loss: Tensor, named: Named, gradients: tuple[Tensor, ...], what: str) -> bool:
         """Return whether the step can be taken; if it never can, raise DivergedError."""
         norm = nn.utils.get_total_norm(gradients)
         if bool(torch.isfinite(loss + norm)):

@@ -19,7 +19,10 @@ def trades(clean_NK: Tensor, adversarial_NK: Tensor, labels_N: Tensor, beta: flo
 def divergence(p_NK: Tensor, q_NK: Tensor) -> Tensor:
     """Return KL(p || q) of two batches of logits, the mean over the batch."""
     return F.kl_div(
-        F.log_softmax(q_NK, dim=1), F.log_softmax(p_NK, dim=1), reduction="batchmean", log_target=True
+        F.log_softmax(q_NK, dim=1),
+        F.log_softmax(p_NK, dim=1),
+        reduction="batchmean",
+        log_target=True,
     )
 
 

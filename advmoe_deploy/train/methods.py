@@ -35,9 +35,9 @@ class Phase:
     """One step: which groups of parameters it moves, and what it minimises.
 
     ``model`` is the classifier that is attacked and trained, all or a part of the run's model;
-    ``call`` runs it in the loss, maybe with what stands beside it. ``surrogate`` is that of the loss, ``attack_surrogate`` that of
-    the attack. ``finds`` says whether the step finds its own examples or takes those of the phase
-    before. ``routes_learn`` adds the terms for routers.
+    ``call`` runs it in the loss, maybe with what stands beside it. ``surrogate`` is that of the
+    loss, ``attack_surrogate`` that of the attack. ``finds`` says whether the step finds its own
+    examples or takes those of the phase before. ``routes_learn`` adds the terms for routers.
     """
 
     name: str

@@ -3,6 +3,8 @@
 import platform
 from importlib import metadata
 
+from pydantic import Field
+
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 from advmoe_deploy.train.config import Loss, Method
 
@@ -23,7 +25,7 @@ class EpochRecord(Frozen):
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
     effective_routes: float | None = None
-    expert_load: dict[str, tuple[int, ...]] = {}
+    expert_load: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     density: float | None = None
     nonzero_macs: int | None = None
     router_flips_before: float | None = None

@@ -28,8 +28,8 @@ from advmoe_deploy.files import (
     staged_directory,
     write_atomically,
 )
-from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.report import EpochRecord, TrainReport

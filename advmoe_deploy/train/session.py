@@ -10,8 +10,8 @@ from lightning_fabric import Fabric
 from advmoe_deploy.data.augment import to_unit
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.errors import DivergedError
-from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.board import Board

@@ -162,9 +162,7 @@ def density_of(config: TrainConfig) -> float:
     if config.sparse_density is not None:
         return config.sparse_density
     layers, others = layer_macs(config.model)
-    small, small_others = layer_macs(
-        config.model.model_copy(update={"ratio": config.sparse_ratio})
-    )
+    small, small_others = layer_macs(config.model.model_copy(update={"ratio": config.sparse_ratio}))
     target = sum(small.values()) + small_others
     return (target - others) / sum(layers.values())
 

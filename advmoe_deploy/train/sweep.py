@@ -72,9 +72,7 @@ def sweep(
                 progress.advance("sweep", robust_accuracy=reports[-1].robust_accuracy)
             macs = macs_of(configs[value, seeds[0]].model)
             points.append(SweepPoint(value=value, reports=tuple(reports), macs=macs))
-            result = SweepReport(
-                recipe=config.name, key=key, out=str(out), points=tuple(points)
-            )
+            result = SweepReport(recipe=config.name, key=key, out=str(out), points=tuple(points))
             write_atomically(out / SWEEP, result.model_dump_json(indent=2).encode() + b"\n")
     return result
 
@@ -89,7 +87,9 @@ def sweep_configs(
         raise UsageError("a sweep over seed is no sweep; name its seeds by --seeds")
     for what, given in (("values", values), ("seeds", seeds)):
         if len(set(given)) < len(given):
-            raise UsageError(f"a {what[:-1]} is twice among the {what} {', '.join(map(str, given))}")
+            raise UsageError(
+                f"a {what[:-1]} is twice among the {what} {', '.join(map(str, given))}"
+            )
     return {
         (value, seed): apply_overrides(config, [f"{key}={_text(float(value))}", f"seed={seed}"])
         for value in values

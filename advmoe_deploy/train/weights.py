@@ -7,8 +7,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from advmoe_deploy.errors import DivergedError
-from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch

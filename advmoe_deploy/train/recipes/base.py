@@ -36,9 +36,7 @@ class Recipe:
         ours = f"measured: {self.measured}" if self.measured else "not measured"
         if (cell := self.published) is None:
             return ours
-        return (
-            f"paper: {cell.robust_accuracy:g} % robust, {cell.clean_accuracy:g} % clean; {ours}"
-        )
+        return f"paper: {cell.robust_accuracy:g} % robust, {cell.clean_accuracy:g} % clean; {ours}"
 
 
 def variant(base: TrainConfig, *, name: str, **changes: object) -> TrainConfig:

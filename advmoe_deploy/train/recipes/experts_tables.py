@@ -34,7 +34,12 @@ def baseline(backbone: Backbone = "resnet18") -> TrainConfig:
 
 
 def expert_layers(
-    name: str, layers: ExpertLayers, balance: str, *, top_k: int = 1, backbone: Backbone = "resnet18"
+    name: str,
+    layers: ExpertLayers,
+    balance: str,
+    *,
+    top_k: int = 1,
+    backbone: Backbone = "resnet18",
 ) -> TrainConfig:
     """Return four experts at ``layers``, trained with noise 0.1 and a balancing loss of 0.5."""
     model = ModelSpec(
@@ -46,9 +51,7 @@ def expert_layers(
         expert_layers=layers,
         **_IMAGES.fields,
     )
-    return variant(
-        baseline(backbone), name=name, model=model, balance_loss=balance, gate_noise=0.1
-    )
+    return variant(baseline(backbone), name=name, model=model, balance_loss=balance, gate_noise=0.1)
 
 
 def block_moe(name: str, *layers: str, balance: str, top_k: int = 1) -> TrainConfig:
