@@ -27,7 +27,13 @@ from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
-from advmoe_deploy.export.passes.report import PassReport, apply_checked, declined
+from advmoe_deploy.export.passes.report import (
+    PassReport,
+    apply_checked,
+    declined,
+    require_same,
+)
+from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
@@ -175,8 +181,7 @@ def write_graphs(
     staged: Path, model: Classifier, images: Images, progress: Progress
 ) -> tuple[Partition, Reports]:
     """Write every segment and the whole graphs; return the plan and what the passes did."""
-    parts = partition(model)
-    reports = apply_passes(parts, images)
+    parts, reports = apply_passes(partition(model), images)
     plan, graphs = parts.plan, parts.graphs
     for segment in plan.segments:
         write_model(graphs[segment.name], staged / segment.file)
@@ -188,12 +193,18 @@ def write_graphs(
     return parts, reports
 
 
-def apply_passes(parts: Partition, images: Images) -> Reports:
-    """Run all passes on every segment, in place, each checked on what ``images`` give it."""
+def apply_passes(parts: Partition, images: Images) -> tuple[Partition, Reports]:
+    """Run all passes in place, each checked on what ``images`` give every segment.
+
+    The partition that comes back knows what its segments answer now.
+    """
+    parts, across = scale_experts(parts)
     samples = parts.samples(images[:_SAMPLES])
-    return {
-        name: apply_checked(PASSES, graph, samples[name]) for name, graph in parts.graphs.items()
-    }
+    reports = {}
+    for name, graph in parts.graphs.items():
+        require_same(graph, samples[name], samples[name].outputs, across.name)
+        reports[name] = apply_checked(PASSES, graph, samples[name])
+    return parts, {"plan": (across,), **reports}
 
 
 def _write_baselines(staged: Path, model: Classifier) -> None:
@@ -205,8 +216,7 @@ def _write_baselines(staged: Path, model: Classifier) -> None:
     if specs["s-dense"] == specs["dense"]:  # experts of full width have no smaller counterpart
         del specs["s-dense"]
     for name, spec in specs.items():
-        parts = partition(untrained_model(spec, torch.from_numpy(images)))
-        apply_passes(parts, images)
+        parts, _ = apply_passes(partition(untrained_model(spec, torch.from_numpy(images))), images)
         write_model(
             graph_from_plan(parts.plan, parts.graphs), staged / "baselines" / f"{name}.onnx"
         )

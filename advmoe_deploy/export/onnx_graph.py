@@ -87,6 +87,20 @@ def replace_constants(model: ModelProto, changed: Mapping[str, NDArray[np.generi
     model.graph.initializer.extend(kept.values())
 
 
+def scale_and_shift(
+    norm: NodeProto, constants: Mapping[str, NDArray[np.float32]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what a BatchNormalization with constant parameters does: x * scale [C] + shift [C].
+
+    In float64, so that what takes them over is rounded once.
+    """
+    scale_C, shift_C, mean_C, variance_C = (
+        constants[name].astype(np.float64) for name in norm.input[1:]
+    )
+    factor_C = scale_C / np.sqrt(variance_C + attributes_of(norm).get("epsilon", 1e-5))
+    return factor_C, shift_C - mean_C * factor_C
+
+
 def attributes_of(node: NodeProto) -> dict[str, Any]:
     """Return the attributes of ``node`` as Python values."""
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}

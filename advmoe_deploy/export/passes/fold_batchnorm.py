@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from advmoe_deploy.export.onnx_graph import (
-    attributes_of,
     constants_of,
     consumers_of,
     replace_constants,
+    scale_and_shift,
 )
 from advmoe_deploy.export.passes.report import PassReport
 
@@ -56,18 +56,13 @@ def _why_not(
 
 
 def _fold(conv: NodeProto, norm: NodeProto, constants: Constants, changed: Constants) -> None:
-    # In float64, so that the weight is rounded once.
-    scale_C, shift_C, mean_C, variance_C = (
-        constants[name].astype(np.float64) for name in norm.input[1:]
-    )
-    epsilon = attributes_of(norm).get("epsilon", 1e-5)
-    factor_C = scale_C / np.sqrt(variance_C + epsilon)
+    factor_C, shift_C = scale_and_shift(norm, constants)
     weight = constants[conv.input[1]] * factor_C[:, None, None, None]
-    bias_C = constants[conv.input[2]] if len(conv.input) > 2 else np.zeros_like(mean_C)
+    bias_C = constants[conv.input[2]] * factor_C if len(conv.input) > 2 else 0.0
     weight_name = conv.input[1]
     bias_name = f"{weight_name.removesuffix('.weight')}.bias"
     changed[weight_name] = weight.astype(np.float32)
-    changed[bias_name] = (shift_C + (bias_C - mean_C) * factor_C).astype(np.float32)
+    changed[bias_name] = (shift_C + bias_C).astype(np.float32)
     del conv.input[2:]
     conv.input.append(bias_name)
     conv.output[0] = norm.output[0]

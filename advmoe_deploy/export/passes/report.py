@@ -37,18 +37,26 @@ def apply_checked(
     reports = []
     before = _answers(model, sample.inputs)
     for run in passes:
-        report = run(model)
-        after = _answers(model, sample.inputs)
-        for name, expected in before.items():
-            difference = float(row_differences(after[name], expected)[1].max())
-            limit = tolerance_for(rounding_of(sample.outputs[name], sample.exact[name]))
-            if not difference <= limit:
-                raise CheckFailedError(
-                    f"pass {report.name} changed {name} of {model.graph.name} by "
-                    f"{difference:.2g}, more than {limit:.2g}; please report it"
-                )
-        reports.append(report)
+        reports.append(run(model))
+        require_same(model, sample, before, reports[-1].name)
     return tuple(reports)
+
+
+def require_same(model: ModelProto, sample: Sample, before: Arrays, name: str) -> None:
+    """Check that ``model`` answers ``before`` to the inputs of ``sample``, after pass ``name``.
+
+    Raises:
+        CheckFailedError: it does not.
+    """
+    after = _answers(model, sample.inputs)
+    for output, expected in before.items():
+        difference = float(row_differences(after[output], expected)[1].max())
+        limit = tolerance_for(rounding_of(sample.outputs[output], sample.exact[output]))
+        if not difference <= limit:
+            raise CheckFailedError(
+                f"pass {name} changed {output} of {model.graph.name} by {difference:.2g}, more "
+                f"than {limit:.2g}; please report it"
+            )
 
 
 def _answers(model: ModelProto, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
