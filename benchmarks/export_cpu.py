@@ -105,9 +105,9 @@ CASES: dict[str, tuple[ModelSpec, Mapping[str, Mapping[int, str]]]] = {
 }
 
 
-def build(folder: Path, spec: ModelSpec) -> Bundle:
-    """Return the bundle of an untrained model of ``spec``."""
-    images = torch.from_numpy(parity_images(IMAGES, spec))
+def untrained_bundle(folder: Path, spec: ModelSpec, data: str) -> Bundle:
+    """Return the bundle of an untrained model of ``spec``, fitted to images of ``data``."""
+    images = torch.from_numpy(parity_images(data, spec)[:256])
     (folder / "run" / "model").mkdir(parents=True)
     checkpoint = Checkpoint(
         model=spec,
@@ -115,7 +115,7 @@ def build(folder: Path, spec: ModelSpec) -> Bundle:
         class_names=tuple(str(label) for label in range(spec.num_classes)),
         recipe={},
         metrics={},
-        provenance={"data": IMAGES},
+        provenance={"data": data},
     )
     save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(spec, images))
     export_onnx(folder / "run", folder / "bundle")
@@ -239,7 +239,7 @@ def main() -> None:
         if wanted and not any(part in name for part in wanted):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            bundle = build(Path(folder), spec)
+            bundle = untrained_bundle(Path(folder), spec, IMAGES)
             for threads in arguments.threads:
                 rows += rows_of(name, bundle, threads, arguments)
             write(rows, bundle, load_before, arguments.out)
