@@ -58,8 +58,11 @@ METHODS = (
     System("V-MoE", "digits-vit-moe", ("model.width=24",)),
     System("ViT, its dense twin", "digits-vit", ("model.width=24",)),
 )  # fmt: skip
+_WIDTHS = {"wrn-28-10": ("model.width=20",)}  # 10 : 4, as it is to wrn-28-4 in full size
 BACKBONES = tuple(
-    System(f"{column}, {backbone}", recipe, (f"model.backbone={backbone}",))
+    System(
+        f"{column}, {backbone}", recipe, (f"model.backbone={backbone}", *_WIDTHS.get(backbone, ()))
+    )
     for backbone in ("resnet34", "resnet50", "wrn-28-10", "wrn-28-4", "vgg16-bn", "densenet-bc")
     for column, recipe in (("AdvMoE", "digits-advmoe"), ("AT dense", "digits-dense"))
 )

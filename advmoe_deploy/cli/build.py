@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite
+from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import BackendUnavailableError, unknown_name
 
@@ -31,7 +31,7 @@ def train(
         ),
     ] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
+    threads: TorchThreads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a model adversarially by a recipe."""
@@ -46,7 +46,7 @@ def train(
         from advmoe_deploy.data.registry import load_dataset
         from advmoe_deploy.train.loop import train as train_model
 
-        _use_threads(threads)
+        use_torch_threads(threads)
         report = train_model(
             config,
             load_dataset(config.data),
@@ -101,10 +101,3 @@ def export(
             "bytes": sum(record.bytes for record in manifest.files.values()),
         }
         ui.show(value, lambda: tables.export_report(bundle))
-
-
-def _use_threads(threads: int) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)

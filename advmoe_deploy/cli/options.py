@@ -19,6 +19,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Threads = Annotated[
     int, typer.Option("--threads", min=0, help="Threads of the engine; 0 leaves it the choice.")
 ]
+TorchThreads = Annotated[
+    int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to PyTorch.")
+]
 Engine = Annotated[str, typer.Option("--engine", help="'advmoe list engines' names them.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="What 'advmoe export' wrote.")]
 
@@ -36,6 +39,14 @@ class Suite(str, Enum):
     quick = "quick"
     standard = "standard"
     full = "full"
+
+
+def use_torch_threads(threads: int) -> None:
+    """Let PyTorch compute on so many threads; 0 leaves it the choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:

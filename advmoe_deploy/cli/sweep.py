@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, names, positive_numbers
+from advmoe_deploy.cli.options import (
+    Data,
+    Json,
+    TorchThreads,
+    names,
+    positive_numbers,
+    use_torch_threads,
+)
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
 
@@ -38,6 +45,7 @@ def sweep(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, each a run of its own.")] = "0",
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
+    threads: TorchThreads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
@@ -57,6 +65,7 @@ def sweep(
         from advmoe_deploy.data.registry import load_dataset
 
         require_matplotlib()
+        use_torch_threads(threads)
         folder = out or Path("runs") / f"sweep-{recipe}"
         report = sweep_recipe(
             config,
