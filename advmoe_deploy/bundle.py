@@ -4,6 +4,7 @@
     manifest.sha256        guards the manifest itself, against accident; not against an attacker
     model.onnx             the whole model in one graph
     segments/              one dense graph per segment of the plan
+    engines/               BACKEND-PRECISION/: graphs written for another engine or precision
     reference.safetensors  the torch weights that ``verify`` attacks
     baselines/             dense, S-Dense and unfused graphs that ``profile`` times
     golden.npz             inputs and the reference's answers, routes by layer
@@ -18,16 +19,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from advmoe_deploy import __version__
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.reports import Macs, ParityReport
-from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, Precision, ThreatModel, one_line
+from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
+from advmoe_deploy.specs import (
+    Backend,
+    ClassNames,
+    Frozen,
+    ModelSpec,
+    Precision,
+    ThreatModel,
+    one_line,
+)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MODEL = "model.onnx"
@@ -42,6 +51,46 @@ class FileRecord(Frozen):
     bytes: int
 
 
+class EngineSet(Frozen):
+    """What was written for one backend at one precision, and what was measured of it.
+
+    ``plan`` joins as few graphs as its precisions allow, ``precisions`` says each one's.
+    ``segments`` says at which precision each segment of the bundle's own plan is run there, and
+    ``files`` where those that had to be rewritten are. ``check`` is what the export measured, at
+    fp32 nothing but ``parity``; ``calibration`` what int8 scales were taken from.
+    """
+
+    backend: Backend
+    precision: Precision
+    plan: Plan
+    precisions: dict[str, Precision]
+    segments: dict[str, Precision]
+    files: dict[str, str] = Field(default_factory=dict)
+    parity: ParityReport
+    check: PrecisionReport | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def name(self) -> str:
+        """What to pass as an engine to run it."""
+        return f"{self.backend}:{self.precision}"
+
+    def findings(self) -> list[str]:
+        """Return what was measured, a sentence each."""
+        parity, check = self.parity, self.check
+        routes = (
+            f"{100 * parity.route_agreement:.4g} % of the clear routes agree, of "
+            f"{parity.close_calls} close calls {parity.close_flips} went the other way"
+        )
+        if check is None:
+            return [f"logits differ by {parity.max_relative_logit_diff:.2g} at most; {routes}"]
+        lines = [f"{routes}; {100 * check.prediction_agreement:.4g} % of the predictions agree"]
+        lines += check.findings()
+        if self.calibration:
+            lines.append(self.calibration.sentence())
+        return lines
+
+
 class BundleManifest(Frozen):
     """What a bundle holds; ``files`` maps relative POSIX paths to their hashes."""
 
@@ -52,6 +101,7 @@ class BundleManifest(Frozen):
     threat: ThreatModel | None
     precision: Precision
     plan: Plan
+    engines: tuple[EngineSet, ...] = ()
     macs: Macs
     parity: ParityReport
     class_names: ClassNames
@@ -80,6 +130,13 @@ class Bundle:
     def has(self, name: str) -> bool:
         """Return whether the manifest lists ``name``."""
         return name in self.manifest.files
+
+    def engine_set(self, backend: Backend, precision: Precision) -> EngineSet | None:
+        """Return what was written for ``backend`` at ``precision``, if anything."""
+        for engines in self.manifest.engines:
+            if (engines.backend, engines.precision) == (backend, precision):
+                return engines
+        return None
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -114,6 +114,94 @@ class Pair(Frozen):
     engine: float
 
 
+class Calibration(Frozen):
+    """What int8 scales were taken from: training images, clean and attacked on the torch model.
+
+    ``attack`` and ``epsilon`` are ``None`` where no threat model is declared, and then there are no
+    attacked images. ``all_rows`` names experts that none of the images visits: they were calibrated
+    on the rows of their layer's other experts.
+    """
+
+    data: str
+    clean_images: int
+    attacked_images: int
+    attack: AttackSpec | None
+    epsilon: float | None
+    all_rows: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """Return what the scales were taken from."""
+        attacked = "none attacked"
+        if self.attack and self.epsilon:
+            attacked = (
+                f"{self.attacked_images} attacked by {self.attack.name}-{self.attack.steps} at "
+                f"epsilon {self.epsilon:.4g}, seed {self.attack.seed}"
+            )
+        return (
+            f"calibrated on {self.clean_images} training images of {self.data}, and {attacked}"
+            + (f"; no image visits {', '.join(self.all_rows)}" if self.all_rows else "")
+        )
+
+
+class RouterPrecision(Frozen):
+    """What routers in the lower precision would have done, and what it costs that they are not.
+
+    Agreement is that of :class:`ParityReport`; times are medians in ms of one batch, taken in turn.
+    """
+
+    route_agreement_lowered: float
+    route_agreement: float
+    batch: int
+    n: int
+    lowered_ms: float
+    shipped_ms: float
+
+
+class PrecisionReport(Frozen):
+    """How a lower precision compares with the torch model, and what had to stay in fp32.
+
+    ``raised`` says of each segment that stayed in fp32 why. ``prediction_agreement`` is the share
+    of the parity's images that get the same class. Accuracies, shares in [0, 1], are those of
+    ``holdout_images`` images of the hold-out split, clean and under ``attack``, whose examples were
+    found on the torch model; ``attacked_route_agreement`` is that of the attacked ones. They are
+    ``None`` where no labelled images or no threat model are known; the limit on the drop, in
+    points, then holds for predictions that differ. ``router`` is ``None`` unless a router stayed in
+    fp32 because its routes did not agree.
+    """
+
+    raised: dict[str, str]
+    prediction_agreement: float
+    holdout_images: int
+    attack: AttackSpec | None
+    clean_accuracy: Pair | None
+    robust_accuracy: Pair | None
+    attacked_route_agreement: float | None
+    router: RouterPrecision | None
+    least_route_agreement: float
+    max_drop: float
+
+    def findings(self) -> list[str]:
+        """Return what was measured beside the parity, a sentence each."""
+        lines = []
+        for name, pair in (("clean", self.clean_accuracy), ("robust", self.robust_accuracy)):
+            if pair is not None:
+                lines.append(
+                    f"{name} accuracy {100 * pair.reference:.1f} % in torch, "
+                    f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images "
+                    f"(limit: {self.max_drop:g} points lost)"
+                )
+        lines += [f"{name} stays in fp32: {why}" for name, why in self.raised.items()]
+        if self.router is not None:
+            router = self.router
+            lines.append(
+                "with the routers lowered too, "
+                f"{100 * router.route_agreement_lowered:.4g} % of the clear routes would agree "
+                f"and a batch of {router.batch} take {router.lowered_ms:.3g} ms instead of "
+                f"{router.shipped_ms:.3g}"
+            )
+        return lines
+
+
 class AttackOutcome(Frozen):
     """One attack: accuracy on its examples, with the reference's and the engine's predictions.
 
@@ -176,14 +264,16 @@ class LatencyRow(Frozen):
 class LatencyRatio(Frozen):
     """How many times slower ``a`` is than ``b``: ratio of medians, 95 % bootstrap interval.
 
-    ``a`` ran on ``a_engine``, ``b`` on ``engine``.
+    ``a`` ran on ``a_engine`` in ``a_precision``, ``b`` on ``engine`` in ``precision``.
     """
 
     a: ProfiledModel
     a_engine: str
+    a_precision: str = "fp32"
     b: ProfiledModel
     batch: int
     engine: str
+    precision: str = "fp32"
     ratio: float
     ci_low: float
     ci_high: float

@@ -25,7 +25,8 @@ Backbone = Literal[
 ]
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Backend = Literal["onnxruntime", "openvino"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
 
 # Channels of the first stage before ``ratio``; of DenseNet its growth rate, of a ViT its tokens.

@@ -19,6 +19,7 @@ from families import Families, spec_of
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, ThreatModel
@@ -34,6 +35,9 @@ TINY = ModelSpec(
     mean=(0.3,),
     std=(0.4,),
 )
+
+# Bundles that tests share run on every engine.
+OPENVINO = Target("openvino", "fp32")
 
 
 def write_run(directory: Path, spec: ModelSpec, *, seed: int = 0) -> Path:
@@ -65,7 +69,7 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     from advmoe_deploy.export.onnx_export import export_onnx
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_onnx(tiny_run, out)
+    export_onnx(tiny_run, out, targets=[OPENVINO])
     return open_bundle(out)
 
 
@@ -86,7 +90,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         def __missing__(self, name: str) -> tuple[Path, Bundle]:
             run, bundle = folder / name / "run", folder / name / "bundle"
             write_run(run, spec_of(name))
-            export_onnx(run, bundle, data="random:64")
+            export_onnx(run, bundle, data="random:64", targets=[OPENVINO])
             self[name] = run, open_bundle(bundle)
             return self[name]
 

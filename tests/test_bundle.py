@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, SCHEMA_VERSION, Bundle, open_bundle
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
 
@@ -15,6 +15,7 @@ FILES = (
     "baselines/dense.onnx",
     "baselines/s-dense.onnx",
     "baselines/unfused.onnx",
+    "engines/openvino-fp32/model.onnx",
     "golden.npz",
     "model.onnx",
     "reference.safetensors",
@@ -70,7 +71,9 @@ def test_a_truncated_file_is_noticed(copied: Path) -> None:
 
 def test_another_schema_version_is_refused(copied: Path) -> None:
     edit_manifest(copied, schema_version=99)
-    with pytest.raises(BundleError, match="schema version 99, this release reads 2"):
+    with pytest.raises(
+        BundleError, match=f"schema version 99, this release reads {SCHEMA_VERSION}"
+    ):
         open_bundle(copied)
 
 
@@ -120,7 +123,7 @@ def test_the_manifest_that_is_hashed_is_the_one_that_is_read(
         return file
 
     monkeypatch.setattr(Path, "open", swapping)
-    assert open_bundle(copied).manifest.schema_version == 2
+    assert open_bundle(copied).manifest.schema_version == SCHEMA_VERSION
 
 
 def test_there_is_one_name_per_class(copied: Path) -> None:

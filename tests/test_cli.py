@@ -422,6 +422,6 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     )
     draw_on(sys.stdout, tables.robust_report(robust))
     out = capsys.readouterr().out
-    assert "onnxruntime / onnxruntime-plan" in " ".join(out.split())
+    assert "onnxruntime fp32 / onnxruntime-plan fp32" in " ".join(out.split())
     for text in ("5.000", "images/s", "1.5 M", "97.0 %", "ROBUSTNESS WAS LOST", "0.5 points"):
         assert text in out

@@ -68,10 +68,12 @@ def test_neighbouring_rounds_that_resemble_each_other_widen_the_interval() -> No
 
 def test_a_ratio_says_what_each_side_ran_on(tiny_bundle: Bundle) -> None:
     report = profile_bundle(
-        tiny_bundle, engines=("onnxruntime-plan",), batches=(2,), against=("dense",), n=3, threads=1
+        tiny_bundle, engines=("openvino:fp32",), batches=(2,), against=("dense",), n=3, threads=1
     )
     (ratio,) = report.ratios
-    assert (ratio.a_engine, ratio.engine) == ("onnxruntime", "onnxruntime-plan")
+    assert (ratio.a_engine, ratio.engine, ratio.precision) == ("onnxruntime", "openvino", "fp32")
+    assert [row.precision for row in report.rows] == ["fp32", "fp32"]
+    assert report.versions.keys() >= {"onnxruntime", "openvino"}
 
 
 def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
@@ -103,7 +105,7 @@ def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
     assert report.settings["spinning"] is False
     assert sum(int(n) for n in str(report.settings["router.expert_load_5"]).split(",")) == 5
     assert report.versions.keys() >= {"onnxruntime"}
-    assert len(samples["dense onnxruntime, batch 5"]) == 5
+    assert len(samples["dense onnxruntime fp32, batch 5"]) == 5
 
 
 def test_a_dense_bundle_is_profiled_alone_and_says_so(tmp_path: Path) -> None:

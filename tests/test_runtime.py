@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_run
+from conftest import OPENVINO, TINY, write_run
 from onnx.reference import ReferenceEvaluator
 
 from advmoe_deploy.bundle import Bundle, open_bundle
@@ -42,7 +42,7 @@ def load_model(run: Path) -> AdvMoE:
 def three_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdvMoE, Bundle]:
     folder = tmp_path_factory.mktemp("three")
     run = write_run(folder / "run", TINY.model_copy(update={"num_experts": 3}), seed=1)
-    export_onnx(run, folder / "bundle", data="random:64")
+    export_onnx(run, folder / "bundle", data="random:64", targets=[OPENVINO])
     return load_model(run), open_bundle(folder / "bundle")
 
 
@@ -91,7 +91,7 @@ def test_three_experts(three_experts: tuple[AdvMoE, Bundle], engine: str) -> Non
 def test_one_expert_takes_all(tiny_run: Path, tmp_path: Path, winner: int) -> None:
     bias = (100.0, 0.0) if winner == 0 else (0.0, 100.0)
     run = rerouted(tiny_run, tmp_path, weight=1.0, bias=bias)
-    export_onnx(run, tmp_path / "bundle")
+    export_onnx(run, tmp_path / "bundle", targets=[OPENVINO])
     with torch.inference_mode():
         model = load_model(run)
         expected = model(torch.from_numpy(IMAGES), model.forced(winner)).numpy()
@@ -263,16 +263,22 @@ print("same answers")
     assert done.stdout == "same answers\n", done.stderr
 
 
-def test_without_onnxruntime_the_extra_is_named(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("package", "engine", "extra"),
+    [("onnxruntime", "onnxruntime", "cpu"), ("openvino", "openvino", "openvino")],
+)
+def test_without_a_runtime_its_extra_is_named(
+    tiny_bundle: Bundle, package: str, engine: str, extra: str
+) -> None:
     program = f"""
 from pathlib import Path
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.errors import BackendUnavailableError
 from advmoe_deploy.runtime.select import open_runner
 try:
-    open_runner(open_bundle(Path({str(tiny_bundle.path)!r})))
+    open_runner(open_bundle(Path({str(tiny_bundle.path)!r})), {engine!r})
 except BackendUnavailableError as error:
     print(error)
 """
-    done = run_without(("onnxruntime",), program)
-    assert "pip install 'advmoe-deploy[cpu]'" in done.stdout, done.stderr
+    done = run_without((package,), program)
+    assert f"pip install 'advmoe-deploy[{extra}]'" in done.stdout, done.stderr

@@ -2,16 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import BackendUnavailableError, unknown_name
+from advmoe_deploy.specs import Backend, Precision
 
-FORMATS = ("onnx",)
-PLANNED_FORMATS = ("openvino", "trt", "triton")
+FORMATS: dict[str, Backend] = {"onnx": "onnxruntime", "openvino": "openvino"}
+PLANNED_FORMATS = ("trt", "triton")
 
 
 def train(
@@ -62,7 +63,15 @@ def train(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What 'advmoe train' wrote.")],
-    to: Annotated[str, typer.Option("--format", help="onnx")],
+    to: Annotated[str, typer.Option("--format", help="onnx or openvino.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            metavar="P",
+            help="fp32, fp16, bf16 or int8; repeatable, the first rules.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Bundle directory; by default RUN/bundle.")
     ] = None,
@@ -77,27 +86,41 @@ def export(
     """Export a trained model to a bundle, checked against the model before it is written."""
     if to in PLANNED_FORMATS:
         raise BackendUnavailableError(
-            f"format '{to}' is not available in this release; use --format {FORMATS[0]}"
+            f"format '{to}' is not available in this release; use --format {' or '.join(FORMATS)}"
         )
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
+    precisions = [_precision(name) for name in dict.fromkeys(precision or ["fp32"])]
     with session(as_json) as ui:
         from advmoe_deploy.cli import tables
         from advmoe_deploy.export.onnx_export import export_onnx
+        from advmoe_deploy.export.targets import Target
 
+        targets = [Target(FORMATS[to], each) for each in precisions]
         bundle = export_onnx(
             run,
             out or run / "bundle",
             data=data,
             overwrite=overwrite,
             with_reference=reference,
+            targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
             progress=ui.progress,
         )
         manifest = bundle.manifest
         value = {
             "bundle": str(bundle.path),
             "parity": manifest.parity.model_dump(mode="json"),
+            "engines": [
+                e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines
+            ],
             "macs": manifest.macs.model_dump(mode="json"),
             "bytes": sum(record.bytes for record in manifest.files.values()),
         }
         ui.show(value, lambda: tables.export_report(bundle))
+
+
+def _precision(name: str) -> Precision:
+    for known in get_args(Precision):
+        if name == known:
+            return cast(Precision, known)
+    raise unknown_name("precision", name, get_args(Precision))

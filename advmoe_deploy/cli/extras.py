@@ -5,6 +5,7 @@ from advmoe_deploy.errors import BackendUnavailableError, missing_extra
 # Name in imports -> name in pip, extra.
 OPTIONAL = {
     "onnxruntime": ("onnxruntime", "cpu"),
+    "openvino": ("openvino", "openvino"),
     "torch": ("torch", "train"),
     "lightning_fabric": ("lightning-fabric", "train"),
     "datasets": ("datasets", "train"),

@@ -17,6 +17,8 @@ from advmoe_deploy.profiling.processor import processor_name
 _ENGINE_SUMMARIES = {
     "onnxruntime": "the one graph, model.onnx",
     "onnxruntime-plan": "one session per segment; this package dispatches the rows",
+    "openvino": "one graph per precision; of a bundle exported with --format openvino",
+    "openvino-plan": "one compiled graph per segment; this package dispatches the rows",
 }
 _DATA_SUMMARIES = {
     "digits": "1,797 handwritten digits, 8 x 8, embedded",

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
 from advmoe_deploy.serving.batch import BatchReport
@@ -84,6 +84,7 @@ def export_report(bundle: Bundle) -> RenderableType:
     rows = [
         ("files", f"{len(bundle.manifest.files)}, {size / 1e6:.1f} MB"),
         *_parity_rows(bundle.manifest.parity),
+        *_engine_rows(bundle.manifest.engines),
     ]
     return Group(_facts(str(bundle.path), rows), escape(f"next: advmoe verify {bundle.path}"))
 
@@ -126,13 +127,25 @@ def latency_report(report: LatencyReport) -> RenderableType:
     """Return the latency rows and the ratios between models."""
     rows = _table(
         "latency",
-        ("model", "engine", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "MACs", "n"),
+        (
+            "model",
+            "engine",
+            "precision",
+            "batch",
+            "p50 ms",
+            "p90 ms",
+            "p99 ms",
+            "images/s",
+            "MACs",
+            "n",
+        ),
     )
     for row in report.rows:
         times = (f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))
         rows.add_row(
             row.model,
             row.engine,
+            row.precision,
             str(row.batch),
             *times,
             f"{row.images_per_s:.0f}",
@@ -143,16 +156,18 @@ def latency_report(report: LatencyReport) -> RenderableType:
     for ratio in report.ratios:
         ratios.add_row(
             f"{ratio.a} / {ratio.b}",
-            ratio.engine
-            if ratio.a_engine == ratio.engine
-            else f"{ratio.a_engine} / {ratio.engine}",
+            _both(f"{ratio.a_engine} {ratio.a_precision}", f"{ratio.engine} {ratio.precision}"),
             str(ratio.batch),
             f"{ratio.ratio:.2f}x",
             f"{ratio.ci_low:.2f} to {ratio.ci_high:.2f}",
         )
     first = report.rows[0]
-    setting = f"{first.precision}, {first.threads} threads, warm-up {first.warmup}, {first.device}"
+    setting = f"{first.threads} threads, warm-up {first.warmup}, {first.device}"
     return Group(rows, *([ratios] if report.ratios else []), escape(setting))
+
+
+def _both(a: str, b: str) -> str:
+    return a if a == b else f"{a} / {b}"
 
 
 def batch_report(report: BatchReport) -> RenderableType:
@@ -185,6 +200,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ("plan", f"{len(manifest.plan.segments)} segments, {len(manifest.plan.routes)} routes"),
         *((f"route {route.layer}", _route(route)) for route in manifest.plan.routes),
         *_parity_rows(manifest.parity),
+        *_engine_rows(manifest.engines),
         ("made", f"{manifest.created} by {manifest.producer}"),
     ]
     files = _table("files", ("name", "bytes", "SHA-256"))
@@ -241,6 +257,14 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
             (f"rows per expert, {layer.layer}", ", ".join(map(str, layer.expert_load)))
             for layer in parity.layers
         ),
+    ]
+
+
+def _engine_rows(engines: Iterable[EngineSet]) -> list[tuple[str, str]]:
+    return [
+        ("" if number else f"engine {each.name}", line)
+        for each in engines
+        for number, line in enumerate(each.findings())
     ]
 
 

@@ -6,10 +6,12 @@ expert. Then the whole graph is run with each expert preferred in turn, the rout
 against the torch model overruled in the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from onnx import ModelProto, helper
+import numpy as np
+from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
@@ -19,6 +21,12 @@ from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.export.tolerance import require_near, rounding_of
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.specs import Precision
+
+# Of the norm of the logits: more, and an expert is broken rather than rounded.
+_RESEMBLANCE = 0.5
+_LARGE_IN_FP16 = 3e4
 
 
 def unvisited_experts(answers: Answers) -> dict[str, list[int]]:
@@ -108,6 +116,86 @@ def overruled_graph(graph: ModelProto, plan: Plan) -> ModelProto:
         add = helper.make_node("Add", [route.scores, bonus.name], [raised], raised)
         nodes.insert(made + 1, add)
     return overruled
+
+
+def require_weights(
+    graphs: Mapping[str, ModelProto], segments: Mapping[str, ModelProto], what: str
+) -> None:
+    """Check that ``graphs`` together hold all weights of every segment.
+
+    Raises:
+        CheckFailedError: a weight is missing or differs.
+    """
+    # A segment is part of a graph, where its name comes first, or a graph of its own.
+    held = {t.name: t.raw_data for g in graphs.values() for t in _constants(g.graph)}
+    held |= {f"{n}/{t.name}": t.raw_data for n, g in graphs.items() for t in _constants(g.graph)}
+    for name, segment in segments.items():
+        for tensor in segment.graph.initializer:
+            if held.get(f"{name}/{tensor.name}") != tensor.raw_data:
+                raise CheckFailedError(
+                    f"{what} lacks {tensor.name} of {name}; no bundle was written"
+                )
+
+
+def _constants(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for branch in subgraphs_of(node):
+            yield from _constants(branch)
+
+
+def require_forced(
+    reference: Reference,
+    plan: Plan,
+    graphs: Mapping[str, ModelProto],
+    images: Images,
+    open_runner: Callable[[Mapping[str, ModelProto]], Runner],
+    precision: Precision,
+) -> None:
+    """Check ``graphs``, which run one after the other, with each expert preferred in turn.
+
+    In fp32 the logits must be the torch model's; at a lower precision they must resemble them.
+
+    Raises:
+        CheckFailedError: they do not.
+    """
+    experts = max((route.num_experts for route in plan.routes), default=0)
+    for expert in range(experts):
+        changed = {name: _preferring(g, plan, expert, precision) for name, g in graphs.items()}
+        with open_runner(changed) as runner:
+            logits = runner.infer(images).logits
+        expected = reference.answers(images, preferred=expert).logits
+        what = f"expert {expert} in {precision}"
+        if precision == "fp32":
+            require_near(logits, expected, reference.rounding(images, preferred=expert), what)
+            continue
+        error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+        if not error <= _RESEMBLANCE:
+            raise CheckFailedError(
+                f"{what} differs from the torch model by {error:.0%} of its logits (limit "
+                f"{_RESEMBLANCE:.0%}); no bundle was written"
+            )
+
+
+def _preferring(graph: ModelProto, plan: Plan, expert: int, precision: Precision) -> ModelProto:
+    """Return ``graph`` with ``expert`` preferred by every layer that is routed in it."""
+    changed = ModelProto()
+    changed.CopyFrom(graph)
+    nodes = changed.graph.node
+    for route in plan.routes:
+        makers = [i for i, node in enumerate(nodes) if route.scores in node.output]
+        if not makers:
+            continue
+        alone = f"{route.scores} alone"
+        maker = nodes[makers[0]]
+        maker.output[:] = [alone if name == route.scores else name for name in maker.output]
+        bonus_E = bonus_for(expert, route.num_experts)
+        if precision == "fp16":
+            bonus_E = bonus_E.clip(max=_LARGE_IN_FP16)
+        changed.graph.initializer.append(onnx_numpy.from_array(bonus_E, _bonus(route)))
+        add = helper.make_node("Add", [alone, _bonus(route)], [route.scores], route.scores)
+        nodes.insert(makers[0] + 1, add)
+    return changed
 
 
 def _bonus(route: RouteStep) -> str:

@@ -3,13 +3,14 @@
 Shapes: N images, C channels, H height, W width.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.export.reference import Answers, Images
@@ -45,6 +46,23 @@ def parity_images(source: str | None, spec: ModelSpec) -> Images:
             f"{source} has images {images.shape[1:]}, the model takes {spec.image_shape}; {_ADVICE}"
         )
     return to_float(images[:PARITY_IMAGES])
+
+
+def labelled_images(sources: Iterable[str], spec: ModelSpec) -> Dataset | None:
+    """Return the first of ``sources`` that is a data set of images and classes as ``spec`` has.
+
+    ``None`` if none is: noise has no labels, and a run may have come without its data.
+    """
+    for source in sources:
+        if not source or source.startswith("random:"):
+            continue
+        try:
+            data = load_dataset(source)
+        except (DataError, UsageError):
+            continue
+        if data.image_shape == spec.image_shape and len(data.class_names) == spec.num_classes:
+            return data
+    return None
 
 
 def _noise(source: str, spec: ModelSpec) -> Images:

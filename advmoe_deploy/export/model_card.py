@@ -1,6 +1,6 @@
 """The page that tells whoever opens a bundle what it is."""
 
-from advmoe_deploy.bundle import MODEL
+from advmoe_deploy.bundle import MODEL, EngineSet
 from advmoe_deploy.export.passes.report import PassReport, declined
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.reports import Macs, ParityReport
@@ -12,6 +12,7 @@ def model_card(
     macs: Macs,
     parity: ParityReport,
     passes: dict[str, tuple[PassReport, ...]],
+    engines: tuple[EngineSet, ...] = (),
 ) -> str:
     """Return the model card in Markdown."""
     sections = [
@@ -20,6 +21,7 @@ def model_card(
         _metrics(checkpoint),
         _macs(checkpoint, macs),
         _parity(parity),
+        *([_engines(engines)] if engines else []),
         _passes(passes),
         _LIMITS,
     ]
@@ -118,6 +120,13 @@ def _parity(parity: ParityReport) -> str:
         load = ", ".join(str(count) for count in layer.expert_load)
         lines.append(f"| {layer.layer} | {load} |")
     return "## Parity with the torch model\n\n" + "\n".join(lines)
+
+
+def _engines(engines: tuple[EngineSet, ...]) -> str:
+    lines = ["## Other engines and precisions, against the torch model\n"]
+    for each in engines:
+        lines += [f"`--engine {each.name}`:\n", *(f"- {line}" for line in each.findings()), ""]
+    return "\n".join(lines).rstrip()
 
 
 def _passes(passes: dict[str, tuple[PassReport, ...]]) -> str:

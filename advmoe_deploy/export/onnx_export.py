@@ -6,22 +6,29 @@ failure, a full disk or Ctrl-C leaves nothing.
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 
-from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, seal_bundle
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, EngineSet, seal_bundle
 from advmoe_deploy.errors import CheckpointError
+from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
 from advmoe_deploy.export.every_expert import (
     require_branches,
     require_every_expert,
     require_segments,
     unvisited_experts,
 )
-from advmoe_deploy.export.images import golden_rows, parity_images, write_golden
+from advmoe_deploy.export.exam import Examples
+from advmoe_deploy.export.images import (
+    golden_rows,
+    labelled_images,
+    parity_images,
+    write_golden,
+)
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
@@ -37,6 +44,7 @@ from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
+from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
@@ -45,6 +53,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import ParityReport
+from advmoe_deploy.runtime.openvino_engine import openvino_version
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
@@ -64,6 +73,7 @@ def export_onnx(
     data: str | None = None,
     overwrite: bool = False,
     with_reference: bool = True,
+    targets: Sequence[Target] = (),
     progress: Progress | None = None,
 ) -> Bundle:
     """Return the bundle written to ``out`` from the model in ``run``.
@@ -74,6 +84,8 @@ def export_onnx(
         data: images to check on: a data source, or ``random:N``; by default the run's own data.
         overwrite: replace an ``out`` that is a bundle already.
         with_reference: also write the torch weights, which ``verify`` attacks.
+        targets: engines and precisions to write graphs for, beside the portable one in fp32; the
+            first one's precision is what the bundle runs in unless told.
         progress: who listens.
 
     Raises:
@@ -81,15 +93,20 @@ def export_onnx(
         CheckpointError: the run's checkpoint cannot be used.
         DataError: the data cannot be loaded.
         CheckFailedError: the exported model does not answer what the torch model answers.
-        BackendUnavailableError: ONNX Runtime is not installed.
+        BackendUnavailableError: ONNX Runtime or what ``targets`` need is missing.
     """
     progress = progress or Silent()
     refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
-    versions = _versions()
+    for target in targets:
+        require_supported(target)
+    versions = _versions(targets)
     checkpoint, model = load_checkpoint(run / "model")
-    source = data or str(checkpoint.provenance.get("data", ""))
+    source = data or _data_of(checkpoint)
     images = parity_images(source, checkpoint.model)
-    with staged_directory(out, overwrite=overwrite) as staged, task(progress, "export", 4):
+    with (
+        staged_directory(out, overwrite=overwrite) as staged,
+        task(progress, "export", 4 + len(targets)),
+    ):
         answers = reference_answers(model, images)
         progress.advance("export")
         parts, reports = write_graphs(staged, model, images, progress)
@@ -105,15 +122,19 @@ def export_onnx(
                 f"{layer}: {_named(experts)} visited by none of the {len(images)} images of "
                 f"{source}, and checked on images sent there by force"
             )
+        engines = _write_engines(
+            staged, targets, checkpoint, model, parts, Examples(images, answers), source, progress
+        )
         macs = macs_of(checkpoint.model)
-        card = model_card(checkpoint, macs, parity, reports)
+        card = model_card(checkpoint, macs, parity, reports, engines)
         (staged / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = seal_bundle(
             staged,
             model=checkpoint.model,
             threat=checkpoint.threat,
-            precision="fp32",
+            precision=targets[0].precision if targets else "fp32",
             plan=parts.plan,
+            engines=engines,
             macs=macs,
             parity=parity,
             class_names=checkpoint.class_names,
@@ -222,6 +243,38 @@ def _write_baselines(staged: Path, model: Classifier) -> None:
         )
 
 
+def _write_engines(
+    staged: Path,
+    targets: Sequence[Target],
+    checkpoint: Checkpoint,
+    model: Classifier,
+    parts: Partition,
+    examples: Examples,
+    data: str,
+    progress: Progress,
+) -> tuple[EngineSet, ...]:
+    """Write the graphs of every target; examined on labelled images where precision is lowered."""
+    if not targets:
+        return ()
+    labelled = None
+    if any(target.precision != "fp32" for target in targets):
+        labelled = labelled_images((data, _data_of(checkpoint)), checkpoint.model)
+        if labelled is None:
+            progress.note("no labelled images: accuracy is not measured, predictions are compared")
+    subject = subject_of(
+        model, parts, examples, data=data, labelled=labelled, threat=checkpoint.threat
+    )
+    engines = []
+    for target in targets:
+        engines.append(write_engine_set(staged, target, subject))
+        progress.advance("export")
+    return tuple(engines)
+
+
+def _data_of(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.provenance.get("data", ""))
+
+
 def _training(checkpoint: Checkpoint) -> dict[str, object]:
     return {
         **checkpoint.provenance,
@@ -231,11 +284,14 @@ def _training(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _versions() -> Mapping[str, str]:
-    return {
+def _versions(targets: Sequence[Target]) -> Mapping[str, str]:
+    versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime_version(),
         "torch": torch.__version__,
     }
+    if any(target.backend == "openvino" for target in targets):
+        versions["openvino"] = openvino_version()
+    return versions

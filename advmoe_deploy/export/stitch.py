@@ -17,7 +17,15 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
-from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, TensorInfo
+from advmoe_deploy.plan import (
+    RENORMALISER,
+    ExpertsStep,
+    Plan,
+    RouteStep,
+    RunStep,
+    Step,
+    TensorInfo,
+)
 
 Form = Literal["if", "gather"]
 
@@ -36,14 +44,21 @@ def graph_from_plan(
     """Return the whole plan as one graph; ``segments`` holds the graph of each segment."""
     writer = GraphWriter()
     for step in plan.steps:
-        match step:
-            case RunStep():
-                write_segment(writer, segments[step.segment])
-            case RouteStep():
-                write_route(writer, step)
-            case ExpertsStep():
-                _write_experts(writer, plan, step, segments, form)
+        write_step(writer, plan, step, segments, form)
     return writer.model("model", *plan_ends(plan))
+
+
+def write_step(
+    writer: GraphWriter, plan: Plan, step: Step, segments: Mapping[str, ModelProto], form: Form
+) -> None:
+    """Add one step of ``plan``."""
+    match step:
+        case RunStep():
+            write_segment(writer, segments[step.segment])
+        case RouteStep():
+            write_route(writer, step)
+        case ExpertsStep():
+            _write_experts(writer, plan, step, segments, form)
 
 
 def plan_ends(plan: Plan) -> tuple[list[TensorInfo], list[TensorInfo]]:

@@ -19,9 +19,10 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.runtime.openvino_engine import openvino_version
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
-from advmoe_deploy.runtime.select import ENGINES, open_runner
+from advmoe_deploy.runtime.select import open_runner, parse_engine
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
@@ -39,7 +40,7 @@ class _Subject:
 
     @property
     def key(self) -> str:
-        return f"{self.model} {self.engine}"
+        return f"{self.model} {self.engine} {self.runner.precision}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def profile_bundle(
     Args:
         bundle: an opened bundle. Its golden images are repeated up to the batch size, so that
             images are routed as real ones are.
-        engines: names from ``runtime.select.ENGINES``; baselines run as graphs on ONNX Runtime.
+        engines: as ``open_runner`` takes them; baselines run as fp32 graphs on ONNX Runtime.
         batches: batch sizes.
         against: baselines; one that the bundle lacks is left out, and ``settings`` says so.
         threads: inside one operator.
@@ -116,7 +117,7 @@ def profile_bundle(
                 settings[f"{route.layer}.expert_load_{batch}"] = load
             progress.advance("profile", batch=batch)
     return LatencyReport(
-        rows=tuple(rows), ratios=tuple(ratios), versions=_versions(), settings=settings
+        rows=tuple(rows), ratios=tuple(ratios), versions=_versions(engines), settings=settings
     )
 
 
@@ -128,10 +129,11 @@ def _check_request(
     n: int | None,
     warmup: int,
 ) -> None:
-    for kind, names, known in (("engine", engines, ENGINES), ("baseline", against, BASELINES)):
-        for name in names:
-            if name not in known:
-                raise unknown_name(kind, name, known)
+    for engine in engines:
+        parse_engine(engine)
+    for name in against:
+        if name not in BASELINES:
+            raise unknown_name("baseline", name, BASELINES)
     if not engines or not batches:
         raise UsageError("nothing to time; name at least one engine and one batch size")
     for batch in batches:
@@ -160,15 +162,12 @@ def _open_subjects(
     manifest = bundle.manifest
     macs = manifest.macs
     own: ProfiledModel = "moe" if manifest.plan.routes else "dense"
-    subjects = [
-        _Subject(
-            own,
-            engine,
-            stack.enter_context(open_runner(bundle, engine, threads=threads)),
-            macs.executed,
-        )
-        for engine in engines
-    ]
+    subjects = []
+    for engine in engines:
+        runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
+        subjects.append(_Subject(own, runner.name, runner, macs.executed))
+        if kept := _in_fp32(bundle, runner):
+            settings[f"{runner.name} {runner.precision}, in fp32"] = ", ".join(kept)
     cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}
     left_out = []
     for name in (name for name in BASELINES if name in against):
@@ -176,11 +175,20 @@ def _open_subjects(
         if not bundle.has(file):
             left_out.append(name)
             continue
-        runner = _baseline(bundle, bundle.file(file), name, threads)
-        subjects.append(_Subject(name, "onnxruntime", stack.enter_context(runner), cost[name]))
+        baseline = stack.enter_context(_baseline(bundle, bundle.file(file), name, threads))
+        subjects.append(_Subject(name, "onnxruntime", baseline, cost[name]))
     if left_out:
         settings["left_out"] = f"{', '.join(left_out)}: the bundle has no such graph"
     return subjects
+
+
+def _in_fp32(bundle: Bundle, runner: Runner) -> list[str]:
+    """Return the segments that stay in fp32 where ``runner`` lowers the others."""
+    for engines in bundle.manifest.engines:
+        backend = runner.name.removesuffix("-plan")
+        if (engines.backend, engines.precision) == (backend, runner.precision) != (backend, "fp32"):
+            return [name for name, precision in engines.segments.items() if precision == "fp32"]
+    return []
 
 
 def _baseline(bundle: Bundle, file: Path, name: str, threads: int) -> GraphRunner:
@@ -195,7 +203,7 @@ def _row(subject: _Subject, timings: _Timings) -> LatencyRow:
     return LatencyRow(
         model=subject.model,
         engine=subject.engine,
-        precision="fp32",
+        precision=subject.runner.precision,
         batch=timings.batch,
         threads=timings.threads,
         device=f"cpu ({processor_name()})",
@@ -221,9 +229,11 @@ def _ratios(subjects: Sequence[_Subject], timings: _Timings) -> list[LatencyRati
                 LatencyRatio(
                     a=baseline.model,
                     a_engine=baseline.engine,
+                    a_precision=baseline.runner.precision,
                     b="moe",
                     batch=timings.batch,
                     engine=model.engine,
+                    precision=model.runner.precision,
                     ratio=ratio.value,
                     ci_low=ratio.low,
                     ci_high=ratio.high,
@@ -237,9 +247,12 @@ def _load(route: RouteStep, ids: NDArray[np.int64], batch: int) -> str:
     return ",".join(map(str, np.bincount(repeated, minlength=route.num_experts)))
 
 
-def _versions() -> dict[str, str]:
-    return {
+def _versions(engines: Sequence[str]) -> dict[str, str]:
+    versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": onnxruntime_version(),
     }
+    if any(engine.startswith("openvino") for engine in engines):
+        versions["openvino"] = openvino_version()
+    return versions

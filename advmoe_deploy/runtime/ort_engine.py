@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.errors import BundleError, MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.engine import require_threads
 
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
 _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")
@@ -34,8 +35,7 @@ class OrtEngine(Closing):
             MachineError: memory is used up.
             UsageError: ``threads`` is negative.
         """
-        if threads < 0:
-            raise UsageError(f"threads={threads} is negative; use 0 to let the engine choose")
+        require_threads(threads)
         runtime = _onnxruntime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -8,7 +8,6 @@ Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,34 +15,54 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import prediction_of
+from advmoe_deploy.specs import Precision
 
 Tensors = dict[str, NDArray[Any]]
 
 
 class PlanRunner(Closing):
-    """Runs the steps of a plan over ONNX Runtime engines."""
-
-    name = "onnxruntime-plan"
+    """Runs the steps of a plan over engines of any kind."""
 
     def __init__(
         self,
         plan: Plan,
-        files: Mapping[str, Path],
+        graphs: Mapping[str, Source],
         image_shape: tuple[int, int, int],
         *,
+        routes: tuple[RouteStep, ...] | None = None,
         threads: int = 0,
+        open_engine: OpenEngine | None = None,
+        name: str = "onnxruntime-plan",
+        precision: Precision = "fp32",
     ) -> None:
-        """Load every segment; ``files`` maps segment names to verified files."""
+        """Load every segment.
+
+        Args:
+            plan: what to run.
+            graphs: of the segments by name; files are verified already.
+            image_shape: channels, height, width.
+            routes: what to report as routes; by default those of ``plan``. A plan whose segments
+                route inside has none of its own.
+            threads: of the default engines.
+            open_engine: makes the engine of a segment; by default ONNX Runtime.
+            name: what the runner is called.
+            precision: what its answers were computed in, at the lowest.
+        """
+        self.name = name
+        self.precision = precision
         self._plan = plan
+        self._routes = plan.routes if routes is None else routes
         self._image_shape = image_shape
-        self._engines: dict[str, OrtEngine] = {}
+        self._engines: dict[str, Engine] = {}
+        open_engine = open_engine or (lambda _, graph: OrtEngine(graph, threads=threads))
         with ExitStack() as stack:
             for segment in plan.segments:
-                engine = OrtEngine(files[segment.name], threads=threads)
+                engine = open_engine(segment.name, graphs[segment.name])
                 self._engines[segment.name] = stack.enter_context(engine)
             self._stack = stack.pop_all()
 
@@ -58,7 +77,7 @@ class PlanRunner(Closing):
                     tensors |= route(step, tensors[step.scores])
                 case ExpertsStep():
                     tensors[step.output] = self._experts(step, tensors)
-        return prediction_of(self._plan.routes, tensors)
+        return prediction_of(self._routes, tensors)
 
     def _run(self, name: str, tensors: Tensors) -> Tensors:
         segment = self._plan.segment(name)

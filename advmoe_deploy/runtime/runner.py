@@ -12,6 +12,7 @@ from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.specs import Precision
 
 
 class Runner(Protocol):
@@ -20,6 +21,10 @@ class Runner(Protocol):
     @property
     def name(self) -> str:
         """The engine, as ``runtime.select.ENGINES`` spells it."""
+
+    @property
+    def precision(self) -> Precision:
+        """What the answers were computed in, at the lowest."""
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
@@ -36,6 +41,7 @@ class GraphRunner(Closing):
     """Runs one ONNX graph that routes inside."""
 
     name = "onnxruntime"
+    precision: Precision = "fp32"
 
     def __init__(
         self,

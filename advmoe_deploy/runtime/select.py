@@ -1,11 +1,23 @@
-"""Engines by name."""
+"""Engines by name, and the precision that each is to run in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import get_args
 
-from advmoe_deploy.bundle import MODEL, Bundle
-from advmoe_deploy.errors import unknown_name
+import numpy as np
+
+from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
+from advmoe_deploy.errors import BundleError, unknown_name
+from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
+from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine
+from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.specs import Backend, Precision
+
+# Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
+WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0) -> Runner:
@@ -13,31 +25,132 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
 
     Args:
         bundle: an opened, so verified, bundle.
-        engine: a name from :data:`ENGINES`.
-        threads: inside one operator; 0 lets the engine choose.
+        engine: a name from :data:`ENGINES`, or ``NAME:PRECISION``; without a precision, the one the
+            bundle was exported at where it was exported for that engine, else fp32.
+        threads: of the engine; 0 lets it choose.
 
     Raises:
-        UsageError: no engine has that name, or ``threads`` is negative.
-        BackendUnavailableError: the engine's package is not installed.
+        UsageError: no engine or precision has that name, or ``threads`` is negative.
+        BundleError: the bundle was not exported for that engine at that precision.
+        BackendUnavailableError: the engine's package is not installed, or the CPU lacks the
+            precision.
     """
-    if engine not in ENGINES:
-        raise unknown_name("engine", engine, ENGINES)
-    return ENGINES[engine](bundle, threads)
+    name, precision = parse_engine(engine)
+    require_threads(threads)
+    backend: Backend = "openvino" if name.startswith("openvino") else "onnxruntime"
+    return ENGINES[name](bundle, precision or _own_precision(bundle, backend), threads)
 
 
-def _graph_runner(bundle: Bundle, threads: int) -> Runner:
+def parse_engine(engine: str) -> tuple[str, Precision | None]:
+    """Return the name and the precision, if any, of ``NAME`` or ``NAME:PRECISION``.
+
+    Raises:
+        UsageError: one of them is unknown.
+    """
+    name, colon, precision = engine.partition(":")
+    if name not in ENGINES:
+        raise unknown_name("engine", name, ENGINES)
+    for known in get_args(Precision):
+        if precision == known:
+            return name, known
+    if colon:
+        raise unknown_name("precision", precision, get_args(Precision))
+    return name, None
+
+
+def _own_precision(bundle: Bundle, backend: Backend) -> Precision:
+    precision = bundle.manifest.precision
+    return precision if bundle.engine_set(backend, precision) else "fp32"
+
+
+def _ort_graph(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+    if precision != "fp32":
+        return _set_runner(bundle, "onnxruntime", precision, threads)
     manifest = bundle.manifest
     shape, routes = manifest.model.image_shape, manifest.plan.routes
     return GraphRunner(bundle.file(MODEL), shape, routes=routes, threads=threads)
 
 
-def _plan_runner(bundle: Bundle, threads: int) -> Runner:
-    manifest = bundle.manifest
-    files = {s.name: bundle.file(s.file) for s in manifest.plan.segments}
-    return PlanRunner(manifest.plan, files, manifest.model.image_shape, threads=threads)
+def _ort_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+    return _plan_runner(bundle, "onnxruntime", precision, threads)
 
 
-ENGINES: dict[str, Callable[[Bundle, int], Runner]] = {
-    "onnxruntime": _graph_runner,
-    "onnxruntime-plan": _plan_runner,
+def _openvino_graph(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+    return _warm(bundle, _set_runner(bundle, "openvino", precision, threads))
+
+
+def _openvino_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+    return _warm(bundle, _plan_runner(bundle, "openvino", precision, threads))
+
+
+def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
+    """Return a runner of the bundle's own plan, one engine per segment."""
+    plan = bundle.manifest.plan
+    files = {s.name: bundle.file(s.file) for s in plan.segments}
+    precisions: dict[str, Precision] = {}
+    if precision != "fp32":
+        chosen = _require_set(bundle, backend, precision)
+        files |= {name: bundle.file(file) for name, file in chosen.files.items()}
+        precisions = chosen.segments
+    return PlanRunner(
+        plan,
+        files,
+        bundle.manifest.model.image_shape,
+        open_engine=engine_opener(backend, precisions, threads),
+        name=f"{backend}-plan",
+        precision=precision,
+    )
+
+
+def _set_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
+    """Return a runner of the few graphs that were written for this backend and precision."""
+    chosen = _require_set(bundle, backend, precision)
+    return PlanRunner(
+        chosen.plan,
+        {s.name: bundle.file(s.file) for s in chosen.plan.segments},
+        bundle.manifest.model.image_shape,
+        routes=bundle.manifest.plan.routes,
+        open_engine=engine_opener(backend, chosen.precisions, threads),
+        name=backend,
+        precision=precision,
+    )
+
+
+def engine_opener(
+    backend: Backend, precisions: Mapping[str, Precision], threads: int = 0
+) -> OpenEngine:
+    """Return what opens segments with ``backend``; those not in ``precisions`` run in fp32."""
+    if backend == "onnxruntime":
+        return lambda _, graph: OrtEngine(graph, threads=threads)
+
+    def open_openvino(name: str, graph: Source) -> Engine:
+        return OpenVinoEngine(graph, precision=precisions.get(name, "fp32"), threads=threads)
+
+    return open_openvino
+
+
+def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> EngineSet:
+    chosen = bundle.engine_set(backend, precision)
+    if chosen is None:
+        raise BundleError(
+            f"{bundle.path} was not exported for {backend} at {precision}; export it with "
+            f"--format {FORMATS[backend]} --precision {precision}"
+        )
+    return chosen
+
+
+def _warm(bundle: Bundle, runner: Runner) -> Runner:
+    """Run the golden images at the usual batch sizes, so that no request waits for compilation."""
+    with np.load(bundle.file(GOLDEN)) as golden:
+        images = golden["images"]
+    for batch in WARM_BATCHES:
+        runner.infer(np.resize(images, (batch, *images.shape[1:])))
+    return runner
+
+
+ENGINES: dict[str, Callable[[Bundle, Precision, int], Runner]] = {
+    "onnxruntime": _ort_graph,
+    "onnxruntime-plan": _ort_plan,
+    "openvino": _openvino_graph,
+    "openvino-plan": _openvino_plan,
 }

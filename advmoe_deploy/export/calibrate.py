@@ -1,0 +1,47 @@
+"""What int8 scales are taken from: training images, clean and attacked on the torch model."""
+
+import numpy as np
+from onnx import ModelProto
+
+from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.errors import DataError
+from advmoe_deploy.export.exam import ATTACK, attacked_images
+from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.reports import Calibration
+from advmoe_deploy.specs import ThreatModel
+
+CALIBRATION_IMAGES = 256
+
+
+def calibrated(
+    model: Classifier, parts: Partition, labelled: Dataset | None, threat: ThreatModel | None
+) -> tuple[dict[str, ModelProto], Calibration]:
+    """Return the segments of ``parts`` that are worth it in int8, and what they were scaled on.
+
+    Training images of ``labelled``, and as many attacked as in ``threat``, if there is one.
+
+    Raises:
+        DataError: there are no training images.
+    """
+    # The quantizer is loaded for int8 alone.
+    from advmoe_deploy.export.quantize import quantised_segments
+
+    if labelled is None:
+        raise DataError(
+            "int8 is calibrated on training images, and neither the run nor --data names a data "
+            "set; pass --data"
+        )
+    split = labelled.train.first(CALIBRATION_IMAGES)
+    images = to_float(split.images)
+    attacked = attacked_images(model, images, split.labels, threat)
+    both = images if attacked is None else np.concatenate([images, attacked])
+    graphs, unvisited = quantised_segments(parts.plan, parts.graphs, both, model.spec.image_shape)
+    return graphs, Calibration(
+        data=labelled.source,
+        clean_images=len(images),
+        attacked_images=len(both) - len(images),
+        attack=None if attacked is None else ATTACK,
+        epsilon=None if threat is None else threat.epsilon,
+        all_rows=unvisited,
+    )

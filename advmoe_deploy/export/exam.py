@@ -1,0 +1,171 @@
+"""What a lower precision is measured on, and when it is good enough.
+
+Its logits differ by far more than float32's rounding, so they are no measure. What counts are the
+routes, and what is lost of accuracy, clean and under attack.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.export.parity import Flags, compare_answers, predictions_of
+from advmoe_deploy.export.reference import Answers, Images, reference_answers
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.specs import AttackSpec, ThreatModel
+
+LEAST_ROUTE_AGREEMENT = 0.999
+MAX_DROP = 0.5  # points
+
+HOLDOUT_IMAGES = 500
+ATTACK = AttackSpec(name="pgd", steps=10)
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images and what the torch model answers to them."""
+
+    images: Images
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Everything a choice of precisions is measured on; the parity's images are from ``data``.
+
+    ``rounding`` is the torch model's own.
+    """
+
+    parity: Examples
+    data: str
+    rounding: float = 0.0
+    labels_N: Labels | None = None
+    clean: Examples | None = None
+    attacked: Examples | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one choice of precisions gave; accuracies where there are labels."""
+
+    parity: ParityReport
+    prediction_agreement: float
+    mean_logit_diff: float
+    clean_accuracy: Pair | None
+    robust_accuracy: Pair | None
+    attacked_route_agreement: float | None
+
+    @property
+    def routes_agree(self) -> bool:
+        """Whether enough clear routes are the same."""
+        return self.parity.route_agreement >= LEAST_ROUTE_AGREEMENT
+
+    @property
+    def harm(self) -> tuple[float, float, float]:
+        """How far this is from the torch model: routes first, then classes, then logits."""
+        return (
+            1 - self.parity.route_agreement,
+            1 - self.prediction_agreement,
+            self.mean_logit_diff,
+        )
+
+    @property
+    def complaint(self) -> str:
+        """What is not good enough; nothing if all is."""
+        if self.parity.non_finite:
+            return f"{self.parity.non_finite} of {self.parity.images} images give no finite logits"
+        if not self.routes_agree:
+            return (
+                f"{_percent(self.parity.route_agreement)} of the clear routes agree, less than "
+                f"{_percent(LEAST_ROUTE_AGREEMENT)}"
+            )
+        drops = {"clean": self.clean_accuracy, "robust": self.robust_accuracy}
+        for name, accuracy in drops.items():
+            if accuracy is not None and _points(accuracy) > MAX_DROP:
+                return f"{name} accuracy falls by {_points(accuracy):.2f} points"
+        # Without labels: as many predictions that differ are at most as many points lost.
+        changed = 100 * (1 - self.prediction_agreement)
+        if self.clean_accuracy is None and changed > MAX_DROP:
+            return f"{changed:.2f} % of the predictions differ"
+        return ""
+
+
+def with_accuracy(
+    exam: Exam, model: Classifier, labelled: Dataset, threat: ThreatModel | None
+) -> Exam:
+    """Return ``exam`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
+    split = labelled.holdout.first(HOLDOUT_IMAGES)
+    clean = to_float(split.images)
+    attacked = attacked_images(model, clean, split.labels, threat)
+    return replace(
+        exam,
+        labels_N=split.labels,
+        clean=_examples(model, clean),
+        attacked=None if attacked is None else _examples(model, attacked),
+    )
+
+
+def attacked_images(
+    model: Classifier, images: Images, labels_N: Labels, threat: ThreatModel | None
+) -> Images | None:
+    """Return what :data:`ATTACK` makes of ``images`` on the torch model; nothing without threat."""
+    if threat is None:
+        return None
+    x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
+    return find_adversarial(model, x_NCHW, y_N, threat, ATTACK).numpy()
+
+
+def _examples(model: Classifier, images: Images) -> Examples:
+    return Examples(images, reference_answers(model, images))
+
+
+def examine(exam: Exam, runner: Runner) -> Findings:
+    """Return what ``runner`` answers in ``exam``, next to the torch model."""
+    answer = predictions_of(runner, exam.parity.images)
+    expected = exam.parity.answers
+    same_N = answer.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
+    clean, robust, agreement = None, None, None
+    if exam.clean is not None:
+        standing, _ = _right(exam, exam.clean, runner)
+        clean = _pair(*standing)
+        if exam.attacked is not None:
+            (reference_N, engine_N), agreement = _right(exam, exam.attacked, runner)
+            robust = _pair(standing[0] & reference_N, standing[1] & engine_N)
+    return Findings(
+        parity=compare_answers(expected, answer, rounding=exam.rounding, data=exam.data),
+        prediction_agreement=float(same_N.mean()),
+        mean_logit_diff=float(np.abs(answer.logits - expected.logits).mean()),
+        clean_accuracy=clean,
+        robust_accuracy=robust,
+        attacked_route_agreement=agreement,
+    )
+
+
+def _right(exam: Exam, examples: Examples, runner: Runner) -> tuple[tuple[Flags, Flags], float]:
+    """Return which images [N] the torch model and the runner get right, and how routes agree."""
+    answer = predictions_of(runner, examples.images)
+    reference_N = examples.answers.logits.argmax(axis=1) == exam.labels_N
+    engine_N = answer.logits.argmax(axis=1) == exam.labels_N
+    return (reference_N, engine_N), compare_answers(examples.answers, answer).route_agreement
+
+
+def _pair(reference_N: Flags, engine_N: Flags) -> Pair:
+    return Pair(reference=float(reference_N.mean()), engine=float(engine_N.mean()))
+
+
+def _points(accuracy: Pair) -> float:
+    """Return the percentage points lost; rounded, for 200 less 199 of 200 is half a point."""
+    return round(100 * (accuracy.reference - accuracy.engine), 9)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

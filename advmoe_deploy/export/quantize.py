@@ -1,0 +1,154 @@
+"""int8 by Q/DQ pairs around what is heavy; the only module that knows ONNX Runtime's quantizer.
+
+Weights are signed and symmetric, a scale per output channel; activations unsigned with a zero
+point, a scale per tensor: what both ONNX Runtime and OpenVINO have fast kernels for. Scales are
+taken from what each segment really gets: the images run through the plan, so that an expert sees
+the rows that are sent to it.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+
+from advmoe_deploy.export.parity import predictions_of
+from advmoe_deploy.export.reference import Images
+from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.engine import Engine, Source
+from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.plan_runner import PlanRunner
+
+Rows = list[dict[str, NDArray[Any]]]
+
+# A segment without any of these is not worth it: what it does is light.
+_HEAVY = frozenset({"Conv", "Gemm", "MatMul"})
+_QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool"]
+# Scores and logits come out of these: 256 steps would tie what differs.
+_FLOAT_OUTPUTS = ["Gemm", "MatMul"]
+
+
+def quantised_segments(
+    plan: Plan,
+    graphs: Mapping[str, ModelProto],
+    images: Images,
+    image_shape: tuple[int, int, int],
+) -> tuple[dict[str, ModelProto], tuple[str, ...]]:
+    """Return the heavy segments with Q/DQ pairs, calibrated on float32 ``images`` [N, C, H, W].
+
+    Also returned are the experts that no image visits: they were calibrated on the rows of all
+    experts of their layer.
+    """
+    rows = _rows_of_segments(plan, graphs, images, image_shape)
+    unvisited = []
+    for step in plan.steps:
+        if isinstance(step, ExpertsStep):
+            of_layer = [batch for name in step.segments for batch in rows[name]]
+            for name in step.segments:
+                if not rows[name]:
+                    unvisited.append(name)
+                    rows[name] = _renamed(of_layer, plan.segment(name).inputs[0].name)
+    heavy = [s.name for s in plan.segments if is_heavy(graphs[s.name])]
+    return {name: quantised(graphs[name], rows[name]) for name in heavy}, tuple(unvisited)
+
+
+def is_heavy(graph: ModelProto) -> bool:
+    """Return whether ``graph`` does anything that is worth quantising."""
+    return not _HEAVY.isdisjoint(node.op_type for node in graph.graph.node)
+
+
+def quantised(graph: ModelProto, rows: Rows) -> ModelProto:
+    """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs."""
+    marked = ModelProto()
+    marked.CopyFrom(graph)
+    # Shapes are known and normalisations folded: what the quantizer's own preparation is for.
+    marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+        onnx.save_model(marked, source)
+        quantize_static(
+            str(source),
+            str(target),
+            _Reader(rows),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_QUANTISED,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS},
+        )
+        result = onnx.load_model(target)
+    result.graph.name = graph.graph.name
+    for field in ("producer_name", "producer_version"):
+        setattr(result, field, getattr(graph, field))
+    del result.metadata_props[:]
+    return result
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands rows to the quantizer, a batch at a time."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._batches = iter(rows)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """Return the next batch by input, or nothing."""
+        return next(self._batches, None)
+
+
+class _Recorder(Closing):
+    """An engine that keeps what it is given."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.rows: Rows = []
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs of the engine."""
+        return self._engine.output_names
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return what the engine answers."""
+        self.rows.append(dict(inputs))
+        return self._engine.run(inputs)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+
+def _rows_of_segments(
+    plan: Plan,
+    graphs: Mapping[str, ModelProto],
+    images: Images,
+    image_shape: tuple[int, int, int],
+) -> dict[str, Rows]:
+    """Return by segment what the plan gives it, batch by batch, when ``images`` run through."""
+    recorders: dict[str, _Recorder] = {}
+
+    def record(name: str, graph: Source) -> Engine:
+        recorders[name] = _Recorder(OrtEngine(graph))
+        return recorders[name]
+
+    sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
+    with PlanRunner(plan, sources, image_shape, open_engine=record) as runner:
+        predictions_of(runner, images)
+    return {name: recorder.rows for name, recorder in recorders.items()}
+
+
+def _renamed(rows: Rows, name: str) -> Rows:
+    """Return ``rows`` of a single input each, called ``name``."""
+    return [{name: values} for inputs in rows for values in inputs.values()]
