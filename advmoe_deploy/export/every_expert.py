@@ -16,6 +16,7 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.onnx_graph import subgraphs_of, value_info
+from advmoe_deploy.export.ops.bodies import FUSED_ROUTERS
 from advmoe_deploy.export.reference import Answers, Images, Reference, bonus_for
 from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.export.tolerance import require_near, rounding_of
@@ -102,7 +103,10 @@ def require_branches(reference: Reference, plan: Plan, graph: ModelProto, images
 
 
 def overruled_graph(graph: ModelProto, plan: Plan) -> ModelProto:
-    """Return a copy of ``graph`` that adds another input, by layer [E], to the scores."""
+    """Return a copy of ``graph`` that adds another input, by layer [E], to the scores.
+
+    Where a fused router makes them, the bonus is added to its bias.
+    """
     overruled = ModelProto()
     overruled.CopyFrom(graph)
     for route in plan.routes:
@@ -110,11 +114,14 @@ def overruled_graph(graph: ModelProto, plan: Plan) -> ModelProto:
         overruled.graph.input.append(value_info(bonus))
         nodes = overruled.graph.node
         (made,) = (i for i, node in enumerate(nodes) if route.scores in node.output)
+        if nodes[made].op_type in FUSED_ROUTERS:
+            plain, readers = nodes[made].input[2], [nodes[made]]
+        else:
+            plain, readers, made = route.scores, list(nodes), made + 1
         raised = f"{route.scores} and bonus"
-        for node in nodes:
-            node.input[:] = [raised if name == route.scores else name for name in node.input]
-        add = helper.make_node("Add", [route.scores, bonus.name], [raised], raised)
-        nodes.insert(made + 1, add)
+        for node in readers:
+            node.input[:] = [raised if name == plain else name for name in node.input]
+        nodes.insert(made, helper.make_node("Add", [plain, bonus.name], [raised], raised))
     return overruled
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from onnx import ModelProto
 
 from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.ops.bodies import without_custom_ops
 from advmoe_deploy.export.stitch import Form, rows_of, write_step
 from advmoe_deploy.plan import (
     ExpertsStep,
@@ -183,7 +184,8 @@ def _graph(
         _write_rows(writer, route, given)
     for step in group.steps:
         write_step(writer, plan, step, segments, form)
-    return writer.model(part.name, part.inputs, part.outputs)
+    # Lower precisions are put into standard operators only.
+    return without_custom_ops(writer.model(part.name, part.inputs, part.outputs))
 
 
 def _write_rows(writer: GraphWriter, route: RouteStep, given: set[str]) -> None:

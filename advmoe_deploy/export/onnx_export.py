@@ -34,6 +34,7 @@ from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
+from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import (
     PassReport,
     apply_checked,
@@ -184,6 +185,8 @@ def check_graphs(
     checked(PlanRunner(plan, files, shape), "the plan")
     if routes:
         checked(GraphRunner(staged / UNFUSED, shape, routes=routes), UNFUSED)
+        bodies = GraphRunner(staged / MODEL, shape, routes=routes, custom_ops="bodies")
+        checked(bodies, f"{MODEL} without our kernels")
     return checked(GraphRunner(staged / MODEL, shape, routes=routes), MODEL)
 
 
@@ -206,7 +209,10 @@ def write_graphs(
     plan, graphs = parts.plan, parts.graphs
     for segment in plan.segments:
         write_model(graphs[segment.name], staged / segment.file)
-    write_model(graph_from_plan(plan, graphs), staged / MODEL)
+    whole = graph_from_plan(plan, graphs)
+    if plan.routes:
+        reports[MODEL] = (fuse_router_checked(whole, {"images": images[:_SAMPLES]}),)
+    write_model(whole, staged / MODEL)
     if plan.routes:
         write_model(unfused_graph(plan, graphs), staged / UNFUSED)
     for reason, count in declined(reports).items():

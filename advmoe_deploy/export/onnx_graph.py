@@ -13,6 +13,7 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy import __version__
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.plan import TensorInfo
+from advmoe_deploy.runtime.custom_ops import DOMAIN
 
 # The oldest pair that says all we need: old runtimes and other vendors read it too.
 OPSET = 17
@@ -34,6 +35,21 @@ class GraphWriter:
             helper.make_node(operator, list(inputs), [output], name=output, **attributes)
         )
         return output
+
+    def emit_custom(
+        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
+    ) -> None:
+        """Add a custom operator of ours."""
+        self.nodes.append(
+            helper.make_node(
+                operator,
+                list(inputs),
+                list(outputs),
+                name=outputs[0],
+                domain=DOMAIN,
+                **attributes,
+            )
+        )
 
     def constant(self, name: str, values: NDArray[np.generic]) -> str:
         """Add a constant, once per name, and return its name."""

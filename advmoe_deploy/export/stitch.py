@@ -1,9 +1,11 @@
 """One ONNX graph from a plan: every expert runs on its own rows only.
 
-Standard operators, so any runtime executes it. In the form ``"if"`` every expert sits in an ``If``
+Routing, dispatch and combination are one custom operator each, whose bodies of standard operators
+are attached, so any runtime executes the graph. In the form ``"if"`` every expert sits in an ``If``
 and is not run at all without rows. Its weights are initializers of its branch: as initializers of
 the main graph they would cost up to 1.7 times the run time. In the form ``"gather"``, for runtimes
-that do not take an ``If`` whose branches differ in shape, an expert without rows runs on none.
+that do not take an ``If`` whose branches differ in shape, an expert without rows runs on none, and
+the bodies stand in the place of the custom operators.
 
 Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
 """
@@ -17,6 +19,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
+from advmoe_deploy.export.ops.bodies import with_bodies, without_custom_ops
 from advmoe_deploy.plan import (
     RENORMALISER,
     ExpertsStep,
@@ -45,7 +48,13 @@ def graph_from_plan(
     writer = GraphWriter()
     for step in plan.steps:
         write_step(writer, plan, step, segments, form)
-    return writer.model("model", *plan_ends(plan))
+    model = writer.model("model", *plan_ends(plan))
+    # Where a custom operator hides shapes, the plan tells them: runtimes fuse less without.
+    made = {name for node in model.graph.node for name in node.output}
+    ends = {*plan.inputs, *plan.outputs}
+    inner = [t for name, t in plan.tensors().items() if name in made - ends]
+    model.graph.value_info.extend(value_info(tensor) for tensor in inner)
+    return with_bodies(model) if form == "if" else without_custom_ops(model)
 
 
 def write_step(
@@ -58,7 +67,7 @@ def write_step(
         case RouteStep():
             write_route(writer, step)
         case ExpertsStep():
-            _write_experts(writer, plan, step, segments, form)
+            _Experts(writer, plan, step, segments, form).write()
 
 
 def plan_ends(plan: Plan) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -105,19 +114,23 @@ def write_segment(
 def write_route(writer: GraphWriter, step: RouteStep) -> None:
     """Add the choice of the best scores, ties to the lowest index, and its weights."""
     ids, weights = rows_of(step)
-    if step.top_k == 1:
-        writer.emit("ArgMax", [step.scores], ids, axis=1, keepdims=1, select_last_index=0)
-    else:
-        k = writer.integers(f"{step.layer}/k", step.top_k)
-        best = f"{step.layer}/best"
-        writer.nodes.append(
-            helper.make_node("TopK", [step.scores, k], [best, ids], ids, axis=1, sorted=1)
-        )
-    _write_weights(writer, step, ids, weights)
+    operator, attributes = router_operator(step)
+    writer.emit_custom(operator, [step.scores], [ids, weights], **attributes)
     if step.tokens is not None:
         shape = writer.integers(f"{step.layer}/shape", -1, step.tokens, step.top_k)
         writer.emit("Reshape", [ids, shape], step.expert_ids)
         writer.emit("Reshape", [weights, shape], step.weights)
+
+
+def router_operator(step: RouteStep) -> tuple[str, dict[str, int | float]]:
+    """Return the custom operator that follows the rule of ``step``, and its attributes."""
+    match step.weighting:
+        case "one":
+            return "RouterTop1", {}
+        case "probability":
+            return "RouterTopKProbability", {"k": step.top_k}
+        case "renormalised":
+            return "RouterTopKRenormalised", {"k": step.top_k, "epsilon": RENORMALISER}
 
 
 def rows_of(step: RouteStep) -> tuple[str, str]:
@@ -127,116 +140,82 @@ def rows_of(step: RouteStep) -> tuple[str, str]:
     return f"{step.layer}/ids", f"{step.layer}/weights"
 
 
-def _write_weights(writer: GraphWriter, step: RouteStep, ids: str, weights: str) -> None:
-    layer = step.layer
-    if step.weighting == "one":
-        shape = writer.emit("Shape", [ids], f"{layer}/ids_shape")
-        one = onnx_numpy.from_array(np.ones(1, np.float32))
-        writer.emit("ConstantOfShape", [shape], weights, value=one)
-        return
-    shares = writer.emit("Softmax", [step.scores], f"{layer}/probabilities", axis=1)
-    if step.weighting == "probability":
-        writer.emit("GatherElements", [shares, ids], weights, axis=1)
-        return
-    chosen = writer.emit("GatherElements", [shares, ids], f"{layer}/chosen", axis=1)
-    axis = writer.integers("axis_1", 1)
-    total = writer.emit("ReduceSum", [chosen, axis], f"{layer}/total", keepdims=1)
-    little = writer.constant("renormaliser", np.array(RENORMALISER, np.float32))
-    divisor = writer.emit("Add", [total, little], f"{layer}/divisor")
-    writer.emit("Div", [chosen, divisor], weights)
+class _Experts:
+    """Writes one layer of experts: dispatch, every expert on its rows, and their combination."""
 
+    def __init__(
+        self,
+        writer: GraphWriter,
+        plan: Plan,
+        step: ExpertsStep,
+        segments: Mapping[str, ModelProto],
+        form: Form,
+    ) -> None:
+        self.writer, self.plan, self.step, self.segments = writer, plan, step, segments
+        self.form, self.route = form, plan.route(step.layer)
+        (self.answer,) = plan.segment(step.segments[0]).outputs
 
-def _write_experts(
-    writer: GraphWriter,
-    plan: Plan,
-    step: ExpertsStep,
-    segments: Mapping[str, ModelProto],
-    form: Form,
-) -> None:
-    layer, route = step.layer, plan.route(step.layer)
-    ids, weights = rows_of(route)
-    flat = writer.integers("flat", -1)
-    ids_S = writer.emit("Reshape", [ids, flat], f"{layer}/choices")
-    choices, parts = [], []
-    for expert, name in enumerate(step.segments):
-        choices.append(_write_choices(writer, ids_S, name, expert, route.top_k))
-        if form == "if":
-            parts.append(_write_branch(writer, plan, step, name, segments[name]))
+    def write(self) -> None:
+        """Write the layer."""
+        layer, (ids, weights) = self.step.layer, rows_of(self.route)
+        count = len(self.step.segments)
+        made = [f"{layer}/{name}" for name in ("rows", "positions", "offsets", "busy")]
+        self.writer.emit_custom("ExpertDispatch", [ids], made, num_experts=count)
+        self.rows, positions, offsets, busy = made
+        self.bounds = self._split(offsets, count + 1)
+        self.busy = self._split(busy, count) if self.form == "if" else []
+        parts = [self._part(expert, name) for expert, name in enumerate(self.step.segments)]
+        grouped = self.writer.emit("Concat", parts, f"{layer}/grouped", axis=0)
+        if self.route.weighting == "one":
+            self.writer.emit_custom("ExpertCombine", [grouped, positions], [self.step.output])
         else:
-            parts.append(_write_expert(writer, plan, step, name, segments[name]))
-    # The choices are a permutation, so every row of the scattered tensor is overwritten.
-    axis = writer.integers("axis_1", 1)
-    order_S = writer.emit("Concat", choices, f"{layer}/order", axis=0)
-    indices = writer.emit("Unsqueeze", [order_S, axis], f"{layer}/indices")
-    grouped = writer.emit("Concat", parts, f"{layer}/grouped", axis=0)
-    if route.weighting == "one":
-        writer.emit("ScatterND", [grouped, indices, grouped], step.output)
-        return
-    each = writer.emit("ScatterND", [grouped, indices, grouped], f"{layer}/each")
-    _write_sum(writer, plan, step, each, weights)
+            given = [grouped, positions, weights]
+            self.writer.emit_custom("ExpertWeightedCombine", given, [self.step.output])
 
+    def _split(self, name: str, count: int) -> list[str]:
+        parts = [f"{name}-{index}" for index in range(count)]
+        self.writer.nodes.append(helper.make_node("Split", [name], parts, parts[0], axis=0))
+        return parts
 
-def _write_sum(writer: GraphWriter, plan: Plan, step: ExpertsStep, each: str, weights: str) -> None:
-    """Add the weighted sum over the K answers [S, ...] of each row."""
-    layer, top_k = step.layer, plan.route(step.layer).top_k
-    rest = [int(size) for size in plan.tensors()[step.output].shape[1:]]
-    beside = writer.integers(f"{layer}/beside", -1, top_k, *([1] * len(rest)))
-    weights_RK = writer.emit("Reshape", [weights, beside], f"{layer}/weights_beside")
-    shape = writer.integers(f"{layer}/by_row", -1, top_k, *rest)
-    each_RK = writer.emit("Reshape", [each, shape], f"{layer}/each_by_row")
-    weighted = writer.emit("Mul", [each_RK, weights_RK], f"{layer}/weighted")
-    axis = writer.integers("axis_1", 1)
-    writer.emit("ReduceSum", [weighted, axis], step.output, keepdims=0)
+    def _part(self, expert: int, name: str) -> str:
+        """Add one expert; return the name of its answers."""
+        result = f"{name}/{self.answer.name}"
+        if self.form == "if":
+            return self._write_branch(expert, name, result)
+        input_ = self._write_rows(self.writer, expert, name)
+        (given,) = self.plan.segment(name).inputs
+        kept = {given.name: input_, self.answer.name: result}
+        write_segment(self.writer, self.segments[name], kept)
+        return result
 
+    def _write_rows(self, writer: GraphWriter, expert: int, name: str) -> str:
+        """Add the gathering of an expert's rows; return their name."""
+        bounds = self.bounds[expert : expert + 2]
+        rows = writer.emit("Slice", [self.rows, *bounds], f"{name}/rows")
+        return writer.emit("Gather", [self.step.input, rows], f"{name}/input", axis=0)
 
-def _write_choices(writer: GraphWriter, ids_S: str, name: str, expert: int, top_k: int) -> str:
-    """Add which choices are of one expert, and from which rows; return the choices' name."""
-    number = writer.constant(f"{name}/number", np.array(expert, np.int64))
-    axis = writer.integers("axis_0", 0)
-    mine_S = writer.emit("Equal", [ids_S, number], f"{name}/mine")
-    found = writer.emit("NonZero", [mine_S], f"{name}/found")
-    if top_k == 1:
-        choices = writer.emit("Squeeze", [found, axis], f"{name}/rows")
-    else:
-        choices = writer.emit("Squeeze", [found, axis], f"{name}/choices")
-        per_row = writer.constant(f"per_row_{top_k}", np.array(top_k, np.int64))
-        writer.emit("Div", [choices, per_row], f"{name}/rows")
-    return choices
-
-
-def _write_expert(
-    writer: GraphWriter, plan: Plan, step: ExpertsStep, name: str, model: ModelProto
-) -> str:
-    """Add an expert that runs whether it has rows or not."""
-    (image,), (output,) = plan.segment(name).inputs, plan.segment(name).outputs
-    gathered = writer.emit("Gather", [step.input, f"{name}/rows"], f"{name}/input", axis=0)
-    result = f"{name}/{output.name}"
-    write_segment(writer, model, {image.name: gathered, output.name: result})
-    return result
-
-
-def _write_branch(
-    writer: GraphWriter, plan: Plan, step: ExpertsStep, name: str, model: ModelProto
-) -> str:
-    """Add an ``If`` that runs an expert where it has rows."""
-    (image,), (output,) = plan.segment(name).inputs, plan.segment(name).outputs
-    gathered, result = f"{name}/input", f"{name}/then"
-    none = writer.constant("none", np.array(0, np.int64))
-    count = writer.emit("Size", [f"{name}/rows"], f"{name}/count")
-    writer.emit("Greater", [count, none], f"{name}/any")
-    part = inline(model, name, {image.name: gathered, output.name: result})
-    gather = helper.make_node("Gather", [step.input, f"{name}/rows"], [gathered], gathered, axis=0)
-    answer = output.model_copy(update={"shape": (f"rows of {name}", *output.shape[1:])})
-    then_branch = helper.make_graph(
-        [gather, *part.nodes], f"{name}/then_branch", [], [_info(answer, result)], part.initializers
-    )
-    return writer.emit(
-        "If",
-        [f"{name}/any"],
-        f"{name}/{output.name}",
-        then_branch=then_branch,
-        else_branch=_empty_branch(name, answer),
-    )
+    def _write_branch(self, expert: int, name: str, result: str) -> str:
+        """Add an ``If`` that runs an expert where it has rows."""
+        writer = GraphWriter()
+        given = self._write_rows(writer, expert, name)
+        (declared,) = self.plan.segment(name).inputs
+        made = f"{name}/then"
+        part = inline(self.segments[name], name, {declared.name: given, self.answer.name: made})
+        info = self.answer.model_copy(update={"shape": (f"rows of {name}", *self.answer.shape[1:])})
+        then_branch = helper.make_graph(
+            [*writer.nodes, *part.nodes],
+            f"{name}/then_branch",
+            [],
+            [_info(info, made)],
+            part.initializers,
+        )
+        return self.writer.emit(
+            "If",
+            [self.busy[expert]],
+            result,
+            then_branch=then_branch,
+            else_branch=_empty_branch(name, info),
+        )
 
 
 def _empty_branch(name: str, answer: TensorInfo) -> GraphProto:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, attributes_of, constants_of, consumers_of
+from advmoe_deploy.export.ops.bodies import without_custom_ops
 from advmoe_deploy.export.stitch import plan_ends, rows_of, write_route, write_segment
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
 
@@ -35,7 +36,7 @@ def unfused_graph(plan: Plan, segments: Mapping[str, ModelProto]) -> ModelProto:
                     _write_weighted_sum(writer, plan, step, experts)
                 else:
                     _Merge(writer, step, rows_of(route)[0], experts).run()
-    return writer.model("unfused", *plan_ends(plan))
+    return without_custom_ops(writer.model("unfused", *plan_ends(plan)))
 
 
 def why_not_merged(route: RouteStep, experts: Sequence[ModelProto]) -> str | None:

@@ -99,6 +99,9 @@ def profile_bundle(
     }
     with ExitStack() as stack, task(progress, "profile", len(batches)):
         subjects = _open_subjects(stack, bundle, engines, against, threads, settings)
+        for form in {s.runner.custom_ops for s in subjects if isinstance(s.runner, GraphRunner)}:
+            if form:
+                settings["custom_ops"] = str(form)
         for batch in batches:
             repeated = np.resize(images, (batch, *images.shape[1:]))
             seconds = time_interleaved(

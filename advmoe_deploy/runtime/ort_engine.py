@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.errors import BundleError, MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.custom_ops import CustomOps, find_custom_ops, uses_custom_ops
 from advmoe_deploy.runtime.engine import require_threads
 
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
@@ -22,18 +23,23 @@ class OrtEngine(Closing):
     take the cores from each other and every measured time is wrong.
     """
 
-    def __init__(self, model: bytes | Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: bytes | Path, *, threads: int = 0, custom_ops: str | None = None
+    ) -> None:
         """Load a graph.
 
         Args:
             model: the serialised graph, or its file, already verified by the bundle.
             threads: inside one operator; 0 lets ONNX Runtime choose.
+            custom_ops: which form of our operators runs, see
+                :func:`~advmoe_deploy.runtime.custom_ops.find_custom_ops`.
 
         Raises:
             BackendUnavailableError: ONNX Runtime is not installed.
             BundleError: it cannot read the graph.
             MachineError: memory is used up.
             UsageError: ``threads`` is negative.
+            InputError: the library of the kernels is not the one that was compiled.
         """
         require_threads(threads)
         runtime = _onnxruntime()
@@ -44,7 +50,12 @@ class OrtEngine(Closing):
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = model if isinstance(model, bytes) else str(model)
+        self.custom_ops: CustomOps | None = None
+        if uses_custom_ops(model):
+            self.custom_ops = find_custom_ops(custom_ops)
         try:
+            if self.custom_ops and self.custom_ops.library:
+                options.register_custom_ops_library(str(self.custom_ops.library))
             session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             _refuse_out_of_memory(error)

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.custom_ops import CustomOps
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
@@ -50,11 +51,21 @@ class GraphRunner(Closing):
         *,
         routes: tuple[RouteStep, ...] = (),
         threads: int = 0,
+        custom_ops: str | None = None,
     ) -> None:
-        """Load ``model``; ``routes`` says which of its outputs are routes."""
-        self._engine = OrtEngine(model, threads=threads)
+        """Load ``model``; ``routes`` says which of its outputs are routes.
+
+        ``threads`` and ``custom_ops`` are those of
+        :class:`~advmoe_deploy.runtime.ort_engine.OrtEngine`.
+        """
+        self._engine = OrtEngine(model, threads=threads, custom_ops=custom_ops)
         self._routes = routes
         self._image_shape = image_shape
+
+    @property
+    def custom_ops(self) -> CustomOps | None:
+        """The form of our operators that runs, ``None`` where the graph has none."""
+        return self._engine.custom_ops
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""

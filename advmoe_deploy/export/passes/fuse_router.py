@@ -1,0 +1,169 @@
+"""Fuse the tail of a gate, pooling and linear layer, with the choice of the experts.
+
+Contract: a router operator whose scores come from a ``Gemm`` of constants becomes one that takes
+the rows the ``Gemm`` took, or, where these are the channel means of a feature map that nobody else
+reads, the map. It answers scores, ids and weights; scores change by rounding only. Every other
+router stays as it is, with a reason. The pass works on the whole graph, where gate and router meet.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import numpy_helper as onnx_numpy
+
+from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.export.onnx_graph import GraphWriter, attributes_of, consumers_of
+from advmoe_deploy.export.ops.bodies import FUSED_ROUTERS, ROUTERS, with_bodies
+from advmoe_deploy.export.passes.report import PassReport
+from advmoe_deploy.export.sample import Arrays
+from advmoe_deploy.export.tolerance import rounding_of, row_differences, tolerance_for
+from advmoe_deploy.plan import TensorInfo
+from advmoe_deploy.runtime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.ort_engine import OrtEngine
+
+_NAME = "fuse_router"
+_PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What a router's scores come from: a linear layer, and the pooling before it or nothing."""
+
+    gemm: NodeProto
+    pooling: tuple[NodeProto, ...]
+
+    @property
+    def input(self) -> str:
+        first = self.pooling[0] if self.pooling else self.gemm
+        return str(first.input[0])
+
+
+def fuse_router(model: ModelProto) -> PassReport:
+    """Fuse in place; return how many routers were fused and why the others were not."""
+    fused, declined = 0, []
+    for node in [n for n in model.graph.node if n.domain == DOMAIN and n.op_type in ROUTERS]:
+        tail = _tail(model, node)
+        if isinstance(tail, str):
+            declined.append(f"{node.name}: {tail}")
+            continue
+        _fuse(model, node, tail)
+        fused += 1
+    with_bodies(model)
+    return PassReport(_NAME, fused, tuple(declined))
+
+
+def fuse_router_checked(model: ModelProto, inputs: Arrays) -> PassReport:
+    """Fuse in place and compare every fused router's scores, given what its gate was given.
+
+    Raises:
+        CheckFailedError: a fused router scores differently.
+    """
+    before = ModelProto()
+    before.CopyFrom(model)
+    report = fuse_router(model)
+    fused = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type in FUSED_ROUTERS]
+    values = _values(before, (name for n in fused for name in (n.input[0], n.output[2])), inputs)
+    for node in fused:
+        x, expected = values[node.input[0]], values[node.output[2]]
+        scores, exact = _scores(model, node, x)
+        difference = float(row_differences(scores, expected)[1].max())
+        limit = tolerance_for(rounding_of(expected, exact))
+        if not difference <= limit:
+            raise CheckFailedError(
+                f"pass {_NAME} changed {node.output[2]} by {difference:.2g}, more than "
+                f"{limit:.2g}; please report it"
+            )
+    return report
+
+
+def _tail(model: ModelProto, router: NodeProto) -> _Tail | str:
+    """Return the tail of the gate before ``router``, or why it cannot be fused."""
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    gemm = made_by.get(router.input[0])
+    if gemm is None or gemm.op_type != "Gemm":
+        return "its scores do not come from a linear layer"
+    attributes = {**_PLAIN, "transB": 0, **attributes_of(gemm)}
+    if attributes != {**_PLAIN, "transB": 1}:
+        return "its linear layer is scaled or transposed"
+    constants = {t.name: t for t in model.graph.initializer}
+    for name in gemm.input[1:]:
+        if name not in constants or constants[name].data_type != TensorProto.FLOAT:
+            return "the parameters of its linear layer are not float32 constants"
+    return _Tail(gemm, _pooling(model, made_by, gemm.input[0]))
+
+
+def _pooling(
+    model: ModelProto, made_by: Mapping[str, NodeProto], name: str
+) -> tuple[NodeProto, ...]:
+    """Return the nodes that make ``name`` the channel means of a map, if only for this reader."""
+    readers = consumers_of(model)
+    kept = {output.name for output in model.graph.output}
+    last = made_by.get(name)
+    if last is None or len(readers[name]) > 1 or name in kept:
+        return ()
+    if last.op_type == "ReduceMean" and len(last.input) == 1:
+        means = attributes_of(last)
+        plain = means.get("axes") == [2, 3] and not means.get("keepdims", 1)
+        return (last,) if plain else ()
+    first = made_by.get(last.input[0])
+    if last.op_type != "Flatten" or attributes_of(last).get("axis", 1) != 1 or first is None:
+        return ()
+    alone = len(readers[last.input[0]]) == 1 and last.input[0] not in kept
+    return (first, last) if first.op_type == "GlobalAveragePool" and alone else ()
+
+
+def _fuse(model: ModelProto, router: NodeProto, tail: _Tail) -> None:
+    gemm, graph = tail.gemm, model.graph
+    weight, *bias = gemm.input[1:]
+    if not bias:
+        bias = [f"{router.name}/no_bias"]
+        experts = next(t.dims[0] for t in graph.initializer if t.name == weight)
+        zeros = helper.make_tensor(bias[0], TensorProto.FLOAT, [experts], [0.0] * experts)
+        graph.initializer.append(zeros)
+    given, scores = tail.input, gemm.output[0]
+    fused = NodeProto()
+    fused.CopyFrom(router)
+    fused.op_type = f"{'Pool' if tail.pooling else ''}Linear{router.op_type}"
+    fused.input[:] = [given, weight, *bias]
+    fused.output[:] = [*router.output, scores]
+    at = next(i for i, node in enumerate(graph.node) if node == gemm)
+    graph.node.insert(at, fused)
+    for node in (router, gemm, *tail.pooling):
+        graph.node.remove(node)
+
+
+def _values(model: ModelProto, names: Iterable[str], inputs: Arrays) -> Arrays:
+    """Return inner values of ``model``, and its inputs; changes its outputs."""
+    wanted = [name for name in dict.fromkeys(names) if name not in inputs]
+    if not wanted:
+        return inputs
+    del model.graph.output[:]
+    model.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted
+    )
+    with OrtEngine(model.SerializeToString()) as engine:
+        return {**inputs, **engine.run(inputs)}
+
+
+def _scores(
+    model: ModelProto, node: NodeProto, x: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return the scores that the fused ``node`` of ``model`` makes of ``x``, and the exact ones."""
+    given, *parameters = node.input
+    held = {t.name: t for t in model.graph.initializer}
+    weight_EC, bias_E = (onnx_numpy.to_array(held[name]).astype(np.float64) for name in parameters)
+    rows_RC = x.astype(np.float64).mean(axis=tuple(range(2, x.ndim)))
+    exact_RE = rows_RC @ weight_EC.T + bias_E
+    writer = GraphWriter()
+    writer.nodes.append(node)
+    writer.initializers = {name: held[name] for name in parameters}
+    alone = writer.model(
+        "router",
+        [TensorInfo(name=given, dtype="float32", shape=x.shape)],
+        [TensorInfo(name=node.output[2], dtype="float32", shape=exact_RE.shape)],
+    )
+    with OrtEngine(with_bodies(alone).SerializeToString()) as engine:
+        return engine.run({given: x})[node.output[2]], exact_RE

@@ -1,0 +1,1 @@
+"""The kernels of the custom operators: C, and how it is compiled."""
