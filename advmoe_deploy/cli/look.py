@@ -11,8 +11,10 @@ from advmoe_deploy import __version__
 from advmoe_deploy.cli.extras import OPTIONAL, REQUIRED
 from advmoe_deploy.cli.options import BundlePath, Json
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import unknown_name
+from advmoe_deploy.errors import AdvMoEError, missing_extra, unknown_name
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.runtime.custom_ops import find_custom_ops
+from advmoe_deploy.runtime.kernels.build import find_compiler
 
 _ENGINE_SUMMARIES = {
     "onnxruntime": "the one graph, model.onnx",
@@ -59,22 +61,43 @@ def list_names(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and which extra brings what is missing."""
+    """Say what this machine has, what runs here, and which extra brings what is missing.
+
+    Ends with 4 if no engine is installed, and with 3 if the library of our operators is not the one
+    that was compiled.
+    """
     with session(as_json) as ui:
         from advmoe_deploy.cli import tables
 
+        engines = {name: _version(name) for name in ("onnxruntime", "openvino")}
+        custom_ops, problem = _custom_ops()
         value = {
             "advmoe": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu": processor_name(),
             "cpus": _usable_cpus(),
+            "engines": engines,
+            "compiler": find_compiler(),
+            "custom_ops": custom_ops,
             "packages": {
                 **{name: {"version": _version(name), "extra": None} for name in REQUIRED},
                 **{name: {"version": _version(name), "extra": e} for name, e in OPTIONAL.values()},
             },
         }
         ui.show(value, lambda: tables.doctor_report(value))
+    if not any(engines.values()):
+        problem = problem or missing_extra("onnxruntime", "cpu")
+    if problem:
+        raise problem
+
+
+def _custom_ops() -> tuple[dict[str, str | None], AdvMoEError | None]:
+    """Return which form of our operators runs here, and what is wrong with it, if anything."""
+    try:
+        return find_custom_ops().as_json(), None
+    except AdvMoEError as error:
+        return {"form": None, "reason": str(error), "library": None}, error
 
 
 def _recipes() -> list[dict[str, str]]:

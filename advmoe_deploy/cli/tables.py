@@ -236,7 +236,16 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
         (name, found["version"] or f"missing: pip install 'advmoe-deploy[{found['extra']}]'")
         for name, found in value["packages"].items()
     ]
-    return Group(_facts("machine", machine), _facts("packages", packages))
+    custom_ops = value["custom_ops"]
+    running = [
+        *((name, version or "not installed") for name, version in value["engines"].items()),
+        ("custom operators", f"{custom_ops['form'] or 'none'}: {custom_ops['reason']}"),
+        ("their library", custom_ops["library"] or "none"),
+        ("C compiler", value["compiler"] or "none"),
+    ]
+    return Group(
+        _facts("machine", machine), _facts("engines", running), _facts("packages", packages)
+    )
 
 
 def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
