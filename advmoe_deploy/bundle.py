@@ -27,6 +27,7 @@ from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
 from advmoe_deploy.specs import (
+    Arithmetic,
     Backend,
     ClassNames,
     Frozen,
@@ -54,16 +55,17 @@ class FileRecord(Frozen):
 class EngineSet(Frozen):
     """What was written for one backend at one precision, and what was measured of it.
 
-    ``plan`` joins as few graphs as its precisions allow, ``precisions`` says each one's.
-    ``segments`` says at which precision each segment of the bundle's own plan is run there, and
-    ``files`` where those that had to be rewritten are. ``check`` is what the export measured, at
-    fp32 nothing but ``parity``; ``calibration`` what int8 scales were taken from.
+    ``plan`` joins as few graphs as its precisions allow; ``arithmetic`` is what each of them
+    computes in, quantised parts aside. ``segments`` says at which precision each segment of the
+    bundle's own plan is run there, and ``files`` where those that had to be rewritten are.
+    ``check`` is what the export measured, at fp32 nothing but ``parity``; ``calibration`` is what
+    int8 scales were taken from.
     """
 
     backend: Backend
     precision: Precision
     plan: Plan
-    precisions: dict[str, Precision]
+    arithmetic: dict[str, Arithmetic]
     segments: dict[str, Precision]
     files: dict[str, str] = Field(default_factory=dict)
     parity: ParityReport
@@ -86,6 +88,7 @@ class EngineSet(Frozen):
             return [f"logits differ by {parity.max_relative_logit_diff:.2g} at most; {routes}"]
         lines = [f"{routes}; {100 * check.prediction_agreement:.4g} % of the predictions agree"]
         lines += check.findings()
+        lines += [f"{n} stays in {self.segments[n]}: {why}" for n, why in check.raised.items()]
         if self.calibration:
             lines.append(self.calibration.sentence())
         return lines

@@ -158,15 +158,15 @@ class RouterPrecision(Frozen):
 
 
 class PrecisionReport(Frozen):
-    """How a lower precision compares with the torch model, and what had to stay in fp32.
+    """How a lower precision compares with the torch model, and what had to stay in a higher one.
 
-    ``raised`` says of each segment that stayed in fp32 why. ``prediction_agreement`` is the share
+    ``raised`` says of each segment that did why. ``prediction_agreement`` is the share
     of the parity's images that get the same class. Accuracies, shares in [0, 1], are those of
     ``holdout_images`` images of the hold-out split, clean and under ``attack``, whose examples were
     found on the torch model; ``attacked_route_agreement`` is that of the attacked ones. They are
     ``None`` where no labelled images or no threat model are known; the limit on the drop, in
     points, then holds for predictions that differ. ``router`` is ``None`` unless a router stayed in
-    fp32 because its routes did not agree.
+    a higher precision because its routes did not agree.
     """
 
     raised: dict[str, str]
@@ -190,7 +190,6 @@ class PrecisionReport(Frozen):
                     f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images "
                     f"(limit: {self.max_drop:g} points lost)"
                 )
-        lines += [f"{name} stays in fp32: {why}" for name, why in self.raised.items()]
         if self.router is not None:
             router = self.router
             lines.append(

@@ -26,6 +26,8 @@ Backbone = Literal[
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# What is not quantised is computed in.
+Arithmetic = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
 

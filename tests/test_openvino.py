@@ -9,21 +9,12 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.errors import BackendUnavailableError, BundleError, UsageError
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, require_precision
+from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner, parse_engine
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import Arithmetic
 
 IMAGES = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
-
-
-def has(precision: Precision) -> bool:
-    """Return whether this CPU computes in ``precision``."""
-    try:
-        require_precision(precision)
-    except BackendUnavailableError:
-        return False
-    return True
 
 
 def test_a_segment_answers_what_onnx_runtime_answers_at_any_batch_size(tiny_bundle: Bundle) -> None:
@@ -61,22 +52,22 @@ def test_threads_share_an_engine(tiny_bundle: Bundle) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.skipif(not has("bf16"), reason="this CPU has no bf16")
+@pytest.mark.skipif(not has_precision("bf16"), reason="this CPU has no bf16")
 def test_bf16_is_taken_only_where_asked(tiny_bundle: Bundle) -> None:
     file = tiny_bundle.file("segments/router.onnx")
 
-    def scores(precision: Precision) -> np.ndarray:
-        with OpenVinoEngine(file, precision=precision, threads=1) as engine:
+    def scores(precision: Arithmetic) -> np.ndarray:
+        with OpenVinoEngine(file, arithmetic=precision, threads=1) as engine:
             return engine.run({"images": IMAGES})["router.scores"]
 
     exact, rounded = scores("fp32"), scores("bf16")
     assert 1e-5 < np.abs(exact - rounded).max() < 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.skipif(has("fp16"), reason="this CPU has fp16")
+@pytest.mark.skipif(has_precision("fp16"), reason="this CPU has fp16")
 def test_a_precision_that_the_cpu_lacks_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU; use fp32"):
-        OpenVinoEngine(tiny_bundle.file("segments/router.onnx"), precision="fp16")
+        OpenVinoEngine(tiny_bundle.file("segments/router.onnx"), arithmetic="fp16")
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph"])

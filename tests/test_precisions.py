@@ -7,7 +7,6 @@ import onnx
 import pytest
 from conftest import assert_nothing_left, write_run
 from families import Families, spec_of
-from test_openvino import has
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.errors import CheckFailedError, UsageError
@@ -18,13 +17,16 @@ from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import LayerParity, Pair, ParityReport
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine
+from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import Arithmetic, Precision
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
-needs_bf16 = pytest.mark.skipif(not has("bf16"), reason="this CPU has no bf16")
+needs_bf16 = pytest.mark.skipif(not has_precision("bf16"), reason="this CPU has no bf16")
+
+
+LADDER = ("int8", "fp32")
 
 
 def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
@@ -65,7 +67,7 @@ def low(precisions: Precisions) -> set[str]:
 
 def test_everything_is_lowered_where_nothing_is_lost(tiny_bundle: Bundle) -> None:
     plan = tiny_bundle.manifest.plan
-    choice = choose_precisions(plan, all_int8(plan), lambda _: findings())
+    choice = choose_precisions(plan, all_int8(plan), LADDER, lambda _: findings())
     assert low(choice.precisions) == {"router", "router.expert-0", "router.expert-1"}
     assert not choice.raised
     assert choice.lowered is None
@@ -76,11 +78,25 @@ def test_a_router_whose_routes_differ_stays_in_fp32(tiny_bundle: Bundle) -> None
         return findings(agreement=0.998 if precisions["router"] == "int8" else 1.0)
 
     plan = tiny_bundle.manifest.plan
-    choice = choose_precisions(plan, all_int8(plan), trial)
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial)
     assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
     assert choice.raised == {"router": "99.80 % of the clear routes agree, less than 99.90 %"}
     assert choice.lowered is not None
     assert choice.lowered.parity.route_agreement == 0.998
+
+
+def test_int8_is_raised_by_steps(tiny_bundle: Bundle) -> None:
+    tried: list[Precision] = []
+
+    def trial(precisions: Precisions) -> Findings:
+        tried.append(precisions["router"])
+        return findings(agreement=0.99 if precisions["router"] == "int8" else 1.0)
+
+    plan = tiny_bundle.manifest.plan
+    choice = choose_precisions(plan, all_int8(plan), ("int8", "bf16", "fp32"), trial)
+    assert tried == ["int8", "bf16"]
+    assert choice.precisions["router"] == "bf16"
+    assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
 
 
 def test_the_most_sensitive_segments_are_raised_first(families: Families) -> None:
@@ -94,7 +110,7 @@ def test_the_most_sensitive_segments_are_raised_first(families: Families) -> Non
     def trial(precisions: Precisions) -> Findings:
         return findings(lost=sum(points.get(name, 0) for name in low(precisions)))
 
-    choice = choose_precisions(plan, all_int8(plan), trial)
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial)
     assert choice.raised.keys() == set(experts[1])  # 1.0 points were lost, 0.4 are left
     assert choice.raised[experts[1][0]] == "robust accuracy falls by 1.00 points"
     assert choice.findings.robust_accuracy == Pair(reference=0.5, engine=0.5 - 0.4 / 100)
@@ -106,7 +122,7 @@ def test_a_model_that_stands_no_lower_precision_is_refused(tiny_bundle: Bundle) 
 
     plan = tiny_bundle.manifest.plan
     with pytest.raises(CheckFailedError, match=r"nothing of this model can run in int8: robust"):
-        choose_precisions(plan, all_int8(plan), trial)
+        choose_precisions(plan, all_int8(plan), LADDER, trial)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -118,7 +134,7 @@ def test_graphs_of_a_plan_cut_by_precision_answer_alike(
     plan = bundle.manifest.plan
     graphs = {s.name: onnx.load_model(bundle.file(s.file)) for s in plan.segments}
     experts = {name for step in plan.steps if step.kind == "experts" for name in step.segments}
-    precisions: dict[str, Precision] = {
+    precisions: dict[str, Arithmetic] = {
         name: "bf16" if split and name in experts else "fp32" for name in graphs
     }
     fused = fuse(plan, graphs, precisions, folder="engines", form="gather", for_host=["router"])

@@ -1,12 +1,13 @@
 """Which segments run at the lower precision: all that the exam allows.
 
-The routers go first: where routes do not agree, what makes the scores stays in fp32. What is still
-too much is taken back step by step, the most sensitive first: the one that alone at the lower
-precision does most harm.
+The routers go first: where routes do not agree, what makes the scores is raised, step by step. What
+is still too much is taken back the most sensitive first: the segment that alone at the lower
+precision does most harm. int8 is raised to bf16 where the engine has it, and then to fp32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.exam import Findings
@@ -20,8 +21,8 @@ Precisions = dict[str, Precision]
 class Choice:
     """The precision of each segment and what it gave.
 
-    ``raised`` says of segments that stayed in fp32 why; ``lowered`` is what the lower precision
-    gave throughout, where a router stayed in fp32 for its routes.
+    ``raised`` says of segments that were raised why; ``lowered`` is what the lower precision gave
+    throughout, where a router was raised for its routes.
     """
 
     precisions: Precisions
@@ -35,65 +36,84 @@ _Unit = tuple[str, ...]
 
 
 def choose_precisions(
-    plan: Plan, lowered: Precisions, trial: Callable[[Precisions], Findings]
+    plan: Plan,
+    lowered: Precisions,
+    ladder: Sequence[Precision],
+    trial: Callable[[Precisions], Findings],
 ) -> Choice:
     """Return the choice for ``plan``; ``trial`` measures one.
 
-    ``lowered`` has the precision of every segment where all are lowered that can be.
+    Args:
+        plan: the plan.
+        lowered: the precision of every segment where all are lowered that can be.
+        ladder: the precisions to go through, lowest first, fp32 last.
+        trial: what a choice gives.
 
     Raises:
-        CheckFailedError: with a single segment lowered it is not good enough.
+        CheckFailedError: with a single segment at the lowest precision it is not good enough.
     """
-    search = _Search(plan, lowered, trial)
+    search = _Search(plan, lowered, ladder, trial)
     whole = search.findings
-    if not whole.routes_agree:
-        search.raise_(*_scorers(plan))
+    for _ in ladder[1:]:
+        if not search.findings.routes_agree:
+            search.climb(*_scorers(plan))
     if search.findings.complaint:
         for unit in search.most_sensitive_first():
-            search.raise_(unit)
-            if not search.findings.complaint:
-                break
+            while search.findings.complaint and search.can_climb(unit):
+                search.climb(unit)
     kept = None if whole.routes_agree else whole
     return Choice(search.precisions, search.findings, search.raised, kept)
 
 
 class _Search:
-    """Where the search stands: what is back in fp32, and what the exam found then."""
+    """Where the search stands: the precisions, and what the exam found with them."""
 
     def __init__(
-        self, plan: Plan, lowered: Precisions, trial: Callable[[Precisions], Findings]
+        self,
+        plan: Plan,
+        lowered: Precisions,
+        ladder: Sequence[Precision],
+        trial: Callable[[Precisions], Findings],
     ) -> None:
         self.plan, self.lowered, self.trial = plan, lowered, trial
+        self.lowest = ladder[0]
+        self.next = dict(pairwise(ladder))
+        self.precisions = dict(lowered)
         self.raised: dict[str, str] = {}
+        if self.lowest not in lowered.values():
+            raise self._refusal("nothing in it is worth it")
         self.findings = trial(lowered)
 
-    @property
-    def precisions(self) -> Precisions:
-        return {n: "fp32" if n in self.raised else p for n, p in self.lowered.items()}
-
-    def raise_(self, *units: _Unit) -> None:
-        """Take ``units`` back to fp32, for what the exam complains of, and examine again."""
+    def climb(self, *units: _Unit) -> None:
+        """Raise ``units`` by a step, for what the exam complains of, and examine again."""
         complaint = self.findings.complaint
-        for unit in units:
-            self.raised |= {n: complaint for n in unit if self.lowered[n] != "fp32"}
-        if set(self.precisions.values()) == {"fp32"}:
-            (precision,) = set(self.lowered.values()) - {"fp32"}
-            raise CheckFailedError(
-                f"nothing of this model can run in {precision}: {complaint}; no bundle was "
-                "written; use a higher precision"
-            )
+        names = [name for unit in units if self.can_climb(unit) for name in unit]
+        if not names:
+            return
+        for name in names:
+            self.precisions[name] = self.next[self.precisions[name]]
+            self.raised.setdefault(name, complaint)
+        if self.lowest not in self.precisions.values():
+            raise self._refusal(complaint)
         self.findings = self.trial(self.precisions)
+
+    def can_climb(self, unit: _Unit) -> bool:
+        """Return whether ``unit`` is below fp32."""
+        return all(self.precisions[name] in self.next for name in unit)
 
     def most_sensitive_first(self) -> list[_Unit]:
         """Return what is still lowered, by the harm that each does alone."""
-        units = [unit for unit in _units(self.plan) if self._is_lowered(unit)]
+        units = [unit for unit in _units(self.plan) if self.can_climb(unit)]
         return sorted(units, key=self._harm, reverse=True) if len(units) > 1 else units
-
-    def _is_lowered(self, unit: _Unit) -> bool:
-        return any(self.precisions[name] != "fp32" for name in unit)
 
     def _harm(self, unit: _Unit) -> tuple[float, float, float]:
         return self.trial({n: p if n in unit else "fp32" for n, p in self.lowered.items()}).harm
+
+    def _refusal(self, why: str) -> CheckFailedError:
+        return CheckFailedError(
+            f"nothing of this model can run in {self.lowest}: {why}; no bundle was written; use "
+            "a higher precision"
+        )
 
 
 def _units(plan: Plan) -> list[_Unit]:

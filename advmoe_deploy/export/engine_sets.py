@@ -32,14 +32,14 @@ from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.partition import Partition
 from advmoe_deploy.export.reference import Images, Reference
 from advmoe_deploy.export.stitch import Form
-from advmoe_deploy.export.targets import Target
+from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.plan import ExpertsStep, Plan, Segment
 from advmoe_deploy.reports import Calibration, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.select import engine_opener
+from advmoe_deploy.runtime.select import arithmetic_of, engine_opener
 from advmoe_deploy.specs import Precision, ThreatModel
 
 # Images that each expert is forced on.
@@ -123,7 +123,7 @@ class _Writer:
             backend=self.target.backend,
             precision=self.target.precision,
             plan=fused.plan,
-            precisions=fused.precisions,
+            arithmetic=fused.arithmetic,
             segments=precisions,
             files={s.name: s.file for s in plan.segments if s.file != own[s.name]},
             parity=findings.parity,
@@ -143,7 +143,7 @@ class _Writer:
             with self._in_memory(self._fused(precisions)) as runner:
                 return examine(self.subject.exam, runner)
 
-        return choose_precisions(self.plan, self._lowered(), trial)
+        return choose_precisions(self.plan, self._lowered(), ladder(self.target), trial)
 
     def _segments(self, precisions: Precisions) -> tuple[Plan, dict[str, ModelProto]]:
         """Return the bundle's own plan, and the graph of each segment, at these precisions."""
@@ -159,15 +159,11 @@ class _Writer:
 
     def _fused(self, precisions: Precisions) -> Fused:
         plan, graphs = self._segments(precisions)
-        # Q/DQ pairs say where a graph is int8, whatever else it holds.
-        arithmetic: Precisions = (
-            dict.fromkeys(precisions, "int8") if self.target.precision == "int8" else precisions
-        )
         form: Form = "if" if self.target.backend == "onnxruntime" else "gather"
         return fuse(
             plan,
             graphs,
-            arithmetic,
+            arithmetic_of(precisions),
             folder=self.target.folder,
             form=form,
             for_host=self._for_host(plan, graphs, precisions) if form == "gather" else (),
@@ -194,7 +190,7 @@ class _Writer:
     def _runs_on_no_rows(
         self, segment: Segment, graphs: Mapping[str, ModelProto], precisions: Precisions
     ) -> bool:
-        open_engine = engine_opener(self.target.backend, precisions)
+        open_engine = engine_opener(self.target.backend, arithmetic_of(precisions))
         (rows,) = segment.inputs
         nothing = np.empty((0, *(int(size) for size in rows.shape[1:])), np.float32)
         with open_engine(segment.name, graphs[segment.name].SerializeToString()) as engine:
@@ -210,7 +206,7 @@ class _Writer:
             graphs,
             self.shape,
             routes=self.plan.routes,
-            open_engine=engine_opener(self.target.backend, fused.precisions),
+            open_engine=engine_opener(self.target.backend, fused.arithmetic),
             name=self.target.backend,
             precision=self.target.precision,
         )
@@ -231,7 +227,7 @@ class _Writer:
         graphs = {name: onnx.load_model(file) for name, file in files.items()}
         segments = {name: onnx.load_model(file) for name, file in own.items()}
         require_weights(graphs, segments, self.target.folder)
-        opener = engine_opener(self.target.backend, precisions)
+        opener = engine_opener(self.target.backend, arithmetic_of(precisions))
         with PlanRunner(plan, own, self.shape, open_engine=opener) as by_segment:
             self._require(examine(subject.exam, by_segment), f"the plan in {self.target.folder}")
         with self._runner(fused, files) as runner:

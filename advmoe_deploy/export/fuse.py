@@ -1,8 +1,8 @@
-"""A plan of as few graphs as its precisions allow.
+"""A plan of as few graphs as its arithmetic allows.
 
-Vendors take one precision per graph. Steps of one precision that follow each other therefore become
-one graph, which routes inside; where the precision changes, tensors cross to the next. A model of a
-single precision is a single graph. Layers whose experts a vendor cannot run on no rows are left to
+Vendors take one arithmetic per graph: fp32, fp16 or bf16, with int8 where Q/DQ pairs say so. Steps
+of one arithmetic that follow each other therefore become one graph, which routes inside; where it
+changes, tensors cross to the next. Layers whose experts a vendor cannot run on no rows are left to
 the host, which runs only experts that have rows.
 """
 
@@ -22,26 +22,26 @@ from advmoe_deploy.plan import (
     Segment,
     Step,
 )
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import Arithmetic
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The plan, and the graph and the precision of each of its segments."""
+    """The plan, and the graph and the arithmetic of each of its segments."""
 
     plan: Plan
     graphs: dict[str, ModelProto]
-    precisions: dict[str, Precision]
+    arithmetic: dict[str, Arithmetic]
 
 
 @dataclass
 class _Group:
-    """Steps that follow each other at one precision, and what goes in and out.
+    """Steps that follow each other at one arithmetic, and what goes in and out.
 
-    Without a precision they are the host's, and no graph.
+    Without arithmetic they are the host's, and no graph.
     """
 
-    precision: Precision | None
+    arithmetic: Arithmetic | None
     steps: list[Step] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -50,35 +50,35 @@ class _Group:
 def fuse(
     plan: Plan,
     segments: Mapping[str, ModelProto],
-    precisions: Mapping[str, Precision],
+    arithmetic: Mapping[str, Arithmetic],
     *,
     folder: str,
     form: Form,
     for_host: Collection[str] = (),
 ) -> Fused:
-    """Return ``plan`` with its steps joined; ``precisions`` are those of its segments.
+    """Return ``plan`` with its steps joined; ``arithmetic`` is that of its segments.
 
-    The graphs belong in files of ``folder``. All experts of a layer have one precision. Layers in
+    The graphs belong in files of ``folder``. All experts of a layer have one arithmetic. Layers in
     ``for_host`` are dispatched by whoever runs the plan.
     """
-    groups = list(_groups(_ordered(plan, for_host), precisions))
+    groups = list(_groups(_ordered(plan, for_host), arithmetic))
     _find_ends(plan, groups)
     parts: list[Segment] = []
     graphs: dict[str, ModelProto] = {}
-    kinds: dict[str, Precision] = {}
+    kinds: dict[str, Arithmetic] = {}
     steps: list[Step] = []
     for number, group in enumerate(groups):
-        if group.precision is None:
+        if group.arithmetic is None:
             names = [name for s in group.steps if isinstance(s, ExpertsStep) for name in s.segments]
             parts += [plan.segment(name) for name in names]
             graphs |= {name: segments[name] for name in names}
-            kinds |= {name: precisions[name] for name in names}
+            kinds |= {name: arithmetic[name] for name in names}
             steps += group.steps
             continue
         name = "model" if len(groups) == 1 else f"model-{number}"
         parts.append(_part(plan, group, name, folder))
         graphs[name] = _graph(plan, group, segments, parts[-1], form)
-        kinds[name] = group.precision
+        kinds[name] = group.arithmetic
         steps.append(RunStep(segment=name))
     fused = Plan(
         segments=tuple(parts), steps=tuple(steps), inputs=plan.inputs, outputs=plan.outputs
@@ -111,29 +111,29 @@ def _ordered(plan: Plan, for_host: Collection[str]) -> _Steps:
     return steps
 
 
-def _groups(steps: _Steps, precisions: Mapping[str, Precision]) -> Iterator[_Group]:
+def _groups(steps: _Steps, arithmetic: Mapping[str, Arithmetic]) -> Iterator[_Group]:
     group: _Group | None = None
     for step, is_host in steps:
-        precision = None if is_host else _precision(step, precisions)
+        kind = None if is_host else _arithmetic(step, arithmetic)
         # A route belongs to what makes its scores: another graph would round them first.
         follows = isinstance(step, RouteStep) and not is_host
-        if group is not None and (follows or precision == group.precision):
+        if group is not None and (follows or kind == group.arithmetic):
             group.steps.append(step)
             continue
         if group is not None:
             yield group
-        group = _Group(precision, [step])
+        group = _Group(kind, [step])
     if group is not None:
         yield group
 
 
-def _precision(step: Step, precisions: Mapping[str, Precision]) -> Precision | None:
+def _arithmetic(step: Step, arithmetic: Mapping[str, Arithmetic]) -> Arithmetic | None:
     match step:
         case RunStep():
-            return precisions[step.segment]
+            return arithmetic[step.segment]
         case ExpertsStep():
-            (precision,) = {precisions[name] for name in step.segments}
-            return precision
+            (kind,) = {arithmetic[name] for name in step.segments}
+            return kind
         case RouteStep():
             return None
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.runtime.openvino_engine import require_precision
+from advmoe_deploy.runtime.openvino_engine import has_precision, require_precision
 from advmoe_deploy.specs import Backend, Precision
 
 # What each backend computes in on a CPU.
@@ -41,3 +41,10 @@ def require_supported(target: Target) -> None:
         )
     if target.backend == "openvino":
         require_precision(target.precision)
+
+
+def ladder(target: Target) -> tuple[Precision, ...]:
+    """Return the precisions that a segment of ``target`` may be raised through, up to fp32."""
+    if target.precision == "int8" and target.backend == "openvino" and has_precision("bf16"):
+        return ("int8", "bf16", "fp32")
+    return (target.precision, "fp32")

@@ -17,17 +17,16 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import require_threads
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import Arithmetic, Precision
 
-# What OpenVINO calls them: the capability a device must list, and the precision of what is not
-# quantised. Of a quantised graph the rest runs in fp32, as its Q/DQ pairs were calibrated.
+# What OpenVINO calls them: the capability a device must list, and the hint for a graph.
 _CAPABILITY: dict[Precision, str] = {
     "fp32": "FP32",
     "fp16": "FP16",
     "bf16": "BF16",
     "int8": "INT8",
 }
-_HINT: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+_HINT: dict[Arithmetic, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _OUT_OF_MEMORY = ("bad_alloc", "bad alloc", "not enough memory", "out of memory")
 
 
@@ -39,13 +38,13 @@ class OpenVinoEngine(Closing):
     """
 
     def __init__(
-        self, model: bytes | Path, *, precision: Precision = "fp32", threads: int = 0
+        self, model: bytes | Path, *, arithmetic: Arithmetic = "fp32", threads: int = 0
     ) -> None:
         """Load and compile a graph.
 
         Args:
             model: the serialised graph, or its file, already verified by the bundle.
-            precision: of the arithmetic; ``int8`` is for a graph that holds Q/DQ pairs.
+            arithmetic: the precision of everything that is not between Q/DQ pairs.
             threads: of the engine; 0 lets OpenVINO choose.
 
         Raises:
@@ -55,14 +54,14 @@ class OpenVinoEngine(Closing):
             UsageError: ``threads`` is negative.
         """
         require_threads(threads)
-        require_precision(precision)
+        require_precision(arithmetic)
         core = _core()
         try:
             compiled = core.compile_model(
                 core.read_model(model if isinstance(model, bytes) else str(model)),
                 "CPU",
                 {
-                    "INFERENCE_PRECISION_HINT": _HINT[precision],
+                    "INFERENCE_PRECISION_HINT": _HINT[arithmetic],
                     "INFERENCE_NUM_THREADS": threads,
                     "PERFORMANCE_HINT": "LATENCY",
                     "ENABLE_CPU_PINNING": False,
@@ -72,7 +71,7 @@ class OpenVinoEngine(Closing):
             _refuse_out_of_memory(error)
             where = "the graph" if isinstance(model, bytes) else str(model)
             raise BundleError(f"OpenVINO cannot load {where}: {_reason(error)}") from None
-        _require_hint(compiled, precision)
+        _require_hint(compiled, arithmetic)
         self.output_names: tuple[str, ...] = tuple(o.get_any_name() for o in compiled.outputs)
         # As many requests as run side by side: more would only hold more memory.
         self._requests: LifoQueue[Any] | None = LifoQueue()
@@ -105,11 +104,19 @@ class OpenVinoEngine(Closing):
         self._requests = None
 
 
+def has_precision(precision: Precision) -> bool:
+    """Return whether this CPU computes in ``precision``.
+
+    Raises:
+        BackendUnavailableError: OpenVINO is not installed.
+    """
+    return _CAPABILITY[precision] in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def require_precision(precision: Precision) -> None:
     """Raise :class:`BackendUnavailableError` if OpenVINO or this CPU lacks ``precision``."""
-    found = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if _CAPABILITY[precision] not in found:
-        names = [name for name, capability in _CAPABILITY.items() if capability in found]
+    if not has_precision(precision):
+        names = [name for name in _CAPABILITY if has_precision(name)]
         raise BackendUnavailableError(
             f"OpenVINO has no {precision} on this CPU; use {', '.join(names)}, or another machine"
         )
@@ -137,12 +144,12 @@ def _openvino() -> Any:
     return openvino
 
 
-def _require_hint(compiled: Any, precision: Precision) -> None:
+def _require_hint(compiled: Any, arithmetic: Arithmetic) -> None:
     """Refuse a graph that OpenVINO compiled for another precision than asked."""
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if taken != _HINT[precision]:
+    if taken != _HINT[arithmetic]:
         raise BackendUnavailableError(
-            f"OpenVINO took {taken} instead of {_HINT[precision]} on this CPU; choose another "
+            f"OpenVINO took {taken} instead of {_HINT[arithmetic]} on this CPU; choose another "
             "precision"
         )
 

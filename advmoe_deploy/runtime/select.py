@@ -12,7 +12,7 @@ from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
-from advmoe_deploy.specs import Backend, Precision
+from advmoe_deploy.specs import Arithmetic, Backend, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -87,16 +87,16 @@ def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads
     """Return a runner of the bundle's own plan, one engine per segment."""
     plan = bundle.manifest.plan
     files = {s.name: bundle.file(s.file) for s in plan.segments}
-    precisions: dict[str, Precision] = {}
+    arithmetic: dict[str, Arithmetic] = {}
     if precision != "fp32":
         chosen = _require_set(bundle, backend, precision)
         files |= {name: bundle.file(file) for name, file in chosen.files.items()}
-        precisions = chosen.segments
+        arithmetic = arithmetic_of(chosen.segments)
     return PlanRunner(
         plan,
         files,
         bundle.manifest.model.image_shape,
-        open_engine=engine_opener(backend, precisions, threads),
+        open_engine=engine_opener(backend, arithmetic, threads),
         name=f"{backend}-plan",
         precision=precision,
     )
@@ -110,23 +110,32 @@ def _set_runner(bundle: Bundle, backend: Backend, precision: Precision, threads:
         {s.name: bundle.file(s.file) for s in chosen.plan.segments},
         bundle.manifest.model.image_shape,
         routes=bundle.manifest.plan.routes,
-        open_engine=engine_opener(backend, chosen.precisions, threads),
+        open_engine=engine_opener(backend, chosen.arithmetic, threads),
         name=backend,
         precision=precision,
     )
 
 
 def engine_opener(
-    backend: Backend, precisions: Mapping[str, Precision], threads: int = 0
+    backend: Backend, arithmetic: Mapping[str, Arithmetic], threads: int = 0
 ) -> OpenEngine:
-    """Return what opens segments with ``backend``; those not in ``precisions`` run in fp32."""
+    """Return what opens segments with ``backend``; those not in ``arithmetic`` run in fp32."""
     if backend == "onnxruntime":
         return lambda _, graph: OrtEngine(graph, threads=threads)
 
     def open_openvino(name: str, graph: Source) -> Engine:
-        return OpenVinoEngine(graph, precision=precisions.get(name, "fp32"), threads=threads)
+        return OpenVinoEngine(graph, arithmetic=arithmetic.get(name, "fp32"), threads=threads)
 
     return open_openvino
+
+
+def arithmetic_of(segments: Mapping[str, Precision]) -> dict[str, Arithmetic]:
+    """Return what each segment computes in, quantised parts aside.
+
+    Around int8 that is bf16 where another segment takes it, so that both can share a graph.
+    """
+    around: Arithmetic = "bf16" if "bf16" in segments.values() else "fp32"
+    return {name: around if kind == "int8" else kind for name, kind in segments.items()}
 
 
 def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> EngineSet:
