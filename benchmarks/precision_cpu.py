@@ -92,7 +92,8 @@ def calls_of(stack: ExitStack, bundle: Bundle, pixels: np.ndarray, threads: int)
     in_int8 = quantised(onnx.load_model(dense), rows).SerializeToString()
     for precision in PRECISIONS:
         source = in_int8 if precision == "int8" else dense
-        engine = OpenVinoEngine(source, precision=precision, threads=threads)
+        arithmetic = "fp32" if precision == "int8" else precision
+        engine = OpenVinoEngine(source, arithmetic=arithmetic, threads=threads)
         calls[f"dense openvino:{precision}"] = partial(
             stack.enter_context(engine).run, {"images": pixels}
         )

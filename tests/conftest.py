@@ -73,6 +73,20 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return open_bundle(out)
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small AdvMoE that a few epochs made robust on digits."""
+    from advmoe_deploy.train.loop import train
+    from advmoe_deploy.train.recipes import apply_overrides, recipe
+
+    settings = ["epochs=5", "model.width=8", "model.router_width=4", "lr=0.05", "beta=1"]
+    settings += ["batch_size=50", "threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9"]
+    config = apply_overrides(recipe("digits-advmoe"), [*settings, "test_attack_steps=5"])
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train(config, load_dataset("digits"), run)
+    return run
+
+
 def assert_nothing_left(out: Path) -> None:
     """Check that neither ``out`` nor a part of it is there."""
     assert not out.exists()

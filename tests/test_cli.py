@@ -67,6 +67,8 @@ def test_every_command_has_examples() -> None:
         (["import", "missing", "--from", "advmoe", "--set", "x"], 2, "no KEY=VALUE"),
         (["export", "missing", "--format", "onx"], 2, "unknown format 'onx'; did you mean onnx"),
         (["export", "missing", "--format", "trt"], 4, "not available in this release"),
+        (["export", "x", "--format", "onnx", "--precision", "int9"], 2, "did you mean int8"),
+        (["export", "x", "--format", "onnx", "--precision", "bf16"], 2, "does not compute in bf16"),
         (["export", "missing", "--format", "onnx"], 3, "missing"),
         (["inspect", "missing"], 3, "missing is no directory"),
         (["verify", "missing"], 3, "missing is no directory"),

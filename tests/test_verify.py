@@ -23,8 +23,6 @@ from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.models.checkpoint import model_from_weights
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.specs import build_spec
-from advmoe_deploy.train.loop import train
-from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.verify.curve import robustness_curve
 from advmoe_deploy.verify.suites import attack_suite
 from advmoe_deploy.verify.verify import drop_in_points, verify_bundle
@@ -77,14 +75,9 @@ def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small AdvMoE that a few epochs made robust, exported."""
-    folder = tmp_path_factory.mktemp("trained")
-    settings = ["epochs=5", "model.width=8", "model.router_width=4", "lr=0.05", "beta=1"]
-    settings += ["batch_size=50", "threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9"]
-    config = apply_overrides(recipe("digits-advmoe"), [*settings, "test_attack_steps=5"])
-    train(config, load_dataset("digits"), folder / "run")
-    return export_onnx(folder / "run", folder / "bundle")
+def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The export of ``trained_run``."""
+    return export_onnx(trained_run, tmp_path_factory.mktemp("trained") / "bundle")
 
 
 def spoilt(bundle: Bundle, path: Path, heads: int) -> Bundle:

@@ -1,0 +1,163 @@
+"""int8, from a robust model to answers: calibrated, examined, recorded, run by every command."""
+
+import json
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import TINY, assert_nothing_left, write_run
+from PIL import Image
+
+from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import BundleError, DataError
+from advmoe_deploy.export.images import labelled_images
+from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.quantize import quantised_segments
+from advmoe_deploy.export.targets import Target
+from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.verify.verify import verify_bundle
+
+TARGETS = (Target("openvino", "int8"), Target("onnxruntime", "int8"))
+ENGINES = ("onnxruntime", "onnxruntime-plan", "openvino", "openvino-plan")
+IMAGES = to_float(load_dataset("digits").test.images[:40])
+
+
+@pytest.fixture(scope="module")
+def bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export_onnx(trained_run, out, targets=TARGETS)
+    return open_bundle(out)
+
+
+def engines_of(bundle: Bundle, backend: str) -> EngineSet:
+    return next(each for each in bundle.manifest.engines if each.backend == backend)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_exam_was_passed_and_is_recorded(bundle: Bundle, backend: str) -> None:
+    engines = engines_of(bundle, backend)
+    lowered = {name for name, precision in engines.segments.items() if precision == "int8"}
+    assert lowered >= {"router.expert-0", "router.expert-1"}
+    assert engines.files.keys() == lowered
+    check, calibration = engines.check, engines.calibration
+    assert check is not None
+    assert calibration is not None
+    assert engines.parity.route_agreement >= check.least_route_agreement == 0.999
+    assert check.holdout_images == 200
+    for accuracy in (check.clean_accuracy, check.robust_accuracy):
+        assert accuracy is not None
+        assert accuracy.engine >= accuracy.reference - check.max_drop / 100
+    assert check.robust_accuracy.reference > 0.3
+    assert (calibration.clean_images, calibration.attacked_images) == (256, 256)
+    assert (calibration.data, calibration.epsilon) == ("digits", 0.05)
+    assert (check.router is not None) == ("router" in check.raised)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_are_int8_and_logits_are_not(bundle: Bundle, backend: str) -> None:
+    graph = onnx.load_model(bundle.file(engines_of(bundle, backend).files["router.expert-0"])).graph
+    types = Counter(tensor.data_type for tensor in graph.initializer)
+    assert types[onnx.TensorProto.INT8] >= 20  # its convolutions and its head
+    made = {name: node for node in graph.node for name in node.output}
+    assert made[graph.output[0].name].op_type == "Gemm"
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    for node in convolutions:
+        assert {made[name].op_type for name in node.input} == {"DequantizeLinear"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_answers_resemble_those_of_fp32_at_any_batch_size(bundle: Bundle, engine: str) -> None:
+    with open_runner(bundle, "onnxruntime:fp32", threads=1) as exact:
+        expected = exact.infer(IMAGES)
+    with open_runner(bundle, engine, threads=1) as runner:
+        assert (runner.name, runner.precision) == (engine, "int8")  # the bundle's own
+        whole = runner.infer(IMAGES)
+        parts = [runner.infer(part) for part in np.split(IMAGES, [1, 3, 10])]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(runner.infer, [IMAGES] * 8))
+    logits = np.concatenate([part.logits for part in parts])
+    np.testing.assert_allclose(logits, whole.logits, rtol=0, atol=1e-4)
+    for answer in together:
+        np.testing.assert_array_equal(answer.logits, whole.logits)
+    same_N = (whole.expert_ids["router"] == expected.expert_ids["router"])[:, 0]
+    assert same_N.sum() >= len(IMAGES) - 1  # one route in 1,000 may differ, and may be here
+    change = np.linalg.norm((whole.logits - expected.logits)[same_N])
+    assert 1e-3 < change / np.linalg.norm(expected.logits) < 0.2
+
+
+def test_every_command_runs_it(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = verify_bundle(bundle, engine="openvino:int8", images=40, threads=1)
+    assert report.engine == "openvino:int8"
+    assert report.route_agreement >= 0.99
+    rows = profile_bundle(
+        bundle, engines=("openvino", "onnxruntime:fp32"), batches=(4,), against=(), n=2, threads=1
+    ).rows
+    assert [(r.engine, r.precision) for r in rows] == [
+        ("openvino", "int8"),
+        ("onnxruntime", "fp32"),
+    ]
+    for index, image in enumerate(load_dataset("digits").test.images[:5]):
+        Image.fromarray(image[0]).save(tmp_path / f"{index}.png")
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--input", str(tmp_path / "*.png"), "--output", str(output), "--threads", "1"]
+    assert run(["predict", str(bundle.path), "--engine", "openvino:int8", *arguments]) == 0
+    assert len([json.loads(line) for line in output.read_text().splitlines()]) == 5
+    capsys.readouterr()
+    assert run(["inspect", str(bundle.path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "engine openvino:int8" in shown
+    assert "256 attacked by pgd-10 at epsilon 0.05, seed 0" in shown
+    assert "`--engine onnxruntime:int8`" in bundle.file("MODEL_CARD.md").read_text()
+
+
+def test_a_changed_quantised_file_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
+    name = engines_of(bundle, "onnxruntime").files["router.expert-1"]
+    (copy / name).write_bytes((copy / name).read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"router\.expert-1\.onnx is not what was exported"):
+        open_bundle(copy)
+
+
+def test_an_expert_that_no_image_visits_is_calibrated_on_the_others_rows(
+    tiny_bundle: Bundle,
+) -> None:
+    plan = tiny_bundle.manifest.plan
+    graphs = {s.name: onnx.load_model(tiny_bundle.file(s.file)) for s in plan.segments}
+    with open_runner(tiny_bundle) as runner:
+        ids_N = runner.infer(IMAGES).expert_ids["router"][:, 0]
+    first = IMAGES[ids_N == 0]
+    assert 0 < len(first) < len(IMAGES)
+    quantised, unvisited = quantised_segments(plan, graphs, first, TINY.image_shape)
+    assert unvisited == ("router.expert-1",)
+    assert quantised.keys() == graphs.keys()
+    _, unvisited = quantised_segments(plan, graphs, IMAGES, TINY.image_shape)
+    assert unvisited == ()
+
+
+def test_without_training_images_there_is_no_int8(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run", TINY)
+    checkpoint, model = load_checkpoint(source / "model")
+    nameless = checkpoint.model_copy(update={"provenance": {}})
+    (tmp_path / "nameless" / "model").mkdir(parents=True)
+    save_checkpoint(tmp_path / "nameless" / "model", nameless, model)
+    out = tmp_path / "bundle"
+    with pytest.raises(DataError, match=r"calibrated on training images.*pass --data"):
+        export_onnx(tmp_path / "nameless", out, data="random:8", targets=TARGETS)
+    assert_nothing_left(out)
+
+
+def test_labelled_images_are_of_the_models_kind() -> None:
+    assert labelled_images(["", "random:8", "digits"], TINY) is not None
+    assert labelled_images(["random:8"], TINY) is None
+    assert labelled_images(["digits"], TINY.model_copy(update={"image_size": 16})) is None
