@@ -80,6 +80,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     file = bundle.file(MODEL)
     onnx.checker.check_model(onnx.load_model(file), full_check=True)
     library = find_custom_ops("kernels").library
+    source = data.partition(":")[0]
     for python in pythons:
         for form, more in (("kernels", [str(library)]), ("bodies", [])):
             out = folder / "answers.npz"
@@ -87,7 +88,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
             version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             with np.load(out) as outputs:
                 answer = prediction_of(bundle, dict(outputs))
-            report = compare_answers(answers, answer, rounding=rounding, data=data)
+            report = compare_answers(answers, answer, rounding=rounding, data=source)
             yield {
                 "model": name,
                 "runtime": f"onnxruntime {version.strip()}",
@@ -98,7 +99,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     values = ReferenceEvaluator(str(file)).run(None, {"images": images[:FEW]})
     names = [output.name for output in onnx.load_model(file).graph.output]
     answer = prediction_of(bundle, dict(zip(names, values, strict=True)))
-    report = compare_answers(few, answer, rounding=rounding, data=data)
+    report = compare_answers(few, answer, rounding=rounding, data=source)
     runtime = f"onnx.reference {onnx.__version__}"
     yield {"model": name, "runtime": runtime, "form": "bodies", **report.model_dump(mode="json")}
 

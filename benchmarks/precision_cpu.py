@@ -119,7 +119,8 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, 
 
 def chosen(bundle: Bundle) -> list[dict[str, Any]]:
     """Return what the export measured and chose per engine and precision."""
-    return [e.model_dump(mode="json", exclude={"plan", "files"}) for e in bundle.manifest.engines]
+    unused = {"plan": True, "files": True, "parity": {"data"}, "calibration": {"data"}}
+    return [engine.model_dump(mode="json", exclude=unused) for engine in bundle.manifest.engines]
 
 
 def main() -> None:
