@@ -93,6 +93,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
                 "model": name,
                 "runtime": f"onnxruntime {version.strip()}",
                 "form": form,
+                "passed": report.passed,
                 **report.model_dump(mode="json"),
             }
     few = reference_answers(model, images[:FEW])
@@ -101,7 +102,13 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     answer = prediction_of(bundle, dict(zip(names, values, strict=True)))
     report = compare_answers(few, answer, rounding=rounding, data=source)
     runtime = f"onnx.reference {onnx.__version__}"
-    yield {"model": name, "runtime": runtime, "form": "bodies", **report.model_dump(mode="json")}
+    yield {
+        "model": name,
+        "runtime": runtime,
+        "form": "bodies",
+        "passed": report.passed,
+        **report.model_dump(mode="json"),
+    }
 
 
 def prediction_of(bundle: Bundle, outputs: dict[str, np.ndarray]) -> Prediction:
