@@ -19,9 +19,10 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime import custom_ops
 from advmoe_deploy.runtime.custom_ops import VARIABLE, find_custom_ops, uses_custom_ops
 from advmoe_deploy.runtime.kernels.build import (
+    FOLDER,
     LIBRARY,
     RECORD,
-    SOURCE,
+    SOURCES,
     compile_kernels,
     find_compiler,
 )
@@ -29,7 +30,7 @@ from advmoe_deploy.runtime.runner import GraphRunner
 from advmoe_deploy.runtime.select import open_runner
 
 COMPILER = find_compiler()
-PREBUILT = (SOURCE.parent / LIBRARY).exists()
+PREBUILT = (FOLDER / LIBRARY).exists()
 compiles = pytest.mark.skipif(COMPILER is None or PREBUILT, reason="nothing is compiled here")
 Capture = pytest.CaptureFixture[str]
 
@@ -81,6 +82,18 @@ def test_a_library_that_was_changed_is_refused(
     told = capsys.readouterr()
     assert json.loads(told.out)["custom_ops"]["form"] is None
     assert "SHA-256 differs" in told.err
+
+
+@compiles
+def test_a_library_that_cannot_be_loaded_is_said_to_be_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle: Bundle
+) -> None:
+    no_library = tmp_path / "cc"
+    no_library.write_text('#!/bin/sh\nfor last; do :; done\necho "no library" > "$last"\n')
+    no_library.chmod(0o700)
+    monkeypatch.setenv("CC", str(no_library))
+    with pytest.raises(InputError, match=r"the kernels cannot be loaded: .*set ADVMOE_CUSTOM_OPS"):
+        open_runner(tiny_bundle)
 
 
 @compiles
@@ -141,7 +154,7 @@ def test_a_library_in_the_package_comes_first(
     package = tmp_path / "package"
     package.mkdir()
     compile_kernels(COMPILER, package)
-    monkeypatch.setattr(custom_ops, "SOURCE", package / SOURCE.name)
+    monkeypatch.setattr(custom_ops, "FOLDER", package)
     assert find_custom_ops().reason == "prebuilt in the package"
     (package / LIBRARY).write_bytes(b"something else")
     with pytest.raises(InputError, match="not the library that was compiled"):
@@ -198,7 +211,7 @@ def test_the_library_needs_libc_alone_and_exports_one_name(cache: Path) -> None:
 @compiles
 def test_the_source_gives_no_warning(tmp_path: Path) -> None:
     strict = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-Wpedantic", "-fsyntax-only"]
-    subprocess.run([str(COMPILER), *strict, str(SOURCE)], check=True)
+    subprocess.run([str(COMPILER), *strict, *map(str, SOURCES)], check=True)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -213,4 +226,5 @@ def test_a_wheel_brings_source_and_library(tmp_path: Path) -> None:
     assert not wheel.name.endswith("-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     kernels = "advmoe_deploy/runtime/kernels"
-    assert {f"{kernels}/{name}" for name in (SOURCE.name, LIBRARY, RECORD)} <= names
+    wanted = {LIBRARY, RECORD, "kernel.h", *(source.name for source in SOURCES)}
+    assert {f"{kernels}/{name}" for name in wanted} <= names

@@ -17,9 +17,9 @@ from typing import Literal
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.runtime.kernels.build import (
+    FOLDER,
     LIBRARY,
     RECORD,
-    SOURCE,
     compile_kernels,
     find_compiler,
     source_hash,
@@ -87,9 +87,8 @@ def uses_custom_ops(model: bytes | Path) -> bool:
 
 
 def _find() -> CustomOps:
-    prebuilt = SOURCE.parent
-    if (prebuilt / RECORD).is_file() and _record(prebuilt).get("source_sha256") == source_hash():
-        return CustomOps("kernels", "prebuilt in the package", _checked(prebuilt))
+    if (FOLDER / RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
+        return CustomOps("kernels", "prebuilt in the package", _checked(FOLDER))
     cached = _cache() / f"kernels-{source_hash()[:32]}"
     if cached.is_dir():
         _require_private(cached)

@@ -6,9 +6,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from advmoe_deploy.errors import BundleError, MachineError, UsageError, missing_extra
+from advmoe_deploy.errors import BundleError, InputError, MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.custom_ops import CustomOps, find_custom_ops, uses_custom_ops
+from advmoe_deploy.runtime.custom_ops import (
+    VARIABLE,
+    CustomOps,
+    find_custom_ops,
+    uses_custom_ops,
+)
 from advmoe_deploy.runtime.engine import require_threads
 
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
@@ -53,9 +58,8 @@ class OrtEngine(Closing):
         self.custom_ops: CustomOps | None = None
         if uses_custom_ops(model):
             self.custom_ops = find_custom_ops(custom_ops)
+            _register(options, self.custom_ops)
         try:
-            if self.custom_ops and self.custom_ops.library:
-                options.register_custom_ops_library(str(self.custom_ops.library))
             session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             _refuse_out_of_memory(error)
@@ -87,6 +91,19 @@ class OrtEngine(Closing):
     def close(self) -> None:
         """Release the session."""
         self._session = None
+
+
+def _register(options: Any, custom_ops: CustomOps) -> None:
+    """Add the kernels to a session's options, if they are what runs."""
+    if custom_ops.library is None:
+        return
+    try:
+        options.register_custom_ops_library(str(custom_ops.library))
+    except Exception as error:
+        if type(error).__name__ not in _LOAD_ERRORS:
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the kernels cannot be loaded: {reason}; set {VARIABLE}=bodies") from None
 
 
 def _refuse_out_of_memory(error: Exception) -> None:

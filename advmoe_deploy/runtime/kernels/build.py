@@ -11,7 +11,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("advmoe_ops.c")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(sorted(FOLDER.glob("*.c")))
 LIBRARY = "advmoe_ops.so"
 RECORD = "advmoe_ops.json"
 
@@ -30,7 +31,11 @@ def find_compiler() -> str | None:
 def source_hash() -> str:
     """Return the SHA-256 of all that decides what the library does."""
     kind = f"{platform.system()} {platform.machine()} {' '.join(FLAGS)}\n".encode()
-    return hashlib.sha256(kind + SOURCE.read_bytes()).hexdigest()
+    digest = hashlib.sha256(kind)
+    for file in (*SOURCES, *sorted(FOLDER.glob("*.h"))):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def compile_kernels(compiler: str, directory: Path) -> None:
@@ -40,7 +45,7 @@ def compile_kernels(compiler: str, directory: Path) -> None:
         OSError: the compiler cannot be run or fails, or the disk does not take the library.
     """
     library = directory / LIBRARY
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(library)]
+    command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(library)]
     try:
         done = subprocess.run(  # noqa: S603
             command, capture_output=True, text=True, timeout=_SECONDS, check=False
