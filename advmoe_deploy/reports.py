@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 
 
 class Macs(Frozen):
@@ -226,6 +226,7 @@ class RobustReport(Frozen):
 
     passed: bool
     engine: str
+    precision: Precision = "fp32"
     data: str
     images: int
     threat: ThreatModel
@@ -247,7 +248,7 @@ class LatencyRow(Frozen):
 
     model: ProfiledModel
     engine: str
-    precision: str
+    precision: Precision
     batch: int
     threads: int
     device: str
@@ -268,11 +269,11 @@ class LatencyRatio(Frozen):
 
     a: ProfiledModel
     a_engine: str
-    a_precision: str = "fp32"
+    a_precision: Precision = "fp32"
     b: ProfiledModel
     batch: int
     engine: str
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     ratio: float
     ci_low: float
     ci_high: float

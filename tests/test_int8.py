@@ -98,7 +98,7 @@ def test_every_command_runs_it(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = verify_bundle(bundle, engine="openvino:int8", images=40, threads=1)
-    assert report.engine == "openvino:int8"
+    assert (report.engine, report.precision) == ("openvino:int8", "int8")
     assert report.route_agreement >= 0.99
     rows = profile_bundle(
         bundle, engines=("openvino", "onnxruntime:fp32"), batches=(4,), against=(), n=2, threads=1

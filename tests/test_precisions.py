@@ -1,5 +1,6 @@
 """A lower precision is taken where routes and accuracy allow it, and the report says where not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,20 @@ from conftest import assert_nothing_left, write_run
 from families import Families, spec_of
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.export.choose import Precisions, choose_precisions
-from advmoe_deploy.export.exam import Findings
+from advmoe_deploy.export.exam import Exam, Examples, Findings, examine, with_accuracy
 from advmoe_deploy.export.fuse import fuse
 from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import LayerParity, Pair, ParityReport
 from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import arithmetic_of, open_runner
 from advmoe_deploy.specs import Arithmetic, Precision
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
@@ -158,6 +162,29 @@ def test_graphs_of_a_plan_cut_by_precision_answer_alike(
                 np.testing.assert_allclose(
                     answer.weights[layer], expected.weights[layer], rtol=0, atol=1e-5
                 )
+
+
+def test_without_a_threat_model_only_clean_accuracy_is_examined(
+    tiny_run: Path, tiny_bundle: Bundle
+) -> None:
+    _, model = load_checkpoint(tiny_run / "model")
+    parity = Examples(IMAGES, reference_answers(model, IMAGES))
+    exam = with_accuracy(Exam(parity, "noise"), model, load_dataset("digits"), None)
+    with open_runner(tiny_bundle, threads=1) as runner:
+        found, unlabelled = examine(exam, runner), examine(Exam(parity, "noise"), runner)
+    assert found.clean_accuracy is not None
+    assert found.clean_accuracy.engine == found.clean_accuracy.reference
+    assert found.robust_accuracy is found.attacked_route_agreement is None
+    assert found.complaint == unlabelled.complaint == ""
+    changed = replace(unlabelled, prediction_agreement=0.99)
+    assert changed.complaint == "1.00 % of the predictions differ"
+    assert replace(found, prediction_agreement=0.99).complaint == ""  # accuracy is what counts
+
+
+def test_bf16_is_taken_around_int8_where_it_is_there_already() -> None:
+    assert arithmetic_of({"a": "int8", "b": "fp32"}) == {"a": "fp32", "b": "fp32"}
+    mixed: Precisions = {"a": "int8", "b": "bf16", "c": "fp32"}
+    assert arithmetic_of(mixed) == {"a": "bf16", "b": "bf16", "c": "fp32"}
 
 
 @needs_bf16

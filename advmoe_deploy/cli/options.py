@@ -22,7 +22,14 @@ Threads = Annotated[
 TorchThreads = Annotated[
     int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to PyTorch.")
 ]
-Engine = Annotated[str, typer.Option("--engine", help="'advmoe list engines' names them.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="NAME[:PRECISION]",
+        help="'advmoe list engines' names them; openvino:bf16 runs one at that precision.",
+    ),
+]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="What 'advmoe export' wrote.")]
 
 

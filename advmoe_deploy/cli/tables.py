@@ -86,7 +86,9 @@ def export_report(bundle: Bundle) -> RenderableType:
         *_parity_rows(bundle.manifest.parity),
         *_engine_rows(bundle.manifest.engines),
     ]
-    return Group(_facts(str(bundle.path), rows), escape(f"next: advmoe verify {bundle.path}"))
+    engines = [f" --engine {each.name}" for each in bundle.manifest.engines[:1]]
+    hint = f"next: advmoe verify {bundle.path}{''.join(engines)}"
+    return Group(_facts(str(bundle.path), rows), escape(hint))
 
 
 def robust_report(report: RobustReport) -> RenderableType:
@@ -115,7 +117,8 @@ def robust_report(report: RobustReport) -> RenderableType:
         verdict += "; note: logits or clear routes differ from the reference"
     return Group(
         table,
-        f"robust on {escape(report.engine)}: 95 % interval {_percent(low)} to {_percent(high)}; "
+        f"robust on {escape(report.engine)}, {report.precision}: 95 % interval {_percent(low)} to "
+        f"{_percent(high)}; "
         f"routes agree on {_percent(report.route_agreement)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",

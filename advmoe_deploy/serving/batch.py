@@ -64,7 +64,7 @@ def classify_files(
         source: a folder, a pattern, an image, or a .txt list; see :func:`list_inputs`.
         output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
             a hidden ``.partial.jsonl`` beside it.
-        engine: a name from ``runtime.select.ENGINES``.
+        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
         threads: of the engine; 0 leaves the choice to it.
         batch: images per inference.
         top_k: how many classes the column ``top_k`` lists; 0 leaves it out.

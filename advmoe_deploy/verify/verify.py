@@ -50,7 +50,7 @@ def verify_bundle(
 
     Args:
         bundle: an opened bundle with its reference weights.
-        engine: a name from ``runtime.select.ENGINES``.
+        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
         data: a data source; by default the one the model was trained on. Its test split is used.
         attacks: the suite to run.
         max_drop: percentage points of clean or robust accuracy that the engine may lose.
@@ -81,6 +81,7 @@ def verify_bundle(
     return RobustReport(
         passed=trial.worst_drop <= max_drop,
         engine=engine,
+        precision=runner.precision,
         data=source,
         images=len(labels_N),
         threat=threat,
