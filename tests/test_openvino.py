@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError, UsageError
 from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.ort_engine import OrtEngine
@@ -68,6 +69,7 @@ def test_bf16_is_taken_only_where_asked(tiny_bundle: Bundle) -> None:
 def test_a_precision_that_the_cpu_lacks_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU; use fp32"):
         OpenVinoEngine(tiny_bundle.file("segments/router.onnx"), arithmetic="fp16")
+    assert run(["export", "no run", "--format", "openvino", "--precision", "fp16"]) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph"])

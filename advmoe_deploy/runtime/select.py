@@ -1,6 +1,7 @@
 """Engines by name, and the precision that each is to run in."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import get_args
 
 import numpy as np
@@ -150,10 +151,13 @@ def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> Engi
 
 def _warm(bundle: Bundle, runner: Runner) -> Runner:
     """Run the golden images at the usual batch sizes, so that no request waits for compilation."""
-    with np.load(bundle.file(GOLDEN)) as golden:
-        images = golden["images"]
-    for batch in WARM_BATCHES:
-        runner.infer(np.resize(images, (batch, *images.shape[1:])))
+    with ExitStack() as stack:
+        stack.enter_context(runner)
+        with np.load(bundle.file(GOLDEN)) as golden:
+            images = golden["images"]
+        for batch in WARM_BATCHES:
+            runner.infer(np.resize(images, (batch, *images.shape[1:])))
+        stack.pop_all()  # it stays open, unless something went wrong
     return runner
 
 
