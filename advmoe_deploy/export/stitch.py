@@ -197,25 +197,32 @@ class _Experts:
     def _write_branch(self, expert: int, name: str, result: str) -> str:
         """Add an ``If`` that runs an expert where it has rows."""
         writer = GraphWriter()
-        given = self._write_rows(writer, expert, name)
-        (declared,) = self.plan.segment(name).inputs
-        made = f"{name}/then"
-        part = inline(self.segments[name], name, {declared.name: given, self.answer.name: made})
-        info = self.answer.model_copy(update={"shape": (f"rows of {name}", *self.answer.shape[1:])})
+        given, made = self._write_rows(writer, expert, name), f"{name}/then"
+        (input_,) = self.plan.segment(name).inputs
+        part = inline(self.segments[name], name, {input_.name: given, self.answer.name: made})
+        of_rows, answer = _of_rows(input_, name), _of_rows(self.answer, name)
         then_branch = helper.make_graph(
             [*writer.nodes, *part.nodes],
             f"{name}/then_branch",
             [],
-            [_info(info, made)],
+            [_info(answer, made)],
             part.initializers,
+            # A kernel hides how many dimensions rows have, and what has no known shape is not
+            # fused: without this, residual additions stay outside of the convolutions.
+            value_info=[_info(of_rows, given)],
         )
         return self.writer.emit(
             "If",
             [self.busy[expert]],
             result,
             then_branch=then_branch,
-            else_branch=_empty_branch(name, info),
+            else_branch=_empty_branch(name, answer),
         )
+
+
+def _of_rows(tensor: TensorInfo, name: str) -> TensorInfo:
+    """Return ``tensor`` with as many rows as the expert called ``name`` has."""
+    return tensor.model_copy(update={"shape": (f"rows of {name}", *tensor.shape[1:])})
 
 
 def _empty_branch(name: str, answer: TensorInfo) -> GraphProto:
