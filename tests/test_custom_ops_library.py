@@ -115,6 +115,49 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:
         find_custom_ops()
 
 
+@compiles
+def test_a_cache_whose_parent_others_may_write_to_is_refused(cache: Path) -> None:
+    library = find_custom_ops().library
+    assert library is not None
+    library.parent.parent.chmod(0o777)
+    with pytest.raises(InputError, match="open to others"):
+        find_custom_ops()
+
+
+@compiles
+def test_what_another_put_there_meanwhile_is_looked_at(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slower(compiler: str, cached: Path) -> None:
+        cached.mkdir(parents=True, mode=0o777)
+        cached.chmod(0o777)
+        compile_kernels(compiler, cached)
+
+    monkeypatch.setattr(custom_ops, "_compile", slower)
+    with pytest.raises(InputError, match="open to others"):
+        find_custom_ops()
+
+
+@compiles
+def test_a_compiler_may_have_flags(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -g0")
+    assert find_custom_ops().library is not None
+
+
+@pytest.mark.skipif(PREBUILT, reason="the package brings its library")
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_without_a_usable_home_the_bodies_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    closed = tmp_path / "file"
+    closed.write_text("no directory")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(closed))
+    found = find_custom_ops()
+    assert found.form == "bodies"
+    assert "could not be compiled" in found.reason
+
+
 @pytest.mark.skipif(PREBUILT, reason="the package brings its library")
 def test_without_a_compiler_the_bodies_run_and_it_is_said(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle

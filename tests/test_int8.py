@@ -161,3 +161,13 @@ def test_labelled_images_are_of_the_models_kind() -> None:
     assert labelled_images(["", "random:8", "digits"], TINY) is not None
     assert labelled_images(["random:8"], TINY) is None
     assert labelled_images(["digits"], TINY.model_copy(update={"image_size": 16})) is None
+
+
+def test_the_first_precision_rules(trained_run: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "bundle"), "--no-reference"]
+    precisions = ["--precision", "fp32", "--precision", "int8"]
+    assert run(["export", str(trained_run), "--format", "onnx", *precisions, *out]) == 0
+    bundle = open_bundle(tmp_path / "bundle")
+    assert bundle.engine_set("onnxruntime", "int8")
+    with open_runner(bundle, threads=1) as runner:
+        assert runner.precision == "fp32"

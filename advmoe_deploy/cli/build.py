@@ -104,6 +104,7 @@ def export(
             overwrite=overwrite,
             with_reference=reference,
             targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
+            precision=precisions[0],
             progress=ui.progress,
         )
         manifest = bundle.manifest

@@ -46,11 +46,11 @@ def require_every_expert(plan: Plan, model: ModelProto, segments: Mapping[str, M
         CheckFailedError: a weight is missing or differs.
     """
     experts = {name for s in plan.steps if isinstance(s, ExpertsStep) for name in s.segments}
-    main = {t.name: t.raw_data for t in model.graph.initializer}
+    main = {t.name: _content(t) for t in model.graph.initializer}
     for segment in plan.segments:
         held = _branch_constants(model, segment.name) if segment.name in experts else main
         for tensor in segments[segment.name].graph.initializer:
-            if held.get(f"{segment.name}/{tensor.name}") != tensor.raw_data:
+            if held.get(f"{segment.name}/{tensor.name}") != _content(tensor):
                 raise CheckFailedError(
                     f"model.onnx lacks {tensor.name} of {segment.name}; no bundle was written"
                 )
@@ -68,7 +68,7 @@ def _branch_constants(model: ModelProto, segment: str) -> dict[str, bytes]:
         raise CheckFailedError(
             f"model.onnx has {len(branches)} branches for {segment}, not 1; no bundle was written"
         )
-    return {t.name: t.raw_data for t in branches[0].initializer}
+    return {t.name: _content(t) for t in branches[0].initializer}
 
 
 def require_segments(files: Mapping[str, Path], samples: Mapping[str, Sample]) -> None:
@@ -134,14 +134,22 @@ def require_weights(
         CheckFailedError: a weight is missing or differs.
     """
     # A segment is part of a graph, where its name comes first, or a graph of its own.
-    held = {t.name: t.raw_data for g in graphs.values() for t in _constants(g.graph)}
-    held |= {f"{n}/{t.name}": t.raw_data for n, g in graphs.items() for t in _constants(g.graph)}
+    held = {t.name: _content(t) for g in graphs.values() for t in _constants(g.graph)}
+    held |= {f"{n}/{t.name}": _content(t) for n, g in graphs.items() for t in _constants(g.graph)}
     for name, segment in segments.items():
         for tensor in segment.graph.initializer:
-            if held.get(f"{name}/{tensor.name}") != tensor.raw_data:
+            if held.get(f"{name}/{tensor.name}") != _content(tensor):
                 raise CheckFailedError(
                     f"{what} lacks {tensor.name} of {name}; no bundle was written"
                 )
+
+
+def _content(tensor: TensorProto) -> bytes:
+    """Return all of ``tensor`` but its name: values may stand in one of several fields."""
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = ""
+    return bytes(copy.SerializeToString(deterministic=True))
 
 
 def _constants(graph: GraphProto) -> Iterator[TensorProto]:

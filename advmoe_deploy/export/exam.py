@@ -67,7 +67,14 @@ class Findings:
     @property
     def routes_agree(self) -> bool:
         """Whether enough clear routes are the same."""
-        return self.parity.route_agreement >= LEAST_ROUTE_AGREEMENT
+        return self.least_agreement >= LEAST_ROUTE_AGREEMENT
+
+    @property
+    def least_agreement(self) -> float:
+        """The share of clear routes that are the same in the layer where fewest are."""
+        layers = self.parity.layers
+        clear = [(layer.flips, layer.rows - layer.close_calls) for layer in layers]
+        return min((1 - flips / rows if rows else 0.0 for flips, rows in clear), default=1.0)
 
     @property
     def harm(self) -> tuple[float, float, float]:
@@ -85,9 +92,11 @@ class Findings:
             return f"{self.parity.non_finite} of {self.parity.images} images give no finite logits"
         if not self.routes_agree:
             return (
-                f"{_percent(self.parity.route_agreement)} of the clear routes agree, less than "
+                f"{_percent(self.least_agreement)} of the clear routes of a layer agree, less than "
                 f"{_percent(LEAST_ROUTE_AGREEMENT)}"
             )
+        if not self.parity.mostly_compared:
+            return f"{self.parity.compared} of {self.parity.images} images keep all their routes"
         drops = {"clean": self.clean_accuracy, "robust": self.robust_accuracy}
         for name, accuracy in drops.items():
             if accuracy is not None and _points(accuracy) > MAX_DROP:

@@ -58,6 +58,7 @@ from advmoe_deploy.runtime.openvino_engine import openvino_version
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.specs import Precision
 
 PASSES = (fold_batchnorm, strided_shortcut)
 UNFUSED = "baselines/unfused.onnx"
@@ -75,6 +76,7 @@ def export_onnx(
     overwrite: bool = False,
     with_reference: bool = True,
     targets: Sequence[Target] = (),
+    precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Return the bundle written to ``out`` from the model in ``run``.
@@ -85,8 +87,8 @@ def export_onnx(
         data: images to check on: a data source, or ``random:N``; by default the run's own data.
         overwrite: replace an ``out`` that is a bundle already.
         with_reference: also write the torch weights, which ``verify`` attacks.
-        targets: engines and precisions to write graphs for, beside the portable one in fp32; the
-            first one's precision is what the bundle runs in unless told.
+        targets: engines and precisions to write graphs for, beside the portable one in fp32.
+        precision: what the bundle runs in unless told; by default that of the first target.
         progress: who listens.
 
     Raises:
@@ -133,7 +135,7 @@ def export_onnx(
             staged,
             model=checkpoint.model,
             threat=checkpoint.threat,
-            precision=targets[0].precision if targets else "fp32",
+            precision=precision or (targets[0].precision if targets else "fp32"),
             plan=parts.plan,
             engines=engines,
             macs=macs,

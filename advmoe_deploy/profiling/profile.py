@@ -169,8 +169,8 @@ def _open_subjects(
     for engine in engines:
         runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
         subjects.append(_Subject(own, runner.name, runner, macs.executed))
-        if kept := _in_fp32(bundle, runner):
-            settings[f"{runner.name} {runner.precision}, in fp32"] = ", ".join(kept)
+        for precision, names in _raised(bundle, runner).items():
+            settings[f"{runner.name} {runner.precision}, in {precision}"] = ", ".join(names)
     cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}
     left_out = []
     for name in (name for name in BASELINES if name in against):
@@ -185,13 +185,16 @@ def _open_subjects(
     return subjects
 
 
-def _in_fp32(bundle: Bundle, runner: Runner) -> list[str]:
-    """Return the segments that stay in fp32 where ``runner`` lowers the others."""
+def _raised(bundle: Bundle, runner: Runner) -> dict[str, list[str]]:
+    """Return by precision the segments that ``runner`` runs in a higher one than its own."""
+    raised: dict[str, list[str]] = {}
     for engines in bundle.manifest.engines:
         backend = runner.name.removesuffix("-plan")
-        if (engines.backend, engines.precision) == (backend, runner.precision) != (backend, "fp32"):
-            return [name for name, precision in engines.segments.items() if precision == "fp32"]
-    return []
+        if (engines.backend, engines.precision) == (backend, runner.precision):
+            for name, precision in engines.segments.items():
+                if precision != runner.precision:
+                    raised.setdefault(precision, []).append(name)
+    return raised
 
 
 def _baseline(bundle: Bundle, file: Path, name: str, threads: int) -> GraphRunner:

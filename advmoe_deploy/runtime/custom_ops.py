@@ -28,8 +28,6 @@ from advmoe_deploy.runtime.kernels.build import (
 DOMAIN = "ai.advmoe"
 VARIABLE = "ADVMOE_CUSTOM_OPS"
 
-Wanted = Literal["auto", "kernels", "bodies"]
-
 
 @dataclass(frozen=True)
 class CustomOps:
@@ -89,18 +87,17 @@ def uses_custom_ops(model: bytes | Path) -> bool:
 def _find() -> CustomOps:
     if (FOLDER / RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
         return CustomOps("kernels", "prebuilt in the package", _checked(FOLDER))
-    cached = _cache() / f"kernels-{source_hash()[:32]}"
-    if cached.is_dir():
-        _require_private(cached)
-        return CustomOps("kernels", "compiled earlier, in the cache", _checked(cached))
-    compiler = find_compiler()
-    if compiler is None:
-        return CustomOps("bodies", "no library in the package and no C compiler (cc, or CC)")
     try:
+        cached = _cache() / f"kernels-{source_hash()[:32]}"
+        if cached.is_dir():
+            return CustomOps("kernels", "compiled earlier, in the cache", _checked_cache(cached))
+        compiler = find_compiler()
+        if compiler is None:
+            return CustomOps("bodies", "no library in the package and no C compiler (cc, or CC)")
         _compile(compiler, cached)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a home that is unknown or closed to us included
         return CustomOps("bodies", f"the kernels could not be compiled: {error}")
-    return CustomOps("kernels", f"compiled by {compiler}", _checked(cached))
+    return CustomOps("kernels", f"compiled by {compiler}", _checked_cache(cached))
 
 
 def _cache() -> Path:
@@ -122,9 +119,16 @@ def _compile(compiler: str, cached: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_private(directory: Path) -> None:
+def _checked_cache(cached: Path) -> Path:
+    """Return the library in ``cached``, which nobody else can have written or replaced."""
+    _require_private(cached.parent, 0o022)
+    _require_private(cached, 0o077)
+    return _checked(cached)
+
+
+def _require_private(directory: Path, closed: int) -> None:
     found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & closed:
         raise InputError(
             f"{directory} is open to others, so its library is not loaded; delete it, or set "
             f"{VARIABLE}=bodies"

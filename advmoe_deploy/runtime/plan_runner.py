@@ -134,7 +134,8 @@ def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
     if step.top_k == 1:
         ids_RK = scores_RE.argmax(axis=1)[:, None].astype(np.int64)
     else:
-        ids_RK = np.argsort(-scores_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
+        descending_RE = np.where(np.isnan(scores_RE), -np.inf, -scores_RE)  # NaN first, as argmax
+        ids_RK = np.argsort(descending_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
     shape = (-1, *(int(size) for size in step.shape[1:]))
     weights_RK = weights_of(step, scores_RE, ids_RK)
     return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}

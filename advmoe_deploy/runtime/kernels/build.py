@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,10 +23,12 @@ _SECONDS = 120
 
 
 def find_compiler() -> str | None:
-    """Return the C compiler: what ``CC`` names, else ``cc``; ``None`` if there is none."""
+    """Return the C compiler and its flags, from ``CC``, else ``cc``; ``None`` if there is none."""
     if os.name == "nt":  # libraries of another kind, with other flags
         return None
-    return shutil.which(os.environ.get("CC") or "cc")
+    name, *flags = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
+    found = shutil.which(name)
+    return shlex.join([found, *flags]) if found else None
 
 
 def source_hash() -> str:
@@ -45,7 +48,7 @@ def compile_kernels(compiler: str, directory: Path) -> None:
         OSError: the compiler cannot be run or fails, or the disk does not take the library.
     """
     library = directory / LIBRARY
-    command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(library)]
+    command = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(library)]
     try:
         done = subprocess.run(  # noqa: S603
             command, capture_output=True, text=True, timeout=_SECONDS, check=False

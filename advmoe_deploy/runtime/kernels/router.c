@@ -172,7 +172,7 @@ static OrtStatus *check_linear(
 static OrtStatus *check_router(const Kernel *kernel, const Tensor *x, int64_t experts)
 {
     const Source source = kernel->operator->source;
-    if (source == FROM_MAP ? x->rank < 3 : x->rank != 2) {
+    if (source == FROM_MAP ? x->rank != 4 : x->rank != 2) {
         return refuse(
             kernel, source == FROM_MAP ? "ai.advmoe: a feature map must be [N, C, H, W]"
                                        : "ai.advmoe: rows and scores have two dimensions");
