@@ -190,10 +190,12 @@ class PrecisionReport(Frozen):
                     f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images "
                     f"(limit: {self.max_drop:g} points lost)"
                 )
+        if self.clean_accuracy is None:
+            lines.append("accuracy was not measured: there were no labelled images")
         if self.router is not None:
             router = self.router
             lines.append(
-                "with the routers lowered too, "
+                "with everything lowered, routers included, "
                 f"{100 * router.route_agreement_lowered:.4g} % of the clear routes would agree "
                 f"and a batch of {router.batch} take {router.lowered_ms:.3g} ms instead of "
                 f"{router.shipped_ms:.3g}"

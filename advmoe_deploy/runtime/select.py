@@ -150,7 +150,11 @@ def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> Engi
 
 
 def _warm(bundle: Bundle, runner: Runner) -> Runner:
-    """Run the golden images at the usual batch sizes, so that no request waits for compilation."""
+    """Run the golden images at the usual batch sizes, so that few requests wait for compilation.
+
+    An expert is compiled for the numbers of rows it gets thereby; another split of a batch may
+    still meet a new one.
+    """
     with ExitStack() as stack:
         stack.enter_context(runner)
         with np.load(bundle.file(GOLDEN)) as golden:
