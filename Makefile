@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/advmoe demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
