@@ -11,7 +11,8 @@ and timed as users run it, interleaved in one process with
 * ``computed``: the same, but every expert that has rows, on just those, as the model computes them.
   Few rows each read many weights: what this takes beyond ``parts`` no implementation of routing can
   save, only another model;
-* ``dense`` and ``unfused``: the network without experts, and every expert computed, then selected.
+* ``dense`` and, where it has a bound, ``unfused``: the network without experts, and every expert
+  computed, then selected.
 
 ``balanced`` images visit every expert alike; ``skewed`` ones all take the routes of one image. No
 thread pool spins. Rows of an earlier result that were not measured again are kept.
@@ -192,13 +193,15 @@ def inputs_of(segment: Segment, batch: int, rows: int) -> dict[str, np.ndarray]:
 def rows_of(
     name: str, bundle: Bundle, threads: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Return a row per batch size and load."""
+    """Return a row per batch size and load; by default of the batch sizes that have a bound."""
     rows = []
-    for batch in arguments.batches:
+    bounds = CASES[name][1]
+    bounded = sorted({batch for bound in bounds.values() for batch in bound})
+    for batch in arguments.batches or bounded:
         for load in ("balanced", "skewed"):
             with ExitStack() as stack:
                 images = batch_of(bundle, batch, load)
-                calls = models_of(stack, bundle, images, threads)
+                calls = models_of(stack, bundle, images, threads, "unfused / moe" in bounds)
                 calls |= parts_of(stack, bundle, images, threads, loads_of(bundle, images))
                 times = time_interleaved(calls, warmup=3, budget_s=arguments.seconds)
             rows.append(row_of(name, {"batch": batch, "load": load, "threads": threads}, times))
@@ -206,14 +209,18 @@ def rows_of(
     return rows
 
 
-def models_of(stack: ExitStack, bundle: Bundle, images: np.ndarray, threads: int) -> Calls:
-    """Return a call for the model and for each baseline that the bundle has."""
+def models_of(
+    stack: ExitStack, bundle: Bundle, images: np.ndarray, threads: int, with_unfused: bool
+) -> Calls:
+    """Return a call for the model and for each baseline."""
     manifest, calls = bundle.manifest, {}
     for name, file, routes in (
         ("moe", MODEL, manifest.plan.routes),
         ("dense", "baselines/dense.onnx", ()),
         ("unfused", "baselines/unfused.onnx", manifest.plan.routes),
     ):
+        if name == "unfused" and not with_unfused:
+            continue
         runner = GraphRunner(
             bundle.file(file), manifest.model.image_shape, routes=routes, threads=threads
         )
@@ -231,8 +238,9 @@ def row_of(name: str, at: dict[str, Any], times: dict[str, np.ndarray]) -> dict[
         "moe / computed": (times["moe"], shared + used),
         "moe / dense": (times["moe"], times["dense"]),
         "dense / moe": (times["dense"], times["moe"]),
-        "unfused / moe": (times["unfused"], times["moe"]),
     }
+    if "unfused" in times:
+        pairs["unfused / moe"] = times["unfused"], times["moe"]
     ratios = {}
     for key, pair in pairs.items():
         ratio = ratio_of_medians(*pair)
@@ -257,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="parts of the names of the cases")
     parser.add_argument("--threads", type=numbers, default=(1, 2))
-    parser.add_argument("--batches", type=numbers, default=(1, 8, 64))
+    parser.add_argument("--batches", type=numbers, default=(), help="by default those with a bound")
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring per row")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
