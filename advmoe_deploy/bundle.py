@@ -4,7 +4,7 @@
     manifest.sha256        guards the manifest itself, against accident; not against an attacker
     model.onnx             the whole model in one graph
     segments/              one dense graph per segment of the plan
-    engines/               BACKEND-PRECISION/: graphs written for another engine or precision
+    engines/               BACKEND-PRECISION/: graphs or engines written for a backend, a precision
     reference.safetensors  the torch weights that ``verify`` attacks
     baselines/             dense, S-Dense and unfused graphs that ``profile`` times
     golden.npz             inputs and the reference's answers, routes by layer
@@ -15,6 +15,7 @@ Opening a bundle checks every hash before any of its files is handed out.
 import hashlib
 import json
 import os
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,50 @@ class FileRecord(Frozen):
     bytes: int
 
 
+class EngineDevice(Frozen):
+    """The GPU and the TensorRT that engines were built for: they run on no other.
+
+    ``tensorrt`` is the version in full. Version-compatible engines also run on later releases of
+    the same major version. With ``tf32``, fp32 is rounded to TF32 where that is faster.
+    """
+
+    gpu: str
+    compute_capability: tuple[int, int]
+    tensorrt: str
+    version_compatible: bool = False
+    tf32: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The device in the name of a folder: ``nvidia-h100-pcie-sm90-10.16.1``."""
+        major, minor = self.compute_capability
+        gpu = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
+        return f"{gpu}-sm{major}{minor}-{'.'.join(self.tensorrt.split('.')[:3])}"
+
+    def mismatch(self, *, gpu: str, compute_capability: tuple[int, int], tensorrt: str) -> str:
+        """Return why engines of this device do not run on that one; nothing if they do."""
+        there = gpu, compute_capability
+        if (self.gpu, self.compute_capability) != there:
+            return f"built on {_on(self.gpu, self.compute_capability)}, this is {_on(*there)}"
+        if self._runs_with(tensorrt):
+            return ""
+        later = " or later releases of that major version" if self.version_compatible else ""
+        return f"built with TensorRT {self.tensorrt}{later}, here is {tensorrt}"
+
+    def _runs_with(self, tensorrt: str) -> bool:
+        built, here = _numbers(self.tensorrt), _numbers(tensorrt)
+        later = self.version_compatible and built[:1] == here[:1] and built <= here
+        return self.tensorrt == tensorrt or later
+
+
+def _on(gpu: str, compute_capability: tuple[int, int]) -> str:
+    return f"{gpu} (compute capability {compute_capability[0]}.{compute_capability[1]})"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
 class EngineSet(Frozen):
     """What was written for one backend at one precision, and what was measured of it.
 
@@ -59,12 +104,14 @@ class EngineSet(Frozen):
     computes in, quantised parts aside. ``segments`` says at which precision each segment of the
     bundle's own plan is run there, and ``files`` where those that had to be rewritten are.
     ``check`` is what the export measured, at fp32 nothing but ``parity``; ``calibration`` is what
-    int8 scales were taken from.
+    int8 scales were taken from. ``device`` is what engines were built for, where they are tied to
+    one; TensorRT graphs that were not built yet have none.
     """
 
     backend: Backend
     precision: Precision
     plan: Plan
+    device: EngineDevice | None = None
     arithmetic: dict[str, Arithmetic]
     segments: dict[str, Precision]
     files: dict[str, str] = Field(default_factory=dict)
@@ -77,8 +124,23 @@ class EngineSet(Frozen):
         """What to pass as an engine to run it."""
         return f"{self.backend}:{self.precision}"
 
+    @property
+    def is_built(self) -> bool:
+        """Whether it runs as it is: TensorRT graphs without a device have to be built first."""
+        return self.backend != "tensorrt" or self.device is not None
+
     def findings(self) -> list[str]:
         """Return what was measured, a sentence each."""
+        device = self.device
+        lines = [] if self.is_built else ["to be built on a GPU; measured in ONNX Runtime instead"]
+        if device is not None:
+            lines = [
+                f"for {_on(device.gpu, device.compute_capability)}, TensorRT {device.tensorrt}"
+            ]
+            lines += ["fp32 is rounded to TF32"] if device.tf32 else []
+        return lines + self._measured()
+
+    def _measured(self) -> list[str]:
         parity, check = self.parity, self.check
         routes = (
             f"{100 * parity.route_agreement:.4g} % of the clear routes agree, of "
@@ -135,11 +197,11 @@ class Bundle:
         return name in self.manifest.files
 
     def engine_set(self, backend: Backend, precision: Precision) -> EngineSet | None:
-        """Return what was written for ``backend`` at ``precision``, if anything."""
-        for engines in self.manifest.engines:
-            if (engines.backend, engines.precision) == (backend, precision):
-                return engines
-        return None
+        """Return what was written for ``backend`` at ``precision``; what is built comes first."""
+        found = [
+            e for e in self.manifest.engines if (e.backend, e.precision) == (backend, precision)
+        ]
+        return next(iter(sorted(found, key=lambda each: not each.is_built)), None)
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -87,6 +87,19 @@ class RouteStep(Frozen):
         """Shape of ids and weights."""
         return ("N", self.top_k) if self.tokens is None else ("N", self.tokens, self.top_k)
 
+    @property
+    def rows(self) -> str:
+        """How many rows are routed, as a shape says it."""
+        return "N" if self.tokens is None else f"{self.tokens}*N"
+
+    @property
+    def made(self) -> tuple[TensorInfo, TensorInfo]:
+        """The declarations of ids and weights."""
+        return (
+            TensorInfo(name=self.expert_ids, dtype="int64", shape=self.shape),
+            TensorInfo(name=self.weights, dtype="float32", shape=self.shape),
+        )
+
 
 class ExpertsStep(Frozen):
     """Each row's output is the sum over its experts of weight times the expert's segment of it.
@@ -105,10 +118,14 @@ Step = Annotated[RunStep | RouteStep | ExpertsStep, Field(discriminator="kind")]
 
 
 class Plan(Frozen):
-    """Segments and the steps that join them; ``inputs`` are given, ``outputs`` come back."""
+    """Segments and the steps that join them; ``inputs`` are given, ``outputs`` come back.
+
+    ``inside`` are routing points that a segment decides itself: it makes their ids and weights.
+    """
 
     segments: tuple[Segment, ...]
     steps: tuple[Step, ...]
+    inside: tuple[RouteStep, ...] = ()
     inputs: tuple[str, ...] = ("images",)
     outputs: tuple[str, ...] = ("logits",)
 
@@ -126,7 +143,7 @@ class Plan(Frozen):
         Raises:
             ValueError: the steps do not fit together.
         """
-        walk = _Walk(self.segments, self.inputs)
+        walk = _Walk(self.segments, self.inputs, self.inside)
         for step in self.steps:
             walk.take(step)
         return {name: info for name, info in walk.made.items() if info is not None}
@@ -141,8 +158,8 @@ class Plan(Frozen):
 
     @property
     def routes(self) -> tuple[RouteStep, ...]:
-        """The routing points, in order."""
-        return tuple(step for step in self.steps if isinstance(step, RouteStep))
+        """The routing points: those among the steps, in order, and those inside of segments."""
+        return (*(step for step in self.steps if isinstance(step, RouteStep)), *self.inside)
 
 
 class _Walk:
@@ -151,9 +168,12 @@ class _Walk:
     An input of the plan is declared by whoever reads it first.
     """
 
-    def __init__(self, segments: Iterable[Segment], inputs: Iterable[str]) -> None:
+    def __init__(
+        self, segments: Iterable[Segment], inputs: Iterable[str], inside: Iterable[RouteStep]
+    ) -> None:
         self.segments = {segment.name: segment for segment in segments}
         self.made: dict[str, TensorInfo | None] = dict.fromkeys(inputs)
+        self.inside = {route.layer: route for route in inside}
         self.routes: dict[str, RouteStep] = {}
 
     def take(self, step: Step) -> None:
@@ -171,20 +191,16 @@ class _Walk:
 
     def _route(self, step: RouteStep) -> None:
         scores = self._known(step.scores, step)
-        rows = "N" if step.tokens is None else f"{step.tokens}*N"
-        if scores.shape != (rows, step.num_experts):
+        if scores.shape != (step.rows, step.num_experts):
             raise ValueError(
                 f"layer {step.layer!r} routes scores of shape {scores.shape}, "
-                f"not {(rows, step.num_experts)}"
+                f"not {(step.rows, step.num_experts)}"
             )
         self.routes[step.layer] = step
-        self._add(
-            TensorInfo(name=step.expert_ids, dtype="int64", shape=step.shape),
-            TensorInfo(name=step.weights, dtype="float32", shape=step.shape),
-        )
+        self._add(*step.made)
 
     def _experts(self, step: ExpertsStep) -> None:
-        route = self.routes.get(step.layer)
+        route = self._route_of(step.layer)
         if route is None or len(step.segments) != route.num_experts:
             raise ValueError(
                 f"layer {step.layer!r} has {len(step.segments)} expert segments and "
@@ -194,10 +210,16 @@ class _Walk:
         kinds = {(_kinds(expert.inputs), _kinds(expert.outputs)) for expert in experts}
         if len(kinds) > 1 or any(len(e.inputs) != 1 or len(e.outputs) != 1 for e in experts):
             raise ValueError(f"the experts of layer {step.layer!r} are not of one shape")
-        rows = self._known(route.scores, step).shape[0]
         (given,), (answer,) = experts[0].inputs, experts[0].outputs
-        self._read(_with_rows(given, step.input, rows), step)
-        self._add(_with_rows(answer, step.output, rows))
+        self._read(_with_rows(given, step.input, route.rows), step)
+        self._add(_with_rows(answer, step.output, route.rows))
+
+    def _route_of(self, layer: str) -> RouteStep | None:
+        """Return what decides for ``layer`` by now: a step, or a segment inside."""
+        inside = self.inside.get(layer)
+        if inside is not None and self.made.get(inside.expert_ids) == inside.made[0]:
+            return inside
+        return self.routes.get(layer)
 
     def _segment(self, name: str) -> Segment:
         if name not in self.segments:

@@ -28,7 +28,7 @@ Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # What is not quantised is computed in.
 Arithmetic = Literal["fp32", "fp16", "bf16"]
-Backend = Literal["onnxruntime", "openvino"]
+Backend = Literal["onnxruntime", "openvino", "tensorrt"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
 
 # Channels of the first stage before ``ratio``; of DenseNet its growth rate, of a ViT its tokens.

@@ -125,7 +125,8 @@ def _parity(parity: ParityReport) -> str:
 def _engines(engines: tuple[EngineSet, ...]) -> str:
     lines = ["## Other engines and precisions, against the torch model\n"]
     for each in engines:
-        lines += [f"`--engine {each.name}`:\n", *(f"- {line}" for line in each.findings()), ""]
+        name = f"`--engine {each.name}`" if each.is_built else f"graphs for `{each.name}`"
+        lines += [f"{name}:\n", *(f"- {line}" for line in each.findings()), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -1,0 +1,221 @@
+"""From an ONNX graph to a serialized TensorRT engine, on the names that 8.6, 10 and 11 share.
+
+Written against the documented interface; not run on a GPU yet. Precision is in the graph: float16
+tensors, bfloat16 tensors, Q/DQ pairs. Releases from 10 on take it from there (strong typing);
+before, flags allow it, and TensorRT may still choose float32 where that is faster.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.errors import (
+    BackendUnavailableError,
+    BundleError,
+    CheckFailedError,
+    MachineError,
+)
+from advmoe_deploy.files import write_atomically
+from advmoe_deploy.runtime.tensorrt_api import (
+    STRONG_TYPES,
+    logger,
+    probe,
+    tensorrt,
+    tensorrt_version,
+    version_text,
+)
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.specs import BatchProfile, Precision
+
+# The flag that allows each precision where a graph's own types do not rule.
+_FLAGS: dict[Precision, tuple[str, ...]] = {
+    "fp32": (),
+    "fp16": ("FP16",),
+    "bf16": ("BF16",),
+    "int8": ("INT8",),
+}
+_OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "insufficient memory", "bad_alloc")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How engines are built.
+
+    Args:
+        batch: the batch sizes.
+        tf32: let fp32 be rounded to TF32, which keeps 10 bits of 23.
+        workspace_mib: memory a kernel may use beside its inputs and outputs; by default TensorRT's.
+        optimization_level: 0 to 5, how long to search; by default TensorRT's, which is 3.
+        version_compatible: the engine also runs on later releases of this major version.
+        refittable: weights can be changed later, at some cost in speed.
+        tactic_sources: the libraries whose kernels may be tried, by TensorRT's names; by default
+            all. Where cuBLAS and cuDNN are stand-ins, JIT_CONVOLUTIONS and EDGE_MASK_CONVOLUTIONS.
+        timing_cache: a file of timings that builds share.
+    """
+
+    batch: BatchProfile = field(default_factory=BatchProfile)
+    tf32: bool = False
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    refittable: bool = False
+    tactic_sources: tuple[str, ...] | None = None
+    timing_cache: Path | None = None
+
+    def with_timings(self, file: Path) -> Self:
+        """Return the same with timings kept in ``file``, unless they are kept elsewhere already."""
+        return replace(self, timing_cache=self.timing_cache or file)
+
+
+def timing_cache_file(device: EngineDevice) -> Path:
+    """Return where timings of this GPU and this release are kept, in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "advmoe-deploy" / "tensorrt" / f"{device.slug}.timings"
+
+
+def build_engine(
+    onnx: bytes,
+    shapes: Mapping[str, Shapes],
+    options: BuildOptions,
+    *,
+    precision: Precision = "fp32",
+    name: str = "the graph",
+) -> bytes:
+    """Return the serialized engine of a graph.
+
+    Args:
+        onnx: the graph, of standard operators.
+        shapes: of its inputs by name; they become the one optimization profile.
+        options: how to build.
+        precision: the lowest that the graph says.
+        name: what to call it in messages.
+
+    Raises:
+        BackendUnavailableError: TensorRT or a GPU is missing, or TensorRT lacks the precision.
+        BundleError: TensorRT cannot read the graph.
+        CheckFailedError: it can, and finds no kernels for it.
+        MachineError: memory is used up.
+    """
+    trt = tensorrt()
+    require_buildable(precision)
+    builder = _builder()
+    network = builder.create_network(_network_flags(trt))
+    _parse(trt, network, onnx, name)
+    config = builder.create_builder_config()
+    _configure(trt, config, options, precision)
+    profile = builder.create_optimization_profile()
+    for tensor, sizes in shapes.items():
+        profile.set_shape(tensor, sizes.min, sizes.opt, sizes.max)
+    config.add_optimization_profile(profile)
+    _take_timings(config, options.timing_cache)
+    logger().problems.clear()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _not_built(name)
+    _keep_timings(config, options.timing_cache)
+    return bytes(memoryview(plan))
+
+
+def require_buildable(precision: Precision) -> None:
+    """Raise :class:`BackendUnavailableError` if this TensorRT does not compute in ``precision``."""
+    trt = tensorrt()
+    if tensorrt_version() >= STRONG_TYPES:
+        return
+    for flag in _FLAGS[precision]:
+        if probe(trt.BuilderFlag, flag) is None:
+            raise BackendUnavailableError(
+                f"TensorRT {version_text()} has no {precision}; use --precision fp16, or TensorRT "
+                "10 or newer"
+            )
+
+
+def _builder() -> Any:
+    trt = tensorrt()
+    try:
+        builder = trt.Builder(logger())
+    except (TypeError, RuntimeError):  # without a GPU there is none to be had
+        builder = None
+    if builder is None:
+        raise BackendUnavailableError(
+            f"TensorRT cannot start: {logger().last_problem()}; it builds only where an NVIDIA GPU "
+            "and its driver are; elsewhere export with --onnx-only"
+        )
+    return builder
+
+
+def _network_flags(trt: Any) -> int:
+    """Return the flags of a network with dynamic batches that keeps to its graph's types."""
+    wanted = ["EXPLICIT_BATCH"]
+    if tensorrt_version() >= STRONG_TYPES:
+        wanted.append("STRONGLY_TYPED")
+    members = [probe(trt.NetworkDefinitionCreationFlag, name) for name in wanted]
+    return sum(1 << int(member) for member in members if member is not None)
+
+
+def _parse(trt: Any, network: Any, onnx: bytes, name: str) -> None:
+    parser = trt.OnnxParser(network, logger())
+    if parser.parse(onnx):
+        return
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    reasons = "; ".join(dict.fromkeys(" ".join(str(error.desc()).split()) for error in errors))
+    raise BundleError(f"TensorRT {version_text()} cannot read {name}: {reasons or 'no reason'}")
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions, precision: Precision) -> None:
+    if options.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if tensorrt_version() < STRONG_TYPES:
+        for flag in _FLAGS[precision]:
+            config.set_flag(probe(trt.BuilderFlag, flag))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if options.workspace_mib is not None:
+        size = options.workspace_mib * _MIB
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.tactic_sources is not None:
+        config.set_tactic_sources(_sources(trt, options.tactic_sources))
+
+
+def _sources(trt: Any, names: tuple[str, ...]) -> int:
+    members = {name: probe(trt.TacticSource, name) for name in names}
+    if missing := [name for name, member in members.items() if member is None]:
+        raise BackendUnavailableError(
+            f"TensorRT {version_text()} has no tactic source {', '.join(missing)}"
+        )
+    return sum(1 << int(member) for member in members.values())
+
+
+def _take_timings(config: Any, file: Path | None) -> None:
+    """Start from the timings in ``file``; those of another GPU or release are left aside."""
+    if file is None:
+        return
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _keep_timings(config: Any, file: Path | None) -> None:
+    cache = config.get_timing_cache() if file is not None else None
+    if file is not None and cache is not None:
+        write_atomically(file, bytes(memoryview(cache.serialize())))
+
+
+def _not_built(name: str) -> Exception:
+    reason = logger().last_problem()
+    if any(words in reason for words in _OUT_OF_MEMORY):
+        return MachineError(
+            f"out of GPU memory while {name} was built; lower --batch-max or --workspace-mib"
+        )
+    return CheckFailedError(f"TensorRT {version_text()} cannot build {name}: {reason}")

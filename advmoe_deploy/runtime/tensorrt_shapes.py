@@ -1,0 +1,75 @@
+"""The input shapes that engines are built for: least, best and largest, from batch sizes.
+
+A size of the plan follows the batch as images (``N``), as tokens of all images (``16*N``) or as the
+rows that an expert is given (``R``): any number of the routed rows, a balanced share at best.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
+from advmoe_deploy.specs import BatchProfile
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The least, the best and the largest shape of one input."""
+
+    min: Sizes
+    opt: Sizes
+    max: Sizes
+
+
+def shapes_of_segments(plan: Plan, batch: BatchProfile) -> dict[str, dict[str, Shapes]]:
+    """Return the shapes of every input of every segment, by segment and by input."""
+    rows = _rows_of_experts(plan, batch)
+    return {
+        segment.name: {
+            tensor.name: shapes_of(tensor, batch, rows.get(segment.name))
+            for tensor in segment.inputs
+        }
+        for segment in plan.segments
+    }
+
+
+def _rows_of_experts(plan: Plan, batch: BatchProfile) -> Mapping[str, BatchProfile]:
+    layers = [step for step in plan.steps if isinstance(step, ExpertsStep)]
+    return {
+        name: rows_profile(plan.route(step.layer), len(step.segments), batch)
+        for step in layers
+        for name in step.segments
+    }
+
+
+def rows_profile(route: RouteStep, experts: int, batch: BatchProfile) -> BatchProfile:
+    """Return how many rows each of ``experts`` is built for.
+
+    A row goes to an expert once at most, so all rows are the most that one can get.
+    """
+    tokens = route.tokens or 1
+    share = -(-batch.opt * tokens * route.top_k // experts)
+    return BatchProfile(min=1, opt=min(share, batch.max * tokens), max=batch.max * tokens)
+
+
+def shapes_of(tensor: TensorInfo, batch: BatchProfile, rows: BatchProfile | None = None) -> Shapes:
+    """Return the shapes of ``tensor``; ``rows`` are those of the expert that it is given to."""
+    given = rows if rows is not None else batch
+
+    def at(images: int, of_expert: int) -> Sizes:
+        return tuple(_size(each, images, of_expert) for each in tensor.shape)
+
+    return Shapes(at(batch.min, given.min), at(batch.opt, given.opt), at(batch.max, given.max))
+
+
+def _size(size: int | str, images: int, of_expert: int) -> int:
+    if isinstance(size, int):
+        return size
+    if size == "R":
+        return of_expert
+    factor, _, name = size.rpartition("*")
+    if name != "N" or not (factor.isdecimal() or not factor):
+        raise UsageError(f"a size of {size!r} follows no batch; it is N, 16*N or R")
+    return int(factor or 1) * images

@@ -1,0 +1,107 @@
+"""What of the TensorRT backend needs no TensorRT: shapes, versions, refusals, batches."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from advmoe_deploy.bundle import Bundle, EngineDevice
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.plan import RouteStep, TensorInfo
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.in_batches import InBatches
+from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.tensorrt_api import parse_version, probe
+from advmoe_deploy.runtime.tensorrt_shapes import (
+    Shapes,
+    rows_profile,
+    shapes_of,
+    shapes_of_segments,
+)
+from advmoe_deploy.specs import BatchProfile, Precision
+
+BATCH = BatchProfile(min=1, opt=8, max=32)
+H100 = EngineDevice(gpu="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), tensorrt="10.16.1.11")
+
+
+def test_shapes_follow_images_and_rows(tiny_bundle: Bundle) -> None:
+    shapes = shapes_of_segments(tiny_bundle.manifest.plan, BATCH)
+    assert shapes["router"]["images"] == Shapes((1, 1, 8, 8), (8, 1, 8, 8), (32, 1, 8, 8))
+    # Two experts: half of the images is a balanced share, all of them the most.
+    assert shapes["router.expert-0"]["images"] == Shapes((1, 1, 8, 8), (4, 1, 8, 8), (32, 1, 8, 8))
+
+
+def test_tokens_are_rows() -> None:
+    route = RouteStep(
+        layer="l", scores="s", num_experts=3, top_k=2, weighting="probability", tokens=4
+    )
+    assert rows_profile(route, 3, BATCH) == BatchProfile(min=1, opt=22, max=128)  # 8 * 4 * 2 / 3
+    tensor = TensorInfo(name="x", dtype="float32", shape=("4*N", 16))
+    assert shapes_of(tensor, BATCH) == Shapes((4, 16), (32, 16), (128, 16))
+    with pytest.raises(UsageError, match="'M' follows no batch"):
+        shapes_of(TensorInfo(name="x", dtype="float32", shape=("M",)), BATCH)
+
+
+def test_versions_are_numbers() -> None:
+    assert parse_version("10.16.1.11") == (10, 16, 1)
+    assert parse_version("11") == (11, 0, 0)
+    assert parse_version("8.6.0") < (10, 0, 0)
+    assert probe(np, "no such name") is None
+
+
+def test_a_device_is_a_name_for_a_folder() -> None:
+    assert H100.slug == "nvidia-h100-80gb-hbm3-sm90-10.16.1"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "tensorrt", "compatible", "why"),
+    [
+        (H100.gpu, (9, 0), "10.16.1.11", False, ""),
+        (H100.gpu, (9, 0), "10.17.0.1", False, "built with TensorRT 10.16.1.11, here is 10.17.0.1"),
+        (H100.gpu, (9, 0), "10.17.0.1", True, ""),
+        (
+            H100.gpu,
+            (9, 0),
+            "10.15.0.1",
+            True,
+            "or later releases of that major version, here is 10.15",
+        ),
+        (H100.gpu, (9, 0), "11.0.0.1", True, "here is 11.0.0.1"),
+        ("NVIDIA L4", (8, 9), "10.16.1.11", True, "this is NVIDIA L4 (compute capability 8.9)"),
+    ],
+)
+def test_engines_are_tied_to_their_device(
+    gpu: str, capability: tuple[int, int], tensorrt: str, compatible: bool, why: str
+) -> None:
+    built = H100.model_copy(update={"version_compatible": compatible})
+    answer = built.mismatch(gpu=gpu, compute_capability=capability, tensorrt=tensorrt)
+    assert why in answer
+    assert bool(why) == bool(answer)
+
+
+class Means(Closing):
+    """Answers each image's mean, and keeps the sizes of its batches."""
+
+    name = "means"
+    precision: Precision = "fp32"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def infer(self, images: NDArray[np.float32]) -> Prediction:
+        self.sizes.append(len(images))
+        means_N1 = images.mean(axis=(1, 2, 3))[:, None]
+        return Prediction(means_N1, {"l": means_N1.astype(np.int64)}, {"l": means_N1})
+
+    def close(self) -> None:
+        self.sizes.append(-1)
+
+
+def test_batches_are_split_and_filled_up() -> None:
+    images = np.arange(11, dtype=np.float32)[:, None, None, None]
+    runner = Means()
+    with InBatches(runner, BatchProfile(min=2, opt=3, max=5)) as batches:
+        answer = batches.infer(images)
+    assert runner.sizes == [5, 5, 2, -1]
+    np.testing.assert_array_equal(answer.logits, images[:, :, 0, 0])
+    np.testing.assert_array_equal(answer.weights["l"], images[:, :, 0, 0])
+    np.testing.assert_array_equal(answer.expert_ids["l"][:, 0], np.arange(11))
