@@ -1,0 +1,115 @@
+"""Where a plan's tensors lie on engines that have a memory of their own."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, TensorInfo
+from advmoe_deploy.runtime.dispatch import (
+    GROUPED,
+    MOST_AT_ONCE,
+    OWN_ROWS,
+    POSITIONS,
+    ROWS,
+    at_once_step,
+    is_read_later,
+    region_rows,
+    rows_per_image,
+)
+from advmoe_deploy.runtime.lanes import View
+from advmoe_deploy.specs import BatchProfile
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of experts.
+
+    ``slots`` has by expert the number of its region, of ``region`` rows, and its segment.
+    """
+
+    step: ExpertsStep
+    route: RouteStep
+    segments: dict[str, Segment]
+    slots: dict[int, tuple[int, str]]
+    region: int
+    is_read_later: bool
+
+    def answer(self, slot: int, rows: int) -> View:
+        """Return the first rows of a region."""
+        return View(grouped_name(self.step), rows, slot * self.region)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of ``plan`` lie, and how many images there may be.
+
+    Up to ``at_once`` images every expert runs beside the router; 0 is never.
+
+    Raises:
+        UsageError: ``at_once`` is asked of a plan that has to know the routes first.
+    """
+
+    plan: Plan
+    batch: BatchProfile
+    at_once: int = 0
+
+    def __post_init__(self) -> None:
+        if self.at_once and at_once_step(self.plan) is None:
+            raise UsageError(
+                "experts run beside their router only in a single layer of at most "
+                f"{MOST_AT_ONCE} that read the images; choose another engine for this model"
+            )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The plan's tensors by name."""
+        return self.plan.tensors()
+
+    @cached_property
+    def factors(self) -> dict[str, int]:
+        """How many rows of each tensor belong to an image."""
+        return {name: rows_per_image(self.plan, name) for name in self.tensors}
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """The layers of experts by the name of their output."""
+        steps = [step for step in self.plan.steps if isinstance(step, ExpertsStep)]
+        return {step.output: self._layer(step) for step in steps}
+
+    @cached_property
+    def capacity(self) -> dict[str, int]:
+        """The rows of every tensor that a lane of this plan holds."""
+        rows = {name: self.rows(name, self.batch.max) for name in self.tensors}
+        for layer in self.layers.values():
+            rows[grouped_name(layer.step)] = len(layer.slots) * layer.region
+            top_k = layer.route.top_k
+            rows[positions_name(layer.step)] = rows[layer.step.output] * top_k
+            for name in layer.step.segments:
+                rows[f"{name}.{ROWS}"] = rows[f"{name}.{OWN_ROWS}"] = rows[layer.step.input]
+        return rows
+
+    def rows(self, tensor: str, images: int) -> int:
+        """Return the rows of ``tensor`` that belong to as many images."""
+        return images * self.factors[tensor]
+
+    def _layer(self, step: ExpertsStep) -> Layer:
+        values = prod(int(size) for size in self.tensors[step.output].shape[1:])
+        return Layer(
+            step=step,
+            route=self.plan.route(step.layer),
+            segments={name: self.plan.segment(name) for name in step.segments},
+            slots={expert: (expert, name) for expert, name in enumerate(step.segments)},
+            region=region_rows(self.rows(step.output, self.batch.max), values),
+            is_read_later=is_read_later(self.plan, step.output),
+        )
+
+
+def grouped_name(step: ExpertsStep) -> str:
+    """Return the name of the tensor that a layer's experts answer into, a region each."""
+    return f"{step.output}.{GROUPED}"
+
+
+def positions_name(step: ExpertsStep) -> str:
+    """Return the name of the tensor that says where in it each choice's answer is."""
+    return f"{step.output}.{POSITIONS}"

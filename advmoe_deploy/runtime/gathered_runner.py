@@ -1,0 +1,282 @@
+"""Runs a plan on engines that have a memory of their own, and leaves tensors there.
+
+The host waits for the experts' ids and for the answer; from ids it makes row numbers, by which
+small graphs (``export.movers``) gather each expert's rows and put the answers back. Rows are padded
+to few sizes, for which engines are prepared once.
+
+Shapes: N images, R rows of one expert, K experts per row.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from queue import LifoQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.dispatch import (
+    ALL_ROWS,
+    GROUPED,
+    OWN_ROWS,
+    POSITIONS,
+    ROWS,
+    Dispatch,
+    bucket,
+    combine_name,
+    combined,
+    dispatch,
+    dispatch_name,
+    padded,
+)
+from advmoe_deploy.runtime.engine import OpenEngine, Source
+from advmoe_deploy.runtime.gathered_layout import Layer, Layout, grouped_name, positions_name
+from advmoe_deploy.runtime.images import checked_images
+from advmoe_deploy.runtime.in_batches import joined
+from advmoe_deploy.runtime.lanes import Call, HostLane, Lane, View
+from advmoe_deploy.runtime.plan_runner import route as routed
+from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import prediction_of
+from advmoe_deploy.specs import BatchProfile, Precision
+
+
+class GatheredRunner(Closing):
+    """Runs a plan over lanes; safe to call from as many threads as there are lanes, and more."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        lanes: Sequence[Lane],
+        image_shape: tuple[int, int, int],
+        *,
+        name: str,
+        precision: Precision = "fp32",
+        resources: ExitStack,
+    ) -> None:
+        """Take over ``lanes``.
+
+        Args:
+            layout: the plan, and the batches that lanes take; larger ones are split.
+            lanes: one for each batch that may be under way.
+            image_shape: channels, height, width.
+            name: what the runner is called.
+            precision: what its answers are computed in, at the lowest.
+            resources: what is closed with the runner, lanes included.
+        """
+        self.name = name
+        self.precision = precision
+        self._layout = layout
+        self._image_shape = image_shape
+        self._resources = resources
+        self._lanes: LifoQueue[Lane] | None = LifoQueue()
+        for lane in lanes:
+            self._lanes.put(lane)
+
+    @classmethod
+    def over_engines(
+        cls,
+        plan: Plan,
+        graphs: Mapping[str, Source],
+        image_shape: tuple[int, int, int],
+        *,
+        open_engine: OpenEngine,
+        batch: BatchProfile,
+        name: str,
+        precision: Precision = "fp32",
+        at_once: int = 0,
+    ) -> "GatheredRunner":
+        """Return a runner over engines of any kind, whose tensors cross through the host.
+
+        ``graphs`` are those of the plan and those that move rows, by name; ``open_engine`` makes
+        the engine of each. The rest is as for :class:`Layout` and the constructor.
+        """
+        layout = Layout(plan, batch, at_once)
+        with ExitStack() as stack:
+            engines = {}
+            for graph, source in graphs.items():
+                engines[graph] = stack.enter_context(open_engine(graph, source))
+            lane = HostLane(engines, layout.capacity)
+            return cls(
+                layout,
+                [lane],
+                image_shape,
+                name=name,
+                precision=precision,
+                resources=stack.pop_all(),
+            )
+
+    def computes_all(self, batch: int) -> bool:
+        """Return whether every expert computes a batch of this size."""
+        return batch <= self._layout.at_once
+
+    def infer(self, images: NDArray[np.float32]) -> Prediction:
+        """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
+        checked = checked_images(images, self._image_shape)
+        most = self._layout.batch.max
+        parts = [self._infer(checked[i : i + most]) for i in range(0, len(checked), most)]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def _infer(self, images: NDArray[np.float32]) -> Prediction:
+        lanes = self._lanes  # another thread may close the runner meanwhile
+        if lanes is None:
+            raise UsageError("the engine is closed; open the bundle again")
+        lane = lanes.get()
+        try:
+            batch = _Batch(self._layout, lane, images)
+            return batch.at_once() if self.computes_all(len(images)) else batch.step_by_step()
+        finally:
+            try:
+                lane.settle()
+            finally:
+                lanes.put(lane)
+
+    def close(self) -> None:
+        """Release every lane."""
+        self._lanes = None
+        self._resources.close()
+
+
+class _Batch:
+    """One batch on one lane: where its tensors lie, and what has come to the host."""
+
+    def __init__(self, layout: Layout, lane: Lane, images: NDArray[np.float32]) -> None:
+        self.layout, self.plan, self.lane = layout, layout.plan, lane
+        self.count = len(images)
+        self.padded = max(bucket(self.count, layout.batch.max), layout.batch.min)
+        self.moved: dict[str, View] = {}
+        self.host: dict[str, NDArray[Any]] = {}
+        lane.put(self.plan.inputs[0], images)
+
+    def step_by_step(self) -> Prediction:
+        """Run the steps of the plan; experts run on their rows, once these are known."""
+        for step in self.plan.steps:
+            if isinstance(step, ExpertsStep):
+                self._experts(self.layout.layers[step.output])
+            else:
+                self._run(step)
+        return self._prediction()
+
+    def at_once(self) -> Prediction:
+        """Run every expert on every image beside the router, and choose when all are done."""
+        (layer,) = self.layout.layers.values()
+        for slot, name in layer.slots.values():
+            expert = self._expert(layer, slot, name, self._view(layer.step.input))
+            self.lane.run(expert, stream=1 + slot)
+        for other in self.plan.steps:
+            if not isinstance(other, ExpertsStep):
+                self._run(other)
+        views = [layer.answer(slot, self.count) for slot, _ in layer.slots.values()]
+        answers = self._with_ids(layer.route, *views)
+        parts = dict(zip(layer.slots, answers, strict=True))
+        chosen = enumerate(self._ids(layer.route)[:, 0])
+        self.host[layer.step.output] = np.stack([parts[int(e)][image] for image, e in chosen])
+        return self._prediction()
+
+    def _run(self, step: RunStep | RouteStep) -> None:
+        if isinstance(step, RouteStep):
+            self._route(step)
+            return
+        segment = self.plan.segment(step.segment)
+        inputs = {tensor.name: self._view(tensor.name) for tensor in segment.inputs}
+        outputs = {tensor.name: self._view(tensor.name) for tensor in segment.outputs}
+        self.lane.run(Call(segment.name, inputs, outputs))
+
+    def _route(self, step: RouteStep) -> None:
+        """Decide on the host, by scores that no segment has made a decision of."""
+        (scores,) = self.lane.get(self._view(step.scores, self.count))
+        self.host |= routed(step, scores)
+        if step.weighting != "one":
+            self.lane.put(step.weights, self.host[step.weights])
+
+    def _experts(self, layer: Layer) -> None:
+        given = dispatch(self._ids(layer.route))
+        if given.only is not None:  # always so for one image: nothing to gather, one stream to use
+            every = self._view(layer.step.input)
+            self.lane.run(self._expert(layer, *layer.slots[given.only], every))
+        else:
+            for expert, rows in given.rows():
+                self._dispatch(layer, *layer.slots[expert], rows)
+        if layer.is_read_later:
+            self._combine(layer, given)
+        else:
+            self._fetch(layer, given)
+
+    def _dispatch(self, layer: Layer, slot: int, name: str, rows: NDArray[np.int64]) -> None:
+        """Gather an expert's rows and run it on them, on a stream of its own."""
+        size = bucket(len(rows), self.layout.capacity[layer.step.input])
+        numbers, own = View(f"{name}.{ROWS}", size), View(f"{name}.{OWN_ROWS}", size)
+        every = self._view(layer.step.input, self.layout.batch.max)
+        gather = Call(dispatch_name(layer.step), {ALL_ROWS: every, ROWS: numbers}, {OWN_ROWS: own})
+        self.lane.put(numbers.tensor, padded(rows, size), stream=1 + slot)
+        self.lane.run(gather, self._expert(layer, slot, name, own), stream=1 + slot)
+
+    def _expert(self, layer: Layer, slot: int, name: str, rows: View) -> Call:
+        segment = layer.segments[name]
+        (given,), (answer,) = segment.inputs, segment.outputs
+        return Call(name, {given.name: rows}, {answer.name: layer.answer(slot, rows.rows)})
+
+    def _combine(self, layer: Layer, given: Dispatch) -> None:
+        """Put the answers in order where they are, unless they already are in order."""
+        step, route, made = layer.step, layer.route, self._view(layer.step.output)
+        if given.only is not None and route.weighting == "one":
+            slot, _ = layer.slots[given.only]
+            self.moved[step.output] = layer.answer(slot, made.rows)
+            return
+        starts = {expert: slot * layer.region for expert, (slot, _) in layer.slots.items()}
+        positions = View(positions_name(step), made.rows * route.top_k)
+        self.lane.put(positions.tensor, padded(given.positions(starts), positions.rows))
+        grouped = View(grouped_name(step), self.layout.capacity[grouped_name(step)])
+        inputs = {GROUPED: grouped, POSITIONS: positions}
+        if route.weighting != "one":
+            inputs[route.weights] = self._view(route.weights)
+        self.lane.run(Call(combine_name(step), inputs, {step.output: made}))
+
+    def _fetch(self, layer: Layer, given: Dispatch) -> None:
+        """Put the answers in order on the host, where they are wanted."""
+        views = [layer.answer(layer.slots[e][0], len(c)) for e, c in given.choices.items()]
+        parts = dict(zip(given.choices, self.lane.get(*views), strict=True))
+        weights = self._weights(layer.route)
+        self.host[layer.step.output] = combined(layer.route, given, parts, weights)
+
+    def _ids(self, route: RouteStep) -> NDArray[np.int64]:
+        """Return where a layer's rows go; the host waits for it."""
+        if route.expert_ids not in self.host:
+            self._with_ids(route)
+        return self.host[route.expert_ids]
+
+    def _with_ids(self, route: RouteStep, *views: View) -> list[NDArray[Any]]:
+        """Return these rows; where a layer's rows go, if it is not known, comes with them."""
+        unknown = [] if route.expert_ids in self.host else [View(route.expert_ids, self.count)]
+        values = self.lane.get(*unknown, *views)
+        if unknown:
+            self.host[route.expert_ids] = values.pop(0).astype(np.int64)
+        return values
+
+    def _weights(self, route: RouteStep) -> NDArray[np.float32]:
+        if route.weights not in self.host:
+            if route.weighting == "one":
+                self.host[route.weights] = np.ones(self._ids(route).shape, np.float32)
+            else:
+                (self.host[route.weights],) = self.lane.get(View(route.weights, self.count))
+        return self.host[route.weights]
+
+    def _prediction(self) -> Prediction:
+        for route in self.plan.routes:
+            self._ids(route)
+            self._weights(route)
+        missing = [name for name in self.plan.outputs if name not in self.host]
+        if missing:
+            values = self.lane.get(*(self._view(name, self.count) for name in missing))
+            self.host |= dict(zip(missing, values, strict=True))
+        tensors = self.layout.tensors
+        typed = {n: v.astype(tensors[n].dtype, copy=False) for n, v in self.host.items()}
+        return prediction_of(self.plan.routes, typed)
+
+    def _view(self, tensor: str, images: int | None = None) -> View:
+        """Return the rows of so many images, by default those of the padded batch."""
+        rows = self.layout.rows(tensor, self.padded if images is None else images)
+        moved = self.moved.get(tensor)
+        return View(moved.tensor, rows, moved.start) if moved else View(tensor, rows)

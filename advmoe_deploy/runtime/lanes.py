@@ -1,0 +1,91 @@
+"""What runs one batch at a time: engines, and the memory that their tensors live in.
+
+A lane belongs to one batch from its images to its answer, so it needs no locks; a runner that is to
+answer several threads at once has several lanes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class View:
+    """``rows`` rows of a tensor from row ``start`` on."""
+
+    tensor: str
+    rows: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a graph, and the rows that its inputs and outputs stand for."""
+
+    graph: str
+    inputs: Mapping[str, View]
+    outputs: Mapping[str, View]
+
+
+class Lane(Protocol):
+    """Tensors by name, of a fixed capacity of rows, and engines that read and write them."""
+
+    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
+        """Write ``values`` into the first rows of ``tensor``, cast to its type."""
+
+    def run(self, *calls: Call, stream: int = 0) -> None:
+        """Run graphs one after the other; streams run side by side."""
+
+    def get(self, *views: View) -> list[NDArray[Any]]:
+        """Return copies of these rows; waits for what makes them."""
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more."""
+
+
+class HostLane:
+    """A lane in host memory, over engines that take and give NumPy arrays.
+
+    For running a set of graphs where its own device is not at hand: it answers one call after the
+    other, on as many rows as the device would be given.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], capacity: Mapping[str, int]) -> None:
+        """Run ``engines``, by graph; ``capacity`` says how many rows each tensor has."""
+        self._engines = engines
+        self._capacity = capacity
+        self._tensors: dict[str, NDArray[Any]] = {}
+
+    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
+        """Write ``values`` into the first rows of ``tensor``."""
+        self._place(tensor, values)[: len(values)] = values
+
+    def run(self, *calls: Call, stream: int = 0) -> None:
+        """Run graphs one after the other; here, before anything else."""
+        for call in calls:
+            given = {name: self._rows(view) for name, view in call.inputs.items()}
+            answers = self._engines[call.graph].run(given)
+            for name, view in call.outputs.items():
+                place = self._place(view.tensor, answers[name])
+                place[view.start : view.start + view.rows] = answers[name]
+
+    def get(self, *views: View) -> list[NDArray[Any]]:
+        """Return copies of these rows."""
+        return [self._rows(view).copy() for view in views]
+
+    def settle(self) -> None:
+        """Do nothing: every call has ended before it returned."""
+
+    def _rows(self, view: View) -> NDArray[Any]:
+        return self._tensors[view.tensor][view.start : view.start + view.rows]
+
+    def _place(self, tensor: str, like: NDArray[Any]) -> NDArray[Any]:
+        if tensor not in self._tensors:
+            shape = (self._capacity[tensor], *like.shape[1:])
+            self._tensors[tensor] = np.zeros(shape, like.dtype)
+        return self._tensors[tensor]
