@@ -1,0 +1,101 @@
+"""One TensorRT engine behind NumPy arrays.
+
+Written against the documented interface; not run on a GPU yet.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from queue import LifoQueue
+from typing import Any
+
+from numpy.typing import NDArray
+
+from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.tensorrt_lane import DeviceArray, SingleLane
+from advmoe_deploy.runtime.tensorrt_program import Program
+
+
+class TensorRtEngine(Closing):
+    """One TensorRT engine; safe to call from several threads at once.
+
+    Batches are padded up to few sizes, each of which has a CUDA graph of its own once met twice.
+    """
+
+    def __init__(
+        self, source: bytes | Path, *, device: EngineDevice | None = None, contexts: int = 2
+    ) -> None:
+        """Load an engine.
+
+        Args:
+            source: the serialised engine, or its file, already verified by the bundle.
+            device: what it was built for, where that is known.
+            contexts: how many runs may be under way at once; more wait.
+
+        Raises:
+            BackendUnavailableError: TensorRT or a GPU is missing, or is another one.
+            BundleError: TensorRT cannot read the engine.
+            MachineError: memory is used up.
+        """
+        self._program = Program(source, device=device)
+        self.output_names: tuple[str, ...] = tuple(self._program.outputs)
+        self._all = [SingleLane(self._program) for _ in range(contexts)]
+        self._lanes: LifoQueue[SingleLane] | None = LifoQueue()
+        for lane in self._all:
+            self._lanes.put(lane)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return every output by name.
+
+        Raises:
+            BundleError: the engine does not take these inputs.
+            MachineError: memory is used up, or CUDA failed.
+            UsageError: the engine is closed, or was not built for so large a batch.
+        """
+        with self._lane() as lane:
+            return lane.fetch(lane.start_on(inputs))
+
+    @contextmanager
+    def on_device(self, inputs: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, DeviceArray]]:
+        """Give every output by name where it is, in the GPU's memory, until the block ends.
+
+        Raises:
+            The same as :meth:`run`.
+        """
+        with self._lane() as lane:
+            answers = lane.start_on(inputs)
+            lane.settle()
+            yield answers
+
+    def device_ms(self, inputs: Mapping[str, NDArray[Any]], *, rounds: int) -> list[float]:
+        """Return the milliseconds that the GPU takes for each of so many runs, copies aside.
+
+        Raises:
+            The same as :meth:`run`.
+        """
+        with self._lane() as lane:
+            return lane.device_ms(inputs, rounds)
+
+    @contextmanager
+    def _lane(self) -> Iterator[SingleLane]:
+        lanes = self._lanes  # another thread may close the engine meanwhile
+        if lanes is None:
+            raise UsageError("the engine is closed; open the bundle again")
+        lane = lanes.get()
+        try:
+            yield lane
+        finally:
+            try:
+                lane.settle()
+            finally:
+                lanes.put(lane)
+
+    def close(self) -> None:
+        """Release contexts, memory and the engine."""
+        self._lanes = None
+        for lane in self._all:
+            lane.close()
+        self._all.clear()
+        self._program.close()

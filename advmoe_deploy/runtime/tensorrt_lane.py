@@ -1,0 +1,277 @@
+"""Tensors on the GPU, and engines that read and write them, for one batch at a time.
+
+Written against the documented interface; not run on a GPU yet.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.errors import BundleError
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
+from advmoe_deploy.runtime.dispatch import fitting_batch
+from advmoe_deploy.runtime.lanes import Call, View
+from advmoe_deploy.runtime.tensorrt_program import Place, Program, Work, bound_context
+
+# Prepared runs per lane: a batch size, or a number of an expert's rows, each. Then the least
+# recently used one goes.
+_MOST_PREPARED = 512
+_ENGINE = "engine"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that a lane holds: its type, its rows, and the rest of its shape."""
+
+    dtype: np.dtype[Any]
+    rows: int
+    rest: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row."""
+        return self.dtype.itemsize * prod(self.rest)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all rows."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """An array in the GPU's memory, as CuPy, Numba and PyTorch take it."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """What it is, by version 3 of the protocol; everything queued is done."""
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "version": 3,
+            "stream": None,
+        }
+
+
+class TensorRtLane(Closing):
+    """A :class:`~advmoe_deploy.runtime.lanes.Lane` on the GPU."""
+
+    def __init__(
+        self, programs: Mapping[str, Program], tensors: Mapping[str, Stored], streams: int
+    ) -> None:
+        """Make room for ``tensors``; ``programs`` stay their owner's.
+
+        Raises:
+            MachineError: memory is used up.
+        """
+        self._programs = programs
+        self._tensors = tensors
+        with ExitStack() as stack:
+            self._streams = [stack.enter_context(Stream()) for _ in range(streams)]
+            self._events = [stack.enter_context(Event()) for _ in range(streams)]
+            self._buffers = {
+                name: stack.enter_context(DeviceBuffer(stored.bytes))
+                for name, stored in tensors.items()
+            }
+            self._memory = {
+                name: stack.enter_context(DeviceBuffer(program.memory_bytes))
+                for name, program in programs.items()
+            }
+            self._stack = stack.pop_all()
+        self._pinned: dict[str, PinnedBuffer] = {}
+        self._works: OrderedDict[tuple[Any, ...], Work] = OrderedDict()
+        # Which stream makes what lies from a row on, unless that is done for sure.
+        self._makers: dict[tuple[str, int], int] = {}
+        self._busy: set[int] = set()
+
+    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
+        """Write ``values`` into the first rows of ``tensor``, cast to its type."""
+        stored = self._tensors[tensor]
+        pinned = self._staging(tensor)
+        pinned.array(values.shape, stored.dtype)[...] = values
+        size = len(values) * stored.row_bytes
+        self._streams[stream].upload(self._buffers[tensor].address, pinned.address, size)
+        self._made(View(tensor, len(values)), stream)
+
+    def run(self, *calls: Call, stream: int = 0) -> None:
+        """Queue runs of engines; the streams that make their inputs are waited for."""
+        self.start(*calls, stream=stream)
+
+    def start(self, *calls: Call, stream: int = 0) -> Work:
+        """Queue runs of engines, and return what was prepared for them."""
+        for call in calls:
+            for view in call.inputs.values():
+                self._wait_for(view.tensor, stream)
+        work = self._work(calls, stream)
+        work.start(self._streams[stream])
+        for call in calls:
+            for view in call.outputs.values():
+                self._made(view, stream)
+        return work
+
+    def get(self, *views: View) -> list[NDArray[Any]]:
+        """Return copies of these rows; waits for what makes them."""
+        arrays, waited = [], dict.fromkeys(map(self._download, views))
+        for stream in waited:
+            self._finish(stream)
+        for view in views:
+            stored = self._tensors[view.tensor]
+            whole = self._staging(view.tensor).array((stored.rows, *stored.rest), stored.dtype)
+            arrays.append(whole[view.start : view.start + view.rows].copy())
+        return arrays
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more."""
+        for stream in sorted(self._busy):
+            self._finish(stream)
+
+    def place(self, view: View) -> Place:
+        """Return where ``view`` lies."""
+        stored = self._tensors[view.tensor]
+        address = self._buffers[view.tensor].address + view.start * stored.row_bytes
+        return Place(address, (view.rows, *stored.rest))
+
+    def close(self) -> None:
+        """Release contexts and memory."""
+        for work in self._works.values():
+            work.close()
+        self._works.clear()
+        for pinned in self._pinned.values():
+            pinned.close()
+        self._pinned.clear()
+        self._stack.close()
+
+    def _work(self, calls: tuple[Call, ...], stream: int) -> Work:
+        """Return what is prepared for these runs, prepared now if it was not."""
+        key = (stream, *((c.graph, *c.inputs.items(), *c.outputs.items()) for c in calls))
+        work = self._works.get(key)
+        if work is None:
+            self._works[key] = work = Work([self._context(call) for call in calls])
+            if len(self._works) > _MOST_PREPARED:
+                self.settle()  # the one that goes may be under way
+                self._works.popitem(last=False)[1].close()
+        self._works.move_to_end(key)
+        return work
+
+    def _context(self, call: Call) -> Any:
+        views = {**call.inputs, **call.outputs}
+        places = {name: self.place(view) for name, view in views.items()}
+        return bound_context(self._programs[call.graph], self._memory[call.graph], places)
+
+    def _wait_for(self, tensor: str, stream: int) -> None:
+        others = {by for (name, _), by in self._makers.items() if name == tensor} - {stream}
+        for other in sorted(others):
+            event = self._events[other]
+            event.record(self._streams[other])
+            self._streams[stream].wait_for(event)
+
+    def _download(self, view: View) -> int:
+        """Queue a copy to pinned memory behind what makes it; return on which stream."""
+        stream = self._makers.get((view.tensor, view.start), 0)
+        stored, size = self._tensors[view.tensor], view.rows
+        offset = view.start * stored.row_bytes
+        target = self._staging(view.tensor).address + offset
+        source = self._buffers[view.tensor].address + offset
+        self._streams[stream].download(target, source, size * stored.row_bytes)
+        self._busy.add(stream)
+        return stream
+
+    def _made(self, view: View, stream: int) -> None:
+        self._makers[view.tensor, view.start] = stream
+        self._busy.add(stream)
+
+    def _finish(self, stream: int) -> None:
+        self._streams[stream].wait()
+        self._busy.discard(stream)
+        self._makers = {place: by for place, by in self._makers.items() if by != stream}
+
+    def _staging(self, tensor: str) -> PinnedBuffer:
+        if tensor not in self._pinned:
+            self._pinned[tensor] = PinnedBuffer(self._tensors[tensor].bytes)
+        return self._pinned[tensor]
+
+
+class SingleLane(TensorRtLane):
+    """A lane of one engine, whose tensors are called as the engine calls them."""
+
+    def __init__(self, program: Program) -> None:
+        """Make room for the largest batch that ``program`` was built for."""
+        self._program = program
+        super().__init__({_ENGINE: program}, _stored(program), streams=1)
+
+    def start_on(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, DeviceArray]:
+        """Queue a run; return where its answers will be.
+
+        Raises:
+            BundleError: the engine does not take these inputs.
+            UsageError: it was not built for so large a batch.
+        """
+        call, rows, size = self._call(inputs)
+        for name, values in inputs.items():
+            self.put(name, values)
+        made = self.start(call).made(0, self._program.outputs)
+        return {
+            name: DeviceArray(
+                self._buffers[name].address,
+                (shape[0] * rows // size, *shape[1:]),
+                self._tensors[name].dtype,
+            )
+            for name, shape in made.items()
+        }
+
+    def device_ms(self, inputs: Mapping[str, NDArray[Any]], rounds: int) -> list[float]:
+        """Return the milliseconds of so many runs on the GPU."""
+        self.start_on(inputs)
+        call, _, _ = self._call(inputs)
+        (stream,), milliseconds = self._streams, []
+        with Event() as begun, Event() as done:
+            for turn in range(rounds + 3):  # the first ones prepare
+                begun.record(stream)
+                self.start(call)
+                done.record(stream)
+                self.settle()
+                milliseconds += [done.ms_since(begun)] if turn >= 3 else []
+        return milliseconds
+
+    def _call(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[Call, int, int]:
+        """Return the run for these inputs, how many rows they have and how many it has."""
+        taken = self._program.inputs
+        if inputs.keys() != taken.keys() or any(
+            values.shape[1:] != taken[name].shape[1:] for name, values in inputs.items()
+        ):
+            wanted = ", ".join(f"{name} {facts.shape}" for name, facts in taken.items())
+            raise BundleError(f"{self._program.name} takes at most {wanted}; give it these inputs")
+        given = {name: len(values) for name, values in inputs.items()}
+        least = {name: facts.least[0] for name, facts in taken.items()}
+        most = {name: facts.shape[0] for name, facts in taken.items()}
+        rows, size = fitting_batch(given, least, most)
+        views = {name: View(name, given[name] * size // rows) for name in taken}
+        outputs = {name: View(name, self._tensors[name].rows) for name in self._program.outputs}
+        return Call(_ENGINE, views, outputs), rows, size
+
+    def fetch(self, answers: Mapping[str, DeviceArray]) -> dict[str, NDArray[Any]]:
+        """Return copies of what :meth:`start_on` queued."""
+        arrays = self.get(*(View(name, answer.shape[0]) for name, answer in answers.items()))
+        return dict(zip(answers, arrays, strict=True))
+
+
+def _stored(program: Program) -> dict[str, Stored]:
+    """Return the room that the tensors of ``program`` take at its largest batch."""
+    shapes = {name: facts.shape for name, facts in program.inputs.items()}
+    shapes |= program.largest_outputs()
+    return {
+        name: Stored(program.tensors[name].dtype, shape[0], tuple(shape[1:]))
+        for name, shape in shapes.items()
+    }

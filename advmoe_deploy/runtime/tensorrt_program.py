@@ -1,0 +1,268 @@
+"""TensorRT engines on this GPU: loaded, refused where they do not fit, bound and queued.
+
+Written against the documented interface, on the names that TensorRT 8.6, 10 and 11 share; not run
+on a GPU yet.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
+from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.cuda import DeviceBuffer, Graph, Stream, gpu
+from advmoe_deploy.runtime.engine import Source
+from advmoe_deploy.runtime.tensorrt_api import logger, probe, tensorrt, version_text
+
+_LOG = logging.getLogger(__name__)
+# TensorRT's names of the types that NumPy has too.
+_NUMPY = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+_FIRST_PROFILE = 0
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output: its type on the device, and the least and the largest shape.
+
+    What follows the batch is -1 in those of an output.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    least: tuple[int, ...]
+    is_input: bool
+
+
+def require_device(device: EngineDevice) -> None:
+    """Raise if engines built for ``device`` do not run here.
+
+    Raises:
+        BackendUnavailableError: this is another GPU or another TensorRT, or one is missing.
+    """
+    here = gpu()
+    reason = device.mismatch(
+        gpu=here.name, compute_capability=here.compute_capability, tensorrt=version_text()
+    )
+    if reason:
+        raise BackendUnavailableError(
+            f"these engines do not run here: {reason}; export again on this machine"
+        )
+
+
+class Program(Closing):
+    """One engine, loaded; contexts made of it share its weights."""
+
+    def __init__(self, source: Source, *, device: EngineDevice | None = None) -> None:
+        """Load an engine.
+
+        Args:
+            source: the serialised engine, or its file, already verified by the bundle.
+            device: what it was built for, where that is known.
+
+        Raises:
+            BackendUnavailableError: TensorRT or a GPU is missing, or is another one.
+            BundleError: TensorRT cannot read the engine.
+        """
+        trt = tensorrt()
+        gpu()
+        if device is not None:
+            require_device(device)
+        self.name = "the engine" if isinstance(source, bytes) else str(source)
+        runtime = trt.Runtime(logger())
+        if device is not None and device.version_compatible:
+            runtime.engine_host_code_allowed = True
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BundleError(f"TensorRT {version_text()} cannot load {self.name}: {_reason()}")
+        self._runtime, self._engine = runtime, engine  # the first has to live as long
+        self._lock = Lock()
+        self.tensors = {name: self._tensor(trt, name) for name in self._names()}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs by name, in order."""
+        return {name: facts for name, facts in self.tensors.items() if facts.is_input}
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """The outputs by name, in order."""
+        return {name: facts for name, facts in self.tensors.items() if not facts.is_input}
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a context needs for the tensors inside."""
+        size = probe(self._engine, "device_memory_size_v2")
+        return int(probe(self._engine, "device_memory_size") if size is None else size)
+
+    def context(self, memory: DeviceBuffer) -> Any:
+        """Return a context that keeps the tensors inside in ``memory``."""
+        context = self._bare_context()
+        set_memory = probe(context, "set_device_memory")
+        if set_memory is None:  # before TensorRT 10.1
+            context.device_memory = memory.address
+        else:
+            set_memory(memory.address, memory.size)
+        return context
+
+    def largest_outputs(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each output where every input is as large as can be."""
+        context = self._bare_context()
+        for name, facts in self.inputs.items():
+            context.set_input_shape(name, facts.shape)
+        return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def _bare_context(self) -> Any:
+        """Return a context without memory for the tensors inside."""
+        trt = tensorrt()
+        engine = self._engine
+        strategies = probe(trt, "ExecutionContextAllocationStrategy")
+        with self._lock:
+            if strategies is None:  # before TensorRT 10
+                context = probe(engine, "create_execution_context_without_device_memory")()
+            else:
+                context = engine.create_execution_context(strategies.USER_MANAGED)
+        if context is None:
+            raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
+        return context
+
+    def close(self) -> None:
+        """Release the engine, once no context is left."""
+        self._engine = self._runtime = None
+
+    def _names(self) -> list[str]:
+        engine = self._engine
+        return [str(engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)]
+
+    def _tensor(self, trt: Any, name: str) -> Tensor:
+        engine = self._engine
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        least = shape = tuple(engine.get_tensor_shape(name))
+        if is_input:
+            least, _, shape = map(tuple, engine.get_tensor_profile_shape(name, _FIRST_PROFILE))
+        dtype = numpy_type(engine.get_tensor_dtype(name), self.name)
+        return Tensor(dtype, shape, least, is_input)
+
+
+def numpy_type(kind: Any, owner: str) -> np.dtype[Any]:
+    """Return NumPy's type for a type of TensorRT's.
+
+    Raises:
+        BundleError: NumPy has no such type.
+    """
+    trt = tensorrt()
+    for name, dtype in _NUMPY.items():
+        if kind == probe(trt.DataType, name):
+            return np.dtype(dtype)
+    raise BundleError(f"{owner} has an input or output of type {kind}; export it again")
+
+
+def _reason() -> str:
+    return str(logger().last_problem())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of one run lies, and its shape there."""
+
+    address: int
+    shape: tuple[int, ...]
+
+
+class Work(Closing):
+    """Runs that follow each other, bound to their tensors: queued one by one, then as one graph.
+
+    A graph holds the state of its contexts, so they are this work's own and never bound anew. The
+    first time they run uncaptured: only then has TensorRT prepared all it needs.
+    """
+
+    def __init__(self, contexts: Sequence[Any]) -> None:
+        """Take over contexts, bound by :func:`bound_context`."""
+        self._contexts = list(contexts)
+        self._graph: Graph | None = None
+        self._runs = 0
+        self._can_capture = True
+
+    def start(self, stream: Stream) -> None:
+        """Queue it on ``stream``.
+
+        Raises:
+            MachineError: CUDA failed.
+        """
+        self._runs += 1
+        if self._runs == 2 and self._can_capture:
+            self._capture(stream)
+        if self._graph is not None:
+            stream.launch(self._graph)
+        else:
+            self._queue(stream)
+
+    def _capture(self, stream: Stream) -> None:
+        try:
+            self._graph = stream.captured(lambda: self._queue(stream))
+        except AdvMoEError as error:
+            self._can_capture = False
+            _LOG.warning("runs without a CUDA graph, which is slower: %s", error)
+
+    def _queue(self, stream: Stream) -> None:
+        for context in self._contexts:
+            if not context.execute_async_v3(stream.handle):
+                raise BundleError(f"TensorRT cannot run an engine: {_reason()}")
+
+    def made(self, run: int, outputs: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the outputs of the run with this number have."""
+        context = self._contexts[run]
+        return {name: tuple(context.get_tensor_shape(name)) for name in outputs}
+
+    def close(self) -> None:
+        """Release graph and contexts."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = None
+        self._contexts.clear()
+
+
+def bound_context(program: Program, memory: DeviceBuffer, places: Mapping[str, Place]) -> Any:
+    """Return a context whose tensors lie at ``places``.
+
+    Raises:
+        BundleError: the engine has other inputs and outputs, or does not take these shapes.
+    """
+    if places.keys() != program.tensors.keys():
+        raise BundleError(
+            f"{program.name} has {', '.join(program.tensors)}, not {', '.join(places)}; export the "
+            "bundle again"
+        )
+    context = program.context(memory)
+    for name in program.inputs:
+        if not context.set_input_shape(name, places[name].shape):
+            raise _misfit(program, name, places[name].shape)
+    for name, place in places.items():
+        context.set_tensor_address(name, place.address)
+    for name in program.outputs:
+        made = tuple(context.get_tensor_shape(name))
+        if len(made) != len(places[name].shape) or any(
+            size > room for size, room in zip(made, places[name].shape, strict=True)
+        ):
+            raise _misfit(program, name, made)
+    return context
+
+
+def _misfit(program: Program, name: str, shape: tuple[int, ...]) -> BundleError:
+    return BundleError(
+        f"{program.name} does not fit its plan: {name} would be of shape {shape}, and it was built "
+        f"for up to {program.tensors[name].shape}; export the bundle again"
+    )
