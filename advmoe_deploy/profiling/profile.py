@@ -19,10 +19,13 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.runtime.cuda import gpu
+from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.openvino_engine import openvino_version
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
-from advmoe_deploy.runtime.select import open_runner, parse_engine
+from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
+from advmoe_deploy.runtime.tensorrt_api import version_text
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
@@ -37,6 +40,18 @@ class _Subject:
     engine: str
     runner: Runner
     macs: int
+    macs_of_all: int
+
+    def macs_at(self, batch: int) -> int:
+        """Return what is computed per image, every expert where the runner waits for no route."""
+        runner = self.runner
+        everything = isinstance(runner, GatheredRunner) and runner.computes_all(batch)
+        return self.macs_of_all if everything else self.macs
+
+    @property
+    def device(self) -> str:
+        """What it runs on."""
+        return f"gpu ({gpu().name})" if self.engine in ON_GPU else f"cpu ({processor_name()})"
 
     @property
     def key(self) -> str:
@@ -168,7 +183,7 @@ def _open_subjects(
     subjects = []
     for engine in engines:
         runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
-        subjects.append(_Subject(own, runner.name, runner, macs.executed))
+        subjects.append(_Subject(own, runner.name, runner, macs.executed, macs.unfused))
         for precision, names in _raised(bundle, runner).items():
             settings[f"{runner.name} {runner.precision}, in {precision}"] = ", ".join(names)
     cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}
@@ -179,7 +194,7 @@ def _open_subjects(
             left_out.append(name)
             continue
         baseline = stack.enter_context(_baseline(bundle, bundle.file(file), name, threads))
-        subjects.append(_Subject(name, "onnxruntime", baseline, cost[name]))
+        subjects.append(_Subject(name, "onnxruntime", baseline, cost[name], cost[name]))
     if left_out:
         settings["left_out"] = f"{', '.join(left_out)}: the bundle has no such graph"
     return subjects
@@ -189,8 +204,7 @@ def _raised(bundle: Bundle, runner: Runner) -> dict[str, list[str]]:
     """Return by precision the segments that ``runner`` runs in a higher one than its own."""
     raised: dict[str, list[str]] = {}
     for engines in bundle.manifest.engines:
-        backend = runner.name.removesuffix("-plan")
-        if (engines.backend, engines.precision) == (backend, runner.precision):
+        if (engines.backend, engines.precision) == (backend_of(runner.name), runner.precision):
             for name, precision in engines.segments.items():
                 if precision != runner.precision:
                     raised.setdefault(precision, []).append(name)
@@ -212,14 +226,14 @@ def _row(subject: _Subject, timings: _Timings) -> LatencyRow:
         precision=subject.runner.precision,
         batch=timings.batch,
         threads=timings.threads,
-        device=f"cpu ({processor_name()})",
+        device=subject.device,
         n=len(milliseconds),
         warmup=timings.warmup,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
         images_per_s=1e3 * timings.batch / p50,
-        macs=subject.macs,
+        macs=subject.macs_at(timings.batch),
     )
 
 
@@ -261,4 +275,8 @@ def _versions(engines: Sequence[str]) -> dict[str, str]:
     }
     if any(engine.startswith("openvino") for engine in engines):
         versions["openvino"] = openvino_version()
+    if any(engine.startswith("tensorrt") for engine in engines):
+        versions["tensorrt"] = version_text()
+    if any(parse_engine(engine)[0] in ON_GPU for engine in engines):
+        versions["driver"] = gpu().driver
     return versions

@@ -1,12 +1,19 @@
-"""ONNX Runtime on the CPU; the only module that knows it."""
+"""ONNX Runtime, on the CPU or on a GPU; the only module that knows it."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from advmoe_deploy.errors import BundleError, InputError, MachineError, UsageError, missing_extra
+from advmoe_deploy.errors import (
+    BackendUnavailableError,
+    BundleError,
+    InputError,
+    MachineError,
+    UsageError,
+    missing_extra,
+)
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.custom_ops import (
     VARIABLE,
@@ -16,6 +23,18 @@ from advmoe_deploy.runtime.custom_ops import (
 )
 from advmoe_deploy.runtime.engine import require_threads
 
+Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
+CPU: Provider = "CPUExecutionProvider"
+# Left to itself CUDA rounds fp32 to TF32.
+_PROVIDERS: dict[Provider, list[Any]] = {
+    CPU: [CPU],
+    "CUDAExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"}), CPU],
+    "TensorrtExecutionProvider": [
+        "TensorrtExecutionProvider",
+        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+        CPU,
+    ],
+}
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
 _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")
 _LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")
@@ -29,7 +48,12 @@ class OrtEngine(Closing):
     """
 
     def __init__(
-        self, model: bytes | Path, *, threads: int = 0, custom_ops: str | None = None
+        self,
+        model: bytes | Path,
+        *,
+        threads: int = 0,
+        custom_ops: str | None = None,
+        provider: Provider = CPU,
     ) -> None:
         """Load a graph.
 
@@ -38,9 +62,11 @@ class OrtEngine(Closing):
             threads: inside one operator; 0 lets ONNX Runtime choose.
             custom_ops: which form of our operators runs, see
                 :func:`~advmoe_deploy.runtime.custom_ops.find_custom_ops`.
+            provider: what runs the graph; on a GPU our operators run as bodies, for the kernels
+                are the CPU's and every tensor would cross.
 
         Raises:
-            BackendUnavailableError: ONNX Runtime is not installed.
+            BackendUnavailableError: ONNX Runtime is not installed, or lacks the provider.
             BundleError: it cannot read the graph.
             MachineError: memory is used up.
             UsageError: ``threads`` is negative.
@@ -48,6 +74,7 @@ class OrtEngine(Closing):
         """
         require_threads(threads)
         runtime = _onnxruntime()
+        _require_provider(runtime, provider)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -57,10 +84,10 @@ class OrtEngine(Closing):
         source = model if isinstance(model, bytes) else str(model)
         self.custom_ops: CustomOps | None = None
         if uses_custom_ops(model):
-            self.custom_ops = find_custom_ops(custom_ops)
+            self.custom_ops = find_custom_ops(custom_ops if provider == CPU else "bodies")
             _register(options, self.custom_ops)
         try:
-            session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(source, options, providers=_PROVIDERS[provider])
         except Exception as error:
             _refuse_out_of_memory(error)
             if type(error).__name__ not in _LOAD_ERRORS:
@@ -68,6 +95,11 @@ class OrtEngine(Closing):
             where = "the graph" if isinstance(model, bytes) else str(model)
             reason = str(error).splitlines()[0]
             raise BundleError(f"ONNX Runtime cannot load {where}: {reason}") from None
+        if session.get_providers()[0] != provider:
+            raise BackendUnavailableError(
+                f"ONNX Runtime cannot load its {provider}: libraries of CUDA, cuDNN or TensorRT "
+                "are missing or of another version; 'advmoe doctor' lists what is here"
+            )
         self._session: Any = session
         self.output_names: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
@@ -91,6 +123,18 @@ class OrtEngine(Closing):
     def close(self) -> None:
         """Release the session."""
         self._session = None
+
+
+def _require_provider(runtime: Any, provider: Provider) -> None:
+    if provider == CPU:
+        return
+    if provider not in runtime.get_available_providers():
+        raise BackendUnavailableError(
+            f"the installed onnxruntime {runtime.__version__} has no {provider}; put another build "
+            "in its place: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    if hasattr(runtime, "preload_dlls"):  # finds CUDA and cuDNN beside PyTorch or in wheels
+        runtime.preload_dlls()
 
 
 def _register(options: Any, custom_ops: CustomOps) -> None:

@@ -11,7 +11,7 @@ from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.custom_ops import CustomOps
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.ort_engine import CPU, OrtEngine, Provider
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.specs import Precision
 
@@ -41,9 +41,6 @@ class Runner(Protocol):
 class GraphRunner(Closing):
     """Runs one ONNX graph that routes inside."""
 
-    name = "onnxruntime"
-    precision: Precision = "fp32"
-
     def __init__(
         self,
         model: bytes | Path,
@@ -52,13 +49,17 @@ class GraphRunner(Closing):
         routes: tuple[RouteStep, ...] = (),
         threads: int = 0,
         custom_ops: str | None = None,
+        provider: Provider = CPU,
+        name: str = "onnxruntime",
     ) -> None:
         """Load ``model``; ``routes`` says which of its outputs are routes.
 
-        ``threads`` and ``custom_ops`` are those of
-        :class:`~advmoe_deploy.runtime.ort_engine.OrtEngine`.
+        ``threads``, ``custom_ops`` and ``provider`` are those of
+        :class:`~advmoe_deploy.runtime.ort_engine.OrtEngine`; ``name`` is what the runner is called.
         """
-        self._engine = OrtEngine(model, threads=threads, custom_ops=custom_ops)
+        self.name = name
+        self.precision: Precision = "fp32"
+        self._engine = OrtEngine(model, threads=threads, custom_ops=custom_ops, provider=provider)
         self._routes = routes
         self._image_shape = image_shape
 

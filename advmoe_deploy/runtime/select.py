@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import get_args
+from functools import partial
+from typing import cast, get_args
 
 import numpy as np
 
@@ -10,15 +11,18 @@ from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
 from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.ort_engine import CPU, OrtEngine, Provider
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.tensorrt_plan import open_tensorrt
 from advmoe_deploy.specs import Arithmetic, Backend, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
-FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
+FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
+# With so few images router and experts run side by side: what is idle anyway costs no time.
+_AT_ONCE = 4
 
 
 def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0) -> Runner:
@@ -38,8 +42,16 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
     """
     name, precision = parse_engine(engine)
     require_threads(threads)
-    backend: Backend = "openvino" if name.startswith("openvino") else "onnxruntime"
+    backend = backend_of(name)
     return ENGINES[name](bundle, precision or _own_precision(bundle, backend), threads)
+
+
+def backend_of(name: str) -> Backend:
+    """Return whose runtime the engine called ``name`` is."""
+    for backend in get_args(Backend):
+        if name.startswith(backend):
+            return cast("Backend", backend)
+    raise unknown_name("engine", name, ENGINES)
 
 
 def parse_engine(engine: str) -> tuple[str, Precision | None]:
@@ -64,12 +76,17 @@ def _own_precision(bundle: Bundle, backend: Backend) -> Precision:
     return precision if bundle.engine_set(backend, precision) else "fp32"
 
 
-def _ort_graph(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+def _ort_graph(
+    bundle: Bundle, precision: Precision, threads: int, name: str = "onnxruntime"
+) -> Runner:
+    provider = PROVIDERS[name]
     if precision != "fp32":
-        return _set_runner(bundle, "onnxruntime", precision, threads)
+        return _set_runner(bundle, "onnxruntime", precision, threads, name, provider)
     manifest = bundle.manifest
     shape, routes = manifest.model.image_shape, manifest.plan.routes
-    return GraphRunner(bundle.file(MODEL), shape, routes=routes, threads=threads)
+    return GraphRunner(
+        bundle.file(MODEL), shape, routes=routes, threads=threads, provider=provider, name=name
+    )
 
 
 def _ort_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
@@ -82,6 +99,13 @@ def _openvino_graph(bundle: Bundle, precision: Precision, threads: int) -> Runne
 
 def _openvino_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
     return _warm(bundle, _plan_runner(bundle, "openvino", precision, threads))
+
+
+def _tensorrt(bundle: Bundle, precision: Precision, threads: int, at_once: int = 0) -> Runner:
+    """Return a runner of engines built for this GPU; ``threads`` of the host are not theirs."""
+    chosen = _require_set(bundle, "tensorrt", precision)
+    runner = open_tensorrt(bundle, chosen, at_once=at_once)
+    return _warm(bundle, runner, rounds=2)  # what is met twice becomes a CUDA graph
 
 
 def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
@@ -103,7 +127,14 @@ def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads
     )
 
 
-def _set_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
+def _set_runner(
+    bundle: Bundle,
+    backend: Backend,
+    precision: Precision,
+    threads: int,
+    name: str | None = None,
+    provider: Provider = CPU,
+) -> Runner:
     """Return a runner of the few graphs that were written for this backend and precision."""
     chosen = _require_set(bundle, backend, precision)
     return PlanRunner(
@@ -111,18 +142,21 @@ def _set_runner(bundle: Bundle, backend: Backend, precision: Precision, threads:
         {s.name: bundle.file(s.file) for s in chosen.plan.segments},
         bundle.manifest.model.image_shape,
         routes=bundle.manifest.plan.routes,
-        open_engine=engine_opener(backend, chosen.arithmetic, threads),
-        name=backend,
+        open_engine=engine_opener(backend, chosen.arithmetic, threads, provider),
+        name=name or backend,
         precision=precision,
     )
 
 
 def engine_opener(
-    backend: Backend, arithmetic: Mapping[str, Arithmetic], threads: int = 0
+    backend: Backend,
+    arithmetic: Mapping[str, Arithmetic],
+    threads: int = 0,
+    provider: Provider = CPU,
 ) -> OpenEngine:
     """Return what opens segments with ``backend``; those not in ``arithmetic`` run in fp32."""
     if backend == "onnxruntime":
-        return lambda _, graph: OrtEngine(graph, threads=threads)
+        return lambda _, graph: OrtEngine(graph, threads=threads, provider=provider)
 
     def open_openvino(name: str, graph: Source) -> Engine:
         return OpenVinoEngine(graph, arithmetic=arithmetic.get(name, "fp32"), threads=threads)
@@ -149,7 +183,7 @@ def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> Engi
     return chosen
 
 
-def _warm(bundle: Bundle, runner: Runner) -> Runner:
+def _warm(bundle: Bundle, runner: Runner, rounds: int = 1) -> Runner:
     """Run the golden images at the usual batch sizes, so that few requests wait for compilation.
 
     An expert is compiled for the numbers of rows it gets thereby; another split of a batch may
@@ -159,15 +193,26 @@ def _warm(bundle: Bundle, runner: Runner) -> Runner:
         stack.enter_context(runner)
         with np.load(bundle.file(GOLDEN)) as golden:
             images = golden["images"]
-        for batch in WARM_BATCHES:
+        for batch in WARM_BATCHES * rounds:
             runner.infer(np.resize(images, (batch, *images.shape[1:])))
         stack.pop_all()  # it stays open, unless something went wrong
     return runner
 
 
+PROVIDERS: dict[str, Provider] = {
+    "onnxruntime": CPU,
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-trt": "TensorrtExecutionProvider",
+}
 ENGINES: dict[str, Callable[[Bundle, Precision, int], Runner]] = {
     "onnxruntime": _ort_graph,
     "onnxruntime-plan": _ort_plan,
+    "onnxruntime-cuda": partial(_ort_graph, name="onnxruntime-cuda"),
+    "onnxruntime-trt": partial(_ort_graph, name="onnxruntime-trt"),
     "openvino": _openvino_graph,
     "openvino-plan": _openvino_plan,
+    "tensorrt": _tensorrt,
+    "tensorrt-at-once": partial(_tensorrt, at_once=_AT_ONCE),
 }
+# Those that need a GPU.
+ON_GPU = ("onnxruntime-cuda", "onnxruntime-trt", "tensorrt", "tensorrt-at-once")
