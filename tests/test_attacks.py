@@ -78,6 +78,40 @@ def test_pgd_stays_inside_and_lowers_accuracy(model: AdvMoE, target: AttackTarge
     assert (answers == y).float().mean() < accuracy(model, x, y) - 0.1
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "experts"])
+def test_another_function_is_attacked_by_its_own_answers(
+    model: AdvMoE, target: AttackTarget
+) -> None:
+    x, y = some_digits(100)
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in other.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.05 * parameter.data.abs().mean() * noise
+    attack = AttackSpec(name="pgd", steps=8, target=target)
+    asked = []
+
+    @torch.no_grad()
+    def answer(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        logits: Tensor = other(images)
+        return logits
+
+    transferred = attack_model(model, x, y, THREAT, attack)
+    found = attack_model(model, x, y, THREAT, attack, answer=answer)
+    assert asked
+    assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
+    assert accuracy(other, found, y) <= accuracy(other, transferred, y)
+    assert accuracy(model, found, y) >= accuracy(model, transferred, y)
+
+
+def test_what_cannot_attack_another_function_is_refused(model: AdvMoE) -> None:
+    x, y = some_digits(4)
+    for attack in (AttackSpec(name="pgd", target="experts"), AttackSpec(name="apgd")):
+        with pytest.raises(UsageError, match=r"attack the model|use pgd"):
+            find_adversarial(model, x, y, THREAT, attack, answer=model)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_same_seed_finds_the_same_examples(model: AdvMoE, target: AttackTarget) -> None:
     x, y = some_digits(10)

@@ -33,7 +33,7 @@ def attack_predictions(
     """
     if attack.name != "square":
         raise UsageError(f"{attack.name} needs gradients; only square attacks predictions")
-    ask = _TorchFace(predict)
+    ask = TorchFace(predict)
     found = [
         square(
             ask,
@@ -49,7 +49,7 @@ def attack_predictions(
     return np.concatenate(found) if found else images.copy()
 
 
-class _TorchFace:
+class TorchFace:
     """Shows a numpy ``predict`` to code that speaks torch and writes into what it gets."""
 
     def __init__(self, predict: Callable[[Images], Images]) -> None:
@@ -57,6 +57,7 @@ class _TorchFace:
         self._classes = 1
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return logits [n, K] of float images [n, C, H, W]."""
         if not len(images):  # Square asks this when its very first squares end in ties
             return torch.zeros(0, self._classes)
         logits = np.array(self._predict(np.ascontiguousarray(images.numpy())))

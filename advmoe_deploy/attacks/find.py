@@ -4,27 +4,39 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.attacks.autoattack import apgd, square, standard_autoattack
+from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 
 def find_adversarial(
-    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, attack: AttackSpec
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    *,
+    answer: Answer | None = None,
 ) -> Tensor:
     """Return adversarial images [N, C, H, W] by ``attack``, whichever it is.
 
-    ``images`` are float in [0, 1]; the same seed gives the same examples.
+    ``images`` are float in [0, 1]; the same seed gives the same examples. With ``answer``, who
+    answers is attacked by the gradients of ``model``, see :func:`attack_model`.
 
     Raises:
-        UsageError: the model has no router for the target, or the attack cannot aim at it.
+        UsageError: the model has no router for the target, or the attack cannot aim at it, or at
+            another's answer.
         CheckFailedError: the model's loss is not finite.
     """
     if not len(images):
         return images.clone()
     if attack.name == "pgd":
-        return attack_model(model, images, labels, threat, attack)
+        return attack_model(model, images, labels, threat, attack, answer=answer)
+    if answer is not None:
+        raise UsageError(f"{attack.name} cannot lend a model's gradients; use pgd")
     if attack.name == "apgd":
         return apgd(model, images, labels, threat, attack)
     if attack.name == "autoattack":

@@ -12,6 +12,9 @@ it, or a question of its own:
 Shapes: N images, T routed rows per image (1, or its tokens), E experts, K classes.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +25,9 @@ from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, forced_route
 from advmoe_deploy.specs import AttackTarget
+
+# Logits [n, K] of float images [n, C, H, W].
+Answer = Callable[[Tensor], Tensor]
 
 ROUTE_MARGIN = 0.1  # how clearly, in scores, the pathway attack wants its route
 
@@ -53,6 +59,20 @@ def require_finite_loss(loss_N: Tensor) -> Tensor:
             "use an earlier checkpoint or train again"
         )
     return loss_N
+
+
+class AnsweredBy:
+    """An objective whose answers are somebody else's: only they say who is fooled."""
+
+    def __init__(self, answer: Answer, objective: Objective) -> None:
+        self.answer = answer
+        self.objective = objective
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
+        """Return the objective's ascent, fooled where the other's answer is wrong."""
+        ascent = self.objective(images_NCHW, labels_N, rows_N)
+        answers_N = self.answer(images_NCHW.detach()).argmax(dim=1)
+        return replace(ascent, fooled_N=answers_N != labels_N)
 
 
 class _ModelObjective:

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
-from advmoe_deploy.attacks.objectives import objectives_for, require_finite_loss, require_target
+from advmoe_deploy.attacks.objectives import (
+    Answer,
+    AnsweredBy,
+    objectives_for,
+    require_finite_loss,
+    require_target,
+)
 from advmoe_deploy.attacks.pgd import (
     Objective,
     eval_mode,
@@ -35,6 +41,7 @@ def attack_model(
     attack: AttackSpec,
     *,
     first_only: bool = False,
+    answer: Answer | None = None,
 ) -> Tensor:
     """Return adversarial images [N, C, H, W] by PGD, on the device of ``images``.
 
@@ -45,20 +52,28 @@ def attack_model(
     the gates against the clean routes. The same seed gives the same examples. The model is attacked
     in eval mode; its own mode comes back.
 
+    With ``answer``, logits [n, K] of images [n, C, H, W], somebody else is attacked, an engine that
+    was made from the model: its answers say what fools, and the model only lends its gradients
+    (BPDA, Athalye et al., ICML 2018, arXiv 1802.00420).
+
     Raises:
-        UsageError: the attack is no PGD, or its target needs a router and the model has none.
+        UsageError: the attack is no PGD, its target needs a router and the model has none, or an
+            ``answer`` should keep the routes of target ``experts``.
         CheckFailedError: the model's loss is not finite.
     """
     if attack.name != "pgd":
         raise UsageError(f"{attack.name} is no PGD; use find_adversarial")
     require_target(model, attack.target)
+    if answer is not None and attack.target == "experts":
+        raise UsageError("an engine's routes cannot be held; attack the model for target experts")
     if not len(images):
         return images.clone()
     generator = torch.Generator().manual_seed(attack.seed)
     found = []
     with eval_mode(model), frozen_parameters(model):
         for x, y in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
-            found.append(_Batch(model, x, y, threat, attack).attack(generator, first_only))
+            batch = _Batch(model, x, y, threat, attack, answer)
+            found.append(batch.attack(generator, first_only))
     return torch.cat(found)
 
 
@@ -97,14 +112,18 @@ class _Batch:
         labels: Tensor,
         threat: ThreatModel,
         attack: AttackSpec,
+        answer: Answer | None,
     ) -> None:
         self.model = model
+        self.answer = answer
         self.images = images
         self.labels = labels
         self.threat = threat
         self.spec = attack
         self.clean = CleanRoutes(model, images) if attack.target == "experts" else None
         self.objectives = objectives_for(model, attack.target, images, self.clean)
+        if answer is not None:
+            self.objectives = [AnsweredBy(answer, objective) for objective in self.objectives]
 
     def attack(self, generator: torch.Generator, first_only: bool) -> Tensor:
         """Return the worst of all restarts of all objectives; a clean mistake stays as it is."""
@@ -152,8 +171,12 @@ class _Batch:
 
     @torch.no_grad()
     def _judge(self, images: Tensor, rows_N: Tensor) -> _Judged:
-        """Return what the model itself makes of ``images``, which stand for ``rows_N``."""
-        logits_NK: Tensor = self.model(images, self.clean.of(rows_N) if self.clean else None)
+        """Return what is made of ``images``, which stand for ``rows_N``, by who is attacked."""
+        logits_NK: Tensor
+        if self.answer is not None:
+            logits_NK = self.answer(images)
+        else:
+            logits_NK = self.model(images, self.clean.of(rows_N) if self.clean else None)
         labels_N = self.labels[rows_N]
         loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
         if self.spec.target == "router":  # a new route may well lower the loss of the answer

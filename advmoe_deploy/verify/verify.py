@@ -2,17 +2,19 @@
 
 White-box examples are made on the torch model, which is rebuilt from the bundle's own
 ``reference.safetensors``, and replayed on the engine; Square runs on the engine itself and its
-examples are replayed on the reference. An image counts as robust only if no attack changed its
-answer.
+examples are replayed on the reference. An engine of lower precision is another function, which
+examples made elsewhere flatter: PGD, along the reference's gradients, and Square then ask both. An
+image counts as robust only if no attack changed its answer.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advmoe_deploy.attacks.black_box import attack_predictions
+from advmoe_deploy.attacks.black_box import TorchFace, attack_predictions
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
@@ -24,10 +26,10 @@ from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.reports import AttackOutcome, Pair, RobustReport
+from advmoe_deploy.reports import AttackOutcome, FoundOn, Pair, RobustReport
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.specs import AttackSpec, Precision, ThreatModel
 from advmoe_deploy.verify.suites import Suite, attack_suite
 
 Images = NDArray[np.float32]
@@ -72,9 +74,10 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)
-        with task(progress, "verify", len(suite)):
-            for attack in suite:
-                outcome = trial.run(attack)
+        searches = searches_of(suite, runner.precision)
+        with task(progress, "verify", len(searches)):
+            for attack, found_on in searches:
+                outcome = trial.run(attack, found_on)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         rounding = bundle.manifest.parity.rounding
         parity = compare_with_reference(model, runner, x_NCHW, rounding=rounding)
@@ -94,6 +97,20 @@ def verify_bundle(
         attacks=tuple(trial.outcomes),
         seconds=time.perf_counter() - started,
     )
+
+
+def searches_of(
+    suite: Sequence[AttackSpec], precision: Precision
+) -> list[tuple[AttackSpec, FoundOn]]:
+    """Return each attack of ``suite`` with what its examples are found on, in order."""
+    searches: list[tuple[AttackSpec, FoundOn]] = []
+    for attack in suite:
+        both = precision != "fp32" and attack.name in ("pgd", "square")
+        if both or attack.name != "square":
+            searches.append((attack, "reference"))
+        if both or attack.name == "square":
+            searches.append((attack, "engine"))
+    return searches
 
 
 class _Trial:
@@ -125,17 +142,16 @@ class _Trial:
         """Percentage points that the engine lost, clean or robust, whichever is more."""
         return max(map(drop_in_points, (self.clean_accuracy, self.robust_accuracy)))
 
-    def run(self, attack: AttackSpec) -> AttackOutcome:
+    def run(self, attack: AttackSpec, found_on: FoundOn) -> AttackOutcome:
         """Attack every image and count what still stands."""
         started = time.perf_counter()
-        make = self._on_engine if attack.name == "square" else self._on_reference
-        adversarial_NCHW = make(attack)
+        adversarial_NCHW = self._find(attack, found_on)
         reference_N, engine_N, routes = self._answers(adversarial_NCHW)
         self.robust_on_reference_N = self.robust_on_reference_N & reference_N
         self.robust_on_engine_N = self.robust_on_engine_N & engine_N
         outcome = AttackOutcome(
             attack=attack,
-            found_on="engine" if attack.name == "square" else "reference",
+            found_on=found_on,
             images=len(self.labels_N),
             robust_accuracy=_pair(reference_N, engine_N),
             route_flip_rate=_flip_rate(self.routes, routes),
@@ -158,14 +174,16 @@ class _Trial:
         ]
         return float(np.all(same, axis=0).mean())
 
-    def _on_reference(self, attack: AttackSpec) -> Images:
+    def _find(self, attack: AttackSpec, found_on: FoundOn) -> Images:
+        if attack.name == "square" and found_on == "engine":
+            return attack_predictions(self._logits, self.x_NCHW, self.labels_N, self.threat, attack)
         x_NCHW, labels_N = torch.from_numpy(self.x_NCHW), torch.from_numpy(self.labels_N)
-        return find_adversarial(self.model, x_NCHW, labels_N, self.threat, attack).numpy()
+        answer = TorchFace(self._logits) if found_on == "engine" else None
+        found = find_adversarial(self.model, x_NCHW, labels_N, self.threat, attack, answer=answer)
+        return found.numpy()
 
-    def _on_engine(self, attack: AttackSpec) -> Images:
-        return attack_predictions(
-            lambda x: self.runner.infer(x).logits, self.x_NCHW, self.labels_N, self.threat, attack
-        )
+    def _logits(self, x_NCHW: Images) -> NDArray[np.float32]:
+        return self.runner.infer(x_NCHW).logits
 
     def _answers(
         self, x_NCHW: Images
