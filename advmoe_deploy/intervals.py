@@ -17,3 +17,19 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def paired_difference_interval(
+    only_first: int, only_second: int, trials: int, z: float = Z_95
+) -> tuple[float, float]:
+    """Return the interval of how much larger the first of two shares of the same trials is.
+
+    ``only_first`` trials count for the first share alone, ``only_second`` for the second alone.
+
+    Source: A. Agresti and Y. Min, Statistics in Medicine 24 (2005): Wald's interval after half a
+    trial was added to each of the four outcomes.
+    """
+    first, second, n = only_first + 0.5, only_second + 0.5, trials + 2
+    difference = (first - second) / n
+    spread = z * math.sqrt(first + second - (first - second) ** 2 / n) / n
+    return (difference - spread, difference + spread)

@@ -157,13 +157,32 @@ class RouterPrecision(Frozen):
     shipped_ms: float
 
 
+class OwnAttack(Frozen):
+    """Robust accuracy where each of two models is attacked by its own answers.
+
+    The gradients are the reference's for both. The drop, in points, has a 95 % interval.
+    """
+
+    robust_accuracy: Pair
+    least_drop: float
+    most_drop: float
+
+    def __str__(self) -> str:
+        pair = self.robust_accuracy
+        return (
+            f"{100 * pair.reference:.1f} % in torch, {100 * pair.engine:.1f} % here, a drop of "
+            f"{self.least_drop:.1f} to {self.most_drop:.1f} points"
+        )
+
+
 class PrecisionReport(Frozen):
     """How a lower precision compares with the torch model, and what had to stay in a higher one.
 
     ``raised`` says of each segment that did why. ``prediction_agreement`` is the share
     of the parity's images that get the same class. Accuracies, shares in [0, 1], are those of
-    ``holdout_images`` images of the hold-out split, clean and under ``attack``, whose examples were
-    found on the torch model; ``attacked_route_agreement`` is that of the attacked ones. They are
+    ``holdout_images`` images of the hold-out split of ``data``, clean and under ``attack``, whose
+    examples were found on the torch model; ``attacked_route_agreement`` is that of the attacked
+    ones, and ``own_attack`` what withstood when each was attacked by its own answers. They are
     ``None`` where no labelled images or no threat model are known; the limit on the drop, in
     points, then holds for predictions that differ. ``router`` is ``None`` unless a router stayed in
     a higher precision because its routes did not agree.
@@ -172,9 +191,11 @@ class PrecisionReport(Frozen):
     raised: dict[str, str]
     prediction_agreement: float
     holdout_images: int
+    data: str | None
     attack: AttackSpec | None
     clean_accuracy: Pair | None
     robust_accuracy: Pair | None
+    own_attack: OwnAttack | None
     attacked_route_agreement: float | None
     router: RouterPrecision | None
     least_route_agreement: float
@@ -187,9 +208,11 @@ class PrecisionReport(Frozen):
             if pair is not None:
                 lines.append(
                     f"{name} accuracy {100 * pair.reference:.1f} % in torch, "
-                    f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images "
-                    f"(limit: {self.max_drop:g} points lost)"
+                    f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images of "
+                    f"{self.data} (limit: {self.max_drop:g} points lost)"
                 )
+        if self.own_attack is not None:
+            lines.append(f"each attacked by its own answers: {self.own_attack}")
         if self.clean_accuracy is None:
             lines.append("accuracy was not measured: there were no labelled images")
         if self.router is not None:
@@ -203,16 +226,20 @@ class PrecisionReport(Frozen):
         return lines
 
 
+FoundOn = Literal["reference", "engine"]
+
+
 class AttackOutcome(Frozen):
     """One attack: accuracy on its examples, with the reference's and the engine's predictions.
 
+    ``found_on`` is whose answers the attack looked for mistakes in.
     ``route_flip_rate`` is the share of images whose route on the engine the attack changed,
     ``route_agreement`` the share of attacked images that both send to the same experts; ``None``
     where nothing routes.
     """
 
     attack: AttackSpec
-    found_on: Literal["reference", "engine"]
+    found_on: FoundOn
     images: int
     robust_accuracy: Pair
     route_flip_rate: float | None

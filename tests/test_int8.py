@@ -57,6 +57,10 @@ def test_the_exam_was_passed_and_is_recorded(bundle: Bundle, backend: str) -> No
         assert accuracy is not None
         assert accuracy.engine >= accuracy.reference - check.max_drop / 100
     assert check.robust_accuracy.reference > 0.3
+    assert check.data == "digits"
+    assert check.own_attack is not None
+    assert check.own_attack.least_drop <= check.max_drop
+    assert check.own_attack.robust_accuracy.engine <= check.robust_accuracy.engine
     assert (calibration.clean_images, calibration.attacked_images) == (256, 256)
     assert (calibration.data, calibration.epsilon) == ("digits", 0.05)
     assert (check.router is not None) == ("router" in check.raised)
@@ -100,6 +104,11 @@ def test_every_command_runs_it(
     report = verify_bundle(bundle, engine="openvino:int8", images=40, threads=1)
     assert (report.engine, report.precision) == ("openvino:int8", "int8")
     assert report.route_agreement >= 0.99
+    pairs = [(a.attack.name, a.found_on) for a in report.attacks]
+    both = ("reference", "engine")
+    assert pairs == [(name, on) for name in ("pgd", "pgd", "pgd", "square") for on in both]
+    for transferred, own in zip(report.attacks[:6:2], report.attacks[1:6:2], strict=True):
+        assert own.robust_accuracy.engine <= transferred.robust_accuracy.engine
     rows = profile_bundle(
         bundle, engines=("openvino", "onnxruntime:fp32"), batches=(4,), against=(), n=2, threads=1
     ).rows
@@ -157,10 +166,25 @@ def test_without_training_images_there_is_no_int8(tmp_path: Path) -> None:
     assert_nothing_left(out)
 
 
-def test_labelled_images_are_of_the_models_kind() -> None:
-    assert labelled_images(["", "random:8", "digits"], TINY) is not None
-    assert labelled_images(["random:8"], TINY) is None
-    assert labelled_images(["digits"], TINY.model_copy(update={"image_size": 16})) is None
+def test_labelled_images_are_of_the_models_kind(tmp_path: Path) -> None:
+    checkpoint, _ = load_checkpoint(write_run(tmp_path / "run", TINY) / "model")
+    said: list[str] = []
+
+    def found(sources: list[str], **other: object) -> bool:
+        of = checkpoint.model_copy(update=other)
+        return labelled_images(sources, of, said.append) is not None
+
+    assert found(["", "random:8", "digits"])
+    assert not found(["random:8"])
+    assert said == []
+    assert not found(["digits"], model=TINY.model_copy(update={"image_size": 16}))
+    assert not found(["digits"], model=TINY.model_copy(update={"num_classes": 9}))
+    assert not found(["digits"], class_names=tuple("abcdefghij"))
+    assert not found([f"folder:{tmp_path / 'nowhere'}"])
+    reasons = ["its images are", "it has 10 classes", "called otherwise", "nowhere"]
+    for line, reason in zip(said, reasons, strict=True):
+        assert line.startswith("accuracy is not measured on ")
+        assert reason in line
 
 
 def test_the_first_precision_rules(trained_run: Path, tmp_path: Path) -> None:

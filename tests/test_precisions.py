@@ -20,7 +20,7 @@ from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.reports import LayerParity, Pair, ParityReport
+from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
 from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import arithmetic_of, open_runner
@@ -59,6 +59,14 @@ def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
     )
     accuracy = Pair(reference=0.5, engine=0.5 - lost / 100)
     return Findings(parity, 1.0, lost, Pair(reference=0.8, engine=0.8), accuracy, 1.0)
+
+
+def test_a_drop_under_an_attack_of_its_own_counts_beyond_chance() -> None:
+    pair = Pair(reference=0.5, engine=0.48)
+    clear = OwnAttack(robust_accuracy=pair, least_drop=0.6, most_drop=3.4)
+    assert "0.6 to 3.4 points" in replace(findings(), own_attack=clear).complaint
+    chance = clear.model_copy(update={"least_drop": 0.4})
+    assert not replace(findings(), own_attack=chance).complaint
 
 
 def all_int8(plan: Plan) -> Precisions:

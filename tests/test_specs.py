@@ -15,7 +15,7 @@ from advmoe_deploy.errors import (
     missing_extra,
     unknown_name,
 )
-from advmoe_deploy.intervals import wilson_interval
+from advmoe_deploy.intervals import paired_difference_interval, wilson_interval
 from advmoe_deploy.specs import BatchProfile, ModelSpec, build_spec
 
 
@@ -86,6 +86,13 @@ def test_machine_errors_are_told_from_others() -> None:
     assert "out of memory" in str(machine_error(MemoryError()))
     assert machine_error(OSError(errno.ENOENT, "no such file")) is None
     assert "advmoe-deploy[serve]" in str(missing_extra("fastapi", "serve"))
+
+
+def test_the_interval_of_a_paired_difference() -> None:
+    low, high = paired_difference_interval(30, 10, 500)
+    assert (low, high) == pytest.approx((0.01508, 0.06460), abs=1e-5)
+    assert paired_difference_interval(10, 30, 500) == pytest.approx((-high, -low))
+    assert paired_difference_interval(0, 0, 200)[0] < 0 < paired_difference_interval(0, 0, 200)[1]
 
 
 def test_wilson_interval() -> None:

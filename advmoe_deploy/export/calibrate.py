@@ -34,7 +34,7 @@ def calibrated(
         )
     split = labelled.train.first(CALIBRATION_IMAGES)
     images = to_float(split.images)
-    attacked = attacked_images(model, images, split.labels, threat)
+    attacked = attacked_images(model, images, split.labels, threat) if threat else None
     both = images if attacked is None else np.concatenate([images, attacked])
     graphs, unvisited = quantised_segments(parts.plan, parts.graphs, both, model.spec.image_shape)
     return graphs, Calibration(

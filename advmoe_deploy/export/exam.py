@@ -6,18 +6,22 @@ routes, and what is lost of accuracy, clean and under attack.
 Shapes: N images, C channels, H height, W width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.export.parity import Flags, compare_answers, predictions_of
 from advmoe_deploy.export.reference import Answers, Images, reference_answers
+from advmoe_deploy.intervals import paired_difference_interval
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.reports import OwnAttack, Pair, ParityReport
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
@@ -42,15 +46,18 @@ class Examples:
 class Exam:
     """Everything a choice of precisions is measured on; the parity's images are from ``data``.
 
-    ``rounding`` is the torch model's own.
+    ``rounding`` is the torch model's own. The labelled images are hold-out images of ``labels``;
+    ``attacked`` were found on the torch model, and ``hunt`` finds images on whoever answers.
     """
 
     parity: Examples
     data: str
     rounding: float = 0.0
+    labelled: str | None = None
     labels_N: Labels | None = None
     clean: Examples | None = None
     attacked: Examples | None = None
+    hunt: Callable[[Answer], Images] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Findings:
     clean_accuracy: Pair | None
     robust_accuracy: Pair | None
     attacked_route_agreement: float | None
+    own_attack: OwnAttack | None = None
 
     @property
     def routes_agree(self) -> bool:
@@ -101,6 +109,8 @@ class Findings:
         for name, accuracy in drops.items():
             if accuracy is not None and _points(accuracy) > MAX_DROP:
                 return f"{name} accuracy falls by {_points(accuracy):.2f} points"
+        if self.own_attack and self.own_attack.least_drop > MAX_DROP:
+            return f"robust accuracy falls by more than chance explains: {self.own_attack}"
         # Without labels: as many predictions that differ are at most as many points lost.
         changed = 100 * (1 - self.prediction_agreement)
         if self.clean_accuracy is None and changed > MAX_DROP:
@@ -114,23 +124,28 @@ def with_accuracy(
     """Return ``exam`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
     split = labelled.holdout.first(HOLDOUT_IMAGES)
     clean = to_float(split.images)
-    attacked = attacked_images(model, clean, split.labels, threat)
-    return replace(
-        exam,
-        labels_N=split.labels,
-        clean=_examples(model, clean),
-        attacked=None if attacked is None else _examples(model, attacked),
+    exam = replace(
+        exam, labelled=labelled.source, labels_N=split.labels, clean=_examples(model, clean)
     )
+    if threat is None:
+        return exam
+
+    def hunt(answer: Answer | None) -> Images:
+        return attacked_images(model, clean, split.labels, threat, answer)
+
+    return replace(exam, attacked=_examples(model, hunt(None)), hunt=hunt)
 
 
 def attacked_images(
-    model: Classifier, images: Images, labels_N: Labels, threat: ThreatModel | None
-) -> Images | None:
-    """Return what :data:`ATTACK` makes of ``images`` on the torch model; nothing without threat."""
-    if threat is None:
-        return None
+    model: Classifier,
+    images: Images,
+    labels_N: Labels,
+    threat: ThreatModel,
+    answer: Answer | None = None,
+) -> Images:
+    """Return what :data:`ATTACK` makes of ``images`` on the torch model, or on who answers."""
     x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
-    return find_adversarial(model, x_NCHW, y_N, threat, ATTACK).numpy()
+    return find_adversarial(model, x_NCHW, y_N, threat, ATTACK, answer=answer).numpy()
 
 
 def _examples(model: Classifier, images: Images) -> Examples:
@@ -159,12 +174,40 @@ def examine(exam: Exam, runner: Runner) -> Findings:
     )
 
 
+def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
+    """Return what withstands when ``runner`` is attacked by its own answers, as torch was by its.
+
+    Examples found on the torch model flatter an engine whose decision boundaries have moved. Here
+    each side meets what was found on it: an image more or less is chance, so the drop has an
+    interval. ``None`` where nothing is attacked.
+    """
+    if exam.hunt is None or exam.clean is None or exam.attacked is None:
+        return None
+    found = exam.hunt(TorchFace(lambda images: runner.infer(images).logits))
+    reference_N = _right_in_torch(exam, exam.clean) & _right_in_torch(exam, exam.attacked)
+    engine_N = _right_here(exam, exam.clean.images, runner) & _right_here(exam, found, runner)
+    low, high = paired_difference_interval(
+        int((reference_N & ~engine_N).sum()), int((engine_N & ~reference_N).sum()), len(engine_N)
+    )
+    return OwnAttack(
+        robust_accuracy=_pair(reference_N, engine_N), least_drop=100 * low, most_drop=100 * high
+    )
+
+
 def _right(exam: Exam, examples: Examples, runner: Runner) -> tuple[tuple[Flags, Flags], float]:
     """Return which images [N] the torch model and the runner get right, and how routes agree."""
     answer = predictions_of(runner, examples.images)
-    reference_N = examples.answers.logits.argmax(axis=1) == exam.labels_N
     engine_N = answer.logits.argmax(axis=1) == exam.labels_N
-    return (reference_N, engine_N), compare_answers(examples.answers, answer).route_agreement
+    agreement = compare_answers(examples.answers, answer).route_agreement
+    return (_right_in_torch(exam, examples), engine_N), agreement
+
+
+def _right_in_torch(exam: Exam, examples: Examples) -> Flags:
+    return np.asarray(examples.answers.logits.argmax(axis=1) == exam.labels_N)
+
+
+def _right_here(exam: Exam, images: Images, runner: Runner) -> Flags:
+    return np.asarray(predictions_of(runner, images).logits.argmax(axis=1) == exam.labels_N)
 
 
 def _pair(reference_N: Flags, engine_N: Flags) -> Pair:

@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.export.reference import Answers, Images
+from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.specs import ModelSpec
 
 PARITY_IMAGES = 1000
@@ -48,21 +49,40 @@ def parity_images(source: str | None, spec: ModelSpec) -> Images:
     return to_float(images[:PARITY_IMAGES])
 
 
-def labelled_images(sources: Iterable[str], spec: ModelSpec) -> Dataset | None:
-    """Return the first of ``sources`` that is a data set of images and classes as ``spec`` has.
+def labelled_images(
+    sources: Iterable[str], checkpoint: Checkpoint, say: Callable[[str], None]
+) -> Dataset | None:
+    """Return the first of ``sources`` that is a data set of the images and classes of a model.
 
-    ``None`` if none is: noise has no labels, and a run may have come without its data.
+    ``None`` if none is: noise has no labels, and a run may have come without its data. ``say``
+    hears why a data set is left out.
     """
-    for source in sources:
+    for source in dict.fromkeys(sources):
         if not source or source.startswith("random:"):
             continue
         try:
             data = load_dataset(source)
-        except (DataError, UsageError):
+        except (DataError, UsageError) as error:
+            say(f"accuracy is not measured on {source}: {error}")
             continue
-        if data.image_shape == spec.image_shape and len(data.class_names) == spec.num_classes:
-            return data
+        if difference := _difference(data, checkpoint):
+            say(f"accuracy is not measured on {source}: {difference}")
+            continue
+        return data
     return None
+
+
+def _difference(data: Dataset, checkpoint: Checkpoint) -> str:
+    """Return in what ``data`` is not what the model was made for; nothing if it is."""
+    model, names = checkpoint.model, checkpoint.class_names
+    if data.image_shape != model.image_shape:
+        return f"its images are {data.image_shape}, the model takes {model.image_shape}"
+    if len(data.class_names) != model.num_classes:
+        return f"it has {len(data.class_names)} classes, the model {model.num_classes}"
+    nameless = names == tuple(str(label) for label in range(len(names)))  # imported weights
+    if not nameless and data.class_names != names:
+        return "its classes are called otherwise than the model's"
+    return ""
 
 
 def _noise(source: str, spec: ModelSpec) -> Images:

@@ -266,7 +266,7 @@ def _write_engines(
         return ()
     labelled = None
     if any(target.precision != "fp32" for target in targets):
-        labelled = labelled_images((data, _data_of(checkpoint)), checkpoint.model)
+        labelled = labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note)
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")
     subject = subject_of(
