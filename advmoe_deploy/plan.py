@@ -157,6 +157,13 @@ class Plan(Frozen):
         return next(route for route in self.routes if route.layer == layer)
 
     @property
+    def units(self) -> tuple[tuple[str, ...], ...]:
+        """The segments that belong together: one of the trunk, or all experts of a layer."""
+        layers = [step.segments for step in self.steps if isinstance(step, ExpertsStep)]
+        experts = {name for layer in layers for name in layer}
+        return (*((s.name,) for s in self.segments if s.name not in experts), *layers)
+
+    @property
     def routes(self) -> tuple[RouteStep, ...]:
         """The routing points: those among the steps, in order, and those inside of segments."""
         return (*(step for step in self.steps if isinstance(step, RouteStep)), *self.inside)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.exam import Findings
-from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep
+from advmoe_deploy.plan import Plan, RouteStep
 from advmoe_deploy.specs import Precision
 
 Precisions = dict[str, Precision]
@@ -103,7 +103,7 @@ class _Search:
 
     def most_sensitive_first(self) -> list[_Unit]:
         """Return what is still lowered, by the harm that each does alone."""
-        units = [unit for unit in _units(self.plan) if self.can_climb(unit)]
+        units = [unit for unit in self.plan.units if self.can_climb(unit)]
         return sorted(units, key=self._harm, reverse=True) if len(units) > 1 else units
 
     def _harm(self, unit: _Unit) -> tuple[float, float, float]:
@@ -114,12 +114,6 @@ class _Search:
             f"nothing of this model can run in {self.lowest}: {why}; no bundle was written; use "
             "a higher precision"
         )
-
-
-def _units(plan: Plan) -> list[_Unit]:
-    experts = [step.segments for step in plan.steps if isinstance(step, ExpertsStep)]
-    of_layers = {name for unit in experts for name in unit}
-    return [*((s.name,) for s in plan.segments if s.name not in of_layers), *experts]
 
 
 def _scorers(plan: Plan) -> list[_Unit]:

@@ -7,7 +7,7 @@ the rows that are sent to it.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from onnxruntime.quantization import (
 
 from advmoe_deploy.export.parity import predictions_of
 from advmoe_deploy.export.reference import Images
-from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.plan import Plan
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.ort_engine import OrtEngine
@@ -50,17 +50,23 @@ def quantised_segments(
     Also returned are the experts that no image visits: they were calibrated on the rows of all
     experts of their layer.
     """
-    rows = _rows_of_segments(plan, graphs, images, image_shape)
-    unvisited = []
-    for step in plan.steps:
-        if isinstance(step, ExpertsStep):
-            of_layer = [batch for name in step.segments for batch in rows[name]]
-            for name in step.segments:
+    result, unvisited = {}, []
+    sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
+    with _Recording(plan, sources, image_shape) as recording:
+        # Layer by layer, and the images run anew for each: what all of them are given together
+        # may be more than fits into memory.
+        for names in plan.units:
+            if not any(is_heavy(graphs[name]) for name in names):
+                continue
+            rows = recording.rows_of(names, images)
+            of_all = [batch for name in names for batch in rows[name]]
+            for name in names:
                 if not rows[name]:
                     unvisited.append(name)
-                    rows[name] = _renamed(of_layer, plan.segment(name).inputs[0].name)
-    heavy = [s.name for s in plan.segments if is_heavy(graphs[s.name])]
-    return {name: quantised(graphs[name], rows[name]) for name in heavy}, tuple(unvisited)
+                    rows[name] = _renamed(of_all, plan.segment(name).inputs[0].name)
+                if is_heavy(graphs[name]):
+                    result[name] = quantised(graphs[name], rows[name])
+    return result, tuple(unvisited)
 
 
 def is_heavy(graph: ModelProto) -> bool:
@@ -109,11 +115,11 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 class _Recorder(Closing):
-    """An engine that keeps what it is given."""
+    """An engine that, while it is told to, keeps what it is given."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.rows: Rows = []
+        self.rows: Rows | None = None
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -122,7 +128,8 @@ class _Recorder(Closing):
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return what the engine answers."""
-        self.rows.append(dict(inputs))
+        if self.rows is not None:
+            self.rows.append(dict(inputs))
         return self._engine.run(inputs)
 
     def close(self) -> None:
@@ -130,23 +137,34 @@ class _Recorder(Closing):
         self._engine.close()
 
 
-def _rows_of_segments(
-    plan: Plan,
-    graphs: Mapping[str, ModelProto],
-    images: Images,
-    image_shape: tuple[int, int, int],
-) -> dict[str, Rows]:
-    """Return by segment what the plan gives it, batch by batch, when ``images`` run through."""
-    recorders: dict[str, _Recorder] = {}
+class _Recording(Closing):
+    """A plan that runs on recorders."""
 
-    def record(name: str, graph: Source) -> Engine:
-        recorders[name] = _Recorder(OrtEngine(graph))
-        return recorders[name]
+    def __init__(
+        self, plan: Plan, sources: Mapping[str, bytes], image_shape: tuple[int, int, int]
+    ) -> None:
+        self._recorders: dict[str, _Recorder] = {}
 
-    sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
-    with PlanRunner(plan, sources, image_shape, open_engine=record) as runner:
-        predictions_of(runner, images)
-    return {name: recorder.rows for name, recorder in recorders.items()}
+        def record(name: str, graph: Source) -> Engine:
+            self._recorders[name] = _Recorder(OrtEngine(graph))
+            return self._recorders[name]
+
+        self._runner = PlanRunner(plan, sources, image_shape, open_engine=record)
+
+    def rows_of(self, names: Sequence[str], images: Images) -> dict[str, Rows]:
+        """Return by segment what the plan gives it, batch by batch, when ``images`` run through."""
+        recorders = {name: self._recorders[name] for name in names}
+        rows: dict[str, Rows] = {name: [] for name in names}
+        for name, recorder in recorders.items():
+            recorder.rows = rows[name]
+        predictions_of(self._runner, images)
+        for recorder in recorders.values():
+            recorder.rows = None
+        return rows
+
+    def close(self) -> None:
+        """Close the engines."""
+        self._runner.close()
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
