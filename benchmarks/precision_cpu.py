@@ -5,7 +5,8 @@
 AdvMoE's ResNet-18 (two experts, ratio 0.5, 32x32, random weights fitted to images of ``--data``)
 goes through ``advmoe export`` at every precision, which measures routes on held-out images and
 keeps a segment in a higher precision where they would not agree; what it chose is in the result.
-The dense network is compiled for OpenVINO at the same precisions, in int8 by the same quantizer.
+The dense network is compiled for OpenVINO at the same precisions, in int8 by the same quantizer,
+with float32 and with bf16 between what is quantised.
 Everything is timed interleaved in one process; no thread pool spins, and OpenVINO pins no thread.
 
 Accuracy needs trained weights: ``--trained RUN`` adds what the export of that run measured.
@@ -60,19 +61,19 @@ CALIBRATION, FITTING = 256, 256
 Calls = dict[str, Callable[[], object]]
 
 
-def build(folder: Path, data: str) -> Bundle:
+def build(folder: Path, source: str) -> Bundle:
     """Return the bundle of an untrained model, exported at every precision."""
-    spec, split = advmoe(2), load_dataset(data).train
+    spec, data = advmoe(2), load_dataset(source)
     (folder / "run" / "model").mkdir(parents=True)
     checkpoint = Checkpoint(
         model=spec,
         threat=ThreatModel(epsilon=8 / 255),
-        class_names=tuple(str(label) for label in range(spec.num_classes)),
+        class_names=data.class_names,
         recipe={},
         metrics={},
-        provenance={"data": data},
+        provenance={"data": source},
     )
-    images = torch.from_numpy(to_float(split.images[:FITTING]))
+    images = torch.from_numpy(to_float(data.train.images[:FITTING]))
     save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(spec, images))
     export_onnx(folder / "run", folder / "bundle", targets=TARGETS)
     return open_bundle(folder / "bundle")
@@ -90,11 +91,14 @@ def calls_of(stack: ExitStack, bundle: Bundle, pixels: np.ndarray, threads: int)
     with np.load(bundle.file("golden.npz")) as golden:
         rows = [{"images": np.resize(golden["images"], (CALIBRATION, *pixels.shape[1:]))}]
     in_int8 = quantised(onnx.load_model(dense), rows).SerializeToString()
-    for precision in PRECISIONS:
-        source = in_int8 if precision == "int8" else dense
-        arithmetic = "fp32" if precision == "int8" else precision
+    for name, source, arithmetic in (
+        ("fp32", dense, "fp32"),
+        ("bf16", dense, "bf16"),
+        ("int8", in_int8, "fp32"),
+        ("int8, bf16 between", in_int8, "bf16"),
+    ):
         engine = OpenVinoEngine(source, arithmetic=arithmetic, threads=threads)
-        calls[f"dense openvino:{precision}"] = partial(
+        calls[f"dense openvino:{name}"] = partial(
             stack.enter_context(engine).run, {"images": pixels}
         )
     return calls
@@ -105,8 +109,8 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, 
     ratios = {}
     for name in [name for name in times if name.startswith("moe ")]:
         engine = name.removeprefix("moe ")
-        for dense in dict.fromkeys(("dense onnxruntime:fp32", f"dense {engine}")):
-            if dense in times:
+        for dense in [n for n in times if n.startswith("dense ")]:
+            if dense == "dense onnxruntime:fp32" or dense.startswith(f"dense {engine}"):
                 ratio = ratio_of_medians(times[dense], times[name])
                 ratios[f"{dense} / {name}"] = {
                     "ratio": round(ratio.value, 3),
@@ -119,7 +123,8 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, 
 
 def chosen(bundle: Bundle) -> list[dict[str, Any]]:
     """Return what the export measured and chose per engine and precision."""
-    unused = {"plan": True, "files": True, "parity": {"data"}, "calibration": {"data"}}
+    paths = {name: {"data"} for name in ("parity", "calibration", "check")}
+    unused = {"plan": True, "files": True, **paths}
     return [engine.model_dump(mode="json", exclude=unused) for engine in bundle.manifest.engines]
 
 
