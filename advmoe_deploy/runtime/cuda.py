@@ -28,6 +28,8 @@ _NO_GPU = (
     "cudaErrorUnsupportedPtxVersion",
 )
 _WAY_OUT = "use a machine with an NVIDIA GPU and its driver, or another --engine"
+# The handle of the stream that is used where none is named.
+DEFAULT_STREAM = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def gpu() -> Gpu:
         driver=f"CUDA {number // 1000}.{number % 1000 // 10}",
         memory_bytes=int(facts.totalGlobalMem),
     )
+
+
+def wait_for_all() -> None:
+    """Let the host wait until nothing is under way on the GPU."""
+    cudart = _cudart()
+    check(cudart.cudaDeviceSynchronize())
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -118,7 +126,7 @@ class DeviceBuffer(Closing):
         self.size = max(size, 1)
         self.address = int(check(cudart.cudaMalloc(self.size)))
         check(cudart.cudaMemset(self.address, 0, self.size))
-        check(cudart.cudaDeviceSynchronize())  # our streams wait for no other
+        wait_for_all()  # our streams do not wait for the default one
 
     def close(self) -> None:
         """Free it."""

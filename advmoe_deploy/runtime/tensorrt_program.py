@@ -15,7 +15,14 @@ import numpy as np
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.cuda import DeviceBuffer, Graph, Stream, gpu
+from advmoe_deploy.runtime.cuda import (
+    DEFAULT_STREAM,
+    DeviceBuffer,
+    Graph,
+    Stream,
+    gpu,
+    wait_for_all,
+)
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt_api import logger, probe, tensorrt, version_text
 
@@ -137,6 +144,11 @@ class Program(Closing):
                 context = engine.create_execution_context(strategies.USER_MANAGED)
         if context is None:
             raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
+        if context.active_optimization_profile != _FIRST_PROFILE:
+            # Before TensorRT 10 only the first context of an engine begins with one.
+            if not context.set_optimization_profile_async(_FIRST_PROFILE, DEFAULT_STREAM):
+                raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
+            wait_for_all()
         return context
 
     def close(self) -> None:
