@@ -26,7 +26,11 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.verify.verify import verify_bundle
 
-TARGETS = (Target("openvino", "int8"), Target("onnxruntime", "int8"))
+TARGETS = (
+    Target("openvino", "int8"),
+    Target("onnxruntime", "int8"),
+    Target("tensorrt", "int8", onnx_only=True),
+)
 ENGINES = ("onnxruntime", "onnxruntime-plan", "openvino", "openvino-plan")
 IMAGES = to_float(load_dataset("digits").test.images[:40])
 
@@ -76,6 +80,26 @@ def test_weights_are_int8_and_logits_are_not(bundle: Bundle, backend: str) -> No
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     for node in convolutions:
         assert {made[name].op_type for name in node.input} == {"DequantizeLinear"}
+
+
+def test_tensorrt_gets_zero_points_of_0_and_biases_in_float32(bundle: Bundle) -> None:
+    engines = engines_of(bundle, "tensorrt")
+    low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    assert low
+    for segment in (s for s in engines.plan.segments if s.name in low):
+        graph = onnx.load_model(bundle.file(segment.file)).graph
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        quantisers = [n for n in graph.node if n.op_type.endswith("quantizeLinear")]
+        quantisers += [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert len(quantisers) > 20
+        for node in quantisers:
+            zero = constants[node.input[2]]
+            assert zero.dtype == np.int8
+            assert not zero.any()
+        made = {name: node for node in graph.node for name in node.output}
+        for node in (n for n in graph.node if n.op_type == "Conv"):
+            assert {made[name].op_type for name in node.input[:2]} == {"DequantizeLinear"}
+            assert all(constants[name].dtype == np.float32 for name in node.input[2:])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

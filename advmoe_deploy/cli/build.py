@@ -6,13 +6,19 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from advmoe_deploy.cli import tensorrt_options
 from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import BackendUnavailableError, unknown_name
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.specs import Backend, Precision
 
-FORMATS: dict[str, Backend] = {"onnx": "onnxruntime", "openvino": "openvino"}
-PLANNED_FORMATS = ("trt", "triton")
+FORMATS: dict[str, Backend] = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "trt": "tensorrt",
+}
+PLANNED_FORMATS = ("triton",)
 
 
 def train(
@@ -63,7 +69,7 @@ def train(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What 'advmoe train' wrote.")],
-    to: Annotated[str, typer.Option("--format", help="onnx or openvino.")],
+    to: Annotated[str, typer.Option("--format", help="onnx, openvino or trt.")],
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,6 +87,16 @@ def export(
         bool,
         typer.Option("--reference/--no-reference", help="Ship the weights that verify attacks."),
     ] = True,
+    onnx_only: tensorrt_options.OnnxOnly = False,
+    tf32: tensorrt_options.Tf32 = False,
+    workspace_mib: tensorrt_options.WorkspaceMib = None,
+    optimization_level: tensorrt_options.OptimizationLevel = None,
+    version_compatible: tensorrt_options.VersionCompatible = False,
+    refittable: tensorrt_options.Refittable = False,
+    tactic_sources: tensorrt_options.TacticSources = None,
+    batch_min: tensorrt_options.BatchMin = None,
+    batch_opt: tensorrt_options.BatchOpt = None,
+    batch_max: tensorrt_options.BatchMax = None,
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
@@ -91,12 +107,22 @@ def export(
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
     precisions = [_precision(name) for name in dict.fromkeys(precision or ["fp32"])]
+    build = BuildOptions(
+        batch=tensorrt_options.batch_profile(batch_min, batch_opt, batch_max),
+        tf32=tf32,
+        workspace_mib=workspace_mib,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        refittable=refittable,
+        tactic_sources=tensorrt_options.sources(tactic_sources),
+    )
+    tensorrt_options.require_for_trt(to, build, onnx_only=onnx_only)
     with session(as_json) as ui:
         from advmoe_deploy.cli import tables
         from advmoe_deploy.export.onnx_export import export_onnx
         from advmoe_deploy.export.targets import Target
 
-        targets = [Target(FORMATS[to], each) for each in precisions]
+        targets = [Target(FORMATS[to], each, onnx_only, build) for each in precisions]
         bundle = export_onnx(
             run,
             out or run / "bundle",

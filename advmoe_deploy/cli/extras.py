@@ -6,6 +6,8 @@ from advmoe_deploy.errors import BackendUnavailableError, missing_extra
 OPTIONAL = {
     "onnxruntime": ("onnxruntime", "cpu"),
     "openvino": ("openvino", "openvino"),
+    "tensorrt": ("tensorrt", "gpu"),
+    "cuda": ("cuda-bindings", "gpu"),
     "torch": ("torch", "train"),
     "lightning_fabric": ("lightning-fabric", "train"),
     "datasets": ("datasets", "train"),

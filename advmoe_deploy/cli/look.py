@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from dataclasses import asdict
 from typing import Annotated, get_args
 
 import typer
@@ -72,6 +73,7 @@ def doctor(as_json: Json = False) -> None:
     """
     with session(as_json) as ui:
         from advmoe_deploy.cli import tables
+        from advmoe_deploy.runtime.gpu_path import gpu_path
 
         engines = {name: _version(name) for name in ("onnxruntime", "openvino")}
         custom_ops, problem = _custom_ops()
@@ -82,6 +84,7 @@ def doctor(as_json: Json = False) -> None:
             "cpu": processor_name(),
             "cpus": _usable_cpus(),
             "engines": engines,
+            "gpu": {name: asdict(part) for name, part in gpu_path().items()},
             "compiler": find_compiler(),
             "custom_ops": custom_ops,
             "packages": {

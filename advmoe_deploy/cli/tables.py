@@ -86,7 +86,8 @@ def export_report(bundle: Bundle) -> RenderableType:
         *_parity_rows(bundle.manifest.parity),
         *_engine_rows(bundle.manifest.engines),
     ]
-    engines = [f" --engine {each.name}" for each in bundle.manifest.engines[:1]]
+    built = [each for each in bundle.manifest.engines if each.is_built]
+    engines = [f" --engine {each.name}" for each in built[:1]]
     hint = f"next: advmoe verify {bundle.path}{''.join(engines)}"
     return Group(_facts(str(bundle.path), rows), escape(hint))
 
@@ -246,8 +247,15 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
         ("their library", custom_ops["library"] or "none"),
         ("C compiler", value["compiler"] or "none"),
     ]
+    gpu = [
+        (name, part["found"] or f"missing: {part['missing']}")
+        for name, part in value["gpu"].items()
+    ]
     return Group(
-        _facts("machine", machine), _facts("engines", running), _facts("packages", packages)
+        _facts("machine", machine),
+        _facts("engines", running),
+        _facts("the way to a GPU", gpu),
+        _facts("packages", packages),
     )
 
 
@@ -274,10 +282,14 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
 
 def _engine_rows(engines: Iterable[EngineSet]) -> list[tuple[str, str]]:
     return [
-        ("" if number else f"engine {each.name}", line)
+        ("" if number else _engine_name(each), line)
         for each in engines
         for number, line in enumerate(each.findings())
     ]
+
+
+def _engine_name(engines: EngineSet) -> str:
+    return f"engine {engines.name}" if engines.is_built else f"graphs for {engines.name}"
 
 
 def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:

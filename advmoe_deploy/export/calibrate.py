@@ -15,11 +15,17 @@ CALIBRATION_IMAGES = 256
 
 
 def calibrated(
-    model: Classifier, parts: Partition, labelled: Dataset | None, threat: ThreatModel | None
+    model: Classifier,
+    parts: Partition,
+    labelled: Dataset | None,
+    threat: ThreatModel | None,
+    *,
+    symmetric: bool = False,
 ) -> tuple[dict[str, ModelProto], Calibration]:
     """Return the segments of ``parts`` that are worth it in int8, and what they were scaled on.
 
-    Training images of ``labelled``, and as many attacked as in ``threat``, if there is one.
+    Training images of ``labelled``, and as many attacked as in ``threat``, if there is one;
+    ``symmetric`` scales are what TensorRT takes.
 
     Raises:
         DataError: there are no training images.
@@ -36,7 +42,10 @@ def calibrated(
     images = to_float(split.images)
     attacked = attacked_images(model, images, split.labels, threat) if threat else None
     both = images if attacked is None else np.concatenate([images, attacked])
-    graphs, unvisited = quantised_segments(parts.plan, parts.graphs, both, model.spec.image_shape)
+    shape = model.spec.image_shape
+    graphs, unvisited = quantised_segments(
+        parts.plan, parts.graphs, both, shape, symmetric=symmetric
+    )
     return graphs, Calibration(
         data=labelled.source,
         clean_images=len(images),

@@ -269,21 +269,9 @@ class _Writer:
     def _report(self, choice: Choice, shipped: Fused) -> PrecisionReport:
         # What was measured as the choice was made, of the same graphs in memory: the attack on the
         # engine takes too long to be run again on the files.
-        exam, findings = self.subject.exam, choice.findings
-        return PrecisionReport(
-            raised=dict(choice.raised),
-            prediction_agreement=findings.prediction_agreement,
-            holdout_images=0 if exam.labels_N is None else len(exam.labels_N),
-            data=exam.labelled,
-            attack=ATTACK if exam.attacked is not None else None,
-            clean_accuracy=findings.clean_accuracy,
-            robust_accuracy=findings.robust_accuracy,
-            own_attack=findings.own_attack,
-            attacked_route_agreement=findings.attacked_route_agreement,
-            router=self._router_cost(choice.lowered, findings, shipped) if choice.lowered else None,
-            least_route_agreement=LEAST_ROUTE_AGREEMENT,
-            max_drop=MAX_DROP,
-        )
+        findings, lowered = choice.findings, choice.lowered
+        router = self._router_cost(lowered, findings, shipped) if lowered else None
+        return precision_report(self.subject.exam, choice.raised, findings, router)
 
     def _router_cost(
         self, lowered: Findings, findings: Findings, shipped: Fused
@@ -304,6 +292,29 @@ class _Writer:
             lowered_ms=lowered_ms,
             shipped_ms=shipped_ms,
         )
+
+
+def precision_report(
+    exam: Exam,
+    raised: Mapping[str, str],
+    findings: Findings,
+    router: RouterPrecision | None = None,
+) -> PrecisionReport:
+    """Return the record of what ``exam`` found, and of what had to be raised for it."""
+    return PrecisionReport(
+        raised=dict(raised),
+        prediction_agreement=findings.prediction_agreement,
+        holdout_images=0 if exam.labels_N is None else len(exam.labels_N),
+        data=exam.labelled,
+        attack=ATTACK if exam.attacked is not None else None,
+        clean_accuracy=findings.clean_accuracy,
+        robust_accuracy=findings.robust_accuracy,
+        own_attack=findings.own_attack,
+        attacked_route_agreement=findings.attacked_route_agreement,
+        router=router,
+        least_route_agreement=LEAST_ROUTE_AGREEMENT,
+        max_drop=MAX_DROP,
+    )
 
 
 def medians_ms(*calls: Callable[[], object], rounds: int) -> list[float]:

@@ -46,6 +46,7 @@ from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.export.tensorrt import write_tensorrt_set
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
@@ -58,6 +59,7 @@ from advmoe_deploy.runtime.openvino_engine import openvino_version
 from advmoe_deploy.runtime.ort_engine import onnxruntime_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.tensorrt_api import version_text
 from advmoe_deploy.specs import Precision
 
 PASSES = (fold_batchnorm, strided_shortcut)
@@ -265,7 +267,7 @@ def _write_engines(
     if not targets:
         return ()
     labelled = None
-    if any(target.precision != "fp32" for target in targets):
+    if any(target.precision != "fp32" or target.build.tf32 for target in targets):
         labelled = labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note)
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")
@@ -274,7 +276,8 @@ def _write_engines(
     )
     engines = []
     for target in targets:
-        engines.append(write_engine_set(staged, target, subject))
+        write = write_tensorrt_set if target.backend == "tensorrt" else write_engine_set
+        engines.append(write(staged, target, subject))
         progress.advance("export")
     return tuple(engines)
 
@@ -302,4 +305,6 @@ def _versions(targets: Sequence[Target]) -> Mapping[str, str]:
     }
     if any(target.backend == "openvino" for target in targets):
         versions["openvino"] = openvino_version()
+    if any(target.backend == "tensorrt" and not target.onnx_only for target in targets):
+        versions["tensorrt"] = version_text()
     return versions

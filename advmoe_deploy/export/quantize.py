@@ -37,6 +37,7 @@ _HEAVY = frozenset({"Conv", "Gemm", "MatMul"})
 _QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool"]
 # Scores and logits come out of these: 256 steps would tie what differs.
 _FLOAT_OUTPUTS = ["Gemm", "MatMul"]
+_SYMMETRIC = {"ActivationSymmetric": True, "AddQDQPairToWeight": True, "QuantizeBias": False}
 
 
 def quantised_segments(
@@ -44,8 +45,12 @@ def quantised_segments(
     graphs: Mapping[str, ModelProto],
     images: Images,
     image_shape: tuple[int, int, int],
+    *,
+    symmetric: bool = False,
 ) -> tuple[dict[str, ModelProto], tuple[str, ...]]:
     """Return the heavy segments with Q/DQ pairs, calibrated on float32 ``images`` [N, C, H, W].
+
+    ``symmetric`` is that of :func:`quantised`.
 
     Also returned are the experts that no image visits: they were calibrated on the rows of all
     experts of their layer.
@@ -65,7 +70,7 @@ def quantised_segments(
                     unvisited.append(name)
                     rows[name] = _renamed(of_all, plan.segment(name).inputs[0].name)
                 if is_heavy(graphs[name]):
-                    result[name] = quantised(graphs[name], rows[name])
+                    result[name] = quantised(graphs[name], rows[name], symmetric=symmetric)
     return result, tuple(unvisited)
 
 
@@ -74,8 +79,12 @@ def is_heavy(graph: ModelProto) -> bool:
     return not _HEAVY.isdisjoint(node.op_type for node in graph.graph.node)
 
 
-def quantised(graph: ModelProto, rows: Rows) -> ModelProto:
-    """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs."""
+def quantised(graph: ModelProto, rows: Rows, *, symmetric: bool = False) -> ModelProto:
+    """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs.
+
+    With ``symmetric``, as TensorRT wants it: zero points of 0, weights in float32 between a pair of
+    their own, biases in float32.
+    """
     marked = ModelProto()
     marked.CopyFrom(graph)
     # Shapes are known and normalisations folded: what the quantizer's own preparation is for.
@@ -90,10 +99,13 @@ def quantised(graph: ModelProto, rows: Rows) -> ModelProto:
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTISED,
             per_channel=True,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
+                **(_SYMMETRIC if symmetric else {}),
+            },
         )
         result = onnx.load_model(target)
     result.graph.name = graph.graph.name

@@ -1,28 +1,37 @@
 """Backends and precisions that graphs can be written for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.runtime.openvino_engine import has_precision, require_precision
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions, require_buildable
+from advmoe_deploy.runtime.tensorrt_device import this_device
 from advmoe_deploy.specs import Backend, Precision
 
-# What each backend computes in on a CPU.
+# What each backend computes in, ONNX Runtime and OpenVINO on a CPU.
 SUPPORTED: dict[Backend, tuple[Precision, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8"),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """A backend and a precision to write graphs for."""
+    """A backend and a precision to write graphs for.
+
+    TensorRT's engines are built as ``build`` says, on this machine unless ``onnx_only``: then the
+    graphs are written, and a script that builds them elsewhere.
+    """
 
     backend: Backend
     precision: Precision
+    onnx_only: bool = False
+    build: BuildOptions = field(default_factory=BuildOptions)
 
     @property
     def folder(self) -> str:
-        """Where in the bundle they go."""
+        """Where in the bundle they go; engines are told apart by their device, too."""
         return f"engines/{self.backend}-{self.precision}"
 
 
@@ -31,7 +40,8 @@ def require_supported(target: Target) -> None:
 
     Raises:
         UsageError: the backend never computes in that precision.
-        BackendUnavailableError: the backend is not installed, or this CPU lacks the precision.
+        BackendUnavailableError: the backend is not installed, or this CPU lacks the precision, or
+            there is no GPU to build engines for.
     """
     supported = SUPPORTED[target.backend]
     if target.precision not in supported:
@@ -41,10 +51,25 @@ def require_supported(target: Target) -> None:
         )
     if target.backend == "openvino":
         require_precision(target.precision)
+    if target.backend == "tensorrt" and not target.onnx_only:
+        _require_gpu(target.precision)
+
+
+def _require_gpu(precision: Precision) -> None:
+    try:
+        this_device()
+        require_buildable(precision)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(
+            f"engines are built where they run, and here {error}; or pass --onnx-only, which "
+            "writes graphs and a script that build them on another machine"
+        ) from None
 
 
 def ladder(target: Target) -> tuple[Precision, ...]:
     """Return the precisions that a segment of ``target`` may be raised through, up to fp32."""
     if target.precision == "int8" and target.backend == "openvino" and has_precision("bf16"):
         return ("int8", "bf16", "fp32")
+    if target.precision == "int8" and target.backend == "tensorrt":
+        return ("int8", "fp16", "fp32")
     return (target.precision, "fp32")

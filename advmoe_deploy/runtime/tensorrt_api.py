@@ -28,9 +28,9 @@ def tensorrt() -> Any:
     """
     try:
         import tensorrt as trt
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "tensorrt":
-            raise _not_loadable(error) from None
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] != "tensorrt":
+            raise _not_loadable(missing) from None
         raise missing_extra("tensorrt", "gpu") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise _not_loadable(error) from None

@@ -1,0 +1,98 @@
+"""Options of ``export --format trt``, and what they come to."""
+
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from advmoe_deploy.cli.options import names
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.specs import BatchProfile, one_line
+
+_SIZES = BatchProfile()
+
+OnnxOnly = Annotated[
+    bool,
+    typer.Option(
+        "--onnx-only",
+        help="trt: write graphs and a script that build the engines on another machine.",
+    ),
+]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="trt: let fp32 be rounded to TF32.")]
+WorkspaceMib = Annotated[
+    int | None,
+    typer.Option("--workspace-mib", min=1, help="trt: memory for a kernel's scratch."),
+]
+OptimizationLevel = Annotated[
+    int | None,
+    typer.Option(
+        "--optimization-level",
+        min=0,
+        max=5,
+        help="trt: how long to search for kernels.",
+    ),
+]
+VersionCompatible = Annotated[
+    bool,
+    typer.Option(
+        "--version-compatible",
+        help="trt: run on later releases of this major version as well.",
+    ),
+]
+Refittable = Annotated[
+    bool,
+    typer.Option("--refittable", help="trt: weights can be changed later."),
+]
+TacticSources = Annotated[
+    str | None,
+    typer.Option(
+        "--tactic-sources",
+        metavar="NAME,...",
+        help="trt: libraries whose kernels may be tried; by default all.",
+    ),
+]
+BatchMin = Annotated[
+    int | None,
+    typer.Option("--batch-min", min=1, help=f"trt: least batch; {_SIZES.min}."),
+]
+BatchOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-opt",
+        min=1,
+        help=f"trt: batch to be fastest at; {_SIZES.opt}, or the nearest between the others.",
+    ),
+]
+BatchMax = Annotated[
+    int | None,
+    typer.Option("--batch-max", min=1, help=f"trt: largest batch; {_SIZES.max}."),
+]
+
+
+def batch_profile(least: int | None, best: int | None, largest: int | None) -> BatchProfile:
+    """Return the batch sizes; what is not given follows from what is.
+
+    Raises:
+        UsageError: they do not grow.
+    """
+    low = least or min(_SIZES.min, best or _SIZES.min)
+    high = largest or max(_SIZES.max, best or 1, low)
+    middle = best or min(max(_SIZES.opt, low), high)
+    try:
+        return BatchProfile(min=low, opt=middle, max=high)
+    except ValidationError as error:
+        raise UsageError(one_line(error)) from None
+
+
+def require_for_trt(to: str, options: BuildOptions, *, onnx_only: bool) -> None:
+    """Raise :class:`UsageError` if options of TensorRT are given with another format."""
+    if to != "trt" and (onnx_only or options != BuildOptions()):
+        raise UsageError(
+            f"batch sizes, --onnx-only and how to build engines go with --format trt, not {to}"
+        )
+
+
+def sources(text: str | None) -> tuple[str, ...] | None:
+    """Return the names in a list such as ``JIT_CONVOLUTIONS,EDGE_MASK_CONVOLUTIONS``."""
+    return None if text is None else names(text)

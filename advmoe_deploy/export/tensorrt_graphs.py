@@ -1,0 +1,94 @@
+"""Graphs that TensorRT reads: a plan whose segments route inside, in standard operators only.
+
+No functions, no domain but ONNX's own, opset 17; nothing that TensorRT would have to fold first.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import ModelProto, NodeProto, helper
+from onnx import numpy_helper as onnx_numpy
+
+from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.stitch import rows_of
+from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, Segment
+
+
+def tensorrt_plan(plan: Plan, folder: str, suffix: str) -> Plan:
+    """Return ``plan`` with its routes inside of the segments that make their scores.
+
+    Segments keep their names; their files are in ``folder`` and end with ``suffix``.
+    """
+    read = {*plan.outputs, *(t.name for segment in plan.segments for t in segment.inputs)}
+    read |= {step.input for step in plan.steps if isinstance(step, ExpertsStep)}
+    trunk = {step.segment for step in plan.steps if isinstance(step, RunStep)}
+
+    def deciding(segment: Segment) -> Segment:
+        file = f"{folder}/{segment.name}{suffix}"
+        outputs = list(segment.outputs)
+        if segment.name in trunk:
+            outputs = [tensor for tensor in outputs if tensor.name in read]
+            outputs += [tensor for route in routes_in(plan, segment) for tensor in route.made]
+        return segment.model_copy(update={"file": file, "outputs": tuple(outputs)})
+
+    return Plan(
+        segments=tuple(deciding(segment) for segment in plan.segments),
+        steps=tuple(step for step in plan.steps if not isinstance(step, RouteStep)),
+        inside=plan.routes,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+    )
+
+
+def routes_in(plan: Plan, segment: Segment) -> list[RouteStep]:
+    """Return the routing points whose scores ``segment`` makes."""
+    made = {tensor.name for tensor in segment.outputs}
+    return [route for route in plan.routes if route.scores in made]
+
+
+def with_routes(graph: ModelProto, routes: Sequence[RouteStep], segment: Segment) -> ModelProto:
+    """Return ``graph`` with the choice of experts added; ``segment`` declares its ends."""
+    writer = GraphWriter()
+    for node in graph.graph.node:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = f"{segment.name}/{node.name}"  # values keep theirs
+        writer.nodes.append(copy)
+    writer.initializers |= {tensor.name: tensor for tensor in graph.graph.initializer}
+    for route in routes:
+        _write_route(writer, route)
+    return writer.model(segment.name, segment.inputs, segment.outputs)
+
+
+def _write_route(writer: GraphWriter, route: RouteStep) -> None:
+    """Add ids and weights; ties go to the lowest index where the runtime's do."""
+    (ids, weights), layer, scores = rows_of(route), route.layer, route.scores
+    if route.weighting == "one":
+        writer.emit("ArgMax", [scores], ids, axis=1, keepdims=1)
+        one = onnx_numpy.from_array(np.ones(1, np.float32))
+        shape = writer.emit("Shape", [ids], f"{layer}/rows")
+        writer.emit("ConstantOfShape", [shape], weights, value=one)
+    else:
+        _write_best(writer, route, ids, weights)
+    if route.tokens is not None:
+        shape = writer.integers(f"{layer}/shape", -1, route.tokens, route.top_k)
+        writer.emit("Reshape", [ids, shape], route.expert_ids)
+        writer.emit("Reshape", [weights, shape], route.weights)
+
+
+def _write_best(writer: GraphWriter, route: RouteStep, ids: str, weights: str) -> None:
+    layer, scores = route.layer, route.scores
+    count = writer.integers(f"{layer}/k", route.top_k)
+    writer.nodes.append(
+        helper.make_node("TopK", [scores, count], [f"{layer}/best", ids], ids, axis=1)
+    )
+    shares = writer.emit("Softmax", [scores], f"{layer}/shares", axis=1)
+    if route.weighting == "probability":
+        writer.emit("GatherElements", [shares, ids], weights, axis=1)
+        return
+    chosen = writer.emit("GatherElements", [shares, ids], f"{layer}/chosen", axis=1)
+    axis = writer.integers(f"{layer}/axis", 1)
+    total = writer.emit("ReduceSum", [chosen, axis], f"{layer}/total", keepdims=1)
+    little = writer.constant(f"{layer}/little", np.array(RENORMALISER, np.float32))
+    divisor = writer.emit("Add", [total, little], f"{layer}/divisor")
+    writer.emit("Div", [chosen, divisor], weights)

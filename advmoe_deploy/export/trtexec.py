@@ -1,0 +1,79 @@
+"""The script that builds engines with NVIDIA's own program, where Python is not wanted."""
+
+from collections.abc import Mapping
+
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.specs import Precision
+
+SCRIPT = "build.sh"
+
+_HEAD = """\
+#!/usr/bin/env bash
+# Builds one engine per graph of this folder with trtexec, for the GPU of this machine and for the
+# TensorRT that trtexec belongs to; an engine runs on no other GPU and with no other release.
+#
+#   TRTEXEC=/usr/src/tensorrt/bin/trtexec OUT=/where/engines/go ./build.sh
+#
+# Precision is in the graphs (float16 or bfloat16 tensors, Q/DQ pairs), and TensorRT 10 and newer
+# take it from there. For TensorRT 8.6 set WEAK=1: flags allow it then, and there is no bf16.
+# Shapes are least, best and largest: batch {batch}; an expert gets any number of the rows.
+set -euo pipefail
+cd "$(dirname "$0")"
+trtexec=${{TRTEXEC:-trtexec}}
+out=${{OUT:-.}}
+mkdir -p "$out"
+typed() {{ if [[ ${{WEAK:-}} ]]; then echo "$@"; else echo --stronglyTyped; fi; }}
+"""
+_WEAK: dict[Precision, str] = {"fp32": "", "fp16": "--fp16", "bf16": "--bf16", "int8": "--int8"}
+
+
+def build_script(
+    shapes: Mapping[str, Mapping[str, Shapes]],
+    precisions: Mapping[str, Precision],
+    options: BuildOptions,
+) -> str:
+    """Return the script for the graphs in ``shapes``, by name and input.
+
+    Those that ``precisions`` does not name are fp32.
+    """
+    batch = f"{options.batch.min}, {options.batch.opt}, {options.batch.max}"
+    lines = [_line(n, each, precisions.get(n, "fp32"), options) for n, each in shapes.items()]
+    return "\n".join([_HEAD.format(batch=batch), *lines]) + "\n"
+
+
+def _line(
+    name: str, shapes: Mapping[str, Shapes], precision: Precision, options: BuildOptions
+) -> str:
+    """Return the call of trtexec for one graph, in one line."""
+
+    def sizes(kind: str) -> str:
+        each = ((tensor, getattr(shape, kind)) for tensor, shape in shapes.items())
+        return ",".join(f"{tensor}:{'x'.join(map(str, size))}" for tensor, size in each)
+
+    words = [
+        '"$trtexec"',
+        f"--onnx='{name}.onnx'",
+        f"--saveEngine=\"$out\"/'{name}.engine'",
+        *(f"--{kind}Shapes='{sizes(kind)}'" for kind in ("min", "opt", "max")),
+        f"$(typed {_WEAK[precision]})".replace(" )", ")"),
+        *_flags(options),
+        '--timingCacheFile="$out"/timings',
+        "--skipInference",
+    ]
+    return f"# {name}: {precision}\n{' '.join(words)}"
+
+
+def _flags(options: BuildOptions) -> list[str]:
+    flags = [] if options.tf32 else ["--noTF32"]
+    if options.workspace_mib is not None:
+        flags.append(f"--memPoolSize=workspace:{options.workspace_mib}")
+    if options.optimization_level is not None:
+        flags.append(f"--builderOptimizationLevel={options.optimization_level}")
+    if options.version_compatible:
+        flags.append("--versionCompatible")
+    if options.refittable:
+        flags.append("--refit")
+    if options.tactic_sources is not None:
+        flags.append("--tacticSources=" + ",".join(f"+{name}" for name in options.tactic_sources))
+    return flags

@@ -1,0 +1,89 @@
+"""What the way to an NVIDIA GPU needs, and what of it this machine has."""
+
+import ctypes
+import importlib.metadata
+from dataclasses import dataclass
+
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.cuda import gpu
+from advmoe_deploy.runtime.tensorrt_api import version_text
+
+_CUDNN = ("libcudnn.so.9", "libcudnn.so.8")
+_BY_HAND = "no pip package of ours brings it"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is needed: what was found of it, else ``None`` and what brings it."""
+
+    found: str | None
+    missing: str | None = None
+
+
+def gpu_path() -> dict[str, Part]:
+    """Return by name everything between this program and a GPU; absence is no error."""
+    return {
+        "NVIDIA driver": _driver(),
+        "GPU": _gpu(),
+        "CUDA for Python": _package("cuda-bindings", "gpu"),
+        "TensorRT": _tensorrt(),
+        "onnxruntime-gpu": _package("onnxruntime-gpu", "cuda"),
+        "cuDNN, which it needs": _cudnn(),
+    }
+
+
+def _driver() -> Part:
+    """Return the newest CUDA that the driver speaks."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Part(None, f"install NVIDIA's driver; {_BY_HAND}")
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return Part(None, "a driver is there and does not answer; restart the machine")
+    return Part(f"for CUDA up to {version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def _gpu() -> Part:
+    try:
+        found = gpu()
+    except BackendUnavailableError as error:
+        return Part(None, str(error))
+    major, minor = found.compute_capability
+    return Part(f"{found.name}, compute capability {major}.{minor}")
+
+
+def _tensorrt() -> Part:
+    try:
+        return Part(version_text())
+    except BackendUnavailableError as error:
+        return Part(None, str(error))
+
+
+def _cudnn() -> Part:
+    for package in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
+        if version := _version(package):
+            return Part(f"{version} ({package})")
+    for name in _CUDNN:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return Part(name)
+    return Part(None, f"{_advice('cuda')}, or NVIDIA's own package")
+
+
+def _package(name: str, extra: str) -> Part:
+    version = _version(name)
+    return Part(version) if version else Part(None, _advice(extra))
+
+
+def _advice(extra: str) -> str:
+    return f"pip install 'advmoe-deploy[{extra}]'"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,22 @@
+"""The GPU and the TensorRT of this machine, as engines are tied to them."""
+
+from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.runtime.cuda import gpu
+from advmoe_deploy.runtime.tensorrt_api import version_text
+
+
+def this_device(*, version_compatible: bool = False, tf32: bool = False) -> EngineDevice:
+    """Return what engines that are built here are tied to.
+
+    Raises:
+        BackendUnavailableError: TensorRT, a driver or a GPU is missing.
+    """
+    version = version_text()
+    found = gpu()
+    return EngineDevice(
+        gpu=found.name,
+        compute_capability=found.compute_capability,
+        tensorrt=version,
+        version_compatible=version_compatible,
+        tf32=tf32,
+    )
