@@ -1,0 +1,129 @@
+"""Every name of TensorRT and CUDA that we use, held against the real bindings of each release.
+
+The names are facts, taken from the wheels by ``benchmarks/tensorrt_names.py``. A name asked for
+with ``probe`` may be missing from some releases, not from all.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUNTIME = ROOT / "advmoe_deploy" / "runtime"
+NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
+FOUND: dict[str, dict[str, dict[str, list[str]]]] = json.loads(NAMES.read_text())
+
+# What our variables are called, and what they hold: "" is the module itself.
+TENSORRT = {
+    "trt": "",
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "config": "IBuilderConfig",
+    "parser": "OnnxParser",
+    "profile": "IOptimizationProfile",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "cache": "ITimingCache",
+    "inspector": "EngineInspector",
+    "error": "ParserError",
+}
+CUDA = {"cudart": "runtime", "driver": "driver"}
+FILES = sorted([*RUNTIME.glob("tensorrt_*.py"), RUNTIME / "cuda.py"])
+
+# A class of the module, or "", and a name in it.
+Name = tuple[str, str]
+
+
+def names_in(code: str, objects: dict[str, str]) -> tuple[set[Name], set[Name]]:
+    """Return the names that ``code`` relies on, and those that it asks for."""
+    relied, asked = set(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and (found := _path(node, objects)):
+            relied.add(found)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "probe":
+            asked |= set(_asked(node, objects))
+    return relied, asked
+
+
+def _path(node: ast.expr, objects: dict[str, str]) -> Name | None:
+    """Return the class and the name of ``trt.A.b`` or ``builder.b``; nothing for other things."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return None
+    names = [node.id, *parts]
+    if names[0] == "self":
+        names = names[1:]
+    owner = objects.get(names[0].lstrip("_")) if names else None
+    if owner is None or len(names) < 2:
+        return None
+    path = [*([owner] if owner else []), *names[1:]]
+    return ".".join(path[:-1]), path[-1]
+
+
+def _asked(call: ast.Call, objects: dict[str, str]) -> Iterator[Name]:
+    owner, name = call.args
+    path = _path(owner, objects)
+    text = getattr(owner, "id", "")
+    where = ".".join(filter(None, path)) if path else objects.get(text)
+    if where is not None and isinstance(name, ast.Constant):
+        yield where, str(name.value)
+
+
+def lacking(names: set[Name], release: dict[str, list[str]]) -> set[Name]:
+    return {
+        (owner, name)
+        for owner, name in names
+        if name not in release.get(owner, []) and name != "__init__"
+    }
+
+
+def test_a_name_that_is_not_there_is_found_out() -> None:
+    code = "trt.Bilder; self._config.set_flag(trt.BuilderFlag.TF33); probe(trt.BuilderFlag, 'FP16')"
+    relied, asked = names_in(code, TENSORRT)
+    assert asked == {("BuilderFlag", "FP16")}
+    for release in FOUND["tensorrt"].values():
+        assert lacking(relied, release) == {("", "Bilder"), ("BuilderFlag", "TF33")}
+
+
+def test_the_facts_are_of_all_three_major_releases() -> None:
+    assert [version.split(".")[0] for version in FOUND["tensorrt"]] == ["10", "10", "11", "8"]
+    eleven, eight = FOUND["tensorrt"]["11.4.0"], FOUND["tensorrt"]["8.6.1"]
+    assert "FP16" in eight["BuilderFlag"]
+    assert "FP16" not in eleven["BuilderFlag"]
+    assert "STRONGLY_TYPED" not in eight["NetworkDefinitionCreationFlag"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("vendor", FOUND)
+def test_every_name_is_in_every_release(file: Path, vendor: str) -> None:
+    objects = {"tensorrt": TENSORRT, "cuda": CUDA}[vendor]
+    relied, asked = names_in(file.read_text(), objects)
+    for version, release in FOUND[vendor].items():
+        assert not lacking(relied, release), f"{file.name}: {vendor} {version} has no such names"
+    for name in asked:
+        assert any(not lacking({name}, r) for r in FOUND[vendor].values()), (
+            f"no {vendor} has {name}"
+        )
+
+
+def test_names_are_found_in_our_files() -> None:
+    relied, _ = names_in((RUNTIME / "tensorrt_build.py").read_text(), TENSORRT)
+    assert ("IBuilderConfig", "add_optimization_profile") in relied
+    assert ("MemoryPoolType", "WORKSPACE") in relied
+    assert len(relied) > 15
+
+
+@pytest.mark.slow
+def test_the_facts_are_what_the_wheels_say(tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "tensorrt_names.py"
+    subprocess.run([sys.executable, str(program), str(tmp_path / "names.json")], check=True)
+    assert json.loads((tmp_path / "names.json").read_text()) == FOUND
