@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TENSORRT = {
@@ -60,6 +62,14 @@ Names = dict[str, list[str]]
 
 def names_of(module: str, classes: list[str], *requirements: str) -> Names:
     """Return the names in a module of the wheels, and in some of its classes."""
+    with unpacked(*requirements) as folder:
+        found: Names = json.loads(run_with(folder, _SHOW.format(module=module, classes=classes)))
+        return found
+
+
+@contextmanager
+def unpacked(*requirements: str) -> Iterator[Path]:
+    """Yield a folder with what is in the wheels, and with what their libraries link to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pip = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps"]
@@ -69,13 +79,22 @@ def names_of(module: str, classes: list[str], *requirements: str) -> Names:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
         _write_stand_ins(folder)
-        environment = {"PYTHONPATH": name, "LD_LIBRARY_PATH": name, "PATH": "/usr/bin:/bin"}
-        program = [sys.executable, "-c", _SHOW.format(module=module, classes=classes)]
-        done = subprocess.run(
-            program, env=environment, stdout=subprocess.PIPE, check=True, timeout=120
-        )
-        found: Names = json.loads(done.stdout)
-        return found
+        yield folder
+
+
+def run_with(folder: Path, program: str) -> str:
+    """Return what a Python program prints that imports from ``folder``, and from this checkout."""
+    path = f"{folder}:{Path(__file__).parent.parent}"
+    environment = {"PYTHONPATH": path, "LD_LIBRARY_PATH": str(folder), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout
 
 
 def _write_stand_ins(folder: Path) -> None:

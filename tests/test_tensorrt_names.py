@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tensorrt_names
+
 RUNTIME = ROOT / "advmoe_deploy" / "runtime"
 NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
 FOUND: dict[str, dict[str, dict[str, list[str]]]] = json.loads(NAMES.read_text())
@@ -127,3 +131,45 @@ def test_the_facts_are_what_the_wheels_say(tmp_path: Path) -> None:
     program = ROOT / "benchmarks" / "tensorrt_names.py"
     subprocess.run([sys.executable, str(program), str(tmp_path / "names.json")], check=True)
     assert json.loads((tmp_path / "names.json").read_text()) == FOUND
+
+
+# Bindings alone: their builder needs a GPU, and what comes before and after it does not.
+WITHOUT_A_GPU = """
+import json, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+import tensorrt_bindings as trt
+sys.modules["tensorrt"] = trt
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime import tensorrt_api as api, tensorrt_build as build
+log = api.logger()
+log.log(trt.ILogger.Severity.ERROR, "one\\n  line")
+log.log(trt.ILogger.Severity.WARNING, "not kept")
+said = {"version": api.tensorrt_version(), "problem": log.last_problem()}
+said["network"] = build._network_flags(trt)
+said["sources"] = build._sources(trt, ("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"))
+try:
+    build.build_engine(b"", {}, build.BuildOptions(), precision="fp16")
+except BackendUnavailableError as error:
+    said["error"] = str(error)
+json.dump(said, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("version", "numbers", "network", "sources"),
+    [
+        ("8.6.1", [8, 6, 1], 0b01, 0b11000),
+        ("10.0.1", [10, 0, 1], 0b11, 0b11000),
+        ("10.16.1", [10, 16, 1], 0b11, 0b11000),
+        ("11.4.0", [11, 4, 0], 0b01, 0b00011),  # enumerations were numbered anew
+    ],
+)
+def test_what_needs_no_gpu_runs_on_the_real_bindings(
+    version: str, numbers: list[int], network: int, sources: int
+) -> None:
+    with tensorrt_names.unpacked(tensorrt_names.TENSORRT[version]) as folder:
+        said = json.loads(tensorrt_names.run_with(folder, WITHOUT_A_GPU))
+    assert (said["version"], said["network"], said["sources"]) == (numbers, network, sources)
+    assert said["problem"] == "one line"
+    assert "builds only where an NVIDIA GPU and its driver are" in said["error"]

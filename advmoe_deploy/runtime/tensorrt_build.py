@@ -104,6 +104,7 @@ def build_engine(
     """
     trt = tensorrt()
     require_buildable(precision)
+    logger().problems.clear()
     builder = _builder()
     network = builder.create_network(_network_flags(trt))
     _parse(trt, network, onnx, name)
@@ -114,7 +115,6 @@ def build_engine(
         profile.set_shape(tensor, sizes.min, sizes.opt, sizes.max)
     config.add_optimization_profile(profile)
     _take_timings(config, options.timing_cache)
-    logger().problems.clear()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _not_built(name)
