@@ -32,8 +32,8 @@ CLASSES = """
     Builder BuilderFlag DataType EngineInspector HardwareCompatibilityLevel IBuilderConfig
     ICudaEngine IExecutionContext IHostMemory ILogger INetworkDefinition IOptimizationProfile
     IOutputAllocator IProfiler ITensor ITimingCache LayerInformationFormat Logger MemoryPoolType
-    NetworkDefinitionCreationFlag OnnxParser ParserError ProfilingVerbosity Runtime TacticSource
-    TensorIOMode
+    NetworkDefinitionCreationFlag OnnxParser ParserError PreviewFeature ProfilingVerbosity Runtime
+    TacticSource TensorIOMode
 """
 CUDA_CLASSES = "cudaDeviceAttr cudaError_t cudaMemcpyKind cudaStreamCaptureMode"
 _OF_CUDA = re.compile(

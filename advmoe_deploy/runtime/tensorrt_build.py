@@ -175,6 +175,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions, precision: Precisio
     if tensorrt_version() < STRONG_TYPES:
         for flag in _FLAGS[precision]:
             config.set_flag(probe(trt.BuilderFlag, flag))
+    sharing = probe(trt.PreviewFeature, "PROFILE_SHARING_0806")
+    if sharing is not None:  # else contexts of 8.6 cannot run side by side; later ones always can
+        config.set_preview_feature(sharing, True)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.refittable:
