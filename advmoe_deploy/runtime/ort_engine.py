@@ -1,6 +1,8 @@
 """ONNX Runtime, on the CPU or on a GPU; the only module that knows it."""
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +89,8 @@ class OrtEngine(Closing):
             self.custom_ops = find_custom_ops(custom_ops if provider == CPU else "bodies")
             _register(options, self.custom_ops)
         try:
-            session = runtime.InferenceSession(source, options, providers=_PROVIDERS[provider])
+            with redirect_stdout(sys.stderr):  # of a provider it cannot load it prints at length
+                session = runtime.InferenceSession(source, options, providers=_PROVIDERS[provider])
         except Exception as error:
             _refuse_out_of_memory(error)
             if type(error).__name__ not in _LOAD_ERRORS:
@@ -134,7 +137,8 @@ def _require_provider(runtime: Any, provider: Provider) -> None:
             "in its place: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
     if hasattr(runtime, "preload_dlls"):  # finds CUDA and cuDNN beside PyTorch or in wheels
-        runtime.preload_dlls()
+        with redirect_stdout(sys.stderr):
+            runtime.preload_dlls()
 
 
 def _register(options: Any, custom_ops: CustomOps) -> None:
