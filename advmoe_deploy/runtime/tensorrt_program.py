@@ -263,7 +263,8 @@ def bound_context(program: Program, memory: DeviceBuffer, places: Mapping[str, P
         if not context.set_input_shape(name, places[name].shape):
             raise _misfit(program, name, places[name].shape)
     for name, place in places.items():
-        context.set_tensor_address(name, place.address)
+        if not context.set_tensor_address(name, place.address):
+            raise BundleError(f"TensorRT does not take {name} of {program.name}: {_reason()}")
     for name in program.outputs:
         made = tuple(context.get_tensor_shape(name))
         if len(made) != len(places[name].shape) or any(

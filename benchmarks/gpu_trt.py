@@ -1,0 +1,250 @@
+"""TensorRT on a GPU, from export to verification, next to what one would use instead.
+
+    python benchmarks/gpu_trt.py --data cifar10:PATH --work DIR [--stages build,parity,latency]
+    python benchmarks/gpu_trt.py --data cifar10:PATH --work DIR --dry-run
+
+Stages leave what they make in DIR and what they measure in DIR/stages, so that a later call, or
+another interpreter, goes on: ``export``, ``reference``, ``torch`` and ``verify`` need PyTorch,
+``build``, ``parity``, ``latency`` and ``parts`` TensorRT and no PyTorch, ``onnxruntime`` its GPU
+build. One that fails or lacks something says why in its record, and the others go on. Whatever was
+measured so far is written to ``benchmarks/results/gpu_trt.json`` after each.
+
+``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
+the CPU, through the same dispatch, and lists the engines to be built.
+
+Untrained weights, fitted to images that use the experts alike, answer for speed and for numerics;
+``--trained RUN`` is what robustness is verified on.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_trt_bounds import bounds
+
+from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec
+
+RESULT = Path(__file__).parent / "results" / "gpu_trt.json"
+PRECISIONS = ("fp32", "fp16")
+BATCH = BatchProfile(min=1, opt=128, max=256)
+PACKAGES = (
+    "tensorrt",
+    "cuda-bindings",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "triton",
+    "numpy",
+)
+MODELS = {
+    "advmoe-resnet18": ModelSpec(family="advmoe", num_experts=2, ratio=0.5),
+    "advmoe-wrn-28-10": ModelSpec(
+        family="advmoe", backbone="wrn-28-10", width=160, num_experts=2, ratio=0.5
+    ),
+    "block-moe": ModelSpec(
+        family="robust-experts",
+        num_experts=4,
+        weighting="renormalised",
+        expert_layers=ExpertLayers(kind="block", layers=("layer4",)),
+    ),
+    "dual-model": ModelSpec(family="dual-model", num_experts=4, alpha=0.7),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was asked for, and the folder in which stages meet."""
+
+    folder: Path
+    data: str
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    images: int
+    seconds: float
+    trained: Path | None
+    dry: bool
+
+    def bundle(self, model: str) -> Path:
+        """Return where a model's bundle is."""
+        return self.folder / model / "bundle"
+
+    def reference(self, model: str) -> Path:
+        """Return where images and torch's answers to them are."""
+        return self.folder / model / "reference.npz"
+
+    def baseline(self, model: str, name: str, precision: str) -> Path:
+        """Return where the graph of a baseline is."""
+        return self.folder / model / "baselines" / f"{name}-{precision}.onnx"
+
+    def engines(self, model: str, precision: str) -> Path:
+        """Return where engines are."""
+        return self.folder / model / f"engines-{precision}"
+
+
+Record = dict[str, Any]
+# Yields a name, and what measures it.
+Stage = Callable[[Work], Iterator[tuple[str, Callable[[], Any]]]]
+
+
+def run_stage(name: str, stage: Stage, work: Work) -> Record:
+    """Return what ``stage`` measured, part by part; one that fails does not stop the others."""
+    started, parts = time.perf_counter(), {}
+    try:
+        for part, measure in stage(work):
+            print(f"{name}: {part}", flush=True)
+            parts[part] = _guarded(measure)
+    except Exception as error:  # what a stage needs is missing
+        parts["stage"] = _failure(error)
+    return {"seconds": round(time.perf_counter() - started, 2), "parts": parts}
+
+
+def _guarded(measure: Callable[[], Any]) -> Any:
+    try:
+        return measure()
+    except Exception as error:
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Record:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    line = " ".join(str(error).split())
+    print(f"  failed: {type(error).__name__}: {line}", flush=True)
+    return {"failed": f"{type(error).__name__}: {line}", "at": f"{where.name}:{where.lineno}"}
+
+
+def facts() -> Record:
+    """Return the machine and the versions of everything that takes part."""
+    return {
+        "processor": processor_name(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES if _version(name)},
+        "nvidia_smi": _nvidia_smi(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi() -> str | None:
+    query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,compute_mode"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def summary(times: dict[str, np.ndarray]) -> Record:
+    """Return the median and every raw time in ms, by name."""
+    return {
+        name: {
+            "p50_ms": round(1e3 * float(np.median(values)), 5),
+            "n": len(values),
+            "ms": [round(1e3 * float(value), 5) for value in values],
+        }
+        for name, values in times.items()
+    }
+
+
+def ratios_to(times: dict[str, np.ndarray], base: str) -> Record:
+    """Return how many times faster everything is than ``base``, with 95 % intervals."""
+    from advmoe_deploy.profiling.timing import ratio_of_medians
+
+    result = {}
+    for name in times.keys() - {base}:
+        ratio = ratio_of_medians(times[base], times[name])
+        result[f"{base} / {name}"] = [round(v, 4) for v in (ratio.value, ratio.low, ratio.high)]
+    return result
+
+
+def stages() -> dict[str, Stage]:
+    """Return the stages by name, in the order in which they build on each other."""
+    import gpu_trt_engines as engines
+    import gpu_trt_torch as of_torch
+
+    return {
+        "device": engines.device,
+        "export": of_torch.export,
+        "reference": of_torch.reference,
+        "build": engines.build,
+        "parity": engines.parity,
+        "latency": engines.latency,
+        "parts": engines.parts,
+        "onnxruntime": engines.onnxruntime,
+        "torch": of_torch.eager_and_compiled,
+        "router_kernel": of_torch.router_kernel,
+        "verify": of_torch.verify,
+    }
+
+
+WITHOUT_GPU = ("export", "reference", "build", "parity")
+
+
+def write_result(work: Work, out: Path) -> None:
+    """Join what all stages have measured so far."""
+    files = sorted((work.folder / "stages").glob("*.json"))
+    measured = {file.stem: json.loads(file.read_text()) for file in files}
+    asked = {"data": work.data.partition(":")[0], "batches": work.batches, "dry_run": work.dry}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {**asked, "bounds": bounds(measured), "stages": measured}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the stages that were asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="cifar10:PATH")
+    parser.add_argument("--work", type=Path, required=True, help="the folder where stages meet")
+    parser.add_argument("--stages", default="", help="by default all; names with commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="names with commas")
+    parser.add_argument("--batches", default="1,64,256")
+    parser.add_argument("--images", type=int, default=10_000, help="test images to compare on")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of measuring per row")
+    parser.add_argument("--trained", type=Path, help="a run on --data, to be verified")
+    parser.add_argument("--dry-run", action="store_true", help="what needs no GPU, on the CPU")
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_trt.json")
+    asked = parser.parse_args()
+    work = Work(
+        asked.work,
+        asked.data,
+        tuple(asked.models.split(",")),
+        tuple(int(batch) for batch in asked.batches.split(",")),
+        asked.images,
+        asked.seconds,
+        asked.trained,
+        asked.dry_run,
+    )
+    (work.folder / "stages").mkdir(parents=True, exist_ok=True)
+    chosen = [name for name in asked.stages.split(",") if name]
+    known = stages()
+    for name in chosen or (WITHOUT_GPU if work.dry else known):
+        record = {**facts(), **run_stage(name, known[name], work)}
+        (work.folder / "stages" / f"{name}.json").write_text(json.dumps(record, indent=1))
+        # A dry run proves nothing about a GPU: its record stays in the folder.
+        write_result(work, asked.out or (work.folder / "dry.json" if work.dry else RESULT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The stages of ``gpu_trt.py`` that need TensorRT, or ONNX Runtime, and no PyTorch."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_trt import BATCH, PRECISIONS, Record, Work, ratios_to, summary
+
+from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.profiling.timing import time_interleaved
+from advmoe_deploy.runtime.gathered_runner import GatheredRunner
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.specs import Precision
+
+Part = tuple[str, Callable[[], Any]]
+_GIB = 1 << 30
+_SIDE = 8192
+_BASELINES = ("dense", "unfused")
+
+
+def device(work: Work) -> Iterator[Part]:
+    """Look at the GPU, and measure what it does at best: a large copy and a large product."""
+    yield "gpu", _gpu
+    yield "copies", _copies
+    for precision in PRECISIONS:
+        yield f"matrix product, {precision}", partial(_product, work, precision)
+
+
+def _gpu() -> Record:
+    from advmoe_deploy.runtime.cuda import gpu
+
+    return dict(vars(gpu()))
+
+
+def _copies() -> Record:
+    """Return GiB/s read or written once, within the GPU and from and to pinned memory."""
+    from advmoe_deploy.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
+
+    with ExitStack() as stack:
+        there, other = (stack.enter_context(DeviceBuffer(_GIB)) for _ in range(2))
+        pinned = stack.enter_context(PinnedBuffer(_GIB))
+        stream = stack.enter_context(Stream())
+        start, end = (stack.enter_context(Event()) for _ in range(2))
+
+        def gib_per_s(copy: Callable[[], None]) -> list[float]:
+            speeds = []
+            for _ in range(10):
+                start.record(stream)
+                copy()
+                end.record(stream)
+                stream.wait()
+                speeds.append(round(1e3 / end.ms_since(start), 3))
+            return speeds
+
+        return {
+            "within the GPU (read and written)": gib_per_s(
+                lambda: stream.copy(other.address, there.address, _GIB)
+            ),
+            "to the GPU": gib_per_s(lambda: stream.upload(there.address, pinned.address, _GIB)),
+            "from the GPU": gib_per_s(lambda: stream.download(pinned.address, there.address, _GIB)),
+        }
+
+
+def _product(work: Work, precision: Precision) -> Record:
+    """Return the TFLOP/s of TensorRT's own product of two large matrices."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine
+    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
+    ends = [helper.make_tensor_value_info(n, kind, ["N", _SIDE]) for n in ("a", "b", "c")]
+    node = helper.make_node("MatMul", ["a", "b"], ["c"])
+    graph = helper.make_graph([node], "product", ends[:2], ends[2:])
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    onnx.checker.check_model(model)
+    size = Shapes(*[(_SIDE, _SIDE)] * 3)
+    built = build_engine(
+        model.SerializeToString(), {"a": size, "b": size}, BuildOptions(), precision=precision
+    )
+    dtype = np.float16 if precision == "fp16" else np.float32
+    ones = np.ones((_SIDE, _SIDE), dtype)
+    with TensorRtEngine(built, contexts=1) as engine:
+        milliseconds = engine.device_ms({"a": ones, "b": ones}, rounds=20)
+    flop = 2 * _SIDE**3
+    return {"ms": milliseconds, "tflop_per_s": flop / np.median(milliseconds) / 1e9}
+
+
+def build(work: Work) -> Iterator[Part]:
+    """Build every engine of every set and of every baseline."""
+    for model in work.models:
+        for precision in PRECISIONS:
+            for name, (graph, shapes, kind) in _sources(work, model, precision).items():
+                target = work.engines(model, precision) / f"{name}.engine"
+                yield (
+                    f"{model} {precision} {name}",
+                    partial(_build, work, graph, shapes, kind, target),
+                )
+
+
+def _sources(
+    work: Work, model: str, precision: Precision
+) -> dict[str, tuple[Path, Any, Precision]]:
+    """Return by name the graph, the shapes and the precision of every engine of a model."""
+    from advmoe_deploy.export.movers import movers
+    from advmoe_deploy.runtime.tensorrt_plan import graph_files
+    from advmoe_deploy.runtime.tensorrt_shapes import Shapes, shapes_of_segments
+
+    bundle, chosen = _set(work, model, precision)
+    shapes: dict[str, Any] = dict(shapes_of_segments(chosen.plan, BATCH))
+    shapes |= {mover.name: mover.shapes(BATCH) for mover in movers(chosen.plan)}
+    found = {
+        name: (bundle.file(file), shapes[name], chosen.segments.get(name, "fp32"))
+        for name, file in graph_files(chosen.plan).items()
+    }
+    image = bundle.manifest.model.image_shape
+    sizes = Shapes((BATCH.min, *image), (BATCH.opt, *image), (BATCH.max, *image))
+    for name in _BASELINES:
+        file = work.baseline(model, name, precision)
+        found[name] = file, {"images": sizes}, precision
+    return found
+
+
+def _set(work: Work, model: str, precision: Precision) -> tuple[Bundle, EngineSet]:
+    bundle = open_bundle(work.bundle(model))
+    chosen = bundle.engine_set("tensorrt", precision)
+    assert chosen is not None
+    return bundle, chosen
+
+
+def _build(work: Work, graph: Path, shapes: Any, precision: Precision, target: Path) -> Record:
+    from advmoe_deploy.runtime.tensorrt_device import this_device
+
+    from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
+
+    sizes = {name: (size.min, size.opt, size.max) for name, size in shapes.items()}
+    if work.dry:
+        return {"graph": graph.name, "precision": precision, "shapes": sizes}
+    started = time.perf_counter()
+    options = BuildOptions(
+        batch=BATCH, timing_cache=timing_cache_file(this_device()), tactic_sources=_tactics()
+    )
+    engine = build_engine(
+        graph.read_bytes(), shapes, options, precision=precision, name=target.stem
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(engine)
+    return {"seconds": round(time.perf_counter() - started, 2), "bytes": len(engine)}
+
+
+def _tactics() -> tuple[str, ...] | None:
+    """Return TensorRT 8.6's own kernels: where it is carried along, cuBLAS and cuDNN are not."""
+    from advmoe_deploy.runtime.tensorrt_api import STRONG_TYPES, tensorrt_version
+
+    own = ("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS")
+    return own if tensorrt_version() < STRONG_TYPES else None
+
+
+def open_moe(work: Work, model: str, precision: Precision, *, at_once: int = 0) -> Runner:
+    """Return the runner of a set; in a dry run, over its graphs in ONNX Runtime."""
+    from advmoe_deploy.runtime.ort_engine import OrtEngine
+    from advmoe_deploy.runtime.tensorrt_plan import graph_files, runner_of_engines
+
+    bundle, chosen = _set(work, model, precision)
+    files, shape = graph_files(chosen.plan), bundle.manifest.model.image_shape
+    if work.dry:
+        return GatheredRunner.over_engines(
+            chosen.plan,
+            {name: bundle.file(file) for name, file in files.items()},
+            shape,
+            open_engine=lambda _, graph: OrtEngine(graph),
+            batch=BATCH,
+            name="onnxruntime",
+            precision=precision,
+            at_once=at_once,
+        )
+    folder = work.engines(model, precision)
+    return runner_of_engines(
+        chosen.plan,
+        {name: folder / f"{name}.engine" for name in files},
+        shape,
+        device=None,
+        precision=precision,
+        at_once=at_once,
+    )
+
+
+def parity(work: Work) -> Iterator[Part]:
+    """Compare logits and routes with torch's on the test images."""
+    for model in work.models:
+        for precision in PRECISIONS:
+            yield f"{model} {precision}", partial(_parity, work, model, precision)
+
+
+def _parity(work: Work, model: str, precision: Precision) -> Record:
+    with np.load(work.reference(model)) as stored:
+        expected = dict(stored)
+    with open_moe(work, model, precision) as runner:
+        answer = runner.infer(expected["images"])
+    logits = expected["logits"]
+    difference_N = np.abs(answer.logits - logits).max(axis=1)
+    relative_N = difference_N / np.maximum(1, np.abs(logits).max(axis=1))
+    routes, alike_N = {}, np.ones(len(logits), bool)
+    for layer, ids in answer.expert_ids.items():
+        chosen_RK = ids.reshape(-1, ids.shape[-1])
+        agree_R = (np.sort(chosen_RK) == np.sort(expected[f"{layer}.expert_ids"])).all(axis=1)
+        clear_R = expected[f"{layer}.margins"] > 1e-4
+        alike_N &= agree_R.reshape(len(logits), -1).all(axis=1)
+        routes[layer] = {
+            "agreement": float(agree_R.mean()),
+            "agreement_of_clear": float(agree_R[clear_R].mean()),
+            "smallest_margin": float(expected[f"{layer}.margins"].min()),
+        }
+    return {
+        "images": len(logits),
+        "max_abs_logit_diff": float(difference_N.max()),
+        "max_abs_logit_diff_routed_alike": float(difference_N[alike_N].max()),
+        "max_relative_logit_diff_routed_alike": float(relative_N[alike_N].max()),
+        "routed_alike": float(alike_N.mean()),
+        "prediction_agreement": float((answer.logits.argmax(1) == logits.argmax(1)).mean()),
+        "routes": routes,
+    }
+
+
+def latency(work: Work) -> Iterator[Part]:
+    """Time the MoE, both ways, and its baselines in turn, from images in memory to answers."""
+    for model in work.models:
+        for precision in PRECISIONS:
+            for batch in work.batches:
+                name = f"{model} {precision} batch {batch}"
+                yield name, partial(_latency, work, model, precision, batch)
+
+
+def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
+    from advmoe_deploy.runtime.dispatch import at_once_step
+    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+
+    _, chosen = _set(work, model, precision)
+    pixels = _images(work, model, batch)
+    folder = work.engines(model, precision)
+    with ExitStack() as stack:
+        moe = stack.enter_context(open_moe(work, model, precision))
+        calls: dict[str, Callable[[], object]] = {"moe": partial(moe.infer, pixels)}
+        if batch <= 4 and at_once_step(chosen.plan) is not None:
+            both = stack.enter_context(open_moe(work, model, precision, at_once=batch))
+            calls["moe at once"] = partial(both.infer, pixels)
+        for name in _BASELINES:
+            engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
+            calls[name] = partial(engine.run, {"images": pixels})
+        ids = moe.infer(pixels).expert_ids
+        times = time_interleaved(calls, warmup=10, budget_s=work.seconds, most=3000)
+    loads = {layer: np.bincount(each.reshape(-1)).tolist() for layer, each in ids.items()}
+    return {"loads": loads, "times": summary(times), "ratios": ratios_to(times, "dense")}
+
+
+def _images(work: Work, model: str, batch: int) -> np.ndarray:
+    with np.load(work.reference(model)) as stored:
+        images = stored["images"]
+    return np.resize(images, (batch, *images.shape[1:]))
+
+
+def parts(work: Work) -> Iterator[Part]:
+    """Time each engine alone on the GPU: what is left of the MoE's time is routing."""
+    for model in work.models:
+        for precision in PRECISIONS:
+            for batch in work.batches:
+                name = f"{model} {precision} batch {batch}"
+                yield name, partial(_parts, work, model, precision, batch)
+
+
+def _parts(work: Work, model: str, precision: Precision, batch: int) -> Record:
+    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+
+    _, chosen = _set(work, model, precision)
+    with open_moe(work, model, precision) as runner:
+        ids = runner.infer(_images(work, model, batch)).expert_ids
+    milliseconds = {}
+    names = [segment.name for segment in chosen.plan.segments]
+    for name in [*names, *_BASELINES]:
+        inputs = _inputs(work, model, chosen.plan, name, batch, ids)
+        if inputs is not None:
+            file = work.engines(model, precision) / f"{name}.engine"
+            with TensorRtEngine(file, contexts=1) as engine:
+                milliseconds[name] = engine.device_ms(inputs, rounds=100)
+    return {name: {"p50_ms": float(np.median(ms)), "ms": ms} for name, ms in milliseconds.items()}
+
+
+def _inputs(
+    work: Work, model: str, plan: Plan, name: str, batch: int, ids: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """Return inputs of as many rows as an engine gets in this batch; nothing if it gets none."""
+    if name in _BASELINES:
+        return {"images": _images(work, model, batch)}
+    experts = [step for step in plan.steps if isinstance(step, ExpertsStep)]
+    rows = {
+        segment: int((ids[step.layer] == expert).sum())
+        for step in experts
+        for expert, segment in enumerate(step.segments)
+    }
+    random = np.random.default_rng(0)
+    inputs = {}
+    for end in plan.segment(name).inputs:
+        first = str(end.shape[0])
+        count = rows[name] if first == "R" else batch * int(first.removesuffix("N").strip("*") or 1)
+        if count == 0:
+            return None
+        inputs[end.name] = random.random((count, *map(int, end.shape[1:])), np.float32)
+    return inputs
+
+
+def onnxruntime(work: Work) -> Iterator[Part]:
+    """Time our one graph and the dense network on ONNX Runtime's providers for GPUs."""
+    for model in work.models:
+        for engine in ("onnxruntime-cuda", "onnxruntime-trt"):
+            for batch in work.batches:
+                yield f"{model} {engine} batch {batch}", partial(_ort, work, model, engine, batch)
+
+
+def _ort(work: Work, model: str, engine: str, batch: int) -> Record:
+    from advmoe_deploy.runtime.runner import GraphRunner
+    from advmoe_deploy.runtime.select import PROVIDERS, open_runner
+
+    bundle = open_bundle(work.bundle(model))
+    pixels, shape = _images(work, model, batch), bundle.manifest.model.image_shape
+    dense = bundle.file("baselines/dense.onnx")
+    with (
+        open_runner(bundle, engine) as moe,
+        GraphRunner(dense, shape, provider=PROVIDERS[engine]) as baseline,
+    ):
+        calls = {"moe": partial(moe.infer, pixels), "dense": partial(baseline.infer, pixels)}
+        times = time_interleaved(calls, warmup=5, budget_s=work.seconds)
+    return {"times": summary(times), "ratios": ratios_to(times, "dense")}
