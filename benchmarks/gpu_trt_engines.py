@@ -137,9 +137,8 @@ def _set(work: Work, model: str, precision: Precision) -> tuple[Bundle, EngineSe
 
 
 def _build(work: Work, graph: Path, shapes: Any, precision: Precision, target: Path) -> Record:
-    from advmoe_deploy.runtime.tensorrt_device import this_device
-
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
+    from advmoe_deploy.runtime.tensorrt_device import this_device
 
     sizes = {name: (size.min, size.opt, size.max) for name, size in shapes.items()}
     if work.dry:

@@ -21,8 +21,8 @@ def export(work: Work) -> Iterator[Part]:
 def _export(work: Work, model: str) -> Record:
     import onnx
     import torch
-    from advmoe_deploy.export.low_precision import lowered
 
+    from advmoe_deploy.export.low_precision import lowered
     from advmoe_deploy.export.onnx_export import export_onnx
     from advmoe_deploy.export.onnx_graph import write_model
     from advmoe_deploy.export.targets import Target

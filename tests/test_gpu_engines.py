@@ -2,15 +2,25 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_run
+from families import spec_of
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
+from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runner
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.specs import BatchProfile
 
 
 def has_provider(name: str) -> bool:
@@ -74,3 +84,53 @@ except BackendUnavailableError as error:
     assert done.stdout == (
         "cuda-bindings is not installed; run: pip install 'advmoe-deploy[gpu]'\n"
     )
+
+
+def has_tensorrt() -> bool:
+    try:
+        require_supported(Target("tensorrt", "fp32"))
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.parametrize("family", ["wide ResNet", "conv experts", "token experts"])
+def test_engines_answer_what_the_plan_answers(tmp_path: Path, family: str) -> None:
+    write_run(tmp_path / "run", spec_of(family))
+    batch = BatchProfile(min=1, opt=8, max=20)
+    target = Target("tensorrt", "fp32", build=BuildOptions(batch=batch))
+    bundle = export_onnx(tmp_path / "run", tmp_path / "bundle", data="random:64", targets=[target])
+    images = np.random.default_rng(1).random((33, 1, 8, 8), dtype=np.float32)
+    with open_runner(bundle, "tensorrt") as runner, open_runner(bundle) as other:
+        for count in (33, 1, 7, 20, 1, 7):
+            answer, expected = runner.infer(images[:count]), other.infer(images[:count])
+            np.testing.assert_allclose(answer.logits, expected.logits, rtol=0, atol=1e-4)
+            for layer, ids in expected.expert_ids.items():
+                np.testing.assert_array_equal(answer.expert_ids[layer], ids)
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda n: runner.infer(images[n : n + 3]).logits, range(20)))
+        for start, logits in enumerate(together):
+            np.testing.assert_allclose(logits, expected_of(other, images, start), atol=1e-4)
+
+
+def expected_of(runner: Runner, images: np.ndarray, start: int) -> np.ndarray:
+    return runner.infer(images[start : start + 3]).logits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+def test_cuda_copies_there_and_back() -> None:
+    values = np.arange(1000, dtype=np.float32)
+    with Stream() as stream, PinnedBuffer(4000) as pinned, DeviceBuffer(4000) as there:
+        pinned.array((1000,), values.dtype)[...] = values
+        stream.upload(there.address, pinned.address, 4000)
+        stream.wait()
+        pinned.array((1000,), values.dtype)[...] = 0
+        graph = stream.captured(lambda: stream.download(pinned.address, there.address, 4000))
+        assert not pinned.array((1000,), values.dtype).any()  # captured, not run
+        stream.launch(graph)
+        stream.wait()
+        np.testing.assert_array_equal(pinned.array((1000,), values.dtype), values)
+        graph.close()
