@@ -253,11 +253,18 @@ def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record
             calls["moe at once"] = partial(both.infer, pixels)
         for name in _BASELINES:
             engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
-            calls[name] = partial(engine.run, {"images": pixels})
+            calls[name] = partial(_answer, engine, pixels)
         ids = moe.infer(pixels).expert_ids
         times = time_interleaved(calls, warmup=10, budget_s=work.seconds, most=3000)
     loads = {layer: np.bincount(each.reshape(-1)).tolist() for layer, each in ids.items()}
     return {"loads": loads, "times": summary(times), "ratios": ratios_to(times, "dense")}
+
+
+def _answer(engine: Any, pixels: np.ndarray) -> object:
+    """Run a baseline as a runner would: its images are checked, too."""
+    from advmoe_deploy.runtime.images import checked_images
+
+    return engine.run({"images": checked_images(pixels, pixels.shape[1:])})
 
 
 def _images(work: Work, model: str, batch: int) -> np.ndarray:

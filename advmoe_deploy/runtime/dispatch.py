@@ -109,6 +109,8 @@ class Dispatch:
 def dispatch(ids_RK: NDArray[np.int64]) -> Dispatch:
     """Return who gets which rows; ``ids_RK`` may have more axes before the last."""
     ids_S = ids_RK.reshape(-1)
+    if len(ids_S) == 1:  # the usual case of one image should cost next to nothing
+        return Dispatch({int(ids_S[0]): np.zeros(1, np.int64)}, 1)
     experts = np.flatnonzero(np.bincount(ids_S))
     return Dispatch({int(e): np.flatnonzero(ids_S == e) for e in experts}, ids_RK.shape[-1])
 
@@ -124,6 +126,8 @@ def combined(
     ``parts`` has each chosen expert's answers, a row per choice, in their order.
     """
     first = next(iter(parts.values()))
+    if given.only is not None and route.weighting == "one":
+        return first
     total = sum(map(len, given.choices.values()))
     each = np.empty((total, *first.shape[1:]), first.dtype)
     for expert, choices in given.choices.items():

@@ -72,6 +72,19 @@ class Layout:
         return {name: rows_per_image(self.plan, name) for name in self.tensors}
 
     @cached_property
+    def routes(self) -> tuple[RouteStep, ...]:
+        """The plan's routing points."""
+        return self.plan.routes
+
+    @cached_property
+    def ends(self) -> dict[str, tuple[list[str], list[str]]]:
+        """The names of the inputs and of the outputs of each segment."""
+        return {
+            segment.name: ([t.name for t in segment.inputs], [t.name for t in segment.outputs])
+            for segment in self.plan.segments
+        }
+
+    @cached_property
     def layers(self) -> dict[str, Layer]:
         """The layers of experts by the name of their output."""
         steps = [step for step in self.plan.steps if isinstance(step, ExpertsStep)]

@@ -179,10 +179,9 @@ class _Batch:
         if isinstance(step, RouteStep):
             self._route(step)
             return
-        segment = self.plan.segment(step.segment)
-        inputs = {tensor.name: self._view(tensor.name) for tensor in segment.inputs}
-        outputs = {tensor.name: self._view(tensor.name) for tensor in segment.outputs}
-        self.lane.run(Call(segment.name, inputs, outputs))
+        inputs, outputs = self.layout.ends[step.segment]
+        given = {name: self._view(name) for name in inputs}
+        self.lane.run(Call(step.segment, given, {name: self._view(name) for name in outputs}))
 
     def _route(self, step: RouteStep) -> None:
         """Decide on the host, by scores that no segment has made a decision of."""
@@ -264,7 +263,7 @@ class _Batch:
         return self.host[route.weights]
 
     def _prediction(self) -> Prediction:
-        for route in self.plan.routes:
+        for route in self.layout.routes:
             self._ids(route)
             self._weights(route)
         missing = [name for name in self.plan.outputs if name not in self.host]
@@ -273,7 +272,7 @@ class _Batch:
             self.host |= dict(zip(missing, values, strict=True))
         tensors = self.layout.tensors
         typed = {n: v.astype(tensors[n].dtype, copy=False) for n, v in self.host.items()}
-        return prediction_of(self.plan.routes, typed)
+        return prediction_of(self.layout.routes, typed)
 
     def _view(self, tensor: str, images: int | None = None) -> View:
         """Return the rows of so many images, by default those of the padded batch."""

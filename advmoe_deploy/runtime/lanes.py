@@ -5,8 +5,7 @@ answer several threads at once has several lanes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 from advmoe_deploy.runtime.engine import Engine
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """``rows`` rows of a tensor from row ``start`` on."""
 
     tensor: str
@@ -23,8 +21,7 @@ class View:
     start: int = 0
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One run of a graph, and the rows that its inputs and outputs stand for."""
 
     graph: str
