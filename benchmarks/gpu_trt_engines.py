@@ -203,7 +203,7 @@ def _parity(work: Work, model: str, precision: Precision) -> Record:
     with np.load(work.reference(model)) as stored:
         expected = dict(stored)
     with open_moe(work, model, precision) as runner:
-        answer = runner.infer(expected["images"])
+        answer = runner.infer(_as_float(expected["images"]))
     logits = expected["logits"]
     difference_N = np.abs(answer.logits - logits).max(axis=1)
     relative_N = difference_N / np.maximum(1, np.abs(logits).max(axis=1))
@@ -270,7 +270,11 @@ def _answer(engine: Any, pixels: np.ndarray) -> object:
 def _images(work: Work, model: str, batch: int) -> np.ndarray:
     with np.load(work.reference(model)) as stored:
         images = stored["images"]
-    return np.resize(images, (batch, *images.shape[1:]))
+    return _as_float(np.resize(images, (batch, *images.shape[1:])))
+
+
+def _as_float(images: np.ndarray) -> np.ndarray:
+    return images.astype(np.float32) / np.float32(255)
 
 
 def parts(work: Work) -> Iterator[Part]:

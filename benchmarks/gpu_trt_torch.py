@@ -83,11 +83,13 @@ def _reference(work: Work, model: str) -> Record:
 
     pixels, labels = _test_images(work, work.images)
     answers = reference_answers(reference_model(open_bundle(work.bundle(model))), pixels)
-    arrays = {"images": pixels, "labels": labels, "logits": answers.logits}
+    # A quarter of the size, and as exact.
+    as_bytes = np.rint(pixels * 255).astype(np.uint8)
+    arrays = {"images": as_bytes, "labels": labels, "logits": answers.logits}
     for layer, routing in answers.routes.items():
         arrays[f"{layer}.expert_ids"] = routing.expert_ids
         arrays[f"{layer}.margins"] = routing.margins
-    np.savez(work.reference(model), **arrays)
+    np.savez_compressed(work.reference(model), **arrays)
     return {
         "images": len(pixels),
         "loads": {
