@@ -15,14 +15,9 @@ from pydantic import (
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.families import BACKBONES, BASE_WIDTH, IMAGE_ROUTED, Backbone, Family
 from advmoe_deploy.layout import ExpertKind, expert_modules
 
-Family = Literal[
-    "advmoe", "dense", "pathway", "robust-experts", "expert-networks", "dual-model", "vit-moe"
-]
-Backbone = Literal[
-    "resnet18", "resnet34", "resnet50", "wrn-28-10", "wrn-28-4", "vgg16-bn", "densenet-bc", "vit"
-]
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -30,38 +25,6 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Arithmetic = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino", "tensorrt"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
-
-# Channels of the first stage before ``ratio``; of DenseNet its growth rate, of a ViT its tokens.
-BASE_WIDTH: dict[str, int] = {
-    "resnet18": 64,
-    "resnet34": 64,
-    "resnet50": 64,
-    "wrn-28-10": 160,
-    "wrn-28-4": 64,
-    "vgg16-bn": 64,
-    "densenet-bc": 12,
-    "vit": 192,
-}
-# Which backbones each family of routed models can be built on.
-BACKBONES: dict[Family, tuple[Backbone, ...]] = {
-    "advmoe": (
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "wrn-28-10",
-        "wrn-28-4",
-        "vgg16-bn",
-        "densenet-bc",
-    ),
-    "robust-experts": ("resnet18", "resnet50"),
-    "expert-networks": ("resnet18", "vit"),
-    "dual-model": ("resnet18", "vit"),
-    "vit-moe": ("vit",),
-}
-
-
-# Families in which a router looks at the whole image, once.
-IMAGE_ROUTED: tuple[Family, ...] = ("advmoe", "expert-networks", "dual-model")
 
 
 class Frozen(BaseModel):

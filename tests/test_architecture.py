@@ -15,6 +15,7 @@ LAYERS = [
         "errors",
         "files",
         "intervals",
+        "families",
         "layout",
         "specs",
         "plan",

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.families import BACKBONES
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.layers import RoutedConv2d
@@ -13,7 +14,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.specs import BACKBONES, ModelSpec, build_spec
+from advmoe_deploy.specs import ModelSpec, build_spec
 
 EXPERTS = 3
 CASES = [(backbone, "small") for backbone in BACKBONES["advmoe"]] + [

@@ -4,7 +4,7 @@ import pytest
 from toy_training import tiny_of
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.specs import Family
+from advmoe_deploy.families import Family
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 
 

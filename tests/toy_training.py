@@ -5,7 +5,8 @@ from lightning_fabric import Fabric
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.specs import Family, build_spec
+from advmoe_deploy.families import Family
+from advmoe_deploy.specs import build_spec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch, Feed
 from advmoe_deploy.train.recipes import apply_overrides, recipe

@@ -26,10 +26,11 @@ from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.matching import matching_test_images
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import StoredModel
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.specs import AttackSpec, AttackTarget, Family, Frozen, ThreatModel
+from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 
 Section = Literal["routes", "changes", "experts", "lipschitz", "certificate", "smoothing"]
 SECTIONS: tuple[Section, ...] = get_args(Section)

@@ -114,7 +114,7 @@ def _recipes() -> list[dict[str, str]]:
 
 
 def _models() -> list[dict[str, str]]:
-    from advmoe_deploy.specs import Backbone, Family
+    from advmoe_deploy.families import Backbone, Family
 
     return [
         _entry(family, f"backbones: {', '.join(get_args(Backbone))}") for family in get_args(Family)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+from advmoe_deploy.families import Family
 from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.dual import DualModel, ExpertNetworks
 from advmoe_deploy.models.robust_experts import RobustExperts
 from advmoe_deploy.models.vit import ViTMoE
-from advmoe_deploy.specs import Family, ModelSpec
+from advmoe_deploy.specs import ModelSpec
 
 _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
     "dense": DenseClassifier,

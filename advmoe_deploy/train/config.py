@@ -8,7 +8,8 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.specs import IMAGE_ROUTED, Family, Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.families import IMAGE_ROUTED, Family
+from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
 
 Method = Literal[
     "advmoe",

@@ -10,7 +10,8 @@ tells how to set the paper's objective); the epoch is chosen on a hold-out.
 
 from functools import partial
 
-from advmoe_deploy.specs import Backbone, ModelSpec, ThreatModel
+from advmoe_deploy.families import Backbone
+from advmoe_deploy.specs import ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
 from advmoe_deploy.train.recipes.images import IMAGES, ImageSet

@@ -7,7 +7,8 @@ for the paper's text leaves them open.
 from collections.abc import Callable
 from functools import partial
 
-from advmoe_deploy.specs import Backbone, ExpertLayers, ModelSpec, ThreatModel
+from advmoe_deploy.families import Backbone
+from advmoe_deploy.specs import ExpertLayers, ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.images import IMAGES

@@ -7,7 +7,8 @@ router. Robust Experts (arXiv 2509.05086): CIFAR-100, PGD-20. RT-ER (arXiv 2502.
 
 from typing import cast
 
-from advmoe_deploy.specs import Backbone, Frozen
+from advmoe_deploy.families import Backbone
+from advmoe_deploy.specs import Frozen
 
 
 class Published(Frozen):
