@@ -49,7 +49,7 @@ def train(
         chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
         config = apply_overrides(recipe_named(recipe), chosen)
 
-        from advmoe_deploy.cli import tables
+        from advmoe_deploy.cli import training_tables
         from advmoe_deploy.data.registry import load_dataset
         from advmoe_deploy.train.loop import train as train_model
 
@@ -64,7 +64,7 @@ def train(
             progress=ui.progress,
         )
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
-            ui.show(report.model_dump(mode="json"), lambda: tables.train_report(report))
+            ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
 
 
 def export(

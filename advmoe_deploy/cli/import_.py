@@ -36,7 +36,7 @@ def import_checkpoint(
     run = out or Path("runs") / file.stem
     refuse_existing(run, overwrite=overwrite, marker=_MARKER)
     with session(as_json) as ui:
-        from advmoe_deploy.cli import tables
+        from advmoe_deploy.cli import training_tables
         from advmoe_deploy.models import upstream
         from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
         from advmoe_deploy.models.macs import macs_of
@@ -61,4 +61,4 @@ def import_checkpoint(
         with staged_directory(run, overwrite=overwrite) as staged:
             (staged / "model").mkdir()
             save_checkpoint(staged / "model", checkpoint, model)
-        ui.show(value, lambda: tables.import_report(value))
+        ui.show(value, lambda: training_tables.import_report(value))

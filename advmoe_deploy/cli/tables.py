@@ -1,7 +1,7 @@
 """Results as tables and short screens; render.py draws them."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -11,71 +11,6 @@ from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
 from advmoe_deploy.serving.batch import BatchReport
-
-if TYPE_CHECKING:
-    from advmoe_deploy.train.loop import TrainReport
-    from advmoe_deploy.train.sweep import SweepReport
-
-
-def train_report(report: "TrainReport") -> RenderableType:
-    """Return what a training run came to, and the next step."""
-    routes = report.effective_routes
-    rows = [
-        ("recipe", report.recipe),
-        ("epochs", str(report.epochs)),
-        ("clean accuracy", _percent(report.clean_accuracy)),
-        (f"robust accuracy, epsilon {report.epsilon:.4g}", _percent(report.robust_accuracy)),
-        ("effective routes", "-" if routes is None else f"{routes:.2f}"),
-        ("time", f"{report.seconds:.1f} s"),
-    ]
-    if report.nonzero_macs is not None and report.density is not None:
-        left = f"{report.nonzero_macs:,}, {_percent(report.density)} of the weights"
-        rows.insert(-1, ("MACs that are left", left))
-    hint = f"next: advmoe export {report.run} --format onnx"
-    return Group(_facts(f"{report.run}", rows), escape(hint))
-
-
-def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
-    """Return a row per value: mean accuracies over the seeds, and MACs per image."""
-    table = _table(
-        f"{report.recipe} over {report.key}",
-        (report.key, "robust", "clean", "effective routes", "executed MACs"),
-    )
-    for point in report.points:
-        robust = [r.robust_accuracy for r in point.reports]
-        clean = [r.clean_accuracy for r in point.reports]
-        routes = [r.effective_routes for r in point.reports if r.effective_routes is not None]
-        table.add_row(
-            f"{point.value:g}",
-            _percent(sum(robust) / len(robust)),
-            _percent(sum(clean) / len(clean)),
-            f"{sum(routes) / len(routes):.2f}" if routes else "-",
-            f"{point.macs.executed / 1e6:.2f} M",
-        )
-    return Group(table, escape(f"plot: {plot}"))
-
-
-def import_report(value: Mapping[str, Any]) -> RenderableType:
-    """Return what a checkpoint turned out to be, and the next step."""
-    spec, macs = value["model"], value["macs"]
-    told = {k: v for k, v in spec.items() if v is not None}
-    rows = [
-        *((key, _spec_text(field)) for key, field in told.items()),
-        (
-            "MACs per image",
-            f"{macs['executed'] / 1e6:.2f} M (selected {macs['selected'] / 1e6:.2f} + router "
-            f"{macs['router'] / 1e6:.2f}); unfused {macs['unfused'] / 1e6:.2f}, "
-            f"dense {macs['dense'] / 1e6:.2f}",
-        ),
-    ]
-    hint = f"next: advmoe export {value['run']} --format onnx --data random:1000"
-    return Group(_facts(value["run"], rows), escape(hint))
-
-
-def _spec_text(field: object) -> str:
-    if isinstance(field, Mapping):
-        return ", ".join(f"{key} {_spec_text(value)}" for key, value in field.items())
-    return " ".join(map(str, field)) if isinstance(field, list) else str(field)
 
 
 def export_report(bundle: Bundle) -> RenderableType:
@@ -89,13 +24,13 @@ def export_report(bundle: Bundle) -> RenderableType:
     built = [each for each in bundle.manifest.engines if each.is_built]
     engines = [f" --engine {each.name}" for each in built[:1]]
     hint = f"next: advmoe verify {bundle.path}{''.join(engines)}"
-    return Group(_facts(str(bundle.path), rows), escape(hint))
+    return Group(facts(str(bundle.path), rows), escape(hint))
 
 
 def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of reference and engine, clean and under each attack."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
-    table = _table(
+    table = new_table(
         f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
         ("attack", "found on", "reference", report.engine, "routes flipped", "seconds"),
     )
@@ -106,7 +41,7 @@ def robust_report(report: RobustReport) -> RenderableType:
             f"{attack.name}-{attack.steps} {attack.target if attack.name == 'pgd' else ''}",
             outcome.found_on,
             *_pair(outcome.robust_accuracy),
-            "-" if flips is None else _percent(flips),
+            "-" if flips is None else percent(flips),
             f"{outcome.seconds:.1f}",
         )
     table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
@@ -118,9 +53,9 @@ def robust_report(report: RobustReport) -> RenderableType:
         verdict += "; note: logits or clear routes differ from the reference"
     return Group(
         table,
-        f"robust on {escape(report.engine)}, {report.precision}: 95 % interval {_percent(low)} to "
-        f"{_percent(high)}; "
-        f"routes agree on {_percent(report.route_agreement)}; "
+        f"robust on {escape(report.engine)}, {report.precision}: 95 % interval {percent(low)} to "
+        f"{percent(high)}; "
+        f"routes agree on {percent(report.route_agreement)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",
         f"{verdict} (limit: {report.max_drop:g} points)",
@@ -129,7 +64,7 @@ def robust_report(report: RobustReport) -> RenderableType:
 
 def latency_report(report: LatencyReport) -> RenderableType:
     """Return the latency rows and the ratios between models."""
-    rows = _table(
+    rows = new_table(
         "latency",
         (
             "model",
@@ -156,7 +91,7 @@ def latency_report(report: LatencyReport) -> RenderableType:
             f"{row.macs / 1e6:.1f} M",
             str(row.n),
         )
-    ratios = _table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
+    ratios = new_table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
     for ratio in report.ratios:
         ratios.add_row(
             f"{ratio.a} / {ratio.b}",
@@ -190,7 +125,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
     """Return what a bundle says about itself."""
     manifest = bundle.manifest
     spec, macs, threat = manifest.model, manifest.macs, manifest.threat
-    facts = [
+    rows = [
         ("model", f"{spec.family} {spec.backbone}, {spec.num_experts} experts of {spec.ratio:g}"),
         ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
@@ -207,10 +142,10 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         *_engine_rows(manifest.engines),
         ("made", f"{manifest.created} by {manifest.producer}"),
     ]
-    files = _table("files", ("name", "bytes", "SHA-256"))
+    files = new_table("files", ("name", "bytes", "SHA-256"))
     for name, record in manifest.files.items():
         files.add_row(escape(name), str(record.bytes), record.sha256[:16])
-    return Group(_facts(f"{bundle.path}: every hash is as listed", facts), files)
+    return Group(facts(f"{bundle.path}: every hash is as listed", rows), files)
 
 
 def _route(route: RouteStep) -> str:
@@ -227,7 +162,7 @@ def name_lists(lists: Mapping[str, Iterable[Mapping[str, str]]]) -> RenderableTy
     """Return the names of each kind with what they are."""
     return Group(
         *(
-            _facts(kind, [(entry["name"], entry["summary"]) for entry in entries])
+            facts(kind, [(entry["name"], entry["summary"]) for entry in entries])
             for kind, entries in lists.items()
         )
     )
@@ -252,10 +187,10 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
         for name, part in value["gpu"].items()
     ]
     return Group(
-        _facts("machine", machine),
-        _facts("engines", running),
-        _facts("the way to a GPU", gpu),
-        _facts("packages", packages),
+        facts("machine", machine),
+        facts("engines", running),
+        facts("the way to a GPU", gpu),
+        facts("packages", packages),
     )
 
 
@@ -268,7 +203,7 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
         ),
         (
             "routes",
-            f"{_percent(parity.route_agreement)} agree; {parity.close_calls} close calls, "
+            f"{percent(parity.route_agreement)} agree; {parity.close_calls} close calls, "
             f"{parity.close_flips} of them flipped"
             if parity.layers
             else "none",
@@ -292,7 +227,8 @@ def _engine_name(engines: EngineSet) -> str:
     return f"engine {engines.name}" if engines.is_built else f"graphs for {engines.name}"
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and what they are."""
     table = Table(
         title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False
     )
@@ -301,7 +237,8 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def new_table(title: str, columns: Iterable[str]) -> Table:
+    """Return an empty table with these columns, all but the first right-justified."""
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(escape(column), justify="left" if index == 0 else "right")
@@ -309,8 +246,9 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 
 def _pair(pair: Pair) -> tuple[str, str]:
-    return _percent(pair.reference), _percent(pair.engine)
+    return percent(pair.reference), percent(pair.engine)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share in percent."""
     return f"{100 * share:.1f} %"
