@@ -34,9 +34,9 @@ import torch
 from export_cpu import CASES, advmoe, numbers
 from onnx import ModelProto
 
-from advmoe_deploy.export.onnx_export import apply_passes
 from advmoe_deploy.export.onnx_graph import GraphWriter
 from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.untrained import untrained_model

@@ -9,10 +9,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export import onnx_export
-from advmoe_deploy.export.onnx_export import apply_passes
 from advmoe_deploy.export.onnx_graph import constants_of, replace_constants
 from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.passes import apply
+from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.stitch import graph_from_plan
@@ -119,7 +119,7 @@ def test_a_scale_that_goes_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
         replace_constants(graph, {"weight": 2 * constants_of(graph)["weight"]})
         return parts, report
 
-    monkeypatch.setattr(onnx_export, "scale_experts", wrong)
+    monkeypatch.setattr(apply, "scale_experts", wrong)
     with pytest.raises(CheckFailedError, match=r"pass scale_experts changed .* of only.expert-2"):
         apply_passes(partition(model_of()), IMAGES)
 

@@ -33,16 +33,9 @@ from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
 from advmoe_deploy.export.partition import Partition, partition
-from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
+from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
-from advmoe_deploy.export.passes.report import (
-    PassReport,
-    apply_checked,
-    declined,
-    require_same,
-)
-from advmoe_deploy.export.passes.scale_experts import scale_experts
-from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
+from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.targets import Target, require_supported
@@ -62,12 +55,7 @@ from advmoe_deploy.runtime.runner import GraphRunner, Runner
 from advmoe_deploy.runtime.tensorrt_api import version_text
 from advmoe_deploy.specs import Precision
 
-PASSES = (fold_batchnorm, strided_shortcut)
 UNFUSED = "baselines/unfused.onnx"
-
-Reports = dict[str, tuple[PassReport, ...]]
-# Images that segments, passes and experts are checked on one by one; each sees all of them.
-_SAMPLES = 16
 
 
 def export_onnx(
@@ -173,9 +161,9 @@ def check_graphs(
     graph = onnx.load_model(staged / MODEL)
     require_every_expert(plan, graph, segments)
     few = images[golden_rows(answers)]
-    require_segments(files, parts.samples(few[:_SAMPLES]))
+    require_segments(files, parts.samples(few[:SAMPLES]))
     reference = Reference(model)
-    require_branches(reference, plan, graph, few[:_SAMPLES])
+    require_branches(reference, plan, graph, few[:SAMPLES])
     rounding = reference.rounding(few)
     shape, routes = model.spec.image_shape, plan.routes
 
@@ -215,27 +203,13 @@ def write_graphs(
         write_model(graphs[segment.name], staged / segment.file)
     whole = graph_from_plan(plan, graphs)
     if plan.routes:
-        reports[MODEL] = (fuse_router_checked(whole, {"images": images[:_SAMPLES]}),)
+        reports[MODEL] = (fuse_router_checked(whole, {"images": images[:SAMPLES]}),)
     write_model(whole, staged / MODEL)
     if plan.routes:
         write_model(unfused_graph(plan, graphs), staged / UNFUSED)
     for reason, count in declined(reports).items():
         progress.note(f"{reason} ({count} times)" if count > 1 else reason)
     return parts, reports
-
-
-def apply_passes(parts: Partition, images: Images) -> tuple[Partition, Reports]:
-    """Run all passes in place, each checked on what ``images`` give every segment.
-
-    The partition that comes back knows what its segments answer now.
-    """
-    parts, across = scale_experts(parts)
-    samples = parts.samples(images[:_SAMPLES])
-    reports = {}
-    for name, graph in parts.graphs.items():
-        require_same(graph, samples[name], samples[name].outputs, across.name)
-        reports[name] = apply_checked(PASSES, graph, samples[name])
-    return parts, {"plan": (across,), **reports}
 
 
 def _write_baselines(staged: Path, model: Classifier) -> None:
