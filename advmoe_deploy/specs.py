@@ -65,6 +65,8 @@ class ModelSpec(Frozen):
     scales the MLPs alone. ``mean`` and ``std`` are per channel, in [0, 1] pixels, and are part of
     the model. ``stem`` is ``small`` (3x3, for images up to 64 pixels) or ``imagenet`` (7x7 with
     stride 2, then max-pooling). ``alpha`` is the robust model's share in a dual model.
+    ``dropped_experts`` are, by routed layer, experts that no row is sent to, whatever their scores:
+    what an export leaves out.
     """
 
     family: Family
@@ -84,6 +86,7 @@ class ModelSpec(Frozen):
     expert_layers: ExpertLayers | None = None
     transformer: VisionTransformer | None = None
     alpha: float | None = Field(None, ge=0, le=1)
+    dropped_experts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +101,7 @@ class ModelSpec(Frozen):
         self._check_routing()
         self._check_parts()
         self._check_channels()
+        self._check_dropped()
         return self
 
     def _check_routing(self) -> None:
@@ -183,6 +187,20 @@ class ModelSpec(Frozen):
         if not all(math.isfinite(v) for v in self.mean + self.std) or min(self.std) <= 0:
             raise ValueError("mean and std must be finite and std positive")
 
+    def _check_dropped(self) -> None:
+        for layer, dropped in self.dropped_experts.items():
+            if list(dropped) != sorted({*dropped} & {*range(self.num_experts)}):
+                raise ValueError(
+                    f"dropped_experts of {layer} are ids below num_experts={self.num_experts} in "
+                    f"ascending order, not {dropped}"
+                )
+            left = self.num_experts - len(dropped)
+            if left < self.top_k:
+                raise ValueError(
+                    f"dropped_experts of {layer} leave {left} of num_experts={self.num_experts}, "
+                    f"fewer than top_k={self.top_k}; drop fewer"
+                )
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of one image."""
@@ -208,6 +226,7 @@ class ModelSpec(Frozen):
             "expert_layers": None,
             "transformer": transformer,
             "alpha": None,
+            "dropped_experts": {},
         }
         return self.model_copy(update={**dense, **changes})
 

@@ -78,7 +78,7 @@ def lipschitz_constants(
         sampled = _steepest(model, x)
         return (Lipschitz(part="the network", sampled=sampled, bound=bound, reason=reason),)
     rows = []
-    for expert in range(max(rule.num_experts for rule in model.rules)):
+    for expert in model.experts_in_use:
         bound, reason = margin_bound(model, model.forced(expert))
         sampled = _steepest(FixedExpert(model, expert), x)
         rows.append(Lipschitz(part=f"expert {expert}", sampled=sampled, bound=bound, reason=reason))
@@ -168,7 +168,7 @@ def _route_ids(model: Classifier, images: Tensor) -> Tensor:
 
 
 def _routers(model: Classifier, x: Tensor) -> list[Lipschitz]:
-    bounds = [_router_bounds(model, expert) for expert in range(model.rules[0].num_experts)]
+    bounds = [_router_bounds(model, expert) for expert in model.experts_in_use]
     rows = []
     for rule in model.rules:
         worst = [b.get(rule.layer) for b in bounds]
@@ -187,7 +187,7 @@ def _routers(model: Classifier, x: Tensor) -> list[Lipschitz]:
 
 def _router_bounds(model: Classifier, expert: int) -> dict[str, float]:
     """Return the bound of each gate's worst margin behind layers that all use ``expert``."""
-    forced = ForcedScores({r.layer: min(expert, r.num_experts - 1) for r in model.rules})
+    forced = ForcedScores({r.layer: r.or_last(expert) for r in model.rules})
     with suppress(UnboundedError):  # gates met before are bounded all the same
         in_float64(model)(sloped_image(model.spec.image_shape), forced.routes())
     scores = {layer: s for layer, s in forced.scores.items() if isinstance(s, Sloped)}

@@ -15,7 +15,7 @@ from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.shares import Share, answers, share_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier, require_routes
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.models.routing import DROPPED, Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 
@@ -110,7 +110,7 @@ def expert_report(
 
 def steps_of_report(model: Classifier) -> int:
     """Return how often :func:`expert_report` advances its listener."""
-    return _experts_of(model) + len(_TARGETS)
+    return len(model.experts_in_use) + len(_TARGETS)
 
 
 def second_experts(model: Classifier, images: Tensor, labels: Tensor) -> tuple[SecondExpert, ...]:
@@ -133,7 +133,7 @@ def second_experts(model: Classifier, images: Tensor, labels: Tensor) -> tuple[S
 
 def disagreement(model: Classifier, images: Tensor) -> tuple[tuple[float, ...], ...]:
     """Return the share of images that two fixed experts answer differently, [E][E]."""
-    fixed = [predict(FixedExpert(model, e), images) for e in range(_experts_of(model))]
+    fixed = [predict(FixedExpert(model, e), images) for e in model.experts_in_use]
     return tuple(tuple(float((one != other).double().mean()) for other in fixed) for one in fixed)
 
 
@@ -149,7 +149,7 @@ def fixed_experts(
     """Return the accuracy of every expert when it answers all images, clean and attacked."""
     rows = []
     on_model = attack.model_copy(update={"target": "model"})
-    for expert in range(_experts_of(model)):
+    for expert in model.experts_in_use:
         network = FixedExpert(model, expert)
         found = attack_model(network, images, labels, threat, on_model, first_only=True)
         row = FixedExpertRow(
@@ -202,10 +202,6 @@ class _WithoutBest:
     ) -> Routing:
         if rule.layer in self.layers:
             best_N1 = choose(scores_NE, rule).expert_ids_NK[:, :1]
-            # Where all experts are chosen, the best one stays with a weight of 0.
-            scores_NE = scores_NE.scatter(1, best_N1, -torch.inf)
+            # Where no other is left, the best one stays, at top-k above 1 with a weight of 0.
+            scores_NE = scores_NE.scatter(1, best_N1, DROPPED / 2)
         return choose(scores_NE, rule, surrogate)
-
-
-def _experts_of(model: Classifier) -> int:
-    return max(rule.num_experts for rule in model.rules)

@@ -103,7 +103,7 @@ def changed_images(clean: dict[str, Routing], other: dict[str, Routing], images:
 def layer_change(layer: str, clean: Routing, attacked: Routing) -> LayerChange:
     """Return how the routes of one layer differ."""
     flipped_R = clean.expert_ids_NK[:, 0] != attacked.expert_ids_NK[:, 0]
-    every = clean.expert_ids_NK.shape[1] == clean.num_experts
+    every = not bool(torch.isfinite(clean.margin_N).any())  # no other expert could be chosen
     return LayerChange(
         layer=layer,
         set_change=float(1 - _overlap(clean, attacked).mean()),

@@ -43,8 +43,7 @@ def objectives_for(
 ) -> list[Objective]:
     """Return what to ascend in turn on the batch ``clean_NCHW``; ``clean`` are its fixed routes."""
     if target == "pathway":
-        experts = max(rule.num_experts for rule in model.rules)
-        return [_PathwayObjective(model, expert) for expert in range(experts)]
+        return [_PathwayObjective(model, expert) for expert in model.experts_in_use]
     if target == "router":
         return [_RouteObjective(model, clean_NCHW)]
     return [_ModelObjective(model, "probability" if target == "straight-through" else None, clean)]
@@ -153,7 +152,7 @@ class _PathwayObjective:
 
     def _routes(self, leads: list[Tensor]) -> Routes:
         def force(rule: RoutingRule, scores_NE: Tensor, _: Surrogate | None) -> Routing:
-            expert = min(self.expert, rule.num_experts - 1)
+            expert = rule.or_last(self.expert)
             leads.append(_lead(scores_NE, expert))
             ids_N = torch.full_like(scores_NE[:, 0], expert, dtype=torch.int64)
             return forced_route(ids_N, rule.num_experts, like=scores_NE)

@@ -218,9 +218,9 @@ def draw_disagreement(axes: Axes, report: ExpertReport) -> None:
     """Draw the share of images that two fixed experts answer differently."""
     table = [[100 * value for value in row] for row in report.disagreement]
     picture = axes.imshow(table, cmap="Purples", vmin=0, vmax=100)
-    ticks = range(len(table))
-    axes.set_xticks(ticks, [str(e) for e in ticks])
-    axes.set_yticks(ticks, [str(e) for e in ticks])
+    ticks, names = range(len(table)), [str(row.expert) for row in report.fixed]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)
     axes.set(xlabel="expert", ylabel="expert")
     axes.set_title("Images that two experts answer differently")
     if len(table) <= _MOST_LABELS:

@@ -54,7 +54,7 @@ def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
 def import_report(value: Mapping[str, Any]) -> RenderableType:
     """Return what a checkpoint turned out to be, and the next step."""
     spec, macs = value["model"], value["macs"]
-    told = {k: v for k, v in spec.items() if v is not None}
+    told = {k: v for k, v in spec.items() if v is not None and v != {}}
     rows = [
         *((key, _spec_text(field)) for key, field in told.items()),
         (

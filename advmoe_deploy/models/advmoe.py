@@ -34,7 +34,8 @@ class AdvMoE(Classifier):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
-        self.rules = (RoutingRule(ROUTER, spec.num_experts),)
+        dropped = spec.dropped_experts.get(ROUTER, ())
+        self.rules = (RoutingRule(ROUTER, spec.num_experts, dropped=dropped),)
         self.router = RouterResNet(spec.in_channels, spec.router_width, spec.num_experts)
         self.backbone = build_backbone(spec, num_experts=spec.num_experts)
 
@@ -63,7 +64,8 @@ class AdvMoE(Classifier):
 
     def pathway(self, expert: int) -> DenseClassifier:
         """Return the dense network that images of ``expert`` meet, with copied weights."""
-        spec = self.spec.model_copy(update={"family": "pathway", "num_experts": 1})
+        changes = {"family": "pathway", "num_experts": 1, "dropped_experts": {}}
+        spec = self.spec.model_copy(update=changes)
         dense = DenseClassifier(spec)
         state = {name: t.detach().clone() for name, t in self.backbone.state_dict().items()}
         for name, module in self.backbone.named_modules():

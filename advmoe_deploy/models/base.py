@@ -48,6 +48,11 @@ class Classifier(nn.Module):
         self(images, routes)
         return routes.taken
 
+    @property
+    def experts_in_use(self) -> tuple[int, ...]:
+        """The experts that some layer can send rows to, ascending."""
+        return tuple(sorted({expert for rule in self.rules for expert in rule.kept}))
+
     def unrolled(self) -> nn.Module:
         """Return the same function, of images and routes, with each expert a module of its own.
 
@@ -57,7 +62,7 @@ class Classifier(nn.Module):
 
     def forced(self, expert: int) -> Routes:
         """Return routes that send every row of every layer to ``expert``, or the layer's last."""
-        return Routes({rule.layer: min(expert, rule.num_experts - 1) for rule in self.rules})
+        return Routes({rule.layer: rule.or_last(expert) for rule in self.rules})
 
 
 def is_router_parameter(name: str) -> bool:

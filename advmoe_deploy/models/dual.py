@@ -44,7 +44,8 @@ class ExpertNetworks(Classifier):
 
     def __init__(self, spec: ModelSpec, layer: str = ROUTER) -> None:
         super().__init__(spec)
-        self.rules = (RoutingRule(layer, spec.num_experts),)
+        dropped = spec.dropped_experts.get(layer, ())
+        self.rules = (RoutingRule(layer, spec.num_experts, dropped=dropped),)
         self.router = LinearRouter(spec)
         self.experts = nn.ModuleList(
             replace_batch_norms(build_backbone(spec.s_dense(), num_experts=1))

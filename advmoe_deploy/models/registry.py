@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
@@ -22,5 +23,17 @@ _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {
 
 
 def build_model(spec: ModelSpec) -> Classifier:
-    """Return a freshly initialised network for ``spec``; seed torch first for a known one."""
-    return _FAMILIES[spec.family](spec)
+    """Return a freshly initialised network for ``spec``; seed torch first for a known one.
+
+    Raises:
+        UsageError: ``spec`` drops experts of a layer that the network does not route.
+    """
+    model = _FAMILIES[spec.family](spec)
+    layers = [rule.layer for rule in model.rules]
+    for layer in spec.dropped_experts:
+        if layer not in layers:
+            raise UsageError(
+                f"dropped_experts names {layer}, which is no routed layer; those are "
+                f"{', '.join(layers) or 'none'}"
+            )
+    return model

@@ -133,7 +133,8 @@ class RobustExperts(Classifier):
             dense = self.get_submodule(name)
             conv = dense if layers.kind == "conv" else dense.get_submodule("conv1")
             assert isinstance(conv, nn.Conv2d)
-            rule = RoutingRule(name, spec.num_experts, spec.top_k, spec.weighting)
+            dropped = spec.dropped_experts.get(name, ())
+            rule = RoutingRule(name, spec.num_experts, spec.top_k, spec.weighting, dropped)
             gate = build_gate(layers.gate, conv.in_channels, spec.num_experts)
             experts = [_fresh_copy(dense) for _ in range(spec.num_experts)]
             self.set_submodule(name, ExpertBank(rule, gate, experts))

@@ -18,19 +18,43 @@ from advmoe_deploy.specs import Weighting
 Execution = Literal["grouped", "masked", "traced"]
 Surrogate = Literal["probability", "score"]
 
+# What is added to the score of a dropped expert: it is then less than any other and yet finite, for
+# infinity less infinity is no number.
+DROPPED = -1e30
+
 
 @dataclass(frozen=True)
 class RoutingRule:
     """How one routed layer turns scores into a route; the plan says the same to every engine.
 
     ``weighting`` of the chosen experts: ``one`` is 1 (top-1 only), ``probability`` their softmax
-    over all experts, ``renormalised`` that divided by its sum over the chosen.
+    over all experts, ``renormalised`` that divided by its sum over the chosen. No row is ever sent
+    to the experts in ``dropped``.
     """
 
     layer: str
     num_experts: int
     top_k: int = 1
     weighting: Weighting = "one"
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The experts that rows can be sent to, ascending."""
+        return tuple(e for e in range(self.num_experts) if e not in self.dropped)
+
+    def or_last(self, expert: int) -> int:
+        """Return ``expert``, or the last one that is kept where no row can be sent to it."""
+        return expert if expert in self.kept else self.kept[-1]
+
+    def masked(self, scores_NE: Tensor) -> Tensor:
+        """Return ``scores_NE`` with those of the dropped experts below all others."""
+        if not self.dropped:
+            return scores_NE
+        # Added, not filled in: a sum has a bound where bounds are computed instead of values.
+        mask_E = torch.zeros(self.num_experts, dtype=scores_NE.dtype, device=scores_NE.device)
+        mask_E[list(self.dropped)] = DROPPED
+        return scores_NE + mask_E
 
 
 @dataclass(frozen=True)
@@ -58,12 +82,16 @@ class Routing:
 
     @property
     def margin_N(self) -> Tensor:
-        """Distance between the last score that was chosen and the first that was not."""
+        """Distance between the last score that was chosen and the first that was not.
+
+        Infinite where no other expert could have been chosen.
+        """
         k = self.expert_ids_NK.shape[1]
         if k == self.num_experts:
             return torch.full_like(self.scores_NE[:, 0], torch.inf)
         best = self.scores_NE.topk(k + 1, dim=1).values
-        return best[:, k - 1] - best[:, k]
+        margin_N = best[:, k - 1] - best[:, k]
+        return torch.where(best[:, k] <= DROPPED / 2, torch.inf, margin_N)
 
 
 def choose(scores_NE: Tensor, rule: RoutingRule, surrogate: Surrogate | None = None) -> Routing:
@@ -144,6 +172,6 @@ class Routes:
         elif routing is None:
             hard = rule.weighting == "one" and self.surrogate is None
             with torch.no_grad() if hard else nullcontext():
-                routing = self.adjust(rule, gate(x), self.surrogate)
+                routing = self.adjust(rule, rule.masked(gate(x)), self.surrogate)
         self.taken[rule.layer] = routing
         return routing

@@ -166,7 +166,9 @@ def _mlp_of(spec: ModelSpec, block: int) -> Mlp | MoEMlp:
         return Mlp(spec.width, scaled)
     if block not in spec.transformer.moe_blocks:
         return Mlp(spec.width, hidden)
-    rule = RoutingRule(f"block-{block}", spec.num_experts, spec.top_k, spec.weighting)
+    layer = f"block-{block}"
+    dropped = spec.dropped_experts.get(layer, ())
+    rule = RoutingRule(layer, spec.num_experts, spec.top_k, spec.weighting, dropped)
     return MoEMlp(spec.width, scaled, rule)
 
 

@@ -184,6 +184,11 @@ class TrainConfig(Frozen):
 
     def _check_routing(self) -> None:
         family, method = self.model.family, self.method
+        if self.model.dropped_experts:
+            raise ValueError(
+                "model.dropped_experts says what an export left out; train all experts, and export "
+                "them with --prune-unused"
+            )
         asked = {
             "balance_loss": self.balance_loss is not None,
             "gate_noise": self.gate_noise > 0,
