@@ -26,6 +26,7 @@ from advmoe_deploy import __version__
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
+from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
 from advmoe_deploy.specs import (
     Arithmetic,
@@ -157,7 +158,10 @@ class EngineSet(Frozen):
 
 
 class BundleManifest(Frozen):
-    """What a bundle holds; ``files`` maps relative POSIX paths to their hashes."""
+    """What a bundle holds; ``files`` maps relative POSIX paths to their hashes.
+
+    ``pruning`` says which experts were left out, ``None`` if none were.
+    """
 
     schema_version: int
     created: str
@@ -169,6 +173,7 @@ class BundleManifest(Frozen):
     engines: tuple[EngineSet, ...] = ()
     macs: Macs
     parity: ParityReport
+    pruning: Pruning | None = None
     class_names: ClassNames
     training: dict[str, Any]
     versions: dict[str, str]

@@ -53,7 +53,8 @@ class RouteStep(Frozen):
     Both are [N, K], or [N, T, K] where a layer routes tokens; the rows of ``scores`` are then those
     of the images one after the other. Weights are 1 (``one``), the softmax over all experts
     (``probability``), or that divided by its sum over the chosen and :data:`RENORMALISER`
-    (``renormalised``).
+    (``renormalised``). With ``experts``, in ascending order, scores are of those alone; ids keep
+    the model's numbering, in which there are ``num_experts``.
     """
 
     kind: Literal["route"] = "route"
@@ -63,14 +64,24 @@ class RouteStep(Frozen):
     top_k: int = Field(1, ge=1)
     weighting: Weighting = "one"
     tokens: int | None = Field(None, ge=1)
+    experts: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        if self.top_k > len(self.kept):
+            raise ValueError(f"top_k={self.top_k} exceeds the {len(self.kept)} experts left")
+        if list(self.kept) != sorted({*self.kept} & {*range(self.num_experts)}):
+            raise ValueError(f"experts={self.kept} are no ids below num_experts={self.num_experts}")
         if self.weighting == "one" and self.top_k != 1:
             raise ValueError(f"weighting 'one' is for top_k=1, not {self.top_k}")
         return self
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The experts that rows can be sent to, ascending: those that the scores are of."""
+        return tuple(range(self.num_experts)) if self.experts is None else self.experts
 
     @property
     def expert_ids(self) -> str:
@@ -104,7 +115,8 @@ class RouteStep(Frozen):
 class ExpertsStep(Frozen):
     """Each row's output is the sum over its experts of weight times the expert's segment of it.
 
-    With weighting ``one`` nothing is multiplied. Rows keep their order.
+    With weighting ``one`` nothing is multiplied. Rows keep their order. ``segments`` are those of
+    the experts that the layer's route keeps, in that order.
     """
 
     kind: Literal["experts"] = "experts"
@@ -198,20 +210,20 @@ class _Walk:
 
     def _route(self, step: RouteStep) -> None:
         scores = self._known(step.scores, step)
-        if scores.shape != (step.rows, step.num_experts):
+        expected = (step.rows, len(step.kept))
+        if scores.shape != expected:
             raise ValueError(
-                f"layer {step.layer!r} routes scores of shape {scores.shape}, "
-                f"not {(step.rows, step.num_experts)}"
+                f"layer {step.layer!r} routes scores of shape {scores.shape}, not {expected}"
             )
         self.routes[step.layer] = step
         self._add(*step.made)
 
     def _experts(self, step: ExpertsStep) -> None:
         route = self._route_of(step.layer)
-        if route is None or len(step.segments) != route.num_experts:
+        if route is None or len(step.segments) != len(route.kept):
             raise ValueError(
                 f"layer {step.layer!r} has {len(step.segments)} expert segments and "
-                f"{route.num_experts if route else 'no'} routes"
+                f"{len(route.kept) if route else 'no'} routes"
             )
         experts = [self._segment(name) for name in step.segments]
         kinds = {(_kinds(expert.inputs), _kinds(expert.outputs)) for expert in experts}

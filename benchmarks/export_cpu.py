@@ -154,7 +154,8 @@ def parts_of(
         elif isinstance(step, ExpertsStep):
             load_E = loads[step.layer]
             calls[f"part {step.segments[0]}"] = call(step.segments[0], int(load_E.sum()))
-            used = [call(step.segments[e], int(load_E[e])) for e in np.flatnonzero(load_E)]
+            rows = zip(step.segments, load_E[list(plan.route(step.layer).kept)], strict=True)
+            used = [call(name, int(load)) for name, load in rows if load]
             calls[f"used {step.layer}"] = partial(run_all, used)
     return calls
 

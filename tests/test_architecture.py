@@ -20,6 +20,7 @@ LAYERS = [
         "specs",
         "plan",
         "bundle",
+        "pruning",
         "reports",
         "progress",
         "__init__",

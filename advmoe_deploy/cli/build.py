@@ -97,6 +97,10 @@ def export(
     batch_min: tensorrt_options.BatchMin = None,
     batch_opt: tensorrt_options.BatchOpt = None,
     batch_max: tensorrt_options.BatchMax = None,
+    prune_unused: Annotated[
+        bool,
+        typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
@@ -131,12 +135,14 @@ def export(
             with_reference=reference,
             targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
             precision=precisions[0],
+            prune_unused=prune_unused,
             progress=ui.progress,
         )
         manifest = bundle.manifest
         value = {
             "bundle": str(bundle.path),
             "parity": manifest.parity.model_dump(mode="json"),
+            "pruning": manifest.pruning and manifest.pruning.model_dump(mode="json"),
             "engines": [
                 e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines
             ],

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
+from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
 from advmoe_deploy.serving.batch import BatchReport
 
@@ -18,6 +19,7 @@ def export_report(bundle: Bundle) -> RenderableType:
     size = sum(record.bytes for record in bundle.manifest.files.values())
     rows = [
         ("files", f"{len(bundle.manifest.files)}, {size / 1e6:.1f} MB"),
+        *_pruning_rows(bundle.manifest.pruning),
         *_parity_rows(bundle.manifest.parity),
         *_engine_rows(bundle.manifest.engines),
     ]
@@ -138,6 +140,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ),
         ("plan", f"{len(manifest.plan.segments)} segments, {len(manifest.plan.routes)} routes"),
         *((f"route {route.layer}", _route(route)) for route in manifest.plan.routes),
+        *_pruning_rows(manifest.pruning),
         *_parity_rows(manifest.parity),
         *_engine_rows(manifest.engines),
         ("made", f"{manifest.created} by {manifest.producer}"),
@@ -155,7 +158,11 @@ def _route(route: RouteStep) -> str:
         "probability": "weighted by probability",
         "renormalised": "weights renormalised",
     }[route.weighting]
-    return f"each {what} to {route.top_k} of {route.num_experts} experts, {weights}"
+    experts = f"{len(route.kept)} experts"
+    if route.experts is not None:
+        left = ", ".join(map(str, route.experts))
+        experts += f" ({left}, left of {route.num_experts})"
+    return f"each {what} to {route.top_k} of {experts}, {weights}"
 
 
 def name_lists(lists: Mapping[str, Iterable[Mapping[str, str]]]) -> RenderableType:
@@ -192,6 +199,11 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
         facts("the way to a GPU", gpu),
         facts("packages", packages),
     )
+
+
+def _pruning_rows(pruning: Pruning | None) -> list[tuple[str, str]]:
+    lines = pruning.findings() if pruning else []
+    return [("" if number else "experts left out", line) for number, line in enumerate(lines)]
 
 
 def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnx import numpy_helper as onnx_numpy
 
@@ -30,11 +31,11 @@ _RESEMBLANCE = 0.5
 _LARGE_IN_FP16 = 3e4
 
 
-def unvisited_experts(answers: Answers) -> dict[str, list[int]]:
+def unvisited_experts(plan: Plan, answers: Answers) -> dict[str, list[int]]:
     """Return by layer the experts that no row of ``answers`` visits; no layer without any."""
     unvisited = {
-        layer: [expert for expert, rows in enumerate(route.expert_load) if rows == 0]
-        for layer, route in answers.routes.items()
+        route.layer: [e for e in route.kept if not answers.routes[route.layer].expert_load[e]]
+        for route in plan.routes
     }
     return {layer: experts for layer, experts in unvisited.items() if experts}
 
@@ -95,7 +96,7 @@ def require_branches(reference: Reference, plan: Plan, graph: ModelProto, images
         return
     with OrtEngine(overruled_graph(graph, plan).SerializeToString()) as engine:
         for expert in range(max(route.num_experts for route in plan.routes)):
-            bonuses = {_bonus(route): bonus_for(expert, route.num_experts) for route in plan.routes}
+            bonuses = {_bonus(route): _bonus_of(route, expert) for route in plan.routes}
             logits = engine.run({"images": images, **bonuses})["logits"]
             expected = reference.answers(images, preferred=expert)
             rounding = reference.rounding(images, preferred=expert)
@@ -110,7 +111,7 @@ def overruled_graph(graph: ModelProto, plan: Plan) -> ModelProto:
     overruled = ModelProto()
     overruled.CopyFrom(graph)
     for route in plan.routes:
-        bonus = TensorInfo(name=_bonus(route), dtype="float32", shape=(route.num_experts,))
+        bonus = TensorInfo(name=_bonus(route), dtype="float32", shape=(len(route.kept),))
         overruled.graph.input.append(value_info(bonus))
         nodes = overruled.graph.node
         (made,) = (i for i, node in enumerate(nodes) if route.scores in node.output)
@@ -204,7 +205,7 @@ def _preferring(graph: ModelProto, plan: Plan, expert: int, precision: Precision
         alone = f"{route.scores} alone"
         maker = nodes[makers[0]]
         maker.output[:] = [alone if name == route.scores else name for name in maker.output]
-        bonus_E = bonus_for(expert, route.num_experts)
+        bonus_E = _bonus_of(route, expert)
         if precision == "fp16":
             bonus_E = bonus_E.clip(max=_LARGE_IN_FP16)
         changed.graph.initializer.append(onnx_numpy.from_array(bonus_E, _bonus(route)))
@@ -215,3 +216,8 @@ def _preferring(graph: ModelProto, plan: Plan, expert: int, precision: Precision
 
 def _bonus(route: RouteStep) -> str:
     return f"{route.layer}.bonus"
+
+
+def _bonus_of(route: RouteStep, expert: int) -> NDArray[np.float32]:
+    """Return what prefers ``expert`` among those that ``route`` keeps: nothing where it is gone."""
+    return bonus_for(expert, route.num_experts)[list(route.kept)]

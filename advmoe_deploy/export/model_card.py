@@ -3,6 +3,7 @@
 from advmoe_deploy.bundle import MODEL, EngineSet
 from advmoe_deploy.export.passes.report import PassReport, declined
 from advmoe_deploy.models.checkpoint import Checkpoint
+from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Macs, ParityReport
 from advmoe_deploy.specs import ModelSpec
 
@@ -13,10 +14,12 @@ def model_card(
     parity: ParityReport,
     passes: dict[str, tuple[PassReport, ...]],
     engines: tuple[EngineSet, ...] = (),
+    pruning: Pruning | None = None,
 ) -> str:
     """Return the model card in Markdown."""
     sections = [
         _title(checkpoint),
+        *([_pruning(pruning)] if pruning else []),
         _threat(checkpoint),
         _metrics(checkpoint),
         _macs(checkpoint, macs),
@@ -76,6 +79,17 @@ def _threat(checkpoint: Checkpoint) -> str:
         f"## Threat model\n\n{threat.norm}, epsilon {threat.epsilon:.4g} in [0, 1] pixels "
         f"({255 * threat.epsilon:.3g}/255)."
     )
+
+
+def _pruning(pruning: Pruning) -> str:
+    lines = ["## Experts that were left out\n", *(f"- {line}" for line in pruning.findings())]
+    lines += [
+        "",
+        "Inputs unlike those images, and adversarial ones above all, may be sent elsewhere than in "
+        "the whole model and get other answers than its. What was measured in training is the "
+        "whole model's; `advmoe verify` attacks and measures this one.",
+    ]
+    return "\n".join(lines)
 
 
 def _metrics(checkpoint: Checkpoint) -> str:

@@ -14,6 +14,7 @@ import onnx
 import torch
 
 from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, EngineSet, seal_bundle
+from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
 from advmoe_deploy.export.every_expert import (
@@ -36,6 +37,7 @@ from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
+from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.targets import Target, require_supported
@@ -67,6 +69,7 @@ def export_onnx(
     with_reference: bool = True,
     targets: Sequence[Target] = (),
     precision: Precision | None = None,
+    prune_unused: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Return the bundle written to ``out`` from the model in ``run``.
@@ -79,10 +82,12 @@ def export_onnx(
         with_reference: also write the torch weights, which ``verify`` attacks.
         targets: engines and precisions to write graphs for, beside the portable one in fp32.
         precision: what the bundle runs in unless told; by default that of the first target.
+        prune_unused: leave out the experts that no image visits, see
+            :mod:`~advmoe_deploy.export.prune`.
         progress: who listens.
 
     Raises:
-        UsageError: ``out`` is in the way, or ``data`` does not fit the model.
+        UsageError: ``out`` is in the way, or ``data`` does not fit the model or the pruning.
         CheckpointError: the run's checkpoint cannot be used.
         DataError: the data cannot be loaded.
         CheckFailedError: the exported model does not answer what the torch model answers.
@@ -96,6 +101,13 @@ def export_onnx(
     checkpoint, model = load_checkpoint(run / "model")
     source = data or _data_of(checkpoint)
     images = parity_images(source, checkpoint.model)
+    pruning = None
+    if prune_unused:
+        labelled, threat = _labelled(source, checkpoint, progress), checkpoint.threat
+        model, pruning = without_unused(
+            model, images, data=source, labelled=labelled, threat=threat, progress=progress
+        )
+        checkpoint = checkpoint.model_copy(update={"model": model.spec})
     with (
         staged_directory(out, overwrite=overwrite) as staged,
         task(progress, "export", 4 + len(targets)),
@@ -110,7 +122,7 @@ def export_onnx(
         _write_baselines(staged, model)
         progress.advance("export")
         parity = check_graphs(staged, model, parts, images, answers, data=source)
-        for layer, experts in unvisited_experts(answers).items():
+        for layer, experts in unvisited_experts(parts.plan, answers).items():
             progress.note(
                 f"{layer}: {_named(experts)} visited by none of the {len(images)} images of "
                 f"{source}, and checked on images sent there by force"
@@ -119,7 +131,7 @@ def export_onnx(
             staged, targets, checkpoint, model, parts, Examples(images, answers), source, progress
         )
         macs = macs_of(checkpoint.model)
-        card = model_card(checkpoint, macs, parity, reports, engines)
+        card = model_card(checkpoint, macs, parity, reports, engines, pruning)
         (staged / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = seal_bundle(
             staged,
@@ -130,6 +142,7 @@ def export_onnx(
             engines=engines,
             macs=macs,
             parity=parity,
+            pruning=pruning,
             class_names=checkpoint.class_names,
             training=_training(checkpoint),
             versions=versions,
@@ -197,7 +210,7 @@ def write_graphs(
     staged: Path, model: Classifier, images: Images, progress: Progress
 ) -> tuple[Partition, Reports]:
     """Write every segment and the whole graphs; return the plan and what the passes did."""
-    parts, reports = apply_passes(partition(model), images)
+    parts, reports = apply_passes(partition(model), images, model.rules)
     plan, graphs = parts.plan, parts.graphs
     for segment in plan.segments:
         write_model(graphs[segment.name], staged / segment.file)
@@ -242,7 +255,7 @@ def _write_engines(
         return ()
     labelled = None
     if any(target.precision != "fp32" or target.build.tf32 for target in targets):
-        labelled = labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note)
+        labelled = _labelled(data, checkpoint, progress)
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")
     subject = subject_of(
@@ -254,6 +267,10 @@ def _write_engines(
         engines.append(write(staged, target, subject))
         progress.advance("export")
     return tuple(engines)
+
+
+def _labelled(data: str, checkpoint: Checkpoint, progress: Progress) -> Dataset | None:
+    return labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note)
 
 
 def _data_of(checkpoint: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advmoe_deploy.export.tolerance import rounding_of, same_experts
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.models.routing import DROPPED, Routes, Routing, RoutingRule, Surrogate, choose
 
 # Above any score, and a float32 still: less than it, a score is nothing.
 CERTAIN = 1e30
@@ -36,13 +36,17 @@ class RouteAnswers:
 
     @property
     def margins(self) -> NDArray[np.float32]:
-        """Distance between the last score that was chosen and the first that was not, [R]."""
+        """Distance between the last score that was chosen and the first that was not, [R].
+
+        Infinite where no other expert could have been chosen.
+        """
         k, experts = self.expert_ids.shape[1], self.scores.shape[1]
         if k == experts:
             return np.full(len(self.scores), np.inf, np.float32)
         best = np.sort(self.scores, axis=1)[:, ::-1]
         with np.errstate(invalid="ignore"):  # infinity less infinity: no number, no clear margin
-            return np.asarray(best[:, k - 1] - best[:, k])
+            margins = best[:, k - 1] - best[:, k]
+        return np.where(best[:, k] <= DROPPED / 2, np.float32(np.inf), margins)
 
     @property
     def expert_load(self) -> tuple[int, ...]:
@@ -65,13 +69,14 @@ def reference_answers(
     """Return what ``model`` answers to images [N, C, H, W] in [0, 1].
 
     With ``preferred``, each layer prefers that expert, or its last: the score is raised above all
-    others, so that with top-1 every row goes there.
+    others, so that with top-1 every row goes there. A dropped expert stays dropped.
     """
     if preferred is None:
         return _answers(model, images, Routes)
 
     def adjust(rule: RoutingRule, scores_NE: Tensor, surrogate: Surrogate | None) -> Routing:
         bonus_E = torch.from_numpy(bonus_for(preferred, rule.num_experts))
+        bonus_E[list(rule.dropped)] = 0
         return choose(scores_NE + bonus_E, rule, surrogate)
 
     return _answers(model, images, lambda: Routes(adjust=adjust))

@@ -115,7 +115,10 @@ def write_route(writer: GraphWriter, step: RouteStep) -> None:
     """Add the choice of the best scores, ties to the lowest index, and its weights."""
     ids, weights = rows_of(step)
     operator, attributes = router_operator(step)
-    writer.emit_custom(operator, [step.scores], [ids, weights], **attributes)
+    writer.emit_custom(operator, [step.scores], [choices_of(step), weights], **attributes)
+    if step.experts is not None:
+        experts = writer.integers(f"{step.layer}/kept", *step.experts)
+        writer.emit("Gather", [experts, choices_of(step)], ids, axis=0)
     if step.tokens is not None:
         shape = writer.integers(f"{step.layer}/shape", -1, step.tokens, step.top_k)
         writer.emit("Reshape", [ids, shape], step.expert_ids)
@@ -140,6 +143,11 @@ def rows_of(step: RouteStep) -> tuple[str, str]:
     return f"{step.layer}/ids", f"{step.layer}/weights"
 
 
+def choices_of(step: RouteStep) -> str:
+    """Return the name of the choices among the experts that are kept, [R, K]: ids, if all are."""
+    return rows_of(step)[0] if step.experts is None else f"{step.layer}/choices"
+
+
 class _Experts:
     """Writes one layer of experts: dispatch, every expert on its rows, and their combination."""
 
@@ -158,13 +166,14 @@ class _Experts:
     def write(self) -> None:
         """Write the layer."""
         layer, (ids, weights) = self.step.layer, rows_of(self.route)
-        count = len(self.step.segments)
+        count = self.route.num_experts
         made = [f"{layer}/{name}" for name in ("rows", "positions", "offsets", "busy")]
         self.writer.emit_custom("ExpertDispatch", [ids], made, num_experts=count)
         self.rows, positions, offsets, busy = made
         self.bounds = self._split(offsets, count + 1)
         self.busy = self._split(busy, count) if self.form == "if" else []
-        parts = [self._part(expert, name) for expert, name in enumerate(self.step.segments)]
+        experts = zip(self.route.kept, self.step.segments, strict=True)
+        parts = [self._part(expert, name) for expert, name in experts]
         grouped = self.writer.emit("Concat", parts, f"{layer}/grouped", axis=0)
         if self.route.weighting == "one":
             self.writer.emit_custom("ExpertCombine", [grouped, positions], [self.step.output])

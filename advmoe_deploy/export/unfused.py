@@ -17,7 +17,13 @@ from onnx import ModelProto, NodeProto
 
 from advmoe_deploy.export.onnx_graph import GraphWriter, attributes_of, constants_of, consumers_of
 from advmoe_deploy.export.ops.bodies import without_custom_ops
-from advmoe_deploy.export.stitch import plan_ends, rows_of, write_route, write_segment
+from advmoe_deploy.export.stitch import (
+    choices_of,
+    plan_ends,
+    rows_of,
+    write_route,
+    write_segment,
+)
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
 
 
@@ -35,7 +41,7 @@ def unfused_graph(plan: Plan, segments: Mapping[str, ModelProto]) -> ModelProto:
                 if why_not_merged(route, experts):
                     _write_weighted_sum(writer, plan, step, experts)
                 else:
-                    _Merge(writer, step, rows_of(route)[0], experts).run()
+                    _Merge(writer, step, choices_of(route), experts).run()
     return without_custom_ops(writer.model("unfused", *plan_ends(plan)))
 
 
@@ -80,11 +86,11 @@ def _write_weighted_sum(
 
 
 def _write_weight_matrix(writer: GraphWriter, route: RouteStep) -> str:
-    """Add the weight of every expert for every row, [R, E], 0 where it was not chosen."""
-    layer, (ids, weights) = route.layer, rows_of(route)
-    experts = writer.constant(f"{layer}/experts", np.array(route.num_experts, np.int64))
+    """Add the weight of every kept expert for every row, [R, E], 0 where it was not chosen."""
+    layer, choices, (_, weights) = route.layer, choices_of(route), rows_of(route)
+    experts = writer.constant(f"{layer}/experts", np.array(len(route.kept), np.int64))
     off_on = writer.constant("off_on", np.array([0, 1], np.float32))
-    chosen = writer.emit("OneHot", [ids, experts, off_on], f"{layer}/one_hot", axis=-1)
+    chosen = writer.emit("OneHot", [choices, experts, off_on], f"{layer}/one_hot", axis=-1)
     last = writer.integers("axis_2", 2)
     weights_RK1 = writer.emit("Unsqueeze", [weights, last], f"{layer}/weights_column")
     weighted = writer.emit("Mul", [chosen, weights_RK1], f"{layer}/by_choice")

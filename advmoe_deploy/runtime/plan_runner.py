@@ -88,11 +88,13 @@ class PlanRunner(Closing):
         x = tensors[step.input]
         route = self._plan.route(step.layer)
         ids_S = tensors[route.expert_ids].reshape(-1)
-        chosen = np.flatnonzero(np.bincount(ids_S, minlength=len(step.segments)))
+        segments = dict(zip(route.kept, step.segments, strict=True))
+        chosen = {int(e): segments[int(e)] for e in np.flatnonzero(np.bincount(ids_S))}
         if len(chosen) == 1:  # always so for a single image: nothing to gather or to bring back
-            each = self._run_expert(step.segments[chosen[0]], x)
+            (name,) = chosen.values()
+            each = self._run_expert(name, x)
         else:
-            each = self._scattered(step, ids_S, chosen, x)
+            each = self._scattered(ids_S, chosen, x)
         if route.weighting == "one":
             return each
         rest = each.shape[1:]
@@ -101,18 +103,14 @@ class PlanRunner(Closing):
         return weighted
 
     def _scattered(
-        self,
-        step: ExpertsStep,
-        ids_S: NDArray[np.int64],
-        chosen: NDArray[np.int64],
-        x: NDArray[Any],
+        self, ids_S: NDArray[np.int64], chosen: Mapping[int, str], x: NDArray[Any]
     ) -> NDArray[Any]:
-        """Return one answer per choice, in the order of the choices."""
+        """Return one answer per choice, in their order; ``chosen`` are segments by expert."""
         top_k = len(ids_S) // len(x)
         parts = {}
-        for expert in chosen:
+        for expert, name in chosen.items():
             choices = np.flatnonzero(ids_S == expert)
-            parts[expert] = choices, self._run_expert(step.segments[expert], x[choices // top_k])
+            parts[expert] = choices, self._run_expert(name, x[choices // top_k])
         _, first = next(iter(parts.values()))
         each = np.empty((len(ids_S), *first.shape[1:]), first.dtype)
         for choices, part in parts.values():
@@ -138,6 +136,8 @@ def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
         ids_RK = np.argsort(descending_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
     shape = (-1, *(int(size) for size in step.shape[1:]))
     weights_RK = weights_of(step, scores_RE, ids_RK)
+    if step.experts is not None:
+        ids_RK = np.array(step.experts)[ids_RK]
     return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}
 
 
