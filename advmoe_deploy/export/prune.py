@@ -60,7 +60,7 @@ def without_unused(
     found = [images]
     answers = [reference_answers(model, images)]
     attacked = None
-    if labelled is not None and _unused(model, answers):
+    if labelled is not None and threat is not None and _unused(model, answers):
         split = labelled.holdout.first(HOLDOUT_IMAGES)
         attacked = attacked_images(model, to_float(split.images), split.labels, threat)
     if attacked is not None:

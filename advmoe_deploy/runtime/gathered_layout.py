@@ -108,11 +108,13 @@ class Layout:
 
     def _layer(self, step: ExpertsStep) -> Layer:
         values = prod(int(size) for size in self.tensors[step.output].shape[1:])
+        route = self.plan.route(step.layer)
+        experts = enumerate(zip(route.kept, step.segments, strict=True))
         return Layer(
             step=step,
-            route=self.plan.route(step.layer),
+            route=route,
             segments={name: self.plan.segment(name) for name in step.segments},
-            slots={expert: (expert, name) for expert, name in enumerate(step.segments)},
+            slots={expert: (slot, name) for slot, (expert, name) in experts},
             region=region_rows(self.rows(step.output, self.batch.max), values),
             is_read_later=is_read_later(self.plan, step.output),
         )
