@@ -20,8 +20,9 @@ from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
 from advmoe_deploy.export.engine_sets import Subject, subject_of
 from advmoe_deploy.export.exam import Examples
 from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
-from advmoe_deploy.export.onnx_export import apply_passes, export_onnx
+from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import write_tensorrt_set
@@ -44,7 +45,7 @@ def target(precision: Precision) -> Target:
 
 def subject_for(spec: ModelSpec) -> Subject:
     model = untrained_model(spec, torch.from_numpy(IMAGES))
-    parts, _ = apply_passes(partition(model), IMAGES)
+    parts, _ = apply_passes(partition(model), IMAGES, model.rules)
     examples = Examples(IMAGES, reference_answers(model, IMAGES))
     return subject_of(model, parts, examples, data="noise", labelled=None, threat=None)
 
@@ -54,9 +55,12 @@ def written(folder: Path, engines: EngineSet) -> dict[str, onnx.ModelProto]:
     return {file.name.removesuffix(".onnx"): onnx.load_model(file) for file in files}
 
 
-@pytest.mark.parametrize("family", ["advmoe", *FAMILIES])
+PRUNED = TINY.model_copy(update={"num_experts": 3, "dropped_experts": {"router": (1,)}})
+
+
+@pytest.mark.parametrize("family", ["advmoe", "pruned", *FAMILIES])
 def test_the_graphs_answer_what_torch_answers(family: str, tmp_path: Path) -> None:
-    spec = TINY if family == "advmoe" else spec_of(family)
+    spec = {"advmoe": TINY, "pruned": PRUNED}.get(family) or spec_of(family)
     subject = subject_for(spec)
     engines = write_tensorrt_set(tmp_path, target("fp32"), subject)
     graphs = written(tmp_path, engines)

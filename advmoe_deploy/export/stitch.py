@@ -116,13 +116,18 @@ def write_route(writer: GraphWriter, step: RouteStep) -> None:
     ids, weights = rows_of(step)
     operator, attributes = router_operator(step)
     writer.emit_custom(operator, [step.scores], [choices_of(step), weights], **attributes)
-    if step.experts is not None:
-        experts = writer.integers(f"{step.layer}/kept", *step.experts)
-        writer.emit("Gather", [experts, choices_of(step)], ids, axis=0)
+    write_ids(writer, step)
     if step.tokens is not None:
         shape = writer.integers(f"{step.layer}/shape", -1, step.tokens, step.top_k)
         writer.emit("Reshape", [ids, shape], step.expert_ids)
         writer.emit("Reshape", [weights, shape], step.weights)
+
+
+def write_ids(writer: GraphWriter, step: RouteStep) -> None:
+    """Add the ids, in the model's numbering, of the choices among the experts that are kept."""
+    if step.experts is not None:
+        experts = writer.integers(f"{step.layer}/kept", *step.experts)
+        writer.emit("Gather", [experts, choices_of(step)], rows_of(step)[0], axis=0)
 
 
 def router_operator(step: RouteStep) -> tuple[str, dict[str, int | float]]:

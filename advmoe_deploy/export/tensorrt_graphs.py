@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, helper
 from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.onnx_graph import GraphWriter
-from advmoe_deploy.export.stitch import rows_of
+from advmoe_deploy.export.stitch import choices_of, rows_of, write_ids
 from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, Segment
 
 
@@ -63,30 +63,32 @@ def with_routes(graph: ModelProto, routes: Sequence[RouteStep], segment: Segment
 def _write_route(writer: GraphWriter, route: RouteStep) -> None:
     """Add ids and weights; ties go to the lowest index where the runtime's do."""
     (ids, weights), layer, scores = rows_of(route), route.layer, route.scores
+    choices = choices_of(route)
     if route.weighting == "one":
-        writer.emit("ArgMax", [scores], ids, axis=1, keepdims=1)
+        writer.emit("ArgMax", [scores], choices, axis=1, keepdims=1)
         one = onnx_numpy.from_array(np.ones(1, np.float32))
-        shape = writer.emit("Shape", [ids], f"{layer}/rows")
+        shape = writer.emit("Shape", [choices], f"{layer}/rows")
         writer.emit("ConstantOfShape", [shape], weights, value=one)
     else:
-        _write_best(writer, route, ids, weights)
+        _write_best(writer, route, choices, weights)
+    write_ids(writer, route)
     if route.tokens is not None:
         shape = writer.integers(f"{layer}/shape", -1, route.tokens, route.top_k)
         writer.emit("Reshape", [ids, shape], route.expert_ids)
         writer.emit("Reshape", [weights, shape], route.weights)
 
 
-def _write_best(writer: GraphWriter, route: RouteStep, ids: str, weights: str) -> None:
+def _write_best(writer: GraphWriter, route: RouteStep, choices: str, weights: str) -> None:
     layer, scores = route.layer, route.scores
     count = writer.integers(f"{layer}/k", route.top_k)
     writer.nodes.append(
-        helper.make_node("TopK", [scores, count], [f"{layer}/best", ids], ids, axis=1)
+        helper.make_node("TopK", [scores, count], [f"{layer}/best", choices], choices, axis=1)
     )
     shares = writer.emit("Softmax", [scores], f"{layer}/shares", axis=1)
     if route.weighting == "probability":
-        writer.emit("GatherElements", [shares, ids], weights, axis=1)
+        writer.emit("GatherElements", [shares, choices], weights, axis=1)
         return
-    chosen = writer.emit("GatherElements", [shares, ids], f"{layer}/chosen", axis=1)
+    chosen = writer.emit("GatherElements", [shares, choices], f"{layer}/chosen", axis=1)
     axis = writer.integers(f"{layer}/axis", 1)
     total = writer.emit("ReduceSum", [chosen, axis], f"{layer}/total", keepdims=1)
     little = writer.constant(f"{layer}/little", np.array(RENORMALISER, np.float32))
