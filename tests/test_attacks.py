@@ -14,6 +14,7 @@ from advmoe_deploy.attacks.autoattack import standard_autoattack
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.objectives import is_wrong
 from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl, project, step_size_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
@@ -103,6 +104,25 @@ def test_another_function_is_attacked_by_its_own_answers(
     assert (found - x).abs().max() <= THREAT.epsilon + 1e-6
     assert accuracy(other, found, y) <= accuracy(other, transferred, y)
     assert accuracy(model, found, y) >= accuracy(model, transferred, y)
+
+
+@torch.no_grad()
+def test_an_answer_that_is_not_finite_is_a_mistake(model: AdvMoE) -> None:
+    x, y = some_digits(20)
+    left, right = x[:, 0, :, :4].sum(dim=(1, 2)), x[:, 0, :, 4:].sum(dim=(1, 2))
+    assert 0 < int((left > right).sum()) < len(x)
+
+    def overflowing(images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        heavy_N = images[:, 0, :, :4].sum(dim=(1, 2)) > images[:, 0, :, 4:].sum(dim=(1, 2))
+        logits[heavy_N] = torch.inf
+        return logits
+
+    attack = AttackSpec(name="pgd", steps=4)
+    found = attack_model(model, x, y, THREAT, attack, answer=overflowing)
+    lost_N = is_wrong(overflowing(found), y)
+    assert lost_N[left > right].all()  # wrong from the start, and so they stay
+    assert (~torch.isfinite(overflowing(found)).all(dim=1)).any()
 
 
 def test_what_cannot_attack_another_function_is_refused(model: AdvMoE) -> None:

@@ -60,6 +60,11 @@ def require_finite_loss(loss_N: Tensor) -> Tensor:
     return loss_N
 
 
+def is_wrong(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Return which rows [N] do not answer their label; logits that are not finite answer none."""
+    return (logits_NK.argmax(dim=1) != labels_N) | ~torch.isfinite(logits_NK).all(dim=1)
+
+
 class AnsweredBy:
     """An objective whose answers are somebody else's: only they say who is fooled."""
 
@@ -70,8 +75,8 @@ class AnsweredBy:
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         """Return the objective's ascent, fooled where the other's answer is wrong."""
         ascent = self.objective(images_NCHW, labels_N, rows_N)
-        answers_N = self.answer(images_NCHW.detach()).argmax(dim=1)
-        return replace(ascent, fooled_N=answers_N != labels_N)
+        logits_NK = self.answer(images_NCHW.detach())
+        return replace(ascent, fooled_N=is_wrong(logits_NK, labels_N))
 
 
 class _ModelObjective:

@@ -14,6 +14,7 @@ from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.objectives import (
     Answer,
     AnsweredBy,
+    is_wrong,
     objectives_for,
     require_finite_loss,
     require_target,
@@ -172,17 +173,18 @@ class _Batch:
     @torch.no_grad()
     def _judge(self, images: Tensor, rows_N: Tensor) -> _Judged:
         """Return what is made of ``images``, which stand for ``rows_N``, by who is attacked."""
+        labels_N = self.labels[rows_N]
         logits_NK: Tensor
-        if self.answer is not None:
+        if self.answer is not None:  # an engine may overflow where the model does not: a mistake
             logits_NK = self.answer(images)
+            loss_N = F.cross_entropy(logits_NK.nan_to_num(), labels_N, reduction="none")
         else:
             logits_NK = self.model(images, self.clean.of(rows_N) if self.clean else None)
-        labels_N = self.labels[rows_N]
-        loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
+            loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
         if self.spec.target == "router":  # a new route may well lower the loss of the answer
             (objective,) = self.objectives
             loss_N = objective(images, labels_N, rows_N).loss_N
-        return _Judged(loss_N, logits_NK.argmax(dim=1) != labels_N)
+        return _Judged(loss_N, is_wrong(logits_NK, labels_N))
 
     def _restore_clean_mistakes(self, found: Tensor, everyone: Tensor) -> None:
         """Never let an attack correct a mistake: an image wrong from the start stays wrong."""

@@ -39,6 +39,11 @@ def compare_with_reference(
     return compare_answers(reference, answer, rounding=rounding, data=data)
 
 
+def is_right(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Flags:
+    """Return which rows [N] answer their label; logits that are not finite answer none."""
+    return np.asarray((logits_NK.argmax(axis=1) == labels_N) & np.isfinite(logits_NK).all(axis=1))
+
+
 def predictions_of(runner: Runner, images: Images) -> Prediction:
     """Return what ``runner`` answers to ``images``, taken in batches."""
     batches = np.split(images, range(_BATCH, len(images), _BATCH))

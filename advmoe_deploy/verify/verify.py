@@ -19,7 +19,7 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import matching_test_images
-from advmoe_deploy.export.parity import compare_with_reference, predictions_of
+from advmoe_deploy.export.parity import compare_with_reference, is_right, predictions_of
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.tolerance import same_experts
 from advmoe_deploy.intervals import wilson_interval
@@ -191,8 +191,8 @@ class _Trial:
         """Return what the reference and the engine get right, and the engine's routes."""
         reference_N = predict(self.model, torch.from_numpy(x_NCHW)).numpy()
         answer = predictions_of(self.runner, x_NCHW)
-        engine_N = answer.logits.argmax(axis=1)
-        return reference_N == self.labels_N, engine_N == self.labels_N, answer.expert_ids
+        engine_N = is_right(answer.logits, self.labels_N)
+        return reference_N == self.labels_N, engine_N, answer.expert_ids
 
 
 def drop_in_points(accuracy: Pair) -> float:
