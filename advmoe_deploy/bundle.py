@@ -39,7 +39,7 @@ from advmoe_deploy.specs import (
     one_line,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MODEL = "model.onnx"

@@ -79,7 +79,11 @@ def low(precisions: Precisions) -> set[str]:
 
 def test_everything_is_lowered_where_nothing_is_lost(tiny_bundle: Bundle) -> None:
     plan = tiny_bundle.manifest.plan
-    choice = choose_precisions(plan, all_int8(plan), LADDER, lambda _: findings())
+
+    def trial(_: Precisions) -> Findings:
+        return findings()
+
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
     assert low(choice.precisions) == {"router", "router.expert-0", "router.expert-1"}
     assert not choice.raised
     assert choice.lowered is None
@@ -90,7 +94,7 @@ def test_a_router_whose_routes_differ_stays_in_fp32(tiny_bundle: Bundle) -> None
         return findings(agreement=0.998 if precisions["router"] == "int8" else 1.0)
 
     plan = tiny_bundle.manifest.plan
-    choice = choose_precisions(plan, all_int8(plan), LADDER, trial)
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
     assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
     assert choice.raised == {
         "router": "99.80 % of the clear routes of a layer agree, less than 99.90 %"
@@ -107,7 +111,7 @@ def test_int8_is_raised_by_steps(tiny_bundle: Bundle) -> None:
         return findings(agreement=0.99 if precisions["router"] == "int8" else 1.0)
 
     plan = tiny_bundle.manifest.plan
-    choice = choose_precisions(plan, all_int8(plan), ("int8", "bf16", "fp32"), trial)
+    choice = choose_precisions(plan, all_int8(plan), ("int8", "bf16", "fp32"), trial, trial)
     assert tried == ["int8", "bf16"]
     assert choice.precisions["router"] == "bf16"
     assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
@@ -124,7 +128,7 @@ def test_the_most_sensitive_segments_are_raised_first(families: Families) -> Non
     def trial(precisions: Precisions) -> Findings:
         return findings(lost=sum(points.get(name, 0) for name in low(precisions)))
 
-    choice = choose_precisions(plan, all_int8(plan), LADDER, trial)
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
     assert choice.raised.keys() == set(experts[1])  # 1.0 points were lost, 0.4 are left
     assert choice.raised[experts[1][0]] == "robust accuracy falls by 1.00 points"
     assert choice.findings.robust_accuracy == Pair(reference=0.5, engine=0.5 - 0.4 / 100)
@@ -136,7 +140,7 @@ def test_a_model_that_stands_no_lower_precision_is_refused(tiny_bundle: Bundle) 
 
     plan = tiny_bundle.manifest.plan
     with pytest.raises(CheckFailedError, match=r"nothing of this model can run in int8: robust"):
-        choose_precisions(plan, all_int8(plan), LADDER, trial)
+        choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
 
 
 @pytest.mark.parametrize("split", [False, True])

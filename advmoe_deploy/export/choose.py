@@ -40,6 +40,7 @@ def choose_precisions(
     lowered: Precisions,
     ladder: Sequence[Precision],
     trial: Callable[[Precisions], Findings],
+    glance: Callable[[Precisions], Findings],
 ) -> Choice:
     """Return the choice for ``plan``; ``trial`` measures one.
 
@@ -48,11 +49,12 @@ def choose_precisions(
         lowered: the precision of every segment where all are lowered that can be.
         ladder: the precisions to go through, lowest first, fp32 last.
         trial: what a choice gives.
+        glance: the same without what takes long; enough for the harm that a segment does alone.
 
     Raises:
         CheckFailedError: with a single segment at the lowest precision it is not good enough.
     """
-    search = _Search(plan, lowered, ladder, trial)
+    search = _Search(plan, lowered, ladder, trial, glance)
     whole = search.findings
     for _ in ladder[1:]:
         if not search.findings.routes_agree:
@@ -74,8 +76,10 @@ class _Search:
         lowered: Precisions,
         ladder: Sequence[Precision],
         trial: Callable[[Precisions], Findings],
+        glance: Callable[[Precisions], Findings],
     ) -> None:
-        self.plan, self.lowered, self.trial = plan, lowered, trial
+        self.plan, self.lowered = plan, lowered
+        self.trial, self.glance = trial, glance
         self.lowest = ladder[0]
         self.next = dict(pairwise(ladder))
         self.precisions = dict(lowered)
@@ -107,7 +111,7 @@ class _Search:
         return sorted(units, key=self._harm, reverse=True) if len(units) > 1 else units
 
     def _harm(self, unit: _Unit) -> tuple[float, float, float]:
-        return self.trial({n: p if n in unit else "fp32" for n, p in self.lowered.items()}).harm
+        return self.glance({n: p if n in unit else "fp32" for n, p in self.lowered.items()}).harm
 
     def _refusal(self, why: str) -> CheckFailedError:
         return CheckFailedError(

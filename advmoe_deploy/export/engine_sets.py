@@ -156,7 +156,11 @@ class _Writer:
                 # Last, for it takes longest.
                 return replace(findings, own_attack=attack_itself(exam, runner))
 
-        return choose_precisions(self.plan, self._lowered(), ladder(self.target), trial)
+        def glance(precisions: Precisions) -> Findings:
+            with self._in_memory(self._fused(precisions)) as runner:
+                return examine(self.subject.exam, runner)
+
+        return choose_precisions(self.plan, self._lowered(), ladder(self.target), trial, glance)
 
     def _segments(self, precisions: Precisions) -> tuple[Plan, dict[str, ModelProto]]:
         """Return the bundle's own plan, and the graph of each segment, at these precisions."""

@@ -17,7 +17,7 @@ from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.data.dataset import Dataset, to_float
-from advmoe_deploy.export.parity import Flags, compare_answers, predictions_of
+from advmoe_deploy.export.parity import Flags, compare_answers, is_right, predictions_of
 from advmoe_deploy.export.reference import Answers, Images, reference_answers
 from advmoe_deploy.intervals import paired_difference_interval
 from advmoe_deploy.models.base import Classifier
@@ -142,10 +142,11 @@ def attacked_images(
     labels_N: Labels,
     threat: ThreatModel,
     answer: Answer | None = None,
+    attack: AttackSpec = ATTACK,
 ) -> Images:
-    """Return what :data:`ATTACK` makes of ``images`` on the torch model, or on who answers."""
+    """Return what ``attack`` makes of ``images`` on the torch model, or on who answers."""
     x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
-    return find_adversarial(model, x_NCHW, y_N, threat, ATTACK, answer=answer).numpy()
+    return find_adversarial(model, x_NCHW, y_N, threat, attack, answer=answer).numpy()
 
 
 def _examples(model: Classifier, images: Images) -> Examples:
@@ -197,17 +198,22 @@ def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
 def _right(exam: Exam, examples: Examples, runner: Runner) -> tuple[tuple[Flags, Flags], float]:
     """Return which images [N] the torch model and the runner get right, and how routes agree."""
     answer = predictions_of(runner, examples.images)
-    engine_N = answer.logits.argmax(axis=1) == exam.labels_N
+    engine_N = is_right(answer.logits, _labels(exam))
     agreement = compare_answers(examples.answers, answer).route_agreement
     return (_right_in_torch(exam, examples), engine_N), agreement
 
 
 def _right_in_torch(exam: Exam, examples: Examples) -> Flags:
-    return np.asarray(examples.answers.logits.argmax(axis=1) == exam.labels_N)
+    return is_right(examples.answers.logits, _labels(exam))
 
 
 def _right_here(exam: Exam, images: Images, runner: Runner) -> Flags:
-    return np.asarray(predictions_of(runner, images).logits.argmax(axis=1) == exam.labels_N)
+    return is_right(predictions_of(runner, images).logits, _labels(exam))
+
+
+def _labels(exam: Exam) -> Labels:
+    assert exam.labels_N is not None, "there are examples"
+    return exam.labels_N
 
 
 def _pair(reference_N: Flags, engine_N: Flags) -> Pair:
