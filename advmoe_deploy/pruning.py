@@ -36,7 +36,8 @@ class Pruning(Frozen):
             return f"{clean} (no attacked ones: labels or a threat model were missing)"
         return (
             f"{clean} and {self.attacked_images} hold-out images of {self.attacked_data} attacked "
-            f"by {self.attack.name}-{self.attack.steps} at epsilon {self.epsilon:.4g}"
+            f"by {self.attack.name}-{self.attack.steps}, target {self.attack.target}, at epsilon "
+            f"{self.epsilon:.4g}"
         )
 
 

@@ -19,7 +19,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.pruning import Pruning
-from advmoe_deploy.specs import ModelSpec, ThreatModel
+from advmoe_deploy.specs import AttackSpec, ModelSpec, ThreatModel
 
 
 def without_unused(
@@ -59,10 +59,11 @@ def without_unused(
         return model, None
     found = [images]
     answers = [reference_answers(model, images)]
-    attacked = None
+    attacked, attack = None, _attack_on(model)
     if labelled is not None and threat is not None and _unused(model, answers):
         split = labelled.holdout.first(HOLDOUT_IMAGES)
-        attacked = attacked_images(model, to_float(split.images), split.labels, threat)
+        images_NCHW = to_float(split.images)
+        attacked = attacked_images(model, images_NCHW, split.labels, threat, attack=attack)
     if attacked is not None:
         found.append(attacked)
         answers.append(reference_answers(model, attacked))
@@ -77,10 +78,16 @@ def without_unused(
         images=len(images),
         attacked_data=labelled.source if labelled and attacked is not None else None,
         attacked_images=0 if attacked is None else len(attacked),
-        attack=None if attacked is None else ATTACK,
+        attack=None if attacked is None else attack,
         epsilon=threat.epsilon if threat and attacked is not None else None,
         max_abs_logit_diff=_difference(pruned, found, answers),
     )
+
+
+def _attack_on(model: Classifier) -> AttackSpec:
+    """Return an attack whose gradient enters the routers, hard ones included."""
+    hard = any(rule.weighting == "one" for rule in model.rules)
+    return ATTACK.model_copy(update={"target": "straight-through"}) if hard else ATTACK
 
 
 def _unused(model: Classifier, answers: Sequence[Answers]) -> dict[str, tuple[int, ...]]:
