@@ -313,7 +313,7 @@ def _inputs(
     rows = {
         segment: int((ids[step.layer] == expert).sum())
         for step in experts
-        for expert, segment in enumerate(step.segments)
+        for expert, segment in zip(plan.route(step.layer).kept, step.segments, strict=True)
     }
     random = np.random.default_rng(0)
     inputs = {}

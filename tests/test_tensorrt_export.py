@@ -104,11 +104,16 @@ def test_a_lower_precision_is_in_the_graph_and_scores_are_not(
             TensorProto.FLOAT,
             TensorProto.INT64,
         }
+    scored: set[str] = set()
     for name in {s.segment for s in engines.plan.steps if isinstance(s, RunStep)}:
         inferred = onnx.shape_inference.infer_shapes(graphs[name]).graph
         types_of = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
         for route in engines.plan.inside:
-            assert types_of.get(route.scores, TensorProto.FLOAT) == TensorProto.FLOAT
+            if route.scores in types_of:
+                scored.add(route.scores)
+                assert types_of[route.scores] == TensorProto.FLOAT
+            assert f"{route.scores}.low" not in types_of
+    assert scored == {route.scores for route in engines.plan.inside}
     assert engines.check is not None
     assert engines.parity.route_agreement >= 0.999
     assert 0 < engines.parity.max_abs_logit_diff < 0.2

@@ -167,7 +167,11 @@ class _Graphs:
                     return findings
                 return replace(findings, own_attack=attack_itself(exam, runner))
 
-        return choose_precisions(self.source, self._lowered(), ladder(self.target), trial)
+        def glance(precisions: Precisions) -> Findings:
+            with self._in_memory(self._graphs(precisions)) as runner:
+                return examine(self.subject.exam, runner)
+
+        return choose_precisions(self.source, self._lowered(), ladder(self.target), trial, glance)
 
     def _graphs(self, precisions: Precisions) -> Graphs:
         return {name: self._graph(name, kind) for name, kind in precisions.items()}
@@ -251,7 +255,7 @@ class _Engines(_Graphs):
     def open(self, name: str, source: Source) -> Engine:
         """Return the engine that TensorRT builds of a graph."""
         assert isinstance(source, bytes)
-        return TensorRtEngine(self._engine(name, source))
+        return TensorRtEngine(self._engine(name, source), device=self.device)
 
     def open_file(self, name: str, source: Source) -> Engine:
         """Return the engine of a segment as it lies there."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,8 @@ class OrtEngine(Closing):
             self.custom_ops = find_custom_ops(custom_ops if provider == CPU else "bodies")
             _register(options, self.custom_ops)
         try:
-            with redirect_stdout(sys.stderr):  # of a provider it cannot load it prints at length
+            # Of a provider that it cannot load it prints at length.
+            with nullcontext() if provider == CPU else redirect_stdout(sys.stderr):
                 session = runtime.InferenceSession(source, options, providers=_PROVIDERS[provider])
         except Exception as error:
             _refuse_out_of_memory(error)

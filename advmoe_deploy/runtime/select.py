@@ -43,7 +43,11 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
     name, precision = parse_engine(engine)
     require_threads(threads)
     backend = backend_of(name)
-    return ENGINES[name](bundle, precision or _own_precision(bundle, backend), threads)
+    if precision is None:
+        # What ONNX Runtime was given in int8 was made for, and examined on, a CPU.
+        elsewhere = name in ON_GPU and backend == "onnxruntime"
+        precision = "fp32" if elsewhere else _own_precision(bundle, backend)
+    return ENGINES[name](bundle, precision, threads)
 
 
 def backend_of(name: str) -> Backend:

@@ -6,6 +6,7 @@ before, flags allow it, and TensorRT may still choose float32 where that is fast
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,7 +213,10 @@ def _take_timings(config: Any, file: Path | None) -> None:
 def _keep_timings(config: Any, file: Path | None) -> None:
     cache = config.get_timing_cache() if file is not None else None
     if file is not None and cache is not None:
-        write_atomically(file, bytes(memoryview(cache.serialize())))
+        try:
+            write_atomically(file, bytes(memoryview(cache.serialize())))
+        except OSError as error:  # a convenience only: the engine that was built is worth more
+            warnings.warn(f"TensorRT's timings could not be kept: {error}", stacklevel=2)
 
 
 def _not_built(name: str) -> Exception:

@@ -4,7 +4,7 @@ Written against the documented interface; not run on a GPU yet.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import LifoQueue
 from typing import Any
@@ -41,10 +41,12 @@ class TensorRtEngine(Closing):
         """
         self._program = Program(source, device=device)
         self.output_names: tuple[str, ...] = tuple(self._program.outputs)
-        self._all = [SingleLane(self._program) for _ in range(contexts)]
+        self._contexts = contexts
         self._lanes: LifoQueue[SingleLane] | None = LifoQueue()
-        for lane in self._all:
-            self._lanes.put(lane)
+        with ExitStack() as stack:
+            for _ in range(contexts):
+                self._lanes.put(stack.enter_context(SingleLane(self._program)))
+            stack.pop_all()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return every output by name.
@@ -94,8 +96,9 @@ class TensorRtEngine(Closing):
 
     def close(self) -> None:
         """Release contexts, memory and the engine."""
-        self._lanes = None
-        for lane in self._all:
-            lane.close()
-        self._all.clear()
+        lanes, self._lanes = self._lanes, None
+        if lanes is None:
+            return
+        for _ in range(self._contexts):
+            lanes.get().close()  # once nobody runs on it any more
         self._program.close()

@@ -85,11 +85,10 @@ class TensorRtLane(Closing):
                 name: stack.enter_context(DeviceBuffer(stored.bytes))
                 for name, stored in tensors.items()
             }
-            self._memory = {
-                name: stack.enter_context(DeviceBuffer(program.memory_bytes))
-                for name, program in programs.items()
-            }
             self._stack = stack.pop_all()
+        # What an engine needs while it runs: of each stream its own, for one engine, that which
+        # gathers rows, runs on several at once.
+        self._scratch: dict[tuple[str, int], DeviceBuffer] = {}
         self._pinned: dict[str, PinnedBuffer] = {}
         self._works: OrderedDict[tuple[Any, ...], Work] = OrderedDict()
         # Which stream makes what lies from a row on, unless that is done for sure.
@@ -158,17 +157,21 @@ class TensorRtLane(Closing):
         key = (stream, *((c.graph, *c.inputs.items(), *c.outputs.items()) for c in calls))
         work = self._works.get(key)
         if work is None:
-            self._works[key] = work = Work([self._context(call) for call in calls])
+            self._works[key] = work = Work([self._context(call, stream) for call in calls])
             if len(self._works) > _MOST_PREPARED:
                 self.settle()  # the one that goes may be under way
                 self._works.popitem(last=False)[1].close()
         self._works.move_to_end(key)
         return work
 
-    def _context(self, call: Call) -> Any:
+    def _context(self, call: Call, stream: int) -> Any:
         views = {**call.inputs, **call.outputs}
         places = {name: self.place(view) for name, view in views.items()}
-        return bound_context(self._programs[call.graph], self._memory[call.graph], places)
+        program, key = self._programs[call.graph], (call.graph, stream)
+        if key not in self._scratch:
+            buffer = DeviceBuffer(program.memory_bytes)
+            self._scratch[key] = self._stack.enter_context(buffer)
+        return bound_context(program, self._scratch[key], places)
 
     def _wait_for(self, tensor: str, stream: int) -> None:
         others = {by for (name, _), by in self._makers.items() if name == tensor} - {stream}
