@@ -108,7 +108,8 @@ def measure(bundle: Bundle, model: AdvMoE, seconds: float) -> dict[str, object]:
     return {
         "model": SPEC.model_dump(),
         "macs": bundle.manifest.macs.model_dump(),
-        "parity": bundle.manifest.parity.model_dump(),
+        "parity": bundle.manifest.parity.model_dump()
+        | {"data": bundle.manifest.parity.data.partition(":")[0]},
         "rows": [row.model_dump() for row in report.rows],
         "ratios": ratios,
         "settings": {**report.settings, "omp_wait_policy": os.environ["OMP_WAIT_POLICY"]},
