@@ -1,8 +1,10 @@
 """The graphs that move rows, and the runner over them, here on ONNX Runtime."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.movers import movers
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner
+from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import BatchProfile
@@ -147,3 +150,41 @@ def test_a_closed_runner_says_so(families: Families) -> None:
     runner.close()
     with pytest.raises(UsageError, match="closed"):
         runner.infer(IMAGES[:1])
+
+
+def test_a_pool_closes_when_its_lanes_are_idle_and_tells_who_waits() -> None:
+    settled: list[str] = []
+    events: list[str] = []
+
+    class Lane:
+        def settle(self) -> None:
+            settled.append("lane")
+
+    pool = LanePool([Lane()])
+    taken, done = Event(), Event()
+
+    def use() -> None:
+        with pool.lane():
+            taken.set()
+            done.wait(10)
+            events.append("used")
+
+    def close() -> None:
+        pool.close()
+        events.append("closed")
+
+    with ThreadPoolExecutor(3) as threads:
+        user = threads.submit(use)
+        assert taken.wait(10)
+        waiting, closing = threads.submit(use), threads.submit(close)
+        done.set()
+        user.result(10)
+        closing.result(10)
+        if waiting.exception(10) is not None:  # it may also have been in time
+            with pytest.raises(UsageError, match="is closed"):
+                waiting.result()
+    assert events[-1] == "closed"
+    assert len(settled) == events.count("used")
+    with pytest.raises(UsageError, match="is closed"), pool.lane():
+        pass
+    pool.close()

@@ -9,13 +9,11 @@ Shapes: N images, R rows of one expert, K experts per row.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from queue import LifoQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.dispatch import (
@@ -36,6 +34,7 @@ from advmoe_deploy.runtime.engine import OpenEngine, Source
 from advmoe_deploy.runtime.gathered_layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.in_batches import joined
+from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.lanes import Call, HostLane, Lane, View
 from advmoe_deploy.runtime.plan_runner import route as routed
 from advmoe_deploy.runtime.prediction import Prediction
@@ -71,9 +70,7 @@ class GatheredRunner(Closing):
         self._layout = layout
         self._image_shape = image_shape
         self._resources = resources
-        self._lanes: LifoQueue[Lane] | None = LifoQueue()
-        for lane in lanes:
-            self._lanes.put(lane)
+        self._lanes = LanePool(lanes)
 
     @classmethod
     def over_engines(
@@ -120,22 +117,13 @@ class GatheredRunner(Closing):
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def _infer(self, images: NDArray[np.float32]) -> Prediction:
-        lanes = self._lanes  # another thread may close the runner meanwhile
-        if lanes is None:
-            raise UsageError("the engine is closed; open the bundle again")
-        lane = lanes.get()
-        try:
+        with self._lanes.lane() as lane:
             batch = _Batch(self._layout, lane, images)
             return batch.at_once() if self.computes_all(len(images)) else batch.step_by_step()
-        finally:
-            try:
-                lane.settle()
-            finally:
-                lanes.put(lane)
 
     def close(self) -> None:
-        """Release every lane."""
-        self._lanes = None
+        """Release every lane, once nobody runs on it any more."""
+        self._lanes.close()
         self._resources.close()
 
 

@@ -6,14 +6,13 @@ Written against the documented interface; not run on a GPU yet.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from queue import LifoQueue
 from typing import Any
 
 from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import EngineDevice
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.tensorrt_lane import DeviceArray, SingleLane
 from advmoe_deploy.runtime.tensorrt_program import Program
 
@@ -41,12 +40,11 @@ class TensorRtEngine(Closing):
         """
         self._program = Program(source, device=device)
         self.output_names: tuple[str, ...] = tuple(self._program.outputs)
-        self._contexts = contexts
-        self._lanes: LifoQueue[SingleLane] | None = LifoQueue()
         with ExitStack() as stack:
-            for _ in range(contexts):
-                self._lanes.put(stack.enter_context(SingleLane(self._program)))
-            stack.pop_all()
+            stack.callback(self._program.close)
+            lanes = [stack.enter_context(SingleLane(self._program)) for _ in range(contexts)]
+            self._stack = stack.pop_all()
+        self._lanes = LanePool(lanes)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return every output by name.
@@ -56,7 +54,7 @@ class TensorRtEngine(Closing):
             MachineError: memory is used up, or CUDA failed.
             UsageError: the engine is closed, or was not built for so large a batch.
         """
-        with self._lane() as lane:
+        with self._lanes.lane() as lane:
             return lane.fetch(lane.start_on(inputs))
 
     @contextmanager
@@ -66,7 +64,7 @@ class TensorRtEngine(Closing):
         Raises:
             The same as :meth:`run`.
         """
-        with self._lane() as lane:
+        with self._lanes.lane() as lane:
             answers = lane.start_on(inputs)
             lane.settle()
             yield answers
@@ -77,28 +75,10 @@ class TensorRtEngine(Closing):
         Raises:
             The same as :meth:`run`.
         """
-        with self._lane() as lane:
+        with self._lanes.lane() as lane:
             return lane.device_ms(inputs, rounds)
 
-    @contextmanager
-    def _lane(self) -> Iterator[SingleLane]:
-        lanes = self._lanes  # another thread may close the engine meanwhile
-        if lanes is None:
-            raise UsageError("the engine is closed; open the bundle again")
-        lane = lanes.get()
-        try:
-            yield lane
-        finally:
-            try:
-                lane.settle()
-            finally:
-                lanes.put(lane)
-
     def close(self) -> None:
-        """Release contexts, memory and the engine."""
-        lanes, self._lanes = self._lanes, None
-        if lanes is None:
-            return
-        for _ in range(self._contexts):
-            lanes.get().close()  # once nobody runs on it any more
-        self._program.close()
+        """Release contexts, memory and the engine, once nobody runs on them any more."""
+        self._lanes.close()
+        self._stack.close()
