@@ -17,9 +17,11 @@ from onnx import TensorProto, helper
 from advmoe_deploy.bundle import EngineSet, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
+from advmoe_deploy.export import tensorrt
 from advmoe_deploy.export.engine_sets import Subject, subject_of
 from advmoe_deploy.export.exam import Examples
 from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
+from advmoe_deploy.export.movers import Mover, movers
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
@@ -29,7 +31,8 @@ from advmoe_deploy.export.tensorrt import write_tensorrt_set
 from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
 from advmoe_deploy.export.tolerance import row_differences
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.plan import ExpertsStep, RunStep
+from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
+from advmoe_deploy.runtime.dispatch import ROWS
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
@@ -210,6 +213,22 @@ def test_every_expert_is_forced(tmp_path: Path) -> None:
     subject.parts.graphs["router.expert-1"].CopyFrom(broken)  # type: ignore[attr-defined]
     with pytest.raises(CheckFailedError):
         write_tensorrt_set(tmp_path, target("fp32"), subject)
+
+
+def test_what_moves_rows_is_examined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_the_last(plan: Plan) -> tuple[Mover, ...]:
+        """Return graphs that gather rows counted from the end."""
+        made = movers(plan)
+        for mover in made:
+            (gather,) = mover.graph.graph.node
+            gather.input[1] = "from the last"
+            minus = helper.make_node("Neg", [ROWS], ["from the last"], "minus")
+            mover.graph.graph.node.insert(0, minus)
+        return made
+
+    monkeypatch.setattr(tensorrt, "movers", from_the_last)
+    with pytest.raises(CheckFailedError, match=r"trt-onnx-fp32.*logits"):
+        write_tensorrt_set(tmp_path, target("fp32"), subject_for(TINY))
 
 
 def has_gpu() -> bool:

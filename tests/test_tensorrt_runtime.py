@@ -1,15 +1,11 @@
-"""What of the TensorRT backend needs no TensorRT: shapes, versions, refusals, batches."""
+"""What of the TensorRT backend needs no TensorRT: shapes, versions, refusals."""
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle, EngineDevice
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
-from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.in_batches import InBatches
-from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.tensorrt_api import parse_version, probe
 from advmoe_deploy.runtime.tensorrt_shapes import (
     Shapes,
@@ -17,7 +13,7 @@ from advmoe_deploy.runtime.tensorrt_shapes import (
     shapes_of,
     shapes_of_segments,
 )
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.specs import BatchProfile
 
 BATCH = BatchProfile(min=1, opt=8, max=32)
 H100 = EngineDevice(gpu="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), tensorrt="10.16.1.11")
@@ -76,32 +72,3 @@ def test_engines_are_tied_to_their_device(
     answer = built.mismatch(gpu=gpu, compute_capability=capability, tensorrt=tensorrt)
     assert why in answer
     assert bool(why) == bool(answer)
-
-
-class Means(Closing):
-    """Answers each image's mean, and keeps the sizes of its batches."""
-
-    name = "means"
-    precision: Precision = "fp32"
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def infer(self, images: NDArray[np.float32]) -> Prediction:
-        self.sizes.append(len(images))
-        means_N1 = images.mean(axis=(1, 2, 3))[:, None]
-        return Prediction(means_N1, {"l": means_N1.astype(np.int64)}, {"l": means_N1})
-
-    def close(self) -> None:
-        self.sizes.append(-1)
-
-
-def test_batches_are_split_and_filled_up() -> None:
-    images = np.arange(11, dtype=np.float32)[:, None, None, None]
-    runner = Means()
-    with InBatches(runner, BatchProfile(min=2, opt=3, max=5)) as batches:
-        answer = batches.infer(images)
-    assert runner.sizes == [5, 5, 2, -1]
-    np.testing.assert_array_equal(answer.logits, images[:, :, 0, 0])
-    np.testing.assert_array_equal(answer.weights["l"], images[:, :, 0, 0])
-    np.testing.assert_array_equal(answer.expert_ids["l"][:, 0], np.arange(11))

@@ -12,7 +12,7 @@ from advmoe_deploy.export.reference import Answers, Images, RouteAnswers, refere
 from advmoe_deploy.export.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import LayerParity, ParityReport
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.prediction import Prediction, joined
 from advmoe_deploy.runtime.runner import Runner
 
 ROUTE_MARGIN = 1e-4
@@ -47,14 +47,7 @@ def is_right(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Fla
 def predictions_of(runner: Runner, images: Images) -> Prediction:
     """Return what ``runner`` answers to ``images``, taken in batches."""
     batches = np.split(images, range(_BATCH, len(images), _BATCH))
-    parts = [runner.infer(batch) for batch in batches]
-
-    def joined(field: str) -> dict[str, NDArray[np.generic]]:
-        layers = getattr(parts[0], field)
-        return {name: np.concatenate([getattr(p, field)[name] for p in parts]) for name in layers}
-
-    logits = np.concatenate([part.logits for part in parts])
-    return Prediction(logits, joined("expert_ids"), joined("weights"))  # type: ignore[arg-type]
+    return joined([runner.infer(batch) for batch in batches])
 
 
 def compare_answers(

@@ -2,12 +2,13 @@
 
 The plan is the bundle's own, with routes inside of the segments that make their scores: an engine
 each for those and for every expert, whose rows the runner sends there and back. Which segments run
-at the lower precision is chosen as for other engines, on the engines themselves where there is a
-GPU, else on the same graphs in ONNX Runtime, whose roundings are not TensorRT's.
+at the lower precision is chosen as for other engines, by the runner that will be used: on the
+engines themselves where there is a GPU, else over the same graphs in ONNX Runtime, whose roundings
+are not TensorRT's.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +32,13 @@ from advmoe_deploy.export.trtexec import SCRIPT, build_script
 from advmoe_deploy.plan import ExpertsStep
 from advmoe_deploy.reports import Calibration, PrecisionReport
 from advmoe_deploy.runtime.engine import Engine, Source
-from advmoe_deploy.runtime.in_batches import InBatches
+from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.ort_engine import OrtEngine
-from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt_build import build_engine, timing_cache_file
 from advmoe_deploy.runtime.tensorrt_device import this_device
 from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+from advmoe_deploy.runtime.tensorrt_plan import graph_files, runner_of_engines
 from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
 from advmoe_deploy.specs import Arithmetic, Precision
 
@@ -101,8 +102,8 @@ class _Graphs:
         precisions = choice.precisions if choice else self._lowered()
         graphs = self._graphs(precisions)
         self._require_forced(graphs)
-        self.write_files({**graphs, **{n: m.graph for n, m in self.movers.items()}}, precisions)
-        files: dict[str, Source] = {s.name: self.staged / s.file for s in self.plan.segments}
+        self.write_files(self._with_movers(graphs), precisions)
+        files = {name: self.staged / file for name, file in graph_files(self.plan).items()}
         findings = self._checked(files)
         self.check_experts(files, precisions)
         return EngineSet(
@@ -139,12 +140,26 @@ class _Graphs:
         """Return where the graph or the engine called ``name`` goes."""
         return self.staged / self.folder / f"{name}{self.suffix}"
 
-    def open(self, name: str, source: Source) -> Engine:
-        """Return an engine that answers as the segment called ``name`` will."""
-        content = source if isinstance(source, bytes) else source.read_bytes()
-        return OrtEngine(for_cpu(ModelProto.FromString(content)).SerializeToString())
+    def compiled(self, name: str, graph: bytes) -> bytes:
+        """Return what runs instead of a graph: here, the graph itself."""
+        return graph
 
-    def check_experts(self, files: Mapping[str, Source], precisions: Precisions) -> None:
+    def runner(self, sources: Mapping[str, Source]) -> Runner:
+        """Return the runner that is used, over everything that it uses: what is :meth:`compiled`.
+
+        Rows are gathered, padded and put back as on a GPU, here on ONNX Runtime.
+        """
+        return GatheredRunner.over_engines(
+            self.plan,
+            sources,
+            self.shape,
+            open_engine=_open_on_cpu,
+            batch=self.target.build.batch,
+            name=self.target.backend,
+            precision=self.target.precision,
+        )
+
+    def check_experts(self, files: Mapping[str, Path], precisions: Precisions) -> None:
         """Check every expert by itself, where the graphs' own check does not cover what runs."""
 
     def _lowered(self) -> Precisions:
@@ -183,48 +198,33 @@ class _Graphs:
         whole = with_routes(graph, routes, self.plan.segment(name))
         return lowered(whole, _arithmetic(precision), routes)
 
-    def _runner(
-        self, sources: Mapping[str, Source], open_engine: Callable[[str, Source], Engine]
-    ) -> Runner:
-        runner = PlanRunner(
-            self.plan,
-            sources,
-            self.shape,
-            open_engine=open_engine,
-            name=self.target.backend,
-            precision=self.target.precision,
-        )
-        return InBatches(runner, self.target.build.batch)
+    def _with_movers(self, graphs: Mapping[str, ModelProto]) -> Graphs:
+        return {**graphs, **{name: mover.graph for name, mover in self.movers.items()}}
 
     def _in_memory(self, graphs: Mapping[str, ModelProto]) -> Runner:
-        return self._runner(
-            {name: graph.SerializeToString() for name, graph in graphs.items()}, self.open
-        )
+        whole = self._with_movers(graphs).items()
+        return self.runner({n: self.compiled(n, g.SerializeToString()) for n, g in whole})
 
     def _require_forced(self, graphs: Graphs) -> None:
         """Check the graphs with each expert preferred in turn, in ONNX Runtime."""
 
         def forced(changed: Mapping[str, ModelProto]) -> Runner:
-            sources = {name: graph.SerializeToString() for name, graph in changed.items()}
-            return self._runner(sources, lambda name, source: _Graphs.open(self, name, source))
+            whole = self._with_movers(changed).items()
+            return _Graphs.runner(self, {name: g.SerializeToString() for name, g in whole})
 
         subject = self.subject
         require_forced(
             subject.reference, self.source, graphs, subject.few, forced, self.target.precision
         )
 
-    def _checked(self, files: Mapping[str, Source]) -> Findings:
-        with self._runner(files, self.open_file) as runner:
+    def _checked(self, files: Mapping[str, Path]) -> Findings:
+        with self.runner(files) as runner:
             findings = self.tolerant(examine(self.subject.exam, runner))
         if self.target.precision == "fp32" and not self.target.build.tf32:
             require_parity(findings.parity, self.folder)
         elif findings.complaint:
             raise CheckFailedError(f"{self.folder}: {findings.complaint}; no bundle was written")
         return findings
-
-    def open_file(self, name: str, source: Source) -> Engine:
-        """Return the engine of a segment as it lies there."""
-        return self.open(name, source)
 
     def tolerant(self, findings: Findings) -> Findings:
         """Return ``findings`` with the tolerance of whoever answered."""
@@ -248,18 +248,29 @@ class _Engines(_Graphs):
     def write_files(self, graphs: Graphs, precisions: Precisions) -> None:
         """Build every engine and write it."""
         for name, graph in graphs.items():
-            engine = self._engine(name, graph.SerializeToString())
+            engine = self.compiled(name, graph.SerializeToString())
             self.file(name).parent.mkdir(parents=True, exist_ok=True)
             self.file(name).write_bytes(engine)
 
-    def open(self, name: str, source: Source) -> Engine:
-        """Return the engine that TensorRT builds of a graph."""
-        assert isinstance(source, bytes)
-        return TensorRtEngine(self._engine(name, source), device=self.device)
+    def compiled(self, name: str, graph: bytes) -> bytes:
+        """Return the engine that TensorRT builds of a graph, built once."""
+        key = hashlib.sha256(graph).hexdigest()
+        if key not in self._built:
+            kind = precision_of(ModelProto.FromString(graph))
+            self._built[key] = build_engine(
+                graph, self.shapes[name], self.options, precision=kind, name=name
+            )
+        return self._built[key]
 
-    def open_file(self, name: str, source: Source) -> Engine:
-        """Return the engine of a segment as it lies there."""
-        return TensorRtEngine(source, device=self.device)
+    def runner(self, sources: Mapping[str, Source]) -> Runner:
+        """Return what ``--engine tensorrt`` opens, over engines."""
+        return runner_of_engines(
+            self.plan,
+            sources,
+            self.shape,
+            device=self.device,
+            precision=self.target.precision,
+        )
 
     def tolerant(self, findings: Findings) -> Findings:
         """Return ``findings`` with a GPU's tolerance."""
@@ -268,7 +279,7 @@ class _Engines(_Graphs):
         changed = parity.model_copy(update={"logit_tolerance": tolerance})
         return replace(findings, parity=changed)
 
-    def check_experts(self, files: Mapping[str, Source], precisions: Precisions) -> None:
+    def check_experts(self, files: Mapping[str, Path], precisions: Precisions) -> None:
         """Check every expert's engine on what the torch model gives it, visited or not.
 
         Raises:
@@ -279,7 +290,7 @@ class _Engines(_Graphs):
         layers = [step for step in self.plan.steps if isinstance(step, ExpertsStep)]
         for name in [name for step in layers for name in step.segments]:
             (output,) = samples[name].outputs.items()
-            with self.open_file(name, files[name]) as engine:
+            with TensorRtEngine(files[name], device=self.device) as engine:
                 answer = engine.run(samples[name].inputs)[output[0]]
             error = float(np.linalg.norm(answer - output[1]) / np.linalg.norm(output[1]))
             limit = _RESEMBLANCE[precisions[name]]
@@ -291,14 +302,11 @@ class _Engines(_Graphs):
                     f"answer (limit {limit:.2%}); no bundle was written"
                 )
 
-    def _engine(self, name: str, graph: bytes) -> bytes:
-        key = hashlib.sha256(graph).hexdigest()
-        if key not in self._built:
-            kind = precision_of(ModelProto.FromString(graph))
-            self._built[key] = build_engine(
-                graph, self.shapes[name], self.options, precision=kind, name=name
-            )
-        return self._built[key]
+
+def _open_on_cpu(name: str, source: Source) -> Engine:
+    """Return an engine of ONNX Runtime that answers as the graph's own will."""
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    return OrtEngine(for_cpu(ModelProto.FromString(content)).SerializeToString())
 
 
 def _arithmetic(precision: Precision) -> Arithmetic:

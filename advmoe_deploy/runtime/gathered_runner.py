@@ -33,11 +33,10 @@ from advmoe_deploy.runtime.dispatch import (
 from advmoe_deploy.runtime.engine import OpenEngine, Source
 from advmoe_deploy.runtime.gathered_layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.in_batches import joined
 from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.lanes import Call, HostLane, Lane, View
 from advmoe_deploy.runtime.plan_runner import route as routed
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.prediction import Prediction, joined
 from advmoe_deploy.runtime.runner import prediction_of
 from advmoe_deploy.specs import BatchProfile, Precision
 
