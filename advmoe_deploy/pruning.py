@@ -2,6 +2,10 @@
 
 from advmoe_deploy.specs import AttackSpec, Frozen
 
+# What is added to the score of a dropped expert: it is then less than any other and yet finite, for
+# infinity less infinity is no number.
+DROPPED = -1e30
+
 
 class Pruning(Frozen):
     """Experts that were left out of an export because none of the images at hand visits them.

@@ -15,9 +15,10 @@ from advmoe_deploy.errors import (
     DataError,
     UsageError,
 )
-from advmoe_deploy.export.images import golden_rows, parity_images
+from advmoe_deploy.export.answers import Answers, RouteAnswers
+from advmoe_deploy.export.golden import golden_rows
+from advmoe_deploy.export.images import parity_images
 from advmoe_deploy.export.onnx_export import export_onnx
-from advmoe_deploy.export.reference import Answers, RouteAnswers
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import open_runner
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, Families, spec_of
 
-from advmoe_deploy.export.parity import compare_with_reference
+from advmoe_deploy.export.reference import compare_with_reference
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner
 

@@ -18,11 +18,10 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.exam import ATTACK
 from advmoe_deploy.export.onnx_export import export_onnx
-from advmoe_deploy.export.parity import compare_with_reference
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.export.reference import Reference, reference_answers
+from advmoe_deploy.export.reference import Reference, compare_with_reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.models.base import Classifier

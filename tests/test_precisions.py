@@ -12,8 +12,9 @@ from families import Families, spec_of
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
+from advmoe_deploy.export.attacked import with_accuracy
 from advmoe_deploy.export.choose import Precisions, choose_precisions
-from advmoe_deploy.export.exam import Exam, Examples, Findings, examine, with_accuracy
+from advmoe_deploy.export.exam import Exam, Examples, Findings, examine
 from advmoe_deploy.export.fuse import fuse
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.reference import reference_answers

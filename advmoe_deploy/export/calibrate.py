@@ -5,7 +5,8 @@ from onnx import ModelProto
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.export.exam import ATTACK, attacked_images
+from advmoe_deploy.export.attacked import attacked_images
+from advmoe_deploy.export.exam import ATTACK
 from advmoe_deploy.export.partition import Partition
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import Calibration

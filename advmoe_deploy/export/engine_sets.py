@@ -12,26 +12,25 @@ from onnx import ModelProto
 from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
+from advmoe_deploy.export.answers import Images
+from advmoe_deploy.export.attacked import with_accuracy
 from advmoe_deploy.export.calibrate import calibrated
 from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.every_expert import require_forced, require_weights
 from advmoe_deploy.export.exam import (
-    ATTACK,
-    LEAST_ROUTE_AGREEMENT,
-    MAX_DROP,
     Exam,
     Examples,
     Findings,
     attack_itself,
     examine,
-    with_accuracy,
+    precision_report,
 )
 from advmoe_deploy.export.fuse import Fused, fuse
-from advmoe_deploy.export.images import golden_rows
+from advmoe_deploy.export.golden import golden_rows
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.partition import Partition
-from advmoe_deploy.export.reference import Images, Reference
+from advmoe_deploy.export.reference import Reference
 from advmoe_deploy.export.stitch import Form
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.models.base import Classifier
@@ -296,29 +295,6 @@ class _Writer:
             lowered_ms=lowered_ms,
             shipped_ms=shipped_ms,
         )
-
-
-def precision_report(
-    exam: Exam,
-    raised: Mapping[str, str],
-    findings: Findings,
-    router: RouterPrecision | None = None,
-) -> PrecisionReport:
-    """Return the record of what ``exam`` found, and of what had to be raised for it."""
-    return PrecisionReport(
-        raised=dict(raised),
-        prediction_agreement=findings.prediction_agreement,
-        holdout_images=0 if exam.labels_N is None else len(exam.labels_N),
-        data=exam.labelled,
-        attack=ATTACK if exam.attacked is not None else None,
-        clean_accuracy=findings.clean_accuracy,
-        robust_accuracy=findings.robust_accuracy,
-        own_attack=findings.own_attack,
-        attacked_route_agreement=findings.attacked_route_agreement,
-        router=router,
-        least_route_agreement=LEAST_ROUTE_AGREEMENT,
-        max_drop=MAX_DROP,
-    )
 
 
 def medians_ms(*calls: Callable[[], object], rounds: int) -> list[float]:

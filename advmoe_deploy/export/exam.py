@@ -6,32 +6,27 @@ routes, and what is lost of accuracy, clean and under attack.
 Shapes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from advmoe_deploy.attacks.black_box import TorchFace
-from advmoe_deploy.attacks.find import find_adversarial
-from advmoe_deploy.attacks.objectives import Answer
-from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.parity import Flags, compare_answers, is_right, predictions_of
-from advmoe_deploy.export.reference import Answers, Images, reference_answers
 from advmoe_deploy.intervals import paired_difference_interval
-from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.reports import OwnAttack, Pair, ParityReport
+from advmoe_deploy.reports import OwnAttack, Pair, ParityReport, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.specs import AttackSpec
 
 LEAST_ROUTE_AGREEMENT = 0.999
 MAX_DROP = 0.5  # points
 
-HOLDOUT_IMAGES = 500
 ATTACK = AttackSpec(name="pgd", steps=10)
 
 Labels = NDArray[np.int64]
+# What whoever is attacked answers to images.
+Logits = Callable[[Images], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Exam:
     labels_N: Labels | None = None
     clean: Examples | None = None
     attacked: Examples | None = None
-    hunt: Callable[[Answer], Images] | None = None
+    hunt: Callable[[Logits], Images] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,41 +113,6 @@ class Findings:
         return ""
 
 
-def with_accuracy(
-    exam: Exam, model: Classifier, labelled: Dataset, threat: ThreatModel | None
-) -> Exam:
-    """Return ``exam`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
-    split = labelled.holdout.first(HOLDOUT_IMAGES)
-    clean = to_float(split.images)
-    exam = replace(
-        exam, labelled=labelled.source, labels_N=split.labels, clean=_examples(model, clean)
-    )
-    if threat is None:
-        return exam
-
-    def hunt(answer: Answer | None) -> Images:
-        return attacked_images(model, clean, split.labels, threat, answer)
-
-    return replace(exam, attacked=_examples(model, hunt(None)), hunt=hunt)
-
-
-def attacked_images(
-    model: Classifier,
-    images: Images,
-    labels_N: Labels,
-    threat: ThreatModel,
-    answer: Answer | None = None,
-    attack: AttackSpec = ATTACK,
-) -> Images:
-    """Return what ``attack`` makes of ``images`` on the torch model, or on who answers."""
-    x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
-    return find_adversarial(model, x_NCHW, y_N, threat, attack, answer=answer).numpy()
-
-
-def _examples(model: Classifier, images: Images) -> Examples:
-    return Examples(images, reference_answers(model, images))
-
-
 def examine(exam: Exam, runner: Runner) -> Findings:
     """Return what ``runner`` answers in ``exam``, next to the torch model."""
     answer = predictions_of(runner, exam.parity.images)
@@ -184,7 +144,7 @@ def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
     """
     if exam.hunt is None or exam.clean is None or exam.attacked is None:
         return None
-    found = exam.hunt(TorchFace(lambda images: runner.infer(images).logits))
+    found = exam.hunt(lambda images: runner.infer(images).logits)
     reference_N = _right_in_torch(exam, exam.clean) & _right_in_torch(exam, exam.attacked)
     engine_N = _right_here(exam, exam.clean.images, runner) & _right_here(exam, found, runner)
     low, high = paired_difference_interval(
@@ -192,6 +152,29 @@ def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
     )
     return OwnAttack(
         robust_accuracy=_pair(reference_N, engine_N), least_drop=100 * low, most_drop=100 * high
+    )
+
+
+def precision_report(
+    exam: Exam,
+    raised: Mapping[str, str],
+    findings: Findings,
+    router: RouterPrecision | None = None,
+) -> PrecisionReport:
+    """Return the record of what ``exam`` found, and of what had to be raised for it."""
+    return PrecisionReport(
+        raised=dict(raised),
+        prediction_agreement=findings.prediction_agreement,
+        holdout_images=0 if exam.labels_N is None else len(exam.labels_N),
+        data=exam.labelled,
+        attack=ATTACK if exam.attacked is not None else None,
+        clean_accuracy=findings.clean_accuracy,
+        robust_accuracy=findings.robust_accuracy,
+        own_attack=findings.own_attack,
+        attacked_route_agreement=findings.attacked_route_agreement,
+        router=router,
+        least_route_agreement=LEAST_ROUTE_AGREEMENT,
+        max_drop=MAX_DROP,
     )
 
 

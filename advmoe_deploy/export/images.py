@@ -1,24 +1,20 @@
-"""The images an export is checked on, and the few that travel with it.
+"""The images an export is checked on.
 
 Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
-from advmoe_deploy.export.reference import Answers, Images
+from advmoe_deploy.export.answers import Images
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.specs import ModelSpec
 
 PARITY_IMAGES = 1000
-GOLDEN_IMAGES = 64
 
 _ADVICE = "pass --data, or --data random:1000 to check on noise"
 
@@ -91,30 +87,3 @@ def _noise(source: str, spec: ModelSpec) -> Images:
         raise UsageError(f"'{source}' is no number of images in 1..100000; say random:1000")
     shape = (int(count), *spec.image_shape)
     return np.random.default_rng(0).random(shape, dtype=np.float32)
-
-
-def golden_rows(answers: Answers) -> list[int]:
-    """Return the first 64 images, and one more for each expert that none of these visits."""
-    images = len(answers.logits)
-    rows = list(range(min(GOLDEN_IMAGES, images)))
-    for route in answers.routes.values():
-        ids_NX = route.expert_ids.reshape(images, -1)
-        for expert in range(route.scores.shape[1]):
-            visitors = np.flatnonzero((ids_NX == expert).any(axis=1))
-            if len(visitors) and not np.isin(visitors, rows).any():
-                rows.append(int(visitors[0]))
-    return rows
-
-
-def write_golden(file: Path, images: Images, answers: Answers) -> None:
-    """Write a few images and what the torch model answers, routes by layer, for later checks."""
-    rows = golden_rows(answers)
-    arrays: dict[str, NDArray[Any]] = {"images": images[rows], "logits": answers.logits[rows]}
-    for layer, route in answers.routes.items():
-        for name in ("scores", "expert_ids", "weights"):
-            values = getattr(route, name)
-            # of tokens, [N, T, ...]; of images, [N, ...]
-            by_image = values.reshape(len(images), -1, values.shape[1])[rows]
-            of_images = len(values) == len(images)
-            arrays[f"{layer}.{name}"] = by_image[:, 0] if of_images else by_image
-    np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import torch
 from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, EngineSet, seal_bundle
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
+from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
 from advmoe_deploy.export.every_expert import (
     require_branches,
@@ -24,12 +25,8 @@ from advmoe_deploy.export.every_expert import (
     unvisited_experts,
 )
 from advmoe_deploy.export.exam import Examples
-from advmoe_deploy.export.images import (
-    golden_rows,
-    labelled_images,
-    parity_images,
-    write_golden,
-)
+from advmoe_deploy.export.golden import golden_rows, write_golden
+from advmoe_deploy.export.images import labelled_images, parity_images
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
@@ -38,7 +35,7 @@ from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.prune import without_unused
-from advmoe_deploy.export.reference import Answers, Images, Reference, reference_answers
+from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import write_tensorrt_set

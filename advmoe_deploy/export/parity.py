@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.reference import Answers, Images, RouteAnswers, reference_answers
+from advmoe_deploy.export.answers import Answers, Images, RouteAnswers
 from advmoe_deploy.export.tolerance import row_differences, same_experts, tolerance_for
-from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.prediction import Prediction, joined
 from advmoe_deploy.runtime.runner import Runner
@@ -20,23 +19,6 @@ ROUTE_MARGIN = 1e-4
 _BATCH = 128
 
 Flags = NDArray[np.bool_]
-
-
-def compare_with_reference(
-    model: Classifier,
-    runner: Runner,
-    images: Images,
-    *,
-    rounding: float = 0.0,
-    data: str | None = None,
-) -> ParityReport:
-    """Return how ``runner`` and ``model`` compare on float32 images [N, C, H, W] in [0, 1].
-
-    ``rounding`` is the model's own; ``data`` says where the images come from.
-    """
-    answer = predictions_of(runner, images)
-    reference = reference_answers(model, images)
-    return compare_answers(reference, answer, rounding=rounding, data=data)
 
 
 def is_right(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Flags:

@@ -13,8 +13,10 @@ import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.exam import ATTACK, HOLDOUT_IMAGES, attacked_images
-from advmoe_deploy.export.reference import Answers, Images, reference_answers
+from advmoe_deploy.export.answers import Answers, Images
+from advmoe_deploy.export.attacked import HOLDOUT_IMAGES, attacked_images
+from advmoe_deploy.export.exam import ATTACK
+from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.progress import Progress

@@ -22,8 +22,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.parity import predictions_of
-from advmoe_deploy.export.reference import Images
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Engine, Source

@@ -6,7 +6,6 @@ K experts per row.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,53 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from advmoe_deploy.export.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.export.parity import compare_answers, predictions_of
 from advmoe_deploy.export.tolerance import rounding_of, same_experts
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import DROPPED, Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.reports import ParityReport
+from advmoe_deploy.runtime.runner import Runner
 
 # Above any score, and a float32 still: less than it, a score is nothing.
 CERTAIN = 1e30
 
 _BATCH = 128
-
-Images = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class RouteAnswers:
-    """One routed layer: scores [R, E], ids [R, K] best first, weights [R, K]."""
-
-    scores: NDArray[np.float32]
-    expert_ids: NDArray[np.int64]
-    weights: NDArray[np.float32]
-
-    @property
-    def margins(self) -> NDArray[np.float32]:
-        """Distance between the last score that was chosen and the first that was not, [R].
-
-        Infinite where no other expert could have been chosen.
-        """
-        k, experts = self.expert_ids.shape[1], self.scores.shape[1]
-        if k == experts:
-            return np.full(len(self.scores), np.inf, np.float32)
-        best = np.sort(self.scores, axis=1)[:, ::-1]
-        with np.errstate(invalid="ignore"):  # infinity less infinity: no number, no clear margin
-            margins = best[:, k - 1] - best[:, k]
-        return np.where(best[:, k] <= DROPPED / 2, np.float32(np.inf), margins)
-
-    @property
-    def expert_load(self) -> tuple[int, ...]:
-        """How many rows each expert gets; a row counts for each of its experts."""
-        load = np.bincount(self.expert_ids.reshape(-1), minlength=self.scores.shape[1])
-        return tuple(load.tolist())
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits [N, C] and, by name and in the order they are met, the layers that route."""
-
-    logits: NDArray[np.float32]
-    routes: dict[str, RouteAnswers] = field(default_factory=dict)
 
 
 def reference_answers(
@@ -80,6 +44,23 @@ def reference_answers(
         return choose(scores_NE + bonus_E, rule, surrogate)
 
     return _answers(model, images, lambda: Routes(adjust=adjust))
+
+
+def compare_with_reference(
+    model: Classifier,
+    runner: Runner,
+    images: Images,
+    *,
+    rounding: float = 0.0,
+    data: str | None = None,
+) -> ParityReport:
+    """Return how ``runner`` and ``model`` compare on float32 images [N, C, H, W] in [0, 1].
+
+    ``rounding`` is the model's own; ``data`` says where the images come from.
+    """
+    answer = predictions_of(runner, images)
+    reference = reference_answers(model, images)
+    return compare_answers(reference, answer, rounding=rounding, data=data)
 
 
 class Reference:

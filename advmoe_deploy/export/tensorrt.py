@@ -19,9 +19,9 @@ from advmoe_deploy.bundle import EngineDevice, EngineSet
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.calibrate import calibrated
 from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
-from advmoe_deploy.export.engine_sets import Subject, precision_report
+from advmoe_deploy.export.engine_sets import Subject
 from advmoe_deploy.export.every_expert import require_forced
-from advmoe_deploy.export.exam import Findings, attack_itself, examine
+from advmoe_deploy.export.exam import Findings, attack_itself, examine, precision_report
 from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.onnx_graph import write_model

@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.plan import RENORMALISER
+from advmoe_deploy.pruning import DROPPED
 from advmoe_deploy.specs import Weighting
 
 Execution = Literal["grouped", "masked", "traced"]
 Surrogate = Literal["probability", "score"]
-
-# What is added to the score of a dropped expert: it is then less than any other and yet finite, for
-# infinity less infinity is no number.
-DROPPED = -1e30
 
 
 @dataclass(frozen=True)

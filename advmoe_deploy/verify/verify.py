@@ -19,8 +19,8 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import matching_test_images
-from advmoe_deploy.export.parity import compare_with_reference, is_right, predictions_of
-from advmoe_deploy.export.reference import reference_answers
+from advmoe_deploy.export.parity import is_right, predictions_of
+from advmoe_deploy.export.reference import compare_with_reference, reference_answers
 from advmoe_deploy.export.tolerance import same_experts
 from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.partition import Partition
 from advmoe_deploy.export.passes.drop_experts import drop_experts
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked, require_same
 from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
-from advmoe_deploy.export.reference import Images
 from advmoe_deploy.models.routing import RoutingRule
 
 PASSES = (fold_batchnorm, strided_shortcut)

@@ -1,0 +1,56 @@
+"""Images that are attacked on the torch model, for exams and for calibration.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from advmoe_deploy.attacks.black_box import TorchFace
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.objectives import Answer
+from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.export.answers import Images
+from advmoe_deploy.export.exam import ATTACK, Exam, Examples, Labels, Logits
+from advmoe_deploy.export.reference import reference_answers
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.specs import AttackSpec, ThreatModel
+
+HOLDOUT_IMAGES = 500
+
+
+def with_accuracy(
+    exam: Exam, model: Classifier, labelled: Dataset, threat: ThreatModel | None
+) -> Exam:
+    """Return ``exam`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
+    split = labelled.holdout.first(HOLDOUT_IMAGES)
+    clean = to_float(split.images)
+    exam = replace(
+        exam, labelled=labelled.source, labels_N=split.labels, clean=_examples(model, clean)
+    )
+    if threat is None:
+        return exam
+
+    def hunt(logits: Logits | None) -> Images:
+        answer = None if logits is None else TorchFace(logits)
+        return attacked_images(model, clean, split.labels, threat, answer)
+
+    return replace(exam, attacked=_examples(model, hunt(None)), hunt=hunt)
+
+
+def attacked_images(
+    model: Classifier,
+    images: Images,
+    labels_N: Labels,
+    threat: ThreatModel,
+    answer: Answer | None = None,
+    attack: AttackSpec = ATTACK,
+) -> Images:
+    """Return what ``attack`` makes of ``images`` on the torch model, or on who answers."""
+    x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
+    return find_adversarial(model, x_NCHW, y_N, threat, attack, answer=answer).numpy()
+
+
+def _examples(model: Classifier, images: Images) -> Examples:
+    return Examples(images, reference_answers(model, images))
