@@ -7,6 +7,7 @@
     engines/               BACKEND-PRECISION/: graphs or engines written for a backend, a precision
     reference.safetensors  the torch weights that ``verify`` attacks
     baselines/             dense, S-Dense and unfused graphs that ``profile`` times
+    MODEL_CARD.md          what this model is, for people
     golden.npz             inputs and the reference's answers, routes by layer
 
 Opening a bundle checks every hash before any of its files is handed out.
@@ -45,6 +46,7 @@ MANIFEST_HASH = "manifest.sha256"
 MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 GOLDEN = "golden.npz"
+CARD = "MODEL_CARD.md"
 
 
 class FileRecord(Frozen):
@@ -139,6 +141,11 @@ class EngineSet(Frozen):
                 f"for {_on(device.gpu, device.compute_capability)}, TensorRT {device.tensorrt}"
             ]
             lines += ["fp32 is rounded to TF32"] if device.tf32 else []
+            if self.parity.data == GOLDEN:
+                lines.append(
+                    f"built of the bundle's graphs and checked on the {self.parity.images} images "
+                    "that travel with it, none of them attacked"
+                )
         return lines + self._measured()
 
     def _measured(self) -> list[str]:
@@ -243,6 +250,13 @@ def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
     for name in [*files, MANIFEST, MANIFEST_HASH]:
         _flush_to_disk(path / name)
     return manifest
+
+
+def seal_again(path: Path, manifest: BundleManifest, **changed: Any) -> BundleManifest:
+    """Seal what was copied to ``path`` and ``changed``: the fields that are not ``manifest``'s."""
+    own = {"schema_version", "created", "producer", "files"}
+    fields = {name: getattr(manifest, name) for name in BundleManifest.model_fields}
+    return seal_bundle(path, **{n: v for n, v in (fields | changed).items() if n not in own})
 
 
 def _read_manifest(path: Path) -> BundleManifest:

@@ -33,3 +33,16 @@ def paired_difference_interval(
     difference = (first - second) / n
     spread = z * math.sqrt(first + second - (first - second) ** 2 / n) / n
     return (difference - spread, difference + spread)
+
+
+def chance_of_more(successes: int, trials: int, share: float) -> float:
+    """Return how likely at least ``successes`` of ``trials`` are, each of probability ``share``."""
+    if not 0 < share < 1:
+        return float(successes <= (trials if share >= 1 else 0))
+    log = math.lgamma
+
+    def exactly(count: int) -> float:
+        ways = log(trials + 1) - log(count + 1) - log(trials - count + 1)
+        return math.exp(ways + count * math.log(share) + (trials - count) * math.log1p(-share))
+
+    return max(0.0, 1.0 - math.fsum(exactly(count) for count in range(successes)))

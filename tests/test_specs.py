@@ -15,7 +15,11 @@ from advmoe_deploy.errors import (
     missing_extra,
     unknown_name,
 )
-from advmoe_deploy.intervals import paired_difference_interval, wilson_interval
+from advmoe_deploy.intervals import (
+    chance_of_more,
+    paired_difference_interval,
+    wilson_interval,
+)
 from advmoe_deploy.specs import BatchProfile, ModelSpec, build_spec
 
 
@@ -93,6 +97,14 @@ def test_the_interval_of_a_paired_difference() -> None:
     assert (low, high) == pytest.approx((0.01508, 0.06460), abs=1e-5)
     assert paired_difference_interval(10, 30, 500) == pytest.approx((-high, -low))
     assert paired_difference_interval(0, 0, 200)[0] < 0 < paired_difference_interval(0, 0, 200)[1]
+
+
+def test_the_chance_of_more() -> None:
+    assert chance_of_more(2, 2, 0.5) == pytest.approx(0.25)
+    assert chance_of_more(1, 64, 0.001) == pytest.approx(1 - 0.999**64)
+    assert [chance_of_more(n, 5, 0.3) for n in (0, 6)] == pytest.approx([1.0, 0.0])
+    assert [chance_of_more(n, 5, 0.0) for n in (0, 1)] == [1.0, 0.0]
+    assert chance_of_more(900, 100_000, 0.01) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_wilson_interval() -> None:

@@ -28,6 +28,7 @@ from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import write_tensorrt_set
+from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
 from advmoe_deploy.export.tolerance import row_differences
 from advmoe_deploy.models.untrained import untrained_model
@@ -35,6 +36,7 @@ from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
+from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.specs import BatchProfile, ModelSpec, Precision
 
@@ -290,6 +292,16 @@ def test_engines_are_built_examined_and_recorded(
         f"engines/trt-{precision}-{engines.device.slug}/{s.name}.engine"
         for s in engines.plan.segments
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
+def test_engines_are_built_of_a_bundle(bundle_of_graphs: Path, tmp_path: Path) -> None:
+    source = open_bundle(bundle_of_graphs)
+    bundle = build_from_bundle(source, tmp_path / "bundle", build=SMALL)
+    assert [e.is_built for e in bundle.manifest.engines] == [False, False, True, True]
+    with open_runner(open_bundle(bundle.path), "tensorrt:fp16") as runner:
+        assert runner.infer(IMAGES).logits.shape == (48, 10)
 
 
 def test_the_plan_routes_inside() -> None:

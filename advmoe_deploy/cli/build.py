@@ -6,9 +6,10 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from advmoe_deploy.bundle import MANIFEST, Bundle, open_bundle
 from advmoe_deploy.cli import tensorrt_options
 from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
-from advmoe_deploy.cli.session import session
+from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import BackendUnavailableError, unknown_name
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.specs import Backend, Precision
@@ -68,7 +69,13 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What 'advmoe train' wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="What 'advmoe train' wrote; for trt also a bundle that --onnx-only wrote.",
+        ),
+    ],
     to: Annotated[str, typer.Option("--format", help="onnx, openvino or trt.")],
     precision: Annotated[
         list[str] | None,
@@ -79,7 +86,7 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Bundle directory; by default RUN/bundle.")
+        Path | None, typer.Option("--out", help="By default RUN/bundle, or BUNDLE-trt.")
     ] = None,
     data: Data = None,
     overwrite: Overwrite = False,
@@ -121,35 +128,54 @@ def export(
         tactic_sources=tensorrt_options.sources(tactic_sources),
     )
     tensorrt_options.require_for_trt(to, build, onnx_only=onnx_only)
+    is_bundle = (run / MANIFEST).is_file()
+    if is_bundle:
+        given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
+        tensorrt_options.require_for_bundle(to, {**given, "--onnx-only": onnx_only})
     with session(as_json) as ui:
-        from advmoe_deploy.cli import tables
-        from advmoe_deploy.export.onnx_export import export_onnx
-        from advmoe_deploy.export.targets import Target
+        if is_bundle:
+            from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 
-        targets = [Target(FORMATS[to], each, onnx_only, build) for each in precisions]
-        bundle = export_onnx(
-            run,
-            out or run / "bundle",
-            data=data,
-            overwrite=overwrite,
-            with_reference=reference,
-            targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
-            precision=precisions[0],
-            prune_unused=prune_unused,
-            progress=ui.progress,
-        )
-        manifest = bundle.manifest
-        value = {
-            "bundle": str(bundle.path),
-            "parity": manifest.parity.model_dump(mode="json"),
-            "pruning": manifest.pruning and manifest.pruning.model_dump(mode="json"),
-            "engines": [
-                e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines
-            ],
-            "macs": manifest.macs.model_dump(mode="json"),
-            "bytes": sum(record.bytes for record in manifest.files.values()),
-        }
-        ui.show(value, lambda: tables.export_report(bundle))
+            bundle = build_from_bundle(
+                open_bundle(run),
+                out or run.resolve().with_name(f"{run.resolve().name}-trt"),
+                build=build,
+                precisions=precisions if precision else (),
+                overwrite=overwrite,
+                progress=ui.progress,
+            )
+        else:
+            from advmoe_deploy.export.onnx_export import export_onnx
+            from advmoe_deploy.export.targets import Target
+
+            targets = [Target(FORMATS[to], each, onnx_only, build) for each in precisions]
+            bundle = export_onnx(
+                run,
+                out or run / "bundle",
+                data=data,
+                overwrite=overwrite,
+                with_reference=reference,
+                targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
+                precision=precisions[0],
+                prune_unused=prune_unused,
+                progress=ui.progress,
+            )
+        _show(ui, bundle)
+
+
+def _show(ui: Session, bundle: Bundle) -> None:
+    from advmoe_deploy.cli import tables
+
+    manifest = bundle.manifest
+    value = {
+        "bundle": str(bundle.path),
+        "parity": manifest.parity.model_dump(mode="json"),
+        "pruning": manifest.pruning and manifest.pruning.model_dump(mode="json"),
+        "engines": [e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines],
+        "macs": manifest.macs.model_dump(mode="json"),
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+    }
+    ui.show(value, lambda: tables.export_report(bundle))
 
 
 def _precision(name: str) -> Precision:

@@ -18,6 +18,8 @@ EXAMPLES = {
     "export": (
         "advmoe export runs/digits-advmoe --format onnx",
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",
+        "advmoe export runs/digits-advmoe --format trt --precision fp16 --onnx-only",
+        "advmoe export bundle --format trt --out bundle-for-this-gpu",
     ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",

@@ -1,5 +1,6 @@
 """Options of ``export --format trt``, and what they come to."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -91,6 +92,21 @@ def require_for_trt(to: str, options: BuildOptions, *, onnx_only: bool) -> None:
         raise UsageError(
             f"batch sizes, --onnx-only and how to build engines go with --format trt, not {to}"
         )
+
+
+def require_for_bundle(to: str, given: Mapping[str, object]) -> None:
+    """Raise :class:`UsageError` if a bundle cannot be exported so; ``given`` are options of runs.
+
+    Raises:
+        UsageError: it is not to be built by TensorRT, or an option asks for something of a run.
+    """
+    if to != "trt":
+        raise UsageError(
+            f"this is a bundle, and only engines of --format trt are built of one; for {to} name "
+            "the run"
+        )
+    if asked := [option for option, value in given.items() if value]:
+        raise UsageError(f"{', '.join(asked)} goes with a run, and this is a bundle; leave it out")
 
 
 def sources(text: str | None) -> tuple[str, ...] | None:

@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.parity import Flags, compare_answers, is_right, predictions_of
-from advmoe_deploy.intervals import paired_difference_interval
+from advmoe_deploy.intervals import chance_of_more, paired_difference_interval
 from advmoe_deploy.reports import OwnAttack, Pair, ParityReport, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import AttackSpec
 
 LEAST_ROUTE_AGREEMENT = 0.999
 MAX_DROP = 0.5  # points
+
+# What happens by chance less often than this is taken for more than chance.
+_UNLIKELY = 0.025
 
 ATTACK = AttackSpec(name="pgd", steps=10)
 
@@ -35,6 +38,24 @@ class Examples:
 
     images: Images
     answers: Answers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The shares that may differ: of a layer's clear routes, and of predictions without labels.
+
+    Of a ``sample``, of few images, what chance does not explain is too much.
+    """
+
+    routes: float = 1 - LEAST_ROUTE_AGREEMENT
+    predictions: float = MAX_DROP / 100
+    sample: bool = False
+
+    def exceeded(self, count: int, of: int, limit: float) -> bool:
+        """Return whether ``count`` out of ``of`` are more than ``limit`` allows."""
+        if self.sample:
+            return chance_of_more(count, of, limit) < _UNLIKELY
+        return count > round(limit * of, 9)
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,7 @@ class Exam:
     clean: Examples | None = None
     attacked: Examples | None = None
     hunt: Callable[[Logits], Images] | None = None
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True)
@@ -66,18 +88,27 @@ class Findings:
     robust_accuracy: Pair | None
     attacked_route_agreement: float | None
     own_attack: OwnAttack | None = None
+    limits: Limits = Limits()
 
     @property
     def routes_agree(self) -> bool:
         """Whether enough clear routes are the same."""
-        return self.least_agreement >= LEAST_ROUTE_AGREEMENT
+        return not any(
+            rows == 0 or self.limits.exceeded(flips, rows, self.limits.routes)
+            for flips, rows in self._clear_routes
+        )
 
     @property
     def least_agreement(self) -> float:
         """The share of clear routes that are the same in the layer where fewest are."""
+        agree = [1 - flips / rows if rows else 0.0 for flips, rows in self._clear_routes]
+        return min(agree, default=1.0)
+
+    @property
+    def _clear_routes(self) -> list[tuple[int, int]]:
+        """By layer how many clear routes differ, and how many there are."""
         layers = self.parity.layers
-        clear = [(layer.flips, layer.rows - layer.close_calls) for layer in layers]
-        return min((1 - flips / rows if rows else 0.0 for flips, rows in clear), default=1.0)
+        return [(layer.flips, layer.rows - layer.close_calls) for layer in layers]
 
     @property
     def harm(self) -> tuple[float, float, float]:
@@ -107,9 +138,11 @@ class Findings:
         if self.own_attack and self.own_attack.least_drop > MAX_DROP:
             return f"robust accuracy falls by more than chance explains: {self.own_attack}"
         # Without labels: as many predictions that differ are at most as many points lost.
-        changed = 100 * (1 - self.prediction_agreement)
-        if self.clean_accuracy is None and changed > MAX_DROP:
-            return f"{changed:.2f} % of the predictions differ"
+        images = self.parity.images
+        changed = round((1 - self.prediction_agreement) * images)
+        limit = self.limits.predictions
+        if self.clean_accuracy is None and self.limits.exceeded(changed, images, limit):
+            return f"{_percent(changed / images)} of the predictions differ"
         return ""
 
 
@@ -132,6 +165,7 @@ def examine(exam: Exam, runner: Runner) -> Findings:
         clean_accuracy=clean,
         robust_accuracy=robust,
         attacked_route_agreement=agreement,
+        limits=exam.limits,
     )
 
 

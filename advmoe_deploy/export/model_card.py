@@ -1,15 +1,21 @@
 """The page that tells whoever opens a bundle what it is."""
 
+from typing import TYPE_CHECKING
+
 from advmoe_deploy.bundle import MODEL, EngineSet
 from advmoe_deploy.export.passes.report import PassReport, declined
-from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Macs, ParityReport
 from advmoe_deploy.specs import ModelSpec
 
+if TYPE_CHECKING:  # engines are added to a card where there is no PyTorch
+    from advmoe_deploy.models.checkpoint import Checkpoint
+
+_ENGINES = "## Other engines and precisions, against the torch model"
+
 
 def model_card(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     macs: Macs,
     parity: ParityReport,
     passes: dict[str, tuple[PassReport, ...]],
@@ -31,7 +37,14 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _title(checkpoint: Checkpoint) -> str:
+def card_with_engines(card: str, engines: tuple[EngineSet, ...]) -> str:
+    """Return ``card``, which has a section on engines, with these in their place."""
+    before, found, rest = card.partition(f"{_ENGINES}\n")
+    _, heading, after = rest.partition("\n## ")
+    return f"{before}{_engines(engines)}\n{heading}{after}" if found else card
+
+
+def _title(checkpoint: "Checkpoint") -> str:
     spec = checkpoint.model
     names = ", ".join(checkpoint.class_names)
     shape = ", ".join(str(size) for size in spec.image_shape)
@@ -71,7 +84,7 @@ def _what(spec: ModelSpec) -> str:
     return f"A dense {backbone} at {spec.ratio:g} times the full width."
 
 
-def _threat(checkpoint: Checkpoint) -> str:
+def _threat(checkpoint: "Checkpoint") -> str:
     if checkpoint.threat is None:
         return "## Threat model\n\nNone is declared: do not take this model for a robust one."
     threat = checkpoint.threat
@@ -92,7 +105,7 @@ def _pruning(pruning: Pruning) -> str:
     return "\n".join(lines)
 
 
-def _metrics(checkpoint: Checkpoint) -> str:
+def _metrics(checkpoint: "Checkpoint") -> str:
     rows = [f"| {name} | {value:.4g} |" for name, value in checkpoint.metrics.items()]
     table = "\n".join(["| on the hold-out | |", "|---|---|", *rows])
     nothing = "Nothing was measured in training."
@@ -102,7 +115,7 @@ def _metrics(checkpoint: Checkpoint) -> str:
     )
 
 
-def _macs(checkpoint: Checkpoint, macs: Macs) -> str:
+def _macs(checkpoint: "Checkpoint", macs: Macs) -> str:
     rows = {"executed": macs.executed, "dense network of full width": macs.dense}
     if checkpoint.model.num_experts > 1:
         rows = {
@@ -137,7 +150,7 @@ def _parity(parity: ParityReport) -> str:
 
 
 def _engines(engines: tuple[EngineSet, ...]) -> str:
-    lines = ["## Other engines and precisions, against the torch model\n"]
+    lines = [f"{_ENGINES}\n"]
     for each in engines:
         name = f"`--engine {each.name}`" if each.is_built else f"graphs for `{each.name}`"
         lines += [f"{name}:\n", *(f"- {line}" for line in each.findings()), ""]

@@ -13,7 +13,16 @@ import numpy as np
 import onnx
 import torch
 
-from advmoe_deploy.bundle import GOLDEN, MANIFEST, MODEL, REFERENCE, Bundle, EngineSet, seal_bundle
+from advmoe_deploy.bundle import (
+    CARD,
+    GOLDEN,
+    MANIFEST,
+    MODEL,
+    REFERENCE,
+    Bundle,
+    EngineSet,
+    seal_bundle,
+)
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.export.answers import Answers, Images
@@ -129,7 +138,7 @@ def export_onnx(
         )
         macs = macs_of(checkpoint.model)
         card = model_card(checkpoint, macs, parity, reports, engines, pruning)
-        (staged / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+        (staged / CARD).write_text(card, encoding="utf-8")
         manifest = seal_bundle(
             staged,
             model=checkpoint.model,

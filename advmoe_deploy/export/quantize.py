@@ -7,7 +7,7 @@ the rows that are sent to it.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,8 @@ from onnxruntime.quantization import (
 )
 
 from advmoe_deploy.export.answers import Images
-from advmoe_deploy.export.parity import predictions_of
+from advmoe_deploy.export.recording import Recording, Rows
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.engine import Engine, Source
-from advmoe_deploy.runtime.ort_engine import OrtEngine
-from advmoe_deploy.runtime.plan_runner import PlanRunner
-
-Rows = list[dict[str, NDArray[Any]]]
 
 # A segment without any of these is not worth it: what it does is light.
 _HEAVY = frozenset({"Conv", "Gemm", "MatMul"})
@@ -57,7 +51,7 @@ def quantised_segments(
     """
     result, unvisited = {}, []
     sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
-    with _Recording(plan, sources, image_shape) as recording:
+    with Recording(plan, sources, image_shape) as recording:
         # Layer by layer, and the images run anew for each: what all of them are given together
         # may be more than fits into memory.
         for names in plan.units:
@@ -124,59 +118,6 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """Return the next batch by input, or nothing."""
         return next(self._batches, None)
-
-
-class _Recorder(Closing):
-    """An engine that, while it is told to, keeps what it is given."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.rows: Rows | None = None
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """The outputs of the engine."""
-        return self._engine.output_names
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return what the engine answers."""
-        if self.rows is not None:
-            self.rows.append(dict(inputs))
-        return self._engine.run(inputs)
-
-    def close(self) -> None:
-        """Close the engine."""
-        self._engine.close()
-
-
-class _Recording(Closing):
-    """A plan that runs on recorders."""
-
-    def __init__(
-        self, plan: Plan, sources: Mapping[str, bytes], image_shape: tuple[int, int, int]
-    ) -> None:
-        self._recorders: dict[str, _Recorder] = {}
-
-        def record(name: str, graph: Source) -> Engine:
-            self._recorders[name] = _Recorder(OrtEngine(graph))
-            return self._recorders[name]
-
-        self._runner = PlanRunner(plan, sources, image_shape, open_engine=record)
-
-    def rows_of(self, names: Sequence[str], images: Images) -> dict[str, Rows]:
-        """Return by segment what the plan gives it, batch by batch, when ``images`` run through."""
-        recorders = {name: self._recorders[name] for name in names}
-        rows: dict[str, Rows] = {name: [] for name in names}
-        for name, recorder in recorders.items():
-            recorder.rows = rows[name]
-        predictions_of(self._runner, images)
-        for recorder in recorders.values():
-            recorder.rows = None
-        return rows
-
-    def close(self) -> None:
-        """Close the engines."""
-        self._runner.close()
 
 
 def _renamed(rows: Rows, name: str) -> Rows:

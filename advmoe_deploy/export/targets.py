@@ -52,17 +52,22 @@ def require_supported(target: Target) -> None:
     if target.backend == "openvino":
         require_precision(target.precision)
     if target.backend == "tensorrt" and not target.onnx_only:
-        _require_gpu(target.precision)
+        try:
+            require_gpu(target.precision)
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(
+                f"{error}; or pass --onnx-only, which writes graphs that another machine builds"
+            ) from None
 
 
-def _require_gpu(precision: Precision) -> None:
+def require_gpu(precision: Precision) -> None:
+    """Raise :class:`BackendUnavailableError` unless engines can be built here."""
     try:
         this_device()
         require_buildable(precision)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(
-            f"engines are built where they run, and here {error}; or pass --onnx-only, which "
-            "writes graphs and a script that build them on another machine"
+            f"engines are built where they run, and here {error}"
         ) from None
 
 

@@ -7,46 +7,40 @@ engines themselves where there is a GPU, else over the same graphs in ONNX Runti
 are not TensorRT's.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from onnx import ModelProto
 
 from advmoe_deploy.bundle import EngineDevice, EngineSet
-from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.calibrate import calibrated
 from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.engine_sets import Subject
 from advmoe_deploy.export.every_expert import require_forced
 from advmoe_deploy.export.exam import Findings, attack_itself, examine, precision_report
-from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
+from advmoe_deploy.export.low_precision import fits_fp16, lowered
 from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.onnx_graph import write_model
-from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.targets import Target, ladder
+from advmoe_deploy.export.tensorrt_engines import (
+    SUFFIX,
+    GpuBuilder,
+    Maker,
+    OnCpu,
+    check_experts,
+    check_set,
+    engine_folder,
+    experts_of,
+    write_engines,
+)
 from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
 from advmoe_deploy.export.trtexec import SCRIPT, build_script
-from advmoe_deploy.plan import ExpertsStep
 from advmoe_deploy.reports import Calibration, PrecisionReport
-from advmoe_deploy.runtime.engine import Engine, Source
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.tensorrt_build import build_engine, timing_cache_file
-from advmoe_deploy.runtime.tensorrt_device import this_device
-from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
-from advmoe_deploy.runtime.tensorrt_plan import graph_files, runner_of_engines
 from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
 from advmoe_deploy.specs import Arithmetic, Precision
-
-# A GPU sums in another order, and by faster algorithms of convolution than a CPU.
-_FP32_TOLERANCE = 1e-4
-# Of the norm of an expert's answer; more, and it is broken rather than rounded.
-_RESEMBLANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.5}
-_RESEMBLANCE_TF32 = 0.02
 
 Graphs = dict[str, ModelProto]
 
@@ -76,7 +70,7 @@ class _Graphs:
         self.quantised: Mapping[str, ModelProto] = {}
         self.calibration: Calibration | None = None
         self.folder = f"engines/trt-onnx-{target.precision}"
-        self.prepare()
+        self.maker = self.prepare()
         self.plan = tensorrt_plan(self.source, self.folder, self.suffix)
         self.movers = {mover.name: mover for mover in movers(self.plan)}
         self.shapes = {
@@ -84,8 +78,9 @@ class _Graphs:
             **{name: each.shapes(target.build.batch) for name, each in self.movers.items()},
         }
 
-    def prepare(self) -> None:
-        """Find out what the set is for."""
+    def prepare(self) -> Maker:
+        """Return what makes and runs what is written, and find out what that is tied to."""
+        return OnCpu(self.target.build.batch)
 
     def write(self) -> EngineSet:
         """Choose the precision of each segment, write what runs, and check it as it lies there."""
@@ -103,9 +98,7 @@ class _Graphs:
         graphs = self._graphs(precisions)
         self._require_forced(graphs)
         self.write_files(self._with_movers(graphs), precisions)
-        files = {name: self.staged / file for name, file in graph_files(self.plan).items()}
-        findings = self._checked(files)
-        self.check_experts(files, precisions)
+        findings = self.checked(precisions)
         return EngineSet(
             backend=target.backend,
             precision=target.precision,
@@ -139,28 +132,6 @@ class _Graphs:
     def file(self, name: str) -> Path:
         """Return where the graph or the engine called ``name`` goes."""
         return self.staged / self.folder / f"{name}{self.suffix}"
-
-    def compiled(self, name: str, graph: bytes) -> bytes:
-        """Return what runs instead of a graph: here, the graph itself."""
-        return graph
-
-    def runner(self, sources: Mapping[str, Source]) -> Runner:
-        """Return the runner that is used, over everything that it uses: what is :meth:`compiled`.
-
-        Rows are gathered, padded and put back as on a GPU, here on ONNX Runtime.
-        """
-        return GatheredRunner.over_engines(
-            self.plan,
-            sources,
-            self.shape,
-            open_engine=_open_on_cpu,
-            batch=self.target.build.batch,
-            name=self.target.backend,
-            precision=self.target.precision,
-        )
-
-    def check_experts(self, files: Mapping[str, Path], precisions: Precisions) -> None:
-        """Check every expert by itself, where the graphs' own check does not cover what runs."""
 
     def _lowered(self) -> Precisions:
         """Return the target's precision for every segment that has it."""
@@ -203,110 +174,63 @@ class _Graphs:
 
     def _in_memory(self, graphs: Mapping[str, ModelProto]) -> Runner:
         whole = self._with_movers(graphs).items()
-        return self.runner({n: self.compiled(n, g.SerializeToString()) for n, g in whole})
+        build, shapes = self.maker.build, self.shapes
+        return self._runner({n: build(n, g.SerializeToString(), shapes[n]) for n, g in whole})
+
+    def _runner(self, sources: Mapping[str, Source], maker: Maker | None = None) -> Runner:
+        maker = maker or self.maker
+        return maker.runner(self.plan, sources, self.shape, self.target.precision)
 
     def _require_forced(self, graphs: Graphs) -> None:
         """Check the graphs with each expert preferred in turn, in ONNX Runtime."""
 
         def forced(changed: Mapping[str, ModelProto]) -> Runner:
             whole = self._with_movers(changed).items()
-            return _Graphs.runner(self, {name: g.SerializeToString() for name, g in whole})
+            return self._runner({name: g.SerializeToString() for name, g in whole}, on_cpu)
 
-        subject = self.subject
+        subject, on_cpu = self.subject, OnCpu(self.target.build.batch)
         require_forced(
             subject.reference, self.source, graphs, subject.few, forced, self.target.precision
         )
 
-    def _checked(self, files: Mapping[str, Path]) -> Findings:
-        with self.runner(files) as runner:
-            findings = self.tolerant(examine(self.subject.exam, runner))
-        if self.target.precision == "fp32" and not self.target.build.tf32:
-            require_parity(findings.parity, self.folder)
-        elif findings.complaint:
-            raise CheckFailedError(f"{self.folder}: {findings.complaint}; no bundle was written")
-        return findings
+    def checked(self, precisions: Precisions) -> Findings:
+        """Return what the files answer as they lie there.
 
-    def tolerant(self, findings: Findings) -> Findings:
-        """Return ``findings`` with the tolerance of whoever answered."""
-        return findings
+        Raises:
+            CheckFailedError: that is not good enough.
+        """
+        exam, wanted, tf32 = self.subject.exam, self.target.precision, self.target.build.tf32
+        return check_set(self.staged, self.plan, exam, self.maker, wanted, tf32=tf32)
 
 
 class _Engines(_Graphs):
     """Builds engines, and checks them on the GPU."""
 
-    suffix = ".engine"
+    suffix = SUFFIX
 
-    def prepare(self) -> None:
+    def prepare(self) -> Maker:
         """Tie the set to this machine."""
-        build = self.target.build
-        device = this_device(version_compatible=build.version_compatible, tf32=build.tf32)
-        self.device = device
-        self.folder = f"engines/trt-{self.target.precision}-{device.slug}"
-        self.options = build.with_timings(timing_cache_file(device))
-        self._built: dict[str, bytes] = {}
+        builder = GpuBuilder(self.target.build)
+        self.device = builder.device
+        self.folder = engine_folder(self.target.precision, builder.device)
+        return builder
 
     def write_files(self, graphs: Graphs, precisions: Precisions) -> None:
         """Build every engine and write it."""
-        for name, graph in graphs.items():
-            engine = self.compiled(name, graph.SerializeToString())
-            self.file(name).parent.mkdir(parents=True, exist_ok=True)
-            self.file(name).write_bytes(engine)
+        write_engines(self.staged / self.folder, graphs, self.shapes, self.maker)
 
-    def compiled(self, name: str, graph: bytes) -> bytes:
-        """Return the engine that TensorRT builds of a graph, built once."""
-        key = hashlib.sha256(graph).hexdigest()
-        if key not in self._built:
-            kind = precision_of(ModelProto.FromString(graph))
-            self._built[key] = build_engine(
-                graph, self.shapes[name], self.options, precision=kind, name=name
-            )
-        return self._built[key]
-
-    def runner(self, sources: Mapping[str, Source]) -> Runner:
-        """Return what ``--engine tensorrt`` opens, over engines."""
-        return runner_of_engines(
-            self.plan,
-            sources,
-            self.shape,
-            device=self.device,
-            precision=self.target.precision,
-        )
-
-    def tolerant(self, findings: Findings) -> Findings:
-        """Return ``findings`` with a GPU's tolerance."""
-        parity = findings.parity
-        tolerance = max(parity.logit_tolerance, _FP32_TOLERANCE)
-        changed = parity.model_copy(update={"logit_tolerance": tolerance})
-        return replace(findings, parity=changed)
-
-    def check_experts(self, files: Mapping[str, Path], precisions: Precisions) -> None:
-        """Check every expert's engine on what the torch model gives it, visited or not.
+    def checked(self, precisions: Precisions) -> Findings:
+        """Return what the engines answer as they lie there; every expert's is run by itself, too.
 
         Raises:
-            CheckFailedError: one answers something else.
+            CheckFailedError: one answers something else, or all of them not well enough.
         """
         few = self.subject.few[: self.target.build.batch.max]
         samples = self.subject.parts.samples(few)
-        layers = [step for step in self.plan.steps if isinstance(step, ExpertsStep)]
-        for name in [name for step in layers for name in step.segments]:
-            (output,) = samples[name].outputs.items()
-            with TensorRtEngine(files[name], device=self.device) as engine:
-                answer = engine.run(samples[name].inputs)[output[0]]
-            error = float(np.linalg.norm(answer - output[1]) / np.linalg.norm(output[1]))
-            limit = _RESEMBLANCE[precisions[name]]
-            if self.target.build.tf32:
-                limit = max(limit, _RESEMBLANCE_TF32)
-            if not error <= limit:
-                raise CheckFailedError(
-                    f"the engine of {name} differs from the torch model by {error:.2%} of its "
-                    f"answer (limit {limit:.2%}); no bundle was written"
-                )
-
-
-def _open_on_cpu(name: str, source: Source) -> Engine:
-    """Return an engine of ONNX Runtime that answers as the graph's own will."""
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    return OrtEngine(for_cpu(ModelProto.FromString(content)).SerializeToString())
+        expected = {n: (samples[n].inputs, samples[n].outputs) for n in experts_of(self.plan)}
+        tf32 = self.target.build.tf32
+        check_experts(self.staged, self.plan, expected, self.maker, precisions, tf32=tf32)
+        return super().checked(precisions)
 
 
 def _arithmetic(precision: Precision) -> Arithmetic:

@@ -24,20 +24,29 @@ def tensorrt_plan(plan: Plan, folder: str, suffix: str) -> Plan:
     trunk = {step.segment for step in plan.steps if isinstance(step, RunStep)}
 
     def deciding(segment: Segment) -> Segment:
-        file = f"{folder}/{segment.name}{suffix}"
         outputs = list(segment.outputs)
         if segment.name in trunk:
             outputs = [tensor for tensor in outputs if tensor.name in read]
             outputs += [tensor for route in routes_in(plan, segment) for tensor in route.made]
-        return segment.model_copy(update={"file": file, "outputs": tuple(outputs)})
+        return segment.model_copy(update={"outputs": tuple(outputs)})
 
-    return Plan(
+    routed = Plan(
         segments=tuple(deciding(segment) for segment in plan.segments),
         steps=tuple(step for step in plan.steps if not isinstance(step, RouteStep)),
         inside=plan.routes,
         inputs=plan.inputs,
         outputs=plan.outputs,
     )
+    return plan_in(routed, folder, suffix)
+
+
+def plan_in(plan: Plan, folder: str, suffix: str) -> Plan:
+    """Return ``plan`` with its segments' files in ``folder``, called as they are and ``suffix``."""
+    segments = [
+        segment.model_copy(update={"file": f"{folder}/{segment.name}{suffix}"})
+        for segment in plan.segments
+    ]
+    return plan.model_copy(update={"segments": tuple(segments)})
 
 
 def routes_in(plan: Plan, segment: Segment) -> list[RouteStep]:

@@ -1,0 +1,223 @@
+"""Engines from a bundle that holds TensorRT's graphs, on the machine that is to run them.
+
+Needs no PyTorch. The bundle is copied and sealed anew with the engines, under a temporary name that
+becomes the new one when every check has passed. Checked is what travels with a bundle: the golden
+images with what the torch model answers to them, and every expert against its own graph, which ONNX
+Runtime runs. The graphs were examined under attack when they were exported.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from advmoe_deploy.bundle import (
+    CARD,
+    GOLDEN,
+    MANIFEST,
+    Bundle,
+    BundleManifest,
+    EngineSet,
+    FileRecord,
+    seal_again,
+)
+from advmoe_deploy.errors import BundleError
+from advmoe_deploy.export.answers import Images
+from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, precision_report
+from advmoe_deploy.export.golden import read_golden
+from advmoe_deploy.export.low_precision import for_cpu
+from advmoe_deploy.export.model_card import card_with_engines
+from advmoe_deploy.export.movers import movers
+from advmoe_deploy.export.recording import Recording
+from advmoe_deploy.export.sample import Arrays
+from advmoe_deploy.export.targets import require_gpu
+from advmoe_deploy.export.tensorrt_engines import (
+    SUFFIX,
+    EngineBuilder,
+    GpuBuilder,
+    check_experts,
+    check_set,
+    engine_folder,
+    write_engines,
+)
+from advmoe_deploy.export.tensorrt_graphs import plan_in
+from advmoe_deploy.files import refuse_existing, staged_directory
+from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports import PrecisionReport
+from advmoe_deploy.runtime.ort_engine import OrtEngine, onnxruntime_version
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes, shapes_of_segments
+from advmoe_deploy.specs import Precision
+
+# Images that every expert is checked on.
+_FEW = 16
+
+
+def build_from_bundle(
+    source: Bundle,
+    out: Path,
+    *,
+    build: BuildOptions,
+    precisions: Sequence[Precision] = (),
+    overwrite: bool = False,
+    builder: EngineBuilder | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Return the bundle written to ``out``: ``source``, and engines of its graphs for this GPU.
+
+    Engines of the same precisions that ``source`` has already are left out.
+
+    Args:
+        source: an opened, so verified, bundle.
+        out: the bundle to be.
+        build: how to build.
+        precisions: of the engines; by default all that there are graphs of.
+        overwrite: replace an ``out`` that is a bundle already, be it ``source``.
+        builder: by default TensorRT on this GPU.
+        progress: who listens.
+
+    Raises:
+        UsageError: ``out`` is in the way.
+        BundleError: ``source`` holds no such graphs, or TensorRT cannot read one.
+        BackendUnavailableError: TensorRT, a GPU or ONNX Runtime is missing.
+        CheckFailedError: an engine does not answer well enough.
+        MachineError: memory is used up.
+    """
+    progress = progress or Silent()
+    refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
+    wanted = graph_sets(source, precisions)
+    builder = builder or _gpu_builder(build, wanted)
+    onnxruntime_version()  # found missing now rather than after the first set was built
+    left_out = [each for each in source.manifest.engines if _is_replaced(each, wanted)]
+    engines = [each for each in source.manifest.engines if each not in left_out]
+    with (
+        staged_directory(out, overwrite=overwrite) as staged,
+        task(progress, "build", len(wanted)),
+    ):
+        copied = _copy(source, staged, left_out)
+        for each in wanted:
+            engines.append(_Building(source, each, builder, build).written_to(staged))
+            progress.advance("build")
+        manifest = _sealed(staged, source.manifest, tuple(engines), builder.device.tensorrt)
+        changed = [name for name, hashed in copied.items() if manifest.files[name] != hashed]
+        if changed:
+            raise BundleError(f"{source.path}: {changed[0]} changed meanwhile; build again")
+    return Bundle(out, manifest)
+
+
+def graph_sets(bundle: Bundle, precisions: Sequence[Precision] = ()) -> list[EngineSet]:
+    """Return the sets of graphs that ``bundle`` holds for TensorRT, by default all.
+
+    Raises:
+        BundleError: it has none, or none of one of ``precisions``.
+    """
+    sets = {e.precision: e for e in bundle.manifest.engines if not e.is_built}
+    for precision in precisions or list(sets) or [bundle.manifest.precision]:
+        if precision not in sets:
+            raise BundleError(
+                f"{bundle.path} holds no TensorRT graphs in {precision}; write them with advmoe "
+                f"export RUN --format trt --precision {precision} --onnx-only"
+            )
+    return [sets[precision] for precision in precisions or sets]
+
+
+def _gpu_builder(build: BuildOptions, wanted: Sequence[EngineSet]) -> GpuBuilder:
+    for each in wanted:
+        require_gpu(each.precision)
+    return GpuBuilder(build)
+
+
+def _is_replaced(engines: EngineSet, wanted: Sequence[EngineSet]) -> bool:
+    is_engine = engines.backend == "tensorrt" and engines.is_built
+    return is_engine and engines.precision in {each.precision for each in wanted}
+
+
+class _Building:
+    """The engines of one set of graphs."""
+
+    def __init__(
+        self, source: Bundle, graphs: EngineSet, builder: EngineBuilder, build: BuildOptions
+    ) -> None:
+        self.set, self.builder, self.batch = graphs, builder, build.batch
+        self.folder = engine_folder(graphs.precision, builder.device)
+        self.plan = plan_in(graphs.plan, self.folder, SUFFIX)
+        self.graphs = {s.name: onnx.load_model(source.file(s.file)) for s in graphs.plan.segments}
+        layers = [route.layer for route in self.plan.routes]
+        examples = Examples(*read_golden(source.file(GOLDEN), layers))
+        rounding = source.manifest.parity.rounding
+        changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
+        limits = Limits(predictions=max(Limits().predictions, changed), sample=True)
+        self.exam = Exam(examples, GOLDEN, rounding, limits=limits)
+
+    def written_to(self, staged: Path) -> EngineSet:
+        """Build every engine, write it, and check it as it lies there."""
+        moving = {mover.name: mover for mover in movers(self.plan)}
+        graphs = {**self.graphs, **{name: mover.graph for name, mover in moving.items()}}
+        shapes = {
+            **shapes_of_segments(self.plan, self.batch),
+            **{name: mover.shapes(self.batch) for name, mover in moving.items()},
+        }
+        write_engines(staged / self.folder, graphs, shapes, self.builder)
+        expected = answers_of_experts(self.plan, self.graphs, self.exam.parity.images, shapes)
+        tf32 = self.builder.device.tf32
+        check_experts(staged, self.plan, expected, self.builder, self.set.segments, tf32=tf32)
+        findings = check_set(
+            staged, self.plan, self.exam, self.builder, self.set.precision, tf32=tf32
+        )
+        changed = {"plan": self.plan, "device": self.builder.device, "parity": findings.parity}
+        return self.set.model_copy(update={**changed, "check": self._report(findings)})
+
+    def _report(self, findings: Findings) -> PrecisionReport | None:
+        if self.set.precision == "fp32" and not self.builder.device.tf32:
+            return None
+        raised = self.set.check.raised if self.set.check else {}
+        return precision_report(self.exam, raised, findings)
+
+
+def answers_of_experts(
+    plan: Plan,
+    graphs: Mapping[str, ModelProto],
+    images: Images,
+    shapes: Mapping[str, Mapping[str, Shapes]],
+) -> dict[str, tuple[Arrays, Arrays]]:
+    """Return by expert rows of its layer, whoever they are sent to, and what its graph answers.
+
+    The rows are those of a few ``images``, and no more than ``shapes`` has room for.
+    """
+    runnable = {name: for_cpu(graph).SerializeToString() for name, graph in graphs.items()}
+    few, (channels, height, width) = images[:_FEW], images.shape[1:]
+    expected = {}
+    with Recording(plan, runnable, (channels, height, width)) as recording:
+        for step in [step for step in plan.steps if isinstance(step, ExpertsStep)]:
+            given = [b for rows in recording.rows_of(step.segments, few).values() for b in rows]
+            rows = np.concatenate([values for batch in given for values in batch.values()])
+            for name in step.segments:
+                (tensor,) = plan.segment(name).inputs
+                inputs = {tensor.name: rows[: shapes[name][tensor.name].max[0]]}
+                with OrtEngine(runnable[name]) as engine:
+                    expected[name] = inputs, engine.run(inputs)
+    return expected
+
+
+def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> dict[str, FileRecord]:
+    """Copy ``source`` but for ``left_out``; return what has to lie there in the end as well."""
+    folders = tuple(f"{Path(e.plan.segments[0].file).parent.as_posix()}/" for e in left_out)
+    files = {n: r for n, r in source.manifest.files.items() if not n.startswith(folders)}
+    for name in files:
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source.path / name, staged / name)
+    return {name: record for name, record in files.items() if name != CARD}
+
+
+def _sealed(
+    staged: Path, manifest: BundleManifest, engines: tuple[EngineSet, ...], tensorrt: str
+) -> BundleManifest:
+    """Write the card anew, with ``engines``, and seal everything."""
+    card = (staged / CARD).read_text(encoding="utf-8")
+    (staged / CARD).write_text(card_with_engines(card, engines), encoding="utf-8")
+    versions = {**manifest.versions, "tensorrt": tensorrt}
+    return seal_again(staged, manifest, engines=engines, versions=versions)
