@@ -121,6 +121,22 @@ def expected_of(runner: Runner, images: np.ndarray, start: int) -> np.ndarray:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+def test_another_thread_may_take_memory_during_a_capture() -> None:
+    def work() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: DeviceBuffer(100).close()).result(timeout=60)
+        stream.download(pinned.address, there.address, 40)
+
+    with Stream() as stream, PinnedBuffer(40) as pinned, DeviceBuffer(40) as there:
+        pinned.array((10,), np.dtype(np.float32))[...] = 1
+        with stream.captured(work) as graph:
+            stream.launch(graph)
+            stream.wait()
+        assert not pinned.array((10,), np.dtype(np.float32)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
 def test_cuda_copies_there_and_back() -> None:
     values = np.arange(1000, dtype=np.float32)
     with Stream() as stream, PinnedBuffer(4000) as pinned, DeviceBuffer(4000) as there:

@@ -28,8 +28,6 @@ _NO_GPU = (
     "cudaErrorUnsupportedPtxVersion",
 )
 _WAY_OUT = "use a machine with an NVIDIA GPU and its driver, or another --engine"
-# The handle of the stream that is used where none is named.
-DEFAULT_STREAM = 0
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,6 @@ def gpu() -> Gpu:
         driver=f"CUDA {number // 1000}.{number % 1000 // 10}",
         memory_bytes=int(facts.totalGlobalMem),
     )
-
-
-def wait_for_all() -> None:
-    """Let the host wait until nothing is under way on the GPU."""
-    cudart = _cudart()
-    check(cudart.cudaDeviceSynchronize())
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -124,9 +116,11 @@ class DeviceBuffer(Closing):
     def __init__(self, size: int) -> None:
         cudart = _cudart()
         self.size = max(size, 1)
-        self.address = int(check(cudart.cudaMalloc(self.size)))
-        check(cudart.cudaMemset(self.address, 0, self.size))
-        wait_for_all()  # our streams do not wait for the default one
+        # On a stream of its own: to wait for the device would break what another thread captures.
+        with Stream() as stream:
+            self.address = int(check(cudart.cudaMalloc(self.size)))
+            stream.clear(self.address, self.size)
+            stream.wait()
 
     def close(self) -> None:
         """Free it."""
@@ -183,6 +177,11 @@ class Stream(Closing):
         cudart = _cudart()
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         check(cudart.cudaMemcpyAsync(target, source, size, kind, self._stream))
+
+    def clear(self, target: int, size: int) -> None:
+        """Queue zeros for ``size`` bytes of the GPU."""
+        cudart = _cudart()
+        check(cudart.cudaMemsetAsync(target, 0, size, self._stream))
 
     def wait(self) -> None:
         """Let the host wait until everything queued is done."""

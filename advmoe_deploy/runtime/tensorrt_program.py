@@ -15,14 +15,7 @@ import numpy as np
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.cuda import (
-    DEFAULT_STREAM,
-    DeviceBuffer,
-    Graph,
-    Stream,
-    gpu,
-    wait_for_all,
-)
+from advmoe_deploy.runtime.cuda import DeviceBuffer, Graph, Stream, gpu
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt_api import logger, probe, tensorrt, version_text
 
@@ -146,9 +139,10 @@ class Program(Closing):
             raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
         if context.active_optimization_profile != _FIRST_PROFILE:
             # Before TensorRT 10 only the first context of an engine begins with one.
-            if not context.set_optimization_profile_async(_FIRST_PROFILE, DEFAULT_STREAM):
-                raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
-            wait_for_all()
+            with Stream() as stream:  # not the default one: another lane may be capturing
+                if not context.set_optimization_profile_async(_FIRST_PROFILE, stream.handle):
+                    raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
+                stream.wait()
         return context
 
     def close(self) -> None:
