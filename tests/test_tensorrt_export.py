@@ -260,6 +260,8 @@ def test_without_a_gpu_it_ends_with_advice_and_nothing_is_left(
         (["--format", "onnx", "--tf32"], "go with --format trt"),
         (["--format", "openvino", "--onnx-only"], "go with --format trt"),
         (["--format", "trt", "--batch-min", "8", "--batch-max", "4"], "batch sizes must grow"),
+        (["--format", "trt", "--tactic-sources", "CUDNN,CUBLASS"], "did you mean CUBLAS"),
+        (["--format", "trt", "--onnx-only", "--tactic-sources", "x"], "CUDNN, EDGE_MASK_CONV"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

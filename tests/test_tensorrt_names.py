@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tensorrt_names
 
+from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES
+
 RUNTIME = ROOT / "advmoe_deploy" / "runtime"
 NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
 FOUND: dict[str, dict[str, dict[str, list[str]]]] = json.loads(NAMES.read_text())
@@ -117,6 +119,11 @@ def test_every_name_is_in_every_release(file: Path, vendor: str) -> None:
         assert any(not lacking({name}, r) for r in FOUND[vendor].values()), (
             f"no {vendor} has {name}"
         )
+
+
+def test_tactic_sources_are_those_of_all_releases() -> None:
+    known = [release["TacticSource"] for release in FOUND["tensorrt"].values()]
+    assert set(TACTIC_SOURCES) == {name for names in known for name in names}
 
 
 def test_names_are_found_in_our_files() -> None:

@@ -7,8 +7,8 @@ import typer
 from pydantic import ValidationError
 
 from advmoe_deploy.cli.options import names
-from advmoe_deploy.errors import UsageError
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES, BuildOptions
 from advmoe_deploy.specs import BatchProfile, one_line
 
 _SIZES = BatchProfile()
@@ -110,5 +110,14 @@ def require_for_bundle(to: str, given: Mapping[str, object]) -> None:
 
 
 def sources(text: str | None) -> tuple[str, ...] | None:
-    """Return the names in a list such as ``JIT_CONVOLUTIONS,EDGE_MASK_CONVOLUTIONS``."""
-    return None if text is None else names(text)
+    """Return the names in a list such as ``JIT_CONVOLUTIONS,EDGE_MASK_CONVOLUTIONS``.
+
+    Raises:
+        UsageError: no release of TensorRT knows one of them.
+    """
+    if text is None:
+        return None
+    for name in names(text):
+        if name not in TACTIC_SOURCES:
+            raise unknown_name("tactic source", name, TACTIC_SOURCES)
+    return names(text)

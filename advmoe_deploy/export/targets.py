@@ -53,18 +53,18 @@ def require_supported(target: Target) -> None:
         require_precision(target.precision)
     if target.backend == "tensorrt" and not target.onnx_only:
         try:
-            require_gpu(target.precision)
+            require_gpu(target.precision, target.build)
         except BackendUnavailableError as error:
             raise BackendUnavailableError(
                 f"{error}; or pass --onnx-only, which writes graphs that another machine builds"
             ) from None
 
 
-def require_gpu(precision: Precision) -> None:
+def require_gpu(precision: Precision, build: BuildOptions) -> None:
     """Raise :class:`BackendUnavailableError` unless engines can be built here."""
     try:
         this_device()
-        require_buildable(precision)
+        require_buildable(precision, build)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(
             f"engines are built where they run, and here {error}"

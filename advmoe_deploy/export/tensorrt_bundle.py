@@ -127,7 +127,7 @@ def graph_sets(bundle: Bundle, precisions: Sequence[Precision] = ()) -> list[Eng
 
 def _gpu_builder(build: BuildOptions, wanted: Sequence[EngineSet]) -> GpuBuilder:
     for each in wanted:
-        require_gpu(each.precision)
+        require_gpu(each.precision, build)
     return GpuBuilder(build)
 
 

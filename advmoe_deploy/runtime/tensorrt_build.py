@@ -40,6 +40,8 @@ _FLAGS: dict[Precision, tuple[str, ...]] = {
     "bf16": ("BF16",),
     "int8": ("INT8",),
 }
+# By any release; 11 has the last two.
+TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "insufficient memory", "bad_alloc")
 _MIB = 1 << 20
 
@@ -104,7 +106,7 @@ def build_engine(
         MachineError: memory is used up.
     """
     trt = tensorrt()
-    require_buildable(precision)
+    require_buildable(precision, options)
     logger().problems.clear()
     builder = _builder()
     network = builder.create_network(_network_flags(trt))
@@ -123,9 +125,11 @@ def build_engine(
     return bytes(memoryview(plan))
 
 
-def require_buildable(precision: Precision) -> None:
-    """Raise :class:`BackendUnavailableError` if this TensorRT does not compute in ``precision``."""
+def require_buildable(precision: Precision, options: BuildOptions) -> None:
+    """Raise :class:`BackendUnavailableError` if this TensorRT lacks the precision or an option."""
     trt = tensorrt()
+    if options.tactic_sources is not None:
+        _sources(trt, options.tactic_sources)
     if tensorrt_version() >= STRONG_TYPES:
         return
     for flag in _FLAGS[precision]:
@@ -196,7 +200,8 @@ def _sources(trt: Any, names: tuple[str, ...]) -> int:
     members = {name: probe(trt.TacticSource, name) for name in names}
     if missing := [name for name, member in members.items() if member is None]:
         raise BackendUnavailableError(
-            f"TensorRT {version_text()} has no tactic source {', '.join(missing)}"
+            f"TensorRT {version_text()} has no tactic source {', '.join(missing)}; leave it out of "
+            "--tactic-sources"
         )
     return sum(1 << int(member) for member in members.values())
 
