@@ -196,7 +196,10 @@ def test_the_script_calls_trtexec_once_per_graph(bundle_of_graphs: Path, tmp_pat
         assert "--fp16" not in call
     (router,) = [call for call in calls if "--onnx=router.onnx" in call]
     assert (
-        "--minShapes=images:1x1x8x8 --optShapes=images:8x1x8x8 --maxShapes=images:32x1x8x8"
+        "--profile=0 "
+        "--minShapes=images:1x1x8x8 --optShapes=images:8x1x8x8 --maxShapes=images:32x1x8x8 "
+        "--profile=1 "
+        "--minShapes=images:1x1x8x8 --optShapes=images:1x1x8x8 --maxShapes=images:1x1x8x8 "
         in router
     )
     (expert,) = [call for call in calls if "--onnx=router.expert-1.onnx" in call]
@@ -206,6 +209,8 @@ def test_the_script_calls_trtexec_once_per_graph(bundle_of_graphs: Path, tmp_pat
     (expert,) = [c for c in record.read_text().splitlines() if "--onnx=router.expert-1.onnx" in c]
     assert "--fp16 --noTF32" in expert
     assert "--stronglyTyped" not in expert
+    assert "--profile" not in expert
+    assert expert.count("Shapes=") == 3
 
 
 def test_every_expert_is_forced(tmp_path: Path) -> None:

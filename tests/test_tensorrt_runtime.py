@@ -7,11 +7,14 @@ from advmoe_deploy.bundle import Bundle, EngineDevice
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.tensorrt_api import parse_version, probe
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.runtime.tensorrt_shapes import (
     Shapes,
+    narrowest,
     rows_profile,
     shapes_of,
     shapes_of_segments,
+    with_least,
 )
 from advmoe_deploy.specs import BatchProfile
 
@@ -35,6 +38,24 @@ def test_tokens_are_rows() -> None:
     assert shapes_of(tensor, BATCH) == Shapes((4, 16), (32, 16), (128, 16))
     with pytest.raises(UsageError, match="'M' follows no batch"):
         shapes_of(TensorInfo(name="x", dtype="float32", shape=("M",)), BATCH)
+
+
+def test_the_least_shapes_have_a_profile_of_their_own() -> None:
+    shapes = {"x": Shapes((1, 3), (8, 3), (32, 3)), "y": Shapes((4, 2), (32, 2), (128, 2))}
+    profiles = with_least(shapes)
+    assert profiles == [
+        shapes,
+        {"x": Shapes((1, 3), (1, 3), (1, 3)), "y": Shapes((4, 2), (4, 2), (4, 2))},
+    ]
+    ends = [{name: (each.min, each.max) for name, each in of.items()} for of in profiles]
+    assert narrowest(ends, {"x": (1, 3), "y": (4, 2)}) == 1
+    assert narrowest(ends, {"x": (1, 3), "y": (8, 2)}) == 0  # one of them is not the least
+    assert narrowest(ends, {"x": (32, 3), "y": (128, 2)}) == 0
+    assert narrowest(ends, {"x": (33, 3), "y": (4, 2)}) == 0  # none takes it; TensorRT says so
+    assert BuildOptions().profiles(shapes) == profiles
+    assert BuildOptions(batch_min_profile=False).profiles(shapes) == [shapes]
+    best = {"x": Shapes((1, 3), (1, 3), (32, 3))}
+    assert with_least(best) == [best]
 
 
 def test_versions_are_numbers() -> None:

@@ -104,6 +104,7 @@ def export(
     batch_min: tensorrt_options.BatchMin = None,
     batch_opt: tensorrt_options.BatchOpt = None,
     batch_max: tensorrt_options.BatchMax = None,
+    batch_min_profile: tensorrt_options.BatchMinProfile = True,
     prune_unused: Annotated[
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
@@ -126,6 +127,7 @@ def export(
         version_compatible=version_compatible,
         refittable=refittable,
         tactic_sources=tensorrt_options.sources(tactic_sources),
+        batch_min_profile=batch_min_profile,
     )
     tensorrt_options.require_for_trt(to, build, onnx_only=onnx_only)
     is_bundle = (run / MANIFEST).is_file()

@@ -69,6 +69,13 @@ BatchMax = Annotated[
     int | None,
     typer.Option("--batch-max", min=1, help=f"trt: largest batch; {_SIZES.max}."),
 ]
+BatchMinProfile = Annotated[
+    bool,
+    typer.Option(
+        "--batch-min-profile/--no-batch-min-profile",
+        help="trt: choose kernels for exactly the least batch, and for one row, as well.",
+    ),
+]
 
 
 def batch_profile(least: int | None, best: int | None, largest: int | None) -> BatchProfile:

@@ -18,12 +18,14 @@ _HEAD = """\
 # Precision is in the graphs (float16 or bfloat16 tensors, Q/DQ pairs), and TensorRT 10 and newer
 # take it from there. For TensorRT 8.6 set WEAK=1: flags allow it then, and there is no bf16.
 # Shapes are least, best and largest: batch {batch}; an expert gets any number of the rows.
+# A second profile is for exactly the least; WEAK=1 leaves it out.
 set -euo pipefail
 cd "$(dirname "$0")"
 trtexec=${{TRTEXEC:-trtexec}}
 out=${{OUT:-.}}
 mkdir -p "$out"
 typed() {{ if [[ ${{WEAK:-}} ]]; then echo "$@"; else echo --stronglyTyped; fi; }}
+strong() {{ if [[ ! ${{WEAK:-}} ]]; then echo "$@"; fi; }}
 """
 _WEAK: dict[Precision, str] = {"fp32": "", "fp16": "--fp16", "bf16": "--bf16", "int8": "--int8"}
 
@@ -46,22 +48,30 @@ def _line(
     name: str, shapes: Mapping[str, Shapes], precision: Precision, options: BuildOptions
 ) -> str:
     """Return the call of trtexec for one graph, in one line."""
-
-    def sizes(kind: str) -> str:
-        each = ((tensor, getattr(shape, kind)) for tensor, shape in shapes.items())
-        return ",".join(f"{tensor}:{'x'.join(map(str, size))}" for tensor, size in each)
-
+    first, *more = options.profiles(shapes)
     words = [
         '"$trtexec"',
         f"--onnx='{name}.onnx'",
         f"--saveEngine=\"$out\"/'{name}.engine'",
-        *(f"--{kind}Shapes='{sizes(kind)}'" for kind in ("min", "opt", "max")),
+        *(["$(strong --profile=0)"] if more else []),
+        _sizes(first),
+        *(f"$(strong --profile={n} {_sizes(each)})" for n, each in enumerate(more, start=1)),
         f"$(typed {_WEAK[precision]})".replace(" )", ")"),
         *_flags(options),
         '--timingCacheFile="$out"/timings',
         "--skipInference",
     ]
     return f"# {name}: {precision}\n{' '.join(words)}"
+
+
+def _sizes(shapes: Mapping[str, Shapes]) -> str:
+    """Return the words for the shapes of a profile."""
+
+    def of(kind: str) -> str:
+        each = ((tensor, getattr(shape, kind)) for tensor, shape in shapes.items())
+        return ",".join(f"{tensor}:{'x'.join(map(str, size))}" for tensor, size in each)
+
+    return " ".join(f"--{kind}Shapes='{of(kind)}'" for kind in ("min", "opt", "max"))
 
 
 def _flags(options: BuildOptions) -> list[str]:

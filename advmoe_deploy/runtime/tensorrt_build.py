@@ -30,7 +30,7 @@ from advmoe_deploy.runtime.tensorrt_api import (
     tensorrt_version,
     version_text,
 )
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes, with_least
 from advmoe_deploy.specs import BatchProfile, Precision
 
 # The flag that allows each precision where a graph's own types do not rule.
@@ -59,6 +59,7 @@ class BuildOptions:
         refittable: weights can be changed later, at some cost in speed.
         tactic_sources: the libraries whose kernels may be tried, by TensorRT's names; by default
             all. Where cuBLAS and cuDNN are stand-ins, JIT_CONVOLUTIONS and EDGE_MASK_CONVOLUTIONS.
+        batch_min_profile: kernels are chosen for exactly the least shapes as well.
         timing_cache: a file of timings that builds share.
     """
 
@@ -69,7 +70,12 @@ class BuildOptions:
     version_compatible: bool = False
     refittable: bool = False
     tactic_sources: tuple[str, ...] | None = None
+    batch_min_profile: bool = True
     timing_cache: Path | None = None
+
+    def profiles(self, shapes: Mapping[str, Shapes]) -> list[Mapping[str, Shapes]]:
+        """Return the shapes of each optimization profile for inputs of ``shapes``."""
+        return with_least(shapes) if self.batch_min_profile else [shapes]
 
     def with_timings(self, file: Path) -> Self:
         """Return the same with timings kept in ``file``, unless they are kept elsewhere already."""
@@ -94,7 +100,7 @@ def build_engine(
 
     Args:
         onnx: the graph, of standard operators.
-        shapes: of its inputs by name; they become the one optimization profile.
+        shapes: of its inputs by name.
         options: how to build.
         precision: the lowest that the graph says.
         name: what to call it in messages.
@@ -113,10 +119,11 @@ def build_engine(
     _parse(trt, network, onnx, name)
     config = builder.create_builder_config()
     _configure(trt, config, options, precision)
-    profile = builder.create_optimization_profile()
-    for tensor, sizes in shapes.items():
-        profile.set_shape(tensor, sizes.min, sizes.opt, sizes.max)
-    config.add_optimization_profile(profile)
+    for each in options.profiles(shapes):
+        profile = builder.create_optimization_profile()
+        for tensor, sizes in each.items():
+            profile.set_shape(tensor, sizes.min, sizes.opt, sizes.max)
+        config.add_optimization_profile(profile)
     _take_timings(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -18,6 +18,7 @@ from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.cuda import DeviceBuffer, Graph, Stream, gpu
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt_api import logger, probe, tensorrt, version_text
+from advmoe_deploy.runtime.tensorrt_shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
 # TensorRT's names of the types that NumPy has too.
@@ -30,6 +31,7 @@ _NUMPY = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
+# The profile that takes all shapes; those that follow are for some of them.
 _FIRST_PROFILE = 0
 
 
@@ -91,6 +93,10 @@ class Program(Closing):
         self._runtime, self._engine = runtime, engine  # the first has to live as long
         self._lock = Lock()
         self.tensors = {name: self._tensor(trt, name) for name in self._names()}
+        self._profiles = [
+            {name: self._ends(name, number) for name in self.inputs}
+            for number in range(engine.num_optimization_profiles)
+        ]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -108,9 +114,9 @@ class Program(Closing):
         size = probe(self._engine, "device_memory_size_v2")
         return int(probe(self._engine, "device_memory_size") if size is None else size)
 
-    def context(self, memory: DeviceBuffer) -> Any:
-        """Return a context that keeps the tensors inside in ``memory``."""
-        context = self._bare_context()
+    def context(self, memory: DeviceBuffer, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """Return a context for inputs of ``shapes``, the tensors inside in ``memory``."""
+        context = self._bare_context(narrowest(self._profiles, shapes))
         set_memory = probe(context, "set_device_memory")
         if set_memory is None:  # before TensorRT 10.1
             context.device_memory = memory.address
@@ -120,13 +126,13 @@ class Program(Closing):
 
     def largest_outputs(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each output where every input is as large as can be."""
-        context = self._bare_context()
+        context = self._bare_context(_FIRST_PROFILE)
         for name, facts in self.inputs.items():
             context.set_input_shape(name, facts.shape)
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
 
-    def _bare_context(self) -> Any:
-        """Return a context without memory for the tensors inside."""
+    def _bare_context(self, number: int) -> Any:
+        """Return a context of this profile, without memory for the tensors inside."""
         trt = tensorrt()
         engine = self._engine
         strategies = probe(trt, "ExecutionContextAllocationStrategy")
@@ -137,10 +143,10 @@ class Program(Closing):
                 context = engine.create_execution_context(strategies.USER_MANAGED)
         if context is None:
             raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
-        if context.active_optimization_profile != _FIRST_PROFILE:
-            # Before TensorRT 10 only the first context of an engine begins with one.
+        # It begins with the first; before TensorRT 10 only an engine's first context does.
+        if context.active_optimization_profile != number:
             with Stream() as stream:  # not the default one: another lane may be capturing
-                if not context.set_optimization_profile_async(_FIRST_PROFILE, stream.handle):
+                if not context.set_optimization_profile_async(number, stream.handle):
                     raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
                 stream.wait()
         return context
@@ -158,9 +164,15 @@ class Program(Closing):
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         least = shape = tuple(engine.get_tensor_shape(name))
         if is_input:
-            least, _, shape = map(tuple, engine.get_tensor_profile_shape(name, _FIRST_PROFILE))
+            least, shape = self._ends(name, _FIRST_PROFILE)
         dtype = numpy_type(engine.get_tensor_dtype(name), self.name)
         return Tensor(dtype, shape, least, is_input)
+
+    def _ends(self, name: str, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the least and the largest shape of an input in a profile."""
+        engine = self._engine
+        least, _, most = map(tuple, engine.get_tensor_profile_shape(name, number))
+        return least, most
 
 
 def numpy_type(kind: Any, owner: str) -> np.dtype[Any]:
@@ -252,7 +264,7 @@ def bound_context(program: Program, memory: DeviceBuffer, places: Mapping[str, P
             f"{program.name} has {', '.join(program.tensors)}, not {', '.join(places)}; export the "
             "bundle again"
         )
-    context = program.context(memory)
+    context = program.context(memory, {name: places[name].shape for name in program.inputs})
     for name in program.inputs:
         if not context.set_input_shape(name, places[name].shape):
             raise _misfit(program, name, places[name].shape)

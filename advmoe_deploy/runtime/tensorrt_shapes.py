@@ -4,7 +4,7 @@ A size of the plan follows the batch as images (``N``), as tokens of all images 
 rows that an expert is given (``R``): any number of the routed rows, a balanced share at best.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from advmoe_deploy.errors import UsageError
@@ -21,6 +21,35 @@ class Shapes:
     min: Sizes
     opt: Sizes
     max: Sizes
+
+
+def with_least(shapes: Mapping[str, Shapes]) -> list[Mapping[str, Shapes]]:
+    """Return the shapes of each optimization profile of an engine whose inputs are of ``shapes``.
+
+    Kernels are chosen for the best shapes. The second profile is for exactly the least ones, a
+    single image or row unless larger batches are the least, so that these get kernels of their own.
+    """
+    if all(each.opt == each.min for each in shapes.values()):
+        return [shapes]
+    return [shapes, {name: Shapes(each.min, each.min, each.min) for name, each in shapes.items()}]
+
+
+def narrowest(
+    profiles: Sequence[Mapping[str, tuple[Sizes, Sizes]]], shapes: Mapping[str, Sizes]
+) -> int:
+    """Return the number of the last profile that takes inputs of ``shapes``, 0 if none does.
+
+    ``profiles`` have the least and the largest shape of each input.
+    """
+
+    def takes(ends: Mapping[str, tuple[Sizes, Sizes]]) -> bool:
+        return all(
+            low <= size <= high
+            for name, (least, most) in ends.items()
+            for low, size, high in zip(least, shapes[name], most, strict=True)
+        )
+
+    return max((number for number, ends in enumerate(profiles) if takes(ends)), default=0)
 
 
 def shapes_of_segments(plan: Plan, batch: BatchProfile) -> dict[str, dict[str, Shapes]]:
