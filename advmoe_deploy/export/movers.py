@@ -105,20 +105,23 @@ def _combine(plan: Plan, step: ExpertsStep) -> Mover:
     else:
         given.append(plan.tensors()[route.weights])
         inputs[route.weights] = 1, _rest(given[-1])
-        _write_weighted_sum(writer, route.weights, route.top_k, output)
+        each = writer.emit("Gather", [GROUPED, POSITIONS], "each", axis=0)
+        write_weighted_sum(writer, each, route.weights, route.top_k, output)
     return Mover(name, writer.model(name, given, [output]), inputs, len(step.segments))
 
 
-def _write_weighted_sum(writer: GraphWriter, weights: str, top_k: int, output: TensorInfo) -> None:
-    rest = _rest(output)
-    by_choice = writer.integers("by_choice_shape", -1, top_k, *rest)
-    beside = writer.integers("beside_shape", -1, top_k, *([1] * len(rest)))
-    each = writer.emit("Gather", [GROUPED, POSITIONS], "each", axis=0)
-    answers = writer.emit("Reshape", [each, by_choice], "answers")
-    shares = writer.emit("Reshape", [weights, beside], "shares")
-    weighted = writer.emit("Mul", [answers, shares], "weighted")
+def write_weighted_sum(
+    writer: GraphWriter, each: str, weights: str, top_k: int, output: TensorInfo
+) -> None:
+    """Add the sum over each row's experts of weight times answer; ``each`` has the answers [S]."""
+    name, rest = output.name, _rest(output)
+    by_choice = writer.integers(f"{name}/by_choice_shape", -1, top_k, *rest)
+    beside = writer.integers(f"{name}/beside_shape", -1, top_k, *([1] * len(rest)))
+    answers = writer.emit("Reshape", [each, by_choice], f"{name}/answers")
+    shares = writer.emit("Reshape", [weights, beside], f"{name}/shares")
+    weighted = writer.emit("Mul", [answers, shares], f"{name}/weighted")
     axis = writer.integers("axis_1", 1)
-    writer.emit("ReduceSum", [weighted, axis], output.name, keepdims=0)
+    writer.emit("ReduceSum", [weighted, axis], name, keepdims=0)
 
 
 def _rest(tensor: TensorInfo) -> tuple[int, ...]:
