@@ -3,11 +3,12 @@
     python benchmarks/gpu_trt.py --data cifar10:PATH --work DIR [--stages build,parity,latency]
     python benchmarks/gpu_trt.py --data cifar10:PATH --work DIR --dry-run
 
-Stages leave what they make in DIR and what they measure in DIR/stages, so that a later call, or
-another interpreter, goes on: ``export``, ``reference``, ``torch`` and ``verify`` need PyTorch,
-``build``, ``parity``, ``latency`` and ``parts`` TensorRT and no PyTorch, ``onnxruntime`` its GPU
-build. One that fails or lacks something says why in its record, and the others go on. Whatever was
-measured so far is written to ``benchmarks/results/gpu_trt.json`` after each.
+Stages leave what they make in DIR and what they measure in DIR/stages, part by part, so that a
+later call, or another interpreter, goes on where one was cut off: ``export``, ``reference``,
+``torch`` and ``verify`` need PyTorch, ``build``, ``parity``, ``latency``, ``parts`` and
+``one_engine`` TensorRT and no PyTorch, ``onnxruntime`` its GPU build. What fails or lacks something
+says why in its record, and the others go on. Whatever was measured so far is written to
+``benchmarks/results/gpu_trt.json`` after each part.
 
 ``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
 the CPU, through the same dispatch, and lists the engines to be built.
@@ -25,14 +26,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gpu_trt_bounds import bounds
 
+from advmoe_deploy.files import write_atomically
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec
+from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, VisionTransformer
 
 RESULT = Path(__file__).parent / "results" / "gpu_trt.json"
 PRECISIONS = ("fp32", "fp16")
@@ -59,6 +62,14 @@ MODELS = {
         expert_layers=ExpertLayers(kind="block", layers=("layer4",)),
     ),
     "dual-model": ModelSpec(family="dual-model", num_experts=4, alpha=0.7),
+    "vit-moe": ModelSpec(
+        family="vit-moe",
+        backbone="vit",
+        num_experts=8,
+        weighting="probability",
+        width=192,
+        transformer=VisionTransformer(patch_size=4, depth=6, heads=3, moe_blocks=(1, 3, 5)),
+    ),
 }
 
 
@@ -74,6 +85,12 @@ class Work:
     seconds: float
     trained: Path | None
     dry: bool
+    again: bool
+
+    @property
+    def records(self) -> Path:
+        """Where what was measured is kept; a dry run's apart."""
+        return self.folder / ("dry-stages" if self.dry else "stages")
 
     def bundle(self, model: str) -> Path:
         """Return where a model's bundle is."""
@@ -97,16 +114,50 @@ Record = dict[str, Any]
 Stage = Callable[[Work], Iterator[tuple[str, Callable[[], Any]]]]
 
 
-def run_stage(name: str, stage: Stage, work: Work) -> Record:
-    """Return what ``stage`` measured, part by part; one that fails does not stop the others."""
-    started, parts = time.perf_counter(), {}
+def run_stage(name: str, stage: Stage, work: Work, out: Path) -> None:
+    """Measure ``stage`` part by part, and write each; one that fails does not stop the others.
+
+    What was measured on this machine before is not measured again, unless that was asked for. Nor
+    is what twice took the process with it.
+    """
+    file, started = work.records / f"{name}.json", time.perf_counter()
+    known = _known(file)
+    parts, before = known["parts"], known["seconds"]
+
+    def keep() -> None:
+        seconds = round(before + time.perf_counter() - started, 2)
+        record = {**facts(), "seconds": seconds, "parts": parts}
+        write_atomically(file, json.dumps(record, indent=1).encode())
+        write_result(work, out)
+
+    def measured(part: str) -> bool:
+        old = parts.get(part, {"failed": "", "begun": 0})
+        return not work.again and ("failed" not in old or old.get("begun", 0) >= _MOST_BEGUN)
+
+    parts.pop("stage", None)
     try:
         for part, measure in stage(work):
+            if measured(part):
+                continue
             print(f"{name}: {part}", flush=True)
+            begun = 1 + parts.get(part, {}).get("begun", 0)
+            parts[part] = {"failed": "the process was ended meanwhile", "begun": begun}
+            keep()
             parts[part] = _guarded(measure)
+            keep()
     except Exception as error:  # what a stage needs is missing
         parts["stage"] = _failure(error)
-    return {"seconds": round(time.perf_counter() - started, 2), "parts": parts}
+    keep()
+
+
+def _known(file: Path) -> Record:
+    """Return what was measured before, if that was here."""
+    if file.is_file():
+        known: Record = json.loads(file.read_text())
+        if all(known[name] == value for name, value in facts().items()):
+            return known
+        print(f"{file} is of another machine, or of other packages: begun anew", flush=True)
+    return {"seconds": 0.0, "parts": {}}
 
 
 def _guarded(measure: Callable[[], Any]) -> Any:
@@ -123,6 +174,7 @@ def _failure(error: Exception) -> Record:
     return {"failed": f"{type(error).__name__}: {line}", "at": f"{where.name}:{where.lineno}"}
 
 
+@cache
 def facts() -> Record:
     """Return the machine and the versions of everything that takes part."""
     return {
@@ -130,7 +182,7 @@ def facts() -> Record:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES if _version(name)},
-        "nvidia_smi": _nvidia_smi(),
+        "gpu": nvidia_smi("name,driver_version,memory.total,power.limit,compute_mode"),
     }
 
 
@@ -141,8 +193,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvidia_smi() -> str | None:
-    query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,compute_mode"
+def nvidia_smi(query: str) -> str | None:
+    """Return what it says of the GPU, without a GPU nothing."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
@@ -183,6 +235,7 @@ def stages() -> dict[str, Stage]:
     """Return the stages by name, in the order in which they build on each other."""
     import gpu_trt_engines as engines
     import gpu_trt_torch as of_torch
+    import gpu_trt_whole as whole
 
     return {
         "device": engines.device,
@@ -192,6 +245,7 @@ def stages() -> dict[str, Stage]:
         "parity": engines.parity,
         "latency": engines.latency,
         "parts": engines.parts,
+        "one_engine": whole.one_engine,
         "onnxruntime": engines.onnxruntime,
         "torch": of_torch.eager_and_compiled,
         "router_kernel": of_torch.router_kernel,
@@ -199,12 +253,13 @@ def stages() -> dict[str, Stage]:
     }
 
 
-WITHOUT_GPU = ("export", "reference", "build", "parity")
+WITHOUT_GPU = ("export", "reference", "build", "parity", "one_engine")
+_MOST_BEGUN = 2
 
 
 def write_result(work: Work, out: Path) -> None:
     """Join what all stages have measured so far."""
-    files = sorted((work.folder / "stages").glob("*.json"))
+    files = sorted(work.records.glob("*.json"))
     measured = {file.stem: json.loads(file.read_text()) for file in files}
     asked = {"data": work.data.partition(":")[0], "batches": work.batches, "dry_run": work.dry}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +279,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring per row")
     parser.add_argument("--trained", type=Path, help="a run on --data, to be verified")
     parser.add_argument("--dry-run", action="store_true", help="what needs no GPU, on the CPU")
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_trt.json")
     asked = parser.parse_args()
     work = Work(
@@ -235,15 +291,14 @@ def main() -> None:
         asked.seconds,
         asked.trained,
         asked.dry_run,
+        asked.again,
     )
-    (work.folder / "stages").mkdir(parents=True, exist_ok=True)
+    # A dry run proves nothing about a GPU: its record stays in the folder.
+    out = asked.out or (work.folder / "dry.json" if work.dry else RESULT)
     chosen = [name for name in asked.stages.split(",") if name]
     known = stages()
     for name in chosen or (WITHOUT_GPU if work.dry else known):
-        record = {**facts(), **run_stage(name, known[name], work)}
-        (work.folder / "stages" / f"{name}.json").write_text(json.dumps(record, indent=1))
-        # A dry run proves nothing about a GPU: its record stays in the folder.
-        write_result(work, asked.out or (work.folder / "dry.json" if work.dry else RESULT))
+        run_stage(name, known[name], work, out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_trt import BATCH, PRECISIONS, Record, Work, ratios_to, summary
+from gpu_trt import BATCH, MODELS, PRECISIONS, Record, Work, nvidia_smi, ratios_to, summary
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.plan import ExpertsStep, Plan
@@ -20,7 +20,7 @@ from advmoe_deploy.specs import Precision
 Part = tuple[str, Callable[[], Any]]
 _GIB = 1 << 30
 _SIDE = 8192
-_BASELINES = ("dense", "unfused")
+BASELINES = ("dense", "unfused")
 
 
 def device(work: Work) -> Iterator[Part]:
@@ -34,7 +34,7 @@ def device(work: Work) -> Iterator[Part]:
 def _gpu() -> Record:
     from advmoe_deploy.runtime.cuda import gpu
 
-    return dict(vars(gpu()))
+    return {**vars(gpu()), "clocks": nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem")}
 
 
 def _copies() -> Record:
@@ -83,8 +83,9 @@ def _product(work: Work, precision: Precision) -> Record:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model)
     size = Shapes(*[(_SIDE, _SIDE)] * 3)
+    options = BuildOptions(tactic_sources=_tactics())
     built = build_engine(
-        model.SerializeToString(), {"a": size, "b": size}, BuildOptions(), precision=precision
+        model.SerializeToString(), {"a": size, "b": size}, options, precision=precision
     )
     dtype = np.float16 if precision == "fp16" else np.float32
     ones = np.ones((_SIDE, _SIDE), dtype)
@@ -102,7 +103,7 @@ def build(work: Work) -> Iterator[Part]:
                 target = work.engines(model, precision) / f"{name}.engine"
                 yield (
                     f"{model} {precision} {name}",
-                    partial(_build, work, graph, shapes, kind, target),
+                    partial(build_one, work, graph, shapes, kind, target),
                 )
 
 
@@ -112,31 +113,39 @@ def _sources(
     """Return by name the graph, the shapes and the precision of every engine of a model."""
     from advmoe_deploy.export.movers import movers
     from advmoe_deploy.runtime.tensorrt_plan import graph_files
-    from advmoe_deploy.runtime.tensorrt_shapes import Shapes, shapes_of_segments
+    from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
 
-    bundle, chosen = _set(work, model, precision)
+    bundle, chosen = set_of(work, model, precision)
     shapes: dict[str, Any] = dict(shapes_of_segments(chosen.plan, BATCH))
     shapes |= {mover.name: mover.shapes(BATCH) for mover in movers(chosen.plan)}
     found = {
         name: (bundle.file(file), shapes[name], chosen.segments.get(name, "fp32"))
         for name, file in graph_files(chosen.plan).items()
     }
-    image = bundle.manifest.model.image_shape
-    sizes = Shapes((BATCH.min, *image), (BATCH.opt, *image), (BATCH.max, *image))
-    for name in _BASELINES:
-        file = work.baseline(model, name, precision)
-        found[name] = file, {"images": sizes}, precision
+    sizes = image_shapes(bundle)
+    for name in BASELINES:
+        found[name] = work.baseline(model, name, precision), sizes, precision
     return found
 
 
-def _set(work: Work, model: str, precision: Precision) -> tuple[Bundle, EngineSet]:
+def image_shapes(bundle: Bundle) -> dict[str, Any]:
+    """Return the shapes that what reads the images is built for."""
+    from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+
+    image = bundle.manifest.model.image_shape
+    return {"images": Shapes((BATCH.min, *image), (BATCH.opt, *image), (BATCH.max, *image))}
+
+
+def set_of(work: Work, model: str, precision: Precision) -> tuple[Bundle, EngineSet]:
+    """Return the bundle of a model and its set of graphs for TensorRT."""
     bundle = open_bundle(work.bundle(model))
     chosen = bundle.engine_set("tensorrt", precision)
     assert chosen is not None
     return bundle, chosen
 
 
-def _build(work: Work, graph: Path, shapes: Any, precision: Precision, target: Path) -> Record:
+def build_one(work: Work, graph: Path, shapes: Any, precision: Precision, target: Path) -> Record:
+    """Build an engine; in a dry run, say which."""
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
     from advmoe_deploy.runtime.tensorrt_device import this_device
 
@@ -164,16 +173,35 @@ def _tactics() -> tuple[str, ...] | None:
 
 
 def open_moe(work: Work, model: str, precision: Precision, *, at_once: int = 0) -> Runner:
-    """Return the runner of a set; in a dry run, over its graphs in ONNX Runtime."""
-    from advmoe_deploy.runtime.ort_engine import OrtEngine
-    from advmoe_deploy.runtime.tensorrt_plan import graph_files, runner_of_engines
+    """Return the runner of a set."""
+    from advmoe_deploy.runtime.tensorrt_plan import graph_files
 
-    bundle, chosen = _set(work, model, precision)
-    files, shape = graph_files(chosen.plan), bundle.manifest.model.image_shape
+    bundle, chosen = set_of(work, model, precision)
+    files = {name: bundle.file(file) for name, file in graph_files(chosen.plan).items()}
+    return open_plan(work, model, chosen.plan, files, precision, at_once=at_once)
+
+
+def open_plan(
+    work: Work,
+    model: str,
+    plan: Plan,
+    graphs: Mapping[str, Path],
+    precision: Precision,
+    *,
+    at_once: int = 0,
+) -> Runner:
+    """Return the runner of ``plan`` over the engines of these graphs.
+
+    In a dry run, over the graphs in ONNX Runtime.
+    """
+    from advmoe_deploy.runtime.ort_engine import OrtEngine
+    from advmoe_deploy.runtime.tensorrt_plan import runner_of_engines
+
+    shape = MODELS[model].image_shape
     if work.dry:
         return GatheredRunner.over_engines(
-            chosen.plan,
-            {name: bundle.file(file) for name, file in files.items()},
+            plan,
+            graphs,
             shape,
             open_engine=lambda _, graph: OrtEngine(graph),
             batch=BATCH,
@@ -183,8 +211,8 @@ def open_moe(work: Work, model: str, precision: Precision, *, at_once: int = 0) 
         )
     folder = work.engines(model, precision)
     return runner_of_engines(
-        chosen.plan,
-        {name: folder / f"{name}.engine" for name in files},
+        plan,
+        {name: folder / f"{name}.engine" for name in graphs},
         shape,
         device=None,
         precision=precision,
@@ -200,10 +228,15 @@ def parity(work: Work) -> Iterator[Part]:
 
 
 def _parity(work: Work, model: str, precision: Precision) -> Record:
+    with open_moe(work, model, precision) as runner:
+        return compared(work, model, runner)
+
+
+def compared(work: Work, model: str, runner: Runner) -> Record:
+    """Return how ``runner`` answers the test images, next to torch."""
     with np.load(work.reference(model)) as stored:
         expected = dict(stored)
-    with open_moe(work, model, precision) as runner:
-        answer = runner.infer(_as_float(expected["images"]))
+    answer = runner.infer(_as_float(expected["images"]))
     logits = expected["logits"]
     difference_N = np.abs(answer.logits - logits).max(axis=1)
     relative_N = difference_N / np.maximum(1, np.abs(logits).max(axis=1))
@@ -242,8 +275,8 @@ def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record
     from advmoe_deploy.runtime.dispatch import at_once_step
     from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
 
-    _, chosen = _set(work, model, precision)
-    pixels = _images(work, model, batch)
+    _, chosen = set_of(work, model, precision)
+    pixels = images_of(work, model, batch)
     folder = work.engines(model, precision)
     with ExitStack() as stack:
         moe = stack.enter_context(open_moe(work, model, precision))
@@ -251,23 +284,24 @@ def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record
         if batch <= 4 and at_once_step(chosen.plan) is not None:
             both = stack.enter_context(open_moe(work, model, precision, at_once=batch))
             calls["moe at once"] = partial(both.infer, pixels)
-        for name in _BASELINES:
+        for name in BASELINES:
             engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
-            calls[name] = partial(_answer, engine, pixels)
+            calls[name] = partial(answer_of, engine, pixels)
         ids = moe.infer(pixels).expert_ids
         times = time_interleaved(calls, warmup=10, budget_s=work.seconds, most=3000)
     loads = {layer: np.bincount(each.reshape(-1)).tolist() for layer, each in ids.items()}
     return {"loads": loads, "times": summary(times), "ratios": ratios_to(times, "dense")}
 
 
-def _answer(engine: Any, pixels: np.ndarray) -> object:
+def answer_of(engine: Any, pixels: np.ndarray) -> object:
     """Run a baseline as a runner would: its images are checked, too."""
     from advmoe_deploy.runtime.images import checked_images
 
     return engine.run({"images": checked_images(pixels, pixels.shape[1:])})
 
 
-def _images(work: Work, model: str, batch: int) -> np.ndarray:
+def images_of(work: Work, model: str, batch: int) -> np.ndarray:
+    """Return as many test images; they repeat where there are fewer."""
     with np.load(work.reference(model)) as stored:
         images = stored["images"]
     return _as_float(np.resize(images, (batch, *images.shape[1:])))
@@ -289,12 +323,12 @@ def parts(work: Work) -> Iterator[Part]:
 def _parts(work: Work, model: str, precision: Precision, batch: int) -> Record:
     from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
 
-    _, chosen = _set(work, model, precision)
+    _, chosen = set_of(work, model, precision)
     with open_moe(work, model, precision) as runner:
-        ids = runner.infer(_images(work, model, batch)).expert_ids
+        ids = runner.infer(images_of(work, model, batch)).expert_ids
     milliseconds = {}
     names = [segment.name for segment in chosen.plan.segments]
-    for name in [*names, *_BASELINES]:
+    for name in [*names, *BASELINES]:
         inputs = _inputs(work, model, chosen.plan, name, batch, ids)
         if inputs is not None:
             file = work.engines(model, precision) / f"{name}.engine"
@@ -307,8 +341,8 @@ def _inputs(
     work: Work, model: str, plan: Plan, name: str, batch: int, ids: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
     """Return inputs of as many rows as an engine gets in this batch; nothing if it gets none."""
-    if name in _BASELINES:
-        return {"images": _images(work, model, batch)}
+    if name in BASELINES:
+        return {"images": images_of(work, model, batch)}
     experts = [step for step in plan.steps if isinstance(step, ExpertsStep)]
     rows = {
         segment: int((ids[step.layer] == expert).sum())
@@ -339,7 +373,7 @@ def _ort(work: Work, model: str, engine: str, batch: int) -> Record:
     from advmoe_deploy.runtime.select import PROVIDERS, open_runner
 
     bundle = open_bundle(work.bundle(model))
-    pixels, shape = _images(work, model, batch), bundle.manifest.model.image_shape
+    pixels, shape = images_of(work, model, batch), bundle.manifest.model.image_shape
     dense = bundle.file("baselines/dense.onnx")
     with (
         open_runner(bundle, engine) as moe,
