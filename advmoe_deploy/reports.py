@@ -250,12 +250,14 @@ class AttackOutcome(Frozen):
 class RobustReport(Frozen):
     """Whether robustness survived the export. Accuracies are shares in [0, 1].
 
-    ``robust_accuracy`` counts an image as robust only if no attack changed its answer.
+    ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
+    ``tf32``, fp32 was rounded to TF32 where that is faster.
     """
 
     passed: bool
     engine: str
     precision: Precision = "fp32"
+    tf32: bool = False
     data: str
     images: int
     threat: ThreatModel

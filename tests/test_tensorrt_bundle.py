@@ -17,16 +17,20 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.bundle import GOLDEN, Bundle, open_bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
+from advmoe_deploy.export.attacked import with_accuracy
 from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, examine
 from advmoe_deploy.export.golden import read_golden
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
+from advmoe_deploy.export.tensorrt_engines import OnCpu, check_set
+from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.runtime.tensorrt_plan import graph_files
 from advmoe_deploy.runtime.tensorrt_shapes import Shapes
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import Precision, ThreatModel
 
 BUILD = BuildOptions(batch=BATCH)
 
@@ -191,6 +195,20 @@ def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) ->
     assert not flipped(1).complaint
     assert "of the clear routes of a layer agree" in flipped(2).complaint
     assert not replace(flipped(1), limits=Limits(routes=0.02)).complaint
+
+
+def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> None:
+    _, model = load_checkpoint(tiny_run / "model")
+    examples = Examples(*read_golden(graphs.file(GOLDEN), ["router"]))
+    threat = ThreatModel(epsilon=0.02)
+    exam = with_accuracy(Exam(examples, GOLDEN), model, load_dataset("digits"), threat)
+    plan, maker = graphs.manifest.engines[0].plan, OnCpu(BATCH)
+    exact, rounded = (
+        check_set(graphs.path, plan, exam, maker, "fp32", tf32=tf32) for tf32 in (False, True)
+    )
+    assert exact.own_attack is None
+    assert rounded.own_attack is not None
+    assert rounded.own_attack.least_drop <= 0 <= rounded.own_attack.most_drop
 
 
 @pytest.mark.parametrize(

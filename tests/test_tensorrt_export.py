@@ -213,6 +213,14 @@ def test_the_script_calls_trtexec_once_per_graph(bundle_of_graphs: Path, tmp_pat
     assert expert.count("Shapes=") == 3
 
 
+def test_what_is_built_elsewhere_is_not_rounded_here() -> None:
+    build = BuildOptions(tf32=True)
+    assert Target("tensorrt", "fp32", onnx_only=True, build=build).is_exact
+    assert not Target("tensorrt", "fp32", build=build).is_exact
+    assert not Target("tensorrt", "fp16").is_exact
+    assert Target("openvino", "fp32").is_exact
+
+
 def test_every_expert_is_forced(tmp_path: Path) -> None:
     subject = subject_for(TINY)
     broken = onnx.ModelProto()

@@ -22,7 +22,9 @@ from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.models.checkpoint import model_from_weights
 from advmoe_deploy.reports import Pair
-from advmoe_deploy.specs import build_spec
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import ENGINES, open_runner
+from advmoe_deploy.specs import Precision, build_spec
 from advmoe_deploy.verify.curve import robustness_curve
 from advmoe_deploy.verify.suites import attack_suite
 from advmoe_deploy.verify.verify import drop_in_points, verify_bundle
@@ -72,6 +74,20 @@ def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
     assert low <= report.robust_accuracy.engine <= high
     assert [a.found_on for a in report.attacks] == ["reference"] * 3 + ["engine"]
     assert [a.attack.target for a in report.attacks[:3]] == ["model", "straight-through", "pathway"]
+
+
+def test_what_rounds_to_tf32_is_attacked_by_its_own_answers(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounding(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+        runner = open_runner(bundle, f"onnxruntime:{precision}", threads=threads)
+        monkeypatch.setattr(runner, "tf32", True)
+        return runner
+
+    monkeypatch.setitem(ENGINES, "tensorrt", rounding)
+    report = verify_bundle(tiny_bundle, engine="tensorrt:fp32", images=20, threads=1)
+    assert (report.precision, report.tf32) == ("fp32", True)
+    assert [a.found_on for a in report.attacks] == ["reference", "engine"] * 4
 
 
 @pytest.fixture(scope="module")

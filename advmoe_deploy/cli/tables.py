@@ -48,6 +48,7 @@ def robust_report(report: RobustReport) -> RenderableType:
         )
     table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
     low, high = report.robust_interval
+    engine = f"{escape(report.engine)}, {report.precision}{' with TF32' if report.tf32 else ''}"
     verdict = "robustness survived the export" if report.passed else "ROBUSTNESS WAS LOST"
     if report.passed and report.robust_accuracy.reference == 0:
         verdict = "nothing was lost, but the reference itself is not robust at this epsilon"
@@ -55,8 +56,7 @@ def robust_report(report: RobustReport) -> RenderableType:
         verdict += "; note: logits or clear routes differ from the reference"
     return Group(
         table,
-        f"robust on {escape(report.engine)}, {report.precision}: 95 % interval {percent(low)} to "
-        f"{percent(high)}; "
+        f"robust on {engine}: 95 % interval {percent(low)} to {percent(high)}; "
         f"routes agree on {percent(report.route_agreement)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",

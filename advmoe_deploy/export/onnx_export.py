@@ -260,7 +260,7 @@ def _write_engines(
     if not targets:
         return ()
     labelled = None
-    if any(target.precision != "fp32" or target.build.tf32 for target in targets):
+    if any(not target.is_exact for target in targets):
         labelled = _labelled(data, checkpoint, progress)
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")

@@ -30,6 +30,16 @@ class Target:
     build: BuildOptions = field(default_factory=BuildOptions)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it computes in float32, and rounds it nowhere."""
+        return self.precision == "fp32" and not self.tf32
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 is rounded to TF32; where graphs are written, none is yet."""
+        return self.build.tf32 and not self.onnx_only
+
+    @property
     def folder(self) -> str:
         """Where in the bundle they go; engines are told apart by their device, too."""
         return f"engines/{self.backend}-{self.precision}"

@@ -112,7 +112,7 @@ class _Graphs:
         )
 
     def _report(self, choice: Choice | None, findings: Findings) -> PrecisionReport | None:
-        if choice is None and not self.target.build.tf32:
+        if self.target.is_exact:
             return None
         exam = self.subject.exam
         if choice is None:
@@ -199,8 +199,10 @@ class _Graphs:
         Raises:
             CheckFailedError: that is not good enough.
         """
-        exam, wanted, tf32 = self.subject.exam, self.target.precision, self.target.build.tf32
-        return check_set(self.staged, self.plan, exam, self.maker, wanted, tf32=tf32)
+        exam, target = self.subject.exam, self.target
+        return check_set(
+            self.staged, self.plan, exam, self.maker, target.precision, tf32=target.tf32
+        )
 
 
 class _Engines(_Graphs):
@@ -228,7 +230,7 @@ class _Engines(_Graphs):
         few = self.subject.few[: self.target.build.batch.max]
         samples = self.subject.parts.samples(few)
         expected = {n: (samples[n].inputs, samples[n].outputs) for n in experts_of(self.plan)}
-        tf32 = self.target.build.tf32
+        tf32 = self.target.tf32
         check_experts(self.staged, self.plan, expected, self.maker, precisions, tf32=tf32)
         return super().checked(precisions)
 

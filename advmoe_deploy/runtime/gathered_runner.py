@@ -52,6 +52,7 @@ class GatheredRunner(Closing):
         *,
         name: str,
         precision: Precision = "fp32",
+        tf32: bool = False,
         resources: ExitStack,
     ) -> None:
         """Take over ``lanes``.
@@ -62,10 +63,12 @@ class GatheredRunner(Closing):
             image_shape: channels, height, width.
             name: what the runner is called.
             precision: what its answers are computed in, at the lowest.
+            tf32: whether float32 is rounded to TF32.
             resources: what is closed with the runner, lanes included.
         """
         self.name = name
         self.precision = precision
+        self.tf32 = tf32
         self._layout = layout
         self._image_shape = image_shape
         self._resources = resources

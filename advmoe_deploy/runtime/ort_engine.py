@@ -1,5 +1,6 @@
 """ONNX Runtime, on the CPU or on a GPU; the only module that knows it."""
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
@@ -40,6 +41,11 @@ _PROVIDERS: dict[Provider, list[Any]] = {
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
 _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")
 _LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")
+
+
+def rounds_to_tf32(provider: Provider) -> bool:
+    """Return whether ``provider`` rounds float32 to TF32; TensorRT's has no option against it."""
+    return provider == "TensorrtExecutionProvider" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
 
 
 class OrtEngine(Closing):

@@ -55,6 +55,7 @@ class PlanRunner(Closing):
         """
         self.name = name
         self.precision = precision
+        self.tf32 = False
         self._plan = plan
         self._routes = plan.routes if routes is None else routes
         self._image_shape = image_shape

@@ -11,7 +11,7 @@ from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.custom_ops import CustomOps
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.ort_engine import CPU, OrtEngine, Provider
+from advmoe_deploy.runtime.ort_engine import CPU, OrtEngine, Provider, rounds_to_tf32
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.specs import Precision
 
@@ -27,6 +27,10 @@ class Runner(Protocol):
     def precision(self) -> Precision:
         """What the answers were computed in, at the lowest."""
 
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 is rounded to TF32, where that is faster."""
+
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
 
@@ -36,6 +40,11 @@ class Runner(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def is_exact(runner: Runner) -> bool:
+    """Return whether ``runner`` computes in float32, and rounds it nowhere."""
+    return runner.precision == "fp32" and not runner.tf32
 
 
 class GraphRunner(Closing):
@@ -59,6 +68,7 @@ class GraphRunner(Closing):
         """
         self.name = name
         self.precision: Precision = "fp32"
+        self.tf32 = rounds_to_tf32(provider)
         self._engine = OrtEngine(model, threads=threads, custom_ops=custom_ops, provider=provider)
         self._routes = routes
         self._image_shape = image_shape

@@ -96,6 +96,7 @@ def runner_of_engines(
             image_shape,
             name="tensorrt-at-once" if at_once else "tensorrt",
             precision=precision,
+            tf32=device is not None and device.tf32,
             resources=stack.pop_all(),
         )
 

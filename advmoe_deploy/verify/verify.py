@@ -2,9 +2,9 @@
 
 White-box examples are made on the torch model, which is rebuilt from the bundle's own
 ``reference.safetensors``, and replayed on the engine; Square runs on the engine itself and its
-examples are replayed on the reference. An engine of lower precision is another function, which
-examples made elsewhere flatter: PGD, along the reference's gradients, and Square then ask both. An
-image counts as robust only if no attack changed its answer.
+examples are replayed on the reference. An engine of lower precision, or of fp32 that is rounded to
+TF32, is another function, which examples made elsewhere flatter: PGD, along the reference's
+gradients, and Square then ask both. An image counts as robust only if no attack changed its answer.
 """
 
 import time
@@ -27,9 +27,9 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import AttackOutcome, FoundOn, Pair, RobustReport
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.runner import Runner, is_exact
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.specs import AttackSpec, Precision, ThreatModel
+from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.verify.suites import Suite, attack_suite
 
 Images = NDArray[np.float32]
@@ -74,7 +74,7 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)
-        searches = searches_of(suite, runner.precision)
+        searches = searches_of(suite, is_another=not is_exact(runner))
         with task(progress, "verify", len(searches)):
             for attack, found_on in searches:
                 outcome = trial.run(attack, found_on)
@@ -85,6 +85,7 @@ def verify_bundle(
         passed=trial.worst_drop <= max_drop,
         engine=engine,
         precision=runner.precision,
+        tf32=runner.tf32,
         data=source,
         images=len(labels_N),
         threat=threat,
@@ -100,12 +101,15 @@ def verify_bundle(
 
 
 def searches_of(
-    suite: Sequence[AttackSpec], precision: Precision
+    suite: Sequence[AttackSpec], *, is_another: bool
 ) -> list[tuple[AttackSpec, FoundOn]]:
-    """Return each attack of ``suite`` with what its examples are found on, in order."""
+    """Return each attack of ``suite`` with what its examples are found on, in order.
+
+    ``is_another`` says that the engine is another function than the reference.
+    """
     searches: list[tuple[AttackSpec, FoundOn]] = []
     for attack in suite:
-        both = precision != "fp32" and attack.name in ("pgd", "square")
+        both = is_another and attack.name in ("pgd", "square")
         if both or attack.name != "square":
             searches.append((attack, "reference"))
         if both or attack.name == "square":
