@@ -6,9 +6,9 @@
 Stages leave what they make in DIR and what they measure in DIR/stages, part by part, so that a
 later call, or another interpreter, goes on where one was cut off: ``export``, ``reference``,
 ``torch`` and ``verify`` need PyTorch, ``build``, ``parity``, ``latency``, ``parts`` and
-``one_engine`` TensorRT and no PyTorch, ``onnxruntime`` its GPU build. What fails or lacks something
-says why in its record, and the others go on. Whatever was measured so far is written to
-``benchmarks/results/gpu_trt.json`` after each part.
+``one_engine`` TensorRT and no PyTorch, ``router_tail`` TensorRT 10.9 and Triton, ``onnxruntime``
+its GPU build. What fails or lacks something says why in its record, and the others go on. Whatever
+was measured so far is written to ``benchmarks/results/gpu_trt.json`` after each part.
 
 ``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
 the CPU, through the same dispatch, and lists the engines to be built.
@@ -234,6 +234,7 @@ def ratios_to(times: dict[str, np.ndarray], base: str) -> Record:
 def stages() -> dict[str, Stage]:
     """Return the stages by name, in the order in which they build on each other."""
     import gpu_trt_engines as engines
+    import gpu_trt_router as router
     import gpu_trt_torch as of_torch
     import gpu_trt_whole as whole
 
@@ -246,6 +247,7 @@ def stages() -> dict[str, Stage]:
         "latency": engines.latency,
         "parts": engines.parts,
         "one_engine": whole.one_engine,
+        "router_tail": router.router_tail,
         "onnxruntime": engines.onnxruntime,
         "torch": of_torch.eager_and_compiled,
         "router_kernel": of_torch.router_kernel,

@@ -144,7 +144,15 @@ def set_of(work: Work, model: str, precision: Precision) -> tuple[Bundle, Engine
     return bundle, chosen
 
 
-def build_one(work: Work, graph: Path, shapes: Any, precision: Precision, target: Path) -> Record:
+def build_one(
+    work: Work,
+    graph: Path,
+    shapes: Any,
+    precision: Precision,
+    target: Path,
+    *,
+    with_plugins: bool = False,
+) -> Record:
     """Build an engine; in a dry run, say which."""
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
     from advmoe_deploy.runtime.tensorrt_device import this_device
@@ -157,7 +165,12 @@ def build_one(work: Work, graph: Path, shapes: Any, precision: Precision, target
         batch=BATCH, timing_cache=timing_cache_file(this_device()), tactic_sources=_tactics()
     )
     engine = build_engine(
-        graph.read_bytes(), shapes, options, precision=precision, name=target.stem
+        graph.read_bytes(),
+        shapes,
+        options,
+        precision=precision,
+        name=target.stem,
+        with_plugins=with_plugins,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(engine)

@@ -180,3 +180,51 @@ def test_what_needs_no_gpu_runs_on_the_real_bindings(
     assert (said["version"], said["network"], said["sources"]) == (numbers, network, sources)
     assert said["problem"] == "one line"
     assert "builds only where an NVIDIA GPU and its driver are" in said["error"]
+
+
+# What TensorRT asks of a plugin before it has shapes, on its own Python.
+PLUGIN = """
+import json, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+import tensorrt_bindings as trt
+sys.modules["tensorrt"] = trt
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.tensorrt_plugin import RouterKernel, register_router
+kernel = RouterKernel("entry", "ptx", top_k=2, rows_per_block=32, threads=128, shared_bytes=64)
+try:
+    register_router(kernel, "RouterTail", is_lazy=True)
+except BackendUnavailableError as error:
+    print(json.dumps({"error": str(error)}))
+    sys.exit()
+from tensorrt.plugin import TensorDesc, _lib
+found = _lib.QDP_REGISTRY["advmoe::RouterTail"]
+scores = TensorDesc()
+scores.dtype = trt.DataType.FLOAT
+scores.shape_expr = sys.modules["tensorrt.plugin"].ShapeExprs(2, _is_dummy=True)
+outputs = found.register_func(scores)
+entry, ptx, how, numbers = found.aot_impl_func(scores, outputs, None)
+print(json.dumps({
+    "outputs": found.num_outputs,
+    "types": [str(output.dtype) for output in outputs],
+    "dimensions": [len(output.shape_expr) for output in outputs],
+    "kernel": [entry, ptx],
+    "numbers": [type(number).__name__ for number in numbers],
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["10.0.1", "10.16.1", "11.4.0"])
+def test_the_plugin_is_one_that_the_real_bindings_take(version: str) -> None:
+    with tensorrt_names.unpacked(tensorrt_names.TENSORRT[version]) as folder:
+        said = json.loads(tensorrt_names.run_with(folder, PLUGIN).splitlines()[-1])
+    if version == "10.0.1":
+        assert "use 10.9 or newer" in said["error"]
+        return
+    assert said == {
+        "outputs": 2,
+        "types": ["DataType.INT32", "DataType.FLOAT"],
+        "dimensions": [2, 2],
+        "kernel": ["entry", "ptx"],
+        "numbers": ["SymInt32"],
+    }

@@ -1,33 +1,41 @@
 """The tail of a router as one GPU kernel: from scores to ids and weights.
 
-What the custom operators ``Router*`` do on a CPU (:mod:`advmoe_deploy.export.ops.bodies`), for
-TensorRT's quick deployable plugins and for timing it against TensorRT's own layers, which do the
-same and are what engines use unless this is faster. Needs Triton; TRITON_INTERPRET=1 runs it on a
-CPU.
+What the custom operators ``Router*`` do on a CPU (:mod:`advmoe_deploy.export.ops.bodies`), for a
+TensorRT plugin and for timing it against TensorRT's own layers, which do the same and are what
+engines use unless this is faster. Needs Triton; TRITON_INTERPRET=1 runs it on a CPU. Compiling it
+ahead of time needs neither a GPU nor PyTorch.
 
 Shapes: R rows, E experts, K experts per row.
 """
 
-import torch
+import re
+from typing import TYPE_CHECKING, Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from advmoe_deploy.plan import RENORMALISER
+from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.plan import RENORMALISER, RouteStep
+from advmoe_deploy.runtime.tensorrt_plugin import RouterKernel
 from advmoe_deploy.specs import Weighting
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _ROWS_PER_PROGRAM = 32
+# As TensorRT gives them: what is read, then numbers, then what is written.
+_PARAMETERS = {"scores_RE": "*fp32", "rows": "i32", "ids_RK": "*i32", "weights_RK": "*fp32"}
 
 
 @triton.jit
 def router_kernel(
     scores_RE,
+    rows,
     ids_RK,
     weights_RK,
-    rows,
-    experts,
-    epsilon,
+    E: tl.constexpr,
     K: tl.constexpr,
+    EPSILON: tl.constexpr,
     WEIGHTED: tl.constexpr,
     RENORMALISED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -37,8 +45,8 @@ def router_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     expert = tl.arange(0, BLOCK_E)
     inside = row < rows
-    known = inside[:, None] & (expert < experts)[None, :]
-    places = row[:, None] * experts + expert[None, :]
+    known = inside[:, None] & (expert < E)[None, :]
+    places = row[:, None] * E + expert[None, :]
     scores = tl.load(
         scores_RE + places, mask=known, other=-3.0e38
     )  # finite: no row is all infinite
@@ -52,7 +60,7 @@ def router_kernel(
             chosen = tl.argmax(left, axis=1, tie_break_left=True)[:, None] == expert[None, :]
             total += tl.sum(tl.where(chosen, shares, 0.0), axis=1)
             left = tl.where(chosen, float("-inf"), left)
-        divisor = total + epsilon
+        divisor = total + EPSILON
     left = scores
     for k in tl.static_range(K):
         best = tl.argmax(left, axis=1, tie_break_left=True)
@@ -65,26 +73,74 @@ def router_kernel(
         left = tl.where(chosen, float("-inf"), left)
 
 
-def route_rows(scores_RE: Tensor, top_k: int, weighting: Weighting) -> tuple[Tensor, Tensor]:
+def route_rows(scores_RE: "Tensor", top_k: int, weighting: Weighting) -> tuple["Tensor", "Tensor"]:
     """Return ids int32 [R, K], best first, and weights float32 [R, K].
 
     The rule is that of :class:`~advmoe_deploy.plan.RouteStep`; scores are finite and float32.
     """
+    import torch
+
     rows, experts = scores_RE.shape
     ids_RK = torch.empty((rows, top_k), dtype=torch.int32, device=scores_RE.device)
     weights_RK = torch.empty((rows, top_k), dtype=torch.float32, device=scores_RE.device)
     grid = (triton.cdiv(rows, _ROWS_PER_PROGRAM),)
     router_kernel[grid](
-        scores_RE.contiguous(),
-        ids_RK,
-        weights_RK,
-        rows,
-        experts,
-        RENORMALISER,
-        K=top_k,
-        WEIGHTED=weighting != "one",
-        RENORMALISED=weighting == "renormalised",
-        BLOCK_R=_ROWS_PER_PROGRAM,
-        BLOCK_E=triton.next_power_of_2(experts),
+        scores_RE.contiguous(), rows, ids_RK, weights_RK, **_constants(experts, top_k, weighting)
     )
     return ids_RK, weights_RK
+
+
+def compiled_router(route: RouteStep, compute_capability: tuple[int, int]) -> RouterKernel:
+    """Return the kernel for ``route``, compiled for GPUs of ``compute_capability``.
+
+    Raises:
+        CheckFailedError: this Triton compiles it to something that TensorRT cannot launch.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = _constants(len(route.kept), route.top_k, route.weighting)
+    signature = {**_PARAMETERS, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=router_kernel, signature=signature, constexprs=constants)
+    major, minor = compute_capability
+    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32))
+    entry = compiled.metadata.name
+    return RouterKernel(
+        entry=entry,
+        ptx=without_scratch(compiled.asm["ptx"], entry, len(_PARAMETERS)),
+        top_k=route.top_k,
+        rows_per_block=_ROWS_PER_PROGRAM,
+        threads=32 * compiled.metadata.num_warps,
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def without_scratch(ptx: str, entry: str, count: int) -> str:
+    """Return ``ptx`` with the first ``count`` parameters of ``entry``.
+
+    Triton adds pointers to memory of its own, used or not, which TensorRT would not pass.
+
+    Raises:
+        CheckFailedError: one of them is used.
+    """
+    begin, given, rest = re.split(rf"(?<=\.entry {entry}\()([^)]*)(?=\))", ptx)
+    parameters = given.split(",")
+    for parameter in parameters[count:]:
+        if re.search(rf"\b{parameter.split()[-1]}\b", rest):
+            raise CheckFailedError(
+                "this Triton gives the router's kernel memory of its own, which TensorRT does not "
+                "pass; use TensorRT's own layers"
+            )
+    return f"{begin}{','.join(parameters[:count])}\n{rest}"
+
+
+def _constants(experts: int, top_k: int, weighting: Weighting) -> dict[str, Any]:
+    return {
+        "E": experts,
+        "K": top_k,
+        "EPSILON": RENORMALISER,
+        "WEIGHTED": weighting != "one",
+        "RENORMALISED": weighting == "renormalised",
+        "BLOCK_R": _ROWS_PER_PROGRAM,
+        "BLOCK_E": triton.next_power_of_2(experts),
+    }

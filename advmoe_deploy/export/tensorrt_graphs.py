@@ -3,7 +3,7 @@
 No functions, no domain but ONNX's own, opset 17; nothing that TensorRT would have to fold first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
@@ -55,7 +55,27 @@ def routes_in(plan: Plan, segment: Segment) -> list[RouteStep]:
     return [route for route in plan.routes if route.scores in made]
 
 
-def with_routes(graph: ModelProto, routes: Sequence[RouteStep], segment: Segment) -> ModelProto:
+# Adds what makes a route's choices and weights [R, K], by their names, of its scores.
+WriteChoices = Callable[[GraphWriter, RouteStep, str, str], None]
+
+
+def write_choices(writer: GraphWriter, route: RouteStep, choices: str, weights: str) -> None:
+    """Add the choices by standard operators; ties go to the lowest index where the runtime's do."""
+    if route.weighting != "one":
+        _write_best(writer, route, choices, weights)
+        return
+    writer.emit("ArgMax", [route.scores], choices, axis=1, keepdims=1)
+    one = onnx_numpy.from_array(np.ones(1, np.float32))
+    shape = writer.emit("Shape", [choices], f"{route.layer}/rows")
+    writer.emit("ConstantOfShape", [shape], weights, value=one)
+
+
+def with_routes(
+    graph: ModelProto,
+    routes: Sequence[RouteStep],
+    segment: Segment,
+    write: WriteChoices = write_choices,
+) -> ModelProto:
     """Return ``graph`` with the choice of experts added; ``segment`` declares its ends."""
     writer = GraphWriter()
     for node in graph.graph.node:
@@ -65,21 +85,14 @@ def with_routes(graph: ModelProto, routes: Sequence[RouteStep], segment: Segment
         writer.nodes.append(copy)
     writer.initializers |= {tensor.name: tensor for tensor in graph.graph.initializer}
     for route in routes:
-        _write_route(writer, route)
+        _write_route(writer, route, write)
     return writer.model(segment.name, segment.inputs, segment.outputs)
 
 
-def _write_route(writer: GraphWriter, route: RouteStep) -> None:
-    """Add ids and weights; ties go to the lowest index where the runtime's do."""
-    (ids, weights), layer, scores = rows_of(route), route.layer, route.scores
-    choices = choices_of(route)
-    if route.weighting == "one":
-        writer.emit("ArgMax", [scores], choices, axis=1, keepdims=1)
-        one = onnx_numpy.from_array(np.ones(1, np.float32))
-        shape = writer.emit("Shape", [choices], f"{layer}/rows")
-        writer.emit("ConstantOfShape", [shape], weights, value=one)
-    else:
-        _write_best(writer, route, choices, weights)
+def _write_route(writer: GraphWriter, route: RouteStep, write: WriteChoices) -> None:
+    """Add ids and weights."""
+    (ids, weights), layer = rows_of(route), route.layer
+    write(writer, route, choices_of(route), weights)
     write_ids(writer, route)
     if route.tokens is not None:
         shape = writer.integers(f"{layer}/shape", -1, route.tokens, route.top_k)

@@ -95,6 +95,7 @@ def build_engine(
     *,
     precision: Precision = "fp32",
     name: str = "the graph",
+    with_plugins: bool = False,
 ) -> bytes:
     """Return the serialized engine of a graph.
 
@@ -104,6 +105,7 @@ def build_engine(
         options: how to build.
         precision: the lowest that the graph says.
         name: what to call it in messages.
+        with_plugins: it has plugins of :mod:`~advmoe_deploy.runtime.tensorrt_plugin`.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or TensorRT lacks the precision.
@@ -115,7 +117,7 @@ def build_engine(
     require_buildable(precision, options)
     logger().problems.clear()
     builder = _builder()
-    network = builder.create_network(_network_flags(trt))
+    network = builder.create_network(_network_flags(trt, with_plugins=with_plugins))
     _parse(trt, network, onnx, name)
     config = builder.create_builder_config()
     _configure(trt, config, options, precision)
@@ -161,11 +163,13 @@ def _builder() -> Any:
     return builder
 
 
-def _network_flags(trt: Any) -> int:
+def _network_flags(trt: Any, *, with_plugins: bool = False) -> int:
     """Return the flags of a network with dynamic batches that keeps to its graph's types."""
     wanted = ["EXPLICIT_BATCH"]
     if tensorrt_version() >= STRONG_TYPES:
         wanted.append("STRONGLY_TYPED")
+    if with_plugins:
+        wanted.append("PREFER_AOT_PYTHON_PLUGINS")
     members = [probe(trt.NetworkDefinitionCreationFlag, name) for name in wanted]
     return sum(1 << int(member) for member in members if member is not None)
 
