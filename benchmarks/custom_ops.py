@@ -2,15 +2,17 @@
 
     python benchmarks/custom_ops.py [--only advmoe,vit] [--batches 1,64] [--seconds 10]
 
-Untrained models at 32x32, exported, each run in three forms, interleaved in one process on one
+Untrained models at 32x32, exported, each run in several forms, interleaved in one process on one
 thread that does not spin:
 
 * ``kernels`` and ``bodies``: the graph as exported, with the library of the kernels and without;
-* ``unfused router``: kernels, pooling and linear layer of the gate left to ONNX Runtime.
+* ``unfused router``: kernels, pooling and linear layer of the gate left to ONNX Runtime;
+* where experts are linear layers, ``branches`` and ``branches, bodies``: an ``If`` per expert in
+  place of one node for all.
 
 ``routing alone`` is the tail of AdvMoE's router (64 x 8 x 8 features) and experts that only pool
 their rows: there the difference is not lost in what convolutions take. Where a session's memory
-lies can make 1 % of difference by itself, so the three are opened anew in three orders. The ratios
+lies can make 1 % of difference by itself, so all are opened anew in several orders. The ratios
 are of medians, with 95 % intervals; above 1, the kernels are faster.
 
 Writes ``benchmarks/results/custom_ops.json``.
@@ -50,7 +52,7 @@ from advmoe_deploy.specs import ModelSpec
 RESULT = Path(__file__).parent / "results" / "custom_ops.json"
 EXPERTS = (2, 5, 10)
 CHANNELS, SIZE = 64, 8
-NEW_GRAPH = Callable[[], ModelProto]
+NEW_GRAPH = Callable[..., ModelProto]
 
 
 def model_graph(spec: ModelSpec) -> tuple[NEW_GRAPH, np.ndarray]:
@@ -104,6 +106,10 @@ def rows_of(
         "bodies": (fused, "bodies"),
         "unfused router": (plain, "kernels"),
     }
+    if any(node.op_type == "ExpertLinear" for node in fused.graph.node):
+        branches = new_graph("if")
+        fuse_router(branches)
+        forms |= {"branches": (branches, "kernels"), "branches, bodies": (branches, "bodies")}
     rows = []
     for batch in arguments.batches:
         given = {"images": np.resize(images, (batch, *images.shape[1:]))}
@@ -116,7 +122,7 @@ def rows_of(
 def times_of(
     forms: dict[str, tuple[ModelProto, str]], given: dict[str, np.ndarray], seconds: float
 ) -> dict[str, np.ndarray]:
-    """Return the seconds of every form; each is opened once as first, as second and as last."""
+    """Return the seconds of every form; each is opened once in every place."""
     parts = []
     for start in range(len(forms)):
         order = [*forms][start:] + [*forms][:start]
@@ -135,7 +141,7 @@ def times_of(
 def figures(times: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return medians in milliseconds, and ratios to the kernels."""
     ratios = {}
-    for form in ("bodies", "unfused router"):
+    for form in [*times][1:]:
         ratio = ratio_of_medians(times[form], times["kernels"])
         ratios[f"{form} / kernels"] = [
             round(value, 4) for value in (ratio.value, ratio.low, ratio.high)

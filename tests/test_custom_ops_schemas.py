@@ -14,7 +14,7 @@ from advmoe_deploy.export.ops.schemas import OPERATORS, Operator, reference, reg
 from advmoe_deploy.runtime.custom_ops import DOMAIN
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 
-SIZES = {"R": 4, "C": 5, "H": 3, "W": 2, "E": 3, "K": 2, "1": 1, "E+1": 4, "S": 8}
+SIZES = {"R": 4, "C": 5, "D": 6, "H": 3, "W": 2, "E": 3, "K": 2, "1": 1, "E+1": 4, "S": 8}
 VALUES = {"k": 2, "epsilon": 1e-5, "num_experts": 3}
 PAGE = Path(__file__).parent.parent / "docs" / "custom-ops.md"
 
@@ -46,6 +46,8 @@ def inputs_of(operator: Operator) -> dict[str, np.ndarray]:
             inputs[argument.name] = np.arange(np.prod(shape)).reshape(shape) % sizes["S"]
     if "ids" in inputs:
         inputs["ids"] %= sizes["E"]
+    if "offsets" in inputs:
+        inputs["offsets"][-1] = sizes["S"]
     return inputs
 
 

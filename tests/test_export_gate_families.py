@@ -12,9 +12,11 @@ from families import spec_of
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.export.every_expert import require_every_expert
 from advmoe_deploy.export.onnx_export import check_graphs, write_graphs
 from advmoe_deploy.export.partition import Partition
 from advmoe_deploy.export.reference import reference_answers
+from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.progress import Silent
@@ -49,6 +51,18 @@ def node_called(model: ModelProto, name: str) -> NodeProto:
     return next(node for node in model.graph.node if node.name == name)
 
 
+def change_weights(
+    model: ModelProto, layer: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Change weights and biases of a layer of experts, [E, ...]."""
+    linear = [n for n in model.graph.node if n.op_type == "ExpertLinear" and layer in n.name]
+    names = {name for node in linear for name in node.input[2:]}
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            values = change(numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
 def swap_files(folder: Path) -> None:
     first, second = (folder / f"segments/block-1.expert-{e}.onnx" for e in (0, 1))
     kept = first.read_bytes()
@@ -60,26 +74,17 @@ def swap_everywhere(folder: Path) -> None:
     """Exchange two experts of one layer in the segments and in the whole graph alike."""
 
     def swap(model: ModelProto) -> None:
-        branches = [
-            [a.g for a in node_called(model, f"block-1.expert-{e}/block-1.output").attribute]
-            for e in (0, 1)
-        ]
-        for one, other in zip(*branches, strict=True):
-            tensors = zip(one.initializer, other.initializer, strict=True)
-            for a, b in tensors:
-                a.raw_data, b.raw_data = b.raw_data, a.raw_data
+        change_weights(model, "block-1", lambda values: values[[1, 0, 2]])
 
     swap_files(folder)
     edit(folder / "model.onnx", swap)
 
 
-def drop_branch(folder: Path) -> None:
-    """Let the second expert of a layer run the first one's branch."""
+def drop_expert(folder: Path) -> None:
+    """Let the second expert of a layer have the first one's weights."""
 
     def drop(model: ModelProto) -> None:
-        first, second = (node_called(model, f"block-0.expert-{e}/block-0.output") for e in (0, 1))
-        for branch in second.attribute:
-            branch.CopyFrom(next(a for a in first.attribute if a.name == branch.name))
+        change_weights(model, "block-0", lambda values: values[[0, 0, 2]])
 
     edit(folder / "model.onnx", drop)
 
@@ -161,7 +166,7 @@ def test_what_is_right_passes(staged: Staged) -> None:
     [
         (swap_files, r"model\.onnx lacks .* of block-1\.expert-0"),
         (swap_everywhere, r"block-1\.output of block-1\.expert-0 differs"),
-        (drop_branch, r"branches for block-0\.expert-[01], not 1"),
+        (drop_expert, r"model\.onnx lacks .* of block-0\.expert-1"),
         (take_the_worst, r"model\.onnx without our kernels cannot be compared"),
         (weigh_by_row, r"model\.onnx without our kernels differs"),
         (count_twice, r"expert 0 in model\.onnx differs"),
@@ -178,3 +183,15 @@ def test_what_is_wrong_is_found(
     damage(folder)
     with pytest.raises(CheckFailedError, match=message):
         check(folder, staged)
+
+
+def test_a_lost_branch_is_found(staged: Staged) -> None:
+    """The second expert of a layer runs the first one's branch."""
+    _, _, parts = staged
+    model = graph_from_plan(parts.plan, parts.graphs, "if")
+    require_every_expert(parts.plan, model, parts.graphs)
+    first, second = (node_called(model, f"block-0.expert-{e}/block-0.output") for e in (0, 1))
+    for branch in second.attribute:
+        branch.CopyFrom(next(a for a in first.attribute if a.name == branch.name))
+    with pytest.raises(CheckFailedError, match=r"branches for block-0\.expert-[01], not 1"):
+        require_every_expert(parts.plan, model, parts.graphs)

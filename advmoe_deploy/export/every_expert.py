@@ -17,6 +17,7 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.answers import Answers, Images
+from advmoe_deploy.export.grouped import name_in_layer, taken_constants
 from advmoe_deploy.export.onnx_graph import subgraphs_of, value_info
 from advmoe_deploy.export.ops.bodies import FUSED_ROUTERS
 from advmoe_deploy.export.reference import Reference, bonus_for
@@ -42,23 +43,57 @@ def unvisited_experts(plan: Plan, answers: Answers) -> dict[str, list[int]]:
 
 
 def require_every_expert(plan: Plan, model: ModelProto, segments: Mapping[str, ModelProto]) -> None:
-    """Check that ``model`` holds all weights of every segment, each expert's in its own branch.
+    """Check that ``model`` holds all weights of every segment.
+
+    An expert's are in its own branch, or, where experts are grouped, in its place among all.
 
     Raises:
         CheckFailedError: a weight is missing or differs.
     """
-    experts = {name for s in plan.steps if isinstance(s, ExpertsStep) for name in s.segments}
-    main = {t.name: _content(t) for t in model.graph.initializer}
+    main = {t.name: t for t in model.graph.initializer}
+    steps = [step for step in plan.steps if isinstance(step, ExpertsStep)]
+    experts = {name: step for step in steps for name in step.segments}
+    linear = [node.name for node in model.graph.node if node.op_type == "ExpertLinear"]
     for segment in plan.segments:
-        held = _branch_constants(model, segment.name) if segment.name in experts else main
-        for tensor in segments[segment.name].graph.initializer:
-            if held.get(f"{segment.name}/{tensor.name}") != _content(tensor):
-                raise CheckFailedError(
-                    f"model.onnx lacks {tensor.name} of {segment.name}; no bundle was written"
-                )
+        name, graph = segment.name, segments[segment.name]
+        step = experts.get(name)
+        if step is None:
+            lacking = _lacking(graph, name, main)
+        elif any(node.startswith(name_in_layer(step.layer, "")) for node in linear):
+            lacking = _lacking_of(graph, step.layer, main, step.segments.index(name))
+        else:
+            lacking = _lacking(graph, name, _branch_constants(model, name))
+        if lacking:
+            raise CheckFailedError(
+                f"model.onnx lacks {lacking[0]} of {name}; no bundle was written"
+            )
 
 
-def _branch_constants(model: ModelProto, segment: str) -> dict[str, bytes]:
+def _lacking(graph: ModelProto, name: str, held: Mapping[str, TensorProto]) -> list[str]:
+    """Return the weights of the segment called ``name`` that ``held`` does not hold."""
+    contents = {t.name: _content(t) for t in held.values()}
+    return [
+        tensor.name
+        for tensor in graph.graph.initializer
+        if contents.get(f"{name}/{tensor.name}") != _content(tensor)
+    ]
+
+
+def _lacking_of(
+    graph: ModelProto, layer: str, held: Mapping[str, TensorProto], index: int
+) -> list[str]:
+    """Return the weights that ``held`` does not hold for the expert at ``index`` of ``layer``."""
+    lacking = []
+    for name, values in taken_constants(graph).items():
+        tensor = held.get(name_in_layer(layer, name))
+        found = onnx_numpy.to_array(tensor) if tensor else np.empty(0)
+        own = found[index] if found.ndim > values.ndim else found
+        if own.dtype != values.dtype or not np.array_equal(own, values, equal_nan=True):
+            lacking.append(name)
+    return lacking
+
+
+def _branch_constants(model: ModelProto, segment: str) -> dict[str, TensorProto]:
     branches = [
         graph
         for node in model.graph.node
@@ -70,7 +105,7 @@ def _branch_constants(model: ModelProto, segment: str) -> dict[str, bytes]:
         raise CheckFailedError(
             f"model.onnx has {len(branches)} branches for {segment}, not 1; no bundle was written"
         )
-    return {t.name: _content(t) for t in branches[0].initializer}
+    return {t.name: t for t in branches[0].initializer}
 
 
 def require_segments(files: Mapping[str, Path], samples: Mapping[str, Sample]) -> None:

@@ -28,6 +28,7 @@ class GraphWriter:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.inner: list[TensorInfo] = []  # of inner values, where an operator hides them
 
     def emit(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Add a node with one output and return that output's name."""
@@ -71,6 +72,7 @@ class GraphWriter:
             [value_info(t) for t in inputs],
             [value_info(t) for t in outputs],
             list(self.initializers.values()),
+            value_info=[value_info(t) for t in self.inner],
         )
         return helper.make_model(
             graph,

@@ -3,9 +3,10 @@
 Routing, dispatch and combination are one custom operator each, whose bodies of standard operators
 are attached, so any runtime executes the graph. In the form ``"if"`` every expert sits in an ``If``
 and is not run at all without rows. Its weights are initializers of its branch: as initializers of
-the main graph they would cost up to 1.7 times the run time. In the form ``"gather"``, for runtimes
-that do not take an ``If`` whose branches differ in shape, an expert without rows runs on none, and
-the bodies stand in the place of the custom operators.
+the main graph they would cost up to 1.7 times the run time. The form ``"grouped"`` is the same, but
+that experts of linear layers are one node per layer, see :mod:`~advmoe_deploy.export.grouped`. In
+the form ``"gather"``, for runtimes that do not take an ``If`` whose branches differ in shape, an
+expert without rows runs on none, and the bodies stand in the place of the custom operators.
 
 Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx import numpy_helper as onnx_numpy
 
+from advmoe_deploy.export.grouped import are_groupable, write_grouped
 from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
 from advmoe_deploy.export.ops.bodies import with_bodies, without_custom_ops
 from advmoe_deploy.plan import (
@@ -30,7 +32,7 @@ from advmoe_deploy.plan import (
     TensorInfo,
 )
 
-Form = Literal["if", "gather"]
+Form = Literal["grouped", "if", "gather"]
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Inlined:
 
 
 def graph_from_plan(
-    plan: Plan, segments: Mapping[str, ModelProto], form: Form = "if"
+    plan: Plan, segments: Mapping[str, ModelProto], form: Form = "grouped"
 ) -> ModelProto:
     """Return the whole plan as one graph; ``segments`` holds the graph of each segment."""
     writer = GraphWriter()
@@ -54,7 +56,7 @@ def graph_from_plan(
     ends = {*plan.inputs, *plan.outputs}
     inner = [t for name, t in plan.tensors().items() if name in made - ends]
     model.graph.value_info.extend(value_info(tensor) for tensor in inner)
-    return with_bodies(model) if form == "if" else without_custom_ops(model)
+    return without_custom_ops(model) if form == "gather" else with_bodies(model)
 
 
 def write_step(
@@ -175,16 +177,33 @@ class _Experts:
         made = [f"{layer}/{name}" for name in ("rows", "positions", "offsets", "busy")]
         self.writer.emit_custom("ExpertDispatch", [ids], made, num_experts=count)
         self.rows, positions, offsets, busy = made
-        self.bounds = self._split(offsets, count + 1)
-        self.busy = self._split(busy, count) if self.form == "if" else []
-        experts = zip(self.route.kept, self.step.segments, strict=True)
-        parts = [self._part(expert, name) for expert, name in experts]
-        grouped = self.writer.emit("Concat", parts, f"{layer}/grouped", axis=0)
+        grouped = self._write_grouped(offsets) or self._write_each(offsets, busy)
         if self.route.weighting == "one":
             self.writer.emit_custom("ExpertCombine", [grouped, positions], [self.step.output])
         else:
             given = [grouped, positions, weights]
             self.writer.emit_custom("ExpertWeightedCombine", given, [self.step.output])
+
+    def _write_grouped(self, offsets: str) -> str | None:
+        """Add the experts in one, if they can be; return the name of their answers."""
+        graphs = [self.segments[name] for name in self.step.segments]
+        if self.form != "grouped" or not are_groupable(graphs):
+            return None
+        layer, count = self.step.layer, self.route.num_experts
+        rows = self.writer.emit("Gather", [self.step.input, self.rows], f"{layer}/input", axis=0)
+        if len(graphs) < count:  # experts that are left out have no rows
+            ends = self.writer.integers(f"{layer}/ends", *self.route.kept, count)
+            offsets = self.writer.emit("Gather", [offsets, ends], f"{layer}/bounds", axis=0)
+        return write_grouped(self.writer, layer, graphs, rows, offsets)
+
+    def _write_each(self, offsets: str, busy: str) -> str:
+        """Add the experts one by one; return the name of their answers."""
+        count = self.route.num_experts
+        self.bounds = self._split(offsets, count + 1)
+        self.busy = [] if self.form == "gather" else self._split(busy, count)
+        experts = zip(self.route.kept, self.step.segments, strict=True)
+        parts = [self._part(expert, name) for expert, name in experts]
+        return self.writer.emit("Concat", parts, f"{self.step.layer}/grouped", axis=0)
 
     def _split(self, name: str, count: int) -> list[str]:
         parts = [f"{name}-{index}" for index in range(count)]
@@ -194,7 +213,7 @@ class _Experts:
     def _part(self, expert: int, name: str) -> str:
         """Add one expert; return the name of its answers."""
         result = f"{name}/{self.answer.name}"
-        if self.form == "if":
+        if self.form != "gather":
             return self._write_branch(expert, name, result)
         input_ = self._write_rows(self.writer, expert, name)
         (given,) = self.plan.segment(name).inputs

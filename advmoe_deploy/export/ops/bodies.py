@@ -88,6 +88,33 @@ _DISPATCH = """
         busy = Greater (load_E, zero)
     }
 """
+_LINEAR = """
+    ExpertLinear (x, offsets, weight, bias) => (y) {
+        one = Constant <value_int: int = 1> ()
+        ends = Size (offsets)
+        experts = Sub (ends, one)
+        go = Constant <value = bool {1}> ()
+        none = SequenceEmpty ()
+        answers = Loop (experts, go, none) <body = linear_of_expert
+            (int64 expert, bool before, seq(float[]) answers_before)
+            => (bool after, seq(float[]) answers_after)
+        {
+            zeros = Constant <value_ints: ints = [0]> ()
+            begin_at = Unsqueeze (expert, zeros)
+            end_at = Add (begin_at, one)
+            begin = Gather <axis = 0> (offsets, begin_at)
+            end = Gather <axis = 0> (offsets, end_at)
+            rows = Slice (x, begin, end)
+            weight_DH = Gather <axis = 0> (weight, expert)
+            bias_H = Gather <axis = 0> (bias, expert)
+            products = MatMul (rows, weight_DH)
+            answer = Add (products, bias_H)
+            answers_after = SequenceInsert (answers_before, answer)
+            after = Identity (before)
+        }>
+        y = ConcatFromSequence <axis = 0> (answers)
+    }
+"""
 _COMBINE = """
     ExpertCombine (grouped, positions) => (combined) {
         axis = Constant <value_ints: ints = [1]> ()
@@ -133,7 +160,7 @@ def without_custom_ops(model: ModelProto) -> ModelProto:
 @cache
 def bodies() -> dict[str, FunctionProto]:
     """Return every custom operator's body by the operator's name."""
-    texts = [*_routers(), _DISPATCH, _COMBINE, _WEIGHTED_COMBINE]
+    texts = [*_routers(), _DISPATCH, _LINEAR, _COMBINE, _WEIGHTED_COMBINE]
     header = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">'
     functions = [onnx.parser.parse_function(header + text) for text in texts]
     return {function.name: function for function in functions}

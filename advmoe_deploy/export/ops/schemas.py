@@ -5,7 +5,8 @@ From the table come ``onnx.defs.OpSchema`` objects with documentation and shape 
 in ``docs/custom-ops.md``.
 
 Shapes: N images, C channels, H height, W width, R rows (images or tokens), E experts, K experts per
-row, S = R * K choices; ``...`` is any number of dimensions.
+row, S = R * K choices, D values into a linear layer and H out of it; ``...`` is any number of
+dimensions.
 """
 
 from dataclasses import dataclass
@@ -187,6 +188,19 @@ OPERATORS = (
             Argument("busy", "bool", ("E",), "Whether an expert has any row."),
         ),
         (Attribute("num_experts", OpSchema.AttrType.INT, "E.", "E"),),
+    ),
+    Operator(
+        "ExpertLinear",
+        "A linear layer of every expert, each on its own rows: y = x weight[e] + bias[e] where x "
+        "are the rows offsets[e] ... offsets[e + 1] - 1. In the kernel an answer depends neither "
+        "on the other rows nor on the number of threads.",
+        (
+            Argument("x", "float", ("S", "D"), "Rows, sorted by expert."),
+            Argument("offsets", "int64", ("E+1",), "Where each expert's begin; the last is S."),
+            Argument("weight", "float", ("E", "D", "H"), "The experts' weights."),
+            Argument("bias", "float", ("E", "H"), "Their biases."),
+        ),
+        (Argument("y", "float", ("S", "H"), "The answers, sorted by expert."),),
     ),
     Operator(
         "ExpertCombine",

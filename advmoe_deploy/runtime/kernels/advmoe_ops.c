@@ -4,6 +4,7 @@
  * kernels answer the same in one node. The library needs libc alone, exports RegisterCustomOps, and
  * serves every ONNX Runtime from 1.15 on.
  */
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -194,6 +195,11 @@ static Operator operators[] = {
      .inputs = {TYPE_INT64},
      .outputs = {TYPE_INT64, TYPE_INT64, TYPE_INT64, TYPE_BOOL}},
     {.ort = ORT,
+     .name = "ExpertLinear",
+     .compute = compute_linear,
+     .inputs = {TYPE_FLOAT, TYPE_INT64, TYPE_FLOAT, TYPE_FLOAT},
+     .outputs = {TYPE_FLOAT}},
+    {.ort = ORT,
      .name = "ExpertCombine",
      .compute = compute_combine,
      .inputs = {TYPE_FLOAT, TYPE_INT64},
@@ -221,10 +227,11 @@ static OrtStatus *make_domain(const OrtApi *api, OrtCustomOpDomain **made)
     return NULL;
 }
 
-static bool is_before_1_16(const OrtApiBase *base)
+/* The 16 of "1.16.0". */
+static long minor_version(const OrtApiBase *base)
 {
     const char *version = base->GetVersionString();
-    return strncmp(version, "1.14.", 5) == 0 || strncmp(version, "1.15.", 5) == 0;
+    return strncmp(version, "1.", 2) == 0 ? strtol(version + 2, NULL, 10) : LONG_MAX;
 }
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(
@@ -245,8 +252,10 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     }
     OrtCustomOpDomain *domain = shared;
     if (domain == NULL) {
-        for (size_t i = 0; is_before_1_16(base) && i < sizeof operators / sizeof *operators; i++) {
-            operators[i].ort.version = OLDEST_API;
+        const long minor = minor_version(base);
+        for (size_t i = 0; i < sizeof operators / sizeof *operators; i++) {
+            operators[i].ort.version = minor < 16 ? OLDEST_API : API_WITH_STATUS;
+            operators[i].parallel = minor >= 17;
         }
         status = make_domain(api, &domain);
         shared = domain;

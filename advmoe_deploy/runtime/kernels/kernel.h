@@ -21,6 +21,7 @@ typedef struct {
     Source source;
     Weighting weighting;
     bool weighted;
+    bool parallel; /* whether the runtime lends its threads */
 } Operator;
 
 struct Kernel {
@@ -64,6 +65,9 @@ OrtStatus *compute_router(const Kernel *kernel, OrtKernelContext *context);
 
 /* ids -> rows, positions, offsets, busy */
 OrtStatus *compute_dispatch(const Kernel *kernel, OrtKernelContext *context);
+
+/* x, offsets, weight, bias -> y */
+OrtStatus *compute_linear(const Kernel *kernel, OrtKernelContext *context);
 
 /* grouped, positions (, weights) -> combined */
 OrtStatus *compute_combine(const Kernel *kernel, OrtKernelContext *context);

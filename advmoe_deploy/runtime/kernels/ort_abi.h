@@ -18,7 +18,7 @@ typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct OrtTensorTypeAndShapeInfo OrtShapeInfo;
 
 typedef struct {
-    void (*slots[102])(void);
+    void (*slots[275])(void);
 } OrtApi;
 
 typedef struct {
@@ -55,6 +55,10 @@ enum { MEMORY_DEFAULT = 0 };
 #define ReleaseStatus(api) SLOT(api, 93, void (*)(OrtStatus *))
 #define ReleaseShapeInfo(api) SLOT(api, 99, void (*)(OrtShapeInfo *))
 #define ReleaseCustomOpDomain(api) SLOT(api, 101, void (*)(OrtCustomOpDomain *))
+/* Of 1.17 and above. */
+#define ParallelFor(api)                                                                          \
+    SLOT(api, 274, OrtStatus *(*)(const OrtKernelContext *, void (*)(void *, size_t), size_t,     \
+                                  size_t, void *))
 
 typedef struct OrtCustomOp OrtCustomOp;
 struct OrtCustomOp {

@@ -92,12 +92,15 @@ static float power_of_e(float x)
     if (x < -104.0f) { /* less than half of the smallest float */
         return 0.0f;
     }
+    static const double terms[] = {/* 1 / n! */
+        1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+        1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1.0,        1.0};
     const double halves = (double)x * 1.4426950408889634;
     const int twos = (int)(halves - 0.5);
     const double rest = (double)x - twos * 0.69314718055994531;
-    double sum = 1.0;
-    for (int term = 11; term >= 1; term--) {
-        sum = 1.0 + sum * rest / term;
+    double sum = terms[0];
+    for (size_t term = 1; term < sizeof terms / sizeof *terms; term++) {
+        sum = sum * rest + terms[term];
     }
     const uint64_t bits = (uint64_t)(1023 + twos) << 52;
     double scale;
