@@ -346,7 +346,7 @@ def _parts(work: Work, model: str, precision: Precision, batch: int) -> Record:
         if inputs is not None:
             file = work.engines(model, precision) / f"{name}.engine"
             with TensorRtEngine(file, contexts=1) as engine:
-                milliseconds[name] = engine.device_ms(inputs, rounds=100)
+                milliseconds[name] = engine.device_ms(inputs, rounds=50)
     return {name: {"p50_ms": float(np.median(ms)), "ms": ms} for name, ms in milliseconds.items()}
 
 

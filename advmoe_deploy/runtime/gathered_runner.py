@@ -253,16 +253,19 @@ class _Batch:
         return self.host[route.weights]
 
     def _prediction(self) -> Prediction:
-        for route in self.layout.routes:
-            self._ids(route)
-            self._weights(route)
-        missing = [name for name in self.plan.outputs if name not in self.host]
+        """Return the answer; all that has not come to the host yet comes at once."""
+        routes = self.layout.routes
+        weighted = [route.weights for route in routes if route.weighting != "one"]
+        wanted = (*(route.expert_ids for route in routes), *weighted, *self.plan.outputs)
+        missing = [name for name in dict.fromkeys(wanted) if name not in self.host]
         if missing:
             values = self.lane.get(*(self._view(name, self.count) for name in missing))
             self.host |= dict(zip(missing, values, strict=True))
+        for route in routes:
+            self._weights(route)
         tensors = self.layout.tensors
         typed = {n: v.astype(tensors[n].dtype, copy=False) for n, v in self.host.items()}
-        return prediction_of(self.layout.routes, typed)
+        return prediction_of(routes, typed)
 
     def _view(self, tensor: str, images: int | None = None) -> View:
         """Return the rows of so many images, by default those of the padded batch."""
