@@ -7,8 +7,9 @@ Stages leave what they make in DIR and what they measure in DIR/stages, part by 
 later call, or another interpreter, goes on where one was cut off: ``export``, ``reference``,
 ``torch`` and ``verify`` need PyTorch, ``build``, ``parity``, ``latency``, ``parts`` and
 ``one_engine`` TensorRT and no PyTorch, ``router_tail`` TensorRT 10.9 and Triton, ``onnxruntime``
-its GPU build. What fails or lacks something says why in its record, and the others go on. Whatever
-was measured so far is written to ``benchmarks/results/gpu_trt.json`` after each part.
+its GPU build. ``verify`` lets TensorRT answer in another interpreter where ``--tensorrt-python``
+names one. What fails or lacks something says why in its record, and the others go on. Whatever was
+measured so far is written to ``benchmarks/results/gpu_trt.json`` after each part.
 
 ``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
 the CPU, through the same dispatch, and lists the engines to be built.
@@ -84,6 +85,7 @@ class Work:
     images: int
     seconds: float
     trained: Path | None
+    tensorrt_python: str | None
     dry: bool
     again: bool
 
@@ -280,6 +282,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="test images to compare on")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring per row")
     parser.add_argument("--trained", type=Path, help="a run on --data, to be verified")
+    parser.add_argument(
+        "--tensorrt-python", help="for verify: what a shell runs for a Python that has TensorRT"
+    )
     parser.add_argument("--dry-run", action="store_true", help="what needs no GPU, on the CPU")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_trt.json")
@@ -292,6 +297,7 @@ def main() -> None:
         asked.images,
         asked.seconds,
         asked.trained,
+        asked.tensorrt_python,
         asked.dry_run,
         asked.again,
     )

@@ -83,7 +83,7 @@ def _product(work: Work, precision: Precision) -> Record:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model)
     size = Shapes(*[(_SIDE, _SIDE)] * 3)
-    options = BuildOptions(tactic_sources=_tactics())
+    options = BuildOptions(tactic_sources=tactics())
     built = build_engine(
         model.SerializeToString(), {"a": size, "b": size}, options, precision=precision
     )
@@ -162,7 +162,7 @@ def build_one(
         return {"graph": graph.name, "precision": precision, "shapes": sizes}
     started = time.perf_counter()
     options = BuildOptions(
-        batch=BATCH, timing_cache=timing_cache_file(this_device()), tactic_sources=_tactics()
+        batch=BATCH, timing_cache=timing_cache_file(this_device()), tactic_sources=tactics()
     )
     engine = build_engine(
         graph.read_bytes(),
@@ -177,7 +177,7 @@ def build_one(
     return {"seconds": round(time.perf_counter() - started, 2), "bytes": len(engine)}
 
 
-def _tactics() -> tuple[str, ...] | None:
+def tactics() -> tuple[str, ...] | None:
     """Return TensorRT 8.6's own kernels: where it is carried along, cuBLAS and cuDNN are not."""
     from advmoe_deploy.runtime.tensorrt_api import STRONG_TYPES, tensorrt_version
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 from gpu_trt import BATCH, MODELS, PRECISIONS, Record, Work, ratios_to, summary
+from gpu_trt_remote import RemoteRunner, build_remotely
+
+from advmoe_deploy.runtime.select import ENGINES
 
 Part = tuple[str, Callable[[], Any]]
 _FITTING = 256
@@ -213,9 +216,15 @@ def _verify(work: Work) -> Record:
 
     if work.trained is None:
         raise UsageError("robustness is verified on a trained model; give --trained RUN")
-    target = Target("tensorrt", "fp16", build=BuildOptions(batch=BATCH))
+    elsewhere = work.tensorrt_python is not None
+    target = Target("tensorrt", "fp16", onnx_only=elsewhere, build=BuildOptions(batch=BATCH))
     bundle = export_onnx(
         work.trained, work.folder / "trained", data=work.data, overwrite=True, targets=[target]
     )
+    if work.tensorrt_python is not None:
+        bundle = build_remotely(work.tensorrt_python, bundle.path, work.folder / "trained-trt")
+        ENGINES["tensorrt"] = lambda bundle, precision, _: RemoteRunner(
+            str(work.tensorrt_python), bundle, "tensorrt", precision
+        )
     report = verify_bundle(bundle, engine="tensorrt:fp16", data=work.data, images=1000)
     return report.model_dump(mode="json")
