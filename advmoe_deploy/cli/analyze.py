@@ -64,12 +64,12 @@ def analyze(
     with session(as_json) as ui:
         from advmoe_deploy.analysis.analyze import Settings, sections_for
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
-        from advmoe_deploy.cli import analysis_report, analysis_tables
+        from advmoe_deploy.cli import analysis_report, analysis_tables, pages
         from advmoe_deploy.files import refuse_existing, staged_directory
         from advmoe_deploy.models.stored import open_stored
 
         wanted, certified = _wanted(only), _smoothing(sigma, smoothing, seed)
-        analysis_report.require_libraries()
+        pages.require_libraries()
         stored = open_stored(path)
         target = out or _beside(stored)
         refuse_existing(target, overwrite=overwrite, marker=REPORT)

@@ -79,6 +79,9 @@ def profile(
     ] = ",".join(BASELINES),
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the engine.")] = 2,
     out: Annotated[Path | None, typer.Option("--out", help="Write the report as JSON.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots (extra [report]).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time the model against its baselines, in turn, in one process."""
@@ -92,8 +95,13 @@ def profile(
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.profiling.profile import profile_bundle
 
+        if html is not None:
+            from advmoe_deploy.cli import pages, profile_report
+
+            pages.require_libraries()
+        opened = open_bundle(bundle)
         report = profile_bundle(
-            open_bundle(bundle),
+            opened,
             engines=tuple(engine or ("onnxruntime",)),
             batches=batches,
             against=baselines,
@@ -102,4 +110,6 @@ def profile(
         )
         if out is not None:
             write_atomically(out, (report.model_dump_json(indent=2) + "\n").encode())
+        if html is not None:
+            profile_report.write_profile_report(report, opened, html)
         ui.show(report.model_dump(mode="json"), lambda: tables.latency_report(report))

@@ -13,16 +13,16 @@ from PIL import Image
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.cli.demo_result import DemoResult
+from advmoe_deploy.cli.pages import render
 from advmoe_deploy.cli.plots import expert_load_svg, latency_svg, robustness_svg, summary_svg
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import missing_extra
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import AttackSpec
 
-_TEMPLATE = Path(__file__).with_name("demo_report.html.jinja")
+_TEMPLATE = "demo_report.html.jinja"
 
 
 def write_demo_report(result: DemoResult, out: Path) -> None:
@@ -33,22 +33,11 @@ def write_demo_report(result: DemoResult, out: Path) -> None:
         "latency": latency_svg(result.profile),
         "load": expert_load_svg(result.load_by_class, result.class_names),
     }
-    html = _template().render(result=result, plots=plots, gallery=_gallery(out, result))
+    html = render(_TEMPLATE, result=result, plots=plots, gallery=_gallery(out, result))
     write_atomically(out / "report.html", html.encode())
     summary = summary_svg(result.curves, epsilon, result.profile)
     write_atomically(out / "summary.svg", summary.encode())
     write_atomically(out / "result.json", result.model_dump_json(indent=2).encode())
-
-
-def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError:
-        raise missing_extra("jinja2", "report") from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _gallery(out: Path, result: DemoResult) -> list[dict[str, Any]]:

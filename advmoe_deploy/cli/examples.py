@@ -28,6 +28,7 @@ EXAMPLES = {
     "profile": (
         "advmoe profile runs/digits-advmoe/bundle",
         "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",
+        "advmoe profile bundle --engine onnxruntime --engine openvino --html latency.html",
     ),
     "analyze": (
         "advmoe analyze runs/digits-advmoe",

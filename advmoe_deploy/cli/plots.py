@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from advmoe_deploy.errors import missing_extra
-from advmoe_deploy.reports import LatencyReport
+from advmoe_deploy.reports import LatencyReport, LatencyRow
 from advmoe_deploy.verify.curve import CurvePoint
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ def latency_svg(report: LatencyReport) -> str:
         return svg_text(figure, "latency")
 
 
+def throughput_svg(report: LatencyReport) -> str:
+    """Return images per second over the batch size, one line per model."""
+    with style():
+        figure = _figure(1)
+        draw_throughput(figure.axes[0], report)
+        return svg_text(figure, "throughput")
+
+
 def expert_load_svg(load_CE: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
     """Return which share of each class goes to which expert (C classes, E experts)."""
     with style():
@@ -96,25 +104,68 @@ def draw_robustness(
 
 
 def draw_latency(axes: Axes, report: LatencyReport) -> None:
-    """Draw median times as bars, grouped by batch; the MoE of each group is 1."""
-    batches = sorted({row.batch for row in report.rows})
-    models = list(dict.fromkeys(row.model for row in report.rows))
-    engine = report.rows[0].engine
-    times = {(r.model, r.batch): r.p50_ms for r in report.rows if r.engine == engine}
-    width = 0.8 / len(models)
-    for index, model in enumerate(models):
-        x = [position + (index - (len(models) - 1) / 2) * width for position in range(len(batches))]
-        heights = [times[model, batch] / times["moe", batch] for batch in batches]
-        bars = axes.bar(x, heights, width * 0.92, color=MODEL_COLOURS[model], label=model)
-        labels = [f"{times[model, batch]:.3g} ms" for batch in batches]
-        axes.bar_label(bars, labels, fontsize=8, padding=2, rotation=90 if len(batches) > 2 else 0)
+    """Draw median times as bars, grouped by batch; the first model of each group is 1."""
+    batches, subjects = sorted({row.batch for row in report.rows}), _subjects(report)
+    width, unit = 0.8 / len(subjects), next(iter(subjects))
+    first = {row.batch: row.p50_ms for row in subjects[unit]}
+    upright = len(batches) * len(subjects) > 8 or len(_engines(report)) > 1
+    highest = 1.0
+    for index, (name, rows) in enumerate(subjects.items()):
+        x = [place + (index - (len(subjects) - 1) / 2) * width for place in range(len(batches))]
+        heights = [row.p50_ms / first[row.batch] for row in rows]
+        bars = axes.bar(x, heights, width * 0.92, color=_colour(index, rows[0]), label=name)
+        labels = [f"{row.p50_ms:.3g} ms" for row in rows]
+        axes.bar_label(bars, labels, fontsize=8, padding=2, rotation=90 if upright else 0)
+        highest = max(highest, *heights)
     axes.axhline(1, color=INK, lw=0.8, ls=":")
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    axes.set_ylabel("time, relative to the MoE")
-    axes.set_ylim(0, 1.18 * max(t / times["moe", b] for (_, b), t in times.items()))
-    threads = report.rows[0].threads
-    axes.set_title(f"Median latency, {engine}, {threads} threads")
-    axes.legend(loc="upper left", ncols=len(models), fontsize=9, handlelength=1)
+    axes.set_ylabel(f"time, relative to the {report.rows[0].model}")
+    columns = len(subjects) if len(_engines(report)) == 1 else 2
+    lines = -(-len(subjects) // columns)
+    axes.set_ylim(0, (1.1 + 0.1 * lines + 0.15 * upright) * highest)
+    where = f"{report.rows[0].engine}, " if len(_engines(report)) == 1 else ""
+    axes.set_title(f"Median latency, {where}{report.rows[0].threads} threads")
+    axes.legend(loc="upper left", ncols=columns, fontsize=9, handlelength=1, columnspacing=1)
+
+
+def draw_throughput(axes: Axes, report: LatencyReport) -> None:
+    """Draw images per second over the batch size; bands reach from the 10th centile of rounds."""
+    for index, (name, rows) in enumerate(_subjects(report).items()):
+        colour = _colour(index, rows[0])
+        batches = [row.batch for row in rows]
+        axes.plot(batches, [row.images_per_s for row in rows], "o-", color=colour, ms=4, label=name)
+        slow = [1e3 * row.batch / row.p90_ms for row in rows]
+        axes.fill_between(
+            batches, slow, [row.images_per_s for row in rows], color=colour, alpha=0.13, lw=0
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set(xlabel="batch size", ylabel="images per second")
+    axes.set_title("Throughput")
+    axes.legend(loc="upper left", fontsize=9, handlelength=1)
+
+
+def _subjects(report: LatencyReport) -> dict[str, list[LatencyRow]]:
+    """Return the rows of each model, ascending in batch, by as much of its name as tells apart."""
+    several = len(_engines(report)) > 1
+    subjects: dict[str, list[LatencyRow]] = {}
+    for row in sorted(report.rows, key=lambda row: row.batch):
+        name = f"{row.model}, {row.engine} {row.precision}" if several else row.model
+        subjects.setdefault(name, []).append(row)
+    return subjects
+
+
+def _engines(report: LatencyReport) -> set[tuple[str, str]]:
+    """Return the engines, each with its precision."""
+    return {(row.engine, row.precision) for row in report.rows}
+
+
+def _colour(index: int, row: LatencyRow) -> str:
+    """Return the colour of a model; of the MoE one for each engine."""
+    own = row.model == "moe" and index > 0
+    return EXPERT_COLOURS[index % len(EXPERT_COLOURS)] if own else MODEL_COLOURS[row.model]
 
 
 def draw_expert_load(

@@ -1,0 +1,54 @@
+"""The page that ``advmoe profile --html`` writes."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.profile_report import write_profile_report
+from advmoe_deploy.profiling.profile import profile_bundle
+
+
+def test_the_page_shows_every_figure_of_the_report(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    engines = ("onnxruntime", "onnxruntime-plan")
+    report = profile_bundle(tiny_bundle, engines=engines, batches=(1, 4), n=3, warmup=1)
+    write_profile_report(report, tiny_bundle, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for row in report.rows:
+        assert f"{row.p50_ms:.3f}" in page
+        assert f"{row.p50_ms:.3g} ms</text>" in page
+    assert {f"{ratio.ratio:.2f}x" for ratio in report.ratios} <= set(re.findall(r"[\d.]+x", page))
+    assert page.count("<svg") == 2
+    assert "moe, onnxruntime-plan fp32" in page
+    assert not re.search(r"""(src|href)=["']http""", page), "the page is to need no other file"
+
+
+def test_one_batch_size_makes_no_line_of_throughput(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    report = profile_bundle(tiny_bundle, batches=(2,), against=(), n=2, warmup=1)
+    write_profile_report(report, tiny_bundle, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_the_command_writes_the_page(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = ["profile", str(tiny_bundle.path), "--batch", "1", "--html", str(page), "--json"]
+    assert run(command) == 0
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_without_what_draws_it_says_so_before_the_work(
+    library: str,
+    capsys: pytest.CaptureFixture[str],
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    page = tmp_path / "page.html"
+    assert run(["profile", str(tiny_bundle.path), "--html", str(page)]) == 4
+    assert capsys.readouterr().err.endswith("run: pip install 'advmoe-deploy[report]'\n")
+    assert not page.exists()
