@@ -36,10 +36,9 @@ from gpu_trt_bounds import bounds
 
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, VisionTransformer
+from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, Precision, VisionTransformer
 
 RESULT = Path(__file__).parent / "results" / "gpu_trt.json"
-PRECISIONS = ("fp32", "fp16")
 BATCH = BatchProfile(min=1, opt=128, max=256)
 PACKAGES = (
     "tensorrt",
@@ -81,9 +80,11 @@ class Work:
     folder: Path
     data: str
     models: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     batches: tuple[int, ...]
     images: int
     seconds: float
+    level: int | None
     trained: Path | None
     tensorrt_python: str | None
     dry: bool
@@ -265,7 +266,12 @@ def write_result(work: Work, out: Path) -> None:
     """Join what all stages have measured so far."""
     files = sorted(work.records.glob("*.json"))
     measured = {file.stem: json.loads(file.read_text()) for file in files}
-    asked = {"data": work.data.partition(":")[0], "batches": work.batches, "dry_run": work.dry}
+    asked = {
+        "data": work.data.partition(":")[0],
+        "batches": work.batches,
+        "optimization_level": work.level,
+        "dry_run": work.dry,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {**asked, "bounds": bounds(measured), "stages": measured}
     out.write_text(json.dumps(result, indent=1) + "\n")
@@ -278,7 +284,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the folder where stages meet")
     parser.add_argument("--stages", default="", help="by default all; names with commas")
     parser.add_argument("--models", default=",".join(MODELS), help="names with commas")
+    parser.add_argument("--precisions", default="fp32,fp16")
     parser.add_argument("--batches", default="1,64,256")
+    parser.add_argument("--level", type=int, help="how long to build, 0 to 5; else TensorRT's own")
     parser.add_argument("--images", type=int, default=10_000, help="test images to compare on")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring per row")
     parser.add_argument("--trained", type=Path, help="a run on --data, to be verified")
@@ -289,13 +297,19 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure anew what was measured")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu_trt.json")
     asked = parser.parse_args()
+    known = stages()
+    chosen = [name for name in asked.stages.split(",") if name]
+    if unknown := [*({*chosen} - {*known}), *({*asked.models.split(",")} - {*MODELS})]:
+        parser.error(f"no stage and no model is called {', '.join(unknown)}")
     work = Work(
         asked.work,
         asked.data,
         tuple(asked.models.split(",")),
+        tuple(asked.precisions.split(",")),
         tuple(int(batch) for batch in asked.batches.split(",")),
         asked.images,
         asked.seconds,
+        asked.level,
         asked.trained,
         asked.tensorrt_python,
         asked.dry_run,
@@ -303,8 +317,6 @@ def main() -> None:
     )
     # A dry run proves nothing about a GPU: its record stays in the folder.
     out = asked.out or (work.folder / "dry.json" if work.dry else RESULT)
-    chosen = [name for name in asked.stages.split(",") if name]
-    known = stages()
     for name in chosen or (WITHOUT_GPU if work.dry else known):
         run_stage(name, known[name], work, out)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_trt import BATCH, MODELS, PRECISIONS, Record, Work, nvidia_smi, ratios_to, summary
+from gpu_trt import BATCH, MODELS, Record, Work, nvidia_smi, ratios_to, summary
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.plan import ExpertsStep, Plan
@@ -27,7 +27,7 @@ def device(work: Work) -> Iterator[Part]:
     """Look at the GPU, and measure what it does at best: a large copy and a large product."""
     yield "gpu", _gpu
     yield "copies", _copies
-    for precision in PRECISIONS:
+    for precision in work.precisions:
         yield f"matrix product, {precision}", partial(_product, work, precision)
 
 
@@ -98,7 +98,7 @@ def _product(work: Work, precision: Precision) -> Record:
 def build(work: Work) -> Iterator[Part]:
     """Build every engine of every set and of every baseline."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             for name, (graph, shapes, kind) in _sources(work, model, precision).items():
                 target = work.engines(model, precision) / f"{name}.engine"
                 yield (
@@ -162,7 +162,10 @@ def build_one(
         return {"graph": graph.name, "precision": precision, "shapes": sizes}
     started = time.perf_counter()
     options = BuildOptions(
-        batch=BATCH, timing_cache=timing_cache_file(this_device()), tactic_sources=tactics()
+        batch=BATCH,
+        timing_cache=timing_cache_file(this_device()),
+        tactic_sources=tactics(),
+        optimization_level=work.level,
     )
     engine = build_engine(
         graph.read_bytes(),
@@ -236,7 +239,7 @@ def open_plan(
 def parity(work: Work) -> Iterator[Part]:
     """Compare logits and routes with torch's on the test images."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             yield f"{model} {precision}", partial(_parity, work, model, precision)
 
 
@@ -278,7 +281,7 @@ def compared(work: Work, model: str, runner: Runner) -> Record:
 def latency(work: Work) -> Iterator[Part]:
     """Time the MoE, both ways, and its baselines in turn, from images in memory to answers."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             for batch in work.batches:
                 name = f"{model} {precision} batch {batch}"
                 yield name, partial(_latency, work, model, precision, batch)
@@ -327,7 +330,7 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 def parts(work: Work) -> Iterator[Part]:
     """Time each engine alone on the GPU: what is left of the MoE's time is routing."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             for batch in work.batches:
                 name = f"{model} {precision} batch {batch}"
                 yield name, partial(_parts, work, model, precision, batch)

@@ -1,11 +1,12 @@
 """The stages of ``gpu_trt.py`` that need PyTorch."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from gpu_trt import BATCH, MODELS, PRECISIONS, Record, Work, ratios_to, summary
+from gpu_trt import BATCH, MODELS, Record, Work, ratios_to, summary
+from gpu_trt_engines import images_of
 from gpu_trt_remote import RemoteRunner, build_remotely
 
 from advmoe_deploy.runtime.select import ENGINES
@@ -46,11 +47,11 @@ def _export(work: Work, model: str) -> Record:
     )
     save_checkpoint(run / "model", checkpoint, untrained_model(spec, torch.from_numpy(pixels)))
     options = BuildOptions(batch=BATCH)
-    targets = [Target("tensorrt", p, onnx_only=True, build=options) for p in PRECISIONS]
+    targets = [Target("tensorrt", p, onnx_only=True, build=options) for p in work.precisions]
     bundle = export_onnx(run, work.bundle(model), overwrite=True, targets=targets)
     for name in ("dense", "unfused"):
         graph = onnx.load_model(bundle.file(f"baselines/{name}.onnx"))
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             routes = bundle.manifest.plan.routes if name == "unfused" else ()
             file = work.baseline(model, name, precision)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +68,17 @@ def _export(work: Work, model: str) -> Record:
 
 def _test_images(work: Work, count: int) -> tuple[np.ndarray, np.ndarray]:
     from advmoe_deploy.data.dataset import to_float
+
+    split = _test_split(work.data)
+    return to_float(split.images[:count]), split.labels[:count]
+
+
+@cache
+def _test_split(data: str) -> Any:
+    """Return the test split; decoding takes its time."""
     from advmoe_deploy.data.registry import load_dataset
 
-    split = load_dataset(work.data).test
-    return to_float(split.images[:count]), split.labels[:count]
+    return load_dataset(data).test
 
 
 def reference(work: Work) -> Iterator[Part]:
@@ -105,7 +113,7 @@ def _reference(work: Work, model: str) -> Record:
 def eager_and_compiled(work: Work) -> Iterator[Part]:
     """Time the papers' masked layer, eager and compiled, and the dense network, in torch."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             for batch in work.batches:
                 name = f"{model} {precision} batch {batch}"
                 yield name, partial(_torch_row, work, model, precision, batch)
@@ -120,10 +128,11 @@ def _torch_row(work: Work, model: str, precision: str, batch: int) -> Record:
     from advmoe_deploy.models.untrained import untrained_model
     from advmoe_deploy.profiling.timing import time_interleaved
 
+    torch.compiler.reset()  # what was compiled for other models would count, up to a limit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    pixels = torch.from_numpy(_test_images(work, batch)[0])
-    fitting = torch.from_numpy(_test_images(work, _FITTING)[0])
+    pixels = torch.from_numpy(images_of(work, model, batch))
+    fitting = torch.from_numpy(images_of(work, model, _FITTING))
     moe = reference_model(open_bundle(work.bundle(model))).to("cuda", dtype)
     dense = untrained_model(MODELS[model].dense(), fitting).to("cuda", dtype)
     masked = Routes(execution="masked")

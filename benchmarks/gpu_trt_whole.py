@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_trt import PRECISIONS, Record, Work, ratios_to, summary
+from gpu_trt import Record, Work, ratios_to, summary
 from gpu_trt_engines import (
     BASELINES,
     answer_of,
@@ -30,7 +30,7 @@ Part = tuple[str, Callable[[], Any]]
 def one_engine(work: Work) -> Iterator[Part]:
     """Build each model as one engine; where that works, compare it, and time it beside the many."""
     for model in work.models:
-        for precision in PRECISIONS:
+        for precision in work.precisions:
             name = f"{model} {precision}"
             yield f"{name} build", partial(_build, work, model, precision)
             if not work.dry and not _engine(work, model, precision).is_file():
@@ -77,8 +77,10 @@ def _parity(work: Work, model: str, precision: Precision) -> Record:
 
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
+    from advmoe_deploy.runtime.dispatch import at_once_step
     from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
 
+    _, chosen = set_of(work, model, precision)
     pixels, folder = images_of(work, model, batch), work.engines(model, precision)
     with ExitStack() as stack:
         one = stack.enter_context(_open(work, model, precision))
@@ -87,6 +89,9 @@ def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record
             "one engine": partial(one.infer, pixels),
             "moe": partial(many.infer, pixels),
         }
+        if batch <= 4 and at_once_step(chosen.plan) is not None:
+            both = stack.enter_context(open_moe(work, model, precision, at_once=batch))
+            calls["moe at once"] = partial(both.infer, pixels)
         for name in BASELINES:
             engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
             calls[name] = partial(answer_of, engine, pixels)
