@@ -146,6 +146,9 @@ class EngineSet(Frozen):
                     f"built of the bundle's graphs and checked on the {self.parity.images} images "
                     "that travel with it, none of them attacked"
                 )
+        int8 = [name for name, precision in self.segments.items() if precision == "int8"]
+        if any(self.arithmetic.get(name) == "fp16" for name in int8):
+            lines.append("what int8 leaves unquantised is fp16")
         return lines + self._measured()
 
     def _measured(self) -> list[str]:

@@ -18,12 +18,18 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, DataError
 from advmoe_deploy.export.images import labelled_images
+from advmoe_deploy.export.low_precision import lowered
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target
+from advmoe_deploy.export.tensorrt_engines import OnCpu
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt_plan import graph_files
+from advmoe_deploy.specs import BatchProfile
 from advmoe_deploy.verify.verify import verify_bundle
 
 TARGETS = (
@@ -100,6 +106,62 @@ def test_tensorrt_gets_zero_points_of_0_and_biases_in_float32(bundle: Bundle) ->
         for node in (n for n in graph.node if n.op_type == "Conv"):
             assert {made[name].op_type for name in node.input[:2]} == {"DequantizeLinear"}
             assert all(constants[name].dtype == np.float32 for name in node.input[2:])
+
+
+def test_around_int8_it_is_float16_where_that_is_asked_for(
+    bundle: Bundle, trained_run: Path, tmp_path: Path
+) -> None:
+    target = Target("tensorrt", "int8", onnx_only=True, around_int8="fp16")
+    half = export_onnx(trained_run, tmp_path / "bundle", targets=[target])
+    engines, before = engines_of(half, "tensorrt"), engines_of(bundle, "tensorrt")
+    assert engines.segments == before.segments
+    low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    assert {engines.arithmetic[name] for name in low} == {"fp16"}
+    assert {before.arithmetic[name] for name in low} == {"fp32"}
+    assert "what int8 leaves unquantised is fp16" in engines.findings()
+    for segment in (s for s in engines.plan.segments if s.name in low):
+        model = onnx.load_model(half.file(segment.file))
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        made = {name: node for node in model.graph.node for name in node.output}
+        for node in (n for n in model.graph.node if n.op_type == "Conv"):
+            given = [made[name] for name in node.input[:2]]
+            assert {n.op_type for n in given} == {"DequantizeLinear"}
+            assert {constants[n.input[1]].dtype for n in given} == {np.dtype(np.float16)}
+            assert all(constants[name].dtype == np.float16 for name in node.input[2:])
+        ends = {end.type.tensor_type.elem_type for end in model.graph.output}
+        assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    with open_set(half, engines) as runner, open_set(bundle, before) as other:
+        answer, expected = runner.infer(IMAGES), other.infer(IMAGES)
+    change = np.linalg.norm(answer.logits - expected.logits) / np.linalg.norm(expected.logits)
+    assert 0 < change < 0.05  # a step of int8 here and there
+
+
+def open_set(bundle: Bundle, engines: EngineSet) -> Runner:
+    """Return TensorRT's graphs in ONNX Runtime."""
+    files = {name: bundle.file(file) for name, file in graph_files(engines.plan).items()}
+    return OnCpu(BatchProfile(max=64)).runner(engines.plan, files, (1, 8, 8), "int8")
+
+
+@pytest.mark.parametrize("value", [1e-9, 2e-8, 1e-3])
+def test_a_scale_in_float16_is_never_0(value: float) -> None:
+    scale = onnx.numpy_helper.from_array(np.array(value, np.float32), "scale")
+    zero = onnx.numpy_helper.from_array(np.array(0, np.int8), "zero")
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "quantise"),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], "dequantise"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N"]) for n in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [scale, zero])
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    low = lowered(model, "fp16", [])
+    onnx.checker.check_model(low, full_check=True)
+    x_N = np.array([0.0, 100.0 * value, -50.0 * value], np.float32)
+    with OrtEngine(low.SerializeToString()) as engine:
+        (answer_N,) = engine.run({"x": x_N}).values()
+    assert np.isfinite(answer_N).all()
+    np.testing.assert_allclose(answer_N, x_N, atol=max(6e-8, value))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -274,6 +274,9 @@ def test_without_a_gpu_it_ends_with_advice_and_nothing_is_left(
         (["--format", "openvino", "--onnx-only"], "go with --format trt"),
         (["--format", "trt", "--batch-min", "8", "--batch-max", "4"], "batch sizes must grow"),
         (["--format", "trt", "--tactic-sources", "CUDNN,CUBLASS"], "did you mean CUBLAS"),
+        (["--format", "trt", "--around-int8", "fp16"], "--precision int8"),
+        (["--format", "openvino", "--precision", "int8", "--around-int8", "fp16"], "--format trt"),
+        (["--format", "trt", "--precision", "int8", "--around-int8", "bf16"], "did you mean fp16"),
         (["--format", "trt", "--onnx-only", "--tactic-sources", "x"], "CUDNN, EDGE_MASK_CONV"),
     ],
 )

@@ -101,6 +101,7 @@ def export(
     version_compatible: tensorrt_options.VersionCompatible = False,
     refittable: tensorrt_options.Refittable = False,
     tactic_sources: tensorrt_options.TacticSources = None,
+    around_int8: tensorrt_options.AroundInt8 = "fp32",
     batch_min: tensorrt_options.BatchMin = None,
     batch_opt: tensorrt_options.BatchOpt = None,
     batch_max: tensorrt_options.BatchMax = None,
@@ -130,10 +131,12 @@ def export(
         batch_min_profile=batch_min_profile,
     )
     tensorrt_options.require_for_trt(to, build, onnx_only=onnx_only)
+    around = tensorrt_options.around_int8(around_int8, precisions, to)
     is_bundle = (run / MANIFEST).is_file()
     if is_bundle:
         given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
-        tensorrt_options.require_for_bundle(to, {**given, "--onnx-only": onnx_only})
+        given |= {"--onnx-only": onnx_only, "--around-int8": around != "fp32"}
+        tensorrt_options.require_for_bundle(to, given)
     with session(as_json) as ui:
         if is_bundle:
             from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
@@ -150,7 +153,7 @@ def export(
             from advmoe_deploy.export.onnx_export import export_onnx
             from advmoe_deploy.export.targets import Target
 
-            targets = [Target(FORMATS[to], each, onnx_only, build) for each in precisions]
+            targets = [Target(FORMATS[to], each, onnx_only, build, around) for each in precisions]
             bundle = export_onnx(
                 run,
                 out or run / "bundle",

@@ -1,6 +1,6 @@
 """Options of ``export --format trt``, and what they come to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from advmoe_deploy.cli.options import names
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES, BuildOptions
-from advmoe_deploy.specs import BatchProfile, one_line
+from advmoe_deploy.specs import Arithmetic, BatchProfile, Precision, one_line
 
 _SIZES = BatchProfile()
 
@@ -51,6 +51,14 @@ TacticSources = Annotated[
         "--tactic-sources",
         metavar="NAME,...",
         help="trt: libraries whose kernels may be tried; by default all.",
+    ),
+]
+AroundInt8 = Annotated[
+    str,
+    typer.Option(
+        "--around-int8",
+        metavar="P",
+        help="trt: fp32 or fp16, for what int8 leaves unquantised; fp16 needs TensorRT 10.",
     ),
 ]
 BatchMin = Annotated[
@@ -99,6 +107,21 @@ def require_for_trt(to: str, options: BuildOptions, *, onnx_only: bool) -> None:
         raise UsageError(
             f"batch sizes, --onnx-only and how to build engines go with --format trt, not {to}"
         )
+
+
+def around_int8(name: str, precisions: Sequence[Precision], to: str) -> Arithmetic:
+    """Return what is computed in around int8.
+
+    Raises:
+        UsageError: it is neither fp32 nor fp16, or there is no int8 that it is around of.
+    """
+    if name == "fp32":
+        return "fp32"
+    if name != "fp16":
+        raise unknown_name("precision around int8", name, ("fp32", "fp16"))
+    if to != "trt" or "int8" not in precisions:
+        raise UsageError("--around-int8 goes with --format trt --precision int8")
+    return "fp16"
 
 
 def require_for_bundle(to: str, given: Mapping[str, object]) -> None:

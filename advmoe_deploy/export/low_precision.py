@@ -1,7 +1,8 @@
 """Precisions that graphs say themselves, as TensorRT wants it.
 
-Standard operators only, no functions, opset 17 (bfloat16: opset 22, the first in which it may be
-convolved). What crosses from graph to graph stays float32, ids are int64.
+Standard operators only, no functions, opset 17, and more where that says too little: bfloat16 may
+be convolved from opset 22 on, and Q/DQ pairs may be of float16 from 19 on. What crosses from graph
+to graph stays float32, ids are int64.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,9 +18,13 @@ from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.specs import Arithmetic, Precision
 
 _TYPES: dict[Precision, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-# Conv takes bfloat16 from this opset on; the IR version is the one that came with it.
+# Opsets from which on Conv takes bfloat16 and Q/DQ pairs are of float16, and the IR versions that
+# came with them.
 _BF16_OPSET, _BF16_IR = 22, 10
+_FP16_QDQ_OPSET, _FP16_QDQ_IR = 19, 9
 _LARGEST_FP16 = float(np.finfo(np.float16).max)
+_LEAST_FP16 = np.finfo(np.float16).smallest_subnormal
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 def fits_fp16(graph: ModelProto) -> bool:
@@ -37,8 +42,15 @@ def lowered(graph: ModelProto, arithmetic: Arithmetic, routes: Sequence[RouteSte
         return graph
     result = _Lowering(graph, _TYPES[arithmetic], _exact(graph, routes)).result()
     if arithmetic == "bf16":
-        result = version_converter.convert_version(result, _BF16_OPSET)
-        result.ir_version = _BF16_IR
+        return _raised(result, _BF16_OPSET, _BF16_IR)
+    is_quantised = any(node.op_type in _QDQ for node in graph.graph.node)
+    return _raised(result, _FP16_QDQ_OPSET, _FP16_QDQ_IR) if is_quantised else result
+
+
+def _raised(graph: ModelProto, opset: int, ir_version: int) -> ModelProto:
+    result = version_converter.convert_version(graph, opset)
+    del result.graph.value_info[:]  # inferred by the rules of the old opset
+    result.ir_version = ir_version
     return result
 
 
@@ -65,6 +77,7 @@ class _Lowering:
         floats = {i.name for i in infos if i.type.tensor_type.elem_type == TensorProto.FLOAT}
         self.constants = {t.name: t for t in graph.graph.initializer}
         self.floats = floats | {n for n, t in self.constants.items() if t.data_type == 1}
+        self.scales = {n.input[1] for n in graph.graph.node if n.op_type in _QDQ}
         self.outputs = {tensor.name for tensor in graph.graph.output}
         self.nodes: list[NodeProto] = []
         self.kept: dict[str, TensorProto] = {}
@@ -121,7 +134,10 @@ class _Lowering:
             return name
         low = f"{name}.low"
         if low not in self.kept:
-            self.kept[low] = _rounded(onnx_numpy.to_array(tensor), low, self.type)
+            values = onnx_numpy.to_array(tensor)
+            if name in self.scales:  # of a channel that is next to nothing, and nothing divides
+                values = np.maximum(values, np.float32(_LEAST_FP16))
+            self.kept[low] = _rounded(values, low, self.type)
         return low
 
 

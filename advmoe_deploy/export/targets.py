@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.runtime.openvino_engine import has_precision, require_precision
+from advmoe_deploy.runtime.tensorrt_api import STRONG_TYPES, tensorrt_version, version_text
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions, require_buildable
 from advmoe_deploy.runtime.tensorrt_device import this_device
-from advmoe_deploy.specs import Backend, Precision
+from advmoe_deploy.specs import Arithmetic, Backend, Precision
 
 # What each backend computes in, ONNX Runtime and OpenVINO on a CPU.
 SUPPORTED: dict[Backend, tuple[Precision, ...]] = {
@@ -21,13 +22,15 @@ class Target:
     """A backend and a precision to write graphs for.
 
     TensorRT's engines are built as ``build`` says, on this machine unless ``onnx_only``: then the
-    graphs are written, and a script that builds them elsewhere.
+    graphs are written, and a script that builds them elsewhere. What int8 leaves unquantised is
+    computed in ``around_int8``, which other backends choose themselves.
     """
 
     backend: Backend
     precision: Precision
     onnx_only: bool = False
     build: BuildOptions = field(default_factory=BuildOptions)
+    around_int8: Arithmetic = "fp32"
 
     @property
     def is_exact(self) -> bool:
@@ -64,10 +67,19 @@ def require_supported(target: Target) -> None:
     if target.backend == "tensorrt" and not target.onnx_only:
         try:
             require_gpu(target.precision, target.build)
+            _require_around_int8(target)
         except BackendUnavailableError as error:
             raise BackendUnavailableError(
                 f"{error}; or pass --onnx-only, which writes graphs that another machine builds"
             ) from None
+
+
+def _require_around_int8(target: Target) -> None:
+    if target.around_int8 != "fp32" and tensorrt_version() < STRONG_TYPES:
+        raise BackendUnavailableError(
+            f"TensorRT {version_text()} knows no Q/DQ pairs of {target.around_int8}, as 10 does; "
+            "leave out --around-int8"
+        )
 
 
 def require_gpu(precision: Precision, build: BuildOptions) -> None:

@@ -104,7 +104,7 @@ class _Graphs:
             precision=target.precision,
             plan=self.plan,
             device=self.device,
-            arithmetic={name: _arithmetic(kind) for name, kind in precisions.items()},
+            arithmetic={name: self._arithmetic(name, kind) for name, kind in precisions.items()},
             segments=precisions,
             parity=findings.parity,
             check=self._report(choice, findings),
@@ -167,7 +167,13 @@ class _Graphs:
         routes = routes_in(self.source, self.source.segment(name))
         graph = self.quantised[name] if precision == "int8" else own
         whole = with_routes(graph, routes, self.plan.segment(name))
-        return lowered(whole, _arithmetic(precision), routes)
+        return lowered(whole, self._arithmetic(name, precision), routes)
+
+    def _arithmetic(self, name: str, precision: Precision) -> Arithmetic:
+        """Return what a segment computes in, quantised parts aside."""
+        if precision != "int8":
+            return precision
+        return self.target.around_int8 if fits_fp16(self.quantised[name]) else "fp32"
 
     def _with_movers(self, graphs: Mapping[str, ModelProto]) -> Graphs:
         return {**graphs, **{name: mover.graph for name, mover in self.movers.items()}}
@@ -233,8 +239,3 @@ class _Engines(_Graphs):
         tf32 = self.target.tf32
         check_experts(self.staged, self.plan, expected, self.maker, precisions, tf32=tf32)
         return super().checked(precisions)
-
-
-def _arithmetic(precision: Precision) -> Arithmetic:
-    """Return what a segment computes in, quantised parts aside."""
-    return "fp32" if precision == "int8" else precision
