@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 from conftest import write_run
 from families import spec_of
+from onnx import TensorProto
+from onnx.helper import (
+    make_graph,
+    make_model,
+    make_node,
+    make_opsetid,
+    make_tensor_value_info,
+)
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
@@ -19,7 +27,9 @@ from advmoe_deploy.runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runner
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine
+from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 
 
@@ -133,6 +143,27 @@ def test_another_thread_may_take_memory_during_a_capture() -> None:
             stream.launch(graph)
             stream.wait()
         assert not pinned.array((10,), np.dtype(np.float32)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+def test_outputs_are_left_on_the_gpu_at_any_number_of_rows() -> None:
+    ends = [make_tensor_value_info(name, TensorProto.FLOAT, ["N", 3]) for name in "xy"]
+    graph = make_graph([make_node("Add", ["x", "x"], ["y"])], "g", ends[:1], ends[1:])
+    model = make_model(graph, opset_imports=[make_opsetid("", 17)], ir_version=8)
+    shapes = {"x": Shapes((1, 3), (4, 3), (8, 3))}
+    plan = build_engine(model.SerializeToString(), shapes, BuildOptions())
+    with TensorRtEngine(plan) as engine, Stream() as stream, PinnedBuffer(96) as pinned:
+        for rows in (1, 5, 1, 8):  # one row has a profile of its own
+            x_N3 = np.random.default_rng(rows).random((rows, 3), dtype=np.float32)
+            np.testing.assert_array_equal(engine.run({"x": x_N3})["y"], 2 * x_N3)
+            with engine.on_device({"x": x_N3}) as answers:
+                said = answers["y"].__cuda_array_interface__
+                stream.download(pinned.address, said["data"][0], 12 * rows)
+                stream.wait()
+            assert (said["shape"], said["typestr"]) == ((rows, 3), "<f4")
+            there = pinned.array((rows, 3), np.dtype(np.float32))
+            np.testing.assert_array_equal(there, 2 * x_N3)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.tensorrt_api import parse_version, probe
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_lane import DeviceArray
 from advmoe_deploy.runtime.tensorrt_shapes import (
     Shapes,
     narrowest,
@@ -56,6 +57,20 @@ def test_the_least_shapes_have_a_profile_of_their_own() -> None:
     assert BuildOptions(batch_min_profile=False).profiles(shapes) == [shapes]
     best = {"x": Shapes((1, 3), (1, 3), (32, 3))}
     assert with_least(best) == [best]
+
+
+def test_an_array_on_the_device_is_lent() -> None:
+    array = DeviceArray(0x100, (2, 3), np.dtype(np.float32))
+    assert array.__cuda_array_interface__ == {
+        "shape": (2, 3),
+        "typestr": "<f4",
+        "data": (0x100, False),
+        "version": 3,
+        "stream": None,  # nothing to wait for
+    }
+    array.is_lent = False
+    with pytest.raises(UsageError, match="copy them before the block"):
+        _ = array.__cuda_array_interface__
 
 
 def test_versions_are_numbers() -> None:

@@ -62,6 +62,12 @@ def gpu() -> Gpu:
     )
 
 
+def wait_for_default_stream() -> None:
+    """Let the host wait for what other libraries queued, unless they use streams of their own."""
+    cudart = _cudart()
+    check(cudart.cudaStreamSynchronize(0))
+
+
 def check(result: tuple[Any, ...]) -> Any:
     """Return what a call answered behind its error code: nothing, a value or a tuple.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.runtime.cuda import wait_for_default_stream
 from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.tensorrt_lane import DeviceArray, SingleLane
 from advmoe_deploy.runtime.tensorrt_program import Program
@@ -61,13 +62,21 @@ class TensorRtEngine(Closing):
     def on_device(self, inputs: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, DeviceArray]]:
         """Give every output by name where it is, in the GPU's memory, until the block ends.
 
+        What was queued on CUDA's default stream by then is waited for. What reads the outputs on
+        another stream has to be waited for in the block, and what is to last has to be copied.
+
         Raises:
             The same as :meth:`run`.
         """
         with self._lanes.lane() as lane:
             answers = lane.start_on(inputs)
             lane.settle()
-            yield answers
+            try:
+                yield answers
+            finally:
+                for answer in answers.values():
+                    answer.is_lent = False
+                wait_for_default_stream()
 
     def device_ms(self, inputs: Mapping[str, NDArray[Any]], *, rounds: int) -> list[float]:
         """Return the milliseconds that the GPU takes for each of so many runs, copies aside.

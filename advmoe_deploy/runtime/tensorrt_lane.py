@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.errors import BundleError
+from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 from advmoe_deploy.runtime.dispatch import fitting_batch
@@ -47,17 +47,24 @@ class Stored:
         return self.rows * self.row_bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeviceArray:
-    """An array in the GPU's memory, as CuPy, Numba and PyTorch take it."""
+    """An array in the GPU's memory, as CuPy, Numba and PyTorch take it, until it is taken back."""
 
     address: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    is_lent: bool = True
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """What it is, by version 3 of the protocol; everything queued is done."""
+        """What it is, by version 3 of the protocol: row by row, and everything queued is done.
+
+        Raises:
+            UsageError: it was taken back, for its memory is used again.
+        """
+        if not self.is_lent:
+            raise UsageError("these outputs are gone; copy them before the block of on_device ends")
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
