@@ -9,7 +9,7 @@ later call, or another interpreter, goes on where one was cut off: ``export``, `
 ``one_engine`` TensorRT and no PyTorch, ``router_tail`` TensorRT 10.9 and Triton, ``onnxruntime``
 its GPU build. ``verify`` lets TensorRT answer in another interpreter where ``--tensorrt-python``
 names one. What fails or lacks something says why in its record, and the others go on. Whatever was
-measured so far is written to ``benchmarks/results/gpu_trt.json`` after each part.
+measured so far is joined in ``benchmarks/results/gpu_trt.json`` after each stage.
 
 ``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
 the CPU, through the same dispatch, and lists the engines to be built.
@@ -131,7 +131,6 @@ def run_stage(name: str, stage: Stage, work: Work, out: Path) -> None:
         seconds = round(before + time.perf_counter() - started, 2)
         record = {**facts(), "seconds": seconds, "parts": parts}
         write_atomically(file, json.dumps(record, indent=1).encode())
-        write_result(work, out)
 
     def measured(part: str) -> bool:
         old = parts.get(part, {"failed": "", "begun": 0})
@@ -151,6 +150,7 @@ def run_stage(name: str, stage: Stage, work: Work, out: Path) -> None:
     except Exception as error:  # what a stage needs is missing
         parts["stage"] = _failure(error)
     keep()
+    write_result(work, out)
 
 
 def _known(file: Path) -> Record:

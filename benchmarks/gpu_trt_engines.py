@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,16 @@ def image_shapes(bundle: Bundle) -> dict[str, Any]:
 
 def set_of(work: Work, model: str, precision: Precision) -> tuple[Bundle, EngineSet]:
     """Return the bundle of a model and its set of graphs for TensorRT."""
-    bundle = open_bundle(work.bundle(model))
+    bundle = _opened(work.bundle(model))
     chosen = bundle.engine_set("tensorrt", precision)
     assert chosen is not None
     return bundle, chosen
+
+
+@cache
+def _opened(bundle: Path) -> Bundle:
+    """Return a bundle; gigabytes are hashed once."""
+    return open_bundle(bundle)
 
 
 def build_one(
@@ -388,7 +394,7 @@ def _ort(work: Work, model: str, engine: str, batch: int) -> Record:
     from advmoe_deploy.runtime.runner import GraphRunner
     from advmoe_deploy.runtime.select import PROVIDERS, open_runner
 
-    bundle = open_bundle(work.bundle(model))
+    bundle = _opened(work.bundle(model))
     pixels, shape = images_of(work, model, batch), bundle.manifest.model.image_shape
     dense = bundle.file("baselines/dense.onnx")
     with (
