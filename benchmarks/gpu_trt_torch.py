@@ -13,6 +13,7 @@ from advmoe_deploy.runtime.select import ENGINES
 
 Part = tuple[str, Callable[[], Any]]
 _FITTING = 256
+_VERIFIED = 1000
 _EXPORTED_ON = "random:128"
 
 
@@ -235,5 +236,6 @@ def _verify(work: Work) -> Record:
         ENGINES["tensorrt"] = lambda bundle, precision, _: RemoteRunner(
             str(work.tensorrt_python), bundle, "tensorrt", precision
         )
-    report = verify_bundle(bundle, engine="tensorrt:fp16", data=work.data, images=1000)
+    images = min(_VERIFIED, work.images)
+    report = verify_bundle(bundle, engine="tensorrt:fp16", data=work.data, images=images)
     return report.model_dump(mode="json")
