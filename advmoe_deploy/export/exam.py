@@ -51,11 +51,11 @@ class Limits:
     predictions: float = MAX_DROP / 100
     sample: bool = False
 
-    def exceeded(self, count: int, of: int, limit: float) -> bool:
-        """Return whether ``count`` out of ``of`` are more than ``limit`` allows."""
+    def exceeded(self, share: float, of: int, limit: float) -> bool:
+        """Return whether a ``share`` out of ``of`` is more than ``limit`` allows."""
         if self.sample:
-            return chance_of_more(count, of, limit) < _UNLIKELY
-        return count > round(limit * of, 9)
+            return chance_of_more(round(share * of), of, limit) < _UNLIKELY
+        return round(share - limit, 9) > 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Findings:
     def routes_agree(self) -> bool:
         """Whether enough clear routes are the same."""
         return not any(
-            rows == 0 or self.limits.exceeded(flips, rows, self.limits.routes)
+            rows == 0 or self.limits.exceeded(flips / rows, rows, self.limits.routes)
             for flips, rows in self._clear_routes
         )
 
@@ -138,11 +138,11 @@ class Findings:
         if self.own_attack and self.own_attack.least_drop > MAX_DROP:
             return f"robust accuracy falls by more than chance explains: {self.own_attack}"
         # Without labels: as many predictions that differ are at most as many points lost.
-        images = self.parity.images
-        changed = round((1 - self.prediction_agreement) * images)
-        limit = self.limits.predictions
-        if self.clean_accuracy is None and self.limits.exceeded(changed, images, limit):
-            return f"{_percent(changed / images)} of the predictions differ"
+        changed, limits = 1 - self.prediction_agreement, self.limits
+        if self.clean_accuracy is None and limits.exceeded(
+            changed, self.parity.images, limits.predictions
+        ):
+            return f"{_percent(changed)} of the predictions differ"
         return ""
 
 
