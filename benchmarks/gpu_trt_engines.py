@@ -11,6 +11,7 @@ import numpy as np
 from gpu_trt import BATCH, MODELS, Record, Work, nvidia_smi, ratios_to, summary
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner
@@ -140,7 +141,8 @@ def set_of(work: Work, model: str, precision: Precision) -> tuple[Bundle, Engine
     """Return the bundle of a model and its set of graphs for TensorRT."""
     bundle = _opened(work.bundle(model))
     chosen = bundle.engine_set("tensorrt", precision)
-    assert chosen is not None
+    if chosen is None:
+        raise UsageError(f"{model} was not exported at {precision}; run the stage export with it")
     return bundle, chosen
 
 

@@ -31,6 +31,7 @@ from advmoe_deploy.export.tensorrt import write_tensorrt_set
 from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
 from advmoe_deploy.export.tolerance import row_differences
+from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS
@@ -122,6 +123,16 @@ def test_a_lower_precision_is_in_the_graph_and_scores_are_not(
     assert engines.check is not None
     assert engines.parity.route_agreement >= 0.999
     assert 0 < engines.parity.max_abs_logit_diff < 0.2
+
+
+def test_the_network_of_all_experts_runs_in_float16_too() -> None:
+    subject = subject_for(TINY)
+    plan = subject.parts.plan
+    half = lowered(unfused_graph(plan, subject.parts.graphs), "fp16", plan.routes)
+    onnx.checker.check_model(half, full_check=True)
+    with OrtEngine(half.SerializeToString()) as engine:  # which wants nodes' names to differ
+        logits = engine.run({"images": IMAGES})["logits"]
+    np.testing.assert_allclose(logits, subject.exam.parity.answers.logits, atol=0.05)
 
 
 def test_what_float16_cannot_hold_stays_in_float32() -> None:

@@ -122,9 +122,8 @@ class _Lowering:
         if name not in known:
             known[name] = name if exact else f"{name}.low"
             to = TensorProto.FLOAT if exact else self.type
-            self.nodes.append(
-                helper.make_node("Cast", [other[name]], [known[name]], known[name], to=to)
-            )
+            title = f"{known[name]}.cast"  # the node that makes the value may be called as it is
+            self.nodes.append(helper.make_node("Cast", [other[name]], [known[name]], title, to=to))
         return known[name]
 
     def _constant(self, name: str, exact: bool) -> str:
