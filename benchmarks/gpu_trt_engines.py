@@ -161,12 +161,14 @@ def build_one(
     *,
     with_plugins: bool = False,
 ) -> Record:
-    """Build an engine; in a dry run, say which."""
+    """Build an engine; in a dry run, load its graph into ONNX Runtime and say which it is."""
+    from advmoe_deploy.runtime.ort_engine import OrtEngine
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
     from advmoe_deploy.runtime.tensorrt_device import this_device
 
     sizes = {name: (size.min, size.opt, size.max) for name, size in shapes.items()}
     if work.dry:
+        OrtEngine(graph).close()
         return {"graph": graph.name, "precision": precision, "shapes": sizes}
     started = time.perf_counter()
     options = BuildOptions(
