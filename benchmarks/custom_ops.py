@@ -13,7 +13,8 @@ thread that does not spin:
 ``routing alone`` is the tail of AdvMoE's router (64 x 8 x 8 features) and experts that only pool
 their rows: there the difference is not lost in what convolutions take. Where a session's memory
 lies can make 1 % of difference by itself, so all are opened anew in several orders. The ratios
-are of medians, with 95 % intervals; above 1, the kernels are faster.
+are of medians, with 95 % intervals; above 1, the kernels are faster. Rows of an earlier result that
+were not measured again are kept.
 
 Writes ``benchmarks/results/custom_ops.json``.
 """
@@ -150,6 +151,13 @@ def figures(times: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"n": len(times["kernels"]), "p50_ms": medians, "ratio_low_high": ratios}
 
 
+def _not_measured(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of an earlier result that ``rows`` do not replace."""
+    done = {(row["case"], row["batch"]) for row in rows}
+    earlier = json.loads(out.read_text())["rows"] if out.exists() else []
+    return [row for row in earlier if (row["case"], row["batch"]) not in done]
+
+
 def main() -> None:
     """Run every case and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,7 +186,7 @@ def main() -> None:
         "custom_ops": find_custom_ops("kernels").reason,
         "settings": {"threads": 1, "spinning": False, "order": "interleaved, shuffled"},
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "rows": rows,
+        "rows": [*_not_measured(arguments.out, rows), *rows],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

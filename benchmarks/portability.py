@@ -1,6 +1,6 @@
 """Does the exported file say the same everywhere? Every family, both forms, every ONNX Runtime.
 
-    python benchmarks/portability.py [--data cifar10:PATH] [--with PYTHON]...
+    python benchmarks/portability.py [--data cifar10:PATH] [--with PYTHON]... [--only token,dual]
 
 Every family is built (random weights fitted to the images) and exported, and ``model.onnx`` is run
 on 1,000 images by plain ONNX Runtime in a process of its own, with the library of our operators and
@@ -126,11 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="random:1000")
     parser.add_argument("--with", dest="pythons", action="append", default=[], metavar="PYTHON")
+    parser.add_argument("--only", default="", help="parts of the names of the models")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in MODELS:
+    wanted = arguments.only.split(",")
+    for name in (name for name in MODELS if any(part in name for part in wanted)):
         with tempfile.TemporaryDirectory() as folder:
             pythons = [sys.executable, *arguments.pythons]
             for row in rows_of(name, Path(folder), arguments.data, pythons):
