@@ -31,6 +31,7 @@ from advmoe_deploy.export.tensorrt import write_tensorrt_set
 from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
 from advmoe_deploy.export.tolerance import row_differences
+from advmoe_deploy.export.trtexec import build_script
 from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
@@ -39,6 +40,7 @@ from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, ModelSpec, Precision
 
 IMAGES = np.random.default_rng(3).random((48, 1, 8, 8), dtype=np.float32)
@@ -222,6 +224,16 @@ def test_the_script_calls_trtexec_once_per_graph(bundle_of_graphs: Path, tmp_pat
     assert "--stronglyTyped" not in expert
     assert "--profile" not in expert
     assert expert.count("Shapes=") == 3
+
+
+def test_the_script_tries_no_other_libraries_than_those_named() -> None:
+    shapes = {"router": {"images": Shapes((1, 3), (8, 3), (32, 3))}}
+    named = BuildOptions(tactic_sources=("JIT_CONVOLUTIONS", "CUDNN"))
+    assert (
+        "--tacticSources=-CUBLAS,-CUBLAS_LT,+CUDNN,-EDGE_MASK_CONVOLUTIONS,+JIT_CONVOLUTIONS "
+        in build_script(shapes, {}, named)
+    )
+    assert "--tacticSources" not in build_script(shapes, {}, BuildOptions())
 
 
 def test_what_is_built_elsewhere_is_not_rounded_here() -> None:

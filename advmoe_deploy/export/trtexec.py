@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES, BuildOptions
 from advmoe_deploy.runtime.tensorrt_shapes import Shapes
 from advmoe_deploy.specs import Precision
 
@@ -84,6 +84,8 @@ def _flags(options: BuildOptions) -> list[str]:
         flags.append("--versionCompatible")
     if options.refittable:
         flags.append("--refit")
-    if options.tactic_sources is not None:
-        flags.append("--tacticSources=" + ",".join(f"+{name}" for name in options.tactic_sources))
+    if (wanted := options.tactic_sources) is not None:
+        # trtexec adds to and takes from its own choice, so that what is not wanted is named, too.
+        signs = [f"{'+' if name in wanted else '-'}{name}" for name in TACTIC_SOURCES]
+        flags.append(f"--tacticSources={','.join(signs)}")
     return flags
