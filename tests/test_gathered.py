@@ -1,10 +1,10 @@
 """The graphs that move rows, and the runner over them, here on ONNX Runtime."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt_shapes import narrowest, with_least
 from advmoe_deploy.specs import BatchProfile
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
@@ -101,6 +102,9 @@ def test_graphs_that_move_rows_are_given_what_they_are_built_for(
             for name, shape in given.items():
                 sizes = zip(shapes[name].min, shape, shapes[name].max, strict=True)
                 assert all(least <= size <= most for least, size, most in sizes)
+        ends = [{n: (s.min, s.max) for n, s in of.items()} for of in with_least(shapes)]
+        if mover.name.endswith(".combine"):  # of a single image, kernels for the least are used
+            assert {narrowest(ends, given) for given in seen[mover.name]} == {0, 1}
     for mover in movers(bundle.manifest.plan):
         for shape in mover.shapes(BATCH).values():
             assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
@@ -188,3 +192,25 @@ def test_a_pool_closes_when_its_lanes_are_idle_and_tells_who_waits() -> None:
     with pytest.raises(UsageError, match="is closed"), pool.lane():
         pass
     pool.close()
+
+
+def test_who_closes_a_pool_second_waits_for_its_lanes_as_well() -> None:
+    class Lane:
+        def settle(self) -> None:
+            events.append("settled")
+
+    events: list[str] = []
+    pool, started = LanePool([Lane()]), Barrier(3)
+
+    def close() -> None:
+        started.wait(10)
+        pool.close()
+        events.append("closed")
+
+    with ThreadPoolExecutor(2) as threads:
+        with pool.lane():
+            closing = [threads.submit(close) for _ in range(2)]
+            started.wait(10)
+            wait(closing, timeout=0.1, return_when=FIRST_COMPLETED)
+        assert [each.result(10) for each in closing] == [None, None]
+    assert events == ["settled", "closed", "closed"]

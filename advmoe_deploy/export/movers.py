@@ -52,11 +52,9 @@ class Mover:
         least, best, most = factor * batch.min, factor * batch.opt, factor * batch.max
         if name == ROWS:
             least = 1
-        elif name == ALL_ROWS:  # always bound whole
-            least, best = 1, most
-        elif name == GROUPED:
-            most = self.experts * region_rows(most, prod(rest))
-            least, best = 1, most
+        elif name in (ALL_ROWS, GROUPED):  # always bound whole, by the profile of one row as well
+            most = self.experts * region_rows(most, prod(rest)) if name == GROUPED else most
+            least = best = most
         return Shapes((least, *rest), (best, *rest), (most, *rest))
 
 

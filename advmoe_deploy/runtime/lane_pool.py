@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import LifoQueue
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 from advmoe_deploy.errors import UsageError
@@ -21,6 +22,7 @@ class LanePool(Generic[L]):
     def __init__(self, lanes: Sequence[L]) -> None:
         self._count = len(lanes)
         self._is_closed = False
+        self._closing = Lock()
         # After the last lane is gone, None says so to whoever still waits.
         self._free: LifoQueue[L | None] = LifoQueue()
         for lane in lanes:
@@ -50,9 +52,10 @@ class LanePool(Generic[L]):
 
     def close(self) -> None:
         """Take the lanes back as they become free, so that their owner can release them."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for _ in range(self._count):
-            self._free.get()
-        self._free.put(None)
+        with self._closing:  # who comes second must not release what the first still waits for
+            if self._is_closed:
+                return
+            self._is_closed = True
+            for _ in range(self._count):
+                self._free.get()
+            self._free.put(None)
