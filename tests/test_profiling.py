@@ -12,6 +12,9 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import ENGINES
+from advmoe_deploy.specs import Precision
 
 
 def test_calls_are_interleaved_and_counted() -> None:
@@ -106,6 +109,22 @@ def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
     assert sum(int(n) for n in str(report.settings["router.expert_load_5"]).split(",")) == 5
     assert report.versions.keys() >= {"onnxruntime"}
     assert len(samples["dense onnxruntime fp32, batch 5"]) == 5
+
+
+def test_it_says_what_rounds_to_tf32(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = ENGINES["onnxruntime-plan"]
+
+    def rounding(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+        runner = exact(bundle, precision, threads)
+        monkeypatch.setattr(runner, "tf32", True)
+        return runner
+
+    monkeypatch.setitem(ENGINES, "onnxruntime-plan", rounding)
+    engines = ("onnxruntime", "onnxruntime-plan")
+    report = profile_bundle(
+        tiny_bundle, engines=engines, batches=(1,), against=(), n=2, warmup=1, threads=1
+    )
+    assert report.settings["rounded_to_tf32"] == "moe onnxruntime-plan fp32"
 
 
 def test_a_dense_bundle_is_profiled_alone_and_says_so(tmp_path: Path) -> None:

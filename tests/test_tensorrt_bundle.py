@@ -25,8 +25,9 @@ from advmoe_deploy.export.golden import read_golden
 from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
-from advmoe_deploy.export.tensorrt_engines import OnCpu, check_set
+from advmoe_deploy.export.tensorrt_engines import OnCpu, check_experts, check_set, experts_of
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.profiling.profile import _raised
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.runtime.tensorrt_plan import graph_files
 from advmoe_deploy.runtime.tensorrt_shapes import Shapes
@@ -82,6 +83,16 @@ def test_the_card_names_the_engines_and_keeps_the_rest(graphs: Bundle, built: Bu
     headings = [line for line in before.splitlines() if line.startswith("#")]
     assert [line for line in after.splitlines() if line.startswith("#")] == headings
     assert before.partition("## Graph passes")[2] == after.partition("## Graph passes")[2] != ""
+
+
+def test_a_profile_names_what_is_raised_once(built: Bundle) -> None:
+    sets = built.manifest.engines  # fp16 as graphs and as engines
+    raised = [e.model_copy(update={"segments": {**e.segments, "router": "fp32"}}) for e in sets]
+    changed = Bundle(built.path, built.manifest.model_copy(update={"engines": tuple(raised)}))
+    plan = sets[-1].plan
+    files = {name: built.file(file) for name, file in graph_files(plan).items()}
+    with CpuBuilder().runner(plan, files, (1, 8, 8), "fp16") as runner:
+        assert _raised(changed, runner) == {"fp32": ["router"]}
 
 
 def test_fp16_is_reported_and_fp32_needs_parity(built: Bundle) -> None:
@@ -155,6 +166,33 @@ def test_a_broken_engine_leaves_nothing(
         build_from_bundle(graphs, out, build=BUILD, precisions=[precision], builder=builder)
     assert ("expert" in victim) == (f"the engine of {victim} is off" in str(complaint.value))
     assert_nothing_left(out)
+
+
+def test_an_expert_may_answer_zeros(graphs: Bundle, tmp_path: Path) -> None:
+    engines, x_N = graphs.manifest.engines[0], np.ones((3, 1, 8, 8), np.float32)
+    plan, precisions = engines.plan, engines.segments
+
+    def check(answer: float) -> None:
+        expected = {}
+        for name in experts_of(plan):
+            (given,), (made,) = plan.segment(name).inputs, plan.segment(name).outputs
+            expected[name] = {given.name: x_N}, {made.name: np.full((3, 10), answer, np.float32)}
+        check_experts(tmp_path, plan, expected, OnCpu(BATCH), precisions, tf32=False)
+
+    for name in experts_of(plan):
+        file = plan.segment(name).file
+        model = onnx.load_model(graphs.file(file))
+        (last,) = (n for n in model.graph.node if n.output[0] == model.graph.output[0].name)
+        last.output[0] = "answer"
+        zero = onnx_numpy.from_array(np.zeros((), np.float32), "zero")
+        model.graph.initializer.append(zero)
+        made = model.graph.output[0].name
+        model.graph.node.append(onnx.helper.make_node("Mul", ["answer", "zero"], [made], "none"))
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(model.SerializeToString())
+    check(0.0)
+    with pytest.raises(CheckFailedError, match=r"expert-0 is off by 100\.00%"):
+        check(1.0)
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(graphs: Bundle, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def build_from_bundle(
         for each in wanted:
             engines.append(_Building(source, each, builder, build).written_to(staged))
             progress.advance("build")
-        manifest = _sealed(staged, source.manifest, tuple(engines), builder.device.tensorrt)
+        manifest = _sealed(staged, source, tuple(engines), builder.device.tensorrt)
         changed = [name for name, hashed in copied.items() if manifest.files[name] != hashed]
         if changed:
             raise BundleError(f"{source.path}: {changed[0]} changed meanwhile; build again")
@@ -204,20 +204,21 @@ def answers_of_experts(
 
 
 def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> dict[str, FileRecord]:
-    """Copy ``source`` but for ``left_out``; return what has to lie there in the end as well."""
+    """Copy ``source``, but for ``left_out`` and the card; return what was copied."""
     folders = tuple(f"{Path(e.plan.segments[0].file).parent.as_posix()}/" for e in left_out)
-    files = {n: r for n, r in source.manifest.files.items() if not n.startswith(folders)}
+    listed = source.manifest.files.items()
+    files = {n: record for n, record in listed if n != CARD and not n.startswith(folders)}
     for name in files:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source.path / name, staged / name)
-    return {name: record for name, record in files.items() if name != CARD}
+    return files
 
 
 def _sealed(
-    staged: Path, manifest: BundleManifest, engines: tuple[EngineSet, ...], tensorrt: str
+    staged: Path, source: Bundle, engines: tuple[EngineSet, ...], tensorrt: str
 ) -> BundleManifest:
     """Write the card anew, with ``engines``, and seal everything."""
-    card = (staged / CARD).read_text(encoding="utf-8")
+    card = source.file(CARD).read_text(encoding="utf-8")
     (staged / CARD).write_text(card_with_engines(card, engines), encoding="utf-8")
-    versions = {**manifest.versions, "tensorrt": tensorrt}
-    return seal_again(staged, manifest, engines=engines, versions=versions)
+    versions = {**source.manifest.versions, "tensorrt": tensorrt}
+    return seal_again(staged, source.manifest, engines=engines, versions=versions)

@@ -117,6 +117,8 @@ def profile_bundle(
         for form in {s.runner.custom_ops for s in subjects if isinstance(s.runner, GraphRunner)}:
             if form:
                 settings["custom_ops"] = str(form)
+        if rounded := [s.key for s in subjects if s.runner.tf32]:
+            settings["rounded_to_tf32"] = ", ".join(rounded)
         for batch in batches:
             repeated = np.resize(images, (batch, *images.shape[1:]))
             seconds = time_interleaved(
@@ -202,12 +204,12 @@ def _open_subjects(
 
 def _raised(bundle: Bundle, runner: Runner) -> dict[str, list[str]]:
     """Return by precision the segments that ``runner`` runs in a higher one than its own."""
+    engines = bundle.engine_set(backend_of(runner.name), runner.precision)
+    segments = engines.segments if engines else {}
     raised: dict[str, list[str]] = {}
-    for engines in bundle.manifest.engines:
-        if (engines.backend, engines.precision) == (backend_of(runner.name), runner.precision):
-            for name, precision in engines.segments.items():
-                if precision != runner.precision:
-                    raised.setdefault(precision, []).append(name)
+    for name, precision in segments.items():
+        if precision != runner.precision:
+            raised.setdefault(precision, []).append(name)
     return raised
 
 
