@@ -40,6 +40,7 @@ from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, Precision
 
 RESULT = Path(__file__).parent / "results" / "gpu_trt.json"
 BATCH = BatchProfile(min=1, opt=128, max=256)
+PRECISIONS = ("fp32", "fp16")  # those that there are bounds for
 PACKAGES = (
     "tensorrt",
     "cuda-bindings",
@@ -236,13 +237,14 @@ def ratios_to(times: dict[str, np.ndarray], base: str) -> Record:
 
 def stages() -> dict[str, Stage]:
     """Return the stages by name, in the order in which they build on each other."""
+    import gpu_trt_device as device
     import gpu_trt_engines as engines
     import gpu_trt_router as router
     import gpu_trt_torch as of_torch
     import gpu_trt_whole as whole
 
     return {
-        "device": engines.device,
+        "device": device.device,
         "export": of_torch.export,
         "reference": of_torch.reference,
         "build": engines.build,
@@ -272,9 +274,8 @@ def write_result(work: Work, out: Path) -> None:
         "optimization_level": work.level,
         "dry_run": work.dry,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = {**asked, "bounds": bounds(measured), "stages": measured}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main() -> None:
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the folder where stages meet")
     parser.add_argument("--stages", default="", help="by default all; names with commas")
     parser.add_argument("--models", default=",".join(MODELS), help="names with commas")
-    parser.add_argument("--precisions", default="fp32,fp16")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batches", default="1,64,256")
     parser.add_argument("--level", type=int, help="how long to build, 0 to 5; else TensorRT's own")
     parser.add_argument("--images", type=int, default=10_000, help="test images to compare on")
@@ -299,8 +300,10 @@ def main() -> None:
     asked = parser.parse_args()
     known = stages()
     chosen = [name for name in asked.stages.split(",") if name]
-    if unknown := [*({*chosen} - {*known}), *({*asked.models.split(",")} - {*MODELS})]:
-        parser.error(f"no stage and no model is called {', '.join(unknown)}")
+    unknown = [*({*chosen} - {*known}), *({*asked.models.split(",")} - {*MODELS})]
+    unknown += {*asked.precisions.split(",")} - {*PRECISIONS}
+    if unknown:
+        parser.error(f"no stage, model or precision here is called {', '.join(unknown)}")
     work = Work(
         asked.work,
         asked.data,

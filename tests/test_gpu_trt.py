@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from gpu_trt import Work, run_stage
+from gpu_trt import Work, main, run_stage
 
 
 class Stage:
@@ -88,3 +88,13 @@ def test_another_machine_begins_anew(work: Work, capsys: pytest.CaptureFixture[s
     run_stage("s", stage, work, out)
     assert stage.counts == {"first": 2, "second": 2}
     assert "of another machine" in capsys.readouterr().out
+
+
+def test_a_precision_without_bounds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["gpu_trt.py", "--data", "none", "--work", str(tmp_path), "--precisions", "fp16,bf16"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith("precision here is called bf16\n")
