@@ -180,7 +180,10 @@ def _parse(trt: Any, network: Any, onnx: bytes, name: str) -> None:
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     reasons = "; ".join(dict.fromkeys(" ".join(str(error.desc()).split()) for error in errors))
-    raise BundleError(f"TensorRT {version_text()} cannot read {name}: {reasons or 'no reason'}")
+    raise BundleError(
+        f"TensorRT {version_text()} cannot read {name}: {reasons or 'it gives no reason'}; use "
+        "another --precision, or a newer TensorRT"
+    )
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions, precision: Precision) -> None:
@@ -241,4 +244,7 @@ def _not_built(name: str) -> Exception:
         return MachineError(
             f"out of GPU memory while {name} was built; lower --batch-max or --workspace-mib"
         )
-    return CheckFailedError(f"TensorRT {version_text()} cannot build {name}: {reason}")
+    return CheckFailedError(
+        f"TensorRT {version_text()} cannot build {name}: {reason}; use another --precision, or a "
+        "newer TensorRT"
+    )

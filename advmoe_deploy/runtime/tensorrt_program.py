@@ -89,7 +89,10 @@ class Program(Closing):
         data = source if isinstance(source, bytes) else source.read_bytes()
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BundleError(f"TensorRT {version_text()} cannot load {self.name}: {_reason()}")
+            raise BundleError(
+                f"TensorRT {version_text()} cannot load {self.name}: {_reason()}; export it again "
+                "on this machine"
+            )
         self._runtime, self._engine = runtime, engine  # the first has to live as long
         self._lock = Lock()
         self.tensors = {name: self._tensor(trt, name) for name in self._names()}
