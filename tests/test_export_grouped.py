@@ -69,6 +69,20 @@ def test_grouped_experts_answer_what_those_in_branches_do(top_k: int, weighting:
         np.testing.assert_allclose(each, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["auto", "bodies"])
+def test_what_was_answered_before_changes_nothing(parts: Partition, form: str) -> None:
+    """A runtime plans memory by the first batch of a size; routes differ in the next."""
+    batches = [IMAGES, IMAGES[::-1].copy(), 1 - IMAGES, IMAGES]
+    grouped = graph_from_plan(parts.plan, parts.graphs)
+    with OrtEngine(grouped.SerializeToString(), threads=1, custom_ops=form) as engine:
+        found = [engine.run({"images": batch})["logits"] for batch in batches]
+    alone = []
+    for batch in batches:
+        with OrtEngine(grouped.SerializeToString(), threads=1, custom_ops=form) as engine:
+            alone.append(engine.run({"images": batch})["logits"])
+    np.testing.assert_array_equal(found, alone)
+
+
 def test_experts_of_convolutions_stay_in_their_branches() -> None:
     parts = parts_of(TINY)
     assert not are_groupable([parts.graphs[f"router.expert-{expert}"] for expert in range(2)])
