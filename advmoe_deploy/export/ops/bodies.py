@@ -88,8 +88,8 @@ _DISPATCH = """
         busy = Greater (load_E, zero)
     }
 """
-# Answers are concatenated as they come: collected in a sequence and concatenated at the end, they made
-# ONNX Runtime 1.18 lose rows from the second batch of a size on, where it plans memory by the first.
+# Answers are concatenated as they come. Collected in a sequence and concatenated at the end, they
+# made ONNX Runtime 1.18 lose rows from the second batch of a size on: it plans memory by the first.
 _LINEAR = """
     ExpertLinear (x, offsets, weight, bias) => (y) {
         one = Constant <value_int: int = 1> ()
