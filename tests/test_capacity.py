@@ -167,7 +167,12 @@ def test_noise_is_seeded_and_what_was_before_it_is_kept() -> None:
 def test_an_adjusted_choice_keeps_the_gradient_of_its_weights() -> None:
     scores = scores_of(16, 4).requires_grad_(True)
     for overflow in ("reassign", "drop"):
-        adjust = Adjust(noise=0.1, capacity_factor=1.0, overflow=overflow)  # type: ignore[arg-type]
+        adjust = Adjust(
+            noise=0.1,
+            capacity_factor=1.0,
+            overflow=overflow,  # type: ignore[arg-type]
+            normal=seeded(0),
+        )
         routes = Routes(surrogate="probability", adjust=adjust)
         routing = routes.decide(rule_of(4, 1), lambda x: x, scores)
         (gradient,) = torch.autograd.grad(routing.weights_NK.sum(), scores)
