@@ -1,5 +1,6 @@
 """The page that ``advmoe profile --html`` writes."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -52,3 +53,25 @@ def test_without_what_draws_it_says_so_before_the_work(
     assert run(["profile", str(tiny_bundle.path), "--html", str(page)]) == 4
     assert capsys.readouterr().err.endswith("run: pip install 'advmoe-deploy[report]'\n")
     assert not page.exists()
+
+
+def test_a_page_that_cannot_be_written_takes_no_figure_with_it(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    page = tmp_path / "file" / "page.html"
+    command = ["profile", str(tiny_bundle.path), "--batch", "1", "--against", "", "--json"]
+    assert run([*command, "--html", str(page)]) == 3
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"][0]["batch"] == 1
+    assert captured.err.splitlines()[-1].startswith("advmoe: error: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_a_directory_is_refused_before_the_work(
+    option: str, capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    assert run(["profile", str(tiny_bundle.path), option, str(tmp_path)]) == 2
+    assert f"{option}: {tmp_path} is a directory; name a file in it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from advmoe_deploy.cli.options import (
     positive_numbers,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import CheckFailedError, unknown_name
+from advmoe_deploy.errors import CheckFailedError, UsageError, unknown_name
 from advmoe_deploy.profiling.baselines import BASELINES
 
 
@@ -89,6 +89,9 @@ def profile(
     for baseline in baselines:
         if baseline not in BASELINES:
             raise unknown_name("baseline", baseline, BASELINES)
+    for option, file in (("--out", out), ("--html", html)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: {file} is a directory; name a file in it")
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli import tables
@@ -108,8 +111,9 @@ def profile(
             threads=threads,
             progress=ui.progress,
         )
+        # Shown first: a file that cannot be written takes no measurement with it.
+        ui.show(report.model_dump(mode="json"), lambda: tables.latency_report(report))
         if out is not None:
             write_atomically(out, (report.model_dump_json(indent=2) + "\n").encode())
         if html is not None:
             profile_report.write_profile_report(report, opened, html)
-        ui.show(report.model_dump(mode="json"), lambda: tables.latency_report(report))
