@@ -66,7 +66,7 @@ def test_every_command_has_examples() -> None:
         (["import", "missing", "--from", "advmo"], 2, "did you mean advmoe"),
         (["import", "missing", "--from", "advmoe", "--set", "x"], 2, "no KEY=VALUE"),
         (["export", "missing", "--format", "onx"], 2, "unknown format 'onx'; did you mean onnx"),
-        (["export", "missing", "--format", "triton"], 4, "not available in this release"),
+        (["export", "missing", "--format", "triton"], 2, "unknown format 'triton'"),
         (["export", "x", "--format", "onnx", "--precision", "int9"], 2, "did you mean int8"),
         (["export", "x", "--format", "onnx", "--precision", "bf16"], 2, "does not compute in bf16"),
         (["export", "missing", "--format", "onnx"], 3, "missing"),
@@ -81,7 +81,7 @@ def test_every_command_has_examples() -> None:
         (["analyze", "missing", "--sigma", "0"], 2, "smoothing: sigma"),
         (["analyze", "missing", "--images", "0"], 2, "images"),
         (["serve", "missing"], 3, "missing is no directory"),
-        (["serve", "missing", "--input", "x"], 2, "both --input and --output"),
+        (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),
         (["predict", "missing", "--input", "x", "--output", "y.jsonl"], 3, "no directory"),
         (["list", "engine"], 2, "did you mean engines"),
     ],
@@ -139,7 +139,9 @@ def test_list_and_doctor(capsys: Capture) -> None:
 def test_doctor_names_the_extra_of_what_is_missing(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("advmoe_deploy.cli.look.OPTIONAL", {"x": ("no-such-package", "serve")})
+    monkeypatch.setattr(
+        "advmoe_deploy.cli.commands.doctor.OPTIONAL", {"x": ("no-such-package", "serve")}
+    )
     assert run(["doctor"]) == 0
     assert "pip install 'advmoe-deploy[serve]'" in capsys.readouterr().out
 
@@ -183,18 +185,17 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["predict", "serve"])
 def test_predict_counts_what_it_could_not_read(
-    capsys: Capture, tiny_bundle: Bundle, folder: Path, command: str
+    capsys: Capture, tiny_bundle: Bundle, folder: Path
 ) -> None:
     output = folder.parent / "a.jsonl"
     files = ["--input", str(folder), "--output", str(output)]
-    value = answer(capsys, command, str(tiny_bundle.path), *files)
+    value = answer(capsys, "predict", str(tiny_bundle.path), *files)
     assert (value["images"], value["errors"], value["output"]) == (4, 1, str(output))
     assert len(output.read_text().splitlines()) == 4
-    assert run([command, str(tiny_bundle.path), *files, "--overwrite"]) == 0
+    assert run(["predict", str(tiny_bundle.path), *files, "--overwrite"]) == 0
     assert "1 unreadable" in capsys.readouterr().out
-    assert run([command, str(tiny_bundle.path), *files, "--overwrite", "--on-error", "fail"]) == 3
+    assert run(["predict", str(tiny_bundle.path), *files, "--overwrite", "--on-error", "fail"]) == 3
     assert "1 of 4 inputs could not be read" in capsys.readouterr().err
 
 

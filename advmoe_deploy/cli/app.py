@@ -4,14 +4,24 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from advmoe_deploy import __version__
-from advmoe_deploy.cli import build, check, import_, look, serve
-from advmoe_deploy.cli.analyze import analyze
+from advmoe_deploy.cli.commands.analyze import analyze
+from advmoe_deploy.cli.commands.demo import demo
+from advmoe_deploy.cli.commands.doctor import doctor
+from advmoe_deploy.cli.commands.export import export
+from advmoe_deploy.cli.commands.import_ import import_checkpoint
+from advmoe_deploy.cli.commands.inspect import inspect
+from advmoe_deploy.cli.commands.list_names import list_names
+from advmoe_deploy.cli.commands.predict import predict
+from advmoe_deploy.cli.commands.profile import profile
+from advmoe_deploy.cli.commands.serve import serve
+from advmoe_deploy.cli.commands.sweep import sweep
+from advmoe_deploy.cli.commands.train import train
+from advmoe_deploy.cli.commands.verify import verify
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
@@ -20,10 +30,7 @@ from advmoe_deploy.cli.failures import (
     one_line,
     watched_interrupts,
 )
-from advmoe_deploy.cli.options import Json
-from advmoe_deploy.cli.session import forget_shown, print_json_error, session
-from advmoe_deploy.cli.sweep import sweep
-from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.cli.session import forget_shown, print_json_error
 
 app = typer.Typer(
     name="advmoe",
@@ -38,38 +45,20 @@ app = typer.Typer(
     ),
 )
 
-
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("demo-out"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Two epochs: see every stage, not robustness.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Go the whole road on handwritten digits, in minutes, and leave an HTML report."""
-    with session(as_json) as ui:
-        from advmoe_deploy.cli.demo import run_demo, screen
-
-        result = run_demo(out, quick=quick, progress=ui.progress)
-        ui.show(result.model_dump(mode="json"), lambda: screen(result))
-    if not result.verify.passed:
-        raise CheckFailedError(f"robustness did not survive the export; see {result.report}")
-
-
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "train": build.train,
+    "train": train,
     "sweep": sweep,
-    "import": import_.import_checkpoint,
-    "export": build.export,
-    "verify": check.verify,
-    "profile": check.profile,
+    "import": import_checkpoint,
+    "export": export,
+    "verify": verify,
+    "profile": profile,
     "analyze": analyze,
-    "serve": serve.serve,
-    "predict": serve.predict,
-    "inspect": look.inspect,
-    "list": look.list_names,
+    "serve": serve,
+    "predict": predict,
+    "inspect": inspect,
+    "list": list_names,
     "demo": demo,
-    "doctor": look.doctor,
+    "doctor": doctor,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, epilog=epilog(_name))(_command)

@@ -1,16 +1,15 @@
-"""The commands that make something: train, export."""
+"""The command ``export``."""
 
-import os
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 
 from advmoe_deploy.bundle import MANIFEST, Bundle, open_bundle
-from advmoe_deploy.cli import tensorrt_options
-from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
+from advmoe_deploy.cli.commands import tensorrt_options
+from advmoe_deploy.cli.options import Data, Json, Overwrite
 from advmoe_deploy.cli.session import Session, session
-from advmoe_deploy.errors import BackendUnavailableError, unknown_name
+from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.specs import Backend, Precision
 
@@ -19,53 +18,6 @@ FORMATS: dict[str, Backend] = {
     "openvino": "openvino",
     "trt": "tensorrt",
 }
-PLANNED_FORMATS = ("triton",)
-
-
-def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="'advmoe list recipes' names them.")
-    ],
-    data: Data = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; by default runs/RECIPE.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Overwrite = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable."
-        ),
-    ] = None,
-    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
-    threads: TorchThreads = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a model adversarially by a recipe."""
-    with session(as_json) as ui:
-        from advmoe_deploy.train.recipes import apply_overrides
-        from advmoe_deploy.train.recipes import recipe as recipe_named
-
-        chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
-        config = apply_overrides(recipe_named(recipe), chosen)
-
-        from advmoe_deploy.cli import training_tables
-        from advmoe_deploy.data.registry import load_dataset
-        from advmoe_deploy.train.loop import train as train_model
-
-        use_torch_threads(threads)
-        report = train_model(
-            config,
-            load_dataset(config.data),
-            out or Path("runs") / recipe,
-            resume=resume,
-            overwrite=overwrite,
-            devices=devices,
-            progress=ui.progress,
-        )
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
-            ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
 
 
 def export(
@@ -113,10 +65,6 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
-    if to in PLANNED_FORMATS:
-        raise BackendUnavailableError(
-            f"format '{to}' is not available in this release; use --format {' or '.join(FORMATS)}"
-        )
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
     precisions = [_precision(name) for name in dict.fromkeys(precision or ["fp32"])]

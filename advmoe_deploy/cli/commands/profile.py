@@ -1,4 +1,4 @@
-"""The commands that measure a bundle: verify, profile."""
+"""The command ``profile``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,65 +7,13 @@ import typer
 
 from advmoe_deploy.cli.options import (
     BundlePath,
-    Data,
-    Engine,
     Json,
-    Suite,
-    Threads,
     names,
     positive_numbers,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import CheckFailedError, UsageError, unknown_name
+from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.profiling.baselines import BASELINES
-
-
-def verify(
-    bundle: BundlePath,
-    engine: Engine = "onnxruntime",
-    data: Data = None,
-    attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", min=0.0, help="Accuracy it may lose, in points.")
-    ] = 0.5,
-    images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Test images; by default all.")
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
-        ),
-    ] = None,
-    threads: Threads = 0,
-    as_json: Json = False,
-) -> None:
-    """Attack the model and its export alike; exit 1 if robustness did not survive."""
-    with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
-        from advmoe_deploy.cli import tables
-        from advmoe_deploy.verify.verify import verify_bundle
-
-        report = verify_bundle(
-            open_bundle(bundle),
-            engine=engine,
-            data=data,
-            attacks=attacks.value,
-            max_drop=max_drop,
-            images=images,
-            epsilon=epsilon,
-            threads=threads,
-            progress=ui.progress,
-        )
-        ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
-    if not report.passed:
-        clean, robust = report.clean_accuracy, report.robust_accuracy
-        raise CheckFailedError(
-            f"clean accuracy fell by {100 * (clean.reference - clean.engine):.2f} points, robust "
-            f"accuracy by {100 * (robust.reference - robust.engine):.2f}; the limit is "
-            f"{max_drop:g}; "
-            "do not ship this bundle, or raise --max-drop"
-        )
 
 
 def profile(

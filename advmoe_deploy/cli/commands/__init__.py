@@ -1,0 +1,1 @@
+"""A file per command of ``advmoe``, named as the command is."""

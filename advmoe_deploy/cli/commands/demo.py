@@ -1,0 +1,27 @@
+"""The command ``demo``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import Json
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import CheckFailedError
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("demo-out"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two epochs: see every stage, not robustness.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Go the whole road on handwritten digits, in minutes, and leave an HTML report."""
+    with session(as_json) as ui:
+        from advmoe_deploy.cli.demo import run_demo, screen
+
+        result = run_demo(out, quick=quick, progress=ui.progress)
+        ui.show(result.model_dump(mode="json"), lambda: screen(result))
+    if not result.verify.passed:
+        raise CheckFailedError(f"robustness did not survive the export; see {result.report}")

@@ -1,0 +1,70 @@
+"""The command ``doctor``."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+
+from advmoe_deploy import __version__
+from advmoe_deploy.cli.extras import OPTIONAL, REQUIRED
+from advmoe_deploy.cli.options import Json
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import AdvMoEError, missing_extra
+from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.runtime.custom_ops import find_custom_ops
+from advmoe_deploy.runtime.kernels.build import find_compiler
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what runs here, and which extra brings what is missing.
+
+    Ends with 4 if no engine is installed, and with 3 if the library of our operators is not the one
+    that was compiled.
+    """
+    with session(as_json) as ui:
+        from advmoe_deploy.cli import tables
+        from advmoe_deploy.runtime.gpu_path import gpu_path
+
+        engines = {name: _version(name) for name in ("onnxruntime", "openvino")}
+        custom_ops, problem = _custom_ops()
+        value = {
+            "advmoe": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": processor_name(),
+            "cpus": _usable_cpus(),
+            "engines": engines,
+            "gpu": {name: asdict(part) for name, part in gpu_path().items()},
+            "compiler": find_compiler(),
+            "custom_ops": custom_ops,
+            "packages": {
+                **{name: {"version": _version(name), "extra": None} for name in REQUIRED},
+                **{name: {"version": _version(name), "extra": e} for name, e in OPTIONAL.values()},
+            },
+        }
+        ui.show(value, lambda: tables.doctor_report(value))
+    if not any(engines.values()):
+        problem = problem or missing_extra("onnxruntime", "cpu")
+    if problem:
+        raise problem
+
+
+def _custom_ops() -> tuple[dict[str, str | None], AdvMoEError | None]:
+    """Return which form of our operators runs here, and what is wrong with it, if anything."""
+    try:
+        return find_custom_ops().as_json(), None
+    except AdvMoEError as error:
+        return {"form": None, "reason": str(error), "library": None}, error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

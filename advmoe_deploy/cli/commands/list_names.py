@@ -1,0 +1,75 @@
+"""The command ``list``."""
+
+from typing import Annotated, get_args
+
+import typer
+
+from advmoe_deploy.cli.options import Json
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import unknown_name
+
+_ENGINE_SUMMARIES = {
+    "onnxruntime": "the one graph, model.onnx",
+    "onnxruntime-plan": "one session per segment; this package dispatches the rows",
+    "onnxruntime-cuda": "the same on a GPU; needs onnxruntime-gpu",
+    "onnxruntime-trt": "the same, through TensorRT where it can; needs onnxruntime-gpu",
+    "openvino": "one graph per precision; of a bundle exported with --format openvino",
+    "openvino-plan": "one compiled graph per segment; this package dispatches the rows",
+    "tensorrt": "engines built for one GPU; of a bundle exported there with --format trt",
+    "tensorrt-at-once": "up to 4 images on every expert beside the router, without a wait",
+}
+_DATA_SUMMARIES = {
+    "digits": "1,797 handwritten digits, 8 x 8, embedded",
+    "cifar10": "cifar10:PATH reads the hub's parquet files; without a path, the hub",
+    "cifar100": "as cifar10, with its 100 fine labels",
+    "tiny-imagenet": "200 classes, 64 x 64; as cifar10",
+    "imagenet": "imagenet:PATH reads PATH/train/CLASS/* and PATH/val/CLASS/*, 224 x 224",
+    "folder": "folder:PATH?size=64 reads any images laid out like that",
+}
+
+
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="One of them; by default all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List recipes, models, engines and data sets."""
+    listings = {"recipes": _recipes, "models": _models, "engines": _engines, "data": _data}
+    if kind is not None and kind not in listings:
+        raise unknown_name("kind", kind, listings)
+    with session(as_json) as ui:
+        from advmoe_deploy.cli import tables
+
+        value = {one: listings[one]() for one in ([kind] if kind else listings)}
+        ui.show(value, lambda: tables.name_lists(value))
+
+
+def _recipes() -> list[dict[str, str]]:
+    from advmoe_deploy.train.recipes import RECIPES
+
+    return [_entry(name, f"{each.summary}; {each.figures}") for name, each in RECIPES.items()]
+
+
+def _models() -> list[dict[str, str]]:
+    from advmoe_deploy.families import Backbone, Family
+
+    return [
+        _entry(family, f"backbones: {', '.join(get_args(Backbone))}") for family in get_args(Family)
+    ]
+
+
+def _engines() -> list[dict[str, str]]:
+    from advmoe_deploy.runtime.select import ENGINES
+
+    return [_entry(name, _ENGINE_SUMMARIES.get(name, "")) for name in ENGINES]
+
+
+def _data() -> list[dict[str, str]]:
+    from advmoe_deploy.data.registry import DATASETS
+
+    return [_entry(name, _DATA_SUMMARIES.get(name, "")) for name in DATASETS]
+
+
+def _entry(name: str, summary: str) -> dict[str, str]:
+    return {"name": name, "summary": summary}

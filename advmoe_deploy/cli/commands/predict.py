@@ -1,0 +1,62 @@
+"""The command ``predict``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import BundlePath, Engine, Json, OnError, Overwrite, Threads
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import DataError, UsageError
+
+
+def predict(
+    bundle: BundlePath,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", metavar="DIR|GLOB|FILE", help="Images, or a .txt list of paths."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A .jsonl or .parquet file, one row per input.")
+    ] = None,
+    engine: Engine = "onnxruntime",
+    threads: Threads = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per inference.")] = 64,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Also list the best K classes.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="Exit 0 or 3 if some inputs are unreadable.")
+    ] = OnError.keep,
+    as_json: Json = False,
+) -> None:
+    """Classify files: one row per input, unreadable ones included."""
+    if source is None or output is None:
+        raise UsageError("files need both --input and --output; see 'advmoe predict --help'")
+    with session(as_json) as ui:
+        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.cli import tables
+        from advmoe_deploy.serving.batch import classify_files
+
+        report = classify_files(
+            open_bundle(bundle),
+            source,
+            output,
+            engine=engine,
+            threads=threads,
+            batch=batch,
+            top_k=top_k,
+            resume=resume,
+            overwrite=overwrite,
+            progress=ui.progress,
+        )
+        ui.show(report.model_dump(mode="json"), lambda: tables.batch_report(report))
+    if report.errors == report.images:
+        raise DataError(
+            f"none of {report.images} inputs could be read; the column error of {output} says why"
+        )
+    if report.errors and on_error is OnError.fail:
+        raise DataError(
+            f"{report.errors} of {report.images} inputs could not be read; "
+            f"the column error of {output} says why"
+        )

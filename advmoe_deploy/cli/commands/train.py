@@ -1,0 +1,56 @@
+"""The command ``train``."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
+from advmoe_deploy.cli.session import session
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="'advmoe list recipes' names them.")
+    ],
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; by default runs/RECIPE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable."
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
+    threads: TorchThreads = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a model adversarially by a recipe."""
+    with session(as_json) as ui:
+        from advmoe_deploy.train.recipes import apply_overrides
+        from advmoe_deploy.train.recipes import recipe as recipe_named
+
+        chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
+        config = apply_overrides(recipe_named(recipe), chosen)
+
+        from advmoe_deploy.cli import training_tables
+        from advmoe_deploy.data.registry import load_dataset
+        from advmoe_deploy.train.loop import train as train_model
+
+        use_torch_threads(threads)
+        report = train_model(
+            config,
+            load_dataset(config.data),
+            out or Path("runs") / recipe,
+            resume=resume,
+            overwrite=overwrite,
+            devices=devices,
+            progress=ui.progress,
+        )
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
+            ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
