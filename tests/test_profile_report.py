@@ -9,7 +9,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.cli.profile_report import write_profile_report
+from advmoe_deploy.cli.pages.profile_report import write_profile_report
 from advmoe_deploy.profiling.profile import profile_bundle
 
 

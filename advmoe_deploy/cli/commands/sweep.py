@@ -61,7 +61,7 @@ def sweep(
         numbers = _seeds(seeds)
         sweep_configs(config, key, values, numbers)
 
-        from advmoe_deploy.cli.plots import require_matplotlib
+        from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.data.registry import load_dataset
 
         require_matplotlib()
@@ -84,7 +84,7 @@ def sweep(
 
 def sweep_svg(report: SweepReport) -> str:
     """Return accuracies over the swept setting beside the MACs that each value costs."""
-    from advmoe_deploy.cli.plots import svg_of
+    from advmoe_deploy.cli.pages.plots import svg_of
 
     return svg_of(
         "sweep",
@@ -93,7 +93,7 @@ def sweep_svg(report: SweepReport) -> str:
 
 
 def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.plots import DENSE, MOE
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE
 
     x = [point.value for point in report.points]
     for name, colour in (("robust_accuracy", MOE), ("clean_accuracy", DENSE)):
@@ -111,7 +111,7 @@ def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
 
 
 def _draw_macs(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.plots import DENSE, MOE, UNFUSED
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE, UNFUSED
 
     x = range(len(report.points))
     macs = [point.macs for point in report.points]

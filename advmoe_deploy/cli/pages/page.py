@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from advmoe_deploy.cli.plots import require_matplotlib
+from advmoe_deploy.cli.pages.plots import require_matplotlib
 from advmoe_deploy.errors import missing_extra
 
 
@@ -14,7 +14,7 @@ def require_libraries() -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page of ``template``, a file beside this one, with ``values`` in it."""
+    """Return the page of ``template``, a path below ``cli``, with ``values`` in it."""
     page: str = _environment().get_template(template).render(**values)
     return page
 
@@ -25,7 +25,7 @@ def _environment() -> Any:
     except ImportError:
         raise missing_extra("jinja2", "report") from None
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.cli.pages import render
-from advmoe_deploy.cli.plots import latency_svg, throughput_svg
+from advmoe_deploy.cli.pages.page import render
+from advmoe_deploy.cli.pages.plots import latency_svg, throughput_svg
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.reports import LatencyReport
 
@@ -15,7 +15,7 @@ def write_profile_report(report: LatencyReport, bundle: Bundle, out: Path) -> No
     if len({row.batch for row in report.rows}) > 1:
         plots["throughput"] = throughput_svg(report)
     page = render(
-        "profile_report.html.jinja",
+        "pages/profile_report.html.jinja",
         report=report,
         plots=plots,
         bundle=bundle.path.resolve().name,

@@ -12,9 +12,14 @@ from PIL import Image
 
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.bundle import open_bundle
-from advmoe_deploy.cli.demo_result import DemoResult
-from advmoe_deploy.cli.pages import render
-from advmoe_deploy.cli.plots import expert_load_svg, latency_svg, robustness_svg, summary_svg
+from advmoe_deploy.cli.demo.result import DemoResult
+from advmoe_deploy.cli.pages.page import render
+from advmoe_deploy.cli.pages.plots import (
+    expert_load_svg,
+    latency_svg,
+    robustness_svg,
+    summary_svg,
+)
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.files import write_atomically
@@ -22,7 +27,7 @@ from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import AttackSpec
 
-_TEMPLATE = "demo_report.html.jinja"
+_TEMPLATE = "demo/report.html.jinja"
 
 
 def write_demo_report(result: DemoResult, out: Path) -> None:

@@ -11,7 +11,7 @@ from advmoe_deploy.analysis.routes import LayerUse
 from advmoe_deploy.analysis.routing_change import AttackEffect, LayerChange
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.analysis.smoothing import SmoothingReport
-from advmoe_deploy.cli.plots import DENSE, EXPERT_COLOURS, INK, MOE, PALE, UNFUSED
+from advmoe_deploy.cli.pages.plots import DENSE, EXPERT_COLOURS, INK, MOE, PALE, UNFUSED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

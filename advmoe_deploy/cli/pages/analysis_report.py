@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
-from advmoe_deploy.cli.analysis_plots import figures_of
 from advmoe_deploy.cli.analysis_tables import interval
-from advmoe_deploy.cli.pages import render
-from advmoe_deploy.cli.plots import style, svg_text
+from advmoe_deploy.cli.pages.analysis_plots import figures_of
+from advmoe_deploy.cli.pages.page import render
+from advmoe_deploy.cli.pages.plots import style, svg_text
 
 HTML = "report.html"
-_TEMPLATE = "analysis_report.html.jinja"
+_TEMPLATE = "pages/analysis_report.html.jinja"
 _DPI = 130
 
 

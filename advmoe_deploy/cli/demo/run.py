@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.cli.demo_report import write_demo_report
-from advmoe_deploy.cli.demo_result import DemoResult
-from advmoe_deploy.cli.demo_training import train_side_by_side
+from advmoe_deploy.cli.demo.report import write_demo_report
+from advmoe_deploy.cli.demo.result import DemoResult
+from advmoe_deploy.cli.demo.training import train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
