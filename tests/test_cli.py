@@ -13,11 +13,12 @@ import typer
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.cli import failures, tables
+from advmoe_deploy.cli import failures
 from advmoe_deploy.cli.app import app, run
 from advmoe_deploy.cli.examples import EXAMPLES
 from advmoe_deploy.cli.options import positive_numbers
-from advmoe_deploy.cli.render import PlainProgress, RichProgress, draw_on
+from advmoe_deploy.cli.tables.bundle import bundle as tables
+from advmoe_deploy.cli.tables.render import PlainProgress, RichProgress, draw_on
 from advmoe_deploy.errors import BundleError, MachineError, UsageError
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair, RobustReport
 from advmoe_deploy.specs import ThreatModel

@@ -27,7 +27,7 @@ class Session:
 
     def show(self, value: Mapping[str, Any], draw: Callable[[], "RenderableType"]) -> None:
         """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
-        from advmoe_deploy.cli.render import draw_on
+        from advmoe_deploy.cli.tables.render import draw_on
 
         if self._as_json:
             print_json(value, self._stdout)
@@ -39,7 +39,7 @@ class Session:
 @contextmanager
 def session(as_json: bool) -> Iterator[Session]:
     """Yield a session; what libraries print meanwhile goes to stderr."""
-    from advmoe_deploy.cli.render import shown_progress
+    from advmoe_deploy.cli.tables.render import shown_progress
 
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), shown_progress() as progress:

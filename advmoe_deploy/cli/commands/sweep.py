@@ -141,6 +141,6 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _table(report: SweepReport) -> RenderableType:
-    from advmoe_deploy.cli.training_tables import sweep_report
+    from advmoe_deploy.cli.tables.training import sweep_report
 
     return sweep_report(report, f"{report.out}/{PLOT}")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
-from advmoe_deploy.cli.analysis_tables import interval
 from advmoe_deploy.cli.pages.analysis_plots import figures_of
 from advmoe_deploy.cli.pages.page import render
 from advmoe_deploy.cli.pages.plots import style, svg_text
+from advmoe_deploy.cli.tables.analysis import interval
 
 HTML = "report.html"
 _TEMPLATE = "pages/analysis_report.html.jinja"

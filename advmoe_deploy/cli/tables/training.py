@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
-from advmoe_deploy.cli.tables import facts, new_table, percent
+from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
 
 if TYPE_CHECKING:
     from advmoe_deploy.train.loop import TrainReport
