@@ -27,8 +27,8 @@ def _export(work: Work, model: str) -> Record:
     import onnx
     import torch
 
+    from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.low_precision import lowered
-    from advmoe_deploy.export.onnx_export import export_onnx
     from advmoe_deploy.export.onnx_graph import write_model
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
@@ -219,7 +219,7 @@ def verify(work: Work) -> Iterator[Part]:
 
 def _verify(work: Work) -> Record:
     from advmoe_deploy.errors import UsageError
-    from advmoe_deploy.export.onnx_export import export_onnx
+    from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions
     from advmoe_deploy.verify.verify import verify_bundle

@@ -37,7 +37,7 @@ from export_cpu import advmoe, numbers
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.quantize import quantised
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint

@@ -76,7 +76,7 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
     import torch
 
     from advmoe_deploy.data.registry import load_dataset
-    from advmoe_deploy.export.onnx_export import export_onnx
+    from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.macs import macs_of
     from advmoe_deploy.train.loop import train

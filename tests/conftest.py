@@ -66,7 +66,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The export of ``tiny_run``. Read it only; copy the directory to change a file."""
-    from advmoe_deploy.export.onnx_export import export_onnx
+    from advmoe_deploy.export.from_run import export_onnx
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     export_onnx(tiny_run, out, targets=[OPENVINO])
@@ -96,7 +96,7 @@ def assert_nothing_left(out: Path) -> None:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     """A run and a bundle of each family by name, made when first asked for. Read them only."""
-    from advmoe_deploy.export.onnx_export import export_onnx
+    from advmoe_deploy.export.from_run import export_onnx
 
     folder = tmp_path_factory.mktemp("families")
 

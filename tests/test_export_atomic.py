@@ -16,7 +16,7 @@ from advmoe_deploy.errors import (
     UsageError,
     machine_error,
 )
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 
 
 def test_an_existing_target_is_left_alone(tiny_run: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.progress import Silent
 
 class Talker(Silent):

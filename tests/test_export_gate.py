@@ -15,7 +15,7 @@ from advmoe_deploy.errors import (
     CheckFailedError,
     CheckpointError,
 )
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.progress import Silent
 

@@ -17,7 +17,7 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.exam import ATTACK
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport

@@ -21,7 +21,7 @@ from onnx.helper import (
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -9,7 +9,7 @@ from conftest import TINY, write_run
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.runner import Runner

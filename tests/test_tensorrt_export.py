@@ -20,9 +20,9 @@ from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
 from advmoe_deploy.export import tensorrt
 from advmoe_deploy.export.engine_sets import Subject, subject_of
 from advmoe_deploy.export.exam import Examples
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.movers import Mover, movers
-from advmoe_deploy.export.onnx_export import export_onnx
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.reference import reference_answers

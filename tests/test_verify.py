@@ -19,7 +19,7 @@ from advmoe_deploy.bundle import (
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.models.checkpoint import model_from_weights
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.runtime.runner import Runner

@@ -98,7 +98,7 @@ def export(
                 progress=ui.progress,
             )
         else:
-            from advmoe_deploy.export.onnx_export import export_onnx
+            from advmoe_deploy.export.from_run import export_onnx
             from advmoe_deploy.export.targets import Target
 
             targets = [Target(FORMATS[to], each, onnx_only, build, around) for each in precisions]

@@ -47,8 +47,8 @@ def profile(
         from advmoe_deploy.profiling.profile import profile_bundle
 
         if html is not None:
-            from advmoe_deploy.cli.pages.page import page as pages
-            from advmoe_deploy.cli.pages.page import profile_report
+            from advmoe_deploy.cli.pages import page as pages
+            from advmoe_deploy.cli.pages import profile_report
 
             pages.require_libraries()
         opened = open_bundle(bundle)

@@ -16,7 +16,7 @@ from advmoe_deploy.cli.demo.training import train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.progress import Progress
