@@ -38,8 +38,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 import torch
 
 from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, open_bundle
+from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.images import parity_images
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, RunStep, Segment, TensorInfo

@@ -28,7 +28,7 @@ from export_cpu import robust_experts, untrained_bundle
 from onnx.reference import ReferenceEvaluator
 
 from advmoe_deploy.bundle import MODEL, Bundle
-from advmoe_deploy.export.images import parity_images
+from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.export.parity import compare_answers
 from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.models.checkpoint import load_checkpoint

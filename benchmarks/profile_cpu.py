@@ -31,8 +31,8 @@ import torch
 from released import ReleasedDispatch
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.images import parity_images
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.models.routing import Routes

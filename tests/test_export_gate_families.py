@@ -12,7 +12,7 @@ from families import spec_of
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.every_expert import require_every_expert
+from advmoe_deploy.export.checks.every_expert import require_every_expert
 from advmoe_deploy.export.from_run import check_graphs, write_graphs
 from advmoe_deploy.export.partition import Partition
 from advmoe_deploy.export.reference import reference_answers

@@ -14,7 +14,7 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.every_expert import require_every_expert
+from advmoe_deploy.export.checks.every_expert import require_every_expert
 from advmoe_deploy.export.grouped import are_groupable
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.stitch import Form, graph_from_plan

@@ -17,8 +17,8 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, DataError
+from advmoe_deploy.export.checks.images import labelled_images
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.images import labelled_images
 from advmoe_deploy.export.low_precision import lowered
 from advmoe_deploy.export.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target

@@ -15,8 +15,9 @@ from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.attacked import with_accuracy
 from advmoe_deploy.export.calibrate import calibrated
+from advmoe_deploy.export.checks.every_expert import require_forced, require_weights
+from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
-from advmoe_deploy.export.every_expert import require_forced, require_weights
 from advmoe_deploy.export.exam import (
     Exam,
     Examples,
@@ -26,7 +27,6 @@ from advmoe_deploy.export.exam import (
     precision_report,
 )
 from advmoe_deploy.export.fuse import Fused, fuse
-from advmoe_deploy.export.golden import golden_rows
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.partition import Partition

@@ -26,16 +26,16 @@ from advmoe_deploy.bundle import (
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.export.answers import Answers, Images
-from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
-from advmoe_deploy.export.every_expert import (
+from advmoe_deploy.export.checks.every_expert import (
     require_branches,
     require_every_expert,
     require_segments,
     unvisited_experts,
 )
+from advmoe_deploy.export.checks.golden import golden_rows, write_golden
+from advmoe_deploy.export.checks.images import labelled_images, parity_images
+from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
 from advmoe_deploy.export.exam import Examples
-from advmoe_deploy.export.golden import golden_rows, write_golden
-from advmoe_deploy.export.images import labelled_images, parity_images
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity

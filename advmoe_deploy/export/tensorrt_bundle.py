@@ -26,8 +26,8 @@ from advmoe_deploy.bundle import (
 )
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.export.answers import Images
+from advmoe_deploy.export.checks.golden import read_golden
 from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, precision_report
-from advmoe_deploy.export.golden import read_golden
 from advmoe_deploy.export.low_precision import for_cpu
 from advmoe_deploy.export.model_card import card_with_engines
 from advmoe_deploy.export.movers import movers
