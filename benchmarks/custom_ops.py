@@ -37,11 +37,11 @@ import torch
 from export_cpu import CASES, advmoe, numbers
 from onnx import ModelProto
 
-from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph.writer import GraphWriter
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router
-from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, TensorInfo
 from advmoe_deploy.profiling.processor import processor_name

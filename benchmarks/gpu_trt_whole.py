@@ -48,7 +48,7 @@ def _build(work: Work, model: str, precision: Precision) -> Record:
     """Write the one graph of a set's graphs, and build it."""
     import onnx
 
-    from advmoe_deploy.export.onnx_graph import write_model
+    from advmoe_deploy.export.graph.writer import write_model
     from advmoe_deploy.export.tensorrt_whole import whole_graph
 
     bundle, chosen = set_of(work, model, precision)

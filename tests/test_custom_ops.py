@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from advmoe_deploy.export.onnx_graph import IR_VERSION, OPSET
-from advmoe_deploy.export.ops.bodies import VERSION, bodies, with_bodies, without_custom_ops
+from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies, without_custom_ops
+from advmoe_deploy.export.graph.writer import IR_VERSION, OPSET
 from advmoe_deploy.plan import RENORMALISER, RouteStep
 from advmoe_deploy.runtime.custom_ops import DOMAIN, find_custom_ops
 from advmoe_deploy.runtime.ort_engine import OrtEngine

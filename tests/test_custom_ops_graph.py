@@ -14,12 +14,12 @@ from families import spec_of
 from onnx import GraphProto, ModelProto, helper
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.onnx_graph import constants_of, replace_constants, subgraphs_of
+from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph.writer import constants_of, replace_constants, subgraphs_of
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes import fuse_router as module
 from advmoe_deploy.export.passes.fuse_router import fuse_router, fuse_router_checked
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.runtime.custom_ops import DOMAIN, find_custom_ops
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -9,8 +9,8 @@ import pytest
 from onnx import defs, helper
 from test_custom_ops import TYPES, without_body
 
-from advmoe_deploy.export.ops.bodies import VERSION, bodies, with_bodies
-from advmoe_deploy.export.ops.schemas import OPERATORS, Operator, reference, register_schemas
+from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies
+from advmoe_deploy.export.graph.op_schemas import OPERATORS, Operator, reference, register_schemas
 from advmoe_deploy.runtime.custom_ops import DOMAIN
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 

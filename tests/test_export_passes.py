@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.export.graph.writer import GraphWriter, write_model
 from advmoe_deploy.export.lowering import Program, lower
-from advmoe_deploy.export.onnx_graph import GraphWriter, write_model
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut

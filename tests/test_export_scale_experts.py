@@ -9,13 +9,13 @@ from onnx import helper
 from torch import Tensor, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.onnx_graph import constants_of, replace_constants
+from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph.writer import constants_of, replace_constants
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes import apply
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.export.passes.scale_experts import scale_experts
-from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.dispatch import run_experts
 from advmoe_deploy.models.routing import Routes, RoutingRule

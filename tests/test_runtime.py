@@ -16,10 +16,10 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import AdvMoEError, BundleError, InputError, MachineError, UsageError
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.onnx_graph import GraphWriter, write_model
+from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph.writer import GraphWriter, write_model
 from advmoe_deploy.export.partition import partition
 from advmoe_deploy.export.passes.apply import apply_passes
-from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.models.routing import RoutingRule, choose

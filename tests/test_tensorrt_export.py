@@ -21,6 +21,7 @@ from advmoe_deploy.export import tensorrt
 from advmoe_deploy.export.engine_sets import Subject, subject_of
 from advmoe_deploy.export.exam import Examples
 from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.movers import Mover, movers
 from advmoe_deploy.export.partition import partition
@@ -32,7 +33,6 @@ from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
 from advmoe_deploy.export.tolerance import row_differences
 from advmoe_deploy.export.trtexec import build_script
-from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS

@@ -36,8 +36,10 @@ from advmoe_deploy.export.checks.golden import golden_rows, write_golden
 from advmoe_deploy.export.checks.images import labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
 from advmoe_deploy.export.exam import Examples
+from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph.unfused import unfused_graph
+from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.model_card import model_card
-from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
 from advmoe_deploy.export.partition import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
@@ -45,10 +47,8 @@ from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.reference import Reference, reference_answers
-from advmoe_deploy.export.stitch import graph_from_plan
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import write_tensorrt_set
-from advmoe_deploy.export.unfused import unfused_graph
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint

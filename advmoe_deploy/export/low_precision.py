@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, version_converter
 from onnx import numpy_helper as onnx_numpy
 
-from advmoe_deploy.export.onnx_graph import constants_of, consumers_of
+from advmoe_deploy.export.graph.writer import constants_of, consumers_of
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.specs import Arithmetic, Precision
 

@@ -12,7 +12,7 @@ from math import prod
 
 from onnx import ModelProto
 
-from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.graph.writer import GraphWriter
 from advmoe_deploy.plan import ExpertsStep, Plan, TensorInfo
 from advmoe_deploy.runtime.dispatch import (
     ALL_ROWS,

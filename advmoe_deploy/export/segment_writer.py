@@ -4,7 +4,7 @@ import numpy as np
 from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.onnx_graph import GraphWriter
+from advmoe_deploy.export.graph.writer import GraphWriter
 
 Shape = tuple[int | str, ...]
 

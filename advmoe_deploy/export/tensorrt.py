@@ -19,9 +19,9 @@ from advmoe_deploy.export.checks.every_expert import require_forced
 from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.engine_sets import Subject
 from advmoe_deploy.export.exam import Findings, attack_itself, examine, precision_report
+from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.low_precision import fits_fp16, lowered
 from advmoe_deploy.export.movers import movers
-from advmoe_deploy.export.onnx_graph import write_model
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.export.tensorrt_engines import (
     SUFFIX,

@@ -9,8 +9,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 from onnx import numpy_helper as onnx_numpy
 
-from advmoe_deploy.export.onnx_graph import GraphWriter
-from advmoe_deploy.export.stitch import choices_of, rows_of, write_ids
+from advmoe_deploy.export.graph.stitch import choices_of, rows_of, write_ids
+from advmoe_deploy.export.graph.writer import GraphWriter
 from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep, Segment
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx import numpy_helper as onnx_numpy
 
+from advmoe_deploy.export.graph.stitch import write_segment
+from advmoe_deploy.export.graph.writer import GraphWriter, value_info
 from advmoe_deploy.export.movers import write_weighted_sum
-from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
-from advmoe_deploy.export.stitch import write_segment
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep, Segment
 
 WHOLE = "whole"

@@ -17,9 +17,9 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.answers import Answers, Images
-from advmoe_deploy.export.grouped import name_in_layer, taken_constants
-from advmoe_deploy.export.onnx_graph import subgraphs_of, value_info
-from advmoe_deploy.export.ops.bodies import FUSED_ROUTERS
+from advmoe_deploy.export.graph.grouped import name_in_layer, taken_constants
+from advmoe_deploy.export.graph.op_bodies import FUSED_ROUTERS
+from advmoe_deploy.export.graph.writer import subgraphs_of, value_info
 from advmoe_deploy.export.reference import Reference, bonus_for
 from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.export.tolerance import require_near, rounding_of

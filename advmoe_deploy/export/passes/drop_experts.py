@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 from onnx import numpy_helper as onnx_numpy
 
-from advmoe_deploy.export.onnx_graph import (
+from advmoe_deploy.export.graph.writer import (
     attributes_of,
     constants_of,
     consumers_of,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from advmoe_deploy.export.onnx_graph import (
+from advmoe_deploy.export.graph.writer import (
     constants_of,
     consumers_of,
     replace_constants,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from advmoe_deploy.export.onnx_graph import constants_of, consumers_of, replace_constants
+from advmoe_deploy.export.graph.writer import constants_of, consumers_of, replace_constants
 from advmoe_deploy.export.passes.report import PassReport
 
 _END = np.iinfo(np.int64).max

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from onnx import numpy_helper as onnx_numpy
 
-from advmoe_deploy.export.onnx_graph import GraphWriter, attributes_of
+from advmoe_deploy.export.graph.writer import GraphWriter, attributes_of
 from advmoe_deploy.plan import TensorInfo
 
 _ELEMENTWISE = frozenset(

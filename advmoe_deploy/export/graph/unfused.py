@@ -15,15 +15,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from advmoe_deploy.export.onnx_graph import GraphWriter, attributes_of, constants_of, consumers_of
-from advmoe_deploy.export.ops.bodies import without_custom_ops
-from advmoe_deploy.export.stitch import (
+from advmoe_deploy.export.graph.op_bodies import without_custom_ops
+from advmoe_deploy.export.graph.stitch import (
     choices_of,
     plan_ends,
     rows_of,
     write_route,
     write_segment,
 )
+from advmoe_deploy.export.graph.writer import GraphWriter, attributes_of, constants_of, consumers_of
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
 
 

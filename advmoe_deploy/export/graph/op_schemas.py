@@ -16,7 +16,7 @@ from onnx import TensorProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext
 
-from advmoe_deploy.export.ops.bodies import VERSION
+from advmoe_deploy.export.graph.op_bodies import VERSION
 from advmoe_deploy.runtime.custom_ops import DOMAIN
 
 _KINDS = {OpSchema.AttrType.INT: "int", OpSchema.AttrType.FLOAT: "float"}

@@ -13,7 +13,7 @@ from functools import cache
 import onnx
 from onnx import FunctionProto, ModelProto, helper, inliner
 
-from advmoe_deploy.export.onnx_graph import OPSET
+from advmoe_deploy.export.graph.writer import OPSET
 from advmoe_deploy.runtime.custom_ops import DOMAIN
 
 VERSION = 1

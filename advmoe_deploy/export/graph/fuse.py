@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from onnx import ModelProto
 
-from advmoe_deploy.export.onnx_graph import GraphWriter
-from advmoe_deploy.export.ops.bodies import without_custom_ops
-from advmoe_deploy.export.stitch import Form, rows_of, write_step
+from advmoe_deploy.export.graph.op_bodies import without_custom_ops
+from advmoe_deploy.export.graph.stitch import Form, rows_of, write_step
+from advmoe_deploy.export.graph.writer import GraphWriter
 from advmoe_deploy.plan import (
     ExpertsStep,
     Plan,

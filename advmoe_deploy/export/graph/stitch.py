@@ -4,7 +4,7 @@ Routing, dispatch and combination are one custom operator each, whose bodies of 
 are attached, so any runtime executes the graph. In the form ``"if"`` every expert sits in an ``If``
 and is not run at all without rows. Its weights are initializers of its branch: as initializers of
 the main graph they would cost up to 1.7 times the run time. The form ``"grouped"`` is the same, but
-that experts of linear layers are one node per layer, see :mod:`~advmoe_deploy.export.grouped`. In
+that experts of linear layers are one node per layer, see :mod:`~advmoe_deploy.export.graph.grouped`. In
 the form ``"gather"``, for runtimes that do not take an ``If`` whose branches differ in shape, an
 expert without rows runs on none, and the bodies stand in the place of the custom operators.
 
@@ -19,9 +19,9 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx import numpy_helper as onnx_numpy
 
-from advmoe_deploy.export.grouped import are_groupable, write_grouped
-from advmoe_deploy.export.onnx_graph import GraphWriter, value_info
-from advmoe_deploy.export.ops.bodies import with_bodies, without_custom_ops
+from advmoe_deploy.export.graph.grouped import are_groupable, write_grouped
+from advmoe_deploy.export.graph.op_bodies import with_bodies, without_custom_ops
+from advmoe_deploy.export.graph.writer import GraphWriter, value_info
 from advmoe_deploy.plan import (
     RENORMALISER,
     ExpertsStep,

@@ -1,0 +1,1 @@
+"""ONNX graphs: written, stitched from segments, fused into our operators."""
