@@ -39,7 +39,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import GraphWriter
-from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router
 from advmoe_deploy.models.untrained import untrained_model

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, helper
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import constants_of, replace_constants, subgraphs_of
-from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes import fuse_router as module
 from advmoe_deploy.export.passes.fuse_router import fuse_router, fuse_router_checked
 from advmoe_deploy.export.passes.report import PassReport

@@ -17,7 +17,7 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.checks.every_expert import require_every_expert
 from advmoe_deploy.export.graph.grouped import are_groupable
 from advmoe_deploy.export.graph.stitch import Form, graph_from_plan
-from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.runtime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -14,7 +14,7 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.dispatch import run_experts
 from advmoe_deploy.models.routing import Routes, RoutingRule

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.graph.writer import GraphWriter, write_model
-from advmoe_deploy.export.lowering import Program, lower
+from advmoe_deploy.export.partition.lowering import Program, lower
+from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
-from advmoe_deploy.export.sample import Sample
 from advmoe_deploy.plan import TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 

@@ -20,7 +20,7 @@ from advmoe_deploy.export.exam import ATTACK
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
-from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.export.reference import Reference, compare_with_reference, reference_answers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import constants_of, replace_constants
-from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes import apply
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport

@@ -9,7 +9,7 @@ from families import spec_of
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.router_plugin import plugin_of, with_plugins
 from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
 from advmoe_deploy.models.untrained import untrained_model

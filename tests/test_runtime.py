@@ -18,7 +18,7 @@ from advmoe_deploy.errors import AdvMoEError, BundleError, InputError, MachineEr
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import GraphWriter, write_model
-from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint

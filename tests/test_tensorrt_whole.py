@@ -10,7 +10,7 @@ from families import spec_of
 from onnx import ModelProto
 
 from advmoe_deploy.export.movers import movers
-from advmoe_deploy.export.partition import partition
+from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
 from advmoe_deploy.export.tensorrt_whole import WHOLE, whole_graph, whole_plan

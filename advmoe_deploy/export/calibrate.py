@@ -7,7 +7,7 @@ from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.export.attacked import attacked_images
 from advmoe_deploy.export.exam import ATTACK
-from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import Calibration
 from advmoe_deploy.specs import ThreatModel

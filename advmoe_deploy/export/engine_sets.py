@@ -30,7 +30,7 @@ from advmoe_deploy.export.graph.fuse import Fused, fuse
 from advmoe_deploy.export.graph.stitch import Form
 from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.parity import require_parity
-from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.reference import Reference
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.models.base import Classifier

@@ -41,7 +41,7 @@ from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
-from advmoe_deploy.export.partition import Partition, partition
+from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined

@@ -31,8 +31,8 @@ from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, precisio
 from advmoe_deploy.export.low_precision import for_cpu
 from advmoe_deploy.export.model_card import card_with_engines
 from advmoe_deploy.export.movers import movers
+from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.recording import Recording
-from advmoe_deploy.export.sample import Arrays
 from advmoe_deploy.export.targets import require_gpu
 from advmoe_deploy.export.tensorrt_engines import (
     SUFFIX,

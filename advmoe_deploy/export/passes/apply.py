@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from advmoe_deploy.export.answers import Images
-from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.passes.drop_experts import drop_experts
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked, require_same

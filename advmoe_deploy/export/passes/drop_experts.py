@@ -22,9 +22,9 @@ from advmoe_deploy.export.graph.writer import (
     consumers_of,
     replace_constants,
 )
-from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.partition.sample import Arrays, Sample
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.export.sample import Arrays, Sample
 from advmoe_deploy.models.routing import RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, Step
 

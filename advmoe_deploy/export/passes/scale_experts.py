@@ -20,9 +20,9 @@ from advmoe_deploy.export.graph.writer import (
     replace_constants,
     scale_and_shift,
 )
-from advmoe_deploy.export.partition import Partition
+from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.partition.sample import Arrays, Sample
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.export.sample import Arrays, Sample
 from advmoe_deploy.plan import ExpertsStep, Plan
 
 Factors = Mapping[str, NDArray[np.float64]]

@@ -18,8 +18,8 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.lowering import BATCH, Program, is_tensor, lower, shared_path
-from advmoe_deploy.export.sample import Sample
+from advmoe_deploy.export.partition.lowering import BATCH, Program, is_tensor, lower, shared_path
+from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.markers import mark_route
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule

@@ -1,4 +1,4 @@
-"""What each torch operator becomes in ONNX; :mod:`~advmoe_deploy.export.lowering` walks the graph.
+"""What each torch operator becomes in ONNX; :mod:`~advmoe_deploy.export.partition.lowering` walks the graph.
 
 The table is small on purpose: a segment is a dense graph without control flow, and a few dozen
 operators say it. An operator is a function of the writer, the name of its result, and torch's own
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_deploy.export.segment_writer import SegmentWriter, require
+from advmoe_deploy.export.partition.segment_writer import SegmentWriter, require
 
 _END = np.iinfo(np.int64).max
 

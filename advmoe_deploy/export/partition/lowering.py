@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.operators import OPERATORS
-from advmoe_deploy.export.segment_writer import SegmentWriter, Shape
+from advmoe_deploy.export.partition.operators import OPERATORS
+from advmoe_deploy.export.partition.segment_writer import SegmentWriter, Shape
 
 BATCH = "N"
 

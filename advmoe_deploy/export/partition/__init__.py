@@ -1,0 +1,1 @@
+"""A model cut at its routing points into segments."""
