@@ -29,7 +29,7 @@ def _export(work: Work, model: str) -> Record:
 
     from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.graph.writer import write_model
-    from advmoe_deploy.export.low_precision import lowered
+    from advmoe_deploy.export.precision.casts import lowered
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
     from advmoe_deploy.models.untrained import untrained_model

@@ -38,7 +38,7 @@ from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.quantize import quantised
+from advmoe_deploy.export.precision.quantize import quantised
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model

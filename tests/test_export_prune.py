@@ -16,13 +16,13 @@ from advmoe_deploy.cli.app import run as run_cli
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.exam import ATTACK
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
+from advmoe_deploy.export.precision.gate import ATTACK
 from advmoe_deploy.export.reference import Reference, compare_with_reference, reference_answers
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint

@@ -19,8 +19,8 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, DataError
 from advmoe_deploy.export.checks.images import labelled_images
 from advmoe_deploy.export.from_run import export_onnx
-from advmoe_deploy.export.low_precision import lowered
-from advmoe_deploy.export.quantize import quantised_segments
+from advmoe_deploy.export.precision.casts import lowered
+from advmoe_deploy.export.precision.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt_engines import OnCpu
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint

@@ -12,11 +12,11 @@ from families import Families, spec_of
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from advmoe_deploy.export.attacked import with_accuracy
-from advmoe_deploy.export.choose import Precisions, choose_precisions
-from advmoe_deploy.export.exam import Exam, Examples, Findings, examine
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.fuse import fuse
+from advmoe_deploy.export.precision.attacked import with_accuracy
+from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, examine
+from advmoe_deploy.export.precision.search import Precisions, choose_precisions
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint

@@ -19,10 +19,10 @@ from advmoe_deploy.bundle import GOLDEN, Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
-from advmoe_deploy.export.attacked import with_accuracy
 from advmoe_deploy.export.checks.golden import read_golden
-from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, examine
 from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.precision.attacked import with_accuracy
+from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, examine
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt_engines import OnCpu, check_experts, check_set, experts_of

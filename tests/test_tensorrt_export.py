@@ -19,13 +19,13 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
 from advmoe_deploy.export import tensorrt
 from advmoe_deploy.export.engine_sets import Subject, subject_of
-from advmoe_deploy.export.exam import Examples
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.unfused import unfused_graph
-from advmoe_deploy.export.low_precision import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.movers import Mover, movers
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
+from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, precision_of
+from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import write_tensorrt_set

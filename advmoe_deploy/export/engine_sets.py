@@ -13,12 +13,16 @@ from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.answers import Images
-from advmoe_deploy.export.attacked import with_accuracy
-from advmoe_deploy.export.calibrate import calibrated
 from advmoe_deploy.export.checks.every_expert import require_forced, require_weights
 from advmoe_deploy.export.checks.golden import golden_rows
-from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
-from advmoe_deploy.export.exam import (
+from advmoe_deploy.export.graph.fuse import Fused, fuse
+from advmoe_deploy.export.graph.stitch import Form
+from advmoe_deploy.export.graph.writer import write_model
+from advmoe_deploy.export.parity import require_parity
+from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.precision.attacked import with_accuracy
+from advmoe_deploy.export.precision.calibrate import calibrated
+from advmoe_deploy.export.precision.gate import (
     Exam,
     Examples,
     Findings,
@@ -26,11 +30,7 @@ from advmoe_deploy.export.exam import (
     examine,
     precision_report,
 )
-from advmoe_deploy.export.graph.fuse import Fused, fuse
-from advmoe_deploy.export.graph.stitch import Form
-from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.parity import require_parity
-from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.reference import Reference
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.models.base import Classifier

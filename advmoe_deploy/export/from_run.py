@@ -35,7 +35,6 @@ from advmoe_deploy.export.checks.every_expert import (
 from advmoe_deploy.export.checks.golden import golden_rows, write_golden
 from advmoe_deploy.export.checks.images import labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
-from advmoe_deploy.export.exam import Examples
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
@@ -45,6 +44,7 @@ from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
+from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.export.targets import Target, require_supported

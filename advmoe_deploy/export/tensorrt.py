@@ -14,14 +14,14 @@ from pathlib import Path
 from onnx import ModelProto
 
 from advmoe_deploy.bundle import EngineDevice, EngineSet
-from advmoe_deploy.export.calibrate import calibrated
 from advmoe_deploy.export.checks.every_expert import require_forced
-from advmoe_deploy.export.choose import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.engine_sets import Subject
-from advmoe_deploy.export.exam import Findings, attack_itself, examine, precision_report
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.low_precision import fits_fp16, lowered
 from advmoe_deploy.export.movers import movers
+from advmoe_deploy.export.precision.calibrate import calibrated
+from advmoe_deploy.export.precision.casts import fits_fp16, lowered
+from advmoe_deploy.export.precision.gate import Findings, attack_itself, examine, precision_report
+from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.export.tensorrt_engines import (
     SUFFIX,

@@ -27,12 +27,12 @@ from advmoe_deploy.bundle import (
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.checks.golden import read_golden
-from advmoe_deploy.export.exam import Exam, Examples, Findings, Limits, precision_report
-from advmoe_deploy.export.low_precision import for_cpu
 from advmoe_deploy.export.model_card import card_with_engines
 from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.partition.sample import Arrays
-from advmoe_deploy.export.recording import Recording
+from advmoe_deploy.export.precision.casts import for_cpu
+from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, precision_report
+from advmoe_deploy.export.precision.recording import Recording
 from advmoe_deploy.export.targets import require_gpu
 from advmoe_deploy.export.tensorrt_engines import (
     SUFFIX,

@@ -5,9 +5,9 @@ from onnx import ModelProto
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.export.attacked import attacked_images
-from advmoe_deploy.export.exam import ATTACK
 from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.precision.attacked import attacked_images
+from advmoe_deploy.export.precision.gate import ATTACK
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.reports import Calibration
 from advmoe_deploy.specs import ThreatModel
@@ -32,7 +32,7 @@ def calibrated(
         DataError: there are no training images.
     """
     # The quantizer is loaded for int8 alone.
-    from advmoe_deploy.export.quantize import quantised_segments
+    from advmoe_deploy.export.precision.quantize import quantised_segments
 
     if labelled is None:
         raise DataError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.exam import Findings
+from advmoe_deploy.export.precision.gate import Findings
 from advmoe_deploy.plan import Plan, RouteStep
 from advmoe_deploy.specs import Precision
 

@@ -1,0 +1,1 @@
+"""Lower precisions, and the accuracy gate that each has to pass."""
