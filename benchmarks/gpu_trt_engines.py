@@ -38,7 +38,7 @@ def _sources(
     work: Work, model: str, precision: Precision
 ) -> dict[str, tuple[Path, Any, Precision]]:
     """Return by name the graph, the shapes and the precision of every engine of a model."""
-    from advmoe_deploy.export.movers import movers
+    from advmoe_deploy.export.tensorrt.row_graphs import movers
     from advmoe_deploy.runtime.tensorrt_plan import graph_files
     from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
 

@@ -100,7 +100,7 @@ def build(bundle: Path, out: Path) -> None:
     from gpu_trt import BATCH
     from gpu_trt_engines import tactics
 
-    from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
+    from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 
     options = BuildOptions(batch=BATCH, tactic_sources=tactics())

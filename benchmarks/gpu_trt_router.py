@@ -12,7 +12,7 @@ from gpu_trt import Record, Work
 from gpu_trt_engines import build_one, image_shapes, images_of, set_of
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.export.tensorrt_graphs import routes_in
+from advmoe_deploy.export.tensorrt.graphs import routes_in
 from advmoe_deploy.plan import Plan, Segment
 
 Part = tuple[str, Callable[[], Any]]

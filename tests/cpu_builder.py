@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from onnx import ModelProto
 
 from advmoe_deploy.bundle import EngineDevice
-from advmoe_deploy.export.tensorrt_engines import OnCpu
+from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.runtime.tensorrt_shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 

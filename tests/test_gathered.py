@@ -13,7 +13,7 @@ from families import Families
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.movers import movers
+from advmoe_deploy.export.tensorrt.row_graphs import movers
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.lane_pool import LanePool

@@ -22,7 +22,7 @@ from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.precision.casts import lowered
 from advmoe_deploy.export.precision.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target
-from advmoe_deploy.export.tensorrt_engines import OnCpu
+from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -11,7 +11,7 @@ from onnx.reference.op_run import OpRun
 
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.router_plugin import plugin_of, with_plugins
-from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
+from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.ort_engine import OrtEngine

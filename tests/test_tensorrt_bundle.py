@@ -24,8 +24,8 @@ from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, examine
 from advmoe_deploy.export.targets import Target
-from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
-from advmoe_deploy.export.tensorrt_engines import OnCpu, check_experts, check_set, experts_of
+from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_set, experts_of
+from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.profiling.profile import _raised
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
@@ -314,7 +314,7 @@ def test_it_is_built_without_torch(graphs: Bundle, built: Bundle, tmp_path: Path
     program = f"""{WITHOUT_TORCH}
 from pathlib import Path
 from advmoe_deploy.bundle import open_bundle
-from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
+from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from cpu_builder import BATCH, CpuBuilder
 source, out = map(Path, sys.argv[1:])

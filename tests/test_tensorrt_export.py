@@ -17,22 +17,22 @@ from onnx import TensorProto, helper
 from advmoe_deploy.bundle import EngineSet, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
-from advmoe_deploy.export import tensorrt
 from advmoe_deploy.export.engine_sets import Subject, subject_of
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.unfused import unfused_graph
-from advmoe_deploy.export.movers import Mover, movers
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
-from advmoe_deploy.export.tensorrt import write_tensorrt_set
-from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
-from advmoe_deploy.export.tensorrt_graphs import tensorrt_plan
+from advmoe_deploy.export.tensorrt.engine_sets import engine_sets as tensorrt
+from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
+from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
+from advmoe_deploy.export.tensorrt.graphs import tensorrt_plan
+from advmoe_deploy.export.tensorrt.row_graphs import Mover, movers
+from advmoe_deploy.export.tensorrt.trtexec import build_script
 from advmoe_deploy.export.tolerance import row_differences
-from advmoe_deploy.export.trtexec import build_script
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS

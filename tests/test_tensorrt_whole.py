@@ -9,10 +9,10 @@ import torch
 from families import spec_of
 from onnx import ModelProto
 
-from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
-from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
+from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
+from advmoe_deploy.export.tensorrt.row_graphs import movers
 from advmoe_deploy.export.tensorrt_whole import WHOLE, whole_graph, whole_plan
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan

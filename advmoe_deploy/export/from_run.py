@@ -48,7 +48,7 @@ from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
-from advmoe_deploy.export.tensorrt import write_tensorrt_set
+from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint

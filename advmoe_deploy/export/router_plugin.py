@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from onnx import ModelProto, TensorProto, helper
 
 from advmoe_deploy.export.graph.writer import GraphWriter
-from advmoe_deploy.export.tensorrt_graphs import with_routes
+from advmoe_deploy.export.tensorrt.graphs import with_routes
 from advmoe_deploy.plan import RouteStep, Segment
 from advmoe_deploy.runtime.tensorrt_plugin import NAMESPACE
 

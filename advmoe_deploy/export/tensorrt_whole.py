@@ -15,7 +15,7 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.graph.stitch import write_segment
 from advmoe_deploy.export.graph.writer import GraphWriter, value_info
-from advmoe_deploy.export.movers import write_weighted_sum
+from advmoe_deploy.export.tensorrt.row_graphs import write_weighted_sum
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep, Segment
 
 WHOLE = "whole"

@@ -87,7 +87,7 @@ def export(
         tensorrt_options.require_for_bundle(to, given)
     with session(as_json) as ui:
         if is_bundle:
-            from advmoe_deploy.export.tensorrt_bundle import build_from_bundle
+            from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 
             bundle = build_from_bundle(
                 open_bundle(run),

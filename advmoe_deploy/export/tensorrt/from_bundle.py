@@ -28,13 +28,12 @@ from advmoe_deploy.errors import BundleError
 from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.checks.golden import read_golden
 from advmoe_deploy.export.model_card import card_with_engines
-from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu
 from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, precision_report
 from advmoe_deploy.export.precision.recording import Recording
 from advmoe_deploy.export.targets import require_gpu
-from advmoe_deploy.export.tensorrt_engines import (
+from advmoe_deploy.export.tensorrt.builders import (
     SUFFIX,
     EngineBuilder,
     GpuBuilder,
@@ -43,7 +42,8 @@ from advmoe_deploy.export.tensorrt_engines import (
     engine_folder,
     write_engines,
 )
-from advmoe_deploy.export.tensorrt_graphs import plan_in
+from advmoe_deploy.export.tensorrt.graphs import plan_in
+from advmoe_deploy.export.tensorrt.row_graphs import movers
 from advmoe_deploy.files import refuse_existing, staged_directory
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.progress import Progress, Silent, task

@@ -17,13 +17,12 @@ from advmoe_deploy.bundle import EngineDevice, EngineSet
 from advmoe_deploy.export.checks.every_expert import require_forced
 from advmoe_deploy.export.engine_sets import Subject
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.movers import movers
 from advmoe_deploy.export.precision.calibrate import calibrated
 from advmoe_deploy.export.precision.casts import fits_fp16, lowered
 from advmoe_deploy.export.precision.gate import Findings, attack_itself, examine, precision_report
 from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.targets import Target, ladder
-from advmoe_deploy.export.tensorrt_engines import (
+from advmoe_deploy.export.tensorrt.builders import (
     SUFFIX,
     GpuBuilder,
     Maker,
@@ -34,8 +33,9 @@ from advmoe_deploy.export.tensorrt_engines import (
     experts_of,
     write_engines,
 )
-from advmoe_deploy.export.tensorrt_graphs import routes_in, tensorrt_plan, with_routes
-from advmoe_deploy.export.trtexec import SCRIPT, build_script
+from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
+from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.export.tensorrt.trtexec import SCRIPT, build_script
 from advmoe_deploy.reports import Calibration, PrecisionReport
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner

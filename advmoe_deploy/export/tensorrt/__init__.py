@@ -1,0 +1,1 @@
+"""TensorRT: the graphs of a plan, and the engines built from them."""
