@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from advmoe_deploy.models.advmoe import ROUTER, DenseClassifier
-from advmoe_deploy.models.backbones import build_backbone
+from advmoe_deploy.models.backbones.build import build_backbone
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.batch_norm import replace_batch_norms
 from advmoe_deploy.models.dispatch import run_experts

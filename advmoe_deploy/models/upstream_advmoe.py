@@ -16,11 +16,11 @@ from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.families import BASE_WIDTH
-from advmoe_deploy.models.backbones import RESNETS, WIDENING, scaled
+from advmoe_deploy.models.backbones.build import RESNETS, WIDENING, scaled
+from advmoe_deploy.models.backbones.resnet import Bottleneck
+from advmoe_deploy.models.backbones.vgg import VGG16_STAGES
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.resnet import Bottleneck
 from advmoe_deploy.models.upstream_shapes import shape_of
-from advmoe_deploy.models.vgg import VGG16_STAGES
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.

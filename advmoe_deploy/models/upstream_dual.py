@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, unknown_name
+from advmoe_deploy.models.backbones.resnet import BasicBlock
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.resnet import BasicBlock
 from advmoe_deploy.models.upstream_shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 

@@ -6,7 +6,7 @@ Shapes: N images, C channels, H height, W width, E experts.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe_deploy.models.layers import global_average, shared_conv2d
+from advmoe_deploy.models.backbones.layers import global_average, shared_conv2d
 
 
 class RouterBlock(nn.Module):

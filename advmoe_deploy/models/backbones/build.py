@@ -6,11 +6,11 @@ Every backbone is a module whose ``forward(x_NCHW, dispatch)`` returns logits; `
 
 from torch import nn
 
-from advmoe_deploy.models.densenet import DenseNet
-from advmoe_deploy.models.resnet import BasicBlock, Bottleneck, ResNet
-from advmoe_deploy.models.vgg import VGG, VGG16_STAGES
-from advmoe_deploy.models.vit import ViT
-from advmoe_deploy.models.wide_resnet import WideResNet
+from advmoe_deploy.models.backbones.densenet import DenseNet
+from advmoe_deploy.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from advmoe_deploy.models.backbones.vgg import VGG, VGG16_STAGES
+from advmoe_deploy.models.backbones.vit import ViT
+from advmoe_deploy.models.backbones.wide_resnet import WideResNet
 from advmoe_deploy.specs import ModelSpec
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {

@@ -9,8 +9,8 @@ Shapes: N images, C channels, H height, W width, E experts.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe_deploy.models.backbones.layers import RoutedConv2d, convolve, shared_conv2d
 from advmoe_deploy.models.dispatch import Dispatch
-from advmoe_deploy.models.layers import RoutedConv2d, convolve, shared_conv2d
 
 # Convolutions per stage, and the width of each stage as a multiple of the first.
 VGG16_STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))

@@ -10,8 +10,13 @@ Shapes: N images, C channels, H height, W width, E experts.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe_deploy.models.backbones.layers import (
+    RoutedConv2d,
+    convolve,
+    global_average,
+    shared_conv2d,
+)
 from advmoe_deploy.models.dispatch import Dispatch
-from advmoe_deploy.models.layers import RoutedConv2d, convolve, global_average, shared_conv2d
 
 
 class Shortcut(nn.Module):

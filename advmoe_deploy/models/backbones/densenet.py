@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advmoe_deploy.models.backbones.layers import RoutedConv2d, global_average, shared_conv2d
 from advmoe_deploy.models.dispatch import Dispatch
-from advmoe_deploy.models.layers import RoutedConv2d, global_average, shared_conv2d
 
 _BOTTLENECK = 4
 
