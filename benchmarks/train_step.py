@@ -36,8 +36,8 @@ from released import ReleasedDispatch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.processor import processor_name

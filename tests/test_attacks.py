@@ -20,8 +20,8 @@ from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, Weighting, build_spec

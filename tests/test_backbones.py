@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import BACKBONES
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.backbones.layers import RoutedConv2d
 from advmoe_deploy.models.base import Classifier, is_router_parameter
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Routes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe_deploy.models.dual import (
+from advmoe_deploy.models.families.dual import (
     DualModel,
     ExpertNetworks,
     second_expert,

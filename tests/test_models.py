@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.dispatch import Dispatch, run_experts
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Routes, RoutingRule, choose, forced_route

@@ -20,8 +20,8 @@ from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import GraphWriter, write_model
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing import RoutingRule, choose
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine

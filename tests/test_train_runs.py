@@ -14,8 +14,8 @@ from toy_training import TINY, some_digits, tiny
 
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.recipes import apply_overrides, recipe

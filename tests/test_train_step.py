@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from toy_training import fabric, first_batch, some_digits, tiny
 
 from advmoe_deploy.errors import DivergedError
-from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.train.feed import Feed
 from advmoe_deploy.train.weights import TrainedWeights
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from upstream_fixture import case_of, fill
 
 from advmoe_deploy.errors import CheckpointError, UsageError
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.backbones.layers import RoutedConv2d
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.upstream import import_checkpoint, parse_settings

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from upstream_fixture import case_of, fill
 
 from advmoe_deploy.errors import CheckpointError, UsageError
-from advmoe_deploy.models.dual import second_expert
+from advmoe_deploy.models.families.dual import second_expert
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing import Routes
 from advmoe_deploy.models.upstream_dual import convert

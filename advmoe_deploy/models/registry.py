@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
-from advmoe_deploy.models.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.backbones.vit import ViTMoE
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dual import DualModel, ExpertNetworks
-from advmoe_deploy.models.robust_experts import RobustExperts
+from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
+from advmoe_deploy.models.families.dual import DualModel, ExpertNetworks
+from advmoe_deploy.models.families.robust_experts import RobustExperts
 from advmoe_deploy.specs import ModelSpec
 
 _FAMILIES: dict[Family, Callable[[ModelSpec], Classifier]] = {

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.dual import second_expert_routes
+from advmoe_deploy.models.families.dual import second_expert_routes
 from advmoe_deploy.train.expert_losses import robust_phase_loss, rt_er_loss
 from advmoe_deploy.train.objectives import Ascent, Scene
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.advmoe import AdvMoE
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.train.losses import trades
 from advmoe_deploy.train.objectives import Ascent, Scene
 

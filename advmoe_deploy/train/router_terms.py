@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.advmoe import AdvMoE
 from advmoe_deploy.models.capacity import Adjust
+from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing import Routing
 from advmoe_deploy.train.balance import BALANCE_LOSSES
 from advmoe_deploy.train.config import TrainConfig

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from advmoe_deploy.models.advmoe import ROUTER, DenseClassifier
 from advmoe_deploy.models.backbones.build import build_backbone
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.batch_norm import replace_batch_norms
 from advmoe_deploy.models.dispatch import run_experts
+from advmoe_deploy.models.families.advmoe import ROUTER, DenseClassifier
+from advmoe_deploy.models.families.expert_batch_norm import replace_batch_norms
 from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, forced_route
 from advmoe_deploy.specs import ModelSpec
 

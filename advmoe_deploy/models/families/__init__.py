@@ -1,0 +1,1 @@
+"""The papers' model families, made of backbones and routed layers."""
