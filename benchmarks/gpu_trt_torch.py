@@ -124,7 +124,7 @@ def _torch_row(work: Work, model: str, precision: str, batch: int) -> Record:
     import torch
 
     from advmoe_deploy.bundle import open_bundle
-    from advmoe_deploy.models.routing import Routes
+    from advmoe_deploy.models.routing.routing import Routes
     from advmoe_deploy.models.stored import reference_model
     from advmoe_deploy.models.untrained import untrained_model
     from advmoe_deploy.profiling.timing import time_interleaved

@@ -35,7 +35,7 @@ from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing.dispatch import Dispatch
 
 
 class ReleasedDispatch(Dispatch):

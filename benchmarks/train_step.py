@@ -36,9 +36,9 @@ from released import ReleasedDispatch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.dispatch import Dispatch
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.dispatch import Dispatch
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved

@@ -32,7 +32,7 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import RoutingRule, choose
+from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 

@@ -23,7 +23,7 @@ from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import RoutingRule, choose
+from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, Weighting, build_spec
 
 THREAT = ThreatModel(epsilon=0.1)

@@ -12,7 +12,7 @@ from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, build_spec
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.capacity import Adjust, NoisyRouting
-from advmoe_deploy.models.routing import Routing, RoutingRule, choose
+from advmoe_deploy.models.routing.capacity import Adjust, NoisyRouting
+from advmoe_deploy.models.routing.routing import Routing, RoutingRule, choose
 from advmoe_deploy.train.balance import BALANCE_LOSSES
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.models.capacity import Adjust, NoisyRouting, Overflow, reassigned
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, choose
+from advmoe_deploy.models.routing.capacity import Adjust, NoisyRouting, Overflow, reassigned
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, choose
 from advmoe_deploy.specs import Weighting
 
 

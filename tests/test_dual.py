@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.dual import DualModel, ExpertNetworks, second_expert
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, RoutingRule, choose, forced_route
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, VisionTransformer, build_spec
 
 VIT = {

@@ -14,7 +14,7 @@ from advmoe_deploy.models.families.dual import (
     second_expert_routes,
 )
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Execution, Routes, Routing
+from advmoe_deploy.models.routing.routing import Execution, Routes, Routing
 from advmoe_deploy.specs import build_spec
 from advmoe_deploy.train.expert_losses import (
     robust_phase_loss,

@@ -16,8 +16,8 @@ from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import run_experts
-from advmoe_deploy.models.routing import Routes, RoutingRule
+from advmoe_deploy.models.routing.dispatch import run_experts
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import GraphRunner

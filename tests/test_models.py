@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.dispatch import Dispatch, run_experts
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, RoutingRule, choose, forced_route
+from advmoe_deploy.models.routing.dispatch import Dispatch, run_experts
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 SPEC = build_spec(

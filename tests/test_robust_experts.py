@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import is_router_parameter
 from advmoe_deploy.models.families.robust_experts import BatchNorm2d, ExpertBank, RobustExperts
-from advmoe_deploy.models.gates import build_gate
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, Routing, forced_route
+from advmoe_deploy.models.routing.gates import build_gate
+from advmoe_deploy.models.routing.routing import Routes, Routing, forced_route
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 GATES = ["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]

@@ -22,7 +22,7 @@ from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.models.routing import RoutingRule, choose
+from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner, route

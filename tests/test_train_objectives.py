@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from toy_training import fabric, first_batch, tiny, tiny_of
 
 from advmoe_deploy.attacks.white_box import attack_model
-from advmoe_deploy.models.dispatch import frozen_parameters
-from advmoe_deploy.models.routing import Routes, RoutingRule, choose
+from advmoe_deploy.models.routing.dispatch import frozen_parameters
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.draws import Draws

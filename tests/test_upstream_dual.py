@@ -10,7 +10,7 @@ from upstream_fixture import case_of, fill
 from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.models.families.dual import second_expert
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.upstream_dual import convert
 
 State = dict[str, Tensor]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from advmoe_deploy.models.backbones.vit import Attention, MoEMlp, ViT, ViTMoE
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.specs import ModelSpec, VisionTransformer, build_spec
 
 TOKENS = 16  # 8x8 pixels in patches of 2x2

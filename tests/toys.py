@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import run_experts
-from advmoe_deploy.models.routing import Routes, RoutingRule
+from advmoe_deploy.models.routing.dispatch import run_experts
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule
 from advmoe_deploy.specs import ModelSpec, Weighting
 
 

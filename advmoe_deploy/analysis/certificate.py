@@ -28,7 +28,7 @@ from advmoe_deploy.analysis.lipschitz import ForcedScores, Lipschitz, Tag
 from advmoe_deploy.analysis.shares import Share, answers, fold_rows, share_of
 from advmoe_deploy.analysis.slopes import UnboundedError, in_float64, pair_slopes, sloped_image
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import Frozen, ThreatModel
 
 _MOST_ROUTES = 64  # different routes to bound; beyond them nothing is claimed

@@ -25,8 +25,14 @@ from advmoe_deploy.analysis.slopes import (
 from advmoe_deploy.attacks.pgd import eval_mode, random_start
 from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import frozen_parameters
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, forced_route
+from advmoe_deploy.models.routing.dispatch import frozen_parameters
+from advmoe_deploy.models.routing.routing import (
+    Routes,
+    Routing,
+    RoutingRule,
+    Surrogate,
+    forced_route,
+)
 from advmoe_deploy.specs import Frozen, ThreatModel
 
 Tag = Literal["formal", "diagnostic", "not applicable"]

@@ -15,7 +15,7 @@ from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.shares import Share, answers, share_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier, require_routes
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.pruning import DROPPED
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel

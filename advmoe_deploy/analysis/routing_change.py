@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from advmoe_deploy.analysis.shares import Share, answers, fold_rows, share_of
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.models.base import Classifier, require_routes
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 
 _BINS = 30

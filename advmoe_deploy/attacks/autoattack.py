@@ -11,8 +11,8 @@ from advmoe_deploy.attacks.objectives import require_target
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import frozen_parameters
-from advmoe_deploy.models.routing import Routes, Surrogate
+from advmoe_deploy.models.routing.dispatch import frozen_parameters
+from advmoe_deploy.models.routing.routing import Routes, Surrogate
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 Predict = Callable[[Tensor], Tensor]

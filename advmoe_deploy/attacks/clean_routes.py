@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routes, Routing
+from advmoe_deploy.models.routing.routing import Routes, Routing
 
 
 class CleanRoutes:

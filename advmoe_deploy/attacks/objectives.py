@@ -23,7 +23,13 @@ from advmoe_deploy.attacks.clean_routes import CleanRoutes, take_images
 from advmoe_deploy.attacks.pgd import Ascent, Objective
 from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate, forced_route
+from advmoe_deploy.models.routing.routing import (
+    Routes,
+    Routing,
+    RoutingRule,
+    Surrogate,
+    forced_route,
+)
 from advmoe_deploy.specs import AttackTarget
 
 # Logits [n, K] of float images [n, C, H, W].

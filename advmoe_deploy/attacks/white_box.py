@@ -28,7 +28,7 @@ from advmoe_deploy.attacks.pgd import (
 )
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import frozen_parameters
+from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 BATCH = 256  # fixed: the random starts, hence the examples, depend on it

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 ROUTER_NAMES = frozenset({"router", "gate"})

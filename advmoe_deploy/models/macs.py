@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Execution, Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing.routing import Execution, Routes, Routing, RoutingRule
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import ModelSpec
 

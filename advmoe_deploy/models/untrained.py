@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 _BALANCING_STEPS = 60

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.models.capacity import NoisyRouting
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.routing.capacity import NoisyRouting
+from advmoe_deploy.models.routing.routing import Routing
 
 
 def switch_loss(routing: Routing) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model, predict
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # Choices per expert, by routed layer.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import frozen_parameters
 from advmoe_deploy.models.families.advmoe import AdvMoE
+from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Batch, Part
 from advmoe_deploy.train.methods import Named, Phase, groups_of, is_router_group, phases_of

@@ -18,7 +18,7 @@ from torch import nn
 
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.dual import ROBUST, STANDARD, DualModel
-from advmoe_deploy.models.routing import Surrogate
+from advmoe_deploy.models.routing.routing import Surrogate
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.expert_losses import standard_phase_logits
 from advmoe_deploy.train.expert_objectives import EveryExpert, SecondExpert

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, Surrogate
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate
 
 Call = Callable[[Tensor, Routes], Tensor]
 # Given the number of images of a pass, what to do to its scores.

@@ -20,7 +20,7 @@ from torch import Tensor
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.models.base import Classifier, is_router_parameter
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 IMAGES = 256

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.capacity import Adjust
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.models.routing import Routing
+from advmoe_deploy.models.routing.capacity import Adjust
+from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.train.balance import BALANCE_LOSSES
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.feed import Part

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.config import SPARSE_STAGES, TrainConfig
 from advmoe_deploy.train.methods import SCORES, Named, Phase

@@ -1,7 +1,7 @@
 """Cut a model at its routing points: a plan, and one dense graph per segment.
 
 No family is known here. The model is traced once, whole, with markers where it routes, where rows
-go to an expert and where the experts' outputs are combined (:mod:`advmoe_deploy.models.markers`).
+go to an expert and where the experts' outputs are combined (:mod:`advmoe_deploy.models.routing.markers`).
 An expert's segment is what lies between its two markers. The rest, the trunk, is cut by depth: what
 the images alone determine, what needs the first combinations too, and so on. Gates lie in the trunk
 segment before their layer.
@@ -21,8 +21,8 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.lowering import BATCH, Program, is_tensor, lower, shared_path
 from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.markers import mark_route
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing.markers import mark_route
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, Step, TensorInfo
 
 _ROUTE = "advmoe.route.default"

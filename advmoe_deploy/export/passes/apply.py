@@ -10,7 +10,7 @@ from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked, require_same
 from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
-from advmoe_deploy.models.routing import RoutingRule
+from advmoe_deploy.models.routing.routing import RoutingRule
 
 PASSES = (fold_batchnorm, strided_shortcut)
 # Images that segments, passes and experts are checked on one by one; each sees all of them.

@@ -25,7 +25,7 @@ from advmoe_deploy.export.graph.writer import (
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.partition.sample import Arrays, Sample
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.models.routing import RoutingRule
+from advmoe_deploy.models.routing.routing import RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, Step
 
 # The experts that are kept, by layer or by the name of the layer's scores.

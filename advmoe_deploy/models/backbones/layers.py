@@ -6,7 +6,7 @@ Shapes: N images, C channels, H height, W width, E experts.
 from torch import Tensor, empty, nn
 from torch.nn import functional as F
 
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing.dispatch import Dispatch
 
 
 class RoutedConv2d(nn.Module):

@@ -16,7 +16,7 @@ from advmoe_deploy.models.backbones.layers import (
     global_average,
     shared_conv2d,
 )
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing.dispatch import Dispatch
 
 
 class Shortcut(nn.Module):

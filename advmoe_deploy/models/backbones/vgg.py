@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe_deploy.models.backbones.layers import RoutedConv2d, convolve, shared_conv2d
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing.dispatch import Dispatch
 
 # Convolutions per stage, and the width of each stage as a multiple of the first.
 VGG16_STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import run_experts
-from advmoe_deploy.models.routing import Routes, RoutingRule
+from advmoe_deploy.models.routing.dispatch import run_experts
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 _NORM_EPSILON = 1e-6  # as ViT has it, not torch's 1e-5

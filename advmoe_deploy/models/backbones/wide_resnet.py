@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advmoe_deploy.models.backbones.layers import RoutedConv2d, global_average, shared_conv2d
-from advmoe_deploy.models.dispatch import Dispatch
+from advmoe_deploy.models.routing.dispatch import Dispatch
 
 
 class PreActivationBlock(nn.Module):

@@ -6,8 +6,8 @@ from advmoe_deploy.models.backbones.build import build_backbone
 from advmoe_deploy.models.backbones.layers import RoutedConv2d
 from advmoe_deploy.models.backbones.router_resnet import RouterResNet
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import Dispatch, run_experts
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.models.routing.dispatch import Dispatch, run_experts
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 ROUTER = "router"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from advmoe_deploy.models.backbones.build import build_backbone
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import run_experts
 from advmoe_deploy.models.families.advmoe import ROUTER, DenseClassifier
 from advmoe_deploy.models.families.expert_batch_norm import replace_batch_norms
-from advmoe_deploy.models.routing import Routes, Routing, RoutingRule, forced_route
+from advmoe_deploy.models.routing.dispatch import run_experts
+from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, forced_route
 from advmoe_deploy.specs import ModelSpec
 
 STANDARD = "standard"

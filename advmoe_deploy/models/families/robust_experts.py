@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from advmoe_deploy.layout import BLOCKS_PER_STAGE, expert_modules
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.dispatch import run_experts
 from advmoe_deploy.models.families.expert_batch_norm import BatchNorm2d
-from advmoe_deploy.models.gates import build_gate
-from advmoe_deploy.models.routing import Routes, RoutingRule
+from advmoe_deploy.models.routing.dispatch import run_experts
+from advmoe_deploy.models.routing.gates import build_gate
+from advmoe_deploy.models.routing.routing import Routes, RoutingRule
 from advmoe_deploy.specs import ModelSpec
 
 

@@ -136,7 +136,7 @@ class Routes:
         surrogate: the straight-through gradient of hard routes, ``None`` for none: the gradient is
             then exactly that of the deployed function.
         execution: ``grouped``, ``masked`` or, for the exporter only, ``traced``; see
-            :mod:`~advmoe_deploy.models.dispatch`.
+            :mod:`~advmoe_deploy.models.routing.dispatch`.
         adjust: called with (rule, scores) before the choice; returns the routing. For what only
             training or analysis does: noise, capacity.
     """

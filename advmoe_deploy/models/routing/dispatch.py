@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from advmoe_deploy.models.markers import mark_experts, mark_input
-from advmoe_deploy.models.routing import Execution, Routing
+from advmoe_deploy.models.routing.markers import mark_experts, mark_input
+from advmoe_deploy.models.routing.routing import Execution, Routing
 
 Expert = Callable[[Tensor], Tensor]
 

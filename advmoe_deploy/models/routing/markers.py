@@ -9,7 +9,7 @@ Shapes: N rows (images, or tokens), E experts, K experts per row.
 import torch
 from torch import Tensor
 
-from advmoe_deploy.models.routing import RoutingRule, choose
+from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.specs import Weighting
 
 

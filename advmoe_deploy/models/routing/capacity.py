@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.models.routing import Routing, RoutingRule, Surrogate, choose, weights_of
+from advmoe_deploy.models.routing.routing import Routing, RoutingRule, Surrogate, choose, weights_of
 
 Overflow = Literal["reassign", "drop"]
 

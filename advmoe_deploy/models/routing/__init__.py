@@ -1,0 +1,1 @@
+"""Routing: gates, routed layers, dispatch and capacity."""
