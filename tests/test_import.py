@@ -15,7 +15,7 @@ from upstream_fixture import case_of
 
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.models.checkpoint import load_checkpoint
-from advmoe_deploy.models.upstream import import_checkpoint
+from advmoe_deploy.models.upstream.importer import import_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 

@@ -11,7 +11,7 @@ from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.models.families.dual import second_expert
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes
-from advmoe_deploy.models.upstream_dual import convert
+from advmoe_deploy.models.upstream.dual import convert
 
 State = dict[str, Tensor]
 

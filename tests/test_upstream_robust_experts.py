@@ -9,7 +9,7 @@ from upstream_fixture import case_of, fill
 from advmoe_deploy.errors import AdvMoEError, CheckpointError, UsageError
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes, Routing
-from advmoe_deploy.models.upstream_robust_experts import convert
+from advmoe_deploy.models.upstream.robust_experts import convert
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, build_spec
 
 CASES = {

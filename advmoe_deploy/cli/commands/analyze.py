@@ -66,7 +66,7 @@ def analyze(
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.cli.pages import analysis_report
         from advmoe_deploy.cli.pages import page as pages
-        from advmoe_deploy.cli.tables.bundle import analysis as analysis_tables
+        from advmoe_deploy.cli.tables import analysis as analysis_tables
         from advmoe_deploy.files import refuse_existing, staged_directory
         from advmoe_deploy.models.stored import open_stored
 

@@ -22,7 +22,7 @@ def doctor(as_json: Json = False) -> None:
     that was compiled.
     """
     with session(as_json) as ui:
-        from advmoe_deploy.cli.tables.bundle import bundle as tables
+        from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.runtime.gpu_path import gpu_path
 
         engines = {name: _version(name) for name in ("onnxruntime", "openvino")}

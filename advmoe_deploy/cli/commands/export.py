@@ -117,7 +117,7 @@ def export(
 
 
 def _show(ui: Session, bundle: Bundle) -> None:
-    from advmoe_deploy.cli.tables.bundle import bundle as tables
+    from advmoe_deploy.cli.tables import bundle as tables
 
     manifest = bundle.manifest
     value = {

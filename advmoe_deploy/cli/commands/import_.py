@@ -36,10 +36,10 @@ def import_checkpoint(
     run = out or Path("runs") / file.stem
     refuse_existing(run, overwrite=overwrite, marker=_MARKER)
     with session(as_json) as ui:
-        from advmoe_deploy.cli.tables.bundle import training as training_tables
-        from advmoe_deploy.models import upstream
+        from advmoe_deploy.cli.tables import training as training_tables
         from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
         from advmoe_deploy.models.macs import macs_of
+        from advmoe_deploy.models.upstream import importer as upstream
 
         overrides = upstream.parse_settings(settings or ())
         spec, model = upstream.import_checkpoint(file, source, overrides)

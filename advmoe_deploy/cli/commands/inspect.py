@@ -8,7 +8,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds, after checking every file's hash."""
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
-        from advmoe_deploy.cli.tables.bundle import bundle as tables
+        from advmoe_deploy.cli.tables import bundle as tables
 
         opened = open_bundle(bundle)
         value = {"bundle": str(opened.path), **opened.manifest.model_dump(mode="json")}

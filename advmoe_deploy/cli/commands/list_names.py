@@ -39,7 +39,7 @@ def list_names(
     if kind is not None and kind not in listings:
         raise unknown_name("kind", kind, listings)
     with session(as_json) as ui:
-        from advmoe_deploy.cli.tables.bundle import bundle as tables
+        from advmoe_deploy.cli.tables import bundle as tables
 
         value = {one: listings[one]() for one in ([kind] if kind else listings)}
         ui.show(value, lambda: tables.name_lists(value))

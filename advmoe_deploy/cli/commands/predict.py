@@ -35,7 +35,7 @@ def predict(
         raise UsageError("files need both --input and --output; see 'advmoe predict --help'")
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
-        from advmoe_deploy.cli.tables.bundle import bundle as tables
+        from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.serving.batch import classify_files
 
         report = classify_files(

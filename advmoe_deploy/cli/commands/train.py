@@ -38,7 +38,7 @@ def train(
         chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
         config = apply_overrides(recipe_named(recipe), chosen)
 
-        from advmoe_deploy.cli.tables.bundle import training as training_tables
+        from advmoe_deploy.cli.tables import training as training_tables
         from advmoe_deploy.data.registry import load_dataset
         from advmoe_deploy.train.loop import train as train_model
 

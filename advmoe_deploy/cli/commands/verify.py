@@ -39,7 +39,7 @@ def verify(
     """Attack the model and its export alike; exit 1 if robustness did not survive."""
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
-        from advmoe_deploy.cli.tables.bundle import bundle as tables
+        from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.verify.verify import verify_bundle
 
         report = verify_bundle(

@@ -14,7 +14,7 @@ from torch import Tensor
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.models.backbones.resnet import BasicBlock
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.upstream_shapes import shape_of
+from advmoe_deploy.models.upstream.shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.layout import BLOCKS_PER_STAGE, ExpertKind, shortest_prefixes
-from advmoe_deploy.models.upstream_shapes import shape_of
+from advmoe_deploy.models.upstream.shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.

@@ -20,7 +20,7 @@ from advmoe_deploy.models.backbones.build import RESNETS, WIDENING, scaled
 from advmoe_deploy.models.backbones.resnet import Bottleneck
 from advmoe_deploy.models.backbones.vgg import VGG16_STAGES
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.models.upstream_shapes import shape_of
+from advmoe_deploy.models.upstream.shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.

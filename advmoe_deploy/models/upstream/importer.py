@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, UsageError, unknown_name
-from advmoe_deploy.models import upstream_advmoe, upstream_dual, upstream_robust_experts
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import require_finite
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.models.upstream import advmoe as upstream_advmoe
+from advmoe_deploy.models.upstream import dual as upstream_dual
+from advmoe_deploy.models.upstream import robust_experts as upstream_robust_experts
 from advmoe_deploy.specs import ModelSpec
 
 Converter = Callable[

@@ -1,0 +1,1 @@
+"""Importers of the papers' released checkpoints."""
