@@ -90,8 +90,8 @@ def reference(work: Work) -> Iterator[Part]:
 
 def _reference(work: Work, model: str) -> Record:
     from advmoe_deploy.bundle import open_bundle
-    from advmoe_deploy.export.reference import reference_answers
     from advmoe_deploy.models.stored import reference_model
+    from advmoe_deploy.parity.reference import reference_answers
 
     pixels, labels = _test_images(work, work.images)
     answers = reference_answers(reference_model(open_bundle(work.bundle(model))), pixels)

@@ -29,9 +29,9 @@ from onnx.reference import ReferenceEvaluator
 
 from advmoe_deploy.bundle import MODEL, Bundle
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.parity import compare_answers
-from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.compare import compare_answers
+from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.prediction import Prediction

@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import FAMILIES, Families, spec_of
 
-from advmoe_deploy.export.reference import compare_with_reference
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.reference import compare_with_reference
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)

@@ -16,9 +16,9 @@ from advmoe_deploy.export.checks.every_expert import require_every_expert
 from advmoe_deploy.export.from_run import check_graphs, write_graphs
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.partition.cut import Partition
-from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Silent
 
 IMAGES = np.random.default_rng(2).random((24, 1, 8, 8), dtype=np.float32)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.answers import Answers, RouteAnswers
-from advmoe_deploy.export.parity import compare_answers, require_parity
+from advmoe_deploy.parity.answers import Answers, RouteAnswers
+from advmoe_deploy.parity.compare import compare_answers, require_parity
 from advmoe_deploy.runtime.prediction import Prediction
 
 

@@ -23,13 +23,13 @@ from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.export.precision.gate import ATTACK
-from advmoe_deploy.export.reference import Reference, compare_with_reference, reference_answers
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.models.untrained import untrained_model
+from advmoe_deploy.parity.reference import Reference, compare_with_reference, reference_answers
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.runtime.runner import GraphRunner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner

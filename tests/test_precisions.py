@@ -17,9 +17,9 @@ from advmoe_deploy.export.graph.fuse import fuse
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, examine
 from advmoe_deploy.export.precision.search import Precisions, choose_precisions
-from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
 from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision

@@ -24,7 +24,6 @@ from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.precision.gate import Examples
-from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt.engine_sets import engine_sets as tensorrt
 from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
@@ -32,8 +31,9 @@ from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt.graphs import tensorrt_plan
 from advmoe_deploy.export.tensorrt.row_graphs import Mover, movers
 from advmoe_deploy.export.tensorrt.trtexec import build_script
-from advmoe_deploy.export.tolerance import row_differences
 from advmoe_deploy.models.untrained import untrained_model
+from advmoe_deploy.parity.reference import reference_answers
+from advmoe_deploy.parity.tolerance import row_differences
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS
 from advmoe_deploy.runtime.ort_engine import OrtEngine

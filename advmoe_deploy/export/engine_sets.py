@@ -12,13 +12,11 @@ from onnx import ModelProto
 from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
-from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.checks.every_expert import require_forced, require_weights
 from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.graph.fuse import Fused, fuse
 from advmoe_deploy.export.graph.stitch import Form
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.calibrate import calibrated
@@ -31,9 +29,11 @@ from advmoe_deploy.export.precision.gate import (
     precision_report,
 )
 from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
-from advmoe_deploy.export.reference import Reference
 from advmoe_deploy.export.targets import Target, ladder
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.compare import require_parity
+from advmoe_deploy.parity.reference import Reference
 from advmoe_deploy.plan import ExpertsStep, Plan, Segment
 from advmoe_deploy.reports import Calibration, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.engine import Source

@@ -25,7 +25,6 @@ from advmoe_deploy.bundle import (
 )
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
-from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.checks.every_expert import (
     require_branches,
     require_every_expert,
@@ -39,14 +38,12 @@ from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.model_card import model_card
-from advmoe_deploy.export.parity import compare_answers, predictions_of, require_parity
 from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
-from advmoe_deploy.export.reference import Reference, reference_answers
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
@@ -54,6 +51,9 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
+from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.compare import compare_answers, predictions_of, require_parity
+from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.openvino_engine import openvino_version

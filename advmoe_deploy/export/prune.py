@@ -13,12 +13,12 @@ import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.precision.attacked import HOLDOUT_IMAGES, attacked_images
 from advmoe_deploy.export.precision.gate import ATTACK
-from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.specs import AttackSpec, ModelSpec, ThreatModel

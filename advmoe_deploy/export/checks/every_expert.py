@@ -16,13 +16,13 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.bundle import MODEL
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.answers import Answers, Images
 from advmoe_deploy.export.graph.grouped import name_in_layer, taken_constants
 from advmoe_deploy.export.graph.op_bodies import FUSED_ROUTERS
 from advmoe_deploy.export.graph.writer import subgraphs_of, value_info
 from advmoe_deploy.export.partition.sample import Sample
-from advmoe_deploy.export.reference import Reference, bonus_for
-from advmoe_deploy.export.tolerance import require_near, rounding_of
+from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.reference import Reference, bonus_for
+from advmoe_deploy.parity.tolerance import require_near, rounding_of
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
 from advmoe_deploy.runtime.ort_engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner

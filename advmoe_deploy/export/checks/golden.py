@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.export.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
 
 GOLDEN_IMAGES = 64
 _OF_A_ROUTE = ("scores", "expert_ids", "weights")

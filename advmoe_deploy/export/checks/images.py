@@ -10,8 +10,8 @@ import numpy as np
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
-from advmoe_deploy.export.answers import Images
 from advmoe_deploy.models.checkpoint import Checkpoint
+from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.specs import ModelSpec
 
 PARITY_IMAGES = 1000

@@ -1,4 +1,6 @@
-"""What each torch operator becomes in ONNX; :mod:`~advmoe_deploy.export.partition.lowering` walks the graph.
+"""ONNX operators for each torch operator that a segment may hold.
+
+:mod:`~advmoe_deploy.export.partition.lowering` walks the graph and looks them up here.
 
 The table is small on purpose: a segment is a dense graph without control flow, and a few dozen
 operators say it. An operator is a function of the writer, the name of its result, and torch's own

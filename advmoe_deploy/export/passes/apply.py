@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.passes.drop_experts import drop_experts
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
@@ -11,6 +10,7 @@ from advmoe_deploy.export.passes.report import PassReport, apply_checked, requir
 from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.models.routing.routing import RoutingRule
+from advmoe_deploy.parity.answers import Images
 
 PASSES = (fold_batchnorm, strided_shortcut)
 # Images that segments, passes and experts are checked on one by one; each sees all of them.

@@ -19,7 +19,7 @@ from advmoe_deploy.export.graph.op_bodies import FUSED_ROUTERS, ROUTERS, with_bo
 from advmoe_deploy.export.graph.writer import GraphWriter, attributes_of, consumers_of
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.passes.report import PassReport
-from advmoe_deploy.export.tolerance import rounding_of, row_differences, tolerance_for
+from advmoe_deploy.parity.tolerance import rounding_of, row_differences, tolerance_for
 from advmoe_deploy.plan import TensorInfo
 from advmoe_deploy.runtime.custom_ops import DOMAIN
 from advmoe_deploy.runtime.ort_engine import OrtEngine

@@ -11,10 +11,10 @@ from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.data.dataset import Dataset, to_float
-from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.precision.gate import ATTACK, Exam, Examples, Labels, Logits
-from advmoe_deploy.export.reference import reference_answers
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 HOLDOUT_IMAGES = 500

@@ -22,8 +22,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from advmoe_deploy.export.answers import Images
 from advmoe_deploy.export.precision.recording import Recording, Rows
+from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import Plan
 
 # A segment without any of these is not worth it: what it does is light.

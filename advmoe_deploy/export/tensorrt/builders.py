@@ -15,11 +15,11 @@ from onnx import ModelProto
 
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.parity import require_parity
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu, precision_of
 from advmoe_deploy.export.precision.gate import Exam, Findings, attack_itself, examine
 from advmoe_deploy.export.precision.search import Precisions
+from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.answers import Answers, Images, RouteAnswers
-from advmoe_deploy.export.tolerance import row_differences, same_experts, tolerance_for
+from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.parity.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.prediction import Prediction, joined
 from advmoe_deploy.runtime.runner import Runner
@@ -37,7 +37,7 @@ def compare_answers(
 ) -> ParityReport:
     """Return the report over ``answer``, which covers the reference's images.
 
-    ``rounding`` is the reference's own, see :func:`~advmoe_deploy.export.tolerance.tolerance_for`.
+    ``rounding`` is the reference's own, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`.
     """
     images = len(answer.logits)
     same_N = np.ones(images, dtype=bool)

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from advmoe_deploy.export.answers import Answers, Images, RouteAnswers
-from advmoe_deploy.export.parity import compare_answers, predictions_of
-from advmoe_deploy.export.tolerance import rounding_of, same_experts
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
+from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.parity.compare import compare_answers, predictions_of
+from advmoe_deploy.parity.tolerance import rounding_of, same_experts
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.runner import Runner
 

@@ -1,0 +1,1 @@
+"""Parity: when the answers of two engines count as the same."""
