@@ -12,7 +12,7 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNELS = Path("advmoe_deploy/runtime/kernels")
+KERNELS = Path("advmoe_deploy/runtime/onnxruntime/kernels")
 
 _spec = importlib.util.spec_from_file_location("kernels_build", KERNELS / "build.py")
 assert _spec is not None

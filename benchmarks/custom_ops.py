@@ -46,8 +46,8 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, TensorInfo
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
-from advmoe_deploy.runtime.custom_ops import find_custom_ops
-from advmoe_deploy.runtime.ort_engine import OrtEngine, onnxruntime_version
+from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
 from advmoe_deploy.specs import ModelSpec
 
 RESULT = Path(__file__).parent / "results" / "custom_ops.json"

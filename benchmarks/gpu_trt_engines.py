@@ -91,7 +91,7 @@ def build_one(
     with_plugins: bool = False,
 ) -> Record:
     """Build an engine; in a dry run, load its graph into ONNX Runtime and say which it is."""
-    from advmoe_deploy.runtime.ort_engine import OrtEngine
+    from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
     from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
     from advmoe_deploy.runtime.tensorrt_device import this_device
 
@@ -149,7 +149,7 @@ def open_plan(
 
     In a dry run, over the graphs in ONNX Runtime.
     """
-    from advmoe_deploy.runtime.ort_engine import OrtEngine
+    from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
     from advmoe_deploy.runtime.tensorrt_plan import runner_of_engines
 
     shape = MODELS[model].image_shape

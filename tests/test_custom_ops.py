@@ -12,8 +12,8 @@ from onnx.reference import ReferenceEvaluator
 from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies, without_custom_ops
 from advmoe_deploy.export.graph.writer import IR_VERSION, OPSET
 from advmoe_deploy.plan import RENORMALISER, RouteStep
-from advmoe_deploy.runtime.custom_ops import DOMAIN, find_custom_ops
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN, find_custom_ops
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import route
 from advmoe_deploy.specs import Weighting
 

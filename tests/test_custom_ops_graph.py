@@ -21,8 +21,8 @@ from advmoe_deploy.export.passes import fuse_router as module
 from advmoe_deploy.export.passes.fuse_router import fuse_router, fuse_router_checked
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.runtime.custom_ops import DOMAIN, find_custom_ops
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN, find_custom_ops
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.specs import ModelSpec
 
 IMAGES = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)

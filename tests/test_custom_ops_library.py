@@ -16,9 +16,9 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
 from advmoe_deploy.profiling.profile import profile_bundle
-from advmoe_deploy.runtime import custom_ops
-from advmoe_deploy.runtime.custom_ops import VARIABLE, find_custom_ops, uses_custom_ops
-from advmoe_deploy.runtime.kernels.build import (
+from advmoe_deploy.runtime.onnxruntime import custom_ops
+from advmoe_deploy.runtime.onnxruntime.custom_ops import VARIABLE, find_custom_ops, uses_custom_ops
+from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
     LIBRARY,
     RECORD,
@@ -268,6 +268,6 @@ def test_a_wheel_brings_source_and_library(tmp_path: Path) -> None:
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    kernels = "advmoe_deploy/runtime/kernels"
+    kernels = "advmoe_deploy/runtime/onnxruntime/kernels"
     wanted = {LIBRARY, RECORD, "kernel.h", *(source.name for source in SOURCES)}
     assert {f"{kernels}/{name}" for name in wanted} <= names

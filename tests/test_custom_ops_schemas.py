@@ -11,8 +11,8 @@ from test_custom_ops import TYPES, without_body
 
 from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies
 from advmoe_deploy.export.graph.op_schemas import OPERATORS, Operator, reference, register_schemas
-from advmoe_deploy.runtime.custom_ops import DOMAIN
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 
 SIZES = {"R": 4, "C": 5, "D": 6, "H": 3, "W": 2, "E": 3, "K": 2, "1": 1, "E+1": 4, "S": 8}
 VALUES = {"k": 2, "epsilon": 1e-5, "num_experts": 3}

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from test_custom_ops import answers, model_of, require, run, without_body
 
-from advmoe_deploy.runtime.kernels.build import LIBRARY, compile_kernels, find_compiler
+from advmoe_deploy.runtime.onnxruntime.kernels.build import LIBRARY, compile_kernels, find_compiler
 
 COMPILER = find_compiler()
 RANDOM = np.random.default_rng(0)

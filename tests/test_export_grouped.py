@@ -19,8 +19,8 @@ from advmoe_deploy.export.graph.grouped import are_groupable
 from advmoe_deploy.export.graph.stitch import Form, graph_from_plan
 from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.runtime.custom_ops import find_custom_ops
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.specs import ModelSpec, Weighting
 
 IMAGES = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)

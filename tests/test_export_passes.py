@@ -17,7 +17,7 @@ from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import PassReport, apply_checked
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.plan import TensorInfo
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 
 IMAGE = TensorInfo(name="images", dtype="float32", shape=("N", 2, 6, 6))
 OUTPUT = TensorInfo(name="out", dtype="float32", shape=("N", "C", "H", "W"))

@@ -24,7 +24,7 @@ from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine

@@ -25,7 +25,7 @@ from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt_plan import graph_files

@@ -24,7 +24,7 @@ from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.plan import RouteStep, TensorInfo
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner, route
 from advmoe_deploy.runtime.runner import GraphRunner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner

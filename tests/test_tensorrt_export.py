@@ -36,7 +36,7 @@ from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import row_differences
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.dispatch import ROWS
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions

@@ -17,7 +17,7 @@ from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunSt
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.runtime.runner import prediction_of
 from advmoe_deploy.specs import Precision

@@ -9,9 +9,9 @@ from typing_extensions import Self
 
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.custom_ops import CustomOps
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.ort_engine import CPU, OrtEngine, Provider, rounds_to_tf32
+from advmoe_deploy.runtime.onnxruntime.custom_ops import CustomOps
+from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider, rounds_to_tf32
 from advmoe_deploy.runtime.prediction import Prediction
 from advmoe_deploy.specs import Precision
 
@@ -64,7 +64,7 @@ class GraphRunner(Closing):
         """Load ``model``; ``routes`` says which of its outputs are routes.
 
         ``threads``, ``custom_ops`` and ``provider`` are those of
-        :class:`~advmoe_deploy.runtime.ort_engine.OrtEngine`; ``name`` is what the runner is called.
+        :class:`~advmoe_deploy.runtime.onnxruntime.engine.OrtEngine`; ``name`` is what the runner is called.
         """
         self.name = name
         self.precision: Precision = "fp32"

@@ -11,8 +11,8 @@ from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import AdvMoEError, missing_extra
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.runtime.custom_ops import find_custom_ops
-from advmoe_deploy.runtime.kernels.build import find_compiler
+from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
+from advmoe_deploy.runtime.onnxruntime.kernels.build import find_compiler
 
 
 def doctor(as_json: Json = False) -> None:

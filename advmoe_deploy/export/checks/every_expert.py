@@ -24,7 +24,7 @@ from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.reference import Reference, bonus_for
 from advmoe_deploy.parity.tolerance import require_near, rounding_of
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import Precision
 

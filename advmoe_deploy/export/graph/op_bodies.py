@@ -14,7 +14,7 @@ import onnx
 from onnx import FunctionProto, ModelProto, helper, inliner
 
 from advmoe_deploy.export.graph.writer import OPSET
-from advmoe_deploy.runtime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 
 VERSION = 1
 

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext
 
 from advmoe_deploy.export.graph.op_bodies import VERSION
-from advmoe_deploy.runtime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 
 _KINDS = {OpSchema.AttrType.INT: "int", OpSchema.AttrType.FLOAT: "float"}
 _TYPES = {"float": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}

@@ -13,7 +13,7 @@ from onnx import numpy_helper as onnx_numpy
 from advmoe_deploy import __version__
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.plan import TensorInfo
-from advmoe_deploy.runtime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 
 # The oldest pair that says all we need: old runtimes and other vendors read it too.
 OPSET = 17

@@ -21,8 +21,8 @@ from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.passes.report import PassReport
 from advmoe_deploy.parity.tolerance import rounding_of, row_differences, tolerance_for
 from advmoe_deploy.plan import TensorInfo
-from advmoe_deploy.runtime.custom_ops import DOMAIN
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 
 _NAME = "fuse_router"
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.sample import Arrays, Sample
 from advmoe_deploy.parity.tolerance import rounding_of, row_differences, tolerance_for
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 
 
 @dataclass(frozen=True)

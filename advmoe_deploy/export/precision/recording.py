@@ -10,7 +10,7 @@ from advmoe_deploy.parity.compare import predictions_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Engine, Source
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 
 Rows = list[dict[str, NDArray[Any]]]

@@ -23,7 +23,7 @@ from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner
-from advmoe_deploy.runtime.ort_engine import OrtEngine
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
 from advmoe_deploy.runtime.tensorrt_device import this_device

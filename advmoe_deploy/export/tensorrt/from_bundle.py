@@ -48,7 +48,7 @@ from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import PrecisionReport
-from advmoe_deploy.runtime.ort_engine import OrtEngine, onnxruntime_version
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
 from advmoe_deploy.runtime.tensorrt_build import BuildOptions
 from advmoe_deploy.runtime.tensorrt_shapes import Shapes, shapes_of_segments
 from advmoe_deploy.specs import Precision

@@ -16,7 +16,7 @@ from typing import Literal
 
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
 from advmoe_deploy.files import sha256_of
-from advmoe_deploy.runtime.kernels.build import (
+from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
     LIBRARY,
     RECORD,

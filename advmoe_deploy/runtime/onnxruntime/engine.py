@@ -18,13 +18,13 @@ from advmoe_deploy.errors import (
     missing_extra,
 )
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.custom_ops import (
+from advmoe_deploy.runtime.engine import require_threads
+from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     VARIABLE,
     CustomOps,
     find_custom_ops,
     uses_custom_ops,
 )
-from advmoe_deploy.runtime.engine import require_threads
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 CPU: Provider = "CPUExecutionProvider"
@@ -69,7 +69,7 @@ class OrtEngine(Closing):
             model: the serialised graph, or its file, already verified by the bundle.
             threads: inside one operator; 0 lets ONNX Runtime choose.
             custom_ops: which form of our operators runs, see
-                :func:`~advmoe_deploy.runtime.custom_ops.find_custom_ops`.
+                :func:`~advmoe_deploy.runtime.onnxruntime.custom_ops.find_custom_ops`.
             provider: what runs the graph; on a GPU our operators run as bodies, for the kernels
                 are the CPU's and every tensor would cross.
 

@@ -1,0 +1,1 @@
+"""ONNX Runtime: engines, our operators and their kernels."""
