@@ -45,7 +45,7 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, openvino_version
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, openvino_version
 from advmoe_deploy.runtime.select import open_runner
 
 RESULT = Path(__file__).parent / "results" / "precision_cpu.json"

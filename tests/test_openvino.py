@@ -11,7 +11,7 @@ from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError, UsageError
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.select import open_runner, parse_engine
 from advmoe_deploy.specs import Arithmetic
 

@@ -22,7 +22,7 @@ from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine, has_precision
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import arithmetic_of, open_runner
 from advmoe_deploy.specs import Arithmetic, Precision

@@ -22,7 +22,7 @@ from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Profi
 from advmoe_deploy.runtime.cuda import gpu
 from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
-from advmoe_deploy.runtime.openvino_engine import openvino_version
+from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
 from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt_api import version_text

@@ -11,7 +11,7 @@ from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
 from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider
-from advmoe_deploy.runtime.openvino_engine import OpenVinoEngine
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
 from advmoe_deploy.runtime.tensorrt_plan import open_tensorrt
