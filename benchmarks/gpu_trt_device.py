@@ -25,14 +25,14 @@ def device(work: Work) -> Iterator[Part]:
 
 
 def _gpu() -> Record:
-    from advmoe_deploy.runtime.cuda import gpu
+    from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
     return {**vars(gpu()), "clocks": nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem")}
 
 
 def _copies() -> Record:
     """Return GiB/s read or written once, within the GPU and from and to pinned memory."""
-    from advmoe_deploy.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
+    from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 
     with ExitStack() as stack:
         there, other = (stack.enter_context(DeviceBuffer(_GIB)) for _ in range(2))
@@ -64,9 +64,9 @@ def _product(work: Work, precision: Precision) -> Record:
     import onnx
     from onnx import TensorProto, helper
 
-    from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine
-    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
-    from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+    from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
+    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     ends = [helper.make_tensor_value_info(n, kind, ["N", _SIDE]) for n in ("a", "b", "c")]

@@ -14,8 +14,8 @@ from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.profiling.timing import time_interleaved
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 from advmoe_deploy.specs import Precision
 
 Part = tuple[str, Callable[[], Any]]
@@ -39,8 +39,8 @@ def _sources(
 ) -> dict[str, tuple[Path, Any, Precision]]:
     """Return by name the graph, the shapes and the precision of every engine of a model."""
     from advmoe_deploy.export.tensorrt.row_graphs import movers
-    from advmoe_deploy.runtime.tensorrt_plan import graph_files
-    from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
+    from advmoe_deploy.runtime.tensorrt.load import graph_files
+    from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
 
     bundle, chosen = set_of(work, model, precision)
     shapes: dict[str, Any] = dict(shapes_of_segments(chosen.plan, BATCH))
@@ -57,7 +57,7 @@ def _sources(
 
 def image_shapes(bundle: Bundle) -> dict[str, Any]:
     """Return the shapes that what reads the images is built for."""
-    from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+    from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 
     image = bundle.manifest.model.image_shape
     return {"images": Shapes((BATCH.min, *image), (BATCH.opt, *image), (BATCH.max, *image))}
@@ -92,8 +92,8 @@ def build_one(
 ) -> Record:
     """Build an engine; in a dry run, load its graph into ONNX Runtime and say which it is."""
     from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-    from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
-    from advmoe_deploy.runtime.tensorrt_device import this_device
+    from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine, timing_cache_file
+    from advmoe_deploy.runtime.tensorrt.device import this_device
 
     sizes = {name: (size.min, size.opt, size.max) for name, size in shapes.items()}
     if work.dry:
@@ -121,7 +121,7 @@ def build_one(
 
 def tactics() -> tuple[str, ...] | None:
     """Return TensorRT 8.6's own kernels: where it is carried along, cuBLAS and cuDNN are not."""
-    from advmoe_deploy.runtime.tensorrt_api import STRONG_TYPES, tensorrt_version
+    from advmoe_deploy.runtime.tensorrt.api import STRONG_TYPES, tensorrt_version
 
     own = ("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS")
     return own if tensorrt_version() < STRONG_TYPES else None
@@ -129,7 +129,7 @@ def tactics() -> tuple[str, ...] | None:
 
 def open_moe(work: Work, model: str, precision: Precision, *, at_once: int = 0) -> Runner:
     """Return the runner of a set."""
-    from advmoe_deploy.runtime.tensorrt_plan import graph_files
+    from advmoe_deploy.runtime.tensorrt.load import graph_files
 
     bundle, chosen = set_of(work, model, precision)
     files = {name: bundle.file(file) for name, file in graph_files(chosen.plan).items()}
@@ -150,7 +150,7 @@ def open_plan(
     In a dry run, over the graphs in ONNX Runtime.
     """
     from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-    from advmoe_deploy.runtime.tensorrt_plan import runner_of_engines
+    from advmoe_deploy.runtime.tensorrt.load import runner_of_engines
 
     shape = MODELS[model].image_shape
     if work.dry:
@@ -228,7 +228,7 @@ def latency(work: Work) -> Iterator[Part]:
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
     from advmoe_deploy.runtime.dispatch import at_once_step
-    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     _, chosen = set_of(work, model, precision)
     pixels = images_of(work, model, batch)
@@ -276,7 +276,7 @@ def parts(work: Work) -> Iterator[Part]:
 
 
 def _parts(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     _, chosen = set_of(work, model, precision)
     with open_moe(work, model, precision) as runner:

@@ -101,7 +101,7 @@ def build(bundle: Path, out: Path) -> None:
     from gpu_trt_engines import tactics
 
     from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
-    from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+    from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 
     options = BuildOptions(batch=BATCH, tactic_sources=tactics())
     build_from_bundle(open_bundle(bundle), out, build=options, precisions=["fp16"], overwrite=True)

@@ -48,7 +48,7 @@ def _build(work: Work, model: str, bundle: Bundle, segment: Segment) -> Record:
 
     from advmoe_deploy.export.router_plugin import plugin_of, with_plugins
     from advmoe_deploy.export.router_triton import compiled_router
-    from advmoe_deploy.runtime.cuda import gpu
+    from advmoe_deploy.runtime.tensorrt.cuda import gpu
     from advmoe_deploy.runtime.tensorrt_plugin import register_router
 
     own, routes = bundle.manifest.plan.segment(segment.name), _routes(bundle, segment)
@@ -67,7 +67,7 @@ def _build(work: Work, model: str, bundle: Bundle, segment: Segment) -> Record:
 
 def _times(work: Work, model: str, segment: Segment, batch: int) -> Record:
     """Time both in turn, on the GPU alone, and compare what they answer."""
-    from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     inputs, folder = {"images": images_of(work, model, batch)}, work.engines(model, "fp32")
     with (

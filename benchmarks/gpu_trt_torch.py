@@ -33,7 +33,7 @@ def _export(work: Work, model: str) -> Record:
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
     from advmoe_deploy.models.untrained import untrained_model
-    from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+    from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 
     spec, run = MODELS[model], work.folder / model / "run"
     pixels, _ = _test_images(work, _FITTING)
@@ -221,7 +221,7 @@ def _verify(work: Work) -> Record:
     from advmoe_deploy.errors import UsageError
     from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.targets import Target
-    from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+    from advmoe_deploy.runtime.tensorrt.build import BuildOptions
     from advmoe_deploy.verify.verify import verify_bundle
 
     if work.trained is None:

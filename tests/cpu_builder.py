@@ -6,7 +6,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.export.tensorrt.builders import OnCpu
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 
 BATCH = BatchProfile(min=1, opt=8, max=32)

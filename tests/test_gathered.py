@@ -15,11 +15,11 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.tensorrt.row_graphs import movers
 from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
-from advmoe_deploy.runtime.lane_pool import LanePool
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.runtime.tensorrt_shapes import narrowest, with_least
+from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.shapes import narrowest, with_least
 from advmoe_deploy.specs import BatchProfile
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)

@@ -23,13 +23,13 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.targets import Target, require_supported
-from advmoe_deploy.runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runner
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine
-from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
+from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, PinnedBuffer, Stream
+from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 
 
@@ -82,7 +82,7 @@ def test_without_cuda_bindings_its_extra_is_named() -> None:
 import sys
 sys.modules["cuda"] = None
 from advmoe_deploy.errors import BackendUnavailableError
-from advmoe_deploy.runtime.cuda import gpu
+from advmoe_deploy.runtime.tensorrt.cuda import gpu
 try:
     gpu()
 except BackendUnavailableError as error:

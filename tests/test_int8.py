@@ -28,7 +28,7 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.runtime.tensorrt_plan import graph_files
+from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.specs import BatchProfile
 from advmoe_deploy.verify.verify import verify_bundle
 

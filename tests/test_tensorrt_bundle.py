@@ -28,9 +28,9 @@ from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_s
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.profiling.profile import _raised
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
-from advmoe_deploy.runtime.tensorrt_plan import graph_files
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.load import graph_files
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import Precision, ThreatModel
 
 BUILD = BuildOptions(batch=BATCH)
@@ -315,7 +315,7 @@ def test_it_is_built_without_torch(graphs: Bundle, built: Bundle, tmp_path: Path
 from pathlib import Path
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from cpu_builder import BATCH, CpuBuilder
 source, out = map(Path, sys.argv[1:])
 options = BuildOptions(batch=BATCH)

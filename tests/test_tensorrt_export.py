@@ -39,8 +39,8 @@ from advmoe_deploy.runtime.dispatch import ROWS
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, ModelSpec, Precision
 
 IMAGES = np.random.default_rng(3).random((48, 1, 8, 8), dtype=np.float32)

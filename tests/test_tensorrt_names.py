@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tensorrt_names
 
-from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES
+from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES
 
 RUNTIME = ROOT / "advmoe_deploy" / "runtime"
 NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
@@ -147,7 +147,8 @@ sys.setdlopenflags(os.RTLD_LAZY)
 import tensorrt_bindings as trt
 sys.modules["tensorrt"] = trt
 from advmoe_deploy.errors import BackendUnavailableError
-from advmoe_deploy.runtime import tensorrt_api as api, tensorrt_build as build
+from advmoe_deploy.runtime.tensorrt import api
+from advmoe_deploy.runtime.tensorrt import build
 log = api.logger()
 log.log(trt.ILogger.Severity.ERROR, "one\\n  line")
 log.log(trt.ILogger.Severity.WARNING, "not kept")

@@ -6,10 +6,10 @@ import pytest
 from advmoe_deploy.bundle import Bundle, EngineDevice
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
-from advmoe_deploy.runtime.tensorrt_api import parse_version, probe
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
-from advmoe_deploy.runtime.tensorrt_lane import DeviceArray
-from advmoe_deploy.runtime.tensorrt_shapes import (
+from advmoe_deploy.runtime.tensorrt.api import parse_version, probe
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.lane import DeviceArray
+from advmoe_deploy.runtime.tensorrt.shapes import (
     Shapes,
     narrowest,
     rows_profile,

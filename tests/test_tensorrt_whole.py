@@ -16,8 +16,8 @@ from advmoe_deploy.export.tensorrt.row_graphs import movers
 from advmoe_deploy.export.tensorrt_whole import WHOLE, whole_graph, whole_plan
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 from advmoe_deploy.specs import BatchProfile
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)

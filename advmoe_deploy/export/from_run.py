@@ -60,7 +60,7 @@ from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
-from advmoe_deploy.runtime.tensorrt_api import version_text
+from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.specs import Precision
 
 UNFUSED = "baselines/unfused.onnx"

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.runtime.openvino.engine import has_precision, require_precision
-from advmoe_deploy.runtime.tensorrt_api import STRONG_TYPES, tensorrt_version, version_text
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions, require_buildable
-from advmoe_deploy.runtime.tensorrt_device import this_device
+from advmoe_deploy.runtime.tensorrt.api import STRONG_TYPES, tensorrt_version, version_text
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions, require_buildable
+from advmoe_deploy.runtime.tensorrt.device import this_device
 from advmoe_deploy.specs import Arithmetic, Backend, Precision
 
 # What each backend computes in, ONNX Runtime and OpenVINO on a CPU.

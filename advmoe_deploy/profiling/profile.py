@@ -19,13 +19,13 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
-from advmoe_deploy.runtime.cuda import gpu
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
 from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
-from advmoe_deploy.runtime.tensorrt_api import version_text
+from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.runtime.tensorrt.cuda import gpu
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]

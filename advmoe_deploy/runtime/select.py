@@ -14,7 +14,7 @@ from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import GraphRunner, Runner
-from advmoe_deploy.runtime.tensorrt_plan import open_tensorrt
+from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
 from advmoe_deploy.specs import Arithmetic, Backend, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.

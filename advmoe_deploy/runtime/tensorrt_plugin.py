@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import GenericAlias
 from typing import Any
 
-from advmoe_deploy.runtime.tensorrt_api import plugins, tensorrt
+from advmoe_deploy.runtime.tensorrt.api import plugins, tensorrt
 
 NAMESPACE = "advmoe"
 

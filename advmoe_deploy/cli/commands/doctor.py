@@ -23,7 +23,7 @@ def doctor(as_json: Json = False) -> None:
     """
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import bundle as tables
-        from advmoe_deploy.runtime.gpu_path import gpu_path
+        from advmoe_deploy.runtime.tensorrt.doctor import gpu_path
 
         engines = {name: _version(name) for name in ("onnxruntime", "openvino")}
         custom_ops, problem = _custom_ops()

@@ -10,7 +10,7 @@ from advmoe_deploy.cli.commands import tensorrt_options
 from advmoe_deploy.cli.options import Data, Json, Overwrite
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import unknown_name
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.specs import Backend, Precision
 
 FORMATS: dict[str, Backend] = {

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from advmoe_deploy.cli.options import names
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES, BuildOptions
+from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES, BuildOptions
 from advmoe_deploy.specs import Arithmetic, BatchProfile, Precision, one_line
 
 _SIZES = BatchProfile()

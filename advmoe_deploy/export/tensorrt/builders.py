@@ -22,14 +22,14 @@ from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.engine import Engine, Source
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions, build_engine, timing_cache_file
-from advmoe_deploy.runtime.tensorrt_device import this_device
-from advmoe_deploy.runtime.tensorrt_engine import TensorRtEngine
-from advmoe_deploy.runtime.tensorrt_plan import graph_files, runner_of_engines
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine, timing_cache_file
+from advmoe_deploy.runtime.tensorrt.device import this_device
+from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+from advmoe_deploy.runtime.tensorrt.load import graph_files, runner_of_engines
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, Precision
 
 SUFFIX = ".engine"

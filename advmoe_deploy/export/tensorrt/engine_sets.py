@@ -39,7 +39,7 @@ from advmoe_deploy.export.tensorrt.trtexec import SCRIPT, build_script
 from advmoe_deploy.reports import Calibration, PrecisionReport
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.tensorrt_shapes import shapes_of_segments
+from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
 from advmoe_deploy.specs import Arithmetic, Precision
 
 Graphs = dict[str, ModelProto]

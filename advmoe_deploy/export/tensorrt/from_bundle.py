@@ -49,8 +49,8 @@ from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import PrecisionReport
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
-from advmoe_deploy.runtime.tensorrt_build import BuildOptions
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes, shapes_of_segments
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes, shapes_of_segments
 from advmoe_deploy.specs import Precision
 
 # Images that every expert is checked on.

@@ -26,7 +26,7 @@ from advmoe_deploy.runtime.dispatch import (
     region_rows,
     rows_per_image,
 )
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from advmoe_deploy.runtime.tensorrt_build import TACTIC_SOURCES, BuildOptions
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes
+from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES, BuildOptions
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import Precision
 
 SCRIPT = "build.sh"

@@ -5,8 +5,8 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from advmoe_deploy.errors import BackendUnavailableError
-from advmoe_deploy.runtime.cuda import gpu
-from advmoe_deploy.runtime.tensorrt_api import version_text
+from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
 _CUDNN = ("libcudnn.so.9", "libcudnn.so.8")
 _BY_HAND = "no pip package of ours brings it"

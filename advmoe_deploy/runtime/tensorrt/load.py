@@ -22,10 +22,10 @@ from advmoe_deploy.runtime.dispatch import (
     rows_per_image,
 )
 from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.gathered_layout import Layout, grouped_name, positions_name
-from advmoe_deploy.runtime.gathered_runner import GatheredRunner
-from advmoe_deploy.runtime.tensorrt_lane import Stored, TensorRtLane
-from advmoe_deploy.runtime.tensorrt_program import Program
+from advmoe_deploy.runtime.tensorrt.lane import Stored, TensorRtLane
+from advmoe_deploy.runtime.tensorrt.layout import Layout, grouped_name, positions_name
+from advmoe_deploy.runtime.tensorrt.program import Program
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 from advmoe_deploy.specs import BatchProfile, Precision
 
 # Batches that may be under way at once: while one waits for its ids, the other computes.

@@ -22,7 +22,7 @@ from advmoe_deploy.errors import (
     MachineError,
 )
 from advmoe_deploy.files import write_atomically
-from advmoe_deploy.runtime.tensorrt_api import (
+from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
     logger,
     probe,
@@ -30,7 +30,7 @@ from advmoe_deploy.runtime.tensorrt_api import (
     tensorrt_version,
     version_text,
 )
-from advmoe_deploy.runtime.tensorrt_shapes import Shapes, with_least
+from advmoe_deploy.runtime.tensorrt.shapes import Shapes, with_least
 from advmoe_deploy.specs import BatchProfile, Precision
 
 # The flag that allows each precision where a graph's own types do not rule.

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.cuda import wait_for_default_stream
-from advmoe_deploy.runtime.lane_pool import LanePool
-from advmoe_deploy.runtime.tensorrt_lane import DeviceArray, SingleLane
-from advmoe_deploy.runtime.tensorrt_program import Program
+from advmoe_deploy.runtime.tensorrt.cuda import wait_for_default_stream
+from advmoe_deploy.runtime.tensorrt.lane import DeviceArray, SingleLane
+from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
+from advmoe_deploy.runtime.tensorrt.program import Program
 
 
 class TensorRtEngine(Closing):

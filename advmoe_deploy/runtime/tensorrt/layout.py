@@ -17,7 +17,7 @@ from advmoe_deploy.runtime.dispatch import (
     region_rows,
     rows_per_image,
 )
-from advmoe_deploy.runtime.lanes import View
+from advmoe_deploy.runtime.tensorrt.lanes import View
 from advmoe_deploy.specs import BatchProfile
 
 

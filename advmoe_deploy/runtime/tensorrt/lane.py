@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 from advmoe_deploy.runtime.dispatch import fitting_batch
-from advmoe_deploy.runtime.lanes import Call, View
-from advmoe_deploy.runtime.tensorrt_program import Place, Program, Work, bound_context
+from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
+from advmoe_deploy.runtime.tensorrt.lanes import Call, View
+from advmoe_deploy.runtime.tensorrt.program import Place, Program, Work, bound_context
 
 # Prepared runs per lane: a batch size, or a number of an expert's rows, each. Then the least
 # recently used one goes.
@@ -75,7 +75,7 @@ class DeviceArray:
 
 
 class TensorRtLane(Closing):
-    """A :class:`~advmoe_deploy.runtime.lanes.Lane` on the GPU."""
+    """A :class:`~advmoe_deploy.runtime.tensorrt.lanes.Lane` on the GPU."""
 
     def __init__(
         self, programs: Mapping[str, Program], tensors: Mapping[str, Stored], streams: int

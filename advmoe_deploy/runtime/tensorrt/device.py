@@ -1,8 +1,8 @@
 """The GPU and the TensorRT of this machine, as engines are tied to them."""
 
 from advmoe_deploy.bundle import EngineDevice
-from advmoe_deploy.runtime.cuda import gpu
-from advmoe_deploy.runtime.tensorrt_api import version_text
+from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
 
 def this_device(*, version_compatible: bool = False, tf32: bool = False) -> EngineDevice:

@@ -15,10 +15,10 @@ import numpy as np
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.cuda import DeviceBuffer, Graph, Stream, gpu
 from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.tensorrt_api import logger, probe, tensorrt, version_text
-from advmoe_deploy.runtime.tensorrt_shapes import narrowest
+from advmoe_deploy.runtime.tensorrt.api import logger, probe, tensorrt, version_text
+from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu
+from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
 # TensorRT's names of the types that NumPy has too.

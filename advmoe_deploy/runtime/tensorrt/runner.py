@@ -31,13 +31,13 @@ from advmoe_deploy.runtime.dispatch import (
     padded,
 )
 from advmoe_deploy.runtime.engine import OpenEngine, Source
-from advmoe_deploy.runtime.gathered_layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.lane_pool import LanePool
-from advmoe_deploy.runtime.lanes import Call, HostLane, Lane, View
 from advmoe_deploy.runtime.plan_runner import route as routed
 from advmoe_deploy.runtime.prediction import Prediction, joined
 from advmoe_deploy.runtime.runner import prediction_of
+from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
+from advmoe_deploy.runtime.tensorrt.lanes import Call, HostLane, Lane, View
+from advmoe_deploy.runtime.tensorrt.layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.specs import BatchProfile, Precision
 
 
