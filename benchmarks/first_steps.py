@@ -22,8 +22,8 @@ from advmoe_deploy.data.augment import to_unit
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.train.data.loader import Feed
 from advmoe_deploy.train.evaluate import effective_routes
-from advmoe_deploy.train.feed import Feed
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.report import versions
 from advmoe_deploy.train.weights import TrainedWeights

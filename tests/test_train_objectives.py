@@ -12,7 +12,7 @@ from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.draws import Draws
+from advmoe_deploy.train.data.draws import Draws
 from advmoe_deploy.train.passes import Pass
 from advmoe_deploy.train.precision import LossScale
 from advmoe_deploy.train.processes import SynchronisedBatchNorm2d, synchronise

@@ -10,7 +10,7 @@ from toy_training import fabric, first_batch, some_digits, tiny
 
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.train.feed import Feed
+from advmoe_deploy.train.data.loader import Feed
 from advmoe_deploy.train.weights import TrainedWeights
 
 

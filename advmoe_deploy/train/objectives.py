@@ -24,7 +24,7 @@ from advmoe_deploy.attacks.pgd import ascend, pgd_kl, project
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.feed import Part
+from advmoe_deploy.train.data.loader import Part
 from advmoe_deploy.train.losses import trades
 from advmoe_deploy.train.passes import Pass
 

@@ -16,8 +16,8 @@ from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.board import Board
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.data.loader import Feed, on_device
 from advmoe_deploy.train.evaluate import Measured, measure
-from advmoe_deploy.train.feed import Feed, on_device
 from advmoe_deploy.train.report import EpochRecord, TrainReport, versions
 from advmoe_deploy.train.router_robustness import (
     IMAGES,

@@ -11,7 +11,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.feed import Batch
+from advmoe_deploy.train.data.loader import Batch
 from advmoe_deploy.train.learner import Learner
 
 _RAW = "raw."

@@ -13,8 +13,8 @@ from advmoe_deploy.data import pixels
 from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.draws import Draws
-from advmoe_deploy.train.schedule import epoch_batches, step_generator
+from advmoe_deploy.train.data.draws import Draws
+from advmoe_deploy.train.data.schedule import epoch_batches, step_generator
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Batches: the data loader, its random numbers, the learning-rate schedule."""
