@@ -16,7 +16,7 @@ from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Feed
-from advmoe_deploy.train.launch import launch
+from advmoe_deploy.train.distributed.launch import launch
 from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.weights import TrainedWeights
 

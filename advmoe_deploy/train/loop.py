@@ -16,7 +16,7 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.launch import (
+from advmoe_deploy.train.distributed.launch import (
     is_first_process,
     launch,
     process_total,

@@ -18,9 +18,9 @@ from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.train.balance import BALANCE_LOSSES
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
+from advmoe_deploy.train.distributed.collectives import gathered
 from advmoe_deploy.train.losses import class_routing_loss
 from advmoe_deploy.train.passes import Adjustment
-from advmoe_deploy.train.processes import gathered
 
 
 def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:

@@ -13,7 +13,7 @@ from torch import multiprocessing
 
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.progress import Progress, Silent
-from advmoe_deploy.train.launch import relayed
+from advmoe_deploy.train.distributed.launch import relayed
 from advmoe_deploy.train.loop import TrainReport, train
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 
