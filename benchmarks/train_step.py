@@ -43,7 +43,7 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.specs import ModelSpec
-from advmoe_deploy.train.losses import trades
+from advmoe_deploy.train.objectives.losses import trades
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 FORMS = ("grouped", "masked", "released")

@@ -16,12 +16,12 @@ from advmoe_deploy.models.families.dual import (
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Execution, Routes, Routing
 from advmoe_deploy.specs import build_spec
-from advmoe_deploy.train.expert_losses import (
+from advmoe_deploy.train.objectives.expert_losses import (
     robust_phase_loss,
     rt_er_loss,
     standard_phase_logits,
 )
-from advmoe_deploy.train.losses import divergence
+from advmoe_deploy.train.objectives.losses import divergence
 
 LABELS = torch.arange(12) % 10
 

@@ -10,8 +10,8 @@ from toy_training import PARTS, fabric, first_batch, tiny_of
 
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import is_router_parameter
-from advmoe_deploy.train.balance import BALANCE_LOSSES
 from advmoe_deploy.train.config import FAMILIES, BalanceLoss, Loss, Method
+from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 from advmoe_deploy.train.weights import TrainedWeights
 
 PAIRS = [

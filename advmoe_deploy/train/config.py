@@ -63,7 +63,7 @@ class TrainConfig(Frozen):
 
     ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.methods`),
     ``loss`` how examples are found and what is minimised on them
-    (:mod:`~advmoe_deploy.train.objectives`). ``beta`` weighs the second term of TRADES and RT-ER.
+    (:mod:`~advmoe_deploy.train.objectives.adversarial`). ``beta`` weighs the second term of TRADES and RT-ER.
 
     ``router_lr`` is a peak like ``lr``, and bounded: at 0.1 the scores of AdvMoE's router explode
     and all images flip between experts. ``router_grad_clip`` bounds the norm of its gradient.
@@ -86,7 +86,7 @@ class TrainConfig(Frozen):
 
     ``balance_loss`` times ``balance_weight`` is added wherever a router learns; ``gate_noise``,
     ``capacity_factor`` and ``capacity_overflow`` act in training steps only, never in attacks or
-    measurements (:mod:`~advmoe_deploy.train.passes`).
+    measurements (:mod:`~advmoe_deploy.train.objectives.forward`).
 
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the

@@ -20,11 +20,11 @@ from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.dual import ROBUST, STANDARD, DualModel
 from advmoe_deploy.models.routing.routing import Surrogate
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.expert_losses import standard_phase_logits
-from advmoe_deploy.train.expert_objectives import EveryExpert, SecondExpert
-from advmoe_deploy.train.objectives import Objective, Standard, ascent_of, objective_of
-from advmoe_deploy.train.passes import Call
-from advmoe_deploy.train.released import LabelParity
+from advmoe_deploy.train.objectives.adversarial import Objective, Standard, ascent_of, objective_of
+from advmoe_deploy.train.objectives.expert_losses import standard_phase_logits
+from advmoe_deploy.train.objectives.experts import EveryExpert, SecondExpert
+from advmoe_deploy.train.objectives.forward import Call
+from advmoe_deploy.train.objectives.released import LabelParity
 
 Named = dict[str, nn.Parameter]
 ROUTER, EXPERTS, SCORES = "router", "experts", "scores"

@@ -25,8 +25,8 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
-from advmoe_deploy.train.losses import trades
-from advmoe_deploy.train.passes import Pass
+from advmoe_deploy.train.objectives.forward import Pass
+from advmoe_deploy.train.objectives.losses import trades
 
 Forward = Callable[[Tensor], Tensor]
 

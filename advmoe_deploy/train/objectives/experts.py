@@ -2,7 +2,7 @@
 
 Zhang et al., arXiv 2502.06832. x' attacks the mixture by its cross-entropy; x'' attacks an expert
 alone by the divergence that its term of the loss bounds. The losses themselves are in
-:mod:`~advmoe_deploy.train.expert_losses`.
+:mod:`~advmoe_deploy.train.objectives.expert_losses`.
 
 Shapes: N images, E experts.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.dual import second_expert_routes
-from advmoe_deploy.train.expert_losses import robust_phase_loss, rt_er_loss
-from advmoe_deploy.train.objectives import Ascent, Scene
+from advmoe_deploy.train.objectives.adversarial import Ascent, Scene
+from advmoe_deploy.train.objectives.expert_losses import robust_phase_loss, rt_er_loss
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.capacity import Adjust
 from advmoe_deploy.models.routing.routing import Routing
-from advmoe_deploy.train.balance import BALANCE_LOSSES
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
 from advmoe_deploy.train.distributed.collectives import gathered
-from advmoe_deploy.train.losses import class_routing_loss
-from advmoe_deploy.train.passes import Adjustment
+from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
+from advmoe_deploy.train.objectives.forward import Adjustment
+from advmoe_deploy.train.objectives.losses import class_routing_loss
 
 
 def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.models.families.dual import DualModel, second_expert_routes
 from advmoe_deploy.models.routing.routing import Routes, Routing
-from advmoe_deploy.train.losses import divergence
+from advmoe_deploy.train.objectives.losses import divergence
 
 Forward = Callable[[Tensor, Routes], Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.train.losses import trades
-from advmoe_deploy.train.objectives import Ascent, Scene
+from advmoe_deploy.train.objectives.adversarial import Ascent, Scene
+from advmoe_deploy.train.objectives.losses import trades
 
 
 @dataclass(frozen=True)
