@@ -23,9 +23,9 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.train.data.loader import Feed
-from advmoe_deploy.train.evaluate import effective_routes
 from advmoe_deploy.train.recipes import apply_overrides, recipe
-from advmoe_deploy.train.report import versions
+from advmoe_deploy.train.run.evaluate import effective_routes
+from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.train.weights import TrainedWeights
 
 RESULT = Path(__file__).parent / "results" / "first_steps.json"

@@ -79,8 +79,8 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
     from advmoe_deploy.export.from_run import export_onnx
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.macs import macs_of
-    from advmoe_deploy.train.loop import train
     from advmoe_deploy.train.recipes import apply_overrides, recipe
+    from advmoe_deploy.train.run.loop import train
 
     torch.set_num_threads(1)
     config = apply_overrides(recipe(system.recipe), [*settings, *system.settings, f"seed={seed}"])
@@ -163,7 +163,7 @@ def main() -> None:
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """Write the table; rows of an earlier one that were not made again are kept."""
     from advmoe_deploy.profiling.processor import processor_name
-    from advmoe_deploy.train.report import versions
+    from advmoe_deploy.train.run.report import versions
 
     if out.exists():
         new = {row["system"] for row in rows}

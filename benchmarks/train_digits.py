@@ -29,9 +29,9 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
-from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.recipes import recipe
-from advmoe_deploy.train.report import versions
+from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.run.report import versions
 
 RESULT = Path(__file__).parent / "results" / "train_digits.json"
 RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-at-moe"

@@ -76,8 +76,8 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a small AdvMoE that a few epochs made robust on digits."""
-    from advmoe_deploy.train.loop import train
     from advmoe_deploy.train.recipes import apply_overrides, recipe
+    from advmoe_deploy.train.run.loop import train
 
     settings = ["epochs=5", "model.width=8", "model.router_width=4", "lr=0.05", "beta=1"]
     settings += ["batch_size=50", "threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9"]

@@ -9,7 +9,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.train.recipes import apply_overrides, recipe
-from advmoe_deploy.train.sweep import sweep, sweep_configs
+from advmoe_deploy.train.run.sweep import sweep, sweep_configs
 
 TINY = [
     "epochs=1",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from advmoe_deploy.train.data.schedule import epoch_batches, lr_factor
-from advmoe_deploy.train.evaluate import effective_routes
 from advmoe_deploy.train.objectives.losses import class_routing_loss, trades
+from advmoe_deploy.train.run.evaluate import effective_routes
 
 
 def test_trades_is_cross_entropy_plus_beta_times_kl() -> None:

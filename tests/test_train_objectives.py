@@ -16,7 +16,7 @@ from advmoe_deploy.train.data.draws import Draws
 from advmoe_deploy.train.distributed.collectives import SynchronisedBatchNorm2d, synchronise
 from advmoe_deploy.train.objectives.forward import Pass
 from advmoe_deploy.train.precision import LossScale
-from advmoe_deploy.train.router_robustness import FlipProbe, router_state, with_router
+from advmoe_deploy.train.run.router_robustness import FlipProbe, router_state, with_router
 from advmoe_deploy.train.weights import TrainedWeights
 
 

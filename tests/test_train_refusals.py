@@ -7,7 +7,7 @@ from toy_training import some_digits, tiny, tiny_of
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
-from advmoe_deploy.train.loop import train
+from advmoe_deploy.train.run.loop import train
 
 
 def refused(config: TrainConfig, *settings: str) -> str:

@@ -21,7 +21,7 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import AdvMoEError
 from advmoe_deploy.progress import Silent
-from advmoe_deploy.train.loop import train
+from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 
 torch.set_num_threads(1)

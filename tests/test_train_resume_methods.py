@@ -7,8 +7,8 @@ from toy_training import some_digits, tiny, tiny_of
 
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.loop import train
-from advmoe_deploy.train.run_folder import RunState
+from advmoe_deploy.train.run.folder import RunState
+from advmoe_deploy.train.run.loop import train
 
 EPOCHS = 4
 AVERAGED = (f"epochs={EPOCHS}", "ema_decay=0.9", "crop_padding=1", "flip=true")

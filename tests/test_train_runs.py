@@ -18,8 +18,8 @@ from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.data.schedule import lr_factor
-from advmoe_deploy.train.loop import train
 from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.loop import train
 
 
 def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Path) -> None:

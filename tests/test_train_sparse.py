@@ -9,8 +9,8 @@ from toy_training import fabric, some_digits, tiny_of
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.data.loader import Feed
-from advmoe_deploy.train.loop import train
-from advmoe_deploy.train.run_folder import RunFolder
+from advmoe_deploy.train.run.folder import RunFolder
+from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.sparse import (
     Pruning,
     density_of,

@@ -10,7 +10,7 @@ from advmoe_deploy.analysis.shares import answers, fold_rows
 from advmoe_deploy.models.base import Classifier, require_routes
 from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import Frozen
-from advmoe_deploy.train.evaluate import effective_routes
+from advmoe_deploy.train.run.evaluate import effective_routes
 
 
 class LayerUse(Frozen):

@@ -100,7 +100,7 @@ class TrainConfig(Frozen):
     Method ``sparse`` prunes to the multiply-accumulates of the S-Dense network of ``sparse_ratio``,
     or to ``sparse_density`` of the weights of each layer where that is set.
     ``track_router_robustness`` records how the routes withstand attacks before and after experts
-    are updated (:mod:`~advmoe_deploy.train.router_robustness`).
+    are updated (:mod:`~advmoe_deploy.train.run.router_robustness`).
     """
 
     model_config = ConfigDict(allow_inf_nan=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
-    from advmoe_deploy.train.sweep import SweepReport
+    from advmoe_deploy.train.run.sweep import SweepReport
 
 PLOT = "sweep.svg"
 
@@ -53,8 +53,8 @@ def sweep(
     with session(as_json) as ui:
         from advmoe_deploy.train.config import apply_overrides
         from advmoe_deploy.train.recipes import recipe as recipe_named
-        from advmoe_deploy.train.sweep import sweep as sweep_recipe
-        from advmoe_deploy.train.sweep import sweep_configs
+        from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
+        from advmoe_deploy.train.run.sweep import sweep_configs
 
         chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
         config = apply_overrides(recipe_named(recipe), chosen)

@@ -40,7 +40,7 @@ def train(
 
         from advmoe_deploy.cli.tables import training as training_tables
         from advmoe_deploy.data.registry import load_dataset
-        from advmoe_deploy.train.loop import train as train_model
+        from advmoe_deploy.train.run.loop import train as train_model
 
         use_torch_threads(threads)
         report = train_model(

@@ -2,7 +2,7 @@
 
 from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs, RobustReport
 from advmoe_deploy.specs import Frozen
-from advmoe_deploy.train.loop import TrainReport
+from advmoe_deploy.train.run.loop import TrainReport
 from advmoe_deploy.verify.curve import CurvePoint
 
 

@@ -14,8 +14,8 @@ from torch import multiprocessing
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.distributed.launch import relayed
-from advmoe_deploy.train.loop import TrainReport, train
 from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.loop import TrainReport, train
 
 _progress: Progress = Silent()  # of a worker process, set when it starts
 

@@ -9,8 +9,8 @@ from rich.markup import escape
 from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
 
 if TYPE_CHECKING:
-    from advmoe_deploy.train.loop import TrainReport
-    from advmoe_deploy.train.sweep import SweepReport
+    from advmoe_deploy.train.run.loop import TrainReport
+    from advmoe_deploy.train.run.sweep import SweepReport
 
 
 def train_report(report: "TrainReport") -> RenderableType:

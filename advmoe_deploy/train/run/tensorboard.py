@@ -6,7 +6,7 @@ from types import TracebackType
 from typing_extensions import Self
 
 from advmoe_deploy.errors import missing_extra
-from advmoe_deploy.train.report import EpochRecord
+from advmoe_deploy.train.run.report import EpochRecord
 
 
 class Board:

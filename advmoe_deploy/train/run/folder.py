@@ -32,7 +32,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.report import EpochRecord, TrainReport
+from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

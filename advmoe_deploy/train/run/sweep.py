@@ -16,9 +16,9 @@ from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
-from advmoe_deploy.train.loop import train
-from advmoe_deploy.train.report import TrainReport
-from advmoe_deploy.train.run_folder import CONFIG, REPORT, require_same
+from advmoe_deploy.train.run.folder import CONFIG, REPORT, require_same
+from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.run.report import TrainReport
 
 SWEEP = "sweep.json"
 

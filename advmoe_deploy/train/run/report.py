@@ -16,7 +16,7 @@ class EpochRecord(Frozen):
     ``expert_load`` counts the choices of each routed layer, ``effective_routes`` is that of the
     layer with the fewest. ``density`` and ``nonzero_macs`` are of method ``sparse``, the
     ``router_flips`` of ``track_router_robustness``
-    (:mod:`~advmoe_deploy.train.router_robustness`).
+    (:mod:`~advmoe_deploy.train.run.router_robustness`).
     ``seconds`` is the time since the run began, interruptions left out.
     """
 

@@ -14,18 +14,18 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec
-from advmoe_deploy.train.board import Board
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Feed, on_device
-from advmoe_deploy.train.evaluate import Measured, measure
-from advmoe_deploy.train.report import EpochRecord, TrainReport, versions
-from advmoe_deploy.train.router_robustness import (
+from advmoe_deploy.train.run.evaluate import Measured, measure
+from advmoe_deploy.train.run.folder import RunFolder, RunState
+from advmoe_deploy.train.run.report import EpochRecord, TrainReport, versions
+from advmoe_deploy.train.run.router_robustness import (
     IMAGES,
     FlipProbe,
     router_state,
     with_router,
 )
-from advmoe_deploy.train.run_folder import RunFolder, RunState
+from advmoe_deploy.train.run.tensorboard import Board
 from advmoe_deploy.train.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.weights import TrainedWeights, place
 

@@ -22,9 +22,9 @@ from advmoe_deploy.train.distributed.launch import (
     process_total,
     was_restarted,
 )
-from advmoe_deploy.train.report import TrainReport
-from advmoe_deploy.train.run_folder import RunFolder, open_run
-from advmoe_deploy.train.session import Session
+from advmoe_deploy.train.run.folder import RunFolder, open_run
+from advmoe_deploy.train.run.report import TrainReport
+from advmoe_deploy.train.run.session import Session
 
 __all__ = ["TrainReport", "train"]
 

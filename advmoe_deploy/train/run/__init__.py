@@ -1,0 +1,1 @@
+"""A training run: its folder, loop, evaluation and report."""
