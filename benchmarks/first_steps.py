@@ -26,7 +26,7 @@ from advmoe_deploy.train.data.loader import Feed
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.evaluate import effective_routes
 from advmoe_deploy.train.run.report import versions
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 RESULT = Path(__file__).parent / "results" / "first_steps.json"
 RECIPE = "cifar10-resnet18-advmoe"

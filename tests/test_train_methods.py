@@ -12,7 +12,7 @@ from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import is_router_parameter
 from advmoe_deploy.train.config import FAMILIES, BalanceLoss, Loss, Method
 from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 PAIRS = [
     (method, family)

@@ -15,9 +15,9 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.draws import Draws
 from advmoe_deploy.train.distributed.collectives import SynchronisedBatchNorm2d, synchronise
 from advmoe_deploy.train.objectives.forward import Pass
-from advmoe_deploy.train.precision import LossScale
 from advmoe_deploy.train.run.router_robustness import FlipProbe, router_state, with_router
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.loss_scale import LossScale
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 
 def distance(config: TrainConfig) -> float:

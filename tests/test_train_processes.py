@@ -18,7 +18,7 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Feed
 from advmoe_deploy.train.distributed.launch import launch
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 # 48 images in batches of 16, or of 15 and in two parts: shares of one size and of several.
 EVEN, UNEVEN = "batch_size=16", "batch_size=15"

@@ -108,7 +108,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path: 
     parameters: dict[str, float] = {}
     monkey = pytest.MonkeyPatch()
     monkey.setattr(
-        "advmoe_deploy.train.learner.lr_factor",
+        "advmoe_deploy.train.step.learner.lr_factor",
         lambda schedule, done: parameters.get("lr", lr_factor(schedule, done)),
     )
     try:

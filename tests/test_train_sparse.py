@@ -11,7 +11,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.data.loader import Feed
 from advmoe_deploy.train.run.folder import RunFolder
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.sparse import (
+from advmoe_deploy.train.step.sparse import (
     Pruning,
     density_of,
     layer_macs,
@@ -19,7 +19,7 @@ from advmoe_deploy.train.sparse import (
     stage_bounds,
     stage_of,
 )
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 
 def test_stages_share_the_epochs_as_hydra_does() -> None:

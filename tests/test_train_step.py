@@ -11,7 +11,7 @@ from toy_training import fabric, first_batch, some_digits, tiny
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.train.data.loader import Feed
-from advmoe_deploy.train.weights import TrainedWeights
+from advmoe_deploy.train.step.weights import TrainedWeights
 
 
 def moved(before: dict[str, Tensor], model: AdvMoE) -> set[str]:

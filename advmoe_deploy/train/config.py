@@ -61,7 +61,7 @@ _ONE_LOSS: dict[Method, Loss] = {
 class TrainConfig(Frozen):
     """Everything that decides a run, the data aside: the same value gives the same weights.
 
-    ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.methods`),
+    ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.step.methods`),
     ``loss`` how examples are found and what is minimised on them
     (:mod:`~advmoe_deploy.train.objectives.adversarial`). ``beta`` weighs the second term of TRADES and RT-ER.
 

@@ -26,8 +26,8 @@ from advmoe_deploy.train.run.router_robustness import (
     with_router,
 )
 from advmoe_deploy.train.run.tensorboard import Board
-from advmoe_deploy.train.sparse import is_selectable, nonzero_macs
-from advmoe_deploy.train.weights import TrainedWeights, place
+from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
+from advmoe_deploy.train.step.weights import TrainedWeights, place
 
 
 class Session:

@@ -21,12 +21,12 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Batch, Part
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.distributed.collectives import synchronise
-from advmoe_deploy.train.methods import Named, Phase, groups_of, is_router_group, phases_of
 from advmoe_deploy.train.objectives.adversarial import Free, Scene, ascent_of
 from advmoe_deploy.train.objectives.forward import Pass, batch_statistics
 from advmoe_deploy.train.objectives.router_terms import adjustment, balance, class_routing
-from advmoe_deploy.train.precision import LossScale
-from advmoe_deploy.train.sparse import Pruning
+from advmoe_deploy.train.step.loss_scale import LossScale
+from advmoe_deploy.train.step.methods import Named, Phase, groups_of, is_router_group, phases_of
+from advmoe_deploy.train.step.sparse import Pruning
 
 Found = list[Tensor | None]
 

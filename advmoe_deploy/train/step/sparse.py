@@ -23,7 +23,7 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.config import SPARSE_STAGES, TrainConfig
-from advmoe_deploy.train.methods import SCORES, Named, Phase
+from advmoe_deploy.train.step.methods import SCORES, Named, Phase
 
 DENSE, LEARN_SCORES, FINE_TUNE = SPARSE_STAGES
 _FINE_TUNE_LR = 0.1

@@ -12,7 +12,7 @@ from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Batch
-from advmoe_deploy.train.learner import Learner
+from advmoe_deploy.train.step.learner import Learner
 
 _RAW = "raw."
 _MOMENTUM = "momentum."

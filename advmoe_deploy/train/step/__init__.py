@@ -1,0 +1,1 @@
+"""One training step: the learner, its method and its precision."""
