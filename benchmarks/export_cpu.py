@@ -46,7 +46,7 @@ from advmoe_deploy.plan import ExpertsStep, RunStep, Segment, TensorInfo
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.runner import GraphRunner
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
 
 RESULT = Path(__file__).parent / "results" / "export_cpu.json"

@@ -227,8 +227,8 @@ def latency(work: Work) -> Iterator[Part]:
 
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.dispatch import at_once_step
     from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.rows import at_once_step
 
     _, chosen = set_of(work, model, precision)
     pixels = images_of(work, model, batch)
@@ -324,7 +324,7 @@ def onnxruntime(work: Work) -> Iterator[Part]:
 
 
 def _ort(work: Work, model: str, engine: str, batch: int) -> Record:
-    from advmoe_deploy.runtime.runner import GraphRunner
+    from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
     from advmoe_deploy.runtime.select import PROVIDERS, open_runner
 
     bundle = _opened(work.bundle(model))

@@ -21,9 +21,9 @@ from typing import BinaryIO
 import numpy as np
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import MachineError
-from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import Precision
 

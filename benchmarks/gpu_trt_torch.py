@@ -185,7 +185,7 @@ def _router_kernel(work: Work, experts: int, top_k: int) -> Record:
     from advmoe_deploy.export.router_triton import route_rows
     from advmoe_deploy.plan import RouteStep
     from advmoe_deploy.profiling.timing import time_interleaved
-    from advmoe_deploy.runtime.plan_runner import route
+    from advmoe_deploy.runtime.routing import route
 
     scores = np.random.default_rng(0).normal(0, 3, (256, experts)).astype(np.float32)
     step = RouteStep(

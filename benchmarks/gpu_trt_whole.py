@@ -77,8 +77,8 @@ def _parity(work: Work, model: str, precision: Precision) -> Record:
 
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.dispatch import at_once_step
     from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+    from advmoe_deploy.runtime.tensorrt.rows import at_once_step
 
     _, chosen = set_of(work, model, precision)
     pixels, folder = images_of(work, model, batch), work.engines(model, precision)

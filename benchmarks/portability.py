@@ -34,7 +34,7 @@ from advmoe_deploy.parity.compare import compare_answers
 from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.specs import ModelSpec, VisionTransformer
 
 RESULT = Path(__file__).parent / "results" / "portability.json"

@@ -14,7 +14,7 @@ from advmoe_deploy.export.graph.writer import IR_VERSION, OPSET
 from advmoe_deploy.plan import RENORMALISER, RouteStep
 from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN, find_custom_ops
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.plan_runner import route
+from advmoe_deploy.runtime.routing import route
 from advmoe_deploy.specs import Weighting
 
 KERNELS = find_custom_ops("auto")

@@ -18,6 +18,7 @@ from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.onnxruntime import custom_ops
 from advmoe_deploy.runtime.onnxruntime.custom_ops import VARIABLE, find_custom_ops, uses_custom_ops
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
     LIBRARY,
@@ -26,7 +27,6 @@ from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     compile_kernels,
     find_compiler,
 )
-from advmoe_deploy.runtime.runner import GraphRunner
 from advmoe_deploy.runtime.select import open_runner
 
 COMPILER = find_compiler()

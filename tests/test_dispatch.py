@@ -6,11 +6,10 @@ from families import Families
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, RouteStep
-from advmoe_deploy.runtime.dispatch import (
+from advmoe_deploy.runtime.dispatch import combined, dispatch
+from advmoe_deploy.runtime.tensorrt.rows import (
     at_once_step,
     bucket,
-    combined,
-    dispatch,
     fitting_batch,
     is_read_later,
     padded,

@@ -76,7 +76,7 @@ def test_the_model_card_tells_the_essentials(tiny_bundle: Bundle) -> None:
 
 
 def test_the_unfused_baseline_is_the_same_model(tiny_bundle: Bundle) -> None:
-    from advmoe_deploy.runtime.runner import GraphRunner
+    from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 
     routes = tiny_bundle.manifest.plan.routes
     unfused = GraphRunner(tiny_bundle.file("baselines/unfused.onnx"), (1, 8, 8), routes=routes)

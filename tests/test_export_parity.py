@@ -6,7 +6,7 @@ import pytest
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.parity.answers import Answers, RouteAnswers
 from advmoe_deploy.parity.compare import compare_answers, require_parity
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import Prediction
 
 
 def test_parity_counts_flips_by_margin() -> None:

@@ -18,9 +18,9 @@ from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import run_experts
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.prediction import Prediction
-from advmoe_deploy.runtime.runner import GraphRunner
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.specs import Weighting
 
 IMAGES = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)

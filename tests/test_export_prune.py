@@ -31,7 +31,7 @@ from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.reference import Reference, compare_with_reference, reference_answers
 from advmoe_deploy.progress import Silent
-from advmoe_deploy.runtime.runner import GraphRunner
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, build_spec
 from advmoe_deploy.train.recipes import apply_overrides, recipe

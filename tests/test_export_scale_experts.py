@@ -19,7 +19,7 @@ from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import run_experts
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule
-from advmoe_deploy.runtime.runner import GraphRunner
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 
 IMAGES = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
 

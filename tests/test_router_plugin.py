@@ -15,7 +15,7 @@ from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.plan_runner import route as routed
+from advmoe_deploy.runtime.routing import route as routed
 
 IMAGES = np.random.default_rng(3).random((5, 1, 8, 8), dtype=np.float32)
 

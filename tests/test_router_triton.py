@@ -16,7 +16,7 @@ import torch
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.router_triton import route_rows, without_scratch
 from advmoe_deploy.plan import RouteStep
-from advmoe_deploy.runtime.plan_runner import route
+from advmoe_deploy.runtime.routing import route
 from advmoe_deploy.specs import Weighting
 
 

@@ -25,8 +25,9 @@ from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.plan_runner import PlanRunner, route
-from advmoe_deploy.runtime.runner import GraphRunner
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
+from advmoe_deploy.runtime.plan_runner import PlanRunner
+from advmoe_deploy.runtime.routing import route
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner
 
 ATOL = 3e-5  # of logits around 4, in float32

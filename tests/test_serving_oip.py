@@ -21,8 +21,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import MachineError, UsageError
-from advmoe_deploy.runtime.prediction import Prediction
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.oip import create_app, serve
 from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, read_request, served_model

@@ -35,11 +35,11 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import row_differences
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
-from advmoe_deploy.runtime.dispatch import ROWS
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.rows import ROWS
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, ModelSpec, Precision
 

@@ -57,9 +57,10 @@ from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.specs import Precision
 

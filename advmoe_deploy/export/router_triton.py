@@ -1,6 +1,6 @@
 """The tail of a router as one GPU kernel: from scores to ids and weights.
 
-What the custom operators ``Router*`` do on a CPU (:mod:`advmoe_deploy.export.graph.op_bodies`), for a
+The custom operators ``Router*`` of CPUs (:mod:`advmoe_deploy.export.graph.op_bodies`), for a
 TensorRT plugin and for timing it against TensorRT's own layers, which do the same and are what
 engines use unless this is faster. Needs Triton; TRITON_INTERPRET=1 runs it on a CPU. Compiling it
 ahead of time needs neither a GPU nor PyTorch.

@@ -11,8 +11,7 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
 from advmoe_deploy.parity.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.reports import LayerParity, ParityReport
-from advmoe_deploy.runtime.prediction import Prediction, joined
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 
 ROUTE_MARGIN = 1e-4
 

@@ -20,8 +20,9 @@ from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
-from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu

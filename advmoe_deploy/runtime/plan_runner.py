@@ -1,9 +1,8 @@
-"""Runs a plan: one engine per segment, and the rows sent to experts and back by NumPy.
+"""Runner of a plan: one engine per segment, and rows dispatched to experts and back by NumPy.
 
-The engines know nothing of experts. That is the point: any vendor's engine for dense graphs will
-do.
+Engines need to know nothing of experts, so any vendor's engine for dense graphs will do.
 
-Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.
+Shapes: R rows (images or tokens).
 """
 
 from collections.abc import Mapping
@@ -13,16 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.plan import RENORMALISER, ExpertsStep, Plan, RouteStep, RunStep
-from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.closing import Closing
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
+from advmoe_deploy.runtime.dispatch import combined, dispatch
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.prediction import Prediction
-from advmoe_deploy.runtime.runner import prediction_of
+from advmoe_deploy.runtime.routing import Tensors, route
+from advmoe_deploy.runtime.runner import Prediction, prediction_of
 from advmoe_deploy.specs import Precision
-
-Tensors = dict[str, NDArray[Any]]
 
 
 class PlanRunner(Closing):
@@ -86,37 +84,14 @@ class PlanRunner(Closing):
 
     def _experts(self, step: ExpertsStep, tensors: Tensors) -> NDArray[Any]:
         """Return the weighted answers in the rows' order; an expert without rows does not run."""
-        x = tensors[step.input]
-        route = self._plan.route(step.layer)
-        ids_S = tensors[route.expert_ids].reshape(-1)
+        x, route = tensors[step.input], self._plan.route(step.layer)
+        given = dispatch(tensors[route.expert_ids])
         segments = dict(zip(route.kept, step.segments, strict=True))
-        chosen = {int(e): segments[int(e)] for e in np.flatnonzero(np.bincount(ids_S))}
-        if len(chosen) == 1:  # always so for a single image: nothing to gather or to bring back
-            (name,) = chosen.values()
-            each = self._run_expert(name, x)
+        if given.only is not None:  # always so for a single image: nothing to gather
+            parts = {given.only: self._run_expert(segments[given.only], x)}
         else:
-            each = self._scattered(ids_S, chosen, x)
-        if route.weighting == "one":
-            return each
-        rest = each.shape[1:]
-        weights_RK = tensors[route.weights].reshape(-1, route.top_k, *([1] * len(rest)))
-        weighted: NDArray[Any] = (each.reshape(-1, route.top_k, *rest) * weights_RK).sum(axis=1)
-        return weighted
-
-    def _scattered(
-        self, ids_S: NDArray[np.int64], chosen: Mapping[int, str], x: NDArray[Any]
-    ) -> NDArray[Any]:
-        """Return one answer per choice, in their order; ``chosen`` are segments by expert."""
-        top_k = len(ids_S) // len(x)
-        parts = {}
-        for expert, name in chosen.items():
-            choices = np.flatnonzero(ids_S == expert)
-            parts[expert] = choices, self._run_expert(name, x[choices // top_k])
-        _, first = next(iter(parts.values()))
-        each = np.empty((len(ids_S), *first.shape[1:]), first.dtype)
-        for choices, part in parts.values():
-            each[choices] = part
-        return each
+            parts = {e: self._run_expert(segments[e], x[rows]) for e, rows in given.rows()}
+        return combined(route, given, parts, tensors[route.weights])
 
     def _run_expert(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
         segment = self._plan.segment(name)
@@ -126,32 +101,3 @@ class PlanRunner(Closing):
     def close(self) -> None:
         """Release every engine."""
         self._stack.close()
-
-
-def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
-    """Return ids, best first, and weights by the rule of ``step``; ties to the lowest index."""
-    if step.top_k == 1:
-        ids_RK = scores_RE.argmax(axis=1)[:, None].astype(np.int64)
-    else:
-        descending_RE = np.where(np.isnan(scores_RE), -np.inf, -scores_RE)  # NaN first, as argmax
-        ids_RK = np.argsort(descending_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
-    shape = (-1, *(int(size) for size in step.shape[1:]))
-    weights_RK = weights_of(step, scores_RE, ids_RK)
-    if step.experts is not None:
-        ids_RK = np.array(step.experts)[ids_RK]
-    return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}
-
-
-def weights_of(
-    step: RouteStep, scores_RE: NDArray[np.float32], ids_RK: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Return the weights [R, K] of the chosen experts."""
-    if step.weighting == "one":
-        return np.ones(ids_RK.shape, np.float32)
-    powers_RE = np.exp(scores_RE - scores_RE.max(axis=1, keepdims=True))
-    shares_RE = powers_RE / powers_RE.sum(axis=1, keepdims=True)
-    chosen_RK: NDArray[np.float32] = np.take_along_axis(shares_RE, ids_RK, axis=1)
-    if step.weighting == "probability":
-        return chosen_RK
-    total_R1: NDArray[np.float32] = chosen_RK.sum(axis=1, keepdims=True) + np.float32(RENORMALISER)
-    return np.asarray(chosen_RK / total_R1)

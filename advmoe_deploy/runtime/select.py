@@ -11,9 +11,10 @@ from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
 from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider
+from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.runner import GraphRunner, Runner
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
 from advmoe_deploy.specs import Arithmetic, Backend, Precision
 

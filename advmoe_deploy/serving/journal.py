@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import refuse_existing
-from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.serving.rows import Row, naming
 
 Job = dict[str, Any]

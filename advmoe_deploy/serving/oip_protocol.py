@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.specs import one_line
 
 INPUT = "images"

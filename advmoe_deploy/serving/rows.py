@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.plan import RouteStep
-from advmoe_deploy.runtime.prediction import Prediction
+from advmoe_deploy.runtime.runner import Prediction
 
 Row = dict[str, Any]
 

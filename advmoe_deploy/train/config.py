@@ -63,7 +63,8 @@ class TrainConfig(Frozen):
 
     ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.step.methods`),
     ``loss`` how examples are found and what is minimised on them
-    (:mod:`~advmoe_deploy.train.objectives.adversarial`). ``beta`` weighs the second term of TRADES and RT-ER.
+    (:mod:`~advmoe_deploy.train.objectives.adversarial`). ``beta`` weighs the second term of TRADES
+    and RT-ER.
 
     ``router_lr`` is a peak like ``lr``, and bounded: at 0.1 the scores of AdvMoE's router explode
     and all images flip between experts. ``router_grad_clip`` bounds the norm of its gradient.

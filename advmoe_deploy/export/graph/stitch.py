@@ -5,7 +5,8 @@ are attached, so any runtime executes the graph. In the form ``"if"`` every expe
 and is not run at all without rows. Its weights are initializers of its branch: as initializers of
 the main graph they would cost up to 1.7 times the run time. The form ``"grouped"`` is the same, but
 that experts of linear layers are one node per layer, see
-:mod:`~advmoe_deploy.export.graph.grouped`. In the form ``"gather"``, for runtimes that do not take an ``If`` whose branches differ in shape, an
+:mod:`~advmoe_deploy.export.graph.grouped`. In the form ``"gather"``, for runtimes that do not take
+an ``If`` whose branches differ in shape, an
 expert without rows runs on none, and the bodies stand in the place of the custom operators.
 
 Shapes: N images, R rows (images or tokens), E experts, K experts per row, S = R * K choices.

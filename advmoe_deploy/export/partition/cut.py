@@ -2,7 +2,8 @@
 
 No family is known here. The model is traced once, whole, with markers where it routes, where rows
 go to an expert and where the experts' outputs are combined
-(:mod:`advmoe_deploy.models.routing.markers`). An expert's segment is what lies between its two markers. The rest, the trunk, is cut by depth: what
+(:mod:`advmoe_deploy.models.routing.markers`). An expert's segment is what lies between its two
+markers. The rest, the trunk, is cut by depth: what
 the images alone determine, what needs the first combinations too, and so on. Gates lie in the trunk
 segment before their layer.
 """

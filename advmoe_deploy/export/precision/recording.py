@@ -5,10 +5,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.compare import predictions_of
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner

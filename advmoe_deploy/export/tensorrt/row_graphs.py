@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.export.graph.writer import GraphWriter
 from advmoe_deploy.plan import ExpertsStep, Plan, TensorInfo
-from advmoe_deploy.runtime.dispatch import (
+from advmoe_deploy.runtime.tensorrt.rows import (
     ALL_ROWS,
     GROUPED,
     OWN_ROWS,

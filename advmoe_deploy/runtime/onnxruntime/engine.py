@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import (
     BackendUnavailableError,
     BundleError,
@@ -17,7 +18,6 @@ from advmoe_deploy.errors import (
     UsageError,
     missing_extra,
 )
-from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import require_threads
 from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     VARIABLE,

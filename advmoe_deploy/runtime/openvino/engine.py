@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import (
     BackendUnavailableError,
     BundleError,
@@ -15,7 +16,6 @@ from advmoe_deploy.errors import (
     UsageError,
     missing_extra,
 )
-from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import require_threads
 from advmoe_deploy.specs import Arithmetic, Precision
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, MachineError, missing_extra
-from advmoe_deploy.runtime.closing import Closing
 
 _NO_GPU = (
     "cudaErrorNoDevice",

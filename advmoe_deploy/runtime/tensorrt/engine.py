@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import EngineDevice
-from advmoe_deploy.runtime.closing import Closing
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.runtime.tensorrt.cuda import wait_for_default_stream
 from advmoe_deploy.runtime.tensorrt.lane import DeviceArray, SingleLane
 from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool

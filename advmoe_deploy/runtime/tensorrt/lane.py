@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import BundleError, UsageError
-from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.dispatch import fitting_batch
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 from advmoe_deploy.runtime.tensorrt.lanes import Call, View
 from advmoe_deploy.runtime.tensorrt.program import Place, Program, Work, bound_context
+from advmoe_deploy.runtime.tensorrt.rows import fitting_batch
 
 # Prepared runs per lane: a batch size, or a number of an expert's rows, each. Then the least
 # recently used one goes.

@@ -6,7 +6,8 @@ from math import prod
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, TensorInfo
-from advmoe_deploy.runtime.dispatch import (
+from advmoe_deploy.runtime.tensorrt.lanes import View
+from advmoe_deploy.runtime.tensorrt.rows import (
     GROUPED,
     MOST_AT_ONCE,
     OWN_ROWS,
@@ -17,7 +18,6 @@ from advmoe_deploy.runtime.dispatch import (
     region_rows,
     rows_per_image,
 )
-from advmoe_deploy.runtime.tensorrt.lanes import View
 from advmoe_deploy.specs import BatchProfile
 
 

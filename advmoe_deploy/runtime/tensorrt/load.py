@@ -10,7 +10,11 @@ from pathlib import PurePosixPath
 from advmoe_deploy.bundle import Bundle, EngineDevice, EngineSet
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
-from advmoe_deploy.runtime.dispatch import (
+from advmoe_deploy.runtime.engine import Source
+from advmoe_deploy.runtime.tensorrt.lane import Stored, TensorRtLane
+from advmoe_deploy.runtime.tensorrt.layout import Layout, grouped_name, positions_name
+from advmoe_deploy.runtime.tensorrt.program import Program
+from advmoe_deploy.runtime.tensorrt.rows import (
     ALL_ROWS,
     GROUPED,
     OWN_ROWS,
@@ -21,10 +25,6 @@ from advmoe_deploy.runtime.dispatch import (
     is_read_later,
     rows_per_image,
 )
-from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.tensorrt.lane import Stored, TensorRtLane
-from advmoe_deploy.runtime.tensorrt.layout import Layout, grouped_name, positions_name
-from advmoe_deploy.runtime.tensorrt.program import Program
 from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 from advmoe_deploy.specs import BatchProfile, Precision
 

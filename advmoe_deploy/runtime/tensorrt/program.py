@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
-from advmoe_deploy.runtime.closing import Closing
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.api import logger, probe, tensorrt, version_text
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu

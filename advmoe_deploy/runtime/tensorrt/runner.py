@@ -14,30 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.closing import Closing
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
-from advmoe_deploy.runtime.closing import Closing
-from advmoe_deploy.runtime.dispatch import (
+from advmoe_deploy.runtime.dispatch import Dispatch, combined, dispatch
+from advmoe_deploy.runtime.engine import OpenEngine, Source
+from advmoe_deploy.runtime.images import checked_images
+from advmoe_deploy.runtime.routing import route as routed
+from advmoe_deploy.runtime.runner import Prediction, joined, prediction_of
+from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
+from advmoe_deploy.runtime.tensorrt.lanes import Call, HostLane, Lane, View
+from advmoe_deploy.runtime.tensorrt.layout import Layer, Layout, grouped_name, positions_name
+from advmoe_deploy.runtime.tensorrt.rows import (
     ALL_ROWS,
     GROUPED,
     OWN_ROWS,
     POSITIONS,
     ROWS,
-    Dispatch,
     bucket,
     combine_name,
-    combined,
-    dispatch,
     dispatch_name,
     padded,
 )
-from advmoe_deploy.runtime.engine import OpenEngine, Source
-from advmoe_deploy.runtime.images import checked_images
-from advmoe_deploy.runtime.plan_runner import route as routed
-from advmoe_deploy.runtime.prediction import Prediction, joined
-from advmoe_deploy.runtime.runner import prediction_of
-from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
-from advmoe_deploy.runtime.tensorrt.lanes import Call, HostLane, Lane, View
-from advmoe_deploy.runtime.tensorrt.layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.specs import BatchProfile, Precision
 
 

@@ -1,0 +1,42 @@
+"""The host's routing: from scores to ids and weights, by the rule of a plan's step.
+
+Shapes: R rows (images or tokens), E experts, K experts per row.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.plan import RENORMALISER, RouteStep
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
+    """Return ids, best first, and weights by the rule of ``step``; ties to the lowest index."""
+    if step.top_k == 1:
+        ids_RK = scores_RE.argmax(axis=1)[:, None].astype(np.int64)
+    else:
+        descending_RE = np.where(np.isnan(scores_RE), -np.inf, -scores_RE)  # NaN first, as argmax
+        ids_RK = np.argsort(descending_RE, axis=1, kind="stable")[:, : step.top_k].astype(np.int64)
+    shape = (-1, *(int(size) for size in step.shape[1:]))
+    weights_RK = weights_of(step, scores_RE, ids_RK)
+    if step.experts is not None:
+        ids_RK = np.array(step.experts)[ids_RK]
+    return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}
+
+
+def weights_of(
+    step: RouteStep, scores_RE: NDArray[np.float32], ids_RK: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the weights [R, K] of the chosen experts."""
+    if step.weighting == "one":
+        return np.ones(ids_RK.shape, np.float32)
+    powers_RE = np.exp(scores_RE - scores_RE.max(axis=1, keepdims=True))
+    shares_RE = powers_RE / powers_RE.sum(axis=1, keepdims=True)
+    chosen_RK: NDArray[np.float32] = np.take_along_axis(shares_RE, ids_RK, axis=1)
+    if step.weighting == "probability":
+        return chosen_RK
+    total_R1: NDArray[np.float32] = chosen_RK.sum(axis=1, keepdims=True) + np.float32(RENORMALISER)
+    return np.asarray(chosen_RK / total_R1)
