@@ -1,6 +1,6 @@
 """Draw what the benchmarks measured, from their JSON.
 
-    python benchmarks/figures.py
+    python -m benchmarks.figures
 
 Writes ``docs/figures/export_cpu.svg``.
 """

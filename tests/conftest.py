@@ -14,7 +14,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
-from families import Families, spec_of
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
@@ -23,6 +22,7 @@ from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, ThreatModel
+from tests.families import Families, spec_of
 
 TINY = ModelSpec(
     family="advmoe",

@@ -105,7 +105,7 @@ def build_engine(
         options: how to build.
         precision: the lowest that the graph says.
         name: what to call it in messages.
-        with_plugins: it has plugins of :mod:`~advmoe_deploy.runtime.tensorrt_plugin`.
+        with_plugins: it has plugins of :mod:`~benchmarks.gpu.experiments.router_plugin`.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or TensorRT lacks the precision.

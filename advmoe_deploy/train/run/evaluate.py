@@ -4,7 +4,6 @@ Each process draws the random starts of its own share, so that a measurement, un
 depends on their number.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model, predict
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing.routing import Routes
+from advmoe_deploy.models.routing.routing import Routes, effective_routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # Choices per expert, by routed layer.
@@ -44,13 +43,6 @@ class Measured:
     def effective_routes(self) -> float | None:
         """Effective number of experts in use, of the layer with the fewest; dense: ``None``."""
         return min(map(effective_routes, self.expert_load.values()), default=None)
-
-
-def effective_routes(expert_load: tuple[int, ...]) -> float:
-    """Return exp of the entropy of the load: E when all are used alike, 1 at a collapse."""
-    total = sum(expert_load)
-    shares = [rows / total for rows in expert_load if rows]
-    return math.exp(-sum(share * math.log(share) for share in shares))
 
 
 def measure(

@@ -1,0 +1,119 @@
+"""``advmoe import``: a run that ``export`` takes, from the files of each of the papers' code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.upstream.importer import import_checkpoint
+from tests.models.upstream.test_dual import released
+from tests.models.upstream.test_robust_experts import released as released_experts
+from tests.models.upstream.test_robust_experts import spec_of
+from tests.models.upstream.test_upstream import TINY, model_of, released_of, write_released
+from tests.upstream_fixture import case_of
+
+Capture = pytest.CaptureFixture[str]
+
+
+def imported(capsys: Capture, *arguments: str) -> Any:
+    assert run(["import", *arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def advmoe_file(tmp_path: Path) -> Path:
+    return write_released(tmp_path / "best.pth", *released_of(model_of(TINY)))
+
+
+def test_a_file_becomes_a_run_that_export_takes(
+    capsys: Capture, advmoe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(advmoe_file.parent)
+    said = imported(capsys, "best.pth", "--from", "advmoe", "--set", "image_size=16")
+    assert said["run"] == "runs/best"
+    assert said["model"]["image_size"] == 16
+    assert said["macs"]["executed"] > said["macs"]["selected"]
+    checkpoint, model = load_checkpoint(Path("runs/best/model"))
+    assert checkpoint.provenance["file_sha256"] == said["file_sha256"]
+    x_NCHW = torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(model(x_NCHW), model_of(TINY)(x_NCHW))
+    assert run(["export", "runs/best", "--format", "onnx"]) == 2
+    assert "pass --data, or --data random:1000" in capsys.readouterr().err
+    assert run(["export", "runs/best", "--format", "onnx", "--data", "random:8"]) == 0
+
+
+def test_the_screen_says_what_it_is_and_what_comes_next(
+    capsys: Capture, advmoe_file: Path, tmp_path: Path
+) -> None:
+    assert run(["import", str(advmoe_file), "--from", "advmoe", "--out", str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    assert "resnet18" in out
+    # Lines are broken where the terminal ends, inside a long path even.
+    command = f"advmoe export {tmp_path / 'r'} --format onnx --data random:1000"
+    assert "".join(command.split()) in "".join(out.split())
+
+
+def test_files_of_lightning_and_of_the_dual_model(capsys: Capture, tmp_path: Path) -> None:
+    network = released_experts(spec_of(), seed=5)
+    content = {"state_dict": network, "epoch": 3, "hyper_parameters": {"lr": 0.1}}
+    torch.save(content, tmp_path / "last.ckpt")
+    both = released(prefix="Smoe.") | released(prefix="Rmoe.")
+    torch.save({"net": both, "acc": 51.2, "epoch": 9}, tmp_path / "ckpt.t7")
+    for name, source, family, setting in (
+        ("last.ckpt", "robust-experts", "robust-experts", "top_k=2"),
+        ("ckpt.t7", "dual-model", "dual-model", "alpha=0.6"),
+    ):
+        out = str(tmp_path / source)
+        said = imported(
+            capsys, str(tmp_path / name), "--from", source, "--set", setting, "--out", out
+        )
+        key, value = setting.split("=")
+        assert said["model"]["family"] == family
+        assert said["model"][key] == float(value)
+        load_checkpoint(Path(out) / "model")
+
+
+def test_an_existing_run_stays_unless_told(capsys: Capture, advmoe_file: Path) -> None:
+    out = advmoe_file.parent / "run"
+    arguments = ["import", str(advmoe_file), "--from", "advmoe", "--out", str(out)]
+    assert run(arguments) == 0
+    before = (out / "model" / "checkpoint.json").read_bytes()
+    assert run([*arguments, "--set", "image_size=64"]) == 2
+    assert (out / "model" / "checkpoint.json").read_bytes() == before
+    assert run([*arguments, "--set", "image_size=64", "--overwrite"]) == 0
+    assert (out / "model" / "checkpoint.json").read_bytes() != before
+    assert run([*arguments[:-1], str(advmoe_file.parent), "--overwrite"]) == 2
+    assert "holds no model/checkpoint.json" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_bad_file_leaves_nothing(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"no checkpoint")
+    before = sorted(tmp_path.iterdir())
+    arguments = ["import", str(tmp_path / "x.pth"), "--from", "advmoe"]
+    assert run([*arguments, "--out", str(tmp_path / "run")]) == 3
+    assert "is no file of torch.save" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("case", "source", "settings"),
+    [
+        ("experts-conv-layer4-e4-k2", "robust-experts", {"top_k": 2}),
+        ("dual-model-resnet18-a0.7", "dual-model", {}),
+    ],
+)
+def test_released_files_of_the_other_families(
+    case: str, source: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    _, state, answers = case_of(case)
+    content = {"state_dict" if source == "robust-experts" else "net": state, "epoch": 1}
+    torch.save(content, tmp_path / "file.pt")
+    _, model = import_checkpoint(tmp_path / "file.pt", source, settings)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(answers["x"]))
+    np.testing.assert_allclose(logits, answers["logits"], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,283 @@
+"""int8, from a robust model to answers: calibrated, examined, recorded, run by every command."""
+
+import json
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import BundleError, DataError
+from advmoe_deploy.export.checks.images import labelled_images
+from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.precision.casts import lowered
+from advmoe_deploy.export.precision.quantize import quantised_segments
+from advmoe_deploy.export.targets import Target
+from advmoe_deploy.export.tensorrt.builders import OnCpu
+from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt.load import graph_files
+from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.verify.verify import verify_bundle
+from tests.conftest import TINY, assert_nothing_left, write_run
+
+TARGETS = (
+    Target("openvino", "int8"),
+    Target("onnxruntime", "int8"),
+    Target("tensorrt", "int8", onnx_only=True),
+)
+ENGINES = ("onnxruntime", "onnxruntime-plan", "openvino", "openvino-plan")
+IMAGES = to_float(load_dataset("digits").test.images[:40])
+
+
+@pytest.fixture(scope="module")
+def bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export_onnx(trained_run, out, targets=TARGETS)
+    return open_bundle(out)
+
+
+def engines_of(bundle: Bundle, backend: str) -> EngineSet:
+    return next(each for each in bundle.manifest.engines if each.backend == backend)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_exam_was_passed_and_is_recorded(bundle: Bundle, backend: str) -> None:
+    engines = engines_of(bundle, backend)
+    lowered = {name for name, precision in engines.segments.items() if precision == "int8"}
+    assert lowered >= {"router.expert-0", "router.expert-1"}
+    assert engines.files.keys() == lowered
+    check, calibration = engines.check, engines.calibration
+    assert check is not None
+    assert calibration is not None
+    assert engines.parity.route_agreement >= check.least_route_agreement == 0.999
+    assert check.holdout_images == 200
+    for accuracy in (check.clean_accuracy, check.robust_accuracy):
+        assert accuracy is not None
+        assert accuracy.engine >= accuracy.reference - check.max_drop / 100
+    assert check.robust_accuracy.reference > 0.3
+    assert check.data == "digits"
+    assert check.own_attack is not None
+    assert check.own_attack.least_drop <= check.max_drop
+    assert check.own_attack.robust_accuracy.engine <= check.robust_accuracy.engine
+    assert (calibration.clean_images, calibration.attacked_images) == (256, 256)
+    assert (calibration.data, calibration.epsilon) == ("digits", 0.05)
+    assert (check.router is not None) == ("router" in check.raised)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_are_int8_and_logits_are_not(bundle: Bundle, backend: str) -> None:
+    graph = onnx.load_model(bundle.file(engines_of(bundle, backend).files["router.expert-0"])).graph
+    types = Counter(tensor.data_type for tensor in graph.initializer)
+    assert types[onnx.TensorProto.INT8] >= 20  # its convolutions and its head
+    made = {name: node for node in graph.node for name in node.output}
+    assert made[graph.output[0].name].op_type == "Gemm"
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    for node in convolutions:
+        assert {made[name].op_type for name in node.input} == {"DequantizeLinear"}
+
+
+def test_tensorrt_gets_zero_points_of_0_and_biases_in_float32(bundle: Bundle) -> None:
+    engines = engines_of(bundle, "tensorrt")
+    low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    assert low
+    for segment in (s for s in engines.plan.segments if s.name in low):
+        graph = onnx.load_model(bundle.file(segment.file)).graph
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        quantisers = [n for n in graph.node if n.op_type.endswith("quantizeLinear")]
+        quantisers += [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert len(quantisers) > 20
+        for node in quantisers:
+            zero = constants[node.input[2]]
+            assert zero.dtype == np.int8
+            assert not zero.any()
+        made = {name: node for node in graph.node for name in node.output}
+        for node in (n for n in graph.node if n.op_type == "Conv"):
+            assert {made[name].op_type for name in node.input[:2]} == {"DequantizeLinear"}
+            assert all(constants[name].dtype == np.float32 for name in node.input[2:])
+
+
+def test_around_int8_it_is_float16_where_that_is_asked_for(
+    bundle: Bundle, trained_run: Path, tmp_path: Path
+) -> None:
+    target = Target("tensorrt", "int8", onnx_only=True, around_int8="fp16")
+    half = export_onnx(trained_run, tmp_path / "bundle", targets=[target])
+    engines, before = engines_of(half, "tensorrt"), engines_of(bundle, "tensorrt")
+    assert engines.segments == before.segments
+    low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    assert {engines.arithmetic[name] for name in low} == {"fp16"}
+    assert {before.arithmetic[name] for name in low} == {"fp32"}
+    assert "what int8 leaves unquantised is fp16" in engines.findings()
+    for segment in (s for s in engines.plan.segments if s.name in low):
+        model = onnx.load_model(half.file(segment.file))
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        made = {name: node for node in model.graph.node for name in node.output}
+        for node in (n for n in model.graph.node if n.op_type == "Conv"):
+            given = [made[name] for name in node.input[:2]]
+            assert {n.op_type for n in given} == {"DequantizeLinear"}
+            assert {constants[n.input[1]].dtype for n in given} == {np.dtype(np.float16)}
+            assert all(constants[name].dtype == np.float16 for name in node.input[2:])
+        ends = {end.type.tensor_type.elem_type for end in model.graph.output}
+        assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    with open_set(half, engines) as runner, open_set(bundle, before) as other:
+        answer, expected = runner.infer(IMAGES), other.infer(IMAGES)
+    change = np.linalg.norm(answer.logits - expected.logits) / np.linalg.norm(expected.logits)
+    assert 0 < change < 0.05  # a step of int8 here and there
+
+
+def open_set(bundle: Bundle, engines: EngineSet) -> Runner:
+    """Return TensorRT's graphs in ONNX Runtime."""
+    files = {name: bundle.file(file) for name, file in graph_files(engines.plan).items()}
+    return OnCpu(BatchProfile(max=64)).runner(engines.plan, files, (1, 8, 8), "int8")
+
+
+@pytest.mark.parametrize("value", [1e-9, 2e-8, 1e-3])
+def test_a_scale_in_float16_is_never_0(value: float) -> None:
+    scale = onnx.numpy_helper.from_array(np.array(value, np.float32), "scale")
+    zero = onnx.numpy_helper.from_array(np.array(0, np.int8), "zero")
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "quantise"),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], "dequantise"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N"]) for n in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [scale, zero])
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    low = lowered(model, "fp16", [])
+    onnx.checker.check_model(low, full_check=True)
+    x_N = np.array([0.0, 100.0 * value, -50.0 * value], np.float32)
+    with OrtEngine(low.SerializeToString()) as engine:
+        (answer_N,) = engine.run({"x": x_N}).values()
+    assert np.isfinite(answer_N).all()
+    np.testing.assert_allclose(answer_N, x_N, atol=max(6e-8, value))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_answers_resemble_those_of_fp32_at_any_batch_size(bundle: Bundle, engine: str) -> None:
+    with open_runner(bundle, "onnxruntime:fp32", threads=1) as exact:
+        expected = exact.infer(IMAGES)
+    with open_runner(bundle, engine, threads=1) as runner:
+        assert (runner.name, runner.precision) == (engine, "int8")  # the bundle's own
+        whole = runner.infer(IMAGES)
+        parts = [runner.infer(part) for part in np.split(IMAGES, [1, 3, 10])]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(runner.infer, [IMAGES] * 8))
+    logits = np.concatenate([part.logits for part in parts])
+    np.testing.assert_allclose(logits, whole.logits, rtol=0, atol=1e-4)
+    for answer in together:
+        np.testing.assert_array_equal(answer.logits, whole.logits)
+    same_N = (whole.expert_ids["router"] == expected.expert_ids["router"])[:, 0]
+    assert same_N.sum() >= len(IMAGES) - 1  # one route in 1,000 may differ, and may be here
+    change = np.linalg.norm((whole.logits - expected.logits)[same_N])
+    assert 1e-3 < change / np.linalg.norm(expected.logits) < 0.2
+
+
+def test_every_command_runs_it(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = verify_bundle(bundle, engine="openvino:int8", images=40, threads=1)
+    assert (report.engine, report.precision) == ("openvino:int8", "int8")
+    assert report.route_agreement >= 0.99
+    pairs = [(a.attack.name, a.found_on) for a in report.attacks]
+    both = ("reference", "engine")
+    assert pairs == [(name, on) for name in ("pgd", "pgd", "pgd", "square") for on in both]
+    for transferred, own in zip(report.attacks[:6:2], report.attacks[1:6:2], strict=True):
+        assert own.robust_accuracy.engine <= transferred.robust_accuracy.engine
+    rows = profile_bundle(
+        bundle, engines=("openvino", "onnxruntime:fp32"), batches=(4,), against=(), n=2, threads=1
+    ).rows
+    assert [(r.engine, r.precision) for r in rows] == [
+        ("openvino", "int8"),
+        ("onnxruntime", "fp32"),
+    ]
+    for index, image in enumerate(load_dataset("digits").test.images[:5]):
+        Image.fromarray(image[0]).save(tmp_path / f"{index}.png")
+    output = tmp_path / "answers.jsonl"
+    arguments = ["--input", str(tmp_path / "*.png"), "--output", str(output), "--threads", "1"]
+    assert run(["predict", str(bundle.path), "--engine", "openvino:int8", *arguments]) == 0
+    assert len([json.loads(line) for line in output.read_text().splitlines()]) == 5
+    capsys.readouterr()
+    assert run(["inspect", str(bundle.path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "engine openvino:int8" in shown
+    assert "256 attacked by pgd-10 at epsilon 0.05, seed 0" in shown
+    assert "`--engine onnxruntime:int8`" in bundle.file("MODEL_CARD.md").read_text()
+
+
+def test_a_changed_quantised_file_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
+    name = engines_of(bundle, "onnxruntime").files["router.expert-1"]
+    (copy / name).write_bytes((copy / name).read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"router\.expert-1\.onnx is not what was exported"):
+        open_bundle(copy)
+
+
+def test_an_expert_that_no_image_visits_is_calibrated_on_the_others_rows(
+    tiny_bundle: Bundle,
+) -> None:
+    plan = tiny_bundle.manifest.plan
+    graphs = {s.name: onnx.load_model(tiny_bundle.file(s.file)) for s in plan.segments}
+    with open_runner(tiny_bundle) as runner:
+        ids_N = runner.infer(IMAGES).expert_ids["router"][:, 0]
+    first = IMAGES[ids_N == 0]
+    assert 0 < len(first) < len(IMAGES)
+    quantised, unvisited = quantised_segments(plan, graphs, first, TINY.image_shape)
+    assert unvisited == ("router.expert-1",)
+    assert quantised.keys() == graphs.keys()
+    _, unvisited = quantised_segments(plan, graphs, IMAGES, TINY.image_shape)
+    assert unvisited == ()
+
+
+def test_without_training_images_there_is_no_int8(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run", TINY)
+    checkpoint, model = load_checkpoint(source / "model")
+    nameless = checkpoint.model_copy(update={"provenance": {}})
+    (tmp_path / "nameless" / "model").mkdir(parents=True)
+    save_checkpoint(tmp_path / "nameless" / "model", nameless, model)
+    out = tmp_path / "bundle"
+    with pytest.raises(DataError, match=r"calibrated on training images.*pass --data"):
+        export_onnx(tmp_path / "nameless", out, data="random:8", targets=TARGETS)
+    assert_nothing_left(out)
+
+
+def test_labelled_images_are_of_the_models_kind(tmp_path: Path) -> None:
+    checkpoint, _ = load_checkpoint(write_run(tmp_path / "run", TINY) / "model")
+    said: list[str] = []
+
+    def found(sources: list[str], **other: object) -> bool:
+        of = checkpoint.model_copy(update=other)
+        return labelled_images(sources, of, said.append) is not None
+
+    assert found(["", "random:8", "digits"])
+    assert not found(["random:8"])
+    assert said == []
+    assert not found(["digits"], model=TINY.model_copy(update={"image_size": 16}))
+    assert not found(["digits"], model=TINY.model_copy(update={"num_classes": 9}))
+    assert not found(["digits"], class_names=tuple("abcdefghij"))
+    assert not found([f"folder:{tmp_path / 'nowhere'}"])
+    reasons = ["its images are", "it has 10 classes", "called otherwise", "nowhere"]
+    for line, reason in zip(said, reasons, strict=True):
+        assert line.startswith("accuracy is not measured on ")
+        assert reason in line
+
+
+def test_the_first_precision_rules(trained_run: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "bundle"), "--no-reference"]
+    precisions = ["--precision", "fp32", "--precision", "int8"]
+    assert run(["export", str(trained_run), "--format", "onnx", *precisions, *out]) == 0
+    bundle = open_bundle(tmp_path / "bundle")
+    assert bundle.engine_set("onnxruntime", "int8")
+    with open_runner(bundle, threads=1) as runner:
+        assert runner.precision == "fp32"

@@ -1,0 +1,239 @@
+"""A lower precision is taken where routes and accuracy allow it, and the report says where not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import CheckFailedError, UsageError
+from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.graph.fuse import fuse
+from advmoe_deploy.export.precision.attacked import with_accuracy
+from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, examine
+from advmoe_deploy.export.precision.search import Precisions, choose_precisions
+from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.reference import reference_answers
+from advmoe_deploy.plan import Plan
+from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
+from advmoe_deploy.runtime.plan_runner import PlanRunner
+from advmoe_deploy.runtime.select import arithmetic_of, open_runner
+from advmoe_deploy.specs import Arithmetic, Precision
+from tests.conftest import assert_nothing_left, write_run
+from tests.families import Families, spec_of
+
+IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
+needs_bf16 = pytest.mark.skipif(not has_precision("bf16"), reason="this CPU has no bf16")
+
+
+LADDER = ("int8", "fp32")
+
+
+def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
+    """Return what an exam of 1,000 images may find: ``lost`` is the drop in points."""
+    layer = LayerParity(
+        layer="router",
+        rows=1000,
+        flips=round(1000 * (1 - agreement)),
+        close_calls=0,
+        close_flips=0,
+        smallest_margin=0.1,
+        expert_load=(500, 500),
+    )
+    parity = ParityReport(
+        images=1000,
+        compared=1000,
+        non_finite=0,
+        max_abs_logit_diff=0.1,
+        max_relative_logit_diff=0.1,
+        max_abs_weight_diff=0,
+        rounding=0,
+        logit_tolerance=1e-5,
+        route_agreement=agreement,
+        margin=1e-4,
+        layers=(layer,),
+    )
+    accuracy = Pair(reference=0.5, engine=0.5 - lost / 100)
+    return Findings(parity, 1.0, lost, Pair(reference=0.8, engine=0.8), accuracy, 1.0)
+
+
+def test_a_drop_under_an_attack_of_its_own_counts_beyond_chance() -> None:
+    pair = Pair(reference=0.5, engine=0.48)
+    clear = OwnAttack(robust_accuracy=pair, least_drop=0.6, most_drop=3.4)
+    assert "0.6 to 3.4 points" in replace(findings(), own_attack=clear).complaint
+    chance = clear.model_copy(update={"least_drop": 0.4})
+    assert not replace(findings(), own_attack=chance).complaint
+
+
+def all_int8(plan: Plan) -> Precisions:
+    return {segment.name: "int8" for segment in plan.segments}
+
+
+def low(precisions: Precisions) -> set[str]:
+    return {name for name, precision in precisions.items() if precision == "int8"}
+
+
+def test_everything_is_lowered_where_nothing_is_lost(tiny_bundle: Bundle) -> None:
+    plan = tiny_bundle.manifest.plan
+
+    def trial(_: Precisions) -> Findings:
+        return findings()
+
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
+    assert low(choice.precisions) == {"router", "router.expert-0", "router.expert-1"}
+    assert not choice.raised
+    assert choice.lowered is None
+
+
+def test_a_router_whose_routes_differ_stays_in_fp32(tiny_bundle: Bundle) -> None:
+    def trial(precisions: Precisions) -> Findings:
+        return findings(agreement=0.998 if precisions["router"] == "int8" else 1.0)
+
+    plan = tiny_bundle.manifest.plan
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
+    assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
+    assert choice.raised == {
+        "router": "99.80 % of the clear routes of a layer agree, less than 99.90 %"
+    }
+    assert choice.lowered is not None
+    assert choice.lowered.parity.route_agreement == 0.998
+
+
+def test_int8_is_raised_by_steps(tiny_bundle: Bundle) -> None:
+    tried: list[Precision] = []
+
+    def trial(precisions: Precisions) -> Findings:
+        tried.append(precisions["router"])
+        return findings(agreement=0.99 if precisions["router"] == "int8" else 1.0)
+
+    plan = tiny_bundle.manifest.plan
+    choice = choose_precisions(plan, all_int8(plan), ("int8", "bf16", "fp32"), trial, trial)
+    assert tried == ["int8", "bf16"]
+    assert choice.precisions["router"] == "bf16"
+    assert low(choice.precisions) == {"router.expert-0", "router.expert-1"}
+
+
+def test_the_most_sensitive_segments_are_raised_first(families: Families) -> None:
+    _, bundle = families["block experts"]
+    plan = bundle.manifest.plan
+    experts = [step.segments for step in plan.steps if step.kind == "experts"]
+    assert len(experts) == 2
+    points = {"trunk-0": 0.1, "trunk-1": 0.05, "trunk-2": 0.05, experts[0][0]: 0.2}
+    points[experts[1][0]] = 0.6
+
+    def trial(precisions: Precisions) -> Findings:
+        return findings(lost=sum(points.get(name, 0) for name in low(precisions)))
+
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
+    assert choice.raised.keys() == set(experts[1])  # 1.0 points were lost, 0.4 are left
+    assert choice.raised[experts[1][0]] == "robust accuracy falls by 1.00 points"
+    assert choice.findings.robust_accuracy == Pair(reference=0.5, engine=0.5 - 0.4 / 100)
+
+
+def test_a_model_that_stands_no_lower_precision_is_refused(tiny_bundle: Bundle) -> None:
+    def trial(precisions: Precisions) -> Findings:
+        return findings(lost=2.0 if low(precisions) else 0.0)
+
+    plan = tiny_bundle.manifest.plan
+    with pytest.raises(CheckFailedError, match=r"nothing of this model can run in int8: robust"):
+        choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", ["conv experts", "token experts", "VGG"])
+def test_graphs_of_a_plan_cut_by_precision_answer_alike(
+    families: Families, family: str, split: bool
+) -> None:
+    _, bundle = families[family]
+    plan = bundle.manifest.plan
+    graphs = {s.name: onnx.load_model(bundle.file(s.file)) for s in plan.segments}
+    experts = {name for step in plan.steps if step.kind == "experts" for name in step.segments}
+    precisions: dict[str, Arithmetic] = {
+        name: "bf16" if split and name in experts else "fp32" for name in graphs
+    }
+    fused = fuse(plan, graphs, precisions, folder="engines", form="gather", for_host=["router"])
+    assert (len(fused.graphs) > 1) == (split or family == "VGG")  # pooling wants rows
+    sources = {name: graph.SerializeToString() for name, graph in fused.graphs.items()}
+    with (
+        PlanRunner(
+            fused.plan,
+            sources,
+            bundle.manifest.model.image_shape,
+            routes=plan.routes,
+            open_engine=lambda _, graph: OpenVinoEngine(graph, threads=1),
+        ) as runner,
+        open_runner(bundle, threads=1) as portable,
+    ):
+        for images in (IMAGES, IMAGES[:1]):
+            answer, expected = runner.infer(images), portable.infer(images)
+            np.testing.assert_allclose(answer.logits, expected.logits, rtol=0, atol=3e-5)
+            for layer, ids in expected.expert_ids.items():
+                np.testing.assert_array_equal(answer.expert_ids[layer], ids)
+                np.testing.assert_allclose(
+                    answer.weights[layer], expected.weights[layer], rtol=0, atol=1e-5
+                )
+
+
+def test_without_a_threat_model_only_clean_accuracy_is_examined(
+    tiny_run: Path, tiny_bundle: Bundle
+) -> None:
+    _, model = load_checkpoint(tiny_run / "model")
+    parity = Examples(IMAGES, reference_answers(model, IMAGES))
+    exam = with_accuracy(Exam(parity, "noise"), model, load_dataset("digits"), None)
+    with open_runner(tiny_bundle, threads=1) as runner:
+        found, unlabelled = examine(exam, runner), examine(Exam(parity, "noise"), runner)
+    assert found.clean_accuracy is not None
+    assert found.clean_accuracy.engine == found.clean_accuracy.reference
+    assert found.robust_accuracy is found.attacked_route_agreement is None
+    assert found.complaint == unlabelled.complaint == ""
+    changed = replace(unlabelled, prediction_agreement=0.99)
+    assert changed.complaint == "1.00 % of the predictions differ"
+    assert replace(found, prediction_agreement=0.99).complaint == ""  # accuracy is what counts
+
+
+def test_bf16_is_taken_around_int8_where_it_is_there_already() -> None:
+    assert arithmetic_of({"a": "int8", "b": "fp32"}) == {"a": "fp32", "b": "fp32"}
+    mixed: Precisions = {"a": "int8", "b": "bf16", "c": "fp32"}
+    assert arithmetic_of(mixed) == {"a": "bf16", "b": "bf16", "c": "fp32"}
+
+
+@needs_bf16
+@pytest.mark.parametrize("family", ["block experts", "token experts"])
+def test_bf16_bundles_keep_their_routes(family: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", spec_of(family))
+    target = Target("openvino", "bf16")
+    export_onnx(run, tmp_path / "bundle", data="random:64", targets=[target])
+    bundle = open_bundle(tmp_path / "bundle")
+    (engines,) = bundle.manifest.engines
+    assert bundle.manifest.precision == "bf16"
+    assert set(engines.segments.values()) <= {"fp32", "bf16"}
+    assert "bf16" in engines.segments.values()
+    assert engines.check is not None
+    assert {n for n, p in engines.segments.items() if p == "fp32"} == engines.check.raised.keys()
+    assert engines.parity.route_agreement >= 0.999
+    assert engines.check.holdout_images == 200
+    with open_runner(bundle, threads=1) as exact:
+        expected = exact.infer(IMAGES)
+    for name in ("openvino", "openvino-plan"):
+        with open_runner(bundle, name, threads=1) as runner:
+            assert (runner.name, runner.precision) == (name, "bf16")
+            answer = runner.infer(IMAGES)
+        difference = np.abs(answer.logits - expected.logits).max()
+        assert 1e-5 < difference < 0.2 * np.abs(expected.logits).max()
+
+
+@pytest.mark.parametrize(
+    "target", [Target("onnxruntime", "bf16"), Target("onnxruntime", "fp16")], ids=str
+)
+def test_what_no_machine_computes_is_a_usage_error(tmp_path: Path, target: Target) -> None:
+    with pytest.raises(UsageError, match=rf"onnxruntime does not compute in {target.precision}"):
+        require_supported(target)
+    run = tmp_path / "none"
+    with pytest.raises(UsageError):  # before the run is looked at
+        export_onnx(run, tmp_path / "bundle", targets=[target])
+    assert_nothing_left(tmp_path / "bundle")

@@ -1,0 +1,216 @@
+"""The graphs that move rows, and the runner over them, here on ONNX Runtime."""
+
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from threading import Barrier, Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.runtime.engine import Source
+from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
+from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.shapes import narrowest, with_least
+from advmoe_deploy.specs import BatchProfile
+from tests.families import Families
+
+IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)
+BATCH = BatchProfile(min=2, opt=8, max=18)
+
+# One of each kind: images or tokens, one expert or two, weighted or not, trunks behind or none.
+KINDS = (
+    "conv experts",
+    "block experts",
+    "wide ResNet",
+    "expert networks",
+    "dual model",
+    "token experts",
+    "dense ViT",
+)
+
+
+class Watched(OrtEngine):
+    """Notes the shapes that each graph is given."""
+
+    def __init__(self, seen: dict[str, list[dict[str, Any]]], name: str, graph: Source) -> None:
+        super().__init__(graph, threads=1)
+        self.seen = seen.setdefault(name, [])
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.seen.append({name: values.shape for name, values in inputs.items()})
+        return super().run(inputs)
+
+
+def gathered(bundle: Bundle, *, at_once: int = 0, seen: Any = None) -> GatheredRunner:
+    """Return the runner over the bundle's own segments and the graphs that move rows."""
+    plan = bundle.manifest.plan
+    graphs: dict[str, bytes | Path] = {s.name: bundle.file(s.file) for s in plan.segments}
+    graphs |= {mover.name: mover.graph.SerializeToString() for mover in movers(plan)}
+    return GatheredRunner.over_engines(
+        plan,
+        graphs,
+        bundle.manifest.model.image_shape,
+        open_engine=partial(Watched, {} if seen is None else seen),
+        batch=BATCH,
+        name="gathered",
+        at_once=at_once,
+    )
+
+
+def assert_same(answer: Any, expected: Any) -> None:
+    np.testing.assert_allclose(answer.logits, expected.logits, rtol=0, atol=1e-5)
+    assert answer.expert_ids.keys() == expected.expert_ids.keys()
+    for layer, ids in expected.expert_ids.items():
+        np.testing.assert_array_equal(answer.expert_ids[layer], ids)
+        np.testing.assert_allclose(answer.weights[layer], expected.weights[layer], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_family_answers_as_its_plan(families: Families, family: str) -> None:
+    _, bundle = families[family]
+    with open_runner(bundle, "onnxruntime-plan", threads=1) as plain, gathered(bundle) as runner:
+        # 24 are more than the lane holds; 1 is less than the least and comes after larger ones.
+        for images in (IMAGES, IMAGES[3:14], IMAGES[:1], IMAGES[7:8], IMAGES[2:19]):
+            answer = runner.infer(images)
+            assert_same(answer, plain.infer(images))
+            assert answer.logits.dtype == np.float32
+            assert all(ids.dtype == np.int64 for ids in answer.expert_ids.values())
+
+
+@pytest.mark.parametrize("family", ["conv experts", "token experts", "wide ResNet"])
+def test_graphs_that_move_rows_are_given_what_they_are_built_for(
+    families: Families, family: str
+) -> None:
+    _, bundle = families[family]
+    seen: dict[str, list[dict[str, Any]]] = {}
+    with gathered(bundle, seen=seen) as runner:
+        for count in (1, 2, 11, 18, 24):
+            runner.infer(IMAGES[:count])
+    for mover in movers(bundle.manifest.plan):
+        shapes = mover.shapes(BATCH)
+        assert seen[mover.name]
+        for given in seen[mover.name]:
+            assert given.keys() == shapes.keys()
+            for name, shape in given.items():
+                sizes = zip(shapes[name].min, shape, shapes[name].max, strict=True)
+                assert all(least <= size <= most for least, size, most in sizes)
+        ends = [{n: (s.min, s.max) for n, s in of.items()} for of in with_least(shapes)]
+        if mover.name.endswith(".combine"):  # of a single image, kernels for the least are used
+            assert {narrowest(ends, given) for given in seen[mover.name]} == {0, 1}
+    for mover in movers(bundle.manifest.plan):
+        for shape in mover.shapes(BATCH).values():
+            assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
+
+
+def test_experts_run_on_their_own_rows_only(families: Families) -> None:
+    _, bundle = families["wide ResNet"]
+    seen: dict[str, list[dict[str, Any]]] = {}
+    with gathered(bundle, seen=seen) as runner:
+        ids = runner.infer(IMAGES[:16]).expert_ids["router"][:, 0]
+        load = np.bincount(ids, minlength=2)
+        rows = [seen[f"router.expert-{e}"][-1]["images"][0] for e in np.flatnonzero(load)]
+        assert rows == [n for n in load if n]  # up to 16, sizes are exact
+        calls = len(seen["logits.dispatch"])
+        runner.infer(IMAGES[:1])
+        assert len(seen["logits.dispatch"]) == calls  # one image: nothing to gather
+
+
+def test_router_and_experts_at_once(families: Families) -> None:
+    _, bundle = families["wide ResNet"]
+    seen: dict[str, list[dict[str, Any]]] = {}
+    with (
+        open_runner(bundle, "onnxruntime-plan", threads=1) as plain,
+        gathered(bundle, at_once=3, seen=seen) as runner,
+    ):
+        assert [runner.computes_all(batch) for batch in (1, 3, 4)] == [True, True, False]
+        for count in (1, 3):
+            before = {name: len(calls) for name, calls in seen.items()}
+            assert_same(runner.infer(IMAGES[:count]), plain.infer(IMAGES[:count]))
+            run = {name: len(calls) - before.get(name, 0) for name, calls in seen.items()}
+            assert {name: n for name, n in run.items() if n} == {
+                "router": 1,
+                "router.expert-0": 1,
+                "router.expert-1": 1,
+            }
+        assert_same(runner.infer(IMAGES), plain.infer(IMAGES))
+
+
+@pytest.mark.parametrize("family", ["dual model", "token experts", "block experts"])
+def test_some_have_to_know_their_routes_first(families: Families, family: str) -> None:
+    with pytest.raises(UsageError, match=r"only in a single layer of at most 4"):
+        gathered(families[family][1], at_once=1)
+
+
+def test_a_closed_runner_says_so(families: Families) -> None:
+    runner = gathered(families["dense ViT"][1])
+    runner.close()
+    with pytest.raises(UsageError, match="closed"):
+        runner.infer(IMAGES[:1])
+
+
+def test_a_pool_closes_when_its_lanes_are_idle_and_tells_who_waits() -> None:
+    settled: list[str] = []
+    events: list[str] = []
+
+    class Lane:
+        def settle(self) -> None:
+            settled.append("lane")
+
+    pool = LanePool([Lane()])
+    taken, done = Event(), Event()
+
+    def use() -> None:
+        with pool.lane():
+            taken.set()
+            done.wait(10)
+            events.append("used")
+
+    def close() -> None:
+        pool.close()
+        events.append("closed")
+
+    with ThreadPoolExecutor(3) as threads:
+        user = threads.submit(use)
+        assert taken.wait(10)
+        waiting, closing = threads.submit(use), threads.submit(close)
+        done.set()
+        user.result(10)
+        closing.result(10)
+        if waiting.exception(10) is not None:  # it may also have been in time
+            with pytest.raises(UsageError, match="is closed"):
+                waiting.result()
+    assert events[-1] == "closed"
+    assert len(settled) == events.count("used")
+    with pytest.raises(UsageError, match="is closed"), pool.lane():
+        pass
+    pool.close()
+
+
+def test_who_closes_a_pool_second_waits_for_its_lanes_as_well() -> None:
+    class Lane:
+        def settle(self) -> None:
+            events.append("settled")
+
+    events: list[str] = []
+    pool, started = LanePool([Lane()]), Barrier(3)
+
+    def close() -> None:
+        started.wait(10)
+        pool.close()
+        events.append("closed")
+
+    with ThreadPoolExecutor(2) as threads:
+        with pool.lane():
+            closing = [threads.submit(close) for _ in range(2)]
+            started.wait(10)
+            wait(closing, timeout=0.1, return_when=FIRST_COMPLETED)
+        assert [each.result(10) for each in closing] == [None, None]
+    assert events == ["settled", "closed", "closed"]

@@ -1,0 +1,228 @@
+"""Every name of TensorRT and CUDA that we use, held against the real bindings of each release.
+
+The names are facts, taken from the wheels by ``benchmarks/gpu/tensorrt_names.py``. A name asked for
+with ``probe`` may be missing from some releases, not from all.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES
+from benchmarks.gpu import tensorrt_names
+
+RUNTIME = ROOT / "advmoe_deploy" / "runtime" / "tensorrt"
+NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
+FOUND: dict[str, dict[str, dict[str, list[str]]]] = json.loads(NAMES.read_text())
+
+# What our variables are called, and what they hold: "" is the module itself.
+TENSORRT = {
+    "trt": "",
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "config": "IBuilderConfig",
+    "parser": "OnnxParser",
+    "profile": "IOptimizationProfile",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "cache": "ITimingCache",
+    "inspector": "EngineInspector",
+    "error": "ParserError",
+}
+CUDA = {"cudart": "runtime", "driver": "driver"}
+FILES = sorted(RUNTIME.glob("*.py"))
+
+# A class of the module, or "", and a name in it.
+Name = tuple[str, str]
+
+
+def names_in(code: str, objects: dict[str, str]) -> tuple[set[Name], set[Name]]:
+    """Return the names that ``code`` relies on, and those that it asks for."""
+    relied, asked = set(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and (found := _path(node, objects)):
+            relied.add(found)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "probe":
+            asked |= set(_asked(node, objects))
+    return relied, asked
+
+
+def _path(node: ast.expr, objects: dict[str, str]) -> Name | None:
+    """Return the class and the name of ``trt.A.b`` or ``builder.b``; nothing for other things."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return None
+    names = [node.id, *parts]
+    if names[0] == "self":
+        names = names[1:]
+    owner = objects.get(names[0].lstrip("_")) if names else None
+    if owner is None or len(names) < 2:
+        return None
+    path = [*([owner] if owner else []), *names[1:]]
+    return ".".join(path[:-1]), path[-1]
+
+
+def _asked(call: ast.Call, objects: dict[str, str]) -> Iterator[Name]:
+    owner, name = call.args
+    path = _path(owner, objects)
+    text = getattr(owner, "id", "")
+    where = ".".join(filter(None, path)) if path else objects.get(text)
+    if where is not None and isinstance(name, ast.Constant):
+        yield where, str(name.value)
+
+
+def lacking(names: set[Name], release: dict[str, list[str]]) -> set[Name]:
+    return {
+        (owner, name)
+        for owner, name in names
+        if name not in release.get(owner, []) and name != "__init__"
+    }
+
+
+def test_a_name_that_is_not_there_is_found_out() -> None:
+    code = "trt.Bilder; self._config.set_flag(trt.BuilderFlag.TF33); probe(trt.BuilderFlag, 'FP16')"
+    relied, asked = names_in(code, TENSORRT)
+    assert asked == {("BuilderFlag", "FP16")}
+    for release in FOUND["tensorrt"].values():
+        assert lacking(relied, release) == {("", "Bilder"), ("BuilderFlag", "TF33")}
+
+
+def test_the_facts_are_of_all_three_major_releases() -> None:
+    assert [version.split(".")[0] for version in FOUND["tensorrt"]] == ["10", "10", "11", "8"]
+    eleven, eight = FOUND["tensorrt"]["11.4.0"], FOUND["tensorrt"]["8.6.1"]
+    assert "FP16" in eight["BuilderFlag"]
+    assert "FP16" not in eleven["BuilderFlag"]
+    assert "STRONGLY_TYPED" not in eight["NetworkDefinitionCreationFlag"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("vendor", FOUND)
+def test_every_name_is_in_every_release(file: Path, vendor: str) -> None:
+    objects = {"tensorrt": TENSORRT, "cuda": CUDA}[vendor]
+    relied, asked = names_in(file.read_text(), objects)
+    for version, release in FOUND[vendor].items():
+        assert not lacking(relied, release), f"{file.name}: {vendor} {version} has no such names"
+    for name in asked:
+        assert any(not lacking({name}, r) for r in FOUND[vendor].values()), (
+            f"no {vendor} has {name}"
+        )
+
+
+def test_tactic_sources_are_those_of_all_releases() -> None:
+    known = [release["TacticSource"] for release in FOUND["tensorrt"].values()]
+    assert set(TACTIC_SOURCES) == {name for names in known for name in names}
+
+
+def test_names_are_found_in_our_files() -> None:
+    relied, _ = names_in((RUNTIME / "build.py").read_text(), TENSORRT)
+    assert ("IBuilderConfig", "add_optimization_profile") in relied
+    assert ("MemoryPoolType", "WORKSPACE") in relied
+    assert len(relied) > 15
+
+
+@pytest.mark.slow
+def test_the_facts_are_what_the_wheels_say(tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "gpu" / "tensorrt_names.py"
+    subprocess.run([sys.executable, str(program), str(tmp_path / "names.json")], check=True)
+    assert json.loads((tmp_path / "names.json").read_text()) == FOUND
+
+
+# Bindings alone: their builder needs a GPU, and what comes before and after it does not.
+WITHOUT_A_GPU = """
+import json, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+import tensorrt_bindings as trt
+sys.modules["tensorrt"] = trt
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.tensorrt import api
+from advmoe_deploy.runtime.tensorrt import build
+log = api.logger()
+log.log(trt.ILogger.Severity.ERROR, "one\\n  line")
+log.log(trt.ILogger.Severity.WARNING, "not kept")
+said = {"version": api.tensorrt_version(), "problem": log.last_problem()}
+said["network"] = build._network_flags(trt)
+said["sources"] = build._sources(trt, ("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"))
+try:
+    build.build_engine(b"", {}, build.BuildOptions(), precision="fp16")
+except BackendUnavailableError as error:
+    said["error"] = str(error)
+json.dump(said, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("version", "numbers", "network", "sources"),
+    [
+        ("8.6.1", [8, 6, 1], 0b01, 0b11000),
+        ("10.0.1", [10, 0, 1], 0b11, 0b11000),
+        ("10.16.1", [10, 16, 1], 0b11, 0b11000),
+        ("11.4.0", [11, 4, 0], 0b01, 0b00011),  # enumerations were numbered anew
+    ],
+)
+def test_what_needs_no_gpu_runs_on_the_real_bindings(
+    version: str, numbers: list[int], network: int, sources: int
+) -> None:
+    with tensorrt_names.unpacked(tensorrt_names.TENSORRT[version]) as folder:
+        said = json.loads(tensorrt_names.run_with(folder, WITHOUT_A_GPU))
+    assert (said["version"], said["network"], said["sources"]) == (numbers, network, sources)
+    assert said["problem"] == "one line"
+    assert "builds only where an NVIDIA GPU and its driver are" in said["error"]
+
+
+# What TensorRT asks of a plugin before it has shapes, on its own Python.
+PLUGIN = """
+import json, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+import tensorrt_bindings as trt
+sys.modules["tensorrt"] = trt
+from advmoe_deploy.errors import BackendUnavailableError
+from benchmarks.gpu.experiments.router_plugin import RouterKernel, register_router
+kernel = RouterKernel("entry", "ptx", top_k=2, rows_per_block=32, threads=128, shared_bytes=64)
+try:
+    register_router(kernel, "RouterTail", is_lazy=True)
+except BackendUnavailableError as error:
+    print(json.dumps({"error": str(error)}))
+    sys.exit()
+from tensorrt.plugin import TensorDesc, _lib
+found = _lib.QDP_REGISTRY["advmoe::RouterTail"]
+scores = TensorDesc()
+scores.dtype = trt.DataType.FLOAT
+scores.shape_expr = sys.modules["tensorrt.plugin"].ShapeExprs(2, _is_dummy=True)
+outputs = found.register_func(scores)
+entry, ptx, how, numbers = found.aot_impl_func(scores, outputs, None)
+print(json.dumps({
+    "outputs": found.num_outputs,
+    "types": [str(output.dtype) for output in outputs],
+    "dimensions": [len(output.shape_expr) for output in outputs],
+    "kernel": [entry, ptx],
+    "numbers": [type(number).__name__ for number in numbers],
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["10.0.1", "10.16.1", "11.4.0"])
+def test_the_plugin_is_one_that_the_real_bindings_take(version: str) -> None:
+    with tensorrt_names.unpacked(tensorrt_names.TENSORRT[version]) as folder:
+        said = json.loads(tensorrt_names.run_with(folder, PLUGIN).splitlines()[-1])
+    if version == "10.0.1":
+        assert "use 10.9 or newer" in said["error"]
+        return
+    assert said == {
+        "outputs": 2,
+        "types": ["DataType.INT32", "DataType.FLOAT"],
+        "dimensions": [2, 2],
+        "kernel": ["entry", "ptx"],
+        "numbers": ["SymInt32"],
+    }

@@ -1,0 +1,172 @@
+"""Whole runs: what they leave, what they refuse, how they end badly."""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from advmoe_deploy.data.dataset import Dataset, Split
+from advmoe_deploy.errors import CheckpointError, DivergedError, UsageError
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.families.advmoe import AdvMoE
+from advmoe_deploy.progress import Silent
+from advmoe_deploy.train.data.schedule import lr_factor
+from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.loop import train
+from tests.toy_training import TINY, some_digits, tiny
+
+
+def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Path) -> None:
+    config = tiny("digits-advmoe", "epochs=4")
+    report = train(config, some_digits(), tmp_path / "run")
+    run = tmp_path / "run"
+    assert json.loads((run / "report.json").read_text()) == report.model_dump(mode="json")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert all(1 <= line["effective_routes"] <= 2 for line in lines)
+    best = max(lines, key=lambda r: (r["robust_accuracy"], r["clean_accuracy"], r["epoch"]))
+    assert report.selected_epoch == best["epoch"]
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {f"epoch-{e:04d}" for e in {3, 4, report.selected_epoch}}
+    checkpoint, model = load_checkpoint(run / "model")
+    assert checkpoint.provenance["data"] == "digits"
+    assert checkpoint.recipe == config.model_dump(mode="json")
+    assert isinstance(model, AdvMoE)
+    assert set(checkpoint.metrics) == {"clean_accuracy", "robust_accuracy", "effective_routes"}
+    assert list((run / "tensorboard").iterdir())
+    assert not list(run.rglob(".*"))
+    assert report.images == 30
+    assert report.robust_accuracy <= report.clean_accuracy
+    assert report.effective_routes is not None
+
+
+def test_a_dense_run_has_no_routes(tmp_path: Path) -> None:
+    report = train(tiny("digits-s-dense", "epochs=1"), some_digits(), tmp_path / "run")
+    assert report.effective_routes is None
+    assert report.expert_load == {}
+
+
+def test_the_cifar10_recipe_runs_in_reduced_precision(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(n: int) -> Split:
+        images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        return Split(images, np.arange(n, dtype=np.int64) % 10)
+
+    data = Dataset("cifar10:noise", tuple("abcdefghij"), noise(12), noise(4), noise(4))
+    settings = ["model.width=4", "model.router_width=2", "precision=bf16-mixed", "epochs=1"]
+    config = apply_overrides(recipe("cifar10-resnet18-advmoe"), [*TINY, *settings])
+    report = train(config, data, tmp_path / "run")
+    assert report.data == "cifar10:noise"
+    _, model = load_checkpoint(tmp_path / "run" / "model")
+    assert all(t.dtype != torch.bfloat16 for t in model.state_dict().values())
+
+
+def test_a_run_in_the_way_is_refused(tmp_path: Path) -> None:
+    config, data, run = tiny("digits-dense", "epochs=1"), some_digits(), tmp_path / "run"
+    train(config, data, run)
+    with pytest.raises(UsageError, match="--resume"):
+        train(config, data, run)
+    with pytest.raises(UsageError, match=r"trained with lr=0\.02"):
+        train(apply_overrides(config, ["lr=0.5"]), data, run, resume=True)
+    with pytest.raises(UsageError, match="no run to resume"):
+        train(config, data, tmp_path / "new", resume=True)
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "holiday.png").touch()
+    with pytest.raises(UsageError, match="is no run"):
+        train(config, data, other, overwrite=True)
+    assert (other / "holiday.png").exists()
+    train(config, data, run, overwrite=True)
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    data = some_digits()
+    with pytest.raises(UsageError, match=r"model\.image_size"):
+        train(recipe("cifar10-resnet18-advmoe"), data, tmp_path / "run")
+    with pytest.raises(UsageError, match="num_classes=10"):
+        train(tiny("digits-dense", "model.num_classes=7"), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    data, run = some_digits(), tmp_path / "run"
+
+    class Vandal(Silent):
+        """Raises the learning rate beyond all reason once the first epoch is over."""
+
+        def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+            if figures.get("epoch") == 1:
+                parameters["lr"] = 1e30
+
+    parameters: dict[str, float] = {}
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(
+        "advmoe_deploy.train.step.learner.lr_factor",
+        lambda schedule, done: parameters.get("lr", lr_factor(schedule, done)),
+    )
+    try:
+        with pytest.raises(DivergedError, match=r"epoch 2, step \d.*epoch-0001") as caught:
+            train(tiny("digits-dense"), data, run, progress=Vandal())
+    finally:
+        monkey.undo()
+    assert "\n" not in str(caught.value)
+    load_checkpoint(run / "checkpoints" / "epoch-0001")
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "resume.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["truncate", "change", "delete"])
+def test_resume_refuses_a_damaged_checkpoint(
+    finished: Path, tmp_path: Path, name: str, harm: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "checkpoints" / "epoch-0002" / name
+    content = file.read_bytes()
+    if harm == "delete":
+        file.unlink()
+    elif harm == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.write_bytes(content[:-9] + b"\xff" + content[-8:])
+    with pytest.raises(CheckpointError, match=r"epoch-0002.*; delete .*before it") as caught:
+        train(tiny("digits-dense"), some_digits(), run, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny("digits-dense"), some_digits(), run)
+    return run
+
+
+def test_a_finished_run_may_be_resumed_and_stays_the_same(finished: Path) -> None:
+    before = (finished / "model" / "weights.safetensors").read_bytes()
+    train(tiny("digits-dense"), some_digits(), finished, resume=True)
+    assert (finished / "model" / "weights.safetensors").read_bytes() == before
+
+
+def test_a_run_killed_before_its_configuration_is_started_again(tmp_path: Path) -> None:
+    config, run = tiny("digits-dense", "epochs=1"), tmp_path / "run"
+    run.mkdir()
+    finished = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    dead = int(finished.stdout)
+    (run / f".config.json.partial-{platform.node()}-{dead}-0a1b2c3d").write_bytes(b"{")
+    train(config, some_digits(), run)
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / ".config.json.partial-elsewhere-1-0a1b2c3d").write_bytes(b"{")
+    with pytest.raises(UsageError, match="is no run"):
+        train(config, some_digits(), run)
+    train(config, some_digits(), run, overwrite=True)
+    assert not list(run.rglob(".*"))
