@@ -37,6 +37,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Add ``path`` to an :class:`OSError` that does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or (path and str(path))
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the file at ``path`` is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
 def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of ``target`` that becomes ``target`` when the block ends well.
 

@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from advmoe_deploy.analysis.journal import ResultJournal
 from advmoe_deploy.analysis.shares import Share, share_of
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import CheckFailedError, missing_extra
+from advmoe_deploy.journal import continued
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import state_of
 from advmoe_deploy.progress import Progress, Silent, task
@@ -113,13 +113,9 @@ def certify(
         UsageError: another process uses the journal.
     """
     progress = progress or Silent()
-    with (
-        task(progress, "smoothing", len(labels)),
-        ResultJournal(journal, _job(model, images, labels, settings)) as kept,
-        eval_mode(model),
-        torch.no_grad(),
-    ):
-        done = [CertifiedImage.model_validate(row) for row in kept.rows]
+    kept, rows = continued(journal, _job(model, images, labels, settings))
+    with task(progress, "smoothing", len(labels)), kept, eval_mode(model), torch.no_grad():
+        done = [CertifiedImage.model_validate(row) for row in rows]
         progress.advance("smoothing", len(done))
         for index in range(len(done), len(labels)):
             image = _certified(model, images[index], int(labels[index]), index, settings)

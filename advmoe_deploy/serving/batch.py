@@ -14,13 +14,14 @@ import numpy as np
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.files import sha256_of
+from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.images import DecodedImage, decode_image
 from advmoe_deploy.serving.inputs import list_inputs
-from advmoe_deploy.serving.journal import Job, Journal, open_journal
-from advmoe_deploy.serving.rows import Row, RowFormat, write_rows, writer_for
+from advmoe_deploy.serving.resume import open_journal
+from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.specs import Frozen
 
 _DECODERS = min(4, os.cpu_count() or 1)
@@ -84,24 +85,25 @@ def classify_files(
     paths = list_inputs(source)
     shown = [_printable(path) for path in paths]
     job = _job(bundle, paths, engine=engine, top_k=top_k, batch=batch)
-    opened = open_journal(output, job, shown, batch=batch, resume=resume, overwrite=overwrite)
-    with opened as journal, _keeping_what_is_done(journal, len(paths), progress):
-        resumed = journal.done
-        if resumed < len(paths):
+    journal, done = open_journal(
+        output, job, shown, batch=batch, resume=resume, overwrite=overwrite
+    )
+    errors = _errors(done)
+    with journal, _keeping_what_is_done(journal, len(paths), progress):
+        if len(done) < len(paths):
             with open_runner(bundle, engine, threads=threads) as runner:
-                _Job(runner, columns, bundle.manifest.model.image_shape, progress).run(
-                    journal, paths, shown, batch
-                )
+                inference = _Inference(runner, columns, bundle.manifest.model.image_shape, progress)
+                errors = inference.run(journal, paths, shown, batch, errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
     seconds = time.perf_counter() - started
     return BatchReport(
         output=str(output),
-        images=journal.done,
-        errors=journal.errors,
-        resumed=resumed,
+        images=journal.count,
+        errors=errors,
+        resumed=len(done),
         seconds=seconds,
-        images_per_s=(journal.done - resumed) / seconds,
+        images_per_s=(journal.count - len(done)) / seconds,
     )
 
 
@@ -110,15 +112,15 @@ def _keeping_what_is_done(journal: Journal, total: int, progress: Progress) -> I
     try:
         yield
     except BaseException:
-        if journal.done:
-            kept = f"{journal.done} of {total} rows are kept"
+        if journal.count:
+            kept = f"{journal.count} of {total} rows are kept"
             progress.note(f"{kept}; --resume continues from there")
         else:
             journal.discard()
         raise
 
 
-class _Job:
+class _Inference:
     """Inference on batches of decoded files, the next of which are decoded meanwhile."""
 
     def __init__(
@@ -128,16 +130,21 @@ class _Job:
         self._progress = progress
         self._said_resized = False
 
-    def run(self, journal: Journal, paths: Sequence[str], shown: Sequence[str], batch: int) -> None:
-        """Append the rows that ``journal`` still lacks."""
+    def run(
+        self, journal: Journal, paths: Sequence[str], shown: Sequence[str], batch: int, errors: int
+    ) -> int:
+        """Append the rows that ``journal`` lacks; return how many have errors, of all."""
         with task(self._progress, "classify", len(paths)):
-            self._progress.advance("classify", journal.done, errors=journal.errors)
-            windows = _decoded_ahead(paths[journal.done :], self._shape, batch)
+            self._progress.advance("classify", journal.count, errors=errors)
+            windows = _decoded_ahead(paths[journal.count :], self._shape, batch)
             with closing(windows):
                 for window in windows:
-                    names = shown[journal.done : journal.done + len(window)]
-                    journal.append(self._rows(names, window))
-                    self._progress.advance("classify", len(window), errors=journal.errors)
+                    names = shown[journal.count : journal.count + len(window)]
+                    rows = self._rows(names, window)
+                    journal.append(*rows)
+                    errors += _errors(rows)
+                    self._progress.advance("classify", len(window), errors=errors)
+        return errors
 
     def _rows(self, names: Sequence[str], window: Sequence[Decoded]) -> list[Row]:
         images = [(i, item) for i, item in enumerate(window) if isinstance(item, DecodedImage)]
@@ -166,6 +173,10 @@ class _Job:
             )
 
 
+def _errors(rows: Sequence[Row]) -> int:
+    return sum(row["error"] is not None for row in rows)
+
+
 def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     names = bundle.manifest.class_names
     if batch < 1:
@@ -175,7 +186,7 @@ def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     return RowFormat(class_names=names, routes=bundle.manifest.plan.routes, top_k=top_k)
 
 
-def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Job:
+def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Row:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path) + b"\0")

@@ -3,9 +3,7 @@
 import importlib
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra
+from advmoe_deploy.files import flush_to_disk, naming
+from advmoe_deploy.journal import Row
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.runner import Prediction
-
-Row = dict[str, Any]
 
 _ROWS_PER_GROUP = 4096
 
@@ -93,20 +91,10 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
     partial = output.with_name(f".{output.name}.writing")
     try:
         write(partial, lines, columns)
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add ``path`` to an :class:`OSError` that does not say which file it is about."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _write_jsonl(target: Path, lines: Iterable[bytes], _: RowFormat) -> None:
@@ -157,8 +145,3 @@ def _softmax(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
         shifted_NC = logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True)
         powers_NC = np.exp(shifted_NC)
         return np.asarray(powers_NC / powers_NC.sum(axis=1, keepdims=True))
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

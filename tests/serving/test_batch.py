@@ -22,7 +22,7 @@ from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
-from advmoe_deploy.serving.journal import open_journal
+from advmoe_deploy.serving.resume import open_journal
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_a_journal_in_use_is_not_touched(tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
     options: dict[str, Any] = {"batch": 1, "resume": False, "overwrite": True}
     with (
-        open_journal(output, {"bundle": "b"}, ["x"], **options),
+        open_journal(output, {"bundle": "b"}, ["x"], **options)[0],
         pytest.raises(UsageError, match="another process"),
     ):
         open_journal(output, {"bundle": "b"}, ["x"], **options)

@@ -1,0 +1,66 @@
+"""The journal of an unfinished batch job: begun, or continued where an interrupted run left it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.files import refuse_existing
+from advmoe_deploy.journal import Journal, Row
+
+
+def open_journal(
+    output: Path, job: Row, paths: Sequence[str], *, batch: int, resume: bool, overwrite: bool
+) -> tuple[Journal, list[Row]]:
+    """Return the journal beside ``output``, locked, and the rows that are in it already.
+
+    Raises:
+        UsageError: something is in the way, or the journal is of another job or in use.
+    """
+    path = output.with_name(f".{output.name}.partial.jsonl")
+    _refuse(output, path, resume=resume, overwrite=overwrite)
+    journal = Journal(path)
+    try:
+        if resume:
+            return journal, _resumed(journal, job, paths, batch)
+        journal.begin(job)
+    except BaseException:
+        journal.close()
+        raise
+    return journal, []
+
+
+def _resumed(journal: Journal, job: Row, paths: Sequence[str], batch: int) -> list[Row]:
+    """Keep the rows that ``job`` has for the first ``paths``, and return them.
+
+    Whole batches only, unless all rows are there: then every batch holds the images that it would
+    have held without the interruption, and answers agree to the last bit.
+    """
+    begun = journal.job()
+    if begun is None:
+        journal.begin(job)
+        return []
+    if other := [key for key in job if begun.get(key) != job[key]]:
+        raise UsageError(
+            f"{journal.path} was begun with another {', '.join(other)}; "
+            "pass --overwrite without --resume to start again"
+        )
+    rows = journal.rows()[: len(paths)]
+    own = [
+        row.get("path") == path and "error" in row for row, path in zip(rows, paths, strict=False)
+    ]
+    whole = own.index(False) if False in own else len(own)
+    journal.keep(whole if whole == len(paths) else whole // batch * batch)
+    return rows[: journal.count]
+
+
+def _refuse(output: Path, journal: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and output.exists() and not overwrite:
+        raise UsageError(f"{output} is finished already; pass --overwrite to do it again")
+    if resume and journal.exists():
+        return
+    refuse_existing(output, overwrite=overwrite)
+    if journal.exists() and not overwrite:
+        raise UsageError(
+            f"{journal} holds an unfinished run; pass --resume to continue it "
+            "or --overwrite to start again"
+        )
