@@ -26,7 +26,6 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
@@ -41,13 +40,6 @@ class _Subject:
     engine: str
     runner: Runner
     macs: int
-    macs_of_all: int
-
-    def macs_at(self, batch: int) -> int:
-        """Return what is computed per image, every expert where the runner waits for no route."""
-        runner = self.runner
-        everything = isinstance(runner, GatheredRunner) and runner.computes_all(batch)
-        return self.macs_of_all if everything else self.macs
 
     @property
     def device(self) -> str:
@@ -186,7 +178,7 @@ def _open_subjects(
     subjects = []
     for engine in engines:
         runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
-        subjects.append(_Subject(own, runner.name, runner, macs.executed, macs.unfused))
+        subjects.append(_Subject(own, runner.name, runner, macs.executed))
         for precision, names in _raised(bundle, runner).items():
             settings[f"{runner.name} {runner.precision}, in {precision}"] = ", ".join(names)
     cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}
@@ -197,7 +189,7 @@ def _open_subjects(
             left_out.append(name)
             continue
         baseline = stack.enter_context(_baseline(bundle, bundle.file(file), name, threads))
-        subjects.append(_Subject(name, "onnxruntime", baseline, cost[name], cost[name]))
+        subjects.append(_Subject(name, "onnxruntime", baseline, cost[name]))
     if left_out:
         settings["left_out"] = f"{', '.join(left_out)}: the bundle has no such graph"
     return subjects
@@ -236,7 +228,7 @@ def _row(subject: _Subject, timings: _Timings) -> LatencyRow:
         p90_ms=p90,
         p99_ms=p99,
         images_per_s=1e3 * timings.batch / p50,
-        macs=subject.macs_at(timings.batch),
+        macs=subject.macs,
     )
 
 

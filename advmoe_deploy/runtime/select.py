@@ -22,8 +22,6 @@ from advmoe_deploy.specs import Arithmetic, Backend, Precision
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
-# With so few images router and experts run side by side: what is idle anyway costs no time.
-_AT_ONCE = 4
 
 
 def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0) -> Runner:
@@ -106,11 +104,12 @@ def _openvino_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner
     return _warm(bundle, _plan_runner(bundle, "openvino", precision, threads))
 
 
-def _tensorrt(bundle: Bundle, precision: Precision, threads: int, at_once: int = 0) -> Runner:
+def _tensorrt(bundle: Bundle, precision: Precision, threads: int) -> Runner:
     """Return a runner of engines built for this GPU; ``threads`` of the host are not theirs."""
     chosen = _require_set(bundle, "tensorrt", precision)
-    runner = open_tensorrt(bundle, chosen, at_once=at_once)
-    return _warm(bundle, runner, rounds=2)  # what is met twice becomes a CUDA graph
+    return _warm(
+        bundle, open_tensorrt(bundle, chosen), rounds=2
+    )  # what is met twice becomes a CUDA graph
 
 
 def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
@@ -217,7 +216,6 @@ ENGINES: dict[str, Callable[[Bundle, Precision, int], Runner]] = {
     "openvino": _openvino_graph,
     "openvino-plan": _openvino_plan,
     "tensorrt": _tensorrt,
-    "tensorrt-at-once": partial(_tensorrt, at_once=_AT_ONCE),
 }
 # Those that need a GPU.
-ON_GPU = ("onnxruntime-cuda", "onnxruntime-trt", "tensorrt", "tensorrt-at-once")
+ON_GPU = ("onnxruntime-cuda", "onnxruntime-trt", "tensorrt")

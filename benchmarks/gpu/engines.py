@@ -127,13 +127,13 @@ def tactics() -> tuple[str, ...] | None:
     return own if tensorrt_version() < STRONG_TYPES else None
 
 
-def open_moe(work: Work, model: str, precision: Precision, *, at_once: int = 0) -> Runner:
+def open_moe(work: Work, model: str, precision: Precision) -> Runner:
     """Return the runner of a set."""
     from advmoe_deploy.runtime.tensorrt.load import graph_files
 
     bundle, chosen = set_of(work, model, precision)
     files = {name: bundle.file(file) for name, file in graph_files(chosen.plan).items()}
-    return open_plan(work, model, chosen.plan, files, precision, at_once=at_once)
+    return open_plan(work, model, chosen.plan, files, precision)
 
 
 def open_plan(
@@ -142,8 +142,6 @@ def open_plan(
     plan: Plan,
     graphs: Mapping[str, Path],
     precision: Precision,
-    *,
-    at_once: int = 0,
 ) -> Runner:
     """Return the runner of ``plan`` over the engines of these graphs.
 
@@ -162,7 +160,6 @@ def open_plan(
             batch=BATCH,
             name="onnxruntime",
             precision=precision,
-            at_once=at_once,
         )
     folder = work.engines(model, precision)
     return runner_of_engines(
@@ -171,7 +168,6 @@ def open_plan(
         shape,
         device=None,
         precision=precision,
-        at_once=at_once,
     )
 
 
@@ -228,17 +224,12 @@ def latency(work: Work) -> Iterator[Part]:
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
     from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
-    from advmoe_deploy.runtime.tensorrt.rows import at_once_step
 
-    _, chosen = set_of(work, model, precision)
     pixels = images_of(work, model, batch)
     folder = work.engines(model, precision)
     with ExitStack() as stack:
         moe = stack.enter_context(open_moe(work, model, precision))
         calls: dict[str, Callable[[], object]] = {"moe": partial(moe.infer, pixels)}
-        if batch <= 4 and at_once_step(chosen.plan) is not None:
-            both = stack.enter_context(open_moe(work, model, precision, at_once=batch))
-            calls["moe at once"] = partial(both.infer, pixels)
         for name in BASELINES:
             engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
             calls[name] = partial(answer_of, engine, pixels)

@@ -78,9 +78,7 @@ def _parity(work: Work, model: str, precision: Precision) -> Record:
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
     from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
-    from advmoe_deploy.runtime.tensorrt.rows import at_once_step
 
-    _, chosen = set_of(work, model, precision)
     pixels, folder = images_of(work, model, batch), work.engines(model, precision)
     with ExitStack() as stack:
         one = stack.enter_context(_open(work, model, precision))
@@ -89,9 +87,6 @@ def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record
             "one engine": partial(one.infer, pixels),
             "moe": partial(many.infer, pixels),
         }
-        if batch <= 4 and at_once_step(chosen.plan) is not None:
-            both = stack.enter_context(open_moe(work, model, precision, at_once=batch))
-            calls["moe at once"] = partial(both.infer, pixels)
         for name in BASELINES:
             engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
             calls[name] = partial(answer_of, engine, pixels)

@@ -7,7 +7,6 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, RouteStep
 from advmoe_deploy.runtime.dispatch import combined, dispatch
 from advmoe_deploy.runtime.tensorrt.rows import (
-    at_once_step,
     bucket,
     fitting_batch,
     is_read_later,
@@ -107,7 +106,3 @@ def test_what_families_need(families: Families, family: str) -> None:
         step.output not in plan.outputs for step in layers
     ]
     assert {rows_per_image(plan, step.input) for step in layers} <= {1, 4}
-    image_routed = layers and all(step.input == "images" for step in layers)
-    ends = image_routed and layers[0].output == "logits"
-    weighted = any(route.weighting != "one" for route in plan.routes)
-    assert (at_once_step(plan) is not None) == bool(ends and not weighted and len(layers) == 1)

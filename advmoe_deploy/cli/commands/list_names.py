@@ -16,7 +16,6 @@ _ENGINE_SUMMARIES = {
     "openvino": "one graph per precision; of a bundle exported with --format openvino",
     "openvino-plan": "one compiled graph per segment; this package dispatches the rows",
     "tensorrt": "engines built for one GPU; of a bundle exported there with --format trt",
-    "tensorrt-at-once": "up to 4 images on every expert beside the router, without a wait",
 }
 _DATA_SUMMARIES = {
     "digits": "1,797 handwritten digits, 8 x 8, embedded",

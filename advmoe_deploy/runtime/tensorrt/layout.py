@@ -4,16 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, TensorInfo
 from advmoe_deploy.runtime.tensorrt.lanes import View
 from advmoe_deploy.runtime.tensorrt.rows import (
     GROUPED,
-    MOST_AT_ONCE,
     OWN_ROWS,
     POSITIONS,
     ROWS,
-    at_once_step,
     is_read_later,
     region_rows,
     rows_per_image,
@@ -42,24 +39,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of ``plan`` lie, and how many images there may be.
-
-    Up to ``at_once`` images every expert runs beside the router; 0 is never.
-
-    Raises:
-        UsageError: ``at_once`` is asked of a plan that has to know the routes first.
-    """
+    """Where the tensors of ``plan`` lie, and how many images there may be."""
 
     plan: Plan
     batch: BatchProfile
-    at_once: int = 0
-
-    def __post_init__(self) -> None:
-        if self.at_once and at_once_step(self.plan) is None:
-            raise UsageError(
-                "experts run beside their router only in a single layer of at most "
-                f"{MOST_AT_ONCE} that read the images; choose another engine for this model"
-            )
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:

@@ -32,22 +32,18 @@ from advmoe_deploy.specs import BatchProfile, Precision
 LANES = 2
 
 
-def open_tensorrt(
-    bundle: Bundle, engines: EngineSet, *, at_once: int = 0, lanes: int = LANES
-) -> GatheredRunner:
+def open_tensorrt(bundle: Bundle, engines: EngineSet, *, lanes: int = LANES) -> GatheredRunner:
     """Return a runner of what was exported for this GPU.
 
     Args:
         bundle: an opened, so verified, bundle.
         engines: its set of TensorRT engines.
-        at_once: up to how many images every expert runs beside the router; 0 is never.
         lanes: how many batches may be under way at once.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or engines were built for another.
         BundleError: the bundle lacks an engine, or TensorRT cannot read it.
         MachineError: memory is used up.
-        UsageError: ``at_once`` is asked of a plan that has to know the routes first.
     """
     device = engines.device
     if device is None:
@@ -61,7 +57,6 @@ def open_tensorrt(
         bundle.manifest.model.image_shape,
         device=device,
         precision=engines.precision,
-        at_once=at_once,
         lanes=lanes,
     )
 
@@ -73,7 +68,6 @@ def runner_of_engines(
     *,
     device: EngineDevice | None,
     precision: Precision,
-    at_once: int = 0,
     lanes: int = LANES,
 ) -> GatheredRunner:
     """Return a runner of engines, those that move rows included, by name.
@@ -86,7 +80,7 @@ def runner_of_engines(
             name: stack.enter_context(Program(source, device=device))
             for name, source in sources.items()
         }
-        layout = Layout(plan, _batch_of(plan, programs), at_once)
+        layout = Layout(plan, _batch_of(plan, programs))
         stored = _stored(layout, programs)
         streams = 1 + max((len(step.segments) for step in _layers(plan)), default=0)
         made = [stack.enter_context(TensorRtLane(programs, stored, streams)) for _ in range(lanes)]
@@ -94,7 +88,7 @@ def runner_of_engines(
             layout,
             made,
             image_shape,
-            name="tensorrt-at-once" if at_once else "tensorrt",
+            name="tensorrt",
             precision=precision,
             tf32=device is not None and device.tf32,
             resources=stack.pop_all(),

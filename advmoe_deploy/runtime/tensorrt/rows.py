@@ -23,10 +23,6 @@ GROUPED = "grouped"
 POSITIONS = "positions"
 
 
-# With more experts, computing all of them would cost more than the wait for the ids.
-MOST_AT_ONCE = 4
-
-
 def dispatch_name(step: ExpertsStep) -> str:
     """Return the name of the graph that gathers an expert's rows."""
     return f"{step.output}.dispatch"
@@ -77,19 +73,6 @@ def padded(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     result = np.zeros(size, np.int64)
     result[: len(values)] = values
     return result
-
-
-def at_once_step(plan: Plan) -> ExpertsStep | None:
-    """Return the only layer of ``plan`` if its experts can run before the routes are known.
-
-    That is so where few experts read the images themselves, and nothing follows them.
-    """
-    layers = [step for step in plan.steps if isinstance(step, ExpertsStep)]
-    if len(layers) != 1 or len(layers[0].segments) > MOST_AT_ONCE:
-        return None
-    (layer,) = layers
-    ready = layer.input in plan.inputs and not is_read_later(plan, layer.output)
-    return layer if ready and plan.route(layer.layer).weighting == "one" else None
 
 
 def fitting_batch(

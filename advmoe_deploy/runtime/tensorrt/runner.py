@@ -82,14 +82,13 @@ class GatheredRunner(Closing):
         batch: BatchProfile,
         name: str,
         precision: Precision = "fp32",
-        at_once: int = 0,
     ) -> "GatheredRunner":
         """Return a runner over engines of any kind, whose tensors cross through the host.
 
         ``graphs`` are those of the plan and those that move rows, by name; ``open_engine`` makes
         the engine of each. The rest is as for :class:`Layout` and the constructor.
         """
-        layout = Layout(plan, batch, at_once)
+        layout = Layout(plan, batch)
         with ExitStack() as stack:
             engines = {}
             for graph, source in graphs.items():
@@ -104,10 +103,6 @@ class GatheredRunner(Closing):
                 resources=stack.pop_all(),
             )
 
-    def computes_all(self, batch: int) -> bool:
-        """Return whether every expert computes a batch of this size."""
-        return batch <= self._layout.at_once
-
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
         checked = checked_images(images, self._image_shape)
@@ -117,8 +112,7 @@ class GatheredRunner(Closing):
 
     def _infer(self, images: NDArray[np.float32]) -> Prediction:
         with self._lanes.lane() as lane:
-            batch = _Batch(self._layout, lane, images)
-            return batch.at_once() if self.computes_all(len(images)) else batch.step_by_step()
+            return _Batch(self._layout, lane, images).run()
 
     def close(self) -> None:
         """Release every lane, once nobody runs on it any more."""
@@ -137,29 +131,13 @@ class _Batch:
         self.host: dict[str, NDArray[Any]] = {}
         lane.put(self.plan.inputs[0], images)
 
-    def step_by_step(self) -> Prediction:
+    def run(self) -> Prediction:
         """Run the steps of the plan; experts run on their rows, once these are known."""
         for step in self.plan.steps:
             if isinstance(step, ExpertsStep):
                 self._experts(self.layout.layers[step.output])
             else:
                 self._run(step)
-        return self._prediction()
-
-    def at_once(self) -> Prediction:
-        """Run every expert on every image beside the router, and choose when all are done."""
-        (layer,) = self.layout.layers.values()
-        for slot, name in layer.slots.values():
-            expert = self._expert(layer, slot, name, self._view(layer.step.input))
-            self.lane.run(expert, stream=1 + slot)
-        for other in self.plan.steps:
-            if not isinstance(other, ExpertsStep):
-                self._run(other)
-        views = [layer.answer(slot, self.count) for slot, _ in layer.slots.values()]
-        answers = self._with_ids(layer.route, *views)
-        parts = dict(zip(layer.slots, answers, strict=True))
-        chosen = enumerate(self._ids(layer.route)[:, 0])
-        self.host[layer.step.output] = np.stack([parts[int(e)][image] for image, e in chosen])
         return self._prediction()
 
     def _run(self, step: RunStep | RouteStep) -> None:

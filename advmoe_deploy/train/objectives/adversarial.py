@@ -14,7 +14,7 @@ Shapes: N images, C channels, H height, W width, K classes, E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,13 +42,22 @@ class Scene:
 
 
 class Objective(Protocol):
-    """A loss: :meth:`find` gives its examples, :meth:`loss` is what is minimised on them."""
+    """A loss and its examples: :meth:`find` gives them, :meth:`loss` is minimised on them.
+
+    Where it ``moves_examples``, the gradient of a training step moves them as well.
+    """
+
+    moves_examples: ClassVar[bool] = False
 
     def find(self, scene: Scene) -> Tensor:
         """Return the examples; parameters want no gradient meanwhile."""
 
     def loss(self, scene: Scene, examples: Tensor) -> Tensor:
         """Return the mean loss over the part's rows, a scalar."""
+
+    def moved(self, examples: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+        """Return the examples of the next repeat of a batch, by default the same."""
+        return examples
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Ascent:
 
 
 @dataclass(frozen=True)
-class Trades:
+class Trades(Objective):
     """TRADES (Zhang et al., ICML 2019)."""
 
     ascent: Ascent
@@ -108,7 +117,7 @@ class Trades:
 
 
 @dataclass(frozen=True)
-class PgdAt:
+class PgdAt(Objective):
     """Adversarial training (Madry et al., ICLR 2018): cross-entropy of PGD's examples."""
 
     ascent: Ascent
@@ -123,7 +132,7 @@ class PgdAt:
 
 
 @dataclass(frozen=True)
-class SingleStep:
+class SingleStep(Objective):
     """One signed gradient step from x + ``start`` * epsilon * U(-1, 1).
 
     ``clipped`` to the ball it is fast adversarial training (Wong et al., ICLR 2020, start 1, step
@@ -153,13 +162,15 @@ class SingleStep:
 
 
 @dataclass(frozen=True)
-class Free:
+class Free(Objective):
     """Free adversarial training (Shafahi et al., NeurIPS 2019).
 
     The gradient of a training step moves the weights and, once more, the images; the learner
     repeats each batch. Unlike the paper's, the perturbation is drawn anew for each batch, uniform
     in the ball, so that nothing but the weights crosses from one batch, or epoch, to the next.
     """
+
+    moves_examples = True
 
     threat: ThreatModel
     step_size: float
@@ -180,7 +191,7 @@ class Free:
 
 
 @dataclass(frozen=True)
-class Standard:
+class Standard(Objective):
     """Cross-entropy of clean images."""
 
     def find(self, scene: Scene) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.dual import second_expert_routes
-from advmoe_deploy.train.objectives.adversarial import Ascent, Scene
+from advmoe_deploy.train.objectives.adversarial import Ascent, Objective, Scene
 from advmoe_deploy.train.objectives.expert_losses import robust_phase_loss, rt_er_loss
 
 
 @dataclass(frozen=True)
-class SecondExpert:
+class SecondExpert(Objective):
     """RT-ER: beside the mixture, each image's second expert is held still."""
 
     ascent: Ascent
@@ -53,7 +53,7 @@ class SecondExpert:
 
 
 @dataclass(frozen=True)
-class EveryExpert:
+class EveryExpert(Objective):
     """JTDMoE's robust phase: beside the mixture, every expert is held still."""
 
     ascent: Ascent

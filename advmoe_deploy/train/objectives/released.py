@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.train.objectives.adversarial import Ascent, Scene
+from advmoe_deploy.train.objectives.adversarial import Ascent, Objective, Scene
 from advmoe_deploy.train.objectives.losses import trades
 
 
 @dataclass(frozen=True)
-class LabelParity:
+class LabelParity(Objective):
     """beta * (CE(scores, label mod E) + KL of the router's scores, clean against attacked).
 
     The examples attack the model, as its expert step's do. KL is in log space, where the released

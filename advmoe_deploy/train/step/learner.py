@@ -21,7 +21,7 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Batch, Part
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.distributed.collectives import synchronise
-from advmoe_deploy.train.objectives.adversarial import Free, Scene, ascent_of
+from advmoe_deploy.train.objectives.adversarial import Scene, ascent_of
 from advmoe_deploy.train.objectives.forward import Pass, batch_statistics
 from advmoe_deploy.train.objectives.router_terms import adjustment, balance, class_routing
 from advmoe_deploy.train.step.loss_scale import LossScale
@@ -130,7 +130,7 @@ class Learner:
         for index, part in enumerate(batch.parts):
             scene = self._scene(phase, part)
             examples = found[index]
-            if examples is None or (phase.finds and not isinstance(phase.objective, Free)):
+            if examples is None or (phase.finds and not phase.objective.moves_examples):
                 examples = self._find(phase, scene)
             loss, gradients, found[index] = self._differentiate(phase, scene, examples, named)
             total = loss if total is None else total + loss
@@ -144,7 +144,7 @@ class Learner:
         """Return loss, gradients, and the examples: free training moves them by its gradient."""
         objective, scale = phase.objective, self.scale.factor
         inputs: list[Tensor] = list(named.values())
-        if isinstance(objective, Free):
+        if objective.moves_examples:
             examples = examples.detach().requires_grad_(True)
             inputs.append(examples)
         loss = self._loss(phase, scene, examples)
@@ -154,7 +154,7 @@ class Learner:
         )
         if scale != 1:
             gradients = tuple(gradient / scale for gradient in gradients)
-        if isinstance(objective, Free):
+        if objective.moves_examples:
             *gradients_of_weights, of_examples = gradients
             examples = objective.moved(examples, of_examples, scene.part.images)
             gradients = tuple(gradients_of_weights)

@@ -49,7 +49,7 @@ class Watched(OrtEngine):
         return super().run(inputs)
 
 
-def gathered(bundle: Bundle, *, at_once: int = 0, seen: Any = None) -> GatheredRunner:
+def gathered(bundle: Bundle, *, seen: Any = None) -> GatheredRunner:
     """Return the runner over the bundle's own segments and the graphs that move rows."""
     plan = bundle.manifest.plan
     graphs: dict[str, bytes | Path] = {s.name: bundle.file(s.file) for s in plan.segments}
@@ -61,7 +61,6 @@ def gathered(bundle: Bundle, *, at_once: int = 0, seen: Any = None) -> GatheredR
         open_engine=partial(Watched, {} if seen is None else seen),
         batch=BATCH,
         name="gathered",
-        at_once=at_once,
     )
 
 
@@ -121,32 +120,6 @@ def test_experts_run_on_their_own_rows_only(families: Families) -> None:
         calls = len(seen["logits.dispatch"])
         runner.infer(IMAGES[:1])
         assert len(seen["logits.dispatch"]) == calls  # one image: nothing to gather
-
-
-def test_router_and_experts_at_once(families: Families) -> None:
-    _, bundle = families["wide ResNet"]
-    seen: dict[str, list[dict[str, Any]]] = {}
-    with (
-        open_runner(bundle, "onnxruntime-plan", threads=1) as plain,
-        gathered(bundle, at_once=3, seen=seen) as runner,
-    ):
-        assert [runner.computes_all(batch) for batch in (1, 3, 4)] == [True, True, False]
-        for count in (1, 3):
-            before = {name: len(calls) for name, calls in seen.items()}
-            assert_same(runner.infer(IMAGES[:count]), plain.infer(IMAGES[:count]))
-            run = {name: len(calls) - before.get(name, 0) for name, calls in seen.items()}
-            assert {name: n for name, n in run.items() if n} == {
-                "router": 1,
-                "router.expert-0": 1,
-                "router.expert-1": 1,
-            }
-        assert_same(runner.infer(IMAGES), plain.infer(IMAGES))
-
-
-@pytest.mark.parametrize("family", ["dual model", "token experts", "block experts"])
-def test_some_have_to_know_their_routes_first(families: Families, family: str) -> None:
-    with pytest.raises(UsageError, match=r"only in a single layer of at most 4"):
-        gathered(families[family][1], at_once=1)
 
 
 def test_a_closed_runner_says_so(families: Families) -> None:

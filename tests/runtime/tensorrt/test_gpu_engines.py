@@ -64,7 +64,7 @@ def test_the_cpu_provider_is_the_default(tiny_bundle: Bundle) -> None:
     assert answer["logits"].shape == (1, 10)
 
 
-@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-at-once", "tensorrt:fp16"])
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt:fp16"])
 def test_a_bundle_without_engines_for_a_gpu(tiny_bundle: Bundle, engine: str) -> None:
     with pytest.raises(BundleError, match=r"not exported for tensorrt.*--format trt"):
         open_runner(tiny_bundle, engine)
@@ -73,7 +73,7 @@ def test_a_bundle_without_engines_for_a_gpu(tiny_bundle: Bundle, engine: str) ->
 def test_every_engine_belongs_to_a_backend() -> None:
     backends = {name: backend_of(name) for name in ENGINES}
     assert backends["onnxruntime-trt"] == backends["onnxruntime-plan"] == "onnxruntime"
-    assert backends["tensorrt-at-once"] == backends["tensorrt"] == "tensorrt"
+    assert backends["tensorrt"] == "tensorrt"
     assert set(ON_GPU) < set(ENGINES)
 
 
