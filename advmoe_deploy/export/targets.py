@@ -7,7 +7,7 @@ from advmoe_deploy.runtime.openvino.engine import has_precision, require_precisi
 from advmoe_deploy.runtime.tensorrt.api import STRONG_TYPES, tensorrt_version, version_text
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, require_buildable
 from advmoe_deploy.runtime.tensorrt.device import this_device
-from advmoe_deploy.specs import Arithmetic, Backend, Precision
+from advmoe_deploy.specs import Backend, Precision
 
 # What each backend computes in, ONNX Runtime and OpenVINO on a CPU.
 SUPPORTED: dict[Backend, tuple[Precision, ...]] = {
@@ -22,15 +22,13 @@ class Target:
     """A backend and a precision to write graphs for.
 
     TensorRT's engines are built as ``build`` says, on this machine unless ``onnx_only``: then the
-    graphs are written, and a script that builds them elsewhere. What int8 leaves unquantised is
-    computed in ``around_int8``, which other backends choose themselves.
+    graphs are written, and a script that builds them elsewhere.
     """
 
     backend: Backend
     precision: Precision
     onnx_only: bool = False
     build: BuildOptions = field(default_factory=BuildOptions)
-    around_int8: Arithmetic = "fp32"
 
     @property
     def is_exact(self) -> bool:
@@ -67,18 +65,18 @@ def require_supported(target: Target) -> None:
     if target.backend == "tensorrt" and not target.onnx_only:
         try:
             require_gpu(target.precision, target.build)
-            _require_around_int8(target)
+            _require_unquantised_dtype(target)
         except BackendUnavailableError as error:
             raise BackendUnavailableError(
                 f"{error}; or pass --onnx-only, which writes graphs that another machine builds"
             ) from None
 
 
-def _require_around_int8(target: Target) -> None:
-    if target.around_int8 != "fp32" and tensorrt_version() < STRONG_TYPES:
+def _require_unquantised_dtype(target: Target) -> None:
+    if target.build.unquantised_dtype != "fp32" and tensorrt_version() < STRONG_TYPES:
         raise BackendUnavailableError(
-            f"TensorRT {version_text()} knows no Q/DQ pairs of {target.around_int8}, as 10 does; "
-            "leave out --around-int8"
+            f"TensorRT {version_text()} has no Q/DQ pairs of {target.build.unquantised_dtype}, as "
+            "10 does; leave out unquantised_dtype"
         )
 
 

@@ -1,14 +1,14 @@
 """The one typed value that says how a model is trained, and how a flag changes it."""
 
-import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import IMAGE_ROUTED, Family
+from advmoe_deploy.settings import dotted_keys, put_setting
 from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
 
 Method = Literal[
@@ -248,43 +248,11 @@ def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig
         UsageError: a setting has no ``=``, an unknown key, or a value that makes no sense.
     """
     fields = config.model_dump()
-    known = _flat_keys(fields)
-    changed = set()
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UsageError(f"'{setting}' is no setting; write key=value, such as epochs=3")
-        if key not in known:
-            raise unknown_name("setting", key, known)
-        *path, last = key.split(".")
-        target = fields
-        for part in path:
-            target = target[part]
-            if not isinstance(target, dict):
-                raise UsageError(f"{key} has no place once {part} is {target!r}; set it whole")
-        target[last] = _value(text)
-        changed.add(key)
+    known = dotted_keys(fields)
+    changed = {put_setting(fields, setting, known) for setting in settings}
     if fields["model"]["backbone"] != config.model.backbone and "model.width" not in changed:
         fields["model"]["width"] = None
     try:
         return TrainConfig.model_validate(fields)
     except ValidationError as error:
         raise UsageError(one_line(error)) from None
-
-
-def _flat_keys(fields: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            keys += _flat_keys(value, f"{prefix}{name}.")
-            keys += [f"{prefix}{name}"] if prefix else []  # a part of the model, whole or null
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -1,23 +1,19 @@
 """The command ``export``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 
-from advmoe_deploy.bundle import MANIFEST, Bundle, open_bundle
-from advmoe_deploy.cli.commands import tensorrt_options
+from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
 from advmoe_deploy.cli.options import Data, Json, Overwrite
 from advmoe_deploy.cli.session import Session, session
-from advmoe_deploy.errors import unknown_name
+from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.runtime.select import FORMATS
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.specs import Backend, Precision
-
-FORMATS: dict[str, Backend] = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "trt": "tensorrt",
-}
+from advmoe_deploy.specs import Precision
 
 
 def export(
@@ -46,18 +42,9 @@ def export(
         bool,
         typer.Option("--reference/--no-reference", help="Ship the weights that verify attacks."),
     ] = True,
-    onnx_only: tensorrt_options.OnnxOnly = False,
-    tf32: tensorrt_options.Tf32 = False,
-    workspace_mib: tensorrt_options.WorkspaceMib = None,
-    optimization_level: tensorrt_options.OptimizationLevel = None,
-    version_compatible: tensorrt_options.VersionCompatible = False,
-    refittable: tensorrt_options.Refittable = False,
-    tactic_sources: tensorrt_options.TacticSources = None,
-    around_int8: tensorrt_options.AroundInt8 = "fp32",
-    batch_min: tensorrt_options.BatchMin = None,
-    batch_opt: tensorrt_options.BatchOpt = None,
-    batch_max: tensorrt_options.BatchMax = None,
-    batch_min_profile: tensorrt_options.BatchMinProfile = True,
+    onnx_only: OnnxOnly = False,
+    build_config: BuildConfig = None,
+    set_build: SetBuild = None,
     prune_unused: Annotated[
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
@@ -65,55 +52,50 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
-    if to not in FORMATS:
-        raise unknown_name("format", to, FORMATS)
-    precisions = [_precision(name) for name in dict.fromkeys(precision or ["fp32"])]
-    build = BuildOptions(
-        batch=tensorrt_options.batch_profile(batch_min, batch_opt, batch_max),
-        tf32=tf32,
-        workspace_mib=workspace_mib,
-        optimization_level=optimization_level,
-        version_compatible=version_compatible,
-        refittable=refittable,
-        tactic_sources=tensorrt_options.sources(tactic_sources),
-        batch_min_profile=batch_min_profile,
-    )
-    tensorrt_options.require_for_trt(to, build, onnx_only=onnx_only)
-    around = tensorrt_options.around_int8(around_int8, precisions, to)
-    is_bundle = (run / MANIFEST).is_file()
-    if is_bundle:
+    if to not in FORMATS.values():
+        raise unknown_name("format", to, FORMATS.values())
+    precisions = [_precision(name) for name in dict.fromkeys(precision or ())]
+    build = build_options(build_config, set_build or ())
+    _require_for_trt(to, precisions, build, onnx_only=onnx_only)
+    if (run / MANIFEST).is_file():
         given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
-        given |= {"--onnx-only": onnx_only, "--around-int8": around != "fp32"}
-        tensorrt_options.require_for_bundle(to, given)
+        _require_for_bundle(to, {**given, "--onnx-only": onnx_only})
     with session(as_json) as ui:
-        if is_bundle:
-            from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
+        from advmoe_deploy import api
 
-            bundle = build_from_bundle(
-                open_bundle(run),
-                out or run.resolve().with_name(f"{run.resolve().name}-trt"),
-                build=build,
-                precisions=precisions if precision else (),
-                overwrite=overwrite,
-                progress=ui.progress,
-            )
-        else:
-            from advmoe_deploy.export.from_run import export_onnx
-            from advmoe_deploy.export.targets import Target
-
-            targets = [Target(FORMATS[to], each, onnx_only, build, around) for each in precisions]
-            bundle = export_onnx(
-                run,
-                out or run / "bundle",
-                data=data,
-                overwrite=overwrite,
-                with_reference=reference,
-                targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
-                precision=precisions[0],
-                prune_unused=prune_unused,
-                progress=ui.progress,
-            )
+        bundle = api.export(
+            run,
+            out,
+            format=to,
+            precisions=precisions,
+            data=data,
+            overwrite=overwrite,
+            with_reference=reference,
+            onnx_only=onnx_only,
+            build=build,
+            prune_unused=prune_unused,
+            progress=ui.progress,
+        )
         _show(ui, bundle)
+
+
+def _require_for_trt(
+    to: str, precisions: Sequence[Precision], build: BuildOptions, *, onnx_only: bool
+) -> None:
+    if to != "trt" and (onnx_only or build != BuildOptions()):
+        raise UsageError(f"--onnx-only and build options go with --format trt, not {to}")
+    if build.unquantised_dtype != "fp32" and "int8" not in precisions:
+        raise UsageError("unquantised_dtype goes with --format trt --precision int8")
+
+
+def _require_for_bundle(to: str, given: dict[str, object]) -> None:
+    if to != "trt":
+        raise UsageError(
+            f"this is a bundle, and only engines of --format trt are built of one; for {to} name "
+            "the run"
+        )
+    if asked := [option for option, value in given.items() if value]:
+        raise UsageError(f"{', '.join(asked)} goes with a run, and this is a bundle; leave it out")
 
 
 def _show(ui: Session, bundle: Bundle) -> None:

@@ -173,7 +173,7 @@ class _Graphs:
         """Return what a segment computes in, quantised parts aside."""
         if precision != "int8":
             return precision
-        return self.target.around_int8 if fits_fp16(self.quantised[name]) else "fp32"
+        return self.target.build.unquantised_dtype if fits_fp16(self.quantised[name]) else "fp32"
 
     def _with_movers(self, graphs: Mapping[str, ModelProto]) -> Graphs:
         return {**graphs, **{name: mover.graph for name, mover in self.movers.items()}}

@@ -8,10 +8,10 @@ before, flags allow it, and TensorRT may still choose float32 where that is fast
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from pydantic import Field
 from typing_extensions import Self
 
 from advmoe_deploy.bundle import EngineDevice
@@ -31,7 +31,7 @@ from advmoe_deploy.runtime.tensorrt.api import (
     version_text,
 )
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes, with_least
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.specs import BatchProfile, Frozen, Precision
 
 # The flag that allows each precision where a graph's own types do not rule.
 _FLAGS: dict[Precision, tuple[str, ...]] = {
@@ -41,18 +41,19 @@ _FLAGS: dict[Precision, tuple[str, ...]] = {
     "int8": ("INT8",),
 }
 # By any release; 11 has the last two.
-TACTIC_SOURCES = ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+TacticSource = Literal["CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+TACTIC_SOURCES: tuple[TacticSource, ...] = get_args(TacticSource)
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "insufficient memory", "bad_alloc")
 _MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(Frozen):
     """How engines are built.
 
     Args:
         batch: the batch sizes.
         tf32: let fp32 be rounded to TF32, which keeps 10 bits of 23.
+        unquantised_dtype: the dtype, around int8, of what is not quantised; fp16 needs release 10.
         workspace_mib: memory a kernel may use beside its inputs and outputs; by default TensorRT's.
         optimization_level: 0 to 5, how long to search; by default TensorRT's, which is 3.
         version_compatible: the engine also runs on later releases of this major version.
@@ -63,13 +64,14 @@ class BuildOptions:
         timing_cache: a file of timings that builds share.
     """
 
-    batch: BatchProfile = field(default_factory=BatchProfile)
+    batch: BatchProfile = Field(default_factory=BatchProfile)
     tf32: bool = False
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
+    unquantised_dtype: Literal["fp32", "fp16"] = "fp32"
+    workspace_mib: int | None = Field(None, ge=1)
+    optimization_level: int | None = Field(None, ge=0, le=5)
     version_compatible: bool = False
     refittable: bool = False
-    tactic_sources: tuple[str, ...] | None = None
+    tactic_sources: tuple[TacticSource, ...] | None = None
     batch_min_profile: bool = True
     timing_cache: Path | None = None
 
@@ -79,7 +81,7 @@ class BuildOptions:
 
     def with_timings(self, file: Path) -> Self:
         """Return the same with timings kept in ``file``, unless they are kept elsewhere already."""
-        return replace(self, timing_cache=self.timing_cache or file)
+        return self.model_copy(update={"timing_cache": self.timing_cache or file})
 
 
 def timing_cache_file(device: EngineDevice) -> Path:
@@ -215,7 +217,7 @@ def _sources(trt: Any, names: tuple[str, ...]) -> int:
     if missing := [name for name, member in members.items() if member is None]:
         raise BackendUnavailableError(
             f"TensorRT {version_text()} has no tactic source {', '.join(missing)}; leave it out of "
-            "--tactic-sources"
+            "tactic_sources"
         )
     return sum(1 << int(member) for member in members.values())
 
@@ -242,7 +244,7 @@ def _not_built(name: str) -> Exception:
     reason = logger().last_problem()
     if any(words in reason for words in _OUT_OF_MEMORY):
         return MachineError(
-            f"out of GPU memory while {name} was built; lower --batch-max or --workspace-mib"
+            f"out of GPU memory while {name} was built; lower batch.max or workspace_mib"
         )
     return CheckFailedError(
         f"TensorRT {version_text()} cannot build {name}: {reason}; use another --precision, or a "

@@ -27,6 +27,7 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.specs import BatchProfile
 from advmoe_deploy.verify.verify import verify_bundle
@@ -111,7 +112,9 @@ def test_tensorrt_gets_zero_points_of_0_and_biases_in_float32(bundle: Bundle) ->
 def test_around_int8_it_is_float16_where_that_is_asked_for(
     bundle: Bundle, trained_run: Path, tmp_path: Path
 ) -> None:
-    target = Target("tensorrt", "int8", onnx_only=True, around_int8="fp16")
+    target = Target(
+        "tensorrt", "int8", onnx_only=True, build=BuildOptions(unquantised_dtype="fp16")
+    )
     half = export_onnx(trained_run, tmp_path / "bundle", targets=[target])
     engines, before = engines_of(half, "tensorrt"), engines_of(bundle, "tensorrt")
     assert engines.segments == before.segments

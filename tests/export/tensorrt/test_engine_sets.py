@@ -44,6 +44,7 @@ from tests.conftest import TINY, assert_nothing_left
 from tests.families import FAMILIES, spec_of
 
 IMAGES = np.random.default_rng(3).random((48, 1, 8, 8), dtype=np.float32)
+TRT, SET = ("--format", "trt"), ("--set-build",)
 SMALL = BuildOptions(batch=BatchProfile(min=1, opt=8, max=32))
 
 
@@ -167,7 +168,9 @@ def _times(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def bundle_of_graphs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trt") / "bundle"
-    options = ["--onnx-only", "--batch-max", "32", "--batch-opt", "8", "--workspace-mib", "512"]
+    (config := out.parent / "build.json").write_text('{"batch": {"max": 32}, "workspace_mib": 1}')
+    options = ["--onnx-only", "--build-config", str(config)]
+    options += ["--set-build", "batch.opt=8", "--set-build", "workspace_mib=512"]
     precisions = ["--precision", "fp32", "--precision", "fp16"]
     assert (
         run(["export", str(tiny_run), "--format", "trt", *precisions, *options, "--out", str(out)])
@@ -293,14 +296,18 @@ def test_without_a_gpu_it_ends_with_advice_and_nothing_is_left(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--format", "onnx", "--tf32"], "go with --format trt"),
+        (["--format", "onnx", *SET, "tf32=true"], "go with --format trt"),
         (["--format", "openvino", "--onnx-only"], "go with --format trt"),
-        (["--format", "trt", "--batch-min", "8", "--batch-max", "4"], "batch sizes must grow"),
-        (["--format", "trt", "--tactic-sources", "CUDNN,CUBLASS"], "did you mean CUBLAS"),
-        (["--format", "trt", "--around-int8", "fp16"], "--precision int8"),
-        (["--format", "openvino", "--precision", "int8", "--around-int8", "fp16"], "--format trt"),
-        (["--format", "trt", "--precision", "int8", "--around-int8", "bf16"], "did you mean fp16"),
-        (["--format", "trt", "--onnx-only", "--tactic-sources", "x"], "CUDNN, EDGE_MASK_CONV"),
+        ([*TRT, *SET, "batch.min=8", *SET, "batch.max=4"], "batch sizes must grow"),
+        ([*TRT, *SET, "batch.max=many"], "batch.max: Input should be a valid integer"),
+        ([*TRT, *SET, "bach.max=4"], "did you mean batch.max"),
+        ([*TRT, *SET, "tf32"], "write key=value"),
+        ([*TRT, *SET, "optimization_level=6"], "less than or equal to 5"),
+        ([*TRT, *SET, "tactic_sources=CUDNN,CUBLASS"], "'CUBLAS'"),
+        ([*TRT, *SET, "unquantised_dtype=fp16"], "--precision int8"),
+        (["--format", "openvino", "--precision", "int8", *SET, "unquantised_dtype=fp16"], "trt"),
+        ([*TRT, "--precision", "int8", *SET, "unquantised_dtype=bf16"], "'fp32' or 'fp16'"),
+        ([*TRT, "--onnx-only", *SET, "tactic_sources=x"], "'CUDNN', 'EDGE_MASK_CONV"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -308,6 +315,25 @@ def test_options_that_make_no_sense_are_refused(
 ) -> None:
     assert run(["export", "no run", *options]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_a_build_config_that_is_no_json_object(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "build.json").write_text(content, encoding="latin-1")
+    assert run(["export", "no run", *TRT, "--build-config", str(file)]) == 3
+    assert "holds no JSON object" in capsys.readouterr().err
+
+
+def test_batch_sizes_follow_from_those_that_are_given() -> None:
+    given = [BatchProfile(), BatchProfile(max=32), BatchProfile(opt=2048), BatchProfile(min=100)]
+    assert [(b.min, b.opt, b.max) for b in given] == [
+        (1, 64, 1024),
+        (1, 32, 32),
+        (1, 2048, 2048),
+        (100, 100, 1024),
+    ]
 
 
 def test_doctor_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

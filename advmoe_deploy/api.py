@@ -1,0 +1,280 @@
+"""The public Python API: what the commands do, as functions.
+
+``import advmoe_deploy`` offers these names without loading anything; a name's first use imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.bundle import open_bundle as open_bundle_at
+from advmoe_deploy.errors import unknown_name
+from advmoe_deploy.runtime.select import FORMATS
+from advmoe_deploy.runtime.select import open_runner as open_runner_of
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+
+if TYPE_CHECKING:
+    from advmoe_deploy.models.base import Classifier
+    from advmoe_deploy.progress import Progress
+    from advmoe_deploy.reports import LatencyReport, RobustReport
+    from advmoe_deploy.runtime.runner import Runner
+    from advmoe_deploy.specs import Precision
+    from advmoe_deploy.train.run.report import TrainReport
+    from advmoe_deploy.verify.suites import Suite
+
+__all__ = [
+    "BuildOptions",
+    "Bundle",
+    "export",
+    "load_model",
+    "open_bundle",
+    "open_runner",
+    "profile",
+    "train",
+    "verify",
+]
+
+StrPath = str | os.PathLike[str]
+
+
+def train(
+    recipe: str,
+    out: StrPath | None = None,
+    *,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    devices: int = 1,
+    progress: Progress | None = None,
+) -> TrainReport:
+    """Train a model adversarially and return what it reaches on the test images.
+
+    Args:
+        recipe: a name that ``advmoe list recipes`` shows.
+        out: the run folder; by default ``runs/RECIPE``.
+        data: a data source, ``NAME`` or ``NAME:PATH``; by default the recipe's.
+        settings: changes to the recipe, such as ``"epochs=3"`` or ``"model.num_experts=4"``.
+        resume: continue an interrupted run.
+        overwrite: replace an older run.
+        devices: processes or GPUs that share each batch.
+        progress: who listens.
+
+    Raises:
+        UsageError: the recipe, a setting or the data make no sense, or ``out`` is in the way.
+        DataError: the data cannot be read.
+        DivergedError: a loss or a weight is not finite; the last checkpoint is good.
+        MachineError: the disk is full or may not be written; the last checkpoint is good.
+    """
+    from advmoe_deploy.data.registry import load_dataset
+    from advmoe_deploy.progress import Silent
+    from advmoe_deploy.train.recipes import apply_overrides
+    from advmoe_deploy.train.recipes import recipe as recipe_named
+    from advmoe_deploy.train.run.loop import train as train_model
+
+    config = apply_overrides(recipe_named(recipe), [*settings, *([f"data={data}"] if data else ())])
+    return train_model(
+        config,
+        load_dataset(config.data),
+        Path(out) if out is not None else Path("runs") / recipe,
+        resume=resume,
+        overwrite=overwrite,
+        devices=devices,
+        progress=progress or Silent(),
+    )
+
+
+def load_model(run: StrPath) -> Classifier:
+    """Return the PyTorch model of a run, in eval mode: images [N, C, H, W] in [0, 1] to logits.
+
+    Raises:
+        CheckpointError: the run's checkpoint is missing, damaged or of another version.
+    """
+    from advmoe_deploy.models.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(run) / "model")[1]
+
+
+def export(
+    run: StrPath,
+    out: StrPath | None = None,
+    *,
+    format: str = "onnx",  # noqa: A002
+    precisions: Sequence[Precision] = (),
+    data: str | None = None,
+    overwrite: bool = False,
+    with_reference: bool = True,
+    onnx_only: bool = False,
+    build: BuildOptions | None = None,
+    prune_unused: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a run to a bundle, checked against the model before it appears.
+
+    Args:
+        run: a run folder; for ``trt`` also a bundle that holds TensorRT's graphs.
+        out: the bundle to be; by default ``RUN/bundle``, of a bundle ``BUNDLE-trt``.
+        format: ``onnx``, ``openvino`` or ``trt``.
+        precisions: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8``; the bundle runs in the
+            first unless told. Of a bundle by default all that it holds.
+        data: images to check on; by default the run's own.
+        overwrite: replace an older bundle.
+        with_reference: also write the weights that :func:`verify` attacks.
+        onnx_only: for ``trt``, write graphs and a script that build the engines elsewhere.
+        build: for ``trt``, how engines are built.
+        prune_unused: leave out the experts that no image visits.
+        progress: who listens.
+
+    Raises:
+        UsageError: the format is unknown, or ``out`` is in the way.
+        CheckpointError: the run's checkpoint cannot be used.
+        DataError: the data cannot be read.
+        CheckFailedError: the exported model does not answer what the model answers.
+        BackendUnavailableError: what the format needs is not installed.
+    """
+    backends = {name: backend for backend, name in FORMATS.items()}
+    if format not in backends:
+        raise unknown_name("format", format, backends)
+    source, build = Path(run), build or BuildOptions()
+    if (source / MANIFEST).is_file():
+        from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
+
+        beside = source.resolve().with_name(f"{source.resolve().name}-trt")
+        return build_from_bundle(
+            open_bundle(source),
+            Path(out) if out is not None else beside,
+            build=build,
+            precisions=precisions,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.targets import Target
+
+    wanted = tuple(precisions) or ("fp32",)
+    targets = [Target(backends[format], each, onnx_only, build) for each in wanted]
+    return export_onnx(
+        source,
+        Path(out) if out is not None else source / "bundle",
+        data=data,
+        overwrite=overwrite,
+        with_reference=with_reference,
+        targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
+        precision=wanted[0],
+        prune_unused=prune_unused,
+        progress=progress,
+    )
+
+
+def open_bundle(path: StrPath) -> Bundle:
+    """Return the bundle at ``path`` after checking the hash of every file.
+
+    Raises:
+        BundleError: something is missing, changed or of another version.
+    """
+    return open_bundle_at(Path(path))
+
+
+def open_runner(
+    bundle: Bundle | StrPath, engine: str = "onnxruntime", *, threads: int = 0
+) -> Runner:
+    """Return a runner, whose ``infer(images)`` gives logits and routes; a context manager.
+
+    Args:
+        bundle: a bundle, or its path.
+        engine: a name that ``advmoe list engines`` shows, or ``NAME:PRECISION``.
+        threads: of the engine; 0 lets it choose.
+
+    Raises:
+        UsageError: no engine or precision has that name.
+        BundleError: the bundle is damaged, or was not exported for that engine.
+        BackendUnavailableError: the engine's package is not installed.
+    """
+    return open_runner_of(_opened(bundle), engine, threads=threads)
+
+
+def verify(
+    bundle: Bundle | StrPath,
+    *,
+    engine: str = "onnxruntime",
+    data: str | None = None,
+    attacks: Suite = "quick",
+    max_drop: float = 0.5,
+    images: int | None = None,
+    epsilon: float | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> RobustReport:
+    """Attack the reference and the engine alike; ``passed`` says whether robustness survived.
+
+    Args:
+        bundle: a bundle with its reference weights, or its path.
+        engine: as for :func:`open_runner`.
+        data: a data source; by default the one the model was trained on. Its test split is used.
+        attacks: ``quick``, ``standard`` or ``full``.
+        max_drop: percentage points of clean or robust accuracy that the engine may lose.
+        images: how many test images; by default all.
+        epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
+        threads: of the engine; 0 lets it choose.
+        progress: who listens.
+
+    Raises:
+        BundleError: the bundle is damaged or holds no reference weights.
+        UsageError: neither the bundle nor the caller names a threat model, or data do not fit.
+        DataError: the data cannot be read.
+    """
+    from advmoe_deploy.verify.verify import verify_bundle
+
+    return verify_bundle(
+        _opened(bundle),
+        engine=engine,
+        data=data,
+        attacks=attacks,
+        max_drop=max_drop,
+        images=images,
+        epsilon=epsilon,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def profile(
+    bundle: Bundle | StrPath,
+    *,
+    engines: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8, 64),
+    against: Sequence[str] = ("dense", "s-dense", "unfused"),
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> LatencyReport:
+    """Time the bundle's model and its baselines in turn, in this process.
+
+    Args:
+        bundle: a bundle, or its path.
+        engines: as for :func:`open_runner`; baselines run in fp32 on ONNX Runtime.
+        batches: batch sizes.
+        against: baselines out of ``dense``, ``s-dense`` and ``unfused``.
+        threads: of the engines.
+        progress: who listens.
+
+    Raises:
+        UsageError: an engine, a baseline or a size makes no sense.
+    """
+    from advmoe_deploy.profiling.profile import profile_bundle
+
+    return profile_bundle(
+        _opened(bundle),
+        engines=engines,
+        batches=batches,
+        against=against,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def _opened(bundle: Bundle | StrPath) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else open_bundle(bundle)

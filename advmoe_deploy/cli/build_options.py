@@ -1,0 +1,63 @@
+"""The options ``--build-config`` and ``--set-build`` of ``export --format trt``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.settings import Fields, dotted_keys, put_setting
+from advmoe_deploy.specs import one_line
+
+BuildConfig = Annotated[
+    Path | None,
+    typer.Option("--build-config", metavar="FILE", help="trt: build options, as JSON."),
+]
+SetBuild = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set-build",
+        metavar="KEY=VALUE",
+        help="trt: one build option, such as batch.max=256 or tf32=true; repeatable.",
+    ),
+]
+OnnxOnly = Annotated[
+    bool,
+    typer.Option(
+        "--onnx-only",
+        help="trt: write graphs and a script that build the engines on another machine.",
+    ),
+]
+
+
+def build_options(file: Path | None, settings: Sequence[str]) -> BuildOptions:
+    """Return the build options of ``file`` with ``settings`` applied.
+
+    Raises:
+        UsageError: an option is unknown, or its value makes no sense.
+        DataError: the file holds no JSON object.
+    """
+    fields = _read(file) if file else {}
+    known = dotted_keys(BuildOptions().model_dump())
+    for setting in settings:
+        put_setting(fields, setting, known)
+    if isinstance(sources := fields.get("tactic_sources"), str):
+        fields["tactic_sources"] = sources.split(",")
+    try:
+        return BuildOptions.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(one_line(error)) from None
+
+
+def _read(file: Path) -> Fields:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise DataError(f'{file} holds no JSON object; write {{"batch": {{"max": 256}}}}, say')
+    return fields
