@@ -33,7 +33,7 @@ from advmoe_deploy.export.checks.every_expert import (
 )
 from advmoe_deploy.export.checks.golden import golden_rows, write_golden
 from advmoe_deploy.export.checks.images import labelled_images, parity_images
-from advmoe_deploy.export.engine_sets import subject_of, write_engine_set
+from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
@@ -44,8 +44,8 @@ from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
 from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
+from advmoe_deploy.export.subject import subject_of
 from advmoe_deploy.export.targets import Target, require_supported
-from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
@@ -270,8 +270,7 @@ def _write_engines(
     )
     engines = []
     for target in targets:
-        write = write_tensorrt_set if target.backend == "tensorrt" else write_engine_set
-        engines.append(write(staged, target, subject))
+        engines.append(write_engine_set(staged, target, subject))
         progress.advance("export")
     return tuple(engines)
 

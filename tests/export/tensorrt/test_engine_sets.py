@@ -15,16 +15,16 @@ from onnx import TensorProto, helper
 from advmoe_deploy.bundle import EngineSet, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
-from advmoe_deploy.export.engine_sets import Subject, subject_of
+from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, precision_of
 from advmoe_deploy.export.precision.gate import Examples
+from advmoe_deploy.export.subject import Subject, subject_of
 from advmoe_deploy.export.targets import Target, require_supported
-from advmoe_deploy.export.tensorrt import engine_sets as tensorrt
-from advmoe_deploy.export.tensorrt.engine_sets import write_tensorrt_set
+from advmoe_deploy.export.tensorrt import backend
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt.graphs import tensorrt_plan
 from advmoe_deploy.export.tensorrt.row_graphs import Mover, movers
@@ -71,7 +71,7 @@ PRUNED = TINY.model_copy(update={"num_experts": 3, "dropped_experts": {"router":
 def test_the_graphs_answer_what_torch_answers(family: str, tmp_path: Path) -> None:
     spec = {"advmoe": TINY, "pruned": PRUNED}.get(family) or spec_of(family)
     subject = subject_for(spec)
-    engines = write_tensorrt_set(tmp_path, target("fp32"), subject)
+    engines = write_engine_set(tmp_path, target("fp32"), subject)
     graphs = written(tmp_path, engines)
     assert {s.name for s in engines.plan.segments} <= graphs.keys()
     for graph in graphs.values():
@@ -100,7 +100,7 @@ def test_a_lower_precision_is_in_the_graph_and_scores_are_not(
     family: str, precision: Precision, tmp_path: Path
 ) -> None:
     subject = subject_for(spec_of(family))
-    engines = write_tensorrt_set(tmp_path, target(precision), subject)
+    engines = write_engine_set(tmp_path, target(precision), subject)
     graphs, kind = written(tmp_path, engines), {"fp16": 10, "bf16": 16}[precision]
     low = [name for name, chosen in engines.segments.items() if chosen == precision]
     assert low
@@ -253,7 +253,7 @@ def test_every_expert_is_forced(tmp_path: Path) -> None:
     broken.CopyFrom(subject.parts.graphs["router.expert-0"])
     subject.parts.graphs["router.expert-1"].CopyFrom(broken)  # type: ignore[attr-defined]
     with pytest.raises(CheckFailedError):
-        write_tensorrt_set(tmp_path, target("fp32"), subject)
+        write_engine_set(tmp_path, target("fp32"), subject)
 
 
 def test_what_moves_rows_is_examined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +267,9 @@ def test_what_moves_rows_is_examined_too(tmp_path: Path, monkeypatch: pytest.Mon
             mover.graph.graph.node.insert(0, minus)
         return made
 
-    monkeypatch.setattr(tensorrt, "movers", from_the_last)
+    monkeypatch.setattr(backend, "movers", from_the_last)
     with pytest.raises(CheckFailedError, match=r"trt-onnx-fp32.*logits"):
-        write_tensorrt_set(tmp_path, target("fp32"), subject_for(TINY))
+        write_engine_set(tmp_path, target("fp32"), subject_for(TINY))
 
 
 def has_gpu() -> bool:

@@ -1,0 +1,52 @@
+"""The model that is exported, with its parts and everything that its engines are examined on."""
+
+from dataclasses import dataclass
+
+from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.export.checks.golden import golden_rows
+from advmoe_deploy.export.partition.cut import Partition
+from advmoe_deploy.export.precision.attacked import with_accuracy
+from advmoe_deploy.export.precision.gate import Exam, Examples
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.reference import Reference
+from advmoe_deploy.specs import ThreatModel
+
+# Images that each expert is forced on.
+_FEW = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The torch model, its plan in fp32, and what it is examined on.
+
+    ``labelled`` has the images that int8 is calibrated on, ``threat`` how they are attacked.
+    """
+
+    reference: Reference
+    parts: Partition
+    exam: Exam
+    few: Images
+    labelled: Dataset | None
+    threat: ThreatModel | None
+
+
+def subject_of(
+    model: Classifier,
+    parts: Partition,
+    parity: Examples,
+    *,
+    data: str,
+    labelled: Dataset | None,
+    threat: ThreatModel | None,
+) -> Subject:
+    """Return what is exported; ``parity`` is of images from ``data``.
+
+    With ``labelled``, accuracy is measured on its hold-out, clean and under ``threat``.
+    """
+    reference = Reference(model)
+    few = parity.images[golden_rows(parity.answers)][:_FEW]
+    exam = Exam(parity, data, reference.rounding(few))
+    if labelled is not None:
+        exam = with_accuracy(exam, model, labelled, threat)
+    return Subject(reference, parts, exam, few, labelled, threat)
