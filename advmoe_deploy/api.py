@@ -152,12 +152,12 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.export.targets import Target
 
     wanted = tuple(precisions) or ("fp32",)
     targets = [Target(backends[format], each, onnx_only, build) for each in wanted]
-    return export_onnx(
+    return export_run(
         source,
         Path(out) if out is not None else source / "bundle",
         data=data,

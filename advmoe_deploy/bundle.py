@@ -30,9 +30,9 @@ from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
 from advmoe_deploy.specs import (
-    Arithmetic,
     Backend,
     ClassNames,
+    ComputeDtype,
     Frozen,
     ModelSpec,
     Precision,
@@ -40,7 +40,7 @@ from advmoe_deploy.specs import (
     one_line,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MODEL = "model.onnx"
@@ -103,7 +103,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 class EngineSet(Frozen):
     """What was written for one backend at one precision, and what was measured of it.
 
-    ``plan`` joins as few graphs as its precisions allow; ``arithmetic`` is what each of them
+    ``plan`` joins as few graphs as its precisions allow; ``compute_dtypes`` is what each of them
     computes in, quantised parts aside. ``segments`` says at which precision each segment of the
     bundle's own plan is run there, and ``files`` where those that had to be rewritten are.
     ``check`` is what the export measured, at fp32 nothing but ``parity``; ``calibration`` is what
@@ -115,7 +115,7 @@ class EngineSet(Frozen):
     precision: Precision
     plan: Plan
     device: EngineDevice | None = None
-    arithmetic: dict[str, Arithmetic]
+    compute_dtypes: dict[str, ComputeDtype]
     segments: dict[str, Precision]
     files: dict[str, str] = Field(default_factory=dict)
     parity: ParityReport
@@ -147,7 +147,7 @@ class EngineSet(Frozen):
                     "that travel with it, none of them attacked"
                 )
         int8 = [name for name, precision in self.segments.items() if precision == "int8"]
-        if any(self.arithmetic.get(name) == "fp16" for name in int8):
+        if any(self.compute_dtypes.get(name) == "fp16" for name in int8):
             lines.append("what int8 leaves unquantised is fp16")
         return lines + self._measured()
 

@@ -22,7 +22,7 @@ Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc",
 Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # What is not quantised is computed in.
-Arithmetic = Literal["fp32", "fp16", "bf16"]
+ComputeDtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino", "tensorrt"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
 

@@ -66,10 +66,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The export of ``tiny_run``. Read it only; copy the directory to change a file."""
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_onnx(tiny_run, out, targets=[OPENVINO])
+    export_run(tiny_run, out, targets=[OPENVINO])
     return open_bundle(out)
 
 
@@ -96,7 +96,7 @@ def assert_nothing_left(out: Path) -> None:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     """A run and a bundle of each family by name, made when first asked for. Read them only."""
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
 
     folder = tmp_path_factory.mktemp("families")
 
@@ -104,7 +104,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         def __missing__(self, name: str) -> tuple[Path, Bundle]:
             run, bundle = folder / name / "run", folder / name / "bundle"
             write_run(run, spec_of(name))
-            export_onnx(run, bundle, data="random:64", targets=[OPENVINO])
+            export_run(run, bundle, data="random:64", targets=[OPENVINO])
             self[name] = run, open_bundle(bundle)
             return self[name]
 

@@ -8,7 +8,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.families import Family
 from advmoe_deploy.specs import build_spec
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Batch, Feed
+from advmoe_deploy.train.data.loader import Batch, DataLoader
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.recipes.base import variant, without_router
 
@@ -76,4 +76,4 @@ def fabric() -> Fabric:
 
 def first_batch(config: TrainConfig) -> Batch:
     """The first batch of the first epoch."""
-    return next(Feed(fabric(), config, some_digits().train).epoch(0))
+    return next(DataLoader(fabric(), config, some_digits().train).epoch(0))

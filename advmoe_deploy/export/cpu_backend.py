@@ -17,7 +17,7 @@ from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.checks.every_expert import require_forced, require_weights
 from advmoe_deploy.export.graph.fuse import Fused, fuse
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.precision.gate import Findings, examine
+from advmoe_deploy.export.precision.gate import Findings, run_gate
 from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target
@@ -26,7 +26,7 @@ from advmoe_deploy.plan import ExpertsStep, Plan, Segment
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.select import arithmetic_of, engine_opener
+from advmoe_deploy.runtime.select import compute_dtypes_of, engine_opener
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CpuBackend:
         fused = fuse(
             plan,
             graphs,
-            arithmetic_of(precisions),
+            compute_dtypes_of(precisions),
             folder=self.target.folder,
             form="gather" if on_host else "if",
             for_host=self._for_host(plan, graphs, precisions) if on_host else (),
@@ -97,9 +97,9 @@ class CpuBackend:
         segments = {name: onnx.load_model(file) for name, file in own.items()}
         require_weights(graphs, segments, self.target.folder)
         with self._by_segment(lowered, own) as by_segment:
-            self._require(examine(subject.exam, by_segment), f"the plan in {self.target.folder}")
+            self._require(run_gate(subject.gate, by_segment), f"the plan in {self.target.folder}")
         with self._runner(fused, files) as runner:
-            findings = examine(subject.exam, runner)
+            findings = run_gate(subject.gate, runner)
         self._require(findings, self.target.folder)
 
         def forced(changed: Mapping[str, ModelProto]) -> Runner:
@@ -115,7 +115,7 @@ class CpuBackend:
         own = {s.name: s.file for s in self.plan.segments}
         return {
             "plan": lowered.fused.plan,
-            "arithmetic": lowered.fused.arithmetic,
+            "compute_dtypes": lowered.fused.compute_dtypes,
             "files": {s.name: s.file for s in lowered.plan.segments if s.file != own[s.name]},
         }
 
@@ -150,7 +150,7 @@ class CpuBackend:
     def _runs_on_no_rows(
         self, segment: Segment, graphs: Mapping[str, ModelProto], precisions: Precisions
     ) -> bool:
-        open_engine = engine_opener(self.target.backend, arithmetic_of(precisions))
+        open_engine = engine_opener(self.target.backend, compute_dtypes_of(precisions))
         (rows,) = segment.inputs
         nothing = np.empty((0, *(int(size) for size in rows.shape[1:])), np.float32)
         with open_engine(segment.name, graphs[segment.name].SerializeToString()) as engine:
@@ -166,13 +166,13 @@ class CpuBackend:
             graphs,
             self.shape,
             routes=self.plan.routes,
-            open_engine=engine_opener(self.target.backend, fused.arithmetic),
+            open_engine=engine_opener(self.target.backend, fused.compute_dtypes),
             name=self.target.backend,
             precision=self.target.precision,
         )
 
     def _by_segment(self, lowered: _Lowered, graphs: Mapping[str, Source]) -> Runner:
-        opener = engine_opener(self.target.backend, arithmetic_of(lowered.precisions))
+        opener = engine_opener(self.target.backend, compute_dtypes_of(lowered.precisions))
         return PlanRunner(lowered.plan, graphs, self.shape, open_engine=opener)
 
     def _require(self, findings: Findings, what: str) -> None:

@@ -12,10 +12,10 @@ from onnx import ModelProto
 from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.export.cpu_backend import CpuBackend
 from advmoe_deploy.export.precision.calibrate import calibrated
-from advmoe_deploy.export.precision.gate import Findings, attack_itself, examine, precision_report
+from advmoe_deploy.export.precision.gate import Findings, attack_itself, precision_report, run_gate
 from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
 from advmoe_deploy.export.subject import Subject
-from advmoe_deploy.export.targets import Target, ladder
+from advmoe_deploy.export.targets import Target, fallback_order
 from advmoe_deploy.export.tensorrt.backend import TensorRtBackend
 from advmoe_deploy.reports import Calibration, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
@@ -124,27 +124,27 @@ class _Writer:
         return {name: wanted if able(name) else "fp32" for name in graphs}
 
     def _choose(self) -> Choice:
-        plan, steps = self.subject.parts.plan, ladder(self.target)
-        return choose_precisions(plan, self._lowest(), steps, self._trial, self._glance)
+        plan, steps = self.subject.parts.plan, fallback_order(self.target)
+        return choose_precisions(plan, self._lowest(), steps, self._trial, self._quick_check)
 
     def _trial(self, precisions: Precisions) -> Findings:
         first, *others = self.backend.open(self._lower(precisions))
         with first() as runner:
-            findings = examine(self.subject.exam, runner)
+            findings = run_gate(self.subject.gate, runner)
             for open_other in others:
                 # Roundings differ a little between the forms, and each has to pass.
                 if not findings.complaint:
                     with open_other() as other:
-                        found = examine(self.subject.exam, other)
+                        found = run_gate(self.subject.gate, other)
                     findings = found if found.complaint else findings
             if findings.complaint:
                 return findings
             # Last, for it takes longest.
-            return replace(findings, own_attack=attack_itself(self.subject.exam, runner))
+            return replace(findings, own_attack=attack_itself(self.subject.gate, runner))
 
-    def _glance(self, precisions: Precisions) -> Findings:
+    def _quick_check(self, precisions: Precisions) -> Findings:
         with self.backend.open(self._lower(precisions))[0]() as runner:
-            return examine(self.subject.exam, runner)
+            return run_gate(self.subject.gate, runner)
 
     def _report(
         self, choice: Choice | None, findings: Findings, lowered: Any
@@ -153,15 +153,15 @@ class _Writer:
         if self.target.is_exact:
             return None
         if choice is None:
-            return precision_report(self.subject.exam, {}, findings)
+            return precision_report(self.subject.gate, {}, findings)
         router = self._router_cost(choice, lowered) if self.backend.is_timed else None
-        return precision_report(self.subject.exam, choice.raised, choice.findings, router)
+        return precision_report(self.subject.gate, choice.raised, choice.findings, router)
 
     def _router_cost(self, choice: Choice, shipped: Any) -> RouterPrecision | None:
         """Return what it costs that routers stayed in fp32, if so: times of both, in turn."""
         if choice.lowered is None:
             return None
-        images = self.subject.exam.parity.images
+        images = self.subject.gate.parity.images
         batch = np.resize(images, (_TIMED_BATCH, *images.shape[1:]))
         open_low, open_high = (
             self.backend.open(each)[0] for each in (self._lower(self._lowest()), shipped)

@@ -67,7 +67,7 @@ from advmoe_deploy.specs import Precision
 UNFUSED = "baselines/unfused.onnx"
 
 
-def export_onnx(
+def export_run(
     run: Path,
     out: Path,
     *,

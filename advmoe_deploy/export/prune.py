@@ -13,7 +13,7 @@ import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.precision.attacked import HOLDOUT_IMAGES, attacked_images
+from advmoe_deploy.export.precision.attacked import GATE_IMAGES, attacked_images
 from advmoe_deploy.export.precision.gate import ATTACK
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
@@ -63,7 +63,7 @@ def without_unused(
     answers = [reference_answers(model, images)]
     attacked, attack = None, _attack_on(model)
     if labelled is not None and threat is not None and _unused(model, answers):
-        split = labelled.holdout.first(HOLDOUT_IMAGES)
+        split = labelled.holdout.first(GATE_IMAGES)
         images_NCHW = to_float(split.images)
         attacked = attacked_images(model, images_NCHW, split.labels, threat, attack=attack)
     if attacked is not None:

@@ -6,7 +6,7 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import Exam, Examples
+from advmoe_deploy.export.precision.gate import AccuracyGate, Examples
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.reference import Reference
@@ -25,7 +25,7 @@ class Subject:
 
     reference: Reference
     parts: Partition
-    exam: Exam
+    gate: AccuracyGate
     few: Images
     labelled: Dataset | None
     threat: ThreatModel | None
@@ -46,7 +46,7 @@ def subject_of(
     """
     reference = Reference(model)
     few = parity.images[golden_rows(parity.answers)][:_FEW]
-    exam = Exam(parity, data, reference.rounding(few))
+    gate = AccuracyGate(parity, data, reference.rounding(few))
     if labelled is not None:
-        exam = with_accuracy(exam, model, labelled, threat)
-    return Subject(reference, parts, exam, few, labelled, threat)
+        gate = with_accuracy(gate, model, labelled, threat)
+    return Subject(reference, parts, gate, few, labelled, threat)

@@ -91,7 +91,7 @@ def require_gpu(precision: Precision, build: BuildOptions) -> None:
         ) from None
 
 
-def ladder(target: Target) -> tuple[Precision, ...]:
+def fallback_order(target: Target) -> tuple[Precision, ...]:
     """Return the precisions that a segment of ``target`` may be raised through, up to fp32."""
     if target.precision == "int8" and target.backend == "openvino" and has_precision("bf16"):
         return ("int8", "bf16", "fp32")

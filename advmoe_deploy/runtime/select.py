@@ -16,7 +16,7 @@ from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
-from advmoe_deploy.specs import Arithmetic, Backend, Precision
+from advmoe_deploy.specs import Backend, ComputeDtype, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -116,16 +116,16 @@ def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads
     """Return a runner of the bundle's own plan, one engine per segment."""
     plan = bundle.manifest.plan
     files = {s.name: bundle.file(s.file) for s in plan.segments}
-    arithmetic: dict[str, Arithmetic] = {}
+    compute_dtypes: dict[str, ComputeDtype] = {}
     if precision != "fp32":
         chosen = _require_set(bundle, backend, precision)
         files |= {name: bundle.file(file) for name, file in chosen.files.items()}
-        arithmetic = arithmetic_of(chosen.segments)
+        compute_dtypes = compute_dtypes_of(chosen.segments)
     return PlanRunner(
         plan,
         files,
         bundle.manifest.model.image_shape,
-        open_engine=engine_opener(backend, arithmetic, threads),
+        open_engine=engine_opener(backend, compute_dtypes, threads),
         name=f"{backend}-plan",
         precision=precision,
     )
@@ -146,7 +146,7 @@ def _set_runner(
         {s.name: bundle.file(s.file) for s in chosen.plan.segments},
         bundle.manifest.model.image_shape,
         routes=bundle.manifest.plan.routes,
-        open_engine=engine_opener(backend, chosen.arithmetic, threads, provider),
+        open_engine=engine_opener(backend, chosen.compute_dtypes, threads, provider),
         name=name or backend,
         precision=precision,
     )
@@ -154,26 +154,28 @@ def _set_runner(
 
 def engine_opener(
     backend: Backend,
-    arithmetic: Mapping[str, Arithmetic],
+    compute_dtypes: Mapping[str, ComputeDtype],
     threads: int = 0,
     provider: Provider = CPU,
 ) -> OpenEngine:
-    """Return what opens segments with ``backend``; those not in ``arithmetic`` run in fp32."""
+    """Return what opens segments with ``backend``; those not in ``compute_dtypes`` run in fp32."""
     if backend == "onnxruntime":
         return lambda _, graph: OrtEngine(graph, threads=threads, provider=provider)
 
     def open_openvino(name: str, graph: Source) -> Engine:
-        return OpenVinoEngine(graph, arithmetic=arithmetic.get(name, "fp32"), threads=threads)
+        return OpenVinoEngine(
+            graph, compute_dtype=compute_dtypes.get(name, "fp32"), threads=threads
+        )
 
     return open_openvino
 
 
-def arithmetic_of(segments: Mapping[str, Precision]) -> dict[str, Arithmetic]:
+def compute_dtypes_of(segments: Mapping[str, Precision]) -> dict[str, ComputeDtype]:
     """Return what each segment computes in, quantised parts aside.
 
     Around int8 that is bf16 where another segment takes it, so that both can share a graph.
     """
-    around: Arithmetic = "bf16" if "bf16" in segments.values() else "fp32"
+    around: ComputeDtype = "bf16" if "bf16" in segments.values() else "fp32"
     return {name: around if kind == "int8" else kind for name, kind in segments.items()}
 
 

@@ -74,7 +74,7 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)
-        searches = searches_of(suite, is_another=not is_exact(runner))
+        searches = searches_of(suite, differs_from_reference=not is_exact(runner))
         with task(progress, "verify", len(searches)):
             for attack, found_on in searches:
                 outcome = trial.run(attack, found_on)
@@ -101,15 +101,15 @@ def verify_bundle(
 
 
 def searches_of(
-    suite: Sequence[AttackSpec], *, is_another: bool
+    suite: Sequence[AttackSpec], *, differs_from_reference: bool
 ) -> list[tuple[AttackSpec, FoundOn]]:
     """Return each attack of ``suite`` with what its examples are found on, in order.
 
-    ``is_another`` says that the engine is another function than the reference.
+    ``differs_from_reference`` says that the engine is another function than the reference.
     """
     searches: list[tuple[AttackSpec, FoundOn]] = []
     for attack in suite:
-        both = is_another and attack.name in ("pgd", "square")
+        both = differs_from_reference and attack.name in ("pgd", "square")
         if both or attack.name != "square":
             searches.append((attack, "reference"))
         if both or attack.name == "square":

@@ -39,7 +39,7 @@ import torch
 
 from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, open_bundle
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, RunStep, Segment, TensorInfo
@@ -123,7 +123,7 @@ def untrained_bundle(folder: Path, spec: ModelSpec, data: str) -> Bundle:
         provenance={"data": data},
     )
     save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(spec, images))
-    export_onnx(folder / "run", folder / "bundle")
+    export_run(folder / "run", folder / "bundle")
     return open_bundle(folder / "bundle")
 
 

@@ -36,7 +36,7 @@ import torch
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.quantize import quantised
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
@@ -75,7 +75,7 @@ def build(folder: Path, source: str) -> Bundle:
     )
     images = torch.from_numpy(to_float(data.train.images[:FITTING]))
     save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(spec, images))
-    export_onnx(folder / "run", folder / "bundle", targets=TARGETS)
+    export_run(folder / "run", folder / "bundle", targets=TARGETS)
     return open_bundle(folder / "bundle")
 
 
@@ -91,13 +91,13 @@ def calls_of(stack: ExitStack, bundle: Bundle, pixels: np.ndarray, threads: int)
     with np.load(bundle.file("golden.npz")) as golden:
         rows = [{"images": np.resize(golden["images"], (CALIBRATION, *pixels.shape[1:]))}]
     in_int8 = quantised(onnx.load_model(dense), rows).SerializeToString()
-    for name, source, arithmetic in (
+    for name, source, compute_dtypes in (
         ("fp32", dense, "fp32"),
         ("bf16", dense, "bf16"),
         ("int8", in_int8, "fp32"),
         ("int8, bf16 between", in_int8, "bf16"),
     ):
-        engine = OpenVinoEngine(source, arithmetic=arithmetic, threads=threads)
+        engine = OpenVinoEngine(source, compute_dtypes=compute_dtypes, threads=threads)
         calls[f"dense openvino:{name}"] = partial(
             stack.enter_context(engine).run, {"images": pixels}
         )
@@ -153,7 +153,7 @@ def main() -> None:
         trained = None
         if arguments.trained:
             trained = chosen(
-                export_onnx(arguments.trained, Path(folder, "trained"), targets=TARGETS)
+                export_run(arguments.trained, Path(folder, "trained"), targets=TARGETS)
             )
         result = {
             "model": bundle.manifest.model.model_dump(mode="json"),

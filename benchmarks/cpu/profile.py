@@ -31,7 +31,7 @@ import torch
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.routing import Routes
@@ -84,7 +84,7 @@ def build(folder: Path, data: str) -> tuple[Bundle, AdvMoE]:
         provenance={"data": data},
     )
     save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(SPEC, images))
-    export_onnx(folder / "run", folder / "bundle")
+    export_run(folder / "run", folder / "bundle")
     _, model = load_checkpoint(folder / "run" / "model")
     assert isinstance(model, AdvMoE)
     return open_bundle(folder / "bundle"), model

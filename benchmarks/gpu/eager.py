@@ -27,7 +27,7 @@ def _export(work: Work, model: str) -> Record:
     import onnx
     import torch
 
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.export.graph.writer import write_model
     from advmoe_deploy.export.precision.casts import lowered
     from advmoe_deploy.export.targets import Target
@@ -49,7 +49,7 @@ def _export(work: Work, model: str) -> Record:
     save_checkpoint(run / "model", checkpoint, untrained_model(spec, torch.from_numpy(pixels)))
     options = BuildOptions(batch=BATCH)
     targets = [Target("tensorrt", p, onnx_only=True, build=options) for p in work.precisions]
-    bundle = export_onnx(run, work.bundle(model), overwrite=True, targets=targets)
+    bundle = export_run(run, work.bundle(model), overwrite=True, targets=targets)
     for name in ("dense", "unfused"):
         graph = onnx.load_model(bundle.file(f"baselines/{name}.onnx"))
         for precision in work.precisions:
@@ -219,7 +219,7 @@ def verify(work: Work) -> Iterator[Part]:
 
 def _verify(work: Work) -> Record:
     from advmoe_deploy.errors import UsageError
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.runtime.tensorrt.build import BuildOptions
     from advmoe_deploy.verify.verify import verify_bundle
@@ -228,7 +228,7 @@ def _verify(work: Work) -> Record:
         raise UsageError("robustness is verified on a trained model; give --trained RUN")
     elsewhere = work.tensorrt_python is not None
     target = Target("tensorrt", "fp16", onnx_only=elsewhere, build=BuildOptions(batch=BATCH))
-    bundle = export_onnx(
+    bundle = export_run(
         work.trained, work.folder / "trained", data=work.data, overwrite=True, targets=[target]
     )
     if work.tensorrt_python is not None:

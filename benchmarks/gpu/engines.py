@@ -14,7 +14,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
 from benchmarks.gpu.common import BATCH, MODELS, Record, Work, ratios_to, summary
 
@@ -38,13 +38,13 @@ def _sources(
     work: Work, model: str, precision: Precision
 ) -> dict[str, tuple[Path, Any, Precision]]:
     """Return by name the graph, the shapes and the precision of every engine of a model."""
-    from advmoe_deploy.export.tensorrt.row_graphs import movers
+    from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
     from advmoe_deploy.runtime.tensorrt.load import graph_files
     from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
 
     bundle, chosen = set_of(work, model, precision)
     shapes: dict[str, Any] = dict(shapes_of_segments(chosen.plan, BATCH))
-    shapes |= {mover.name: mover.shapes(BATCH) for mover in movers(chosen.plan)}
+    shapes |= {row_graph.name: row_graph.shapes(BATCH) for row_graph in row_graphs(chosen.plan)}
     found = {
         name: (bundle.file(file), shapes[name], chosen.segments.get(name, "fp32"))
         for name, file in graph_files(chosen.plan).items()
@@ -152,7 +152,7 @@ def open_plan(
 
     shape = MODELS[model].image_shape
     if work.dry:
-        return GatheredRunner.over_engines(
+        return DeviceRunner.over_engines(
             plan,
             graphs,
             shape,

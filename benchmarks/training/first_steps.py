@@ -23,7 +23,7 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.routing.routing import effective_routes
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.train.data.loader import Feed
+from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.train.step.weights import TrainedWeights
@@ -40,12 +40,12 @@ def row_of(name: str, data: Dataset) -> dict[str, Any]:
     config = apply_overrides(recipe(RECIPE), ROWS[name])
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
-    weights, feed = TrainedWeights(fabric, config), Feed(fabric, config, data.train)
+    weights, loader = TrainedWeights(fabric, config), DataLoader(fabric, config, data.train)
     if config.balanced_start:
-        weights.balance_start(next(feed.epoch(0)))
+        weights.balance_start(next(loader.epoch(0)))
     held_out = to_unit(torch.from_numpy(data.holdout.images[:IMAGES]))
     losses, points, began = [], [], time.perf_counter()
-    for step, batch in zip(range(1, STEPS + 1), feed.epoch(0), strict=False):
+    for step, batch in zip(range(1, STEPS + 1), loader.epoch(0), strict=False):
         losses.append(weights.step(batch))
         if step % EVERY == 0:
             points.append(point_of(step, weights, held_out))

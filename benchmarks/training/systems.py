@@ -76,7 +76,7 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
     import torch
 
     from advmoe_deploy.data.registry import load_dataset
-    from advmoe_deploy.export.from_run import export_onnx
+    from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.export.targets import Target
     from advmoe_deploy.models.macs import macs_of
     from advmoe_deploy.train.recipes import apply_overrides, recipe
@@ -90,7 +90,7 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
         report = train(config, load_dataset(config.data), scratch / "run")
         trained = time.perf_counter()
         openvino = Target("openvino", "fp32")
-        bundle = export_onnx(scratch / "run", scratch / "bundle", targets=[openvino])
+        bundle = export_run(scratch / "run", scratch / "bundle", targets=[openvino])
         exported = time.perf_counter()
         metrics = (scratch / "run" / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in metrics]

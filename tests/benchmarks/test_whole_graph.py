@@ -11,11 +11,11 @@ from onnx import ModelProto
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
-from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import BatchProfile
 from benchmarks.gpu.experiments.whole_graph import WHOLE, whole_graph, whole_plan
 from tests.families import spec_of
@@ -35,8 +35,8 @@ def routed_inside(family: str) -> tuple[Plan, dict[str, ModelProto]]:
     }
 
 
-def runner(plan: Plan, graphs: Mapping[str, ModelProto]) -> GatheredRunner:
-    return GatheredRunner.over_engines(
+def runner(plan: Plan, graphs: Mapping[str, ModelProto]) -> DeviceRunner:
+    return DeviceRunner.over_engines(
         plan,
         {name: graph.SerializeToString() for name, graph in graphs.items()},
         (1, 8, 8),
@@ -61,7 +61,7 @@ def test_one_graph_answers_as_many(family: str) -> None:
     assert not {"If", "Loop", "Slice", "Range", "CumSum"} & operators
     found = {name for n in whole.graph.node if n.op_type == "NonZero" for name in n.output}
     assert len(found) == sum(len(s.segments) for s in plan.steps if isinstance(s, ExpertsStep))
-    parts = {**graphs, **{mover.name: mover.graph for mover in movers(plan)}}
+    parts = {**graphs, **{row_graph.name: row_graph.graph for row_graph in row_graphs(plan)}}
     with runner(plan, parts) as many, runner(whole_plan(plan), {WHOLE: whole}) as one:
         # Of a single image, all but its own experts get no row.
         for images in (IMAGES, IMAGES[:1], IMAGES[5:6], IMAGES[2:13]):

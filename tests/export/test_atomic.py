@@ -15,7 +15,7 @@ from advmoe_deploy.errors import (
     UsageError,
     machine_error,
 )
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from tests.conftest import assert_nothing_left
 
 
@@ -24,16 +24,16 @@ def test_an_existing_target_is_left_alone(tiny_run: Path, tmp_path: Path) -> Non
     (tmp_path / "bundle" / "mine.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match=r"holds no manifest\.json, so it is not replaced"):
-            export_onnx(tiny_run, tmp_path / "bundle", overwrite=overwrite)
+            export_run(tiny_run, tmp_path / "bundle", overwrite=overwrite)
     assert (tmp_path / "bundle" / "mine.txt").read_text() == "mine"
 
 
 def test_only_a_bundle_is_replaced(tiny_run: Path, tmp_path: Path) -> None:
-    export_onnx(tiny_run, tmp_path / "bundle", data="random:8")
+    export_run(tiny_run, tmp_path / "bundle", data="random:8")
     with pytest.raises(UsageError, match="exists; pass --overwrite"):
-        export_onnx(tiny_run, tmp_path / "bundle")
+        export_run(tiny_run, tmp_path / "bundle")
     (tmp_path / "link").symlink_to("bundle")
-    export_onnx(tiny_run, tmp_path / "link", data="random:9", overwrite=True)
+    export_run(tiny_run, tmp_path / "link", data="random:9", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert open_bundle(tmp_path / "bundle").manifest.parity.data == "random:9"
 
@@ -45,7 +45,7 @@ def test_the_current_directory_is_no_target(
     (tmp_path / "manifest.json").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="holds the current directory"):
-        export_onnx(tiny_run, Path(out), overwrite=True)
+        export_run(tiny_run, Path(out), overwrite=True)
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
@@ -119,7 +119,7 @@ def small_disk(tmp_path: Path) -> Path:
 
 def test_a_full_disk_leaves_nothing(tiny_run: Path, small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
-        export_onnx(tiny_run, small_disk / "bundle", data="random:8")
+        export_run(tiny_run, small_disk / "bundle", data="random:8")
     error = machine_error(caught.value)
     assert error is not None
     assert error.exit_code == 5

@@ -16,7 +16,7 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.answers import Answers, RouteAnswers
 from advmoe_deploy.runtime.select import open_runner
@@ -88,7 +88,7 @@ def test_the_unfused_baseline_is_the_same_model(tiny_bundle: Bundle) -> None:
 
 def test_a_dense_model_exports_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", TINY.dense())
-    bundle = export_onnx(run, tmp_path / "bundle", data="random:32", with_reference=False)
+    bundle = export_run(run, tmp_path / "bundle", data="random:32", with_reference=False)
     _, model = load_checkpoint(run / "model")
     with torch.inference_mode():
         logits = model(torch.from_numpy(IMAGES)).numpy()

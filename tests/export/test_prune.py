@@ -14,7 +14,7 @@ from advmoe_deploy.cli.app import run as run_cli
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.partition.cut import partition
@@ -110,7 +110,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
                 change(model, DROPPED[case])
             save_checkpoint(run / "model", checkpoint, model)
             bundle = folder / case / "bundle"
-            export_onnx(run, bundle, targets=[OPENVINO], prune_unused=True)
+            export_run(run, bundle, targets=[OPENVINO], prune_unused=True)
             self[case] = model, open_bundle(bundle)
             return self[case]
 
@@ -275,7 +275,7 @@ def test_any_gate_loses_scores(spec: ModelSpec, dropped: dict[str, tuple[int, ..
 
 def test_nothing_unused_is_said(tiny_run: Path, tmp_path: Path) -> None:
     listener = Notes()
-    bundle = export_onnx(tiny_run, tmp_path / "b", prune_unused=True, progress=listener)
+    bundle = export_run(tiny_run, tmp_path / "b", prune_unused=True, progress=listener)
     assert "prune_unused: no expert is unused, so nothing was left out" in listener.notes
     assert bundle.manifest.pruning is None
     assert bundle.manifest.model.dropped_experts == {}
@@ -285,7 +285,7 @@ def test_nothing_unused_is_said(tiny_run: Path, tmp_path: Path) -> None:
 def test_shares_of_all_experts_are_declined(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", spec_of("token experts"))
     listener = Notes()
-    bundle = export_onnx(run, tmp_path / "b", prune_unused=True, progress=listener)
+    bundle = export_run(run, tmp_path / "b", prune_unused=True, progress=listener)
     assert any(note.startswith("prune_unused declined: weights are") for note in listener.notes)
     assert bundle.manifest.pruning is None
 

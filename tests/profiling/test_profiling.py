@@ -8,7 +8,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.runner import Runner
@@ -129,7 +129,7 @@ def test_it_says_what_rounds_to_tf32(tiny_bundle: Bundle, monkeypatch: pytest.Mo
 
 def test_a_dense_bundle_is_profiled_alone_and_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", TINY.dense())
-    export_onnx(run, tmp_path / "bundle", data="random:4")
+    export_run(run, tmp_path / "bundle", data="random:4")
     report = profile_bundle(open_bundle(tmp_path / "bundle"), batches=(2,), n=3, threads=1)
     assert [row.model for row in report.rows] == ["dense"]
     assert report.ratios == ()

@@ -13,7 +13,7 @@ from advmoe_deploy.errors import BackendUnavailableError, BundleError, UsageErro
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.select import open_runner, parse_engine
-from advmoe_deploy.specs import Arithmetic
+from advmoe_deploy.specs import ComputeDtype
 
 IMAGES = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
 
@@ -57,8 +57,8 @@ def test_threads_share_an_engine(tiny_bundle: Bundle) -> None:
 def test_bf16_is_taken_only_where_asked(tiny_bundle: Bundle) -> None:
     file = tiny_bundle.file("segments/router.onnx")
 
-    def scores(precision: Arithmetic) -> np.ndarray:
-        with OpenVinoEngine(file, arithmetic=precision, threads=1) as engine:
+    def scores(precision: ComputeDtype) -> np.ndarray:
+        with OpenVinoEngine(file, compute_dtype=precision, threads=1) as engine:
             return engine.run({"images": IMAGES})["router.scores"]
 
     exact, rounded = scores("fp32"), scores("bf16")
@@ -68,7 +68,7 @@ def test_bf16_is_taken_only_where_asked(tiny_bundle: Bundle) -> None:
 @pytest.mark.skipif(has_precision("fp16"), reason="this CPU has fp16")
 def test_a_precision_that_the_cpu_lacks_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU; use fp32"):
-        OpenVinoEngine(tiny_bundle.file("segments/router.onnx"), arithmetic="fp16")
+        OpenVinoEngine(tiny_bundle.file("segments/router.onnx"), compute_dtype="fp16")
     assert run(["export", "no run", "--format", "openvino", "--precision", "fp16"]) == 4
 
 

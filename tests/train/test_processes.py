@@ -14,7 +14,7 @@ from advmoe_deploy.errors import BackendUnavailableError, DivergedError, UsageEr
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Feed
+from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.distributed.launch import launch
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.step.weights import TrainedWeights
@@ -45,7 +45,7 @@ def trained(fabric: Fabric, progress: Progress, *, out: Path) -> None:
     for name, config in configs().items():
         weights = TrainedWeights(fabric, config)
         weights.learner.model.double()
-        batches = Feed(fabric, config, some_digits().train).epoch(0)
+        batches = DataLoader(fabric, config, some_digits().train).epoch(0)
         for index, batch in enumerate(islice(batches, 2)):
             parts = tuple(replace(part, images=part.images.double()) for part in batch.parts)
             exact = replace(batch, parts=parts)

@@ -16,7 +16,7 @@ from advmoe_deploy.cli.demo.training import train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.progress import Progress
@@ -46,7 +46,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     reports = train_side_by_side(("digits-advmoe", "digits-dense"), out / "runs", quick, progress)
     progress.note("export: cut into router and pathways, fold, stitch, compare with torch")
     run = out / "runs" / "digits-advmoe"
-    export_onnx(run, out / "bundle", overwrite=True, progress=progress)
+    export_run(run, out / "bundle", overwrite=True, progress=progress)
     bundle = open_bundle(out / "bundle")
     progress.note("verify: the same attacks on the torch model and on the exported one")
     verified = verify_bundle(bundle, progress=progress)

@@ -1,7 +1,7 @@
-"""A plan of as few graphs as its arithmetic allows.
+"""Fusion of a plan into as few graphs as its compute dtypes allow.
 
-Vendors take one arithmetic per graph: fp32, fp16 or bf16, with int8 where Q/DQ pairs say so. Steps
-of one arithmetic that follow each other therefore become one graph, which routes inside; where it
+Vendors take one compute dtype per graph: fp32, fp16 or bf16, with int8 where Q/DQ pairs say so. Steps
+of one dtype that follow each other therefore become one graph, which routes inside; where it
 changes, tensors cross to the next. Layers whose experts a vendor cannot run on no rows are left to
 the host, which runs only experts that have rows.
 """
@@ -22,26 +22,26 @@ from advmoe_deploy.plan import (
     Segment,
     Step,
 )
-from advmoe_deploy.specs import Arithmetic
+from advmoe_deploy.specs import ComputeDtype
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The plan, and the graph and the arithmetic of each of its segments."""
+    """The plan, and the graph and the compute dtype of each of its segments."""
 
     plan: Plan
     graphs: dict[str, ModelProto]
-    arithmetic: dict[str, Arithmetic]
+    compute_dtypes: dict[str, ComputeDtype]
 
 
 @dataclass
 class _Group:
-    """Steps that follow each other at one arithmetic, and what goes in and out.
+    """Steps that follow each other at one compute dtype, and what goes in and out.
 
-    Without arithmetic they are the host's, and no graph.
+    Without a compute dtype they are the host's, and no graph.
     """
 
-    arithmetic: Arithmetic | None
+    compute_dtype: ComputeDtype | None
     steps: list[Step] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -50,35 +50,35 @@ class _Group:
 def fuse(
     plan: Plan,
     segments: Mapping[str, ModelProto],
-    arithmetic: Mapping[str, Arithmetic],
+    compute_dtypes: Mapping[str, ComputeDtype],
     *,
     folder: str,
     form: Form,
     for_host: Collection[str] = (),
 ) -> Fused:
-    """Return ``plan`` with its steps joined; ``arithmetic`` is that of its segments.
+    """Return ``plan`` with its steps joined; ``compute_dtypes`` is that of its segments.
 
-    The graphs belong in files of ``folder``. All experts of a layer have one arithmetic. Layers in
-    ``for_host`` are dispatched by whoever runs the plan.
+    The graphs belong in files of ``folder``. All experts of a layer have one compute dtype. Layers in
+    ``for_host`` are dispatched by the host.
     """
-    groups = list(_groups(_ordered(plan, for_host), arithmetic))
+    groups = list(_groups(_ordered(plan, for_host), compute_dtypes))
     _find_ends(plan, groups)
     parts: list[Segment] = []
     graphs: dict[str, ModelProto] = {}
-    kinds: dict[str, Arithmetic] = {}
+    kinds: dict[str, ComputeDtype] = {}
     steps: list[Step] = []
     for number, group in enumerate(groups):
-        if group.arithmetic is None:
+        if group.compute_dtype is None:
             names = [name for s in group.steps if isinstance(s, ExpertsStep) for name in s.segments]
             parts += [plan.segment(name) for name in names]
             graphs |= {name: segments[name] for name in names}
-            kinds |= {name: arithmetic[name] for name in names}
+            kinds |= {name: compute_dtypes[name] for name in names}
             steps += group.steps
             continue
         name = "model" if len(groups) == 1 else f"model-{number}"
         parts.append(_part(plan, group, name, folder))
         graphs[name] = _graph(plan, group, segments, parts[-1], form)
-        kinds[name] = group.arithmetic
+        kinds[name] = group.compute_dtype
         steps.append(RunStep(segment=name))
     fused = Plan(
         segments=tuple(parts), steps=tuple(steps), inputs=plan.inputs, outputs=plan.outputs
@@ -111,13 +111,13 @@ def _ordered(plan: Plan, for_host: Collection[str]) -> _Steps:
     return steps
 
 
-def _groups(steps: _Steps, arithmetic: Mapping[str, Arithmetic]) -> Iterator[_Group]:
+def _groups(steps: _Steps, compute_dtypes: Mapping[str, ComputeDtype]) -> Iterator[_Group]:
     group: _Group | None = None
     for step, is_host in steps:
-        kind = None if is_host else _arithmetic(step, arithmetic)
+        kind = None if is_host else _compute_dtype(step, compute_dtypes)
         # A route belongs to what makes its scores: another graph would round them first.
         follows = isinstance(step, RouteStep) and not is_host
-        if group is not None and (follows or kind == group.arithmetic):
+        if group is not None and (follows or kind == group.compute_dtype):
             group.steps.append(step)
             continue
         if group is not None:
@@ -127,12 +127,12 @@ def _groups(steps: _Steps, arithmetic: Mapping[str, Arithmetic]) -> Iterator[_Gr
         yield group
 
 
-def _arithmetic(step: Step, arithmetic: Mapping[str, Arithmetic]) -> Arithmetic | None:
+def _compute_dtype(step: Step, compute_dtypes: Mapping[str, ComputeDtype]) -> ComputeDtype | None:
     match step:
         case RunStep():
-            return arithmetic[step.segment]
+            return compute_dtypes[step.segment]
         case ExpertsStep():
-            (kind,) = {arithmetic[name] for name in step.segments}
+            (kind,) = {compute_dtypes[name] for name in step.segments}
             return kind
         case RouteStep():
             return None

@@ -11,32 +11,32 @@ from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.data.dataset import Dataset, to_float
-from advmoe_deploy.export.precision.gate import ATTACK, Exam, Examples, Labels, Logits
+from advmoe_deploy.export.precision.gate import ATTACK, AccuracyGate, Examples, Labels, Logits
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
-HOLDOUT_IMAGES = 500
+GATE_IMAGES = 500
 
 
 def with_accuracy(
-    exam: Exam, model: Classifier, labelled: Dataset, threat: ThreatModel | None
-) -> Exam:
-    """Return ``exam`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
-    split = labelled.holdout.first(HOLDOUT_IMAGES)
+    gate: AccuracyGate, model: Classifier, labelled: Dataset, threat: ThreatModel | None
+) -> AccuracyGate:
+    """Return ``gate`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
+    split = labelled.holdout.first(GATE_IMAGES)
     clean = to_float(split.images)
-    exam = replace(
-        exam, labelled=labelled.source, labels_N=split.labels, clean=_examples(model, clean)
+    gate = replace(
+        gate, labelled=labelled.source, labels_N=split.labels, clean=_examples(model, clean)
     )
     if threat is None:
-        return exam
+        return gate
 
-    def hunt(logits: Logits | None) -> Images:
+    def attack(logits: Logits | None) -> Images:
         answer = None if logits is None else TorchFace(logits)
         return attacked_images(model, clean, split.labels, threat, answer)
 
-    return replace(exam, attacked=_examples(model, hunt(None)), hunt=hunt)
+    return replace(gate, attacked=_examples(model, attack(None)), attack=attack)
 
 
 def attacked_images(

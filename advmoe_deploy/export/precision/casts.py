@@ -15,7 +15,7 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.graph.writer import constants_of, consumers_of
 from advmoe_deploy.plan import RouteStep
-from advmoe_deploy.specs import Arithmetic, Precision
+from advmoe_deploy.specs import ComputeDtype, Precision
 
 _TYPES: dict[Precision, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Opsets from which on Conv takes bfloat16 and Q/DQ pairs are of float16, and the IR versions that
@@ -33,15 +33,17 @@ def fits_fp16(graph: ModelProto) -> bool:
     return all(not value.size or np.abs(value).max() <= _LARGEST_FP16 for value in values)
 
 
-def lowered(graph: ModelProto, arithmetic: Arithmetic, routes: Sequence[RouteStep]) -> ModelProto:
-    """Return ``graph`` in ``arithmetic``, save for what makes scores behind the last convolution.
+def lowered(
+    graph: ModelProto, compute_dtype: ComputeDtype, routes: Sequence[RouteStep]
+) -> ModelProto:
+    """Return ``graph`` in ``compute_dtype``, but for what makes scores after the last convolution.
 
     Inputs and outputs stay what they are.
     """
-    if arithmetic == "fp32":
+    if compute_dtype == "fp32":
         return graph
-    result = _Lowering(graph, _TYPES[arithmetic], _exact(graph, routes)).result()
-    if arithmetic == "bf16":
+    result = _Lowering(graph, _TYPES[compute_dtype], _exact(graph, routes)).result()
+    if compute_dtype == "bf16":
         return _raised(result, _BF16_OPSET, _BF16_IR)
     is_quantised = any(node.op_type in _QDQ for node in graph.graph.node)
     return _raised(result, _FP16_QDQ_OPSET, _FP16_QDQ_IR) if is_quantised else result

@@ -1,4 +1,4 @@
-"""What a lower precision is measured on, and when it is good enough.
+"""Accuracy gate of a lower precision: what it is measured on, and when it is good enough.
 
 Its logits differ by far more than float32's rounding, so they are no measure. What counts are the
 routes, and what is lost of accuracy, clean and under attack.
@@ -28,7 +28,7 @@ _UNLIKELY = 0.025
 ATTACK = AttackSpec(name="pgd", steps=10)
 
 Labels = NDArray[np.int64]
-# What whoever is attacked answers to images.
+# From images to the logits of the model under attack.
 Logits = Callable[[Images], NDArray[np.float32]]
 
 
@@ -59,11 +59,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """Everything a choice of precisions is measured on; the parity's images are from ``data``.
+class AccuracyGate:
+    """Images and limits that a choice of precisions is measured on.
 
-    ``rounding`` is the torch model's own. The labelled images are hold-out images of ``labels``;
-    ``attacked`` were found on the torch model, and ``hunt`` finds images on whoever answers.
+    The parity's images are from ``data``, and ``rounding`` is the torch model's own. The labelled
+    images are hold-out images of ``labels``; ``attacked`` were found on the torch model, and
+    ``attack`` finds them on any model by its answers.
     """
 
     parity: Examples
@@ -73,7 +74,7 @@ class Exam:
     labels_N: Labels | None = None
     clean: Examples | None = None
     attacked: Examples | None = None
-    hunt: Callable[[Logits], Images] | None = None
+    attack: Callable[[Logits], Images] | None = None
     limits: Limits = Limits()
 
 
@@ -111,8 +112,8 @@ class Findings:
         return [(layer.flips, layer.rows - layer.close_calls) for layer in layers]
 
     @property
-    def harm(self) -> tuple[float, float, float]:
-        """How far this is from the torch model: routes first, then classes, then logits."""
+    def regression(self) -> tuple[float, float, float]:
+        """Regression against the torch model: routes first, then classes, then logits."""
         return (
             1 - self.parity.route_agreement,
             1 - self.prediction_agreement,
@@ -146,41 +147,41 @@ class Findings:
         return ""
 
 
-def examine(exam: Exam, runner: Runner) -> Findings:
-    """Return what ``runner`` answers in ``exam``, next to the torch model."""
-    answer = predictions_of(runner, exam.parity.images)
-    expected = exam.parity.answers
+def run_gate(gate: AccuracyGate, runner: Runner) -> Findings:
+    """Return what ``runner`` answers in ``gate``, next to the torch model."""
+    answer = predictions_of(runner, gate.parity.images)
+    expected = gate.parity.answers
     same_N = answer.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
     clean, robust, agreement = None, None, None
-    if exam.clean is not None:
-        standing, _ = _right(exam, exam.clean, runner)
+    if gate.clean is not None:
+        standing, _ = _right(gate, gate.clean, runner)
         clean = _pair(*standing)
-        if exam.attacked is not None:
-            (reference_N, engine_N), agreement = _right(exam, exam.attacked, runner)
+        if gate.attacked is not None:
+            (reference_N, engine_N), agreement = _right(gate, gate.attacked, runner)
             robust = _pair(standing[0] & reference_N, standing[1] & engine_N)
     return Findings(
-        parity=compare_answers(expected, answer, rounding=exam.rounding, data=exam.data),
+        parity=compare_answers(expected, answer, rounding=gate.rounding, data=gate.data),
         prediction_agreement=float(same_N.mean()),
         mean_logit_diff=float(np.abs(answer.logits - expected.logits).mean()),
         clean_accuracy=clean,
         robust_accuracy=robust,
         attacked_route_agreement=agreement,
-        limits=exam.limits,
+        limits=gate.limits,
     )
 
 
-def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
+def attack_itself(gate: AccuracyGate, runner: Runner) -> OwnAttack | None:
     """Return what withstands when ``runner`` is attacked by its own answers, as torch was by its.
 
     Examples found on the torch model flatter an engine whose decision boundaries have moved. Here
     each side meets what was found on it: an image more or less is chance, so the drop has an
     interval. ``None`` where nothing is attacked.
     """
-    if exam.hunt is None or exam.clean is None or exam.attacked is None:
+    if gate.attack is None or gate.clean is None or gate.attacked is None:
         return None
-    found = exam.hunt(lambda images: runner.infer(images).logits)
-    reference_N = _right_in_torch(exam, exam.clean) & _right_in_torch(exam, exam.attacked)
-    engine_N = _right_here(exam, exam.clean.images, runner) & _right_here(exam, found, runner)
+    found = gate.attack(lambda images: runner.infer(images).logits)
+    reference_N = _right_in_torch(gate, gate.clean) & _right_in_torch(gate, gate.attacked)
+    engine_N = _right_here(gate, gate.clean.images, runner) & _right_here(gate, found, runner)
     low, high = paired_difference_interval(
         int((reference_N & ~engine_N).sum()), int((engine_N & ~reference_N).sum()), len(engine_N)
     )
@@ -190,18 +191,18 @@ def attack_itself(exam: Exam, runner: Runner) -> OwnAttack | None:
 
 
 def precision_report(
-    exam: Exam,
+    gate: AccuracyGate,
     raised: Mapping[str, str],
     findings: Findings,
     router: RouterPrecision | None = None,
 ) -> PrecisionReport:
-    """Return the record of what ``exam`` found, and of what had to be raised for it."""
+    """Return the record of what ``gate`` found, and of what had to be raised for it."""
     return PrecisionReport(
         raised=dict(raised),
         prediction_agreement=findings.prediction_agreement,
-        holdout_images=0 if exam.labels_N is None else len(exam.labels_N),
-        data=exam.labelled,
-        attack=ATTACK if exam.attacked is not None else None,
+        holdout_images=0 if gate.labels_N is None else len(gate.labels_N),
+        data=gate.labelled,
+        attack=ATTACK if gate.attacked is not None else None,
         clean_accuracy=findings.clean_accuracy,
         robust_accuracy=findings.robust_accuracy,
         own_attack=findings.own_attack,
@@ -212,25 +213,27 @@ def precision_report(
     )
 
 
-def _right(exam: Exam, examples: Examples, runner: Runner) -> tuple[tuple[Flags, Flags], float]:
+def _right(
+    gate: AccuracyGate, examples: Examples, runner: Runner
+) -> tuple[tuple[Flags, Flags], float]:
     """Return which images [N] the torch model and the runner get right, and how routes agree."""
     answer = predictions_of(runner, examples.images)
-    engine_N = is_right(answer.logits, _labels(exam))
+    engine_N = is_right(answer.logits, _labels(gate))
     agreement = compare_answers(examples.answers, answer).route_agreement
-    return (_right_in_torch(exam, examples), engine_N), agreement
+    return (_right_in_torch(gate, examples), engine_N), agreement
 
 
-def _right_in_torch(exam: Exam, examples: Examples) -> Flags:
-    return is_right(examples.answers.logits, _labels(exam))
+def _right_in_torch(gate: AccuracyGate, examples: Examples) -> Flags:
+    return is_right(examples.answers.logits, _labels(gate))
 
 
-def _right_here(exam: Exam, images: Images, runner: Runner) -> Flags:
-    return is_right(predictions_of(runner, images).logits, _labels(exam))
+def _right_here(gate: AccuracyGate, images: Images, runner: Runner) -> Flags:
+    return is_right(predictions_of(runner, images).logits, _labels(gate))
 
 
-def _labels(exam: Exam) -> Labels:
-    assert exam.labels_N is not None, "there are examples"
-    return exam.labels_N
+def _labels(gate: AccuracyGate) -> Labels:
+    assert gate.labels_N is not None, "there are examples"
+    return gate.labels_N
 
 
 def _pair(reference_N: Flags, engine_N: Flags) -> Pair:

@@ -1,8 +1,8 @@
-"""Which segments run at the lower precision: all that the exam allows.
+"""Search for the segments that run at the lower precision: all that the accuracy gate allows.
 
 The routers go first: where routes do not agree, what makes the scores is raised, step by step. What
 is still too much is taken back the most sensitive first: the segment that alone at the lower
-precision does most harm. int8 is raised to bf16 where the engine has it, and then to fp32.
+precision loses most. int8 is raised to bf16 where the engine has it, and then to fp32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,60 +38,60 @@ _Unit = tuple[str, ...]
 def choose_precisions(
     plan: Plan,
     lowered: Precisions,
-    ladder: Sequence[Precision],
+    fallback_order: Sequence[Precision],
     trial: Callable[[Precisions], Findings],
-    glance: Callable[[Precisions], Findings],
+    quick_check: Callable[[Precisions], Findings],
 ) -> Choice:
     """Return the choice for ``plan``; ``trial`` measures one.
 
     Args:
         plan: the plan.
         lowered: the precision of every segment where all are lowered that can be.
-        ladder: the precisions to go through, lowest first, fp32 last.
+        fallback_order: the precisions to go through, lowest first, fp32 last.
         trial: what a choice gives.
-        glance: the same without what takes long; enough for the harm that a segment does alone.
+        quick_check: the same without what takes long; enough for one segment's regression.
 
     Raises:
         CheckFailedError: with a single segment at the lowest precision it is not good enough.
     """
-    search = _Search(plan, lowered, ladder, trial, glance)
+    search = _Search(plan, lowered, fallback_order, trial, quick_check)
     whole = search.findings
-    for _ in ladder[1:]:
+    for _ in fallback_order[1:]:
         if not search.findings.routes_agree:
-            search.climb(*_scorers(plan))
+            search.raise_precision(*_scorers(plan))
     if search.findings.complaint:
         for unit in search.most_sensitive_first():
-            while search.findings.complaint and search.can_climb(unit):
-                search.climb(unit)
+            while search.findings.complaint and search.can_raise(unit):
+                search.raise_precision(unit)
     kept = None if whole.routes_agree else whole
     return Choice(search.precisions, search.findings, search.raised, kept)
 
 
 class _Search:
-    """Where the search stands: the precisions, and what the exam found with them."""
+    """State of the search: the precisions, and what the accuracy gate found with them."""
 
     def __init__(
         self,
         plan: Plan,
         lowered: Precisions,
-        ladder: Sequence[Precision],
+        fallback_order: Sequence[Precision],
         trial: Callable[[Precisions], Findings],
-        glance: Callable[[Precisions], Findings],
+        quick_check: Callable[[Precisions], Findings],
     ) -> None:
         self.plan, self.lowered = plan, lowered
-        self.trial, self.glance = trial, glance
-        self.lowest = ladder[0]
-        self.next = dict(pairwise(ladder))
+        self.trial, self.quick_check = trial, quick_check
+        self.lowest = fallback_order[0]
+        self.next = dict(pairwise(fallback_order))
         self.precisions = dict(lowered)
         self.raised: dict[str, str] = {}
         if self.lowest not in lowered.values():
             raise self._refusal("nothing in it is worth it")
         self.findings = trial(lowered)
 
-    def climb(self, *units: _Unit) -> None:
-        """Raise ``units`` by a step, for what the exam complains of, and examine again."""
+    def raise_precision(self, *units: _Unit) -> None:
+        """Raise ``units`` by a step, for what the accuracy gate complains of, and examine again."""
         complaint = self.findings.complaint
-        names = [name for unit in units if self.can_climb(unit) for name in unit]
+        names = [name for unit in units if self.can_raise(unit) for name in unit]
         if not names:
             return
         for name in names:
@@ -101,17 +101,19 @@ class _Search:
             raise self._refusal(complaint)
         self.findings = self.trial(self.precisions)
 
-    def can_climb(self, unit: _Unit) -> bool:
+    def can_raise(self, unit: _Unit) -> bool:
         """Return whether ``unit`` is below fp32."""
         return all(self.precisions[name] in self.next for name in unit)
 
     def most_sensitive_first(self) -> list[_Unit]:
-        """Return what is still lowered, by the harm that each does alone."""
-        units = [unit for unit in self.plan.units if self.can_climb(unit)]
-        return sorted(units, key=self._harm, reverse=True) if len(units) > 1 else units
+        """Return what is still lowered, by what each loses alone."""
+        units = [unit for unit in self.plan.units if self.can_raise(unit)]
+        return sorted(units, key=self._regression, reverse=True) if len(units) > 1 else units
 
-    def _harm(self, unit: _Unit) -> tuple[float, float, float]:
-        return self.glance({n: p if n in unit else "fp32" for n, p in self.lowered.items()}).harm
+    def _regression(self, unit: _Unit) -> tuple[float, float, float]:
+        return self.quick_check(
+            {n: p if n in unit else "fp32" for n, p in self.lowered.items()}
+        ).regression
 
     def _refusal(self, why: str) -> CheckFailedError:
         return CheckFailedError(

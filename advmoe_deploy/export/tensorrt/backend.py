@@ -35,12 +35,12 @@ from advmoe_deploy.export.tensorrt.builders import (
     write_engines,
 )
 from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
-from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.export.tensorrt.trtexec import SCRIPT, build_script
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
-from advmoe_deploy.specs import Arithmetic, Precision
+from advmoe_deploy.specs import ComputeDtype, Precision
 
 Graphs = dict[str, ModelProto]
 
@@ -51,7 +51,7 @@ class _Lowered:
 
     graphs: Graphs
     precisions: Precisions
-    arithmetic: dict[str, Arithmetic]
+    compute_dtypes: dict[str, ComputeDtype]
 
 
 class TensorRtBackend:
@@ -78,10 +78,10 @@ class TensorRtBackend:
             folder, suffix = engine_folder(target.precision, builder.device), SUFFIX
         self.plan = tensorrt_plan(self.source, folder, suffix)
         self.folder = folder
-        self.movers = {mover.name: mover for mover in movers(self.plan)}
+        self.row_graphs = {row_graph.name: row_graph for row_graph in row_graphs(self.plan)}
         self.shapes = {
             **shapes_of_segments(self.plan, batch),
-            **{name: each.shapes(batch) for name, each in self.movers.items()},
+            **{name: each.shapes(batch) for name, each in self.row_graphs.items()},
         }
 
     def can_lower(self, graph: ModelProto) -> bool:
@@ -90,7 +90,7 @@ class TensorRtBackend:
 
     def lower(self, graphs: Mapping[str, ModelProto], precisions: Precisions) -> _Lowered:
         """Return the graphs that TensorRT builds at these precisions."""
-        kinds = {n: self._arithmetic(graphs[n], kind) for n, kind in precisions.items()}
+        kinds = {n: self._compute_dtype(graphs[n], kind) for n, kind in precisions.items()}
         return _Lowered(
             {name: self._graph(name, graphs[name], kind) for name, kind in kinds.items()},
             precisions,
@@ -108,7 +108,7 @@ class TensorRtBackend:
             CheckFailedError: a graph answers otherwise than the torch model, with an expert forced.
         """
         self._require_forced(lowered.graphs)
-        graphs = self._with_movers(lowered.graphs)
+        graphs = self._with_row_graphs(lowered.graphs)
         if not self.target.onnx_only:
             write_engines(staged / self.folder, graphs, self.shapes, self.maker)
             return
@@ -134,28 +134,28 @@ class TensorRtBackend:
                 staged, self.plan, expected, self.maker, lowered.precisions, tf32=target.tf32
             )
         return check_set(
-            staged, self.plan, self.subject.exam, self.maker, target.precision, tf32=target.tf32
+            staged, self.plan, self.subject.gate, self.maker, target.precision, tf32=target.tf32
         )
 
     def record(self, lowered: _Lowered) -> dict[str, Any]:
         """Return the plan over these engines, their compute dtypes and the device."""
-        return {"plan": self.plan, "device": self.device, "arithmetic": lowered.arithmetic}
+        return {"plan": self.plan, "device": self.device, "compute_dtypes": lowered.compute_dtypes}
 
-    def _graph(self, name: str, graph: ModelProto, kind: Arithmetic) -> ModelProto:
+    def _graph(self, name: str, graph: ModelProto, kind: ComputeDtype) -> ModelProto:
         routes = routes_in(self.source, self.source.segment(name))
         return lowered(with_routes(graph, routes, self.plan.segment(name)), kind, routes)
 
-    def _arithmetic(self, graph: ModelProto, precision: Precision) -> Arithmetic:
+    def _compute_dtype(self, graph: ModelProto, precision: Precision) -> ComputeDtype:
         """Return what a segment computes in, quantised parts aside."""
         if precision != "int8":
             return precision
         return self.target.build.unquantised_dtype if fits_fp16(graph) else "fp32"
 
-    def _with_movers(self, graphs: Mapping[str, ModelProto]) -> Graphs:
-        return {**graphs, **{name: mover.graph for name, mover in self.movers.items()}}
+    def _with_row_graphs(self, graphs: Mapping[str, ModelProto]) -> Graphs:
+        return {**graphs, **{name: row_graph.graph for name, row_graph in self.row_graphs.items()}}
 
     def _built(self, graphs: Mapping[str, ModelProto]) -> Runner:
-        whole, build, shapes = self._with_movers(graphs).items(), self.maker.build, self.shapes
+        whole, build, shapes = self._with_row_graphs(graphs).items(), self.maker.build, self.shapes
         return self._runner({n: build(n, g.SerializeToString(), shapes[n]) for n, g in whole})
 
     def _runner(self, sources: Mapping[str, Source], maker: Maker | None = None) -> Runner:
@@ -166,7 +166,7 @@ class TensorRtBackend:
         """Check the graphs with each expert preferred in turn, in ONNX Runtime."""
 
         def forced(changed: Mapping[str, ModelProto]) -> Runner:
-            whole = self._with_movers(changed).items()
+            whole = self._with_row_graphs(changed).items()
             return self._runner({name: g.SerializeToString() for name, g in whole}, on_cpu)
 
         subject, on_cpu = self.subject, OnCpu(self.target.build.batch)

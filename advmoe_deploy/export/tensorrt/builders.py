@@ -17,7 +17,7 @@ from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu, precision_of
-from advmoe_deploy.export.precision.gate import Exam, Findings, attack_itself, examine
+from advmoe_deploy.export.precision.gate import AccuracyGate, Findings, attack_itself, run_gate
 from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
@@ -28,7 +28,7 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine, tim
 from advmoe_deploy.runtime.tensorrt.device import this_device
 from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 from advmoe_deploy.runtime.tensorrt.load import graph_files, runner_of_engines
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, Precision
 
@@ -93,7 +93,7 @@ class OnCpu:
         precision: Precision,
     ) -> Runner:
         """Return the runner that is used: rows are gathered, padded and put back as on a GPU."""
-        return GatheredRunner.over_engines(
+        return DeviceRunner.over_engines(
             plan,
             engines,
             image_shape,
@@ -164,20 +164,20 @@ def write_engines(
 
 
 def check_set(
-    staged: Path, plan: Plan, exam: Exam, maker: Maker, precision: Precision, *, tf32: bool
+    staged: Path, plan: Plan, gate: AccuracyGate, maker: Maker, precision: Precision, *, tf32: bool
 ) -> Findings:
-    """Return what the files of ``plan`` under ``staged`` answer in ``exam``, run as they will be.
+    """Return what the files of ``plan`` under ``staged`` answer in ``gate``, run as they will be.
 
     Raises:
         CheckFailedError: that is not good enough.
     """
     files = {name: staged / file for name, file in graph_files(plan).items()}
-    channels, height, width = exam.parity.images.shape[1:]
+    channels, height, width = gate.parity.images.shape[1:]
     with maker.runner(plan, files, (channels, height, width), precision) as runner:
-        findings = examine(exam, runner)
+        findings = run_gate(gate, runner)
         # A lower precision was attacked as it was chosen; TF32 is what it is.
         if tf32 and precision == "fp32" and not findings.complaint:
-            findings = replace(findings, own_attack=attack_itself(exam, runner))
+            findings = replace(findings, own_attack=attack_itself(gate, runner))
     parity = findings.parity
     tolerance = max(parity.logit_tolerance, maker.tolerance)
     parity = parity.model_copy(update={"logit_tolerance": tolerance})

@@ -29,7 +29,13 @@ from advmoe_deploy.export.checks.golden import read_golden
 from advmoe_deploy.export.model_card import card_with_engines
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu
-from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, precision_report
+from advmoe_deploy.export.precision.gate import (
+    AccuracyGate,
+    Examples,
+    Findings,
+    Limits,
+    precision_report,
+)
 from advmoe_deploy.export.precision.recording import Recording
 from advmoe_deploy.export.targets import require_gpu
 from advmoe_deploy.export.tensorrt.builders import (
@@ -42,7 +48,7 @@ from advmoe_deploy.export.tensorrt.builders import (
     write_engines,
 )
 from advmoe_deploy.export.tensorrt.graphs import plan_in
-from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.files import refuse_existing, staged_directory
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import ExpertsStep, Plan
@@ -151,22 +157,22 @@ class _Building:
         rounding = source.manifest.parity.rounding
         changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
         limits = Limits(predictions=max(Limits().predictions, changed), sample=True)
-        self.exam = Exam(examples, GOLDEN, rounding, limits=limits)
+        self.gate = AccuracyGate(examples, GOLDEN, rounding, limits=limits)
 
     def written_to(self, staged: Path) -> EngineSet:
         """Build every engine, write it, and check it as it lies there."""
-        moving = {mover.name: mover for mover in movers(self.plan)}
-        graphs = {**self.graphs, **{name: mover.graph for name, mover in moving.items()}}
+        moving = {row_graph.name: row_graph for row_graph in row_graphs(self.plan)}
+        graphs = {**self.graphs, **{name: row_graph.graph for name, row_graph in moving.items()}}
         shapes = {
             **shapes_of_segments(self.plan, self.batch),
-            **{name: mover.shapes(self.batch) for name, mover in moving.items()},
+            **{name: row_graph.shapes(self.batch) for name, row_graph in moving.items()},
         }
         write_engines(staged / self.folder, graphs, shapes, self.builder)
-        expected = answers_of_experts(self.plan, self.graphs, self.exam.parity.images, shapes)
+        expected = answers_of_experts(self.plan, self.graphs, self.gate.parity.images, shapes)
         tf32 = self.builder.device.tf32
         check_experts(staged, self.plan, expected, self.builder, self.set.segments, tf32=tf32)
         findings = check_set(
-            staged, self.plan, self.exam, self.builder, self.set.precision, tf32=tf32
+            staged, self.plan, self.gate, self.builder, self.set.precision, tf32=tf32
         )
         changed = {"plan": self.plan, "device": self.builder.device, "parity": findings.parity}
         return self.set.model_copy(update={**changed, "check": self._report(findings)})
@@ -175,7 +181,7 @@ class _Building:
         if self.set.precision == "fp32" and not self.builder.device.tf32:
             return None
         raised = self.set.check.raised if self.set.check else {}
-        return precision_report(self.exam, raised, findings)
+        return precision_report(self.gate, raised, findings)
 
 
 def answers_of_experts(

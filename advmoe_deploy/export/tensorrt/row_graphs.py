@@ -31,7 +31,7 @@ from advmoe_deploy.specs import BatchProfile
 
 
 @dataclass(frozen=True)
-class Mover:
+class RowGraph:
     """A graph beside those of a plan.
 
     ``inputs`` says of each how many rows belong to an image, and the rest of its shape; of
@@ -58,12 +58,12 @@ class Mover:
         return Shapes((least, *rest), (best, *rest), (most, *rest))
 
 
-def movers(plan: Plan) -> tuple[Mover, ...]:
+def row_graphs(plan: Plan) -> tuple[RowGraph, ...]:
     """Return the graphs that move rows between the segments of ``plan``."""
-    return tuple(_movers(plan))
+    return tuple(_row_graphs(plan))
 
 
-def _movers(plan: Plan) -> Iterator[Mover]:
+def _row_graphs(plan: Plan) -> Iterator[RowGraph]:
     for step in plan.steps:
         if isinstance(step, ExpertsStep):
             yield _dispatch(plan, step)
@@ -71,7 +71,7 @@ def _movers(plan: Plan) -> Iterator[Mover]:
                 yield _combine(plan, step)
 
 
-def _dispatch(plan: Plan, step: ExpertsStep) -> Mover:
+def _dispatch(plan: Plan, step: ExpertsStep) -> RowGraph:
     """Return what gathers the rows of one expert."""
     given, name = plan.tensors()[step.input], dispatch_name(step)
     factor, rest = rows_per_image(plan, step.input), _rest(given)
@@ -85,10 +85,10 @@ def _dispatch(plan: Plan, step: ExpertsStep) -> Mover:
         ],
         [given.model_copy(update={"name": OWN_ROWS, "shape": ("R", *rest)})],
     )
-    return Mover(name, graph, {ALL_ROWS: (factor, rest), ROWS: (factor, ())}, len(step.segments))
+    return RowGraph(name, graph, {ALL_ROWS: (factor, rest), ROWS: (factor, ())}, len(step.segments))
 
 
-def _combine(plan: Plan, step: ExpertsStep) -> Mover:
+def _combine(plan: Plan, step: ExpertsStep) -> RowGraph:
     """Return what puts the experts' answers in order, weighted and summed where the route says."""
     route, output, name = plan.route(step.layer), plan.tensors()[step.output], combine_name(step)
     factor, rest = rows_per_image(plan, step.output), _rest(output)
@@ -105,7 +105,7 @@ def _combine(plan: Plan, step: ExpertsStep) -> Mover:
         inputs[route.weights] = 1, _rest(given[-1])
         each = writer.emit("Gather", [GROUPED, POSITIONS], "each", axis=0)
         write_weighted_sum(writer, each, route.weights, route.top_k, output)
-    return Mover(name, writer.model(name, given, [output]), inputs, len(step.segments))
+    return RowGraph(name, writer.model(name, given, [output]), inputs, len(step.segments))
 
 
 def write_weighted_sum(

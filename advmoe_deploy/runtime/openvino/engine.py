@@ -17,7 +17,7 @@ from advmoe_deploy.errors import (
     missing_extra,
 )
 from advmoe_deploy.runtime.engine import require_threads
-from advmoe_deploy.specs import Arithmetic, Precision
+from advmoe_deploy.specs import ComputeDtype, Precision
 
 # What OpenVINO calls them: the capability a device must list, and the hint for a graph.
 _CAPABILITY: dict[Precision, str] = {
@@ -26,7 +26,7 @@ _CAPABILITY: dict[Precision, str] = {
     "bf16": "BF16",
     "int8": "INT8",
 }
-_HINT: dict[Arithmetic, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_HINT: dict[ComputeDtype, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _OUT_OF_MEMORY = ("bad_alloc", "bad alloc", "not enough memory", "out of memory")
 
 
@@ -38,13 +38,13 @@ class OpenVinoEngine(Closing):
     """
 
     def __init__(
-        self, model: bytes | Path, *, arithmetic: Arithmetic = "fp32", threads: int = 0
+        self, model: bytes | Path, *, compute_dtype: ComputeDtype = "fp32", threads: int = 0
     ) -> None:
         """Load and compile a graph.
 
         Args:
             model: the serialised graph, or its file, already verified by the bundle.
-            arithmetic: the precision of everything that is not between Q/DQ pairs.
+            compute_dtype: the precision of everything that is not between Q/DQ pairs.
             threads: of the engine; 0 lets OpenVINO choose.
 
         Raises:
@@ -54,14 +54,14 @@ class OpenVinoEngine(Closing):
             UsageError: ``threads`` is negative.
         """
         require_threads(threads)
-        require_precision(arithmetic)
+        require_precision(compute_dtype)
         core = _core()
         try:
             compiled = core.compile_model(
                 core.read_model(model if isinstance(model, bytes) else str(model)),
                 "CPU",
                 {
-                    "INFERENCE_PRECISION_HINT": _HINT[arithmetic],
+                    "INFERENCE_PRECISION_HINT": _HINT[compute_dtype],
                     "INFERENCE_NUM_THREADS": threads,
                     "PERFORMANCE_HINT": "LATENCY",
                     "ENABLE_CPU_PINNING": False,
@@ -71,7 +71,7 @@ class OpenVinoEngine(Closing):
             _refuse_out_of_memory(error)
             where = "the graph" if isinstance(model, bytes) else str(model)
             raise BundleError(f"OpenVINO cannot load {where}: {_reason(error)}") from None
-        _require_hint(compiled, arithmetic)
+        _require_hint(compiled, compute_dtype)
         self.output_names: tuple[str, ...] = tuple(o.get_any_name() for o in compiled.outputs)
         # As many requests as run side by side: more would only hold more memory.
         self._requests: LifoQueue[Any] | None = LifoQueue()
@@ -144,12 +144,12 @@ def _openvino() -> Any:
     return openvino
 
 
-def _require_hint(compiled: Any, arithmetic: Arithmetic) -> None:
+def _require_hint(compiled: Any, compute_dtype: ComputeDtype) -> None:
     """Refuse a graph that OpenVINO compiled for another precision than asked."""
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if taken != _HINT[arithmetic]:
+    if taken != _HINT[compute_dtype]:
         raise BackendUnavailableError(
-            f"OpenVINO took {taken} instead of {_HINT[arithmetic]} on this CPU; choose another "
+            f"OpenVINO took {taken} instead of {_HINT[compute_dtype]} on this CPU; choose another "
             "precision"
         )
 

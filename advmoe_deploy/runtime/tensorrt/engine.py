@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.runtime.tensorrt.cuda import wait_for_default_stream
-from advmoe_deploy.runtime.tensorrt.lane import DeviceArray, SingleLane
-from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
 from advmoe_deploy.runtime.tensorrt.program import Program
+from advmoe_deploy.runtime.tensorrt.slot import DeviceArray, SingleSlot
+from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
 
 
 class TensorRtEngine(Closing):
@@ -43,9 +43,9 @@ class TensorRtEngine(Closing):
         self.output_names: tuple[str, ...] = tuple(self._program.outputs)
         with ExitStack() as stack:
             stack.callback(self._program.close)
-            lanes = [stack.enter_context(SingleLane(self._program)) for _ in range(contexts)]
+            slots = [stack.enter_context(SingleSlot(self._program)) for _ in range(contexts)]
             self._stack = stack.pop_all()
-        self._lanes = LanePool(lanes)
+        self._slots = SlotPool(slots)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return every output by name.
@@ -55,8 +55,8 @@ class TensorRtEngine(Closing):
             MachineError: memory is used up, or CUDA failed.
             UsageError: the engine is closed, or was not built for so large a batch.
         """
-        with self._lanes.lane() as lane:
-            return lane.fetch(lane.start_on(inputs))
+        with self._slots.slot() as slot:
+            return slot.fetch(slot.start_on(inputs))
 
     @contextmanager
     def on_device(self, inputs: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, DeviceArray]]:
@@ -68,9 +68,9 @@ class TensorRtEngine(Closing):
         Raises:
             The same as :meth:`run`.
         """
-        with self._lanes.lane() as lane:
-            answers = lane.start_on(inputs)
-            lane.settle()
+        with self._slots.slot() as slot:
+            answers = slot.start_on(inputs)
+            slot.settle()
             try:
                 yield answers
             finally:
@@ -84,10 +84,10 @@ class TensorRtEngine(Closing):
         Raises:
             The same as :meth:`run`.
         """
-        with self._lanes.lane() as lane:
-            return lane.device_ms(inputs, rounds)
+        with self._slots.slot() as slot:
+            return slot.device_ms(inputs, rounds)
 
     def close(self) -> None:
         """Release contexts, memory and the engine, once nobody runs on them any more."""
-        self._lanes.close()
+        self._slots.close()
         self._stack.close()

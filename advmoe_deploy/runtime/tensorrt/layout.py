@@ -5,7 +5,6 @@ from functools import cached_property
 from math import prod
 
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, Segment, TensorInfo
-from advmoe_deploy.runtime.tensorrt.lanes import View
 from advmoe_deploy.runtime.tensorrt.rows import (
     GROUPED,
     OWN_ROWS,
@@ -15,6 +14,7 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     region_rows,
     rows_per_image,
 )
+from advmoe_deploy.runtime.tensorrt.slots import View
 from advmoe_deploy.specs import BatchProfile
 
 
@@ -22,19 +22,19 @@ from advmoe_deploy.specs import BatchProfile
 class Layer:
     """A layer of experts.
 
-    ``slots`` has by expert the number of its region, of ``region`` rows, and its segment.
+    ``regions`` has by expert the number of its region, of ``rows_each`` rows, and its segment.
     """
 
     step: ExpertsStep
     route: RouteStep
     segments: dict[str, Segment]
-    slots: dict[int, tuple[int, str]]
-    region: int
+    regions: dict[int, tuple[int, str]]
+    rows_each: int
     is_read_later: bool
 
-    def answer(self, slot: int, rows: int) -> View:
+    def answer(self, region: int, rows: int) -> View:
         """Return the first rows of a region."""
-        return View(grouped_name(self.step), rows, slot * self.region)
+        return View(grouped_name(self.step), rows, region * self.rows_each)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Layout:
 
     @cached_property
     def capacity(self) -> dict[str, int]:
-        """The rows of every tensor that a lane of this plan holds."""
+        """The rows of every tensor that an execution slot of this plan holds."""
         rows = {name: self.rows(name, self.batch.max) for name in self.tensors}
         for layer in self.layers.values():
-            rows[grouped_name(layer.step)] = len(layer.slots) * layer.region
+            rows[grouped_name(layer.step)] = len(layer.regions) * layer.rows_each
             top_k = layer.route.top_k
             rows[positions_name(layer.step)] = rows[layer.step.output] * top_k
             for name in layer.step.segments:
@@ -97,8 +97,8 @@ class Layout:
             step=step,
             route=route,
             segments={name: self.plan.segment(name) for name in step.segments},
-            slots={expert: (slot, name) for slot, (expert, name) in experts},
-            region=region_rows(self.rows(step.output, self.batch.max), values),
+            regions={expert: (region, name) for region, (expert, name) in experts},
+            rows_each=region_rows(self.rows(step.output, self.batch.max), values),
             is_read_later=is_read_later(self.plan, step.output),
         )
 

@@ -11,7 +11,6 @@ from advmoe_deploy.bundle import Bundle, EngineDevice, EngineSet
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
 from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.tensorrt.lane import Stored, TensorRtLane
 from advmoe_deploy.runtime.tensorrt.layout import Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.tensorrt.program import Program
 from advmoe_deploy.runtime.tensorrt.rows import (
@@ -25,20 +24,21 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     is_read_later,
     rows_per_image,
 )
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
+from advmoe_deploy.runtime.tensorrt.slot import Stored, TensorRtSlot
 from advmoe_deploy.specs import BatchProfile, Precision
 
 # Batches that may be under way at once: while one waits for its ids, the other computes.
-LANES = 2
+SLOTS = 2
 
 
-def open_tensorrt(bundle: Bundle, engines: EngineSet, *, lanes: int = LANES) -> GatheredRunner:
+def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> DeviceRunner:
     """Return a runner of what was exported for this GPU.
 
     Args:
         bundle: an opened, so verified, bundle.
         engines: its set of TensorRT engines.
-        lanes: how many batches may be under way at once.
+        slots: how many batches may be under way at once.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or engines were built for another.
@@ -57,7 +57,7 @@ def open_tensorrt(bundle: Bundle, engines: EngineSet, *, lanes: int = LANES) -> 
         bundle.manifest.model.image_shape,
         device=device,
         precision=engines.precision,
-        lanes=lanes,
+        slots=slots,
     )
 
 
@@ -68,8 +68,8 @@ def runner_of_engines(
     *,
     device: EngineDevice | None,
     precision: Precision,
-    lanes: int = LANES,
-) -> GatheredRunner:
+    slots: int = SLOTS,
+) -> DeviceRunner:
     """Return a runner of engines, those that move rows included, by name.
 
     The rest is as for :func:`open_tensorrt`; ``device`` is what they were built for, where that is
@@ -83,8 +83,8 @@ def runner_of_engines(
         layout = Layout(plan, _batch_of(plan, programs))
         stored = _stored(layout, programs)
         streams = 1 + max((len(step.segments) for step in _layers(plan)), default=0)
-        made = [stack.enter_context(TensorRtLane(programs, stored, streams)) for _ in range(lanes)]
-        return GatheredRunner(
+        made = [stack.enter_context(TensorRtSlot(programs, stored, streams)) for _ in range(slots)]
+        return DeviceRunner(
             layout,
             made,
             image_shape,
@@ -107,7 +107,7 @@ def graph_files(plan: Plan) -> dict[str, str]:
 
 
 def users(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    """Return which tensor of a lane each graph calls by which name, those that make it first."""
+    """Return which tensor of a slot each graph calls by which name, those that make it first."""
     for step in plan.steps:
         if isinstance(step, RunStep):
             segment = plan.segment(step.segment)
@@ -153,7 +153,7 @@ def _batch_of(plan: Plan, programs: Mapping[str, Program]) -> BatchProfile:
 
 
 def _stored(layout: Layout, programs: Mapping[str, Program]) -> dict[str, Stored]:
-    """Return what a lane has to hold, as the engines declare it.
+    """Return what an execution slot has to hold, as the engines declare it.
 
     Raises:
         BundleError: one engine takes another type or shape than the other makes.

@@ -148,7 +148,7 @@ class Program(Closing):
             raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
         # It begins with the first; before TensorRT 10 only an engine's first context does.
         if context.active_optimization_profile != number:
-            with Stream() as stream:  # not the default one: another lane may be capturing
+            with Stream() as stream:  # not the default one: another execution slot may be capturing
                 if not context.set_optimization_profile_async(number, stream.handle):
                     raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
                 stream.wait()

@@ -1,8 +1,8 @@
-"""Runs a plan on engines that have a memory of their own, and leaves tensors there.
+"""Runner of a plan on engines that have a memory of their own, where tensors stay.
 
 The host waits for the experts' ids and for the answer; from ids it makes row numbers, by which
-small graphs (``export.movers``) gather each expert's rows and put the answers back. Rows are padded
-to few sizes, for which engines are prepared once.
+small graphs (``export/tensorrt/row_graphs.py``) gather each expert's rows and scatter the answers.
+Rows are padded to few sizes, for which engines are prepared once.
 
 Shapes: N images, R rows of one expert, K experts per row.
 """
@@ -21,8 +21,6 @@ from advmoe_deploy.runtime.engine import OpenEngine, Source
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.routing import route as routed
 from advmoe_deploy.runtime.runner import Prediction, joined, prediction_of
-from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
-from advmoe_deploy.runtime.tensorrt.lanes import Call, HostLane, Lane, View
 from advmoe_deploy.runtime.tensorrt.layout import Layer, Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.tensorrt.rows import (
     ALL_ROWS,
@@ -35,16 +33,18 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     dispatch_name,
     padded,
 )
+from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
+from advmoe_deploy.runtime.tensorrt.slots import Call, ExecutionSlot, HostSlot, View
 from advmoe_deploy.specs import BatchProfile, Precision
 
 
-class GatheredRunner(Closing):
-    """Runs a plan over lanes; safe to call from as many threads as there are lanes, and more."""
+class DeviceRunner(Closing):
+    """Runs a plan over execution slots; safe to call from more threads than there are slots."""
 
     def __init__(
         self,
         layout: Layout,
-        lanes: Sequence[Lane],
+        slots: Sequence[ExecutionSlot],
         image_shape: tuple[int, int, int],
         *,
         name: str,
@@ -52,16 +52,16 @@ class GatheredRunner(Closing):
         tf32: bool = False,
         resources: ExitStack,
     ) -> None:
-        """Take over ``lanes``.
+        """Take over ``slots``.
 
         Args:
-            layout: the plan, and the batches that lanes take; larger ones are split.
-            lanes: one for each batch that may be under way.
+            layout: the plan, and the batches that execution slots take; larger ones are split.
+            slots: one for each batch that may be under way.
             image_shape: channels, height, width.
             name: what the runner is called.
             precision: what its answers are computed in, at the lowest.
             tf32: whether float32 is rounded to TF32.
-            resources: what is closed with the runner, lanes included.
+            resources: what is closed with the runner, execution slots included.
         """
         self.name = name
         self.precision = precision
@@ -69,7 +69,7 @@ class GatheredRunner(Closing):
         self._layout = layout
         self._image_shape = image_shape
         self._resources = resources
-        self._lanes = LanePool(lanes)
+        self._slots = SlotPool(slots)
 
     @classmethod
     def over_engines(
@@ -82,7 +82,7 @@ class GatheredRunner(Closing):
         batch: BatchProfile,
         name: str,
         precision: Precision = "fp32",
-    ) -> "GatheredRunner":
+    ) -> "DeviceRunner":
         """Return a runner over engines of any kind, whose tensors cross through the host.
 
         ``graphs`` are those of the plan and those that move rows, by name; ``open_engine`` makes
@@ -93,10 +93,10 @@ class GatheredRunner(Closing):
             engines = {}
             for graph, source in graphs.items():
                 engines[graph] = stack.enter_context(open_engine(graph, source))
-            lane = HostLane(engines, layout.capacity)
+            slot = HostSlot(engines, layout.capacity)
             return cls(
                 layout,
-                [lane],
+                [slot],
                 image_shape,
                 name=name,
                 precision=precision,
@@ -111,25 +111,25 @@ class GatheredRunner(Closing):
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def _infer(self, images: NDArray[np.float32]) -> Prediction:
-        with self._lanes.lane() as lane:
-            return _Batch(self._layout, lane, images).run()
+        with self._slots.slot() as slot:
+            return _Batch(self._layout, slot, images).run()
 
     def close(self) -> None:
-        """Release every lane, once nobody runs on it any more."""
-        self._lanes.close()
+        """Release every execution slot, once nobody runs on it any more."""
+        self._slots.close()
         self._resources.close()
 
 
 class _Batch:
-    """One batch on one lane: where its tensors lie, and what has come to the host."""
+    """One batch on one execution slot: where its tensors lie, and what has come to the host."""
 
-    def __init__(self, layout: Layout, lane: Lane, images: NDArray[np.float32]) -> None:
-        self.layout, self.plan, self.lane = layout, layout.plan, lane
+    def __init__(self, layout: Layout, slot: ExecutionSlot, images: NDArray[np.float32]) -> None:
+        self.layout, self.plan, self.slot = layout, layout.plan, slot
         self.count = len(images)
         self.padded = max(bucket(self.count, layout.batch.max), layout.batch.min)
         self.moved: dict[str, View] = {}
         self.host: dict[str, NDArray[Any]] = {}
-        lane.put(self.plan.inputs[0], images)
+        slot.put(self.plan.inputs[0], images)
 
     def run(self) -> Prediction:
         """Run the steps of the plan; experts run on their rows, once these are known."""
@@ -146,62 +146,62 @@ class _Batch:
             return
         inputs, outputs = self.layout.ends[step.segment]
         given = {name: self._view(name) for name in inputs}
-        self.lane.run(Call(step.segment, given, {name: self._view(name) for name in outputs}))
+        self.slot.run(Call(step.segment, given, {name: self._view(name) for name in outputs}))
 
     def _route(self, step: RouteStep) -> None:
         """Decide on the host, by scores that no segment has made a decision of."""
-        (scores,) = self.lane.get(self._view(step.scores, self.count))
+        (scores,) = self.slot.get(self._view(step.scores, self.count))
         self.host |= routed(step, scores)
         if step.weighting != "one":
-            self.lane.put(step.weights, self.host[step.weights])
+            self.slot.put(step.weights, self.host[step.weights])
 
     def _experts(self, layer: Layer) -> None:
         given = dispatch(self._ids(layer.route))
         if given.only is not None:  # always so for one image: nothing to gather, one stream to use
             every = self._view(layer.step.input)
-            self.lane.run(self._expert(layer, *layer.slots[given.only], every))
+            self.slot.run(self._expert(layer, *layer.regions[given.only], every))
         else:
             for expert, rows in given.rows():
-                self._dispatch(layer, *layer.slots[expert], rows)
+                self._dispatch(layer, *layer.regions[expert], rows)
         if layer.is_read_later:
             self._combine(layer, given)
         else:
             self._fetch(layer, given)
 
-    def _dispatch(self, layer: Layer, slot: int, name: str, rows: NDArray[np.int64]) -> None:
+    def _dispatch(self, layer: Layer, region: int, name: str, rows: NDArray[np.int64]) -> None:
         """Gather an expert's rows and run it on them, on a stream of its own."""
         size = bucket(len(rows), self.layout.capacity[layer.step.input])
         numbers, own = View(f"{name}.{ROWS}", size), View(f"{name}.{OWN_ROWS}", size)
         every = self._view(layer.step.input, self.layout.batch.max)
         gather = Call(dispatch_name(layer.step), {ALL_ROWS: every, ROWS: numbers}, {OWN_ROWS: own})
-        self.lane.put(numbers.tensor, padded(rows, size), stream=1 + slot)
-        self.lane.run(gather, self._expert(layer, slot, name, own), stream=1 + slot)
+        self.slot.put(numbers.tensor, padded(rows, size), stream=1 + region)
+        self.slot.run(gather, self._expert(layer, region, name, own), stream=1 + region)
 
-    def _expert(self, layer: Layer, slot: int, name: str, rows: View) -> Call:
+    def _expert(self, layer: Layer, region: int, name: str, rows: View) -> Call:
         segment = layer.segments[name]
         (given,), (answer,) = segment.inputs, segment.outputs
-        return Call(name, {given.name: rows}, {answer.name: layer.answer(slot, rows.rows)})
+        return Call(name, {given.name: rows}, {answer.name: layer.answer(region, rows.rows)})
 
     def _combine(self, layer: Layer, given: Dispatch) -> None:
         """Put the answers in order where they are, unless they already are in order."""
         step, route, made = layer.step, layer.route, self._view(layer.step.output)
         if given.only is not None and route.weighting == "one":
-            slot, _ = layer.slots[given.only]
-            self.moved[step.output] = layer.answer(slot, made.rows)
+            region, _ = layer.regions[given.only]
+            self.moved[step.output] = layer.answer(region, made.rows)
             return
-        starts = {expert: slot * layer.region for expert, (slot, _) in layer.slots.items()}
+        starts = {expert: region * layer.rows_each for expert, (region, _) in layer.regions.items()}
         positions = View(positions_name(step), made.rows * route.top_k)
-        self.lane.put(positions.tensor, padded(given.positions(starts), positions.rows))
+        self.slot.put(positions.tensor, padded(given.positions(starts), positions.rows))
         grouped = View(grouped_name(step), self.layout.capacity[grouped_name(step)])
         inputs = {GROUPED: grouped, POSITIONS: positions}
         if route.weighting != "one":
             inputs[route.weights] = self._view(route.weights)
-        self.lane.run(Call(combine_name(step), inputs, {step.output: made}))
+        self.slot.run(Call(combine_name(step), inputs, {step.output: made}))
 
     def _fetch(self, layer: Layer, given: Dispatch) -> None:
         """Put the answers in order on the host, where they are wanted."""
-        views = [layer.answer(layer.slots[e][0], len(c)) for e, c in given.choices.items()]
-        parts = dict(zip(given.choices, self.lane.get(*views), strict=True))
+        views = [layer.answer(layer.regions[e][0], len(c)) for e, c in given.choices.items()]
+        parts = dict(zip(given.choices, self.slot.get(*views), strict=True))
         weights = self._weights(layer.route)
         self.host[layer.step.output] = combined(layer.route, given, parts, weights)
 
@@ -214,7 +214,7 @@ class _Batch:
     def _with_ids(self, route: RouteStep, *views: View) -> list[NDArray[Any]]:
         """Return these rows; where a layer's rows go, if it is not known, comes with them."""
         unknown = [] if route.expert_ids in self.host else [View(route.expert_ids, self.count)]
-        values = self.lane.get(*unknown, *views)
+        values = self.slot.get(*unknown, *views)
         if unknown:
             self.host[route.expert_ids] = values.pop(0).astype(np.int64)
         return values
@@ -224,7 +224,7 @@ class _Batch:
             if route.weighting == "one":
                 self.host[route.weights] = np.ones(self._ids(route).shape, np.float32)
             else:
-                (self.host[route.weights],) = self.lane.get(View(route.weights, self.count))
+                (self.host[route.weights],) = self.slot.get(View(route.weights, self.count))
         return self.host[route.weights]
 
     def _prediction(self) -> Prediction:
@@ -234,7 +234,7 @@ class _Batch:
         wanted = (*(route.expert_ids for route in routes), *weighted, *self.plan.outputs)
         missing = [name for name in dict.fromkeys(wanted) if name not in self.host]
         if missing:
-            values = self.lane.get(*(self._view(name, self.count) for name in missing))
+            values = self.slot.get(*(self._view(name, self.count) for name in missing))
             self.host |= dict(zip(missing, values, strict=True))
         for route in routes:
             self._weights(route)

@@ -13,7 +13,7 @@ from advmoe_deploy.data import pixels
 from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.draws import Draws
+from advmoe_deploy.train.data.rng import RandomNumbers
 from advmoe_deploy.train.data.schedule import epoch_batches, step_generator
 
 
@@ -29,7 +29,7 @@ class Part:
     labels: Tensor
     weight: float
     share: float
-    draws: Draws
+    rng: RandomNumbers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Batch:
     done: float
 
 
-class Feed:
+class DataLoader:
     """Batches of one split in an order known from seed and epoch.
 
     The images are on the device as uint8. Those of a split so large that it is paged in from a file
@@ -82,7 +82,7 @@ class Feed:
             labels=self._labels[own.to(self._device)],
             weight=weight,
             share=len(own) * self._processes / total * weight,
-            draws=Draws(rng, total, mine),
+            rng=RandomNumbers(rng, total, mine),
         )
 
     def _order(self, epoch: int) -> list[npt.NDArray[np.int64]]:

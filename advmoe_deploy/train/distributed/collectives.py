@@ -45,7 +45,7 @@ def summed(tensor: Tensor) -> Tensor:
     return total
 
 
-def gathered(rows: Tensor) -> Tensor:
+def all_gathered(rows: Tensor) -> Tensor:
     """Return the rows of all processes, those of the first process first; differentiable."""
     processes = process_count()
     if processes == 1:

@@ -71,7 +71,7 @@ class Ascent:
 
     def on_divergence(self, forward: Forward, part: Part) -> Tensor:
         """Return the images that change most what ``forward`` gives, as TRADES wants them."""
-        start = part.images + self.noise * part.draws.normal(part.images)
+        start = part.images + self.noise * part.rng.normal(part.images)
         start = project(start, part.images, self.threat.epsilon)
         return pgd_kl(
             forward,
@@ -85,9 +85,7 @@ class Ascent:
     def on_cross_entropy(self, forward: Forward, part: Part) -> Tensor:
         """Return images of high cross-entropy, from a uniform start (Madry et al., ICLR 2018)."""
         epsilon = self.threat.epsilon
-        start = project(
-            part.images + epsilon * part.draws.uniform(part.images), part.images, epsilon
-        )
+        start = project(part.images + epsilon * part.rng.uniform(part.images), part.images, epsilon)
         return ascend(
             lambda x: F.cross_entropy(forward(x), part.labels, reduction="sum"),
             part.images,
@@ -148,7 +146,7 @@ class SingleStep(Objective):
     def find(self, scene: Scene) -> Tensor:
         """Return the images one step away."""
         part, epsilon = scene.part, self.threat.epsilon
-        noise = self.start * epsilon * part.draws.uniform(part.images)
+        noise = self.start * epsilon * part.rng.uniform(part.images)
         x = (part.images + noise).clamp(0, 1).requires_grad_(True)
         with torch.enable_grad():
             loss = F.cross_entropy(scene.attacked(x), part.labels, reduction="sum")
@@ -178,7 +176,7 @@ class Free(Objective):
     def find(self, scene: Scene) -> Tensor:
         """Return the start of a new batch."""
         images, epsilon = scene.part.images, self.threat.epsilon
-        return project(images + epsilon * scene.part.draws.uniform(images), images, epsilon)
+        return project(images + epsilon * scene.part.rng.uniform(images), images, epsilon)
 
     def loss(self, scene: Scene, examples: Tensor) -> Tensor:
         """Return the cross-entropy of the examples."""

@@ -17,7 +17,7 @@ from advmoe_deploy.models.routing.capacity import Adjust
 from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
-from advmoe_deploy.train.distributed.collectives import gathered
+from advmoe_deploy.train.distributed.collectives import all_gathered
 from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 from advmoe_deploy.train.objectives.forward import Adjustment
 from advmoe_deploy.train.objectives.losses import class_routing_loss
@@ -37,7 +37,7 @@ def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:
             noise=config.gate_noise,
             capacity_factor=config.capacity_factor,
             overflow=config.capacity_overflow,
-            normal=partial(part.draws.normal_scores, copies=copies),
+            normal=partial(part.rng.normal_scores, copies=copies),
         )
 
     return of_pass
@@ -53,11 +53,15 @@ def class_routing(model: AdvMoE, part: Part, attacked: Tensor) -> Tensor:
     """Return the class routing loss over the clean images and over those that attack the router."""
     scores_2NE = model.score(torch.cat([part.images, attacked]))
     labels_2N = part.labels.repeat(2)
-    return class_routing_loss(gathered(scores_2NE), gathered(labels_2N), model.spec.num_classes)
+    return class_routing_loss(
+        all_gathered(scores_2NE), all_gathered(labels_2N), model.spec.num_classes
+    )
 
 
 def _whole(routing: Routing) -> Routing:
     """Return the routing of the rows of all processes."""
     rows = {field.name: getattr(routing, field.name) for field in fields(routing)}
-    tensors = {name: gathered(value) for name, value in rows.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: all_gathered(value) for name, value in rows.items() if isinstance(value, Tensor)
+    }
     return replace(routing, **tensors)

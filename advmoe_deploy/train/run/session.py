@@ -15,7 +15,7 @@ from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Feed, on_device
+from advmoe_deploy.train.data.loader import DataLoader, on_device
 from advmoe_deploy.train.run.evaluate import Measured, measure
 from advmoe_deploy.train.run.folder import RunFolder, RunState
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport, versions
@@ -47,12 +47,12 @@ class Session:
         self.folder = folder
         self.progress = progress
         self.weights = TrainedWeights(fabric, config)
-        self.feed = Feed(fabric, config, data.train.first(config.train_images))
+        self.loader = DataLoader(fabric, config, data.train.first(config.train_images))
 
     def train(self) -> RunState:
         """Train the epochs that are left and return where the run stands."""
         state = self._start()
-        per_epoch = self.feed.batches_per_epoch
+        per_epoch = self.loader.batches_per_epoch
         leads = self.fabric.is_global_zero
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
         with task(self.progress, "train", self.config.epochs * per_epoch), board or nullcontext():
@@ -84,7 +84,7 @@ class Session:
         loaded = self.folder.load()
         if loaded is None:
             if self.config.balanced_start:
-                self.weights.balance_start(next(self.feed.epoch(0)))
+                self.weights.balance_start(next(self.loader.epoch(0)))
             return RunState(epoch=0, best_epoch=0, history=(), seconds=0)
         state, model, tensors = loaded
         self.weights.restore(state.epoch - 1, model, tensors)
@@ -129,7 +129,7 @@ class Session:
         """Train one epoch and return its mean loss."""
         losses: list[float] = []
         try:
-            for batch in self.feed.epoch(before.epoch):
+            for batch in self.loader.epoch(before.epoch):
                 losses.append(self.weights.step(batch))
                 self.progress.advance("train", loss=losses[-1])
         except DivergedError as error:

@@ -14,7 +14,7 @@ from advmoe_deploy.errors import (
     CheckFailedError,
     CheckpointError,
 )
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.progress import Silent
 from tests.conftest import TINY, assert_nothing_left, write_run
@@ -65,7 +65,7 @@ def test_a_wrong_weight_stops_the_export(
             add_to_weight(staged / name, branch)
 
     with pytest.raises(CheckFailedError, match=message):
-        export_onnx(tiny_run, out, data="random:8", progress=Meddler(out, 3, change))
+        export_run(tiny_run, out, data="random:8", progress=Meddler(out, 3, change))
     assert_nothing_left(out)
 
 
@@ -79,7 +79,7 @@ def test_a_wrong_expert_that_no_image_visits_stops_the_export(
         add_to_weight(staged / "model.onnx", "router.expert-1/then_branch")
 
     with pytest.raises(CheckFailedError, match=r"router\.expert-1 differs"):
-        export_onnx(tiny_run, out, data="random:1", progress=Meddler(out, 3, change))
+        export_run(tiny_run, out, data="random:1", progress=Meddler(out, 3, change))
     assert_nothing_left(out)
 
 
@@ -108,7 +108,7 @@ def test_the_branch_of_an_expert_that_no_image_visits_is_run(
 ) -> None:
     out = tmp_path / "bundle"
     listener = Listener(out, 0, lambda staged: None)
-    bundle = export_onnx(tiny_run, out, data="random:1", progress=listener)
+    bundle = export_run(tiny_run, out, data="random:1", progress=listener)
     unvisited = bundle.manifest.parity.layers[0].expert_load.index(0)
     (note,) = listener.notes
     assert note.startswith(
@@ -120,7 +120,7 @@ def test_the_branch_of_an_expert_that_no_image_visits_is_run(
 
     broken = tmp_path / "broken"
     with pytest.raises(CheckFailedError, match=rf"expert {unvisited} in model\.onnx differs"):
-        export_onnx(tiny_run, broken, data="random:1", progress=Meddler(broken, 3, change))
+        export_run(tiny_run, broken, data="random:1", progress=Meddler(broken, 3, change))
     assert_nothing_left(broken)
 
 
@@ -132,7 +132,7 @@ def test_the_routers_scores_are_compared(tiny_run: Path, tmp_path: Path) -> None
             add_to_weight(staged / name, end="fc.bias")  # every score alike: no route changes
 
     with pytest.raises(CheckFailedError, match=r"router\.scores of router differs"):
-        export_onnx(tiny_run, out, data="random:8", progress=Meddler(out, 3, change))
+        export_run(tiny_run, out, data="random:8", progress=Meddler(out, 3, change))
     assert_nothing_left(out)
 
 
@@ -147,7 +147,7 @@ def test_reference_weights_that_changed_meanwhile_are_noticed(
         shutil.copyfile(other, run / "model" / "weights.safetensors")
 
     with pytest.raises(CheckpointError, match="changed during the export"):
-        export_onnx(run, out, data="random:8", progress=Meddler(out, 1, change))
+        export_run(run, out, data="random:8", progress=Meddler(out, 1, change))
     assert_nothing_left(out)
 
 
@@ -159,7 +159,7 @@ def test_a_router_that_decides_nothing_is_not_exported(tiny_run: Path, tmp_path:
     (tmp_path / "run" / "model").mkdir(parents=True)
     save_checkpoint(tmp_path / "run" / "model", checkpoint, model)
     with pytest.raises(CheckFailedError, match="all of 8 rows the best scores of layer router"):
-        export_onnx(tmp_path / "run", tmp_path / "bundle", data="random:8")
+        export_run(tmp_path / "run", tmp_path / "bundle", data="random:8")
     assert_nothing_left(tmp_path / "bundle")
 
 
@@ -170,5 +170,5 @@ def test_nan_in_the_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     save_checkpoint(tmp_path / "run" / "model", checkpoint, model)
     with pytest.raises(CheckpointError, match="not finite"):
-        export_onnx(tmp_path / "run", tmp_path / "bundle")
+        export_run(tmp_path / "run", tmp_path / "bundle")
     assert_nothing_left(tmp_path / "bundle")

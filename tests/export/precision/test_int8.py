@@ -17,7 +17,7 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, DataError
 from advmoe_deploy.export.checks.images import labelled_images
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.casts import lowered
 from advmoe_deploy.export.precision.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target
@@ -45,7 +45,7 @@ IMAGES = to_float(load_dataset("digits").test.images[:40])
 @pytest.fixture(scope="module")
 def bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("int8") / "bundle"
-    export_onnx(trained_run, out, targets=TARGETS)
+    export_run(trained_run, out, targets=TARGETS)
     return open_bundle(out)
 
 
@@ -115,12 +115,12 @@ def test_around_int8_it_is_float16_where_that_is_asked_for(
     target = Target(
         "tensorrt", "int8", onnx_only=True, build=BuildOptions(unquantised_dtype="fp16")
     )
-    half = export_onnx(trained_run, tmp_path / "bundle", targets=[target])
+    half = export_run(trained_run, tmp_path / "bundle", targets=[target])
     engines, before = engines_of(half, "tensorrt"), engines_of(bundle, "tensorrt")
     assert engines.segments == before.segments
     low = [name for name, precision in engines.segments.items() if precision == "int8"]
-    assert {engines.arithmetic[name] for name in low} == {"fp16"}
-    assert {before.arithmetic[name] for name in low} == {"fp32"}
+    assert {engines.compute_dtypes[name] for name in low} == {"fp16"}
+    assert {before.compute_dtypes[name] for name in low} == {"fp32"}
     assert "what int8 leaves unquantised is fp16" in engines.findings()
     for segment in (s for s in engines.plan.segments if s.name in low):
         model = onnx.load_model(half.file(segment.file))
@@ -251,7 +251,7 @@ def test_without_training_images_there_is_no_int8(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "nameless" / "model", nameless, model)
     out = tmp_path / "bundle"
     with pytest.raises(DataError, match=r"calibrated on training images.*pass --data"):
-        export_onnx(tmp_path / "nameless", out, data="random:8", targets=TARGETS)
+        export_run(tmp_path / "nameless", out, data="random:8", targets=TARGETS)
     assert_nothing_left(out)
 
 

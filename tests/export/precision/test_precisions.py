@@ -10,10 +10,10 @@ import pytest
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph.fuse import fuse
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, examine
+from advmoe_deploy.export.precision.gate import AccuracyGate, Examples, Findings, run_gate
 from advmoe_deploy.export.precision.search import Precisions, choose_precisions
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint
@@ -22,8 +22,8 @@ from advmoe_deploy.plan import Plan
 from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.select import arithmetic_of, open_runner
-from advmoe_deploy.specs import Arithmetic, Precision
+from advmoe_deploy.runtime.select import compute_dtypes_of, open_runner
+from advmoe_deploy.specs import ComputeDtype, Precision
 from tests.conftest import assert_nothing_left, write_run
 from tests.families import Families, spec_of
 
@@ -35,7 +35,7 @@ LADDER = ("int8", "fp32")
 
 
 def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
-    """Return what an exam of 1,000 images may find: ``lost`` is the drop in points."""
+    """Return what an accuracy gate of 1,000 images may find: ``lost`` is the drop in points."""
     layer = LayerParity(
         layer="router",
         rows=1000,
@@ -153,7 +153,7 @@ def test_graphs_of_a_plan_cut_by_precision_answer_alike(
     plan = bundle.manifest.plan
     graphs = {s.name: onnx.load_model(bundle.file(s.file)) for s in plan.segments}
     experts = {name for step in plan.steps if step.kind == "experts" for name in step.segments}
-    precisions: dict[str, Arithmetic] = {
+    precisions: dict[str, ComputeDtype] = {
         name: "bf16" if split and name in experts else "fp32" for name in graphs
     }
     fused = fuse(plan, graphs, precisions, folder="engines", form="gather", for_host=["router"])
@@ -184,9 +184,9 @@ def test_without_a_threat_model_only_clean_accuracy_is_examined(
 ) -> None:
     _, model = load_checkpoint(tiny_run / "model")
     parity = Examples(IMAGES, reference_answers(model, IMAGES))
-    exam = with_accuracy(Exam(parity, "noise"), model, load_dataset("digits"), None)
+    gate = with_accuracy(AccuracyGate(parity, "noise"), model, load_dataset("digits"), None)
     with open_runner(tiny_bundle, threads=1) as runner:
-        found, unlabelled = examine(exam, runner), examine(Exam(parity, "noise"), runner)
+        found, unlabelled = run_gate(gate, runner), run_gate(AccuracyGate(parity, "noise"), runner)
     assert found.clean_accuracy is not None
     assert found.clean_accuracy.engine == found.clean_accuracy.reference
     assert found.robust_accuracy is found.attacked_route_agreement is None
@@ -197,9 +197,9 @@ def test_without_a_threat_model_only_clean_accuracy_is_examined(
 
 
 def test_bf16_is_taken_around_int8_where_it_is_there_already() -> None:
-    assert arithmetic_of({"a": "int8", "b": "fp32"}) == {"a": "fp32", "b": "fp32"}
+    assert compute_dtypes_of({"a": "int8", "b": "fp32"}) == {"a": "fp32", "b": "fp32"}
     mixed: Precisions = {"a": "int8", "b": "bf16", "c": "fp32"}
-    assert arithmetic_of(mixed) == {"a": "bf16", "b": "bf16", "c": "fp32"}
+    assert compute_dtypes_of(mixed) == {"a": "bf16", "b": "bf16", "c": "fp32"}
 
 
 @needs_bf16
@@ -207,7 +207,7 @@ def test_bf16_is_taken_around_int8_where_it_is_there_already() -> None:
 def test_bf16_bundles_keep_their_routes(family: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", spec_of(family))
     target = Target("openvino", "bf16")
-    export_onnx(run, tmp_path / "bundle", data="random:64", targets=[target])
+    export_run(run, tmp_path / "bundle", data="random:64", targets=[target])
     bundle = open_bundle(tmp_path / "bundle")
     (engines,) = bundle.manifest.engines
     assert bundle.manifest.precision == "bf16"
@@ -235,5 +235,5 @@ def test_what_no_machine_computes_is_a_usage_error(tmp_path: Path, target: Targe
         require_supported(target)
     run = tmp_path / "none"
     with pytest.raises(UsageError):  # before the run is looked at
-        export_onnx(run, tmp_path / "bundle", targets=[target])
+        export_run(run, tmp_path / "bundle", targets=[target])
     assert_nothing_left(tmp_path / "bundle")

@@ -16,7 +16,7 @@ from advmoe_deploy.bundle import EngineSet, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, CheckFailedError
 from advmoe_deploy.export.engine_sets import write_engine_set
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
@@ -27,7 +27,7 @@ from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import backend
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt.graphs import tensorrt_plan
-from advmoe_deploy.export.tensorrt.row_graphs import Mover, movers
+from advmoe_deploy.export.tensorrt.row_graphs import RowGraph, row_graphs
 from advmoe_deploy.export.tensorrt.trtexec import build_script
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.reference import reference_answers
@@ -82,7 +82,7 @@ def test_the_graphs_answer_what_torch_answers(family: str, tmp_path: Path) -> No
         assert not {"If", "Loop", "NonZero"} & {node.op_type for node in graph.graph.node}
     assert not any(step.kind == "route" for step in engines.plan.steps)
     files = {s.name: tmp_path / s.file for s in engines.plan.segments}
-    expected = subject.exam.parity.answers
+    expected = subject.gate.parity.answers
     with PlanRunner(engines.plan, files, spec.image_shape) as runner:
         answer = runner.infer(IMAGES)
     _, relative_N = row_differences(answer.logits, expected.logits)
@@ -135,7 +135,7 @@ def test_the_network_of_all_experts_runs_in_float16_too() -> None:
     onnx.checker.check_model(half, full_check=True)
     with OrtEngine(half.SerializeToString()) as engine:  # which wants nodes' names to differ
         logits = engine.run({"images": IMAGES})["logits"]
-    np.testing.assert_allclose(logits, subject.exam.parity.answers.logits, atol=0.05)
+    np.testing.assert_allclose(logits, subject.gate.parity.answers.logits, atol=0.05)
 
 
 def test_what_float16_cannot_hold_stays_in_float32() -> None:
@@ -257,14 +257,14 @@ def test_every_expert_is_forced(tmp_path: Path) -> None:
 
 
 def test_what_moves_rows_is_examined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def from_the_last(plan: Plan) -> tuple[Mover, ...]:
+    def from_the_last(plan: Plan) -> tuple[RowGraph, ...]:
         """Return graphs that gather rows counted from the end."""
-        made = movers(plan)
-        for mover in made:
-            (gather,) = mover.graph.graph.node
+        made = row_graphs(plan)
+        for row_graph in made:
+            (gather,) = row_graph.graph.graph.node
             gather.input[1] = "from the last"
             minus = helper.make_node("Neg", [ROWS], ["from the last"], "minus")
-            mover.graph.graph.node.insert(0, minus)
+            row_graph.graph.graph.node.insert(0, minus)
         return made
 
     monkeypatch.setattr(backend, "movers", from_the_last)
@@ -351,7 +351,7 @@ def test_engines_are_built_examined_and_recorded(
     precision: Precision, tiny_run: Path, tmp_path: Path
 ) -> None:
     wanted = Target("tensorrt", precision, build=SMALL)
-    export_onnx(tiny_run, tmp_path / "bundle", targets=[wanted])
+    export_run(tiny_run, tmp_path / "bundle", targets=[wanted])
     (engines,) = open_bundle(tmp_path / "bundle").manifest.engines
     assert engines.is_built
     assert engines.device is not None

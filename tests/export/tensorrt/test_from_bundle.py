@@ -17,9 +17,9 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.checks.golden import read_golden
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import Exam, Examples, Findings, Limits, examine
+from advmoe_deploy.export.precision.gate import AccuracyGate, Examples, Findings, Limits, run_gate
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_set, experts_of
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
@@ -44,7 +44,7 @@ def graphs_in(precision: Precision) -> Target:
 def graphs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with TensorRT's graphs in fp32 and fp16."""
     out = tmp_path_factory.mktemp("graphs") / "bundle"
-    return export_onnx(tiny_run, out, targets=[graphs_in("fp32"), graphs_in("fp16")])
+    return export_run(tiny_run, out, targets=[graphs_in("fp32"), graphs_in("fp16")])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_building_again_replaces_engines_where_they_are(built: Bundle, tmp_path:
 @pytest.mark.parametrize("family", ["conv experts", "token experts"])
 def test_other_families_are_built(family: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run", spec_of(family))
-    source = export_onnx(
+    source = export_run(
         tmp_path / "run", tmp_path / "graphs", data="random:64", targets=[graphs_in("bf16")]
     )
     bundle = build_from_bundle(source, tmp_path / "out", build=BUILD, builder=CpuBuilder())
@@ -216,7 +216,7 @@ def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) ->
     plan = graphs.manifest.engines[0].plan
     files = {name: graphs.file(file) for name, file in graph_files(plan).items()}
     with CpuBuilder().runner(plan, files, (1, 8, 8), "fp32") as runner:
-        findings = examine(Exam(examples, GOLDEN, limits=Limits(sample=True)), runner)
+        findings = run_gate(AccuracyGate(examples, GOLDEN, limits=Limits(sample=True)), runner)
     assert not findings.complaint
     # Of 64; 0.5 % may differ of a thousand, and then 2 of 64 do in 4 % of all cases, 3 in 0.4 %.
     two, three = (replace(findings, prediction_agreement=1 - n / 64) for n in (2, 3))
@@ -239,10 +239,10 @@ def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> 
     _, model = load_checkpoint(tiny_run / "model")
     examples = Examples(*read_golden(graphs.file(GOLDEN), ["router"]))
     threat = ThreatModel(epsilon=0.02)
-    exam = with_accuracy(Exam(examples, GOLDEN), model, load_dataset("digits"), threat)
+    gate = with_accuracy(AccuracyGate(examples, GOLDEN), model, load_dataset("digits"), threat)
     plan, maker = graphs.manifest.engines[0].plan, OnCpu(BATCH)
     exact, rounded = (
-        check_set(graphs.path, plan, exam, maker, "fp32", tf32=tf32) for tf32 in (False, True)
+        check_set(graphs.path, plan, gate, maker, "fp32", tf32=tf32) for tf32 in (False, True)
     )
     assert exact.own_attack is None
     assert rounded.own_attack is not None

@@ -19,7 +19,7 @@ from onnx.helper import (
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
@@ -111,7 +111,7 @@ def test_engines_answer_what_the_plan_answers(tmp_path: Path, family: str) -> No
     write_run(tmp_path / "run", spec_of(family))
     batch = BatchProfile(min=1, opt=8, max=20)
     target = Target("tensorrt", "fp32", build=BuildOptions(batch=batch))
-    bundle = export_onnx(tmp_path / "run", tmp_path / "bundle", data="random:64", targets=[target])
+    bundle = export_run(tmp_path / "run", tmp_path / "bundle", data="random:64", targets=[target])
     images = np.random.default_rng(1).random((33, 1, 8, 8), dtype=np.float32)
     with open_runner(bundle, "tensorrt") as runner, open_runner(bundle) as other:
         for count in (33, 1, 7, 20, 1, 7):

@@ -8,7 +8,6 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.runtime.tensorrt.api import parse_version, probe
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.runtime.tensorrt.lane import DeviceArray
 from advmoe_deploy.runtime.tensorrt.shapes import (
     Shapes,
     narrowest,
@@ -17,6 +16,7 @@ from advmoe_deploy.runtime.tensorrt.shapes import (
     shapes_of_segments,
     with_least,
 )
+from advmoe_deploy.runtime.tensorrt.slot import DeviceArray
 from advmoe_deploy.specs import BatchProfile
 
 BATCH = BatchProfile(min=1, opt=8, max=32)

@@ -11,7 +11,7 @@ from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.draws import Draws
+from advmoe_deploy.train.data.rng import RandomNumbers
 from advmoe_deploy.train.distributed.collectives import SynchronisedBatchNorm2d, synchronise
 from advmoe_deploy.train.objectives.forward import Pass
 from advmoe_deploy.train.run.router_robustness import FlipProbe, router_state, with_router
@@ -87,12 +87,12 @@ def test_routers_and_logits_keep_full_precision() -> None:
 def test_a_draw_is_cut_out_of_the_draw_for_all() -> None:
     """Two processes, two tokens per image, clean and attacked images one behind the other."""
 
-    def draws(mine: slice) -> Draws:
-        return Draws(torch.Generator().manual_seed(0), 5, mine)
+    def rng(mine: slice) -> RandomNumbers:
+        return RandomNumbers(torch.Generator().manual_seed(0), 5, mine)
 
-    whole = draws(slice(None)).normal_scores(torch.zeros(20, 3), copies=2).view(2, 5, 2, 3)
+    whole = rng(slice(None)).normal_scores(torch.zeros(20, 3), copies=2).view(2, 5, 2, 3)
     for rank, rows in ((0, 12), (1, 8)):
-        own = draws(slice(rank, None, 2)).normal_scores(torch.zeros(rows, 3), copies=2)
+        own = rng(slice(rank, None, 2)).normal_scores(torch.zeros(rows, 3), copies=2)
         assert torch.equal(own.view(2, rows // 4, 2, 3), whole[:, rank::2])
 
 

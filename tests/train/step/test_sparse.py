@@ -7,7 +7,7 @@ import torch
 
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.train.data.loader import Feed
+from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.run.folder import RunFolder
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.step.sparse import (
@@ -53,7 +53,7 @@ def test_scores_start_as_the_size_of_the_weights_and_learn_through_the_mask() ->
     assert full[kept != 0].min() >= full[kept == 0].max()
     assert abs(int(kept.count_nonzero()) - pruning.density * kept.numel()) <= 1
     scores = {name: score.detach().clone() for name, score in pruning.scores.items()}
-    weights.step(next(Feed(fabric(), config, some_digits().train).epoch(1)))
+    weights.step(next(DataLoader(fabric(), config, some_digits().train).epoch(1)))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(not torch.equal(score, scores[n]) for n, score in pruning.scores.items())
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.train.data.loader import Feed
+from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.step.weights import TrainedWeights
 from tests.toy_training import fabric, first_batch, some_digits, tiny
 
@@ -39,14 +39,14 @@ def test_images_too_many_for_the_device_come_batch_by_batch(
     config = tiny("digits-dense", "crop_padding=1", "flip=true")
     expected = first_batch(config).parts[0]
     monkeypatch.setattr("advmoe_deploy.data.pixels.IN_MEMORY_BYTES", 0)
-    feed = Feed(fabric(), config, some_digits().train)
+    loader = DataLoader(fabric(), config, some_digits().train)
     # A device that holds no values: what is moved there is lost, what stays is not.
-    feed._device = torch.device("meta")
-    part = next(feed.epoch(0)).parts[0]
+    loader._device = torch.device("meta")
+    part = next(loader.epoch(0)).parts[0]
     assert part.images.device.type == "meta"
-    assert feed._images.device.type == "cpu"
-    feed._device = torch.device("cpu")
-    assert torch.equal(next(feed.epoch(0)).parts[0].images, expected.images)
+    assert loader._images.device.type == "cpu"
+    loader._device = torch.device("cpu")
+    assert torch.equal(next(loader.epoch(0)).parts[0].images, expected.images)
 
 
 def test_a_step_leaves_no_gradient_and_training_mode() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomNumbers:
     """Each draw is made for all ``total`` images, and this process takes the rows ``mine``.
 
     ``generator`` is on the CPU, so that the same seed gives the same numbers on every device.

@@ -12,13 +12,13 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.tensorrt.row_graphs import movers
+from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.runtime.tensorrt.lane_pool import LanePool
-from advmoe_deploy.runtime.tensorrt.runner import GatheredRunner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest, with_least
+from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
 from advmoe_deploy.specs import BatchProfile
 from tests.families import Families
 
@@ -49,12 +49,14 @@ class Watched(OrtEngine):
         return super().run(inputs)
 
 
-def gathered(bundle: Bundle, *, seen: Any = None) -> GatheredRunner:
+def device_runner(bundle: Bundle, *, seen: Any = None) -> DeviceRunner:
     """Return the runner over the bundle's own segments and the graphs that move rows."""
     plan = bundle.manifest.plan
     graphs: dict[str, bytes | Path] = {s.name: bundle.file(s.file) for s in plan.segments}
-    graphs |= {mover.name: mover.graph.SerializeToString() for mover in movers(plan)}
-    return GatheredRunner.over_engines(
+    graphs |= {
+        row_graph.name: row_graph.graph.SerializeToString() for row_graph in row_graphs(plan)
+    }
+    return DeviceRunner.over_engines(
         plan,
         graphs,
         bundle.manifest.model.image_shape,
@@ -75,8 +77,9 @@ def assert_same(answer: Any, expected: Any) -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_every_family_answers_as_its_plan(families: Families, family: str) -> None:
     _, bundle = families[family]
-    with open_runner(bundle, "onnxruntime-plan", threads=1) as plain, gathered(bundle) as runner:
-        # 24 are more than the lane holds; 1 is less than the least and comes after larger ones.
+    plan = open_runner(bundle, "onnxruntime-plan", threads=1)
+    with plan as plain, device_runner(bundle) as runner:
+        # 24 are more than the slot holds; 1 is less than the least and comes after larger ones.
         for images in (IMAGES, IMAGES[3:14], IMAGES[:1], IMAGES[7:8], IMAGES[2:19]):
             answer = runner.infer(images)
             assert_same(answer, plain.infer(images))
@@ -90,29 +93,29 @@ def test_graphs_that_move_rows_are_given_what_they_are_built_for(
 ) -> None:
     _, bundle = families[family]
     seen: dict[str, list[dict[str, Any]]] = {}
-    with gathered(bundle, seen=seen) as runner:
+    with device_runner(bundle, seen=seen) as runner:
         for count in (1, 2, 11, 18, 24):
             runner.infer(IMAGES[:count])
-    for mover in movers(bundle.manifest.plan):
-        shapes = mover.shapes(BATCH)
-        assert seen[mover.name]
-        for given in seen[mover.name]:
+    for row_graph in row_graphs(bundle.manifest.plan):
+        shapes = row_graph.shapes(BATCH)
+        assert seen[row_graph.name]
+        for given in seen[row_graph.name]:
             assert given.keys() == shapes.keys()
             for name, shape in given.items():
                 sizes = zip(shapes[name].min, shape, shapes[name].max, strict=True)
                 assert all(least <= size <= most for least, size, most in sizes)
         ends = [{n: (s.min, s.max) for n, s in of.items()} for of in with_least(shapes)]
-        if mover.name.endswith(".combine"):  # of a single image, kernels for the least are used
-            assert {narrowest(ends, given) for given in seen[mover.name]} == {0, 1}
-    for mover in movers(bundle.manifest.plan):
-        for shape in mover.shapes(BATCH).values():
+        if row_graph.name.endswith(".combine"):  # of a single image, kernels for the least are used
+            assert {narrowest(ends, given) for given in seen[row_graph.name]} == {0, 1}
+    for row_graph in row_graphs(bundle.manifest.plan):
+        for shape in row_graph.shapes(BATCH).values():
             assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
 
 
 def test_experts_run_on_their_own_rows_only(families: Families) -> None:
     _, bundle = families["wide ResNet"]
     seen: dict[str, list[dict[str, Any]]] = {}
-    with gathered(bundle, seen=seen) as runner:
+    with device_runner(bundle, seen=seen) as runner:
         ids = runner.infer(IMAGES[:16]).expert_ids["router"][:, 0]
         load = np.bincount(ids, minlength=2)
         rows = [seen[f"router.expert-{e}"][-1]["images"][0] for e in np.flatnonzero(load)]
@@ -123,7 +126,7 @@ def test_experts_run_on_their_own_rows_only(families: Families) -> None:
 
 
 def test_a_closed_runner_says_so(families: Families) -> None:
-    runner = gathered(families["dense ViT"][1])
+    runner = device_runner(families["dense ViT"][1])
     runner.close()
     with pytest.raises(UsageError, match="closed"):
         runner.infer(IMAGES[:1])
@@ -133,15 +136,15 @@ def test_a_pool_closes_when_its_lanes_are_idle_and_tells_who_waits() -> None:
     settled: list[str] = []
     events: list[str] = []
 
-    class Lane:
+    class ExecutionSlot:
         def settle(self) -> None:
             settled.append("lane")
 
-    pool = LanePool([Lane()])
+    pool = SlotPool([ExecutionSlot()])
     taken, done = Event(), Event()
 
     def use() -> None:
-        with pool.lane():
+        with pool.slot():
             taken.set()
             done.wait(10)
             events.append("used")
@@ -162,18 +165,18 @@ def test_a_pool_closes_when_its_lanes_are_idle_and_tells_who_waits() -> None:
                 waiting.result()
     assert events[-1] == "closed"
     assert len(settled) == events.count("used")
-    with pytest.raises(UsageError, match="is closed"), pool.lane():
+    with pytest.raises(UsageError, match="is closed"), pool.slot():
         pass
     pool.close()
 
 
 def test_who_closes_a_pool_second_waits_for_its_lanes_as_well() -> None:
-    class Lane:
+    class ExecutionSlot:
         def settle(self) -> None:
             events.append("settled")
 
     events: list[str] = []
-    pool, started = LanePool([Lane()]), Barrier(3)
+    pool, started = SlotPool([ExecutionSlot()]), Barrier(3)
 
     def close() -> None:
         started.wait(10)
@@ -181,7 +184,7 @@ def test_who_closes_a_pool_second_waits_for_its_lanes_as_well() -> None:
         events.append("closed")
 
     with ThreadPoolExecutor(2) as threads:
-        with pool.lane():
+        with pool.slot():
             closing = [threads.submit(close) for _ in range(2)]
             started.wait(10)
             wait(closing, timeout=0.1, return_when=FIRST_COMPLETED)

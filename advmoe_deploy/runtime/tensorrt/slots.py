@@ -1,7 +1,7 @@
-"""What runs one batch at a time: engines, and the memory that their tensors live in.
+"""Execution slots: engines, and the memory of their tensors, for one batch at a time.
 
-A lane belongs to one batch from its images to its answer, so it needs no locks; a runner that is to
-answer several threads at once has several lanes.
+A slot belongs to one batch from its images to its answer, so it needs no locks; a runner that is to
+answer several threads at once has several.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     outputs: Mapping[str, View]
 
 
-class Lane(Protocol):
+class ExecutionSlot(Protocol):
     """Tensors by name, of a fixed capacity of rows, and engines that read and write them."""
 
     def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
@@ -45,8 +45,8 @@ class Lane(Protocol):
         """Wait until nothing is under way any more."""
 
 
-class HostLane:
-    """A lane in host memory, over engines that take and give NumPy arrays.
+class HostSlot:
+    """An execution slot in host memory, over engines that take and give NumPy arrays.
 
     For running a set of graphs where its own device is not at hand: it answers one call after the
     other, on as many rows as the device would be given.

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
-from advmoe_deploy.runtime.tensorrt.lanes import Call, View
 from advmoe_deploy.runtime.tensorrt.program import Place, Program, Work, bound_context
 from advmoe_deploy.runtime.tensorrt.rows import fitting_batch
+from advmoe_deploy.runtime.tensorrt.slots import Call, View
 
-# Prepared runs per lane: a batch size, or a number of an expert's rows, each. Then the least
-# recently used one goes.
+# Prepared runs per execution slot: each of a batch size, or of a number of an expert's rows. Then
+# the least recently used one goes.
 _MOST_PREPARED = 512
 _ENGINE = "engine"
 # Queued together when time is taken: the GPU would else wait for the host to queue the next.
@@ -30,7 +30,7 @@ _RUNS_PER_ROUND = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that a lane holds: its type, its rows, and the rest of its shape."""
+    """A tensor that an execution slot holds: its type, its rows, and the rest of its shape."""
 
     dtype: np.dtype[Any]
     rows: int
@@ -74,8 +74,8 @@ class DeviceArray:
         }
 
 
-class TensorRtLane(Closing):
-    """A :class:`~advmoe_deploy.runtime.tensorrt.lanes.Lane` on the GPU."""
+class TensorRtSlot(Closing):
+    """A :class:`~advmoe_deploy.runtime.tensorrt.slots.ExecutionSlot` on the GPU."""
 
     def __init__(
         self, programs: Mapping[str, Program], tensors: Mapping[str, Stored], streams: int
@@ -215,8 +215,8 @@ class TensorRtLane(Closing):
         return self._pinned[tensor]
 
 
-class SingleLane(TensorRtLane):
-    """A lane of one engine, whose tensors are called as the engine calls them."""
+class SingleSlot(TensorRtSlot):
+    """An execution slot of one engine, whose tensors are called as the engine calls them."""
 
     def __init__(self, program: Program) -> None:
         """Make room for the largest batch that ``program`` was built for."""

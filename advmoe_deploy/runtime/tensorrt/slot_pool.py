@@ -1,4 +1,4 @@
-"""A few lanes for many threads."""
+"""A few execution slots for many threads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,42 +16,42 @@ class _Settles(Protocol):
 L = TypeVar("L", bound=_Settles)
 
 
-class LanePool(Generic[L]):
-    """Lanes, each for one thread at a time; who finds none waits."""
+class SlotPool(Generic[L]):
+    """Execution slots, each for one thread at a time; a thread that finds none waits."""
 
-    def __init__(self, lanes: Sequence[L]) -> None:
-        self._count = len(lanes)
+    def __init__(self, slots: Sequence[L]) -> None:
+        self._count = len(slots)
         self._is_closed = False
         self._closing = Lock()
-        # After the last lane is gone, None says so to whoever still waits.
+        # After the last execution slot is gone, None says so to whoever still waits.
         self._free: LifoQueue[L | None] = LifoQueue()
-        for lane in lanes:
-            self._free.put(lane)
+        for slot in slots:
+            self._free.put(slot)
 
     @contextmanager
-    def lane(self) -> Iterator[L]:
-        """Lend a lane; nothing is under way on it when it comes back.
+    def slot(self) -> Iterator[L]:
+        """Lend an execution slot; nothing is under way on it when it comes back.
 
         Raises:
             UsageError: the pool is closed.
         """
-        lane = None
+        slot = None
         if not self._is_closed:
-            lane = self._free.get()
-            if lane is None:
+            slot = self._free.get()
+            if slot is None:
                 self._free.put(None)
-        if lane is None:
+        if slot is None:
             raise UsageError("the engine is closed; open the bundle again")
         try:
-            yield lane
+            yield slot
         finally:
             try:
-                lane.settle()
+                slot.settle()
             finally:
-                self._free.put(lane)
+                self._free.put(slot)
 
     def close(self) -> None:
-        """Take the lanes back as they become free, so that their owner can release them."""
+        """Take execution slots back as they become free, so that their owner can release them."""
         with self._closing:  # who comes second must not release what the first still waits for
             if self._is_closed:
                 return
