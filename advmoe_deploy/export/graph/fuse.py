@@ -1,7 +1,7 @@
 """Fusion of a plan into as few graphs as its compute dtypes allow.
 
-Vendors take one compute dtype per graph: fp32, fp16 or bf16, with int8 where Q/DQ pairs say so. Steps
-of one dtype that follow each other therefore become one graph, which routes inside; where it
+Vendors take one compute dtype per graph: fp32, fp16 or bf16, with int8 where Q/DQ pairs say so.
+Steps of one dtype that follow each other therefore become one graph, which routes inside; where it
 changes, tensors cross to the next. Layers whose experts a vendor cannot run on no rows are left to
 the host, which runs only experts that have rows.
 """
@@ -58,8 +58,8 @@ def fuse(
 ) -> Fused:
     """Return ``plan`` with its steps joined; ``compute_dtypes`` is that of its segments.
 
-    The graphs belong in files of ``folder``. All experts of a layer have one compute dtype. Layers in
-    ``for_host`` are dispatched by the host.
+    The graphs belong in files of ``folder``. All experts of a layer have one compute dtype. The
+    host dispatches layers in ``for_host``.
     """
     groups = list(_groups(_ordered(plan, for_host), compute_dtypes))
     _find_ends(plan, groups)
