@@ -8,9 +8,12 @@ every other name against the real bindings of each.
 import re
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 from advmoe_deploy.errors import BackendUnavailableError, missing_extra
+
+# A type of TensorRT's, which a type checker does not know.
+IExecutionContext: TypeAlias = Any
 
 # Before this release a graph without types of its own is all there is.
 STRONG_TYPES = (10, 0, 0)

@@ -16,7 +16,13 @@ from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.runtime.engine import Source
-from advmoe_deploy.runtime.tensorrt.api import logger, probe, tensorrt, version_text
+from advmoe_deploy.runtime.tensorrt.api import (
+    IExecutionContext,
+    logger,
+    probe,
+    tensorrt,
+    version_text,
+)
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
@@ -117,7 +123,9 @@ class Program(Closing):
         size = probe(self._engine, "device_memory_size_v2")
         return int(probe(self._engine, "device_memory_size") if size is None else size)
 
-    def context(self, memory: DeviceBuffer, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def context(
+        self, memory: DeviceBuffer, shapes: Mapping[str, tuple[int, ...]]
+    ) -> IExecutionContext:
         """Return a context for inputs of ``shapes``, the tensors inside in ``memory``."""
         context = self._bare_context(narrowest(self._profiles, shapes))
         set_memory = probe(context, "set_device_memory")
@@ -134,7 +142,7 @@ class Program(Closing):
             context.set_input_shape(name, facts.shape)
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
 
-    def _bare_context(self, number: int) -> Any:
+    def _bare_context(self, number: int) -> IExecutionContext:
         """Return a context of this profile, without memory for the tensors inside."""
         trt = tensorrt()
         engine = self._engine
@@ -210,7 +218,7 @@ class Work(Closing):
     first time they run uncaptured: only then has TensorRT prepared all it needs.
     """
 
-    def __init__(self, contexts: Sequence[Any]) -> None:
+    def __init__(self, contexts: Sequence[IExecutionContext]) -> None:
         """Take over contexts, bound by :func:`bound_context`."""
         self._contexts = list(contexts)
         self._graph: Graph | None = None
@@ -253,10 +261,12 @@ class Work(Closing):
         if self._graph is not None:
             self._graph.close()
         self._graph = None
-        self._contexts.clear()
+        self._contexts = []
 
 
-def bound_context(program: Program, memory: DeviceBuffer, places: Mapping[str, Place]) -> Any:
+def bound_context(
+    program: Program, memory: DeviceBuffer, places: Mapping[str, Place]
+) -> IExecutionContext:
     """Return a context whose tensors lie at ``places``.
 
     Raises:

@@ -4,81 +4,38 @@ The names are facts, taken from the wheels by ``benchmarks/gpu/tensorrt_names.py
 with ``probe`` may be missing from some releases, not from all.
 """
 
-import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[3]
 from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES
 from benchmarks.gpu import tensorrt_names
+from tests.bindings import Bindings, Name, names_of_ours
 
 RUNTIME = ROOT / "advmoe_deploy" / "runtime" / "tensorrt"
 NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
 FOUND: dict[str, dict[str, dict[str, list[str]]]] = json.loads(NAMES.read_text())
 
-# What our variables are called, and what they hold: "" is the module itself.
-TENSORRT = {
-    "trt": "",
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "config": "IBuilderConfig",
-    "parser": "OnnxParser",
-    "profile": "IOptimizationProfile",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "cache": "ITimingCache",
-    "inspector": "EngineInspector",
-    "error": "ParserError",
-}
-CUDA = {"cudart": "runtime", "driver": "driver"}
 FILES = sorted(RUNTIME.glob("*.py"))
-
-# A class of the module, or "", and a name in it.
-Name = tuple[str, str]
-
-
-def names_in(code: str, objects: dict[str, str]) -> tuple[set[Name], set[Name]]:
-    """Return the names that ``code`` relies on, and those that it asks for."""
-    relied, asked = set(), set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute) and (found := _path(node, objects)):
-            relied.add(found)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "probe":
-            asked |= set(_asked(node, objects))
-    return relied, asked
+# Names that a vendor has as well, on objects of Python's and our own.
+OURS = {
+    name for kind in (str, bytes, dict, list, Path, np, np.ndarray, np.dtype) for name in dir(kind)
+}
+OURS |= {n for f in (ROOT / "advmoe_deploy").rglob("*.py") for n in names_of_ours(f.read_text())}
 
 
-def _path(node: ast.expr, objects: dict[str, str]) -> Name | None:
-    """Return the class and the name of ``trt.A.b`` or ``builder.b``; nothing for other things."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    if not isinstance(node, ast.Name):
-        return None
-    names = [node.id, *parts]
-    if names[0] == "self":
-        names = names[1:]
-    owner = objects.get(names[0].lstrip("_")) if names else None
-    if owner is None or len(names) < 2:
-        return None
-    path = [*([owner] if owner else []), *names[1:]]
-    return ".".join(path[:-1]), path[-1]
-
-
-def _asked(call: ast.Call, objects: dict[str, str]) -> Iterator[Name]:
-    owner, name = call.args
-    path = _path(owner, objects)
-    text = getattr(owner, "id", "")
-    where = ".".join(filter(None, path)) if path else objects.get(text)
-    if where is not None and isinstance(name, ast.Constant):
-        yield where, str(name.value)
+def bindings(code: str, vendor: str) -> Bindings:
+    """Return the names of ``vendor`` in ``code``."""
+    classes: dict[str, set[str]] = {}
+    for release in FOUND[vendor].values():
+        for owner, names in release.items():
+            classes.setdefault(owner, set()).update(names)
+    return Bindings(code, classes)
 
 
 def lacking(names: set[Name], release: dict[str, list[str]]) -> set[Name]:
@@ -90,11 +47,32 @@ def lacking(names: set[Name], release: dict[str, list[str]]) -> set[Name]:
 
 
 def test_a_name_that_is_not_there_is_found_out() -> None:
-    code = "trt.Bilder; self._config.set_flag(trt.BuilderFlag.TF33); probe(trt.BuilderFlag, 'FP16')"
-    relied, asked = names_in(code, TENSORRT)
-    assert asked == {("BuilderFlag", "FP16")}
+    code = """
+def build(self):
+    trt = tensorrt()
+    trt.Bilder
+    self._config = trt.Builder(1).create_builder_config()
+    self.configure(self._config, trt)
+    probe(trt.BuilderFlag, "FP16")
+
+def configure(self, anything, module):
+    anything.set_flag(module.BuilderFlag.TF33)
+    anything.set_flags(1)
+"""
+    found = bindings(code, "tensorrt")
+    assert found.asked == {("BuilderFlag", "FP16")}
     for release in FOUND["tensorrt"].values():
-        assert lacking(relied, release) == {("", "Bilder"), ("BuilderFlag", "TF33")}
+        assert lacking(found.relied, release) == {
+            ("", "Bilder"),
+            ("BuilderFlag", "TF33"),
+            ("IBuilderConfig", "set_flags"),
+        }
+
+
+def test_a_vendors_name_on_an_object_of_which_nothing_is_known_is_found_out() -> None:
+    assert bindings("given.add_optimization_profile(1)", "tensorrt").unplaced == {
+        "add_optimization_profile"
+    }
 
 
 def test_the_facts_are_of_all_three_major_releases() -> None:
@@ -108,14 +86,15 @@ def test_the_facts_are_of_all_three_major_releases() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 @pytest.mark.parametrize("vendor", FOUND)
 def test_every_name_is_in_every_release(file: Path, vendor: str) -> None:
-    objects = {"tensorrt": TENSORRT, "cuda": CUDA}[vendor]
-    relied, asked = names_in(file.read_text(), objects)
+    used = bindings(file.read_text(), vendor)
     for version, release in FOUND[vendor].items():
-        assert not lacking(relied, release), f"{file.name}: {vendor} {version} has no such names"
-    for name in asked:
+        missing = lacking(used.relied, release)
+        assert not missing, f"{file.name}: {vendor} {version} has no such names"
+    for name in used.asked:
         assert any(not lacking({name}, r) for r in FOUND[vendor].values()), (
             f"no {vendor} has {name}"
         )
+    assert not used.unplaced - OURS, "say in tests/bindings.py of which class these are"
 
 
 def test_tactic_sources_are_those_of_all_releases() -> None:
@@ -124,7 +103,7 @@ def test_tactic_sources_are_those_of_all_releases() -> None:
 
 
 def test_names_are_found_in_our_files() -> None:
-    relied, _ = names_in((RUNTIME / "build.py").read_text(), TENSORRT)
+    relied = bindings((RUNTIME / "build.py").read_text(), "tensorrt").relied
     assert ("IBuilderConfig", "add_optimization_profile") in relied
     assert ("MemoryPoolType", "WORKSPACE") in relied
     assert len(relied) > 15
