@@ -7,7 +7,6 @@ every other name against the real bindings of each.
 
 import re
 from functools import cache
-from importlib import import_module
 from typing import Any, TypeAlias
 
 from advmoe_deploy.errors import BackendUnavailableError, missing_extra
@@ -17,8 +16,6 @@ IExecutionContext: TypeAlias = Any
 
 # Before this release a graph without types of its own is all there is.
 STRONG_TYPES = (10, 0, 0)
-# From this release on a graph says its precision itself, and no flag lowers it.
-NO_WEAK_TYPES = (11, 0, 0)
 
 Version = tuple[int, int, int]
 
@@ -47,21 +44,6 @@ def _not_loadable(error: Exception) -> BackendUnavailableError:
         f"tensorrt is installed but cannot be loaded: {reason}; install its libraries for this "
         "CUDA version (pip install 'advmoe-deploy[gpu]'), or name their folder in LD_LIBRARY_PATH"
     )
-
-
-def plugins() -> Any:
-    """Return TensorRT's module of plugins written in Python.
-
-    Raises:
-        BackendUnavailableError: TensorRT is missing, or older than 10.9, which compiled kernels
-            need.
-    """
-    trt = tensorrt()
-    if probe(trt, "QuickPluginCreationRequest") is None:
-        raise BackendUnavailableError(
-            f"TensorRT {version_text()} takes no compiled kernels as plugins; use 10.9 or newer"
-        )
-    return import_module("tensorrt.plugin")
 
 
 def version_text() -> str:

@@ -6,10 +6,12 @@ with TensorRT's own layers; ``benchmarks/gpu/main.py`` asks whether this is fast
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import GenericAlias
 from typing import Any
 
-from advmoe_deploy.runtime.tensorrt.api import plugins, tensorrt
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.tensorrt.api import probe, tensorrt, version_text
 
 NAMESPACE = "advmoe"
 
@@ -62,3 +64,18 @@ def register_router(kernel: RouterKernel, operator: str, *, is_lazy: bool = Fals
     name = f"{NAMESPACE}::{operator}"
     module.register(name, lazy_register=is_lazy)(describe)
     module.aot_impl(name)(launch)
+
+
+def plugins() -> Any:
+    """Return TensorRT's module of plugins written in Python.
+
+    Raises:
+        BackendUnavailableError: TensorRT is missing, or older than 10.9, which compiled kernels
+            need.
+    """
+    trt = tensorrt()
+    if probe(trt, "QuickPluginCreationRequest") is None:
+        raise BackendUnavailableError(
+            f"TensorRT {version_text()} takes no compiled kernels as plugins; use 10.9 or newer"
+        )
+    return import_module("tensorrt.plugin")
