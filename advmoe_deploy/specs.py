@@ -15,8 +15,15 @@ from pydantic import (
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.families import BACKBONES, BASE_WIDTH, IMAGE_ROUTED, Backbone, Family
-from advmoe_deploy.layout import ExpertKind, expert_modules
+from advmoe_deploy.families import (
+    BACKBONES,
+    BASE_WIDTH,
+    IMAGE_ROUTED,
+    Backbone,
+    ExpertKind,
+    Family,
+    expert_modules,
+)
 
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]

@@ -17,7 +17,7 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advmoe_deploy.layout import BLOCKS_PER_STAGE, expert_modules
+from advmoe_deploy.families import BLOCKS_PER_STAGE, expert_modules
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.families.expert_batch_norm import BatchNorm2d
 from advmoe_deploy.models.routing.dispatch import run_experts

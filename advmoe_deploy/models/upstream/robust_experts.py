@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, unknown_name
-from advmoe_deploy.layout import BLOCKS_PER_STAGE, ExpertKind, shortest_prefixes
+from advmoe_deploy.families import BLOCKS_PER_STAGE, ExpertKind, shortest_prefixes
 from advmoe_deploy.models.upstream.shapes import shape_of
 from advmoe_deploy.specs import ModelSpec, build_spec
 
