@@ -1,6 +1,8 @@
 """What the released code answered, and its weights, which are filled from their names.
 
-The answers are in the folder that the environment variable ADVMOE_FIXTURES names.
+The answers are in the folder that the environment variable ADVMOE_FIXTURES names, by default in
+../shared/fixtures/upstream beside the repository. A folder that is named has to be there, as CI's
+is; without one, these tests are skipped.
 """
 
 import json
@@ -14,6 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+DEFAULT = Path(__file__).parents[2] / "shared" / "fixtures" / "upstream"
 
 Case = tuple[dict, dict[str, Tensor], dict[str, np.ndarray]]
 
@@ -35,13 +39,21 @@ def fill(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
+def answers_folder() -> Path:
+    """The folder with the released code's answers."""
+    named = os.environ.get("ADVMOE_FIXTURES")
+    folder = Path(named) if named else DEFAULT
+    if not folder.is_dir():
+        reason = f"{folder} is no folder; set ADVMOE_FIXTURES to the one with the released answers"
+        (pytest.fail if named else pytest.skip)(reason)
+    return folder
+
+
 def case_of(name: str) -> Case:
     """What the model is, its filled weights, and the released code's answers."""
-    folder = os.environ.get("ADVMOE_FIXTURES")
-    if not folder:
-        pytest.skip("set ADVMOE_FIXTURES to the folder with the released code's answers")
-    about = json.loads((Path(folder) / f"{name}.json").read_text())
+    folder = answers_folder()
+    about = json.loads((folder / f"{name}.json").read_text())
     shapes = about["tensors"].items()
     state = {n: torch.from_numpy(fill(n, tuple(shape), about["seed"])) for n, shape in shapes}
-    with np.load(Path(folder) / f"{name}.npz") as answers:
+    with np.load(folder / f"{name}.npz") as answers:
         return about, state, dict(answers)
