@@ -73,18 +73,19 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return open_bundle(out)
 
 
-@pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a small AdvMoE that a few epochs made robust on digits."""
-    from advmoe_deploy.train.recipes import apply_overrides, recipe
-    from advmoe_deploy.train.run.loop import train
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let another run stand for ``trained_run``: tests hold whatever was trained."""
+    parser.addoption("--trained-run", type=Path, default=Path(__file__).parent / "data/trained-run")
 
-    settings = ["epochs=5", "model.width=8", "model.router_width=4", "lr=0.05", "beta=1"]
-    settings += ["batch_size=50", "threat.epsilon=0.05", "attack_steps=1", "evaluate_every=9"]
-    config = apply_overrides(recipe("digits-advmoe"), [*settings, "test_attack_steps=5"])
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    train(config, load_dataset("digits"), run)
-    return run
+
+@pytest.fixture(scope="session")
+def trained_run(request: pytest.FixtureRequest) -> Path:
+    """The run of a small AdvMoE that is robust on digits. Read it only.
+
+    Its weights are kept, for a training ends otherwise on another CPU; see tests/data/README.md.
+    """
+    run: Path = request.config.getoption("--trained-run")
+    return run.resolve()
 
 
 def assert_nothing_left(out: Path) -> None:

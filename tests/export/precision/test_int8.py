@@ -1,23 +1,28 @@
 """int8, from a robust model to answers: calibrated, examined, recorded, run by every command."""
 
 import json
+import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import BundleError, DataError
+from advmoe_deploy.errors import BundleError, CheckFailedError, DataError
 from advmoe_deploy.export.checks.images import labelled_images
 from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.export.precision import gate
 from advmoe_deploy.export.precision.casts import lowered
 from advmoe_deploy.export.precision.quantize import quantised_segments
 from advmoe_deploy.export.targets import Target
@@ -25,7 +30,7 @@ from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
@@ -42,10 +47,27 @@ ENGINES = ("onnxruntime", "onnxruntime-plan", "openvino", "openvino-plan")
 IMAGES = to_float(load_dataset("digits").test.images[:40])
 
 
+# Why a segment is not int8, or none is.
+REASON = (
+    r"(\d+\.\d\d % of the clear routes of a layer agree, less than 99\.90 %"
+    r"|(clean|robust) accuracy falls by [^;]+)"
+)
+
+
+@contextmanager
+def any_drop() -> Iterator[None]:
+    """Let every drop in accuracy pass: the images that int8 loses differ by CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "MAX_DROP", 100.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An export in which all experts are int8, and the router where its routes agree."""
     out = tmp_path_factory.mktemp("int8") / "bundle"
-    export_run(trained_run, out, targets=TARGETS)
+    with any_drop():
+        export_run(trained_run, out, targets=TARGETS)
     return open_bundle(out)
 
 
@@ -53,15 +75,21 @@ def engines_of(bundle: Bundle, backend: str) -> EngineSet:
     return next(each for each in bundle.manifest.engines if each.backend == backend)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_the_exam_was_passed_and_is_recorded(bundle: Bundle, backend: str) -> None:
+def assert_recorded(bundle: Bundle, backend: str) -> set[str]:
+    """Check the record of what was lowered, why the rest was not, and what it cost."""
     engines = engines_of(bundle, backend)
     lowered = {name for name, precision in engines.segments.items() if precision == "int8"}
-    assert lowered >= {"router.expert-0", "router.expert-1"}
-    assert engines.files.keys() == lowered
+    assert lowered
+    segments = (*bundle.manifest.plan.segments, *engines.plan.segments)
+    files = {segment.name: segment.file for segment in segments} | engines.files
+    for name in engines.segments:
+        nodes = onnx.load_model(bundle.file(files[name])).graph.node
+        assert any(n.op_type == "DequantizeLinear" for n in nodes) == (name in lowered)
     check, calibration = engines.check, engines.calibration
     assert check is not None
     assert calibration is not None
+    assert check.raised.keys() == engines.segments.keys() - lowered
+    assert all(re.fullmatch(REASON, reason) for reason in check.raised.values())
     assert engines.parity.route_agreement >= check.least_route_agreement == 0.999
     assert check.holdout_images == 200
     for accuracy in (check.clean_accuracy, check.robust_accuracy):
@@ -74,7 +102,36 @@ def test_the_exam_was_passed_and_is_recorded(bundle: Bundle, backend: str) -> No
     assert check.own_attack.robust_accuracy.engine <= check.robust_accuracy.engine
     assert (calibration.clean_images, calibration.attacked_images) == (256, 256)
     assert (calibration.data, calibration.epsilon) == ("digits", 0.05)
-    assert (check.router is not None) == ("router" in check.raised)
+    if backend == "tensorrt":  # another machine's engines: nothing is timed here
+        assert check.router is None
+    else:
+        assert (check.router is not None) == ("routes" in check.raised.get("router", ""))
+    return lowered
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.backend)
+def test_the_gates_verdict_is_recorded(trained_run: Path, tmp_path: Path, target: Target) -> None:
+    out, refusal = tmp_path / "bundle", ""
+    try:
+        bundle = export_run(trained_run, out, targets=[target])
+    except CheckFailedError as error:
+        refusal = str(error)
+    if refusal:  # another CPU's rounding may lose an image more than the gate allows
+        said = f"nothing of this model can run in int8: {REASON}; no bundle was written; use a "
+        assert re.fullmatch(rf"{said}higher precision", refusal)
+        assert_nothing_left(out)
+        return
+    assert_recorded(bundle, target.backend)
+    check = engines_of(bundle, target.backend).check
+    assert check is not None
+    assert check.max_drop == 0.5
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_was_lowered_and_what_it_cost_is_recorded(bundle: Bundle, backend: str) -> None:
+    lowered = assert_recorded(bundle, backend)
+    assert lowered >= {"router.expert-0", "router.expert-1"}
+    assert engines_of(bundle, backend).files.keys() == lowered
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -115,12 +172,13 @@ def test_around_int8_it_is_float16_where_that_is_asked_for(
     target = Target(
         "tensorrt", "int8", onnx_only=True, build=BuildOptions(unquantised_dtype="fp16")
     )
-    half = export_run(trained_run, tmp_path / "bundle", targets=[target])
+    with any_drop():
+        half = export_run(trained_run, tmp_path / "bundle", targets=[target])
     engines, before = engines_of(half, "tensorrt"), engines_of(bundle, "tensorrt")
-    assert engines.segments == before.segments
     low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    assert {"router.expert-0", "router.expert-1"} <= {*low}
     assert {engines.compute_dtypes[name] for name in low} == {"fp16"}
-    assert {before.compute_dtypes[name] for name in low} == {"fp32"}
+    assert {before.compute_dtypes[n] for n, p in before.segments.items() if p == "int8"} == {"fp32"}
     assert "what int8 leaves unquantised is fp16" in engines.findings()
     for segment in (s for s in engines.plan.segments if s.name in low):
         model = onnx.load_model(half.file(segment.file))
@@ -136,8 +194,16 @@ def test_around_int8_it_is_float16_where_that_is_asked_for(
         assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
     with open_set(half, engines) as runner, open_set(bundle, before) as other:
         answer, expected = runner.infer(IMAGES), other.infer(IMAGES)
-    change = np.linalg.norm(answer.logits - expected.logits) / np.linalg.norm(expected.logits)
-    assert 0 < change < 0.05  # a step of int8 here and there
+    same_N = same_routes(answer, expected)
+    change = np.linalg.norm((answer.logits - expected.logits)[same_N])
+    assert 0 < change / np.linalg.norm(expected.logits) < 0.05  # a step of int8 here and there
+
+
+def same_routes(answer: Prediction, expected: Prediction) -> NDArray[np.bool_]:
+    """Return which images go to the same expert: one route in 1,000 may differ, and may be here."""
+    same_N: NDArray[np.bool_] = (answer.expert_ids["router"] == expected.expert_ids["router"])[:, 0]
+    assert same_N.sum() >= len(same_N) - 1
+    return same_N
 
 
 def open_set(bundle: Bundle, engines: EngineSet) -> Runner:
@@ -181,8 +247,7 @@ def test_answers_resemble_those_of_fp32_at_any_batch_size(bundle: Bundle, engine
     np.testing.assert_allclose(logits, whole.logits, rtol=0, atol=1e-4)
     for answer in together:
         np.testing.assert_array_equal(answer.logits, whole.logits)
-    same_N = (whole.expert_ids["router"] == expected.expert_ids["router"])[:, 0]
-    assert same_N.sum() >= len(IMAGES) - 1  # one route in 1,000 may differ, and may be here
+    same_N = same_routes(whole, expected)
     change = np.linalg.norm((whole.logits - expected.logits)[same_N])
     assert 1e-3 < change / np.linalg.norm(expected.logits) < 0.2
 
@@ -192,7 +257,7 @@ def test_every_command_runs_it(
 ) -> None:
     report = verify_bundle(bundle, engine="openvino:int8", images=40, threads=1)
     assert (report.engine, report.precision) == ("openvino:int8", "int8")
-    assert report.route_agreement >= 0.99
+    assert report.route_agreement >= 39 / 40  # one route in 1,000 may differ, and may be here
     pairs = [(a.attack.name, a.found_on) for a in report.attacks]
     both = ("reference", "engine")
     assert pairs == [(name, on) for name in ("pgd", "pgd", "pgd", "square") for on in both]
@@ -279,7 +344,8 @@ def test_labelled_images_are_of_the_models_kind(tmp_path: Path) -> None:
 def test_the_first_precision_rules(trained_run: Path, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "bundle"), "--no-reference"]
     precisions = ["--precision", "fp32", "--precision", "int8"]
-    assert run(["export", str(trained_run), "--format", "onnx", *precisions, *out]) == 0
+    with any_drop():
+        assert run(["export", str(trained_run), "--format", "onnx", *precisions, *out]) == 0
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.engine_set("onnxruntime", "int8")
     with open_runner(bundle, threads=1) as runner:
