@@ -78,6 +78,35 @@ def test_files_of_lightning_and_of_the_dual_model(capsys: Capture, tmp_path: Pat
         load_checkpoint(Path(out) / "model")
 
 
+def test_what_was_unwrapped_is_said_and_the_key_chooses(
+    capsys: Capture, advmoe_file: Path, tmp_path: Path
+) -> None:
+    network = torch.load(advmoe_file)["state_dict"]
+    averaged = {name: t.double() for name, t in network.items()} | {"linear.bias": torch.ones(10)}
+    before = {"mean": torch.full((3,), 0.5), "std": torch.full((3,), 0.25)}
+    state = {
+        f"{part}.{n}": t
+        for part, tensors in (("0", before), ("1", network))
+        for n, t in tensors.items()
+    }
+    torch.save({"state_dict": state, "model_ema": averaged}, tmp_path / "both.pth")
+    arguments = [str(tmp_path / "both.pth"), "--from", "advmoe", "--out", str(tmp_path / "run")]
+    assert run(["import", *arguments]) == 3
+    says = capsys.readouterr().err
+    assert "holds several networks, at model_ema, state_dict.1; choose one" in says
+    said = imported(capsys, *arguments, "--key", "state_dict")
+    assert said["unwrapped"] == ["state_dict", "1"]
+    assert said["normalisation"] == ["state_dict.0.mean", "state_dict.0.std"]
+    assert said["left_out"] == ["model_ema"]
+    assert said["model"]["std"] == [0.25, 0.25, 0.25]
+    checkpoint, _ = load_checkpoint(tmp_path / "run" / "model")
+    assert checkpoint.provenance["unwrapped"] == ["state_dict", "1"]
+    assert run(["import", *arguments, "--overwrite", "--key", "model_ema"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "unwrapped model_ema" in out
+    assert "converted to float32 float64" in out
+
+
 def test_an_existing_run_stays_unless_told(capsys: Capture, advmoe_file: Path) -> None:
     out = advmoe_file.parent / "run"
     arguments = ["import", str(advmoe_file), "--from", "advmoe", "--out", str(out)]

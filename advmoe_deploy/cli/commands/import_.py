@@ -26,6 +26,14 @@ def import_checkpoint(
             help="What shapes cannot tell: image_size, mean, std, top_k, alpha...; repeatable.",
         ),
     ] = None,
+    key: Annotated[
+        str,
+        typer.Option(
+            "--key",
+            help="Where in FILE the network is, if it holds several: --key state_dict_ema, or "
+            "--key ema_model of the names that begin so; '.' for the top.",
+        ),
+    ] = "",
     out: Annotated[
         Path | None, typer.Option("--out", help="Run directory; by default runs/ and FILE's name.")
     ] = None,
@@ -42,8 +50,14 @@ def import_checkpoint(
         from advmoe_deploy.models.upstream import importer as upstream
 
         overrides = upstream.parse_settings(settings or ())
-        spec, model = upstream.import_checkpoint(file, source, overrides)
-        provenance = {"imported_from": source, "file": file.name, "file_sha256": sha256_of(file)}
+        imported = upstream.read_released(file, source, overrides, key)
+        spec = imported.spec
+        provenance = {
+            "imported_from": source,
+            "file": file.name,
+            "file_sha256": sha256_of(file),
+            **imported.report(),
+        }
         checkpoint = Checkpoint(
             model=spec,
             threat=None,
@@ -60,5 +74,5 @@ def import_checkpoint(
         }
         with staged_directory(run, overwrite=overwrite) as staged:
             (staged / "model").mkdir()
-            save_checkpoint(staged / "model", checkpoint, model)
+            save_checkpoint(staged / "model", checkpoint, imported.model)
         ui.show(value, lambda: training_tables.import_report(value))

@@ -51,6 +51,16 @@ def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
     return Group(table, escape(f"plot: {plot}"))
 
 
+# What was done to the file on the way, where there was anything to do.
+_READING = (
+    "unwrapped",
+    "left_out",
+    "normalisation",
+    "converted_to_float32",
+    "batch_counts_set_to_0",
+)
+
+
 def import_report(value: Mapping[str, Any]) -> RenderableType:
     """Return what a checkpoint turned out to be, and the next step."""
     spec, macs = value["model"], value["macs"]
@@ -63,6 +73,7 @@ def import_report(value: Mapping[str, Any]) -> RenderableType:
             f"{macs['router'] / 1e6:.2f}); unfused {macs['unfused'] / 1e6:.2f}, "
             f"dense {macs['dense'] / 1e6:.2f}",
         ),
+        *((key.replace("_", " "), _spec_text(value[key])) for key in _READING if value[key]),
     ]
     hint = f"next: advmoe export {value['run']} --format onnx --data random:1000"
     return Group(facts(value["run"], rows), escape(hint))

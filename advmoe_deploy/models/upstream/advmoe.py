@@ -21,10 +21,17 @@ from advmoe_deploy.models.backbones.resnet import Bottleneck
 from advmoe_deploy.models.backbones.vgg import VGG16_STAGES
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.upstream.shapes import shape_of
+from advmoe_deploy.models.upstream.wrappers import Signature
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
 OVERRIDES = ("image_size", "mean", "std", "width", "ratio")
+# What tells where the network is: a ResNet, a wide one, a VGG. The router is a ResNet as well.
+SIGNATURE = Signature(
+    (("layer1.0.conv1.weight",), ("block1.layer.0.conv1.weight",), ("features.0.weight",)),
+    parts=frozenset({"router"}),
+    beside="router",
+)
 
 Tensors = Mapping[str, Tensor]
 # Channels at full width, and how many of them the network has.
@@ -86,9 +93,17 @@ def _one_router(state: Tensors) -> dict[str, Tensor]:
     for name, tensor in state.items():
         _, found, inner = f".{name}".rpartition(".router.")
         once = f"router.{inner}" if found else name
-        if not torch.equal(network.setdefault(once, tensor), tensor):
+        kept = network.get(once, tensor)
+        if not _is_same(kept, tensor):
             raise CheckpointError(f"{name} differs from the other copies of the router")
+        network[once] = max(kept, tensor, key=Tensor.element_size)
     return network
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two copies agree as far as the less precise of them tells."""
+    coarse = min(one, other, key=Tensor.element_size).dtype
+    return torch.equal(one.to(coarse), other.to(coarse))
 
 
 def _spec_of(network: Tensors, overrides: Mapping[str, object]) -> ModelSpec:

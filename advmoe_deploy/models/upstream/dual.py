@@ -15,10 +15,15 @@ from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.models.backbones.resnet import BasicBlock
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.upstream.shapes import shape_of
+from advmoe_deploy.models.upstream.wrappers import Signature
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
 OVERRIDES = ("alpha", "mean", "std")
+SIGNATURE = Signature(
+    tuple((f"{part}router.gate.weight",) for part in ("", "Smoe.", "Rmoe.")),
+    parts=frozenset({"Smoe", "Rmoe"}),
+)
 
 _ALPHA = 0.7
 _PARALLEL = "module."

@@ -1,21 +1,16 @@
 """The papers' own checkpoints, read into ours without running a line of what they hold.
 
 Each family has a converter from names and shapes to a spec and our weights; this module reads the
-files, chooses the converter, and checks what comes out.
+file, finds the network in it, chooses the converter, and checks what comes out.
 """
 
 import json
-import pickle
-import re
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, UsageError, unknown_name
@@ -25,6 +20,9 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.upstream import advmoe as upstream_advmoe
 from advmoe_deploy.models.upstream import dual as upstream_dual
 from advmoe_deploy.models.upstream import robust_experts as upstream_robust_experts
+from advmoe_deploy.models.upstream.files import content_of
+from advmoe_deploy.models.upstream.normalisation import normalisation_of
+from advmoe_deploy.models.upstream.wrappers import Signature, flattened, network_in, roots_of
 from advmoe_deploy.specs import ModelSpec
 
 Converter = Callable[
@@ -36,45 +34,97 @@ IMPORTERS: dict[str, Converter] = {
     "robust-experts": upstream_robust_experts.convert,
     "dual-model": upstream_dual.convert,
 }
+_SIGNATURES: dict[str, Signature] = {
+    "advmoe": upstream_advmoe.SIGNATURE,
+    "robust-experts": upstream_robust_experts.SIGNATURE,
+    "dual-model": upstream_dual.SIGNATURE,
+}
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool})
+_COUNT = "num_batches_tracked"
 
-# Under which key a file keeps its weights, if not at the top.
-_WRAPPERS = ("state_dict", "net", "model_state_dict")
-# What wrappers put into the names: DataParallel, torch.compile.
-_WRAPPED = {"module", "_orig_mod"}
-_scalar = np.float64(0).__reduce__()[0]
-# Numbers of numpy, which training scripts like to keep beside the weights; no more than data.
-_HARMLESS: list[Any] = [
-    np.dtype,
-    *{type(np.dtype(code)) for code in "fdiql?"},
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
+
+@dataclass(frozen=True)
+class Imported:
+    """A released checkpoint's spec and model, in eval mode, with what was done to get there.
+
+    ``unwrapped`` are the keys and prefixes around the network's names, ``left_out`` the places in
+    the file that were not read. ``normalisation`` names the tensors that the spec's mean and std
+    come from. ``converted`` counts the tensors per dtype that became float32, ``filled`` the
+    BatchNorms without a count of batches, which are given 0.
+    """
+
+    spec: ModelSpec
+    model: Classifier
+    unwrapped: tuple[str, ...]
+    left_out: tuple[str, ...]
+    normalisation: tuple[str, ...]
+    converted: Mapping[str, int]
+    filled: int
+
+    def report(self) -> dict[str, object]:
+        """Return what was done, as JSON takes it."""
+        return {
+            "unwrapped": [*self.unwrapped],
+            "left_out": [*self.left_out],
+            "normalisation": [*self.normalisation],
+            "converted_to_float32": dict(self.converted),
+            "batch_counts_set_to_0": self.filled,
+        }
 
 
 def import_checkpoint(
-    file: Path, source: str, overrides: Mapping[str, object]
+    file: Path, source: str, overrides: Mapping[str, object], key: str = ""
 ) -> tuple[ModelSpec, Classifier]:
-    """Return the spec and the model, in eval mode, of a released checkpoint.
+    """Return the spec and the model of a released checkpoint, see :func:`read_released`."""
+    imported = read_released(file, source, overrides, key)
+    return imported.spec, imported.model
+
+
+def read_released(
+    file: Path, source: str, overrides: Mapping[str, object], key: str = ""
+) -> Imported:
+    """Return what a released checkpoint holds.
 
     Args:
         file: a file of ``torch.save`` (.pth, .pt, .ckpt, .t7) or of safetensors.
         source: whose code wrote it, a name in :data:`IMPORTERS`.
         overrides: what names and shapes cannot tell, see :func:`parse_settings`.
+        key: where the network is in a file of several, such as ``state_dict.ema_model``.
 
     Raises:
         CheckpointError: the file is missing or damaged, needs code to be read, holds another
-            family's network, lacks tensors, has odd ones, or holds values that are not finite.
-        UsageError: ``source`` or an override is unknown or makes no sense.
+            family's network, several and no ``key``, lacks tensors, has odd ones, or holds values
+            that are not finite.
+        UsageError: ``source``, ``key`` or an override is unknown or makes no sense.
     """
     if source not in IMPORTERS:
         raise unknown_name("source", source, IMPORTERS)
-    state = read_tensors(file)
-    require_finite(state, str(file))
+    tensors = flattened(content_of(file), str(file))
+    network = network_in(tensors, _SIGNATURES[source], key, str(file))
+    normalisation = normalisation_of(tensors, network, str(file))
+    used = normalisation.names if normalisation else ()
+    state = {plain: tensors[name] for plain, name in network.names.items() if name not in used}
+    _require_numbers(state, str(file))
+    counts = _missing_counts(state)
     try:
-        spec, weights = IMPORTERS[source](state, overrides)
-        return spec, _model_of(spec, weights)
+        spec, weights = IMPORTERS[source](state | counts, overrides)
+        if normalisation:
+            spec = normalisation.applied_to(spec, overrides)
+        model = _model_of(spec, weights)
     except CheckpointError as error:
-        hint = _other_sources(state, source)
+        hint = _other_sources(tensors, source)
         raise CheckpointError(f"{file} is no checkpoint of {source}: {error}{hint}") from None
+    dtypes = (t.dtype for t in state.values() if t.is_floating_point())
+    return Imported(
+        spec=spec,
+        model=model,
+        unwrapped=network.unwrapped(),
+        left_out=network.left_out(tensors, used),
+        normalisation=used,
+        converted=Counter(str(d).removeprefix("torch.") for d in dtypes if d != torch.float32),
+        filled=len(counts),
+    )
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, object]:
@@ -92,75 +142,22 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
     return parsed
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file by name; wrappers' parts of the names are left out.
-
-    A router that the file keeps apart is found under ``router.``.
-
-    Raises:
-        CheckpointError: the file is missing, no checkpoint, or no state dict.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is no file; name a checkpoint of the released code")
-    content = _read_safetensors(file) if _is_safetensors(file) else _read_torch(file)
-    state = next((content[key] for key in _WRAPPERS if key in content), content)
-    tensors = _tensors(state, "", file)
-    if isinstance(content.get("router"), Mapping):
-        tensors |= _tensors(content["router"], "router.", file)
-    return tensors
+def _require_numbers(state: Mapping[str, Tensor], file: str) -> None:
+    """Raise where a tensor holds no plain numbers, or one that is not finite as float32."""
+    for name, tensor in state.items():
+        odd = tensor.is_meta or tensor.layout != torch.strided
+        if odd or tensor.dtype not in _FLOATS | _INTEGERS:
+            kind = "without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise CheckpointError(
+                f"{file}: {name} is {kind}; save the weights as dense float32 and import those"
+            )
+    require_finite({n: t.float() for n, t in state.items() if t.dtype in _FLOATS}, file)
 
 
-def _tensors(state: object, prefix: str, file: Path) -> dict[str, Tensor]:
-    named = dict(state) if isinstance(state, Mapping) else {}
-    tensors: dict[str, Tensor] = {}
-    for name, value in named.items():
-        if isinstance(name, str) and isinstance(value, Tensor):
-            plain = prefix + ".".join(part for part in name.split(".") if part not in _WRAPPED)
-            if plain in tensors:
-                raise CheckpointError(f"{file} holds {plain} twice; which one is meant?")
-            tensors[plain] = value
-    if not tensors:
-        found = ", ".join(list(map(str, named))[:5]) or type(state).__name__
-        raise CheckpointError(f"{file} holds no tensors by name, but {found}; name a checkpoint")
-    return tensors
-
-
-def _is_safetensors(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(9)[8:] == b"{"  # eight bytes of length, then JSON
-
-
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    try:
-        return dict(load_file(file))
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from None
-
-
-def _read_torch(file: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # damaged bytes raise whatever they happen to mean
-        raise _not_read(file, error) from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file} holds one {type(content).__name__}, not weights by name")
-    return dict(content)
-
-
-def _not_read(file: Path, error: Exception) -> CheckpointError:
-    code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return CheckpointError(
-            f"{file} needs the code of {code[1]} to be read, which is not run here; where you "
-            "trust it, save its state_dict alone (torch.save) and import that"
-        )
-    return CheckpointError(
-        f"{file} is no file of torch.save or safetensors, or it is damaged; copy it again"
-    )
+def _missing_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a count of 0 batches for each BatchNorm that has none, as older torch wrote them."""
+    norms = (n.removesuffix("running_var") for n in state if n.endswith(".running_var"))
+    return {f"{n}{_COUNT}": torch.tensor(0) for n in norms if f"{n}{_COUNT}" not in state}
 
 
 def _model_of(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Classifier:
@@ -174,17 +171,24 @@ def _model_of(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Classifier:
         if expected[name].shape != weights[name].shape:
             found, wanted = [*weights[name].shape], [*expected[name].shape]
             raise CheckpointError(f"{name} is {found}, not {wanted}")
+        if expected[name].is_floating_point() and not weights[name].is_floating_point():
+            raise CheckpointError(f"{name} is {weights[name].dtype}, not floating-point")
     model.load_state_dict(dict(weights))
     return model.eval()
 
 
-def _other_sources(state: Mapping[str, Tensor], source: str) -> str:
+def _other_sources(tensors: Mapping[str, Tensor], source: str) -> str:
+    if any("flat_param" in name for name in tensors):
+        return "; it is flattened by FSDP: save it with StateDictType.FULL_STATE_DICT"
     for other in IMPORTERS.keys() - {source}:
-        try:
-            IMPORTERS[other](state, {})
-        except (CheckpointError, UsageError):
-            continue
-        return f"; it looks like --from {other}"
+        for root in roots_of(tensors, _SIGNATURES[other])[:1]:
+            try:
+                network = network_in(tensors, _SIGNATURES[other], root or ".", "")
+                state = {plain: tensors[name] for plain, name in network.names.items()}
+                IMPORTERS[other](state | _missing_counts(state), {})
+            except (CheckpointError, UsageError):
+                continue
+            return f"; it looks like --from {other}"
     return ""
 
 

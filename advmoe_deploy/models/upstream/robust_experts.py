@@ -15,10 +15,12 @@ from torch import Tensor
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.families import BLOCKS_PER_STAGE, ExpertKind, shortest_prefixes
 from advmoe_deploy.models.upstream.shapes import shape_of
+from advmoe_deploy.models.upstream.wrappers import Signature
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
 OVERRIDES = ("top_k", "weighting", "gate", "image_size", "mean", "std")
+SIGNATURE = Signature((("conv1.weight", "fc.weight"),), parts=frozenset({"router"}))
 
 _BANK = re.compile(r"(layer\d\.\d+(?:\.(?:conv\d|downsample\.0))?)\.experts\.(\d+)\.")
 _SHIFTED = "gate.network."
