@@ -19,6 +19,7 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
+    from advmoe_deploy.models.checkpoint import Checkpoint
     from advmoe_deploy.progress import Progress
     from advmoe_deploy.reports import LatencyReport, RobustReport
     from advmoe_deploy.runtime.runner import Runner
@@ -30,6 +31,7 @@ __all__ = [
     "BuildOptions",
     "Bundle",
     "export",
+    "import_checkpoint",
     "load_model",
     "open_bundle",
     "open_runner",
@@ -85,6 +87,40 @@ def train(
         overwrite=overwrite,
         devices=devices,
         progress=progress or Silent(),
+    )
+
+
+def import_checkpoint(
+    file: StrPath,
+    source: str,
+    out: StrPath | None = None,
+    *,
+    settings: Sequence[str] = (),
+    key: str = "",
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Import a checkpoint that a paper's released code wrote, and return what the run now says.
+
+    Nothing in the file is run. The result's ``model`` is the architecture, its ``provenance`` says
+    what was unwrapped and what was left out.
+
+    Args:
+        file: a file of ``torch.save`` or of safetensors.
+        source: whose code wrote it: ``advmoe``, ``robust-experts`` or ``dual-model``.
+        out: the run folder; by default ``runs/`` and the file's name.
+        settings: what names and shapes cannot tell, such as ``"image_size=64"``.
+        key: where the network is in a file of several, such as ``"state_dict_ema"``.
+        overwrite: replace an older run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, needs code, or holds another network.
+        UsageError: the source, the key or a setting make no sense, or ``out`` is in the way.
+    """
+    from advmoe_deploy.models.upstream.run import run_from_released
+
+    run = Path(out) if out is not None else Path("runs") / Path(file).stem
+    return run_from_released(
+        Path(file), source, run, settings=settings, key=key, overwrite=overwrite
     )
 
 

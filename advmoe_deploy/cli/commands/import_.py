@@ -7,10 +7,6 @@ import typer
 
 from advmoe_deploy.cli.options import Json, Overwrite
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
-
-# What tells a run that may be replaced from a folder that is none.
-_MARKER = "model/checkpoint.json"
 
 
 def import_checkpoint(
@@ -42,37 +38,18 @@ def import_checkpoint(
 ) -> None:
     """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
     run = out or Path("runs") / file.stem
-    refuse_existing(run, overwrite=overwrite, marker=_MARKER)
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import training as training_tables
-        from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
         from advmoe_deploy.models.macs import macs_of
-        from advmoe_deploy.models.upstream import importer as upstream
+        from advmoe_deploy.models.upstream.run import run_from_released
 
-        overrides = upstream.parse_settings(settings or ())
-        imported = upstream.read_released(file, source, overrides, key)
-        spec = imported.spec
-        provenance = {
-            "imported_from": source,
-            "file": file.name,
-            "file_sha256": sha256_of(file),
-            **imported.report(),
-        }
-        checkpoint = Checkpoint(
-            model=spec,
-            threat=None,
-            class_names=tuple(str(label) for label in range(spec.num_classes)),
-            recipe={"name": f"imported from {source}", "settings": overrides},
-            metrics={},
-            provenance=provenance,
+        checkpoint = run_from_released(
+            file, source, run, settings=settings or (), key=key, overwrite=overwrite
         )
         value = {
             "run": str(run),
-            "model": spec.model_dump(mode="json"),
-            "macs": macs_of(spec).model_dump(mode="json"),
-            **provenance,
+            "model": checkpoint.model.model_dump(mode="json"),
+            "macs": macs_of(checkpoint.model).model_dump(mode="json"),
+            **checkpoint.provenance,
         }
-        with staged_directory(run, overwrite=overwrite) as staged:
-            (staged / "model").mkdir()
-            save_checkpoint(staged / "model", checkpoint, imported.model)
         ui.show(value, lambda: training_tables.import_report(value))
