@@ -1,0 +1,71 @@
+"""Every program in examples/ runs, as somebody would start it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.runtime.select import open_runner
+from tests.models.upstream.test_upstream import TINY, model_of, released_of, write_released
+from tests.serving.test_oip import served, wait_until_ready
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def output_of(name: str, *arguments: object) -> str:
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def digit(tmp_path: Path) -> Path:
+    Image.fromarray(load_dataset("digits").test.images[0, 0]).save(tmp_path / "digit.png")
+    return tmp_path / "digit.png"
+
+
+@pytest.fixture
+def address(tiny_bundle: Bundle) -> Iterator[str]:
+    with open_runner(tiny_bundle) as runner, served(tiny_bundle, runner) as address:
+        wait_until_ready(address)
+        yield address
+
+
+def test_train_export_predict(tmp_path: Path) -> None:
+    said = output_of("train_export_predict.py", tmp_path, 1)
+    assert said.count("is called") == 5
+    assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+def test_plain_onnxruntime_answers_what_we_answer(tiny_bundle: Bundle, digit: Path) -> None:
+    said = output_of("plain_onnxruntime.py", tiny_bundle.path, digit, digit)
+    with open_runner(tiny_bundle) as runner:
+        image = load_dataset("digits").test.images[:1].astype("float32") / 255
+        best = int(runner.infer(image).logits.argmax())
+    assert said.count(f"digit.png: {tiny_bundle.manifest.class_names[best]} (") == 2
+    program = (EXAMPLES / "plain_onnxruntime.py").read_text()
+    assert "advmoe_deploy" not in program
+
+
+def test_ask_server(address: str, digit: Path) -> None:
+    said = output_of("ask_server.py", f"http://{address}/v2/models/advmoe", digit)
+    assert said.startswith("logits [1, 10] [")
+
+
+def test_import_released(tmp_path: Path) -> None:
+    file = write_released(tmp_path / "best.pth", *released_of(model_of(TINY)))
+    said = output_of("import_released.py", file, "advmoe", tmp_path / "out", "image_size=16")
+    assert "unwrapped: state_dict" in said
+    assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
+
+
+def test_examples_stay_short() -> None:
+    programs = sorted(EXAMPLES.glob("*.py"))
+    assert programs
+    assert all(len(program.read_text().splitlines()) < 60 for program in programs)
