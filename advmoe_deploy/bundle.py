@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from advmoe_deploy import __version__
+from advmoe_deploy.decoding import ModelDecoding
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
@@ -170,13 +171,15 @@ class EngineSet(Frozen):
 class BundleManifest(Frozen):
     """What a bundle holds; ``files`` maps relative POSIX paths to their hashes.
 
-    ``pruning`` says which experts were left out, ``None`` if none were.
+    ``decoding`` is how image files are read for the model; ``pruning`` says which experts were left
+    out, ``None`` if none were.
     """
 
     schema_version: int
     created: str
     producer: str
     model: ModelSpec
+    decoding: ModelDecoding
     threat: ThreatModel | None
     precision: Precision
     plan: Plan

@@ -21,6 +21,7 @@ LAYERS = [
         "intervals",
         "families",
         "closing",
+        "decoding",
         "specs",
         "plan",
         "bundle",

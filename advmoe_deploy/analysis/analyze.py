@@ -110,7 +110,9 @@ def analyze(
     started = time.perf_counter()
     source = settings.data or stored.data
     threat = stored.threat_model(settings.epsilon)
-    pixels, labels = matching_test_images(source, stored.model.spec, settings.images)
+    pixels, labels = matching_test_images(
+        source, stored.model.spec, stored.decoding, settings.images
+    )
     work = _Work(
         stored.model,
         torch.from_numpy(pixels),

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, Split, mixed, stratified_parts
-from advmoe_deploy.data.pixels import Pixels, decoded, stacked
+from advmoe_deploy.data.decode import decode_file
+from advmoe_deploy.data.pixels import Pixels, stacked
+from advmoe_deploy.decoding import SUFFIXES, Decoding
 from advmoe_deploy.errors import DataError
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 _SEED = 20230810
 _HOLDOUT_IMAGES = 1000
 
@@ -21,8 +22,8 @@ class _Listing:
     labels: list[int]
 
 
-def load_image_folder(source: str, root: Path, *, size: int) -> Dataset:
-    """Return the images under ``root`` as uint8 [N, 3, size, size], other sizes scaled and cut.
+def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
+    """Return the images under ``root`` as uint8 [N, C, H, W], read as ``decoding`` says.
 
     The classes are the folders of ``train``, in alphabetical order; the hold-out is up to 1,000 of
     the training images, evenly by class, at most a fifth of them. Images are dealt evenly by class,
@@ -47,9 +48,9 @@ def load_image_folder(source: str, root: Path, *, size: int) -> Dataset:
     return Dataset(
         source=source,
         class_names=names,
-        train=_split(train, train_rows.tolist(), size),
-        holdout=_split(train, holdout_rows.tolist(), size),
-        test=_split(test, test_rows.tolist(), size),
+        train=_split(train, train_rows.tolist(), decoding),
+        holdout=_split(train, holdout_rows.tolist(), decoding),
+        test=_split(test, test_rows.tolist(), decoding),
     )
 
 
@@ -81,14 +82,9 @@ def _listing(root: Path, names: Sequence[str]) -> _Listing:
     return _Listing(files, labels)
 
 
-def _split(listing: _Listing, rows: Sequence[int], size: int) -> Split:
+def _split(listing: _Listing, rows: Sequence[int], decoding: Decoding) -> Split:
     def read(row: int) -> Pixels:
-        file = listing.files[row]
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror})") from None
-        return decoded(data, str(file), size, exact=False)
+        return decode_file(listing.files[row], decoding).pixels
 
     chosen = [listing.files[row] for row in rows]
 
@@ -96,4 +92,4 @@ def _split(listing: _Listing, rows: Sequence[int], size: int) -> Split:
         return "\n".join(f"{file} {file.stat().st_mtime_ns}" for file in chosen)
 
     labels = np.asarray([listing.labels[row] for row in rows], dtype=np.int64)
-    return Split(stacked(read, rows, size, key), labels)
+    return Split(stacked(read, rows, decoding, key), labels)

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from advmoe_deploy.data.dataset import Dataset, Split, mixed
-from advmoe_deploy.data.pixels import decoded, stacked
+from advmoe_deploy.data.pixels import exactly, stacked
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, missing_extra
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
@@ -63,8 +64,8 @@ class _Rows:
     names: tuple[str, ...]
 
 
-def load_hub_set(hub_set: HubSet, source: str, folder: Path | None) -> Dataset:
-    """Return the data set as uint8 [N, 3, H, W].
+def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: Decoding) -> Dataset:
+    """Return the data set as uint8 [N, C, H, W], read as ``decoding`` says.
 
     It comes from the parquet files of ``folder``; without one, of ``$ADVMOE_DATA/NAME``; without
     that, from the hub. The hold-out is a fixed 1,000 of the training images. Images keep their
@@ -85,9 +86,9 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None) -> Dataset:
     return Dataset(
         source=source,
         class_names=_class_names(hub_set, train.names),
-        train=_split(hub_set, train, np.sort(order[size:])),
-        holdout=_split(hub_set, train, np.sort(order[:size])),
-        test=_split(hub_set, test, np.arange(len(test.labels))),
+        train=_split(hub_set, train, np.sort(order[size:]), decoding),
+        holdout=_split(hub_set, train, np.sort(order[:size]), decoding),
+        test=_split(hub_set, test, np.arange(len(test.labels)), decoding),
     )
 
 
@@ -181,13 +182,15 @@ def _checked(hub_set: HubSet, where: str, rows: _Rows) -> _Rows:
     return rows
 
 
-def _split(hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64]) -> Split:
+def _split(
+    hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64], decoding: Decoding
+) -> Split:
     labels = np.asarray(rows.labels, dtype=np.int64)
     chosen = mixed(labels, chosen, _SEED)
 
     def read(row: int) -> Any:
         where = f"{hub_set.name}, row {row}"
-        return decoded(rows.encoded[row], where, hub_set.size, exact=True)
+        return exactly(rows.encoded[row], where, decoding)
 
     def key() -> str:
         digest = hashlib.sha256()
@@ -195,5 +198,5 @@ def _split(hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64]) -> Split
             digest.update(hashlib.sha256(rows.encoded[row] or b"").digest())
         return digest.hexdigest()
 
-    images = stacked(read, chosen.tolist(), hub_set.size, key)
+    images = stacked(read, chosen.tolist(), decoding, key)
     return Split(images, labels[chosen])

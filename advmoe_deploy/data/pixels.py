@@ -1,4 +1,4 @@
-"""From encoded image files to the uint8 arrays that training reads."""
+"""The arrays of decoded images that data sets hold, in memory or in a file."""
 
 import hashlib
 import io
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
 
+from advmoe_deploy.data.decode import decode
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 
 CACHE_VARIABLE = "ADVMOE_CACHE"
@@ -19,68 +21,48 @@ CACHE_VARIABLE = "ADVMOE_CACHE"
 IN_MEMORY_BYTES = 4 << 30
 
 Pixels = npt.NDArray[np.uint8]
-# What Pillow raises, by format and by damage; the last for sizes that would fill the memory.
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    TypeError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)
 
 
-def decoded(data: Any, where: str, size: int, *, exact: bool) -> Pixels:
-    """Return one image as RGB uint8 [size, size, 3].
-
-    An image of another size is an error if ``exact``; otherwise its shorter side is scaled to
-    8/7 of ``size`` (256 for 224; not at all up to 64 pixels) and its middle is cut out.
+def exactly(data: Any, where: str, decoding: Decoding) -> Pixels:
+    """Return the image that the bytes ``data`` encode, which has the size of ``decoding`` already.
 
     Raises:
-        DataError: ``data`` are not the bytes of an image, or it has the wrong size.
+        DataError: ``data`` are not the bytes of an image, or it has another size.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
-            if not exact and rgb.size != (size, size):
-                margin = size * 8 // 7 if size > 64 else size
-                scale = margin / min(rgb.size)
-                width, height = (max(margin, round(side * scale)) for side in rgb.size)
-                rgb = _middle(rgb.resize((width, height), Image.Resampling.BILINEAR), size)
-            pixels = np.asarray(rgb)
-    except _UNREADABLE as error:
-        raise DataError(f"{where}: no readable image ({type(error).__name__})") from None
-    if pixels.shape != (size, size, 3):
-        raise DataError(f"{where}: {pixels.shape} pixels, not {(size, size, 3)}")
-    return pixels
-
-
-def _middle(image: Image.Image, size: int) -> Image.Image:
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return ImageOps.crop(image, (left, top, image.width - size - left, image.height - size - top))
+    if not isinstance(data, bytes):
+        raise DataError(f"{where}: holds no encoded image")
+    image = decode(io.BytesIO(data), where, decoding)
+    if image.original != (decoding.size, decoding.size):
+        width, height = image.original
+        raise DataError(
+            f"{where}: {width} x {height} pixels, not {decoding.size} x {decoding.size}"
+        )
+    return image.pixels
 
 
 def stacked(
-    read: Callable[[int], Pixels], rows: Sequence[int], size: int, key: Callable[[], str]
+    read: Callable[[int], Pixels], rows: Sequence[int], decoding: Decoding, key: Callable[[], str]
 ) -> Pixels:
-    """Return ``read(row)`` of each row as uint8 [N, 3, size, size].
+    """Return ``read(row)`` of each row, decoded by ``decoding``, as uint8 [N, C, H, W].
 
     A result above 4 GiB is kept in a file under ``$ADVMOE_CACHE`` (by default
-    ``~/.cache/advmoe``), named by a hash of ``key()``, and found there the next time: the key must
-    tell these images, in this order, from all others.
+    ``~/.cache/advmoe``), named by a hash of ``key()`` and of how they are decoded, and found there
+    the next time: the key must tell these files, in this order, from all others.
     """
-    shape = (len(rows), 3, size, size)
+    shape = (len(rows), decoding.channels, decoding.size, decoding.size)
     if int(np.prod(shape)) <= IN_MEMORY_BYTES:
         images = np.empty(shape, np.uint8)
         _fill(images, read, rows)
         return images
-    return _cached(read, rows, shape, key())
+    # Another Pillow may bring another JPEG decoder.
+    decoder = f"{decoding.model_dump_json()} Pillow {PIL.__version__}"
+    return _cached(read, rows, shape, f"{decoder} {key()}")
 
 
 def _fill(images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int]) -> None:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         for index, pixels in enumerate(pool.map(read, rows)):
-            images[index] = pixels.transpose(2, 0, 1)
+            images[index] = pixels
 
 
 def _cached(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import PIL
 import torch
 
 from advmoe_deploy.bundle import (
@@ -107,7 +108,7 @@ def export_run(
     versions = _versions(targets)
     checkpoint, model = load_checkpoint(run / "model")
     source = data or _data_of(checkpoint)
-    images = parity_images(source, checkpoint.model)
+    images = parity_images(source, checkpoint.model, checkpoint.decoding)
     pruning = None
     if prune_unused:
         labelled, threat = _labelled(source, checkpoint, progress), checkpoint.threat
@@ -143,6 +144,7 @@ def export_run(
         manifest = seal_bundle(
             staged,
             model=checkpoint.model,
+            decoding=checkpoint.decoding,
             threat=checkpoint.threat,
             precision=precision or (targets[0].precision if targets else "fp32"),
             plan=parts.plan,
@@ -299,6 +301,7 @@ def _versions(targets: Sequence[Target]) -> Mapping[str, str]:
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime_version(),
         "torch": torch.__version__,
+        "pillow": PIL.__version__,
     }
     if any(target.backend == "openvino" for target in targets):
         versions["openvino"] = openvino_version()

@@ -25,6 +25,7 @@ def model_card(
     """Return the model card in Markdown."""
     sections = [
         _title(checkpoint),
+        _images(checkpoint),
         *([_pruning(pruning)] if pruning else []),
         _threat(checkpoint),
         _metrics(checkpoint),
@@ -53,6 +54,10 @@ def _title(checkpoint: "Checkpoint") -> str:
         f"[N, {shape}] in [0, 1] (normalisation is inside), and answers `logits` "
         f"[N, {spec.num_classes}].\n\nClasses: {names}."
     )
+
+
+def _images(checkpoint: "Checkpoint") -> str:
+    return f"## From image files to `images`\n\n{checkpoint.decoding.description()}"
 
 
 def _what(spec: ModelSpec) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from advmoe_deploy.decoding import ModelDecoding
 from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
@@ -29,11 +30,13 @@ class Checkpoint(Frozen):
     """Everything a checkpoint says besides its weights.
 
     ``recipe`` is the whole typed configuration it was trained with, ``metrics`` what was measured
-    on the hold-out, ``provenance`` versions, data and seed.
+    on the hold-out, ``provenance`` versions, data and seed. ``decoding`` is how image files are
+    read for the model; a checkpoint that lacks it was trained on the default.
     """
 
     version: int = CHECKPOINT_VERSION
     model: ModelSpec
+    decoding: ModelDecoding = Field(None, validate_default=True)
     threat: ThreatModel | None
     class_names: ClassNames
     recipe: dict[str, Any]

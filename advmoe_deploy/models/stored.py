@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advmoe_deploy.bundle import MANIFEST, REFERENCE, Bundle, open_bundle
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import BundleError, InputError, UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import CHECKPOINT, load_checkpoint, model_from_weights
@@ -22,6 +23,7 @@ class StoredModel:
 
     path: Path
     model: Classifier
+    decoding: Decoding
     threat: ThreatModel | None
     class_names: tuple[str, ...]
     data: str
@@ -82,6 +84,7 @@ def _from_bundle(bundle: Bundle) -> StoredModel:
     return StoredModel(
         path=bundle.path,
         model=reference_model(bundle),
+        decoding=manifest.decoding,
         threat=manifest.threat,
         class_names=manifest.class_names,
         data=str(manifest.training.get("data", "")),
@@ -95,6 +98,7 @@ def _from_checkpoint(path: Path, folder: Path) -> StoredModel:
     return StoredModel(
         path=path,
         model=model,
+        decoding=checkpoint.decoding,
         threat=checkpoint.threat,
         class_names=checkpoint.class_names,
         data=str(checkpoint.provenance.get("data", "")),

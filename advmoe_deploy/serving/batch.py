@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
-from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.decode import DecodedImage, decode_file
+from advmoe_deploy.decoding import Decoding
+from advmoe_deploy.errors import DataError, MachineError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.images import DecodedImage, decode_image
 from advmoe_deploy.serving.inputs import list_inputs
 from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
@@ -27,7 +29,6 @@ from advmoe_deploy.specs import Frozen
 _DECODERS = min(4, os.cpu_count() or 1)
 _BATCHES_AHEAD = 2
 
-Shape = tuple[int, int, int]
 Decoded = DecodedImage | str
 
 
@@ -92,7 +93,7 @@ def classify_files(
     with journal, _keeping_what_is_done(journal, len(paths), progress):
         if len(done) < len(paths):
             with open_runner(bundle, engine, threads=threads) as runner:
-                inference = _Inference(runner, columns, bundle.manifest.model.image_shape, progress)
+                inference = _Inference(runner, columns, bundle.manifest.decoding, progress)
                 errors = inference.run(journal, paths, shown, batch, errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
@@ -124,9 +125,9 @@ class _Inference:
     """Inference on batches of decoded files, the next of which are decoded meanwhile."""
 
     def __init__(
-        self, runner: Runner, columns: RowFormat, shape: Shape, progress: Progress
+        self, runner: Runner, columns: RowFormat, decoding: Decoding, progress: Progress
     ) -> None:
-        self._runner, self._columns, self._shape = runner, columns, shape
+        self._runner, self._columns, self._decoding = runner, columns, decoding
         self._progress = progress
         self._said_resized = False
 
@@ -136,7 +137,7 @@ class _Inference:
         """Append the rows that ``journal`` lacks; return how many have errors, of all."""
         with task(self._progress, "classify", len(paths)):
             self._progress.advance("classify", journal.count, errors=errors)
-            windows = _decoded_ahead(paths[journal.count :], self._shape, batch)
+            windows = _decoded_ahead(paths[journal.count :], self._decoding, batch)
             with closing(windows):
                 for window in windows:
                     names = shown[journal.count : journal.count + len(window)]
@@ -154,22 +155,20 @@ class _Inference:
         ]
         if images:
             self._say_resized([image for _, image in images])
-            prediction = self._runner.infer(np.stack([image.pixels for _, image in images]))
+            prediction = self._runner.infer(to_float(np.stack([i.pixels for _, i in images])))
             answers = self._columns.answered([names[i] for i, _ in images], prediction)
             for (i, _), answer in zip(images, answers, strict=True):
                 rows[i] = answer
         return rows
 
     def _say_resized(self, images: Sequence[DecodedImage]) -> None:
-        _, height, width = self._shape
-        other = next(
-            (image.original for image in images if image.original != (width, height)), None
-        )
+        size = self._decoding.size
+        other = next((image.original for image in images if image.original != (size, size)), None)
         if other and not self._said_resized:
             self._said_resized = True
             self._progress.note(
-                f"some images are not {width} x {height} (the first: {other[0]} x {other[1]}); "
-                "they are resized"
+                f"some images are not {size} x {size} (the first: {other[0]} x {other[1]}); their "
+                "central square is cut out and resized, as in training"
             )
 
 
@@ -198,7 +197,7 @@ def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Row:
 
 
 def _decoded_ahead(
-    paths: Sequence[str], shape: Shape, batch: int
+    paths: Sequence[str], decoding: Decoding, batch: int
 ) -> Generator[list[Decoded], None, None]:
     """Yield decoded batches in order while a small pool works on the following ones."""
     waiting: deque[list[Future[Decoded]]] = deque()
@@ -206,7 +205,7 @@ def _decoded_ahead(
     try:
         for start in range(0, len(paths), batch):
             window = paths[start : start + batch]
-            waiting.append([pool.submit(_decode, path, shape) for path in window])
+            waiting.append([pool.submit(_decode, path, decoding) for path in window])
             if len(waiting) > _BATCHES_AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
@@ -215,10 +214,10 @@ def _decoded_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(path: str, shape: Shape) -> Decoded:
+def _decode(path: str, decoding: Decoding) -> Decoded:
     try:
-        return decode_image(Path(path), shape)
-    except DataError as error:
+        return decode_file(Path(path), decoding)
+    except (DataError, MachineError) as error:
         return _printable(str(error).removeprefix(f"{Path(path)}: "))
 
 

@@ -3,8 +3,8 @@
 import glob
 from pathlib import Path
 
+from advmoe_deploy.decoding import SUFFIXES
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.serving.images import SUFFIXES
 
 
 def list_inputs(source: str) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def verify_bundle(
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
     source = data or str(bundle.manifest.training.get("data", ""))
-    x_NCHW, labels_N = matching_test_images(source, model.spec, images)
+    x_NCHW, labels_N = matching_test_images(source, model.spec, bundle.manifest.decoding, images)
     suite = attack_suite(attacks, bundle.manifest.model)
     with open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)

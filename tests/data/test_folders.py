@@ -82,7 +82,7 @@ def test_the_first_images_are_of_all_classes(folder: Path, tmp_path: Path) -> No
 
 def test_an_image_of_absurd_size_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(DataError, match=r"no readable image \(DecompressionBombError"):
+    with pytest.raises(DataError, match=r"\.png: Image size .* exceeds limit of 100"):
         load_dataset(f"folder:{folder}?size=8")
 
 
@@ -142,7 +142,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder: Path) -> None:
     with pytest.raises(UsageError, match="write folder:PATH"):
         load_dataset(f"folder:{folder}")
     (folder / "val" / "black" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="no readable image"):
+    with pytest.raises(DataError, match=r"0\.png: not a PNG"):
         load_dataset(f"folder:{folder}?size=8")
     (folder / "val" / "grey").mkdir()
     with pytest.raises(DataError, match="different classes"):

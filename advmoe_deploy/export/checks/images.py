@@ -9,6 +9,7 @@ import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.parity.answers import Images
@@ -19,10 +20,10 @@ PARITY_IMAGES = 1000
 _ADVICE = "pass --data, or --data random:1000 to check on noise"
 
 
-def parity_images(source: str | None, spec: ModelSpec) -> Images:
+def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None = None) -> Images:
     """Return up to 1,000 float32 images [N, C, H, W] in [0, 1] of ``source``, test images first.
 
-    ``random:N`` are N images of seeded uniform noise.
+    ``random:N`` are N images of seeded uniform noise. Image files are read as ``decoding`` says.
 
     Raises:
         UsageError: ``source`` is missing, unknown or of another image size.
@@ -33,7 +34,7 @@ def parity_images(source: str | None, spec: ModelSpec) -> Images:
     if source.startswith("random:"):
         return _noise(source, spec)
     try:
-        data = load_dataset(source)
+        data = load_dataset(source, decoding)
     except DataError as error:
         raise DataError(f"{error}; {_ADVICE}") from None
     splits = (data.test, data.holdout, data.train)
@@ -57,7 +58,7 @@ def labelled_images(
         if not source or source.startswith("random:"):
             continue
         try:
-            data = load_dataset(source)
+            data = load_dataset(source, checkpoint.decoding)
         except (DataError, UsageError) as error:
             say(f"accuracy is not measured on {source}: {error}")
             continue

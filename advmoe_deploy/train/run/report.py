@@ -78,5 +78,5 @@ class TrainReport(Frozen):
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a run gives."""
-    packages = ("advmoe-deploy", "torch", "lightning-fabric", "numpy")
+    packages = ("advmoe-deploy", "torch", "lightning-fabric", "numpy", "pillow")
     return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
