@@ -106,9 +106,7 @@ def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}") from None
     except MemoryError:
-        raise MachineError(
-            f"{where}: not enough memory for its {width} x {height} pixels"
-        ) from None
+        raise MachineError(f"{where}: not enough memory to decode it; leave it out") from None
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: damaged image: {reason}") from None
