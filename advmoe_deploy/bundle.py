@@ -1,6 +1,6 @@
 """The bundle: the one directory that crosses from export to runtime.
 
-    manifest.json          what is here: plan, spec, decoding, parity, and the SHA-256 of every file below
+    manifest.json          plan, spec, decoding, parity, and the SHA-256 of every file below
     manifest.sha256        guards the manifest itself, against accident; not against an attacker
     model.onnx             the whole model in one graph
     segments/              one dense graph per segment of the plan

@@ -16,7 +16,7 @@ from advmoe_deploy.data.matching import matching_test_images
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.export.onnx_export import export_onnx
+from advmoe_deploy.export.from_run import export_onnx
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.runtime.select import open_runner
