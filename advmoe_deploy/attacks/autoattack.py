@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 Predict = Callable[[Tensor], Tensor]
 
 _BATCH = 256
+_MOST_TARGETS = 9
+_LEAST_TARGETS_OF_DLR = 3
 
 
 def square(
@@ -91,8 +94,9 @@ def standard_autoattack(
     """Return adversarial images by AutoAttack's standard four: APGD-CE, APGD-T, FAB-T, Square.
 
     A routed model is attacked in its straight-through form, so that its router has a gradient.
-    ``model`` needs at least ten classes, as AutoAttack's targeted parts do.
+    The targeted two aim at the nine likeliest other classes, or at as many as there are.
     """
+    targets = min(_MOST_TARGETS, model.spec.num_classes - 1)
     package = _import()
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
         attack = package.AutoAttack(
@@ -102,9 +106,21 @@ def standard_autoattack(
             seed=seed,
             device=images.device,
         )
+        attack.fab.n_target_classes = attack.apgd_targeted.n_target_classes = targets
+        if targets < _LEAST_TARGETS_OF_DLR:
+            attack.apgd_targeted.dlr_loss_targeted = partial(_lead_of_target, attack.apgd_targeted)
         found, _ = attack.run_standard_evaluation(images, labels)
     result: Tensor = found.detach()
     return result
+
+
+def _lead_of_target(attack: Any, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Return how far each target leads its label: the targeted DLR without its denominator.
+
+    That one is made of the fourth logit, and only scales a loss of which APGD takes the sign.
+    """
+    rows_N = torch.arange(len(labels_N), device=labels_N.device)
+    return logits_NK[rows_N, attack.y_target] - logits_NK[rows_N, labels_N]
 
 
 def _import() -> Any:
