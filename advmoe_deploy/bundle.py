@@ -27,6 +27,7 @@ from advmoe_deploy import __version__
 from advmoe_deploy.decoding import ModelDecoding
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.files import sha256_of
+from advmoe_deploy.os_errors import reading
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
@@ -271,8 +272,11 @@ def _read_manifest(path: Path) -> BundleManifest:
     file = path / MANIFEST
     if not file.is_file() or not (path / MANIFEST_HASH).is_file():
         raise BundleError(f"{path} has no {MANIFEST} with its {MANIFEST_HASH}; export it again")
-    text = file.read_bytes()  # once: what is parsed is what was hashed
-    if (path / MANIFEST_HASH).read_bytes() != _hash_line(text):
+    with reading(file):
+        text = file.read_bytes()  # once: what is parsed is what was hashed
+    with reading(path / MANIFEST_HASH):
+        line = (path / MANIFEST_HASH).read_bytes()
+    if line != _hash_line(text):
         raise _changed(path, f"{MANIFEST} or {MANIFEST_HASH}")
     return _parse_manifest(path, text)
 

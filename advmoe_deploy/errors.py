@@ -11,12 +11,14 @@
     ├── BackendUnavailableError    4  an optional dependency or a device is missing
     └── MachineError               5  disk full, out of memory, no permission
 
+Anything else that ends a command is a fault of the program, with the exit code INTERNAL.
 A message is one line: the value, the limit, and the way out.
 """
 
 import difflib
-import errno
 from collections.abc import Iterable
+
+INTERNAL = 70  # EX_SOFTWARE of sysexits.h: never the answer of a check
 
 
 class AdvMoEError(Exception):
@@ -83,25 +85,3 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     if near:
         return UsageError(f"unknown {kind} '{name}'; did you mean {', '.join(near)}?")
     return UsageError(f"unknown {kind} '{name}'; choose from {', '.join(choices)}")
-
-
-_OS_ERRORS = {
-    errno.ENOSPC: "the disk is full; free some space or choose another target",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another target",
-    errno.EFBIG: "the file size limit is reached; raise it (ulimit -f) or choose another target",
-    errno.EACCES: "permission denied; choose a place you may write to",
-    errno.EPERM: "operation not permitted; choose a place you may write to",
-    errno.EROFS: "the file system is read-only; choose another target",
-    errno.ENOMEM: "out of memory; lower the batch size",
-}
-
-
-def machine_error(error: OSError | MemoryError) -> MachineError | None:
-    """Return the :class:`MachineError` that ``error`` amounts to, or ``None`` if it is not one."""
-    if isinstance(error, MemoryError):
-        return MachineError("out of memory; lower the batch size")
-    advice = _OS_ERRORS.get(error.errno or 0)
-    if advice is None:
-        return None
-    where = f"{error.filename}: " if error.filename else ""
-    return MachineError(f"{where}{advice}")

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.os_errors import naming, reading, writing
 
 
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of the file at ``path``."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -24,26 +25,17 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_name(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path | None) -> Iterator[None]:
-    """Add ``path`` to an :class:`OSError` that does not say which file it is about."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or (path and str(path))
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -64,13 +56,16 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     target = target.resolve()
     refuse_existing(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target.parent, re.escape(target.name))
     partial = _partial_name(target)
-    partial.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, re.escape(target.name))
+        partial.mkdir()
     try:
-        yield partial
-        _replace_directory(partial, target)
+        with naming(target):
+            yield partial
+        with writing(target):
+            _replace_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

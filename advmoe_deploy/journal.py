@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import naming
+from advmoe_deploy.os_errors import writing
 
 Row = dict[str, Any]
 
@@ -33,19 +33,19 @@ class Journal(Closing):
 
     def close(self) -> None:
         """Close the file, rows and all on disk."""
-        with naming(self.path):
+        with writing(self.path):
             self._file.close()
 
     def begin(self, job: Row) -> None:
         """Drop whatever is here and start with ``job``."""
-        with naming(self.path):
+        with writing(self.path):
             self._file.truncate(0)
             self._write(job)
         self.count = 0
 
     def append(self, *rows: Row) -> None:
         """Add ``rows`` and hand them to the operating system at once."""
-        with naming(self.path):
+        with writing(self.path):
             self._write(*rows)
         self.count += len(rows)
 
@@ -105,7 +105,7 @@ def continued(path: Path | None, job: Row) -> tuple[Journal, list[Row]]:
 
 
 def _locked(path: Path) -> BinaryIO:
-    with naming(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     try:

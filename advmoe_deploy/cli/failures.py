@@ -9,7 +9,8 @@ from types import FrameType
 import typer
 
 from advmoe_deploy.cli.extras import missing_package
-from advmoe_deploy.errors import AdvMoEError, machine_error
+from advmoe_deploy.errors import INTERNAL, AdvMoEError
+from advmoe_deploy.os_errors import file_error, machine_error
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -54,13 +55,16 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, _parser_message(error)
     if isinstance(error, ImportError) and (missing := missing_package(error)):
         return missing.exit_code, str(missing)
-    if isinstance(error, OSError | MemoryError) and (machine := machine_error(error)):
+    if isinstance(error, MemoryError) and (machine := machine_error(error)):
         return machine.exit_code, str(machine)
-    if isinstance(error, OSError):
-        return 3, _os_message(error)
+    if isinstance(error, OSError) and (known := file_error(error)):
+        return known.exit_code, str(known)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return 5, "out of memory; lower the batch size"
-    return 1, f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it"
+    return (
+        INTERNAL,
+        f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it",
+    )
 
 
 def one_line(text: str) -> str:
@@ -73,8 +77,3 @@ def _parser_message(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "advmoe")
     return f"{message.rstrip('.')}; see '{command} --help'"
-
-
-def _os_message(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"

@@ -19,6 +19,7 @@ from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.os_errors import reading
 from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel, one_line
 
 CHECKPOINT_VERSION = 1
@@ -94,8 +95,9 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 def model_from_weights(spec: ModelSpec, weights: Path) -> Classifier:
     """Return the network of ``spec`` with the weights of a safetensors file, in eval mode."""
     try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
+        with reading(weights):
+            state = load_file(weights)
+    except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from None
     require_finite(state, str(weights))
     model = build_model(spec)

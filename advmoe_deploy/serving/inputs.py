@@ -5,6 +5,7 @@ from pathlib import Path
 
 from advmoe_deploy.decoding import SUFFIXES
 from advmoe_deploy.errors import DataError
+from advmoe_deploy.os_errors import reading
 
 
 def list_inputs(source: str) -> tuple[str, ...]:
@@ -37,7 +38,8 @@ def _is_image(file: Path, root: Path) -> bool:
 
 def _listed(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text; list one image path per line") from None
     lines = [line.strip() for line in text.splitlines()]

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra
-from advmoe_deploy.files import flush_to_disk, naming
+from advmoe_deploy.files import flush_to_disk
 from advmoe_deploy.journal import Row
+from advmoe_deploy.os_errors import writing
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.runner import Prediction
 
@@ -98,14 +99,14 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
 
 
 def _write_jsonl(target: Path, lines: Iterable[bytes], _: RowFormat) -> None:
-    with naming(target), target.open("wb") as file:
+    with writing(target), target.open("wb") as file:
         file.writelines(lines)
 
 
 def _write_parquet(target: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
     arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
     schema, rows = _schema(arrow, columns), map(json.loads, lines)
-    with naming(target), parquet.ParquetWriter(target, schema) as writer:
+    with writing(target), parquet.ParquetWriter(target, schema) as writer:
         while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
             writer.write_table(arrow.Table.from_pylist(group, schema=schema))
 

@@ -22,6 +22,7 @@ from advmoe_deploy.errors import (
     MachineError,
 )
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.os_errors import reason_of
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
     logger,
@@ -237,7 +238,7 @@ def _keep_timings(config: Any, file: Path | None) -> None:
         try:
             write_atomically(file, bytes(memoryview(cache.serialize())))
         except OSError as error:  # a convenience only: the engine that was built is worth more
-            warnings.warn(f"TensorRT's timings could not be kept: {error}", stacklevel=2)
+            warnings.warn(f"TensorRT's timings could not be kept: {reason_of(error)}", stacklevel=2)
 
 
 def _not_built(name: str) -> Exception:

@@ -14,7 +14,8 @@ from torch import distributed, multiprocessing
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe_deploy import errors
-from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, UsageError, machine_error
+from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, UsageError
+from advmoe_deploy.os_errors import file_error, machine_error
 from advmoe_deploy.progress import Progress, Silent
 
 T = TypeVar("T")
@@ -110,8 +111,8 @@ def _join_torchrun() -> None:
 def _work(fabric: Fabric, work: Work[T], progress: Progress) -> T:
     try:
         return work(fabric, progress if fabric.is_global_zero else Silent())
-    except (OSError, MemoryError) as error:
-        known = machine_error(error)
+    except (OSError, MemoryError) as error:  # of what ends a process only its text comes back
+        known = file_error(error) if isinstance(error, OSError) else machine_error(error)
         if known is None:
             raise
         raise known from error

@@ -148,7 +148,7 @@ class RunFolder:
             state = _read_state(directory)
             _, model = load_checkpoint(directory)
             return state, model, load_file(directory / RESUME)
-        except (CheckpointError, SafetensorError, OSError) as error:
+        except (CheckpointError, SafetensorError, FileNotFoundError) as error:
             raise CheckpointError(f"cannot resume: {error}; {way_out}") from None
 
     def publish(self, epoch: int) -> None:
