@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def write_run(directory: Path, spec: ModelSpec, *, seed: int = 0) -> Path:
     )
     save_checkpoint(directory / "model", checkpoint, untrained_model(spec, images, seed=seed))
     return directory
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Undo what a command that a test ran in this process has set for its own process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ LAYERS = [
         "bundle",
         "pruning",
         "reports",
+        "process",
         "progress",
         "settings",
         "__init__",

@@ -1,5 +1,6 @@
 """Options that several commands share, and how their values are read."""
 
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.process import use_threads
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Data = Annotated[
@@ -17,10 +19,12 @@ Data = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Threads = Annotated[
-    int, typer.Option("--threads", min=0, help="Threads of the engine; 0 leaves it the choice.")
-]
-TorchThreads = Annotated[
-    int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves it to PyTorch.")
+    int,
+    typer.Option(
+        "--threads",
+        min=0,
+        help="CPU threads of engine and PyTorch; 0: OMP_NUM_THREADS, else the usable CPUs.",
+    ),
 ]
 Engine = Annotated[
     str,
@@ -48,12 +52,15 @@ class Suite(str, Enum):
     full = "full"
 
 
-def use_torch_threads(threads: int) -> None:
-    """Let PyTorch compute on so many threads; 0 leaves it the choice."""
+def use_torch_threads(threads: int, *, processes: int = 1) -> None:
+    """Bound all threads as :func:`use_threads` does, and PyTorch's second pool as well."""
+    use_threads(threads, processes=processes)
     if threads:
         import torch
 
-        torch.set_num_threads(threads)
+        # Its size can be set once; who runs several commands in one process keeps the first.
+        with suppress(RuntimeError):
+            torch.set_num_interop_threads(threads)
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from advmoe_deploy.data.dataset import Dataset, Split, mixed
 from advmoe_deploy.data.pixels import exactly, stacked
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, missing_extra
+from advmoe_deploy.os_errors import reason_of
+from advmoe_deploy.process import without_telemetry
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
 HOLDOUT_IMAGES = 1000
@@ -136,6 +138,8 @@ def _from_parquet(hub_set: HubSet, file: Path) -> _Rows:
         labels = table.column(hub_set.label).to_pylist()
         names = _names_in(table.schema.metadata or {}, hub_set.label)
     except (ArrowException, OSError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{file}: {reason_of(error)}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{file} is no readable {hub_set.name} parquet ({reason}); download it again"
@@ -154,7 +158,8 @@ def _names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
 
 def _from_hub(hub_set: HubSet, split: str, _: Path | None) -> _Rows:
     try:
-        import datasets
+        with without_telemetry():
+            import datasets
     except ImportError:
         raise missing_extra("datasets", "train") from None
     try:

@@ -15,6 +15,7 @@ import PIL
 from advmoe_deploy.data.decode import decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
+from advmoe_deploy.process import default_threads, usable_cpus
 
 CACHE_VARIABLE = "ADVMOE_CACHE"
 # A split that is larger lives in a file that the system pages in, and is decoded only once.
@@ -60,7 +61,8 @@ def stacked(
 
 
 def _fill(images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int]) -> None:
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+    # Pillow decodes outside Python's lock.
+    with ThreadPoolExecutor(default_threads() or usable_cpus()) as pool:
         for index, pixels in enumerate(pool.map(read, rows)):
             images[index] = pixels
 

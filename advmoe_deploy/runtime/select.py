@@ -31,7 +31,7 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
         bundle: an opened, so verified, bundle.
         engine: a name from :data:`ENGINES`, or ``NAME:PRECISION``; without a precision, the one the
             bundle was exported at where it was exported for that engine, else fp32.
-        threads: of the engine; 0 lets it choose.
+        threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
 
     Raises:
         UsageError: no engine or precision has that name, or ``threads`` is negative.

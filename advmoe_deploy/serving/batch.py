@@ -18,6 +18,7 @@ from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, MachineError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.journal import Journal, Row
+from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
@@ -26,7 +27,7 @@ from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.specs import Frozen
 
-_DECODERS = min(4, os.cpu_count() or 1)
+_MOST_DECODERS = 4
 _BATCHES_AHEAD = 2
 
 Decoded = DecodedImage | str
@@ -67,7 +68,8 @@ def classify_files(
         output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
             a hidden ``.partial.jsonl`` beside it.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
-        threads: of the engine; 0 leaves the choice to it.
+        threads: of the engine, and at most of the decoding; 0 is
+            :func:`~advmoe_deploy.process.default_threads`.
         batch: images per inference.
         top_k: how many classes the column ``top_k`` lists; 0 leaves it out.
         resume: continue an interrupted run, if there is one.
@@ -93,7 +95,9 @@ def classify_files(
     with journal, _keeping_what_is_done(journal, len(paths), progress):
         if len(done) < len(paths):
             with open_runner(bundle, engine, threads=threads) as runner:
-                inference = _Inference(runner, columns, bundle.manifest.decoding, progress)
+                decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
+                decoding = bundle.manifest.decoding
+                inference = _Inference(runner, columns, decoding, decoders, progress)
                 errors = inference.run(journal, paths, shown, batch, errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
@@ -125,9 +129,15 @@ class _Inference:
     """Inference on batches of decoded files, the next of which are decoded meanwhile."""
 
     def __init__(
-        self, runner: Runner, columns: RowFormat, decoding: Decoding, progress: Progress
+        self,
+        runner: Runner,
+        columns: RowFormat,
+        decoding: Decoding,
+        decoders: int,
+        progress: Progress,
     ) -> None:
         self._runner, self._columns, self._decoding = runner, columns, decoding
+        self._decoders = decoders
         self._progress = progress
         self._said_resized = False
 
@@ -137,7 +147,8 @@ class _Inference:
         """Append the rows that ``journal`` lacks; return how many have errors, of all."""
         with task(self._progress, "classify", len(paths)):
             self._progress.advance("classify", journal.count, errors=errors)
-            windows = _decoded_ahead(paths[journal.count :], self._decoding, batch)
+            rest = paths[journal.count :]
+            windows = _decoded_ahead(rest, self._decoding, batch, self._decoders)
             with closing(windows):
                 for window in windows:
                     names = shown[journal.count : journal.count + len(window)]
@@ -197,11 +208,11 @@ def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Row:
 
 
 def _decoded_ahead(
-    paths: Sequence[str], decoding: Decoding, batch: int
+    paths: Sequence[str], decoding: Decoding, batch: int, decoders: int
 ) -> Generator[list[Decoded], None, None]:
     """Yield decoded batches in order while a small pool works on the following ones."""
     waiting: deque[list[Future[Decoded]]] = deque()
-    pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
     try:
         for start in range(0, len(paths), batch):
             window = paths[start : start + batch]

@@ -49,7 +49,7 @@ def serve(
         port: 0 takes any free one.
         insecure: allow a ``host`` that other machines can reach: there is no authentication yet.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
-        threads: of the engine; 0 leaves the choice to it.
+        threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
         limits: on the size of a request.
         announce: called with the URL once the model is warm and ready.
 

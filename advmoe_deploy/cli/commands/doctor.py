@@ -1,7 +1,6 @@
 """The command ``doctor``."""
 
 import importlib.metadata
-import os
 import platform
 from dataclasses import asdict
 
@@ -10,6 +9,7 @@ from advmoe_deploy.cli.extras import OPTIONAL, REQUIRED
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import AdvMoEError, missing_extra
+from advmoe_deploy.process import usable_cpus
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.onnxruntime.kernels.build import find_compiler
@@ -32,7 +32,7 @@ def doctor(as_json: Json = False) -> None:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu": processor_name(),
-            "cpus": _usable_cpus(),
+            "cpus": usable_cpus(),
             "engines": engines,
             "gpu": {name: asdict(part) for name, part in gpu_path().items()},
             "compiler": find_compiler(),
@@ -62,9 +62,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

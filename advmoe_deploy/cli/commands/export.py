@@ -8,7 +8,7 @@ import typer
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
-from advmoe_deploy.cli.options import Data, Json, Overwrite
+from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.runtime.select import FORMATS
@@ -49,6 +49,7 @@ def export(
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
     ] = False,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
@@ -60,6 +61,7 @@ def export(
     if (run / MANIFEST).is_file():
         given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
         _require_for_bundle(to, {**given, "--onnx-only": onnx_only})
+    use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy import api
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Json, Overwrite
+from advmoe_deploy.cli.options import Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
 
 
@@ -34,10 +34,12 @@ def import_checkpoint(
         Path | None, typer.Option("--out", help="Run directory; by default runs/ and FILE's name.")
     ] = None,
     overwrite: Overwrite = False,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
     run = out or Path("runs") / file.stem
+    use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import training as training_tables
         from advmoe_deploy.models.macs import macs_of

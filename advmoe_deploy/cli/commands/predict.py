@@ -8,6 +8,7 @@ import typer
 from advmoe_deploy.cli.options import BundlePath, Engine, Json, OnError, Overwrite, Threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.process import use_threads
 
 
 def predict(
@@ -33,6 +34,7 @@ def predict(
     """Classify files: one row per input, unreadable ones included."""
     if source is None or output is None:
         raise UsageError("files need both --input and --output; see 'advmoe predict --help'")
+    use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables

@@ -13,6 +13,7 @@ from advmoe_deploy.cli.options import (
 )
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.process import usable_cpus, use_threads
 from advmoe_deploy.profiling.baselines import BASELINES
 
 
@@ -25,7 +26,9 @@ def profile(
     against: Annotated[
         str, typer.Option("--against", help="Baselines to time in turn; '' for none.")
     ] = ",".join(BASELINES),
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the engine.")] = 2,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="CPU threads, of the engine and all else.")
+    ] = min(2, usable_cpus()),
     out: Annotated[Path | None, typer.Option("--out", help="Write the report as JSON.")] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with plots (extra [report]).")
@@ -40,6 +43,7 @@ def profile(
     for option, file in (("--out", out), ("--html", html)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option}: {file} is a directory; name a file in it")
+    use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables

@@ -7,6 +7,7 @@ import typer
 from advmoe_deploy.cli.options import BundlePath, Engine, Json, Threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
     from advmoe_deploy.serving.oip_protocol import ServedModel
@@ -27,6 +28,7 @@ def serve(
     """Serve over the Open Inference Protocol."""
     if files is not None:
         raise UsageError("serve answers requests; 'advmoe predict' classifies files, same options")
+    use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.serving.oip import serve as serve_bundle

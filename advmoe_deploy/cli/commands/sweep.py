@@ -10,7 +10,7 @@ import typer
 from advmoe_deploy.cli.options import (
     Data,
     Json,
-    TorchThreads,
+    Threads,
     names,
     positive_numbers,
     use_torch_threads,
@@ -45,11 +45,12 @@ def sweep(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, each a run of its own.")] = "0",
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
-    threads: TorchThreads = 0,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
     key, values = _values(over)
+    use_torch_threads(threads, processes=devices)
     with session(as_json) as ui:
         from advmoe_deploy.train.config import apply_overrides
         from advmoe_deploy.train.recipes import recipe as recipe_named
@@ -63,9 +64,9 @@ def sweep(
 
         from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.data.registry import load_dataset
+        from advmoe_deploy.files import write_atomically
 
         require_matplotlib()
-        use_torch_threads(threads)
         folder = out or Path("runs") / f"sweep-{recipe}"
         report = sweep_recipe(
             config,
@@ -77,7 +78,7 @@ def sweep(
             devices=devices,
             progress=ui.progress,
         )
-        (folder / PLOT).write_text(sweep_svg(report), encoding="utf-8")
+        write_atomically(folder / PLOT, sweep_svg(report).encode())
         value = {**report.model_dump(mode="json"), "plot": str(folder / PLOT)}
         ui.show(value, lambda: _table(report))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite, TorchThreads, use_torch_threads
+from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
 
 
@@ -27,10 +27,11 @@ def train(
         ),
     ] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
-    threads: TorchThreads = 0,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a model adversarially by a recipe."""
+    use_torch_threads(threads, processes=devices)
     with session(as_json) as ui:
         from advmoe_deploy.train.recipes import apply_overrides
         from advmoe_deploy.train.recipes import recipe as recipe_named
@@ -42,7 +43,6 @@ def train(
         from advmoe_deploy.data.registry import load_dataset
         from advmoe_deploy.train.run.loop import train as train_model
 
-        use_torch_threads(threads)
         report = train_model(
             config,
             load_dataset(config.data),

@@ -11,6 +11,7 @@ from advmoe_deploy.cli.options import (
     Json,
     Suite,
     Threads,
+    use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckFailedError
@@ -37,6 +38,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Attack the model and its export alike; exit 1 if robustness did not survive."""
+    use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports import LatencyReport, LatencyRow
 from advmoe_deploy.verify.curve import CurvePoint
 
@@ -194,6 +197,10 @@ def _figure(panels: int) -> Figure:
 
 def require_matplotlib() -> Any:
     """Return matplotlib; without it, raise :class:`BackendUnavailableError` with the way out."""
+    with suppress(OSError, RuntimeError):  # without a home matplotlib takes a temporary folder
+        # Closed to others, as the kernels beside it must be.
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     try:
         import matplotlib
     except ImportError:

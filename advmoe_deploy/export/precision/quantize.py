@@ -14,17 +14,20 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
 
 from advmoe_deploy.export.precision.recording import Recording, Rows
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import Plan
+from advmoe_deploy.process import without_telemetry
+
+with without_telemetry():
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
 # A segment without any of these is not worth it: what it does is light.
 _HEAVY = frozenset({"Conv", "Gemm", "MatMul"})

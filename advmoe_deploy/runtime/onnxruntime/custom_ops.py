@@ -16,6 +16,8 @@ from typing import Literal
 
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
 from advmoe_deploy.files import sha256_of
+from advmoe_deploy.os_errors import reason_of
+from advmoe_deploy.process import cache_folder
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
     LIBRARY,
@@ -88,7 +90,7 @@ def _find() -> CustomOps:
     if (FOLDER / RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
         return CustomOps("kernels", "prebuilt in the package", _checked(FOLDER))
     try:
-        cached = _cache() / f"kernels-{source_hash()[:32]}"
+        cached = cache_folder() / f"kernels-{source_hash()[:32]}"
         if cached.is_dir():
             return CustomOps("kernels", "compiled earlier, in the cache", _checked_cache(cached))
         compiler = find_compiler()
@@ -96,12 +98,9 @@ def _find() -> CustomOps:
             return CustomOps("bodies", "no library in the package and no C compiler (cc, or CC)")
         _compile(compiler, cached)
     except (OSError, RuntimeError) as error:  # a home that is unknown or closed to us included
-        return CustomOps("bodies", f"the kernels could not be compiled: {error}")
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        return CustomOps("bodies", f"the kernels could not be compiled: {reason}")
     return CustomOps("kernels", f"compiled by {compiler}", _checked_cache(cached))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advmoe-deploy"
 
 
 def _compile(compiler: str, cached: Path) -> None:

@@ -18,6 +18,7 @@ from advmoe_deploy.errors import (
     UsageError,
     missing_extra,
 )
+from advmoe_deploy.process import default_threads, without_telemetry
 from advmoe_deploy.runtime.engine import require_threads
 from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     VARIABLE,
@@ -67,7 +68,7 @@ class OrtEngine(Closing):
 
         Args:
             model: the serialised graph, or its file, already verified by the bundle.
-            threads: inside one operator; 0 lets ONNX Runtime choose.
+            threads: inside one operator; 0 is :func:`~advmoe_deploy.process.default_threads`.
             custom_ops: which form of our operators runs, see
                 :func:`~advmoe_deploy.runtime.onnxruntime.custom_ops.find_custom_ops`.
             provider: what runs the graph; on a GPU our operators run as bodies, for the kernels
@@ -84,7 +85,7 @@ class OrtEngine(Closing):
         runtime = _onnxruntime()
         _require_provider(runtime, provider)
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or default_threads()
         options.inter_op_num_threads = 1
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
@@ -173,7 +174,8 @@ def onnxruntime_version() -> str:
 
 def _onnxruntime() -> Any:
     try:
-        import onnxruntime
+        with without_telemetry():
+            import onnxruntime
     except ImportError:
         raise missing_extra("onnxruntime", "cpu") from None
     return onnxruntime

@@ -16,6 +16,7 @@ from advmoe_deploy.errors import (
     UsageError,
     missing_extra,
 )
+from advmoe_deploy.process import default_threads, without_telemetry
 from advmoe_deploy.runtime.engine import require_threads
 from advmoe_deploy.specs import ComputeDtype, Precision
 
@@ -45,7 +46,7 @@ class OpenVinoEngine(Closing):
         Args:
             model: the serialised graph, or its file, already verified by the bundle.
             compute_dtype: the precision of everything that is not between Q/DQ pairs.
-            threads: of the engine; 0 lets OpenVINO choose.
+            threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
 
         Raises:
             BackendUnavailableError: OpenVINO is not installed, or this CPU lacks the precision.
@@ -62,7 +63,7 @@ class OpenVinoEngine(Closing):
                 "CPU",
                 {
                     "INFERENCE_PRECISION_HINT": _HINT[compute_dtype],
-                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_NUM_THREADS": threads or default_threads(),
                     "PERFORMANCE_HINT": "LATENCY",
                     "ENABLE_CPU_PINNING": False,
                 },
@@ -138,7 +139,8 @@ def _core() -> Any:
 
 def _openvino() -> Any:
     try:
-        import openvino
+        with without_telemetry():
+            import openvino
     except ImportError:
         raise missing_extra("openvino", "openvino") from None
     return openvino
