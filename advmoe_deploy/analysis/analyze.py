@@ -99,9 +99,15 @@ def sections_for(model: Classifier, wanted: tuple[Section, ...] | None) -> tuple
 
 
 def analyze(
-    stored: StoredModel, settings: Settings, *, progress: Progress | None = None
+    stored: StoredModel,
+    settings: Settings,
+    *,
+    measured: list[AnalysisReport] | None = None,
+    progress: Progress | None = None,
 ) -> AnalysisReport:
     """Return the report on ``stored``, measured on test images.
+
+    A list ``measured`` gets the report so far where a later section fails or is stopped.
 
     Raises:
         UsageError: no threat model, no data, or data that does not fit.
@@ -121,19 +127,45 @@ def analyze(
         settings,
         progress or Silent(),
     )
-    found = work.run()
+    found = _Found()
+    try:
+        work.run(found)
+    except BaseException:
+        if measured is not None and found != _Found():
+            measured.append(_report(stored, work, found, source, started))
+        raise
+    return _report(stored, work, found, source, started)
+
+
+@dataclass
+class _Found:
+    """The sections so far."""
+
+    routes: tuple[LayerUse, ...] | None = None
+    changes: tuple[AttackEffect, ...] | None = None
+    experts: ExpertReport | None = None
+    lipschitz: tuple[Lipschitz, ...] | None = None
+    jumps: BoundaryJumps | None = None
+    certificate: Certificate | None = None
+    smoothing: SmoothingReport | None = None
+
+
+def _report(
+    stored: StoredModel, work: "_Work", found: _Found, source: str, started: float
+) -> AnalysisReport:
+    settings = work.settings
     return AnalysisReport(
         model=str(stored.path),
         recipe=stored.recipe,
         family=stored.model.spec.family,
         data=source,
-        images=len(labels),
-        threat=threat,
+        images=len(work.labels),
+        threat=work.threat,
         steps=settings.steps,
         seed=settings.seed,
         class_names=stored.class_names,
         accuracy=share_of(predict(stored.model, work.images) == work.labels),
-        **found,
+        **vars(found),
         notes=() if stored.model.rules else (_DENSE_NOTE,),
         versions={
             "advmoe": __version__,
@@ -167,36 +199,31 @@ class _Work:
         self.progress = progress
         self.attack = AttackSpec(name="pgd", steps=settings.steps, seed=settings.seed)
 
-    def run(self) -> dict[str, Any]:
-        """Return a value for every section of the report."""
-        constants = None
-        if {"lipschitz", "certificate"} & set(self.settings.sections):
+    def run(self, found: _Found) -> None:
+        """Fill ``found`` with what was asked for, each section as it ends."""
+        sections, constants = set(self.settings.sections), ()
+        if {"lipschitz", "certificate"} & sections:
             constants = self._task("lipschitz", self._constants)
-        shown = constants if "lipschitz" in self.settings.sections else None
-        jumps = None
-        if shown is not None and self.model.rules:
-            jumps = boundary_jumps(self.model, self.images, seed=self.settings.seed)
-        return {
-            "routes": self._if("routes", self._routes),
-            "changes": self._if("changes", self._changes),
-            "experts": self._if("experts", self._experts),
-            "lipschitz": shown,
-            "jumps": jumps,
-            "certificate": self._if("certificate", lambda: self._certificate(constants or ())),
-            "smoothing": self._if("smoothing", self._smoothing),
-        }
-
-    def _if(self, section: Section, make: Callable[[], Any]) -> Any:
-        return make() if section in self.settings.sections else None
+        if "lipschitz" in sections:
+            found.lipschitz = constants
+            if self.model.rules:
+                found.jumps = boundary_jumps(self.model, self.images, seed=self.settings.seed)
+        if "routes" in sections:
+            found.routes = route_use(self.model, self.images, self.labels)
+        if "changes" in sections:
+            found.changes = self._changes()
+        if "experts" in sections:
+            found.experts = self._experts()
+        if "certificate" in sections:
+            found.certificate = self._certificate(constants)
+        if "smoothing" in sections:
+            found.smoothing = self._smoothing()
 
     def _task(self, name: str, make: Callable[[], Any]) -> Any:
         with task(self.progress, name, 1):
             value = make()
             self.progress.advance(name)
         return value
-
-    def _routes(self) -> tuple[LayerUse, ...]:
-        return route_use(self.model, self.images, self.labels)
 
     def _changes(self) -> tuple[AttackEffect, ...]:
         effects = []

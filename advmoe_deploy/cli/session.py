@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,8 +13,12 @@ from advmoe_deploy.progress import Progress
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from advmoe_deploy.specs import Frozen
+
 # Whether this run has put its one JSON object on stdout.
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
+# What had been measured when the command failed.
+_kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
 
 
 class Session:
@@ -34,6 +38,23 @@ class Session:
         else:
             draw_on(self._stdout, draw())
             self._stdout.flush()
+
+    @contextmanager
+    def keeping(
+        self, measured: "Sequence[Frozen]", draw: Callable[[], "RenderableType"]
+    ) -> Iterator[None]:
+        """Lose nothing of what the block has put into ``measured`` when it fails or is stopped.
+
+        It is drawn, or becomes ``measured`` of the one JSON object, beside the error.
+        """
+        try:
+            yield
+        except BaseException:
+            if measured and self._as_json:
+                _kept.set({"measured": [part.model_dump(mode="json") for part in measured]})
+            elif measured:
+                self.show({}, draw)
+            raise
 
 
 @contextmanager
@@ -64,9 +85,10 @@ def _standard(value: Any) -> Any:
 def print_json_error(message: str, code: int) -> None:
     """Print an error as JSON, unless this run has printed its object already."""
     if not _shown.get():
-        print_json({"error": message, "exit_code": code}, sys.stdout)
+        print_json({"error": message, "exit_code": code, **(_kept.get() or {})}, sys.stdout)
 
 
 def forget_shown() -> None:
     """Begin a run that has shown nothing."""
     _shown.set(False)
+    _kept.set(None)

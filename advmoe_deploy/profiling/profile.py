@@ -1,5 +1,6 @@
 """How fast a bundle is, next to its baselines, in one process and on the same images."""
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -72,6 +73,7 @@ def profile_bundle(
     warmup: int = 3,
     budget_s: float = 10.0,
     samples: dict[str, list[float]] | None = None,
+    measured: list[LatencyRow] | None = None,
     progress: Progress | None = None,
 ) -> LatencyReport:
     """Return latencies of the bundle's model and of its baselines, interleaved in one process.
@@ -87,6 +89,7 @@ def profile_bundle(
         warmup: rounds that are not counted.
         budget_s: seconds of measuring per batch size.
         samples: filled with every single time in milliseconds, where one is given.
+        measured: filled with the rows of each batch size as it ends, where a list is given.
         progress: who listens.
 
     Raises:
@@ -95,10 +98,11 @@ def profile_bundle(
     progress = progress or Silent()
     _check_request(engines, batches, against, threads, n, warmup)
     images, ids = _golden(bundle)
-    rows: list[LatencyRow] = []
+    rows = measured if measured is not None else []
     ratios: list[LatencyRatio] = []
     settings: dict[str, str | int | float | bool] = {
         "spinning": False,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "the library's default"),
         "threads": threads,
         "images": "golden.npz, repeated to the batch size",
         "order": "interleaved, shuffled in every round",

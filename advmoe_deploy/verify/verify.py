@@ -8,7 +8,8 @@ gradients, and Square then ask both. An image counts as robust only if no attack
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ def verify_bundle(
     images: int | None = None,
     epsilon: float | None = None,
     threads: int = 0,
+    measured: list[AttackOutcome] | None = None,
     progress: Progress | None = None,
 ) -> RobustReport:
     """Return what clean and attacked accuracy are on the reference and on ``engine``.
@@ -58,7 +60,8 @@ def verify_bundle(
         max_drop: percentage points of clean or robust accuracy that the engine may lose.
         images: how many test images, all by default.
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
-        threads: of the engine; 0 leaves the choice to it.
+        threads: of the engine and of PyTorch; 0 leaves the choice to them.
+        measured: filled with the outcome of each attack as it ends, where a list is given.
         progress: who listens.
 
     Raises:
@@ -72,12 +75,14 @@ def verify_bundle(
     source = data or str(bundle.manifest.training.get("data", ""))
     x_NCHW, labels_N = matching_test_images(source, model.spec, bundle.manifest.decoding, images)
     suite = attack_suite(attacks, bundle.manifest.model)
-    with open_runner(bundle, engine, threads=threads) as runner:
+    with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)
         searches = searches_of(suite, differs_from_reference=not is_exact(runner))
         with task(progress, "verify", len(searches)):
             for attack, found_on in searches:
                 outcome = trial.run(attack, found_on)
+                if measured is not None:
+                    measured.append(outcome)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         rounding = bundle.manifest.parity.rounding
         parity = compare_with_reference(model, runner, x_NCHW, rounding=rounding)
@@ -98,6 +103,17 @@ def verify_bundle(
         attacks=tuple(trial.outcomes),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch compute on ``threads`` within the block; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def searches_of(

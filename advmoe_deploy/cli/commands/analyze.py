@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite, names
+from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, names, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.specs import one_line
 
 if TYPE_CHECKING:
-    from advmoe_deploy.analysis.analyze import Section
+    from advmoe_deploy.analysis.analyze import AnalysisReport, Section
     from advmoe_deploy.analysis.smoothing import Smoothing
     from advmoe_deploy.models.stored import StoredModel
 
@@ -58,9 +58,11 @@ def analyze(
         typer.Option("--out", help="By default RUN/analysis, or BUNDLE-analysis beside it."),
     ] = None,
     overwrite: Overwrite = False,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
+    use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.analysis.analyze import Settings, sections_for
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
@@ -89,7 +91,9 @@ def analyze(
             smoothing=certified,
             journal=journal,
         )
-        report = analyze_model(stored, settings, progress=ui.progress)
+        measured: list[AnalysisReport] = []
+        with ui.keeping(measured, lambda: analysis_tables.sections(measured[0])):
+            report = analyze_model(stored, settings, measured=measured, progress=ui.progress)
         with staged_directory(target, overwrite=overwrite) as staged:
             analysis_report.write_report(report, staged, REPORT)
         if "smoothing" in sections:

@@ -1,7 +1,7 @@
 """The command ``profile``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.process import usable_cpus, use_threads
 from advmoe_deploy.profiling.baselines import BASELINES
+
+if TYPE_CHECKING:
+    from advmoe_deploy.reports import LatencyRow
 
 
 def profile(
@@ -56,14 +59,17 @@ def profile(
 
             pages.require_libraries()
         opened = open_bundle(bundle)
-        report = profile_bundle(
-            opened,
-            engines=tuple(engine or ("onnxruntime",)),
-            batches=batches,
-            against=baselines,
-            threads=threads,
-            progress=ui.progress,
-        )
+        measured: list[LatencyRow] = []
+        with ui.keeping(measured, lambda: tables.latency_rows(measured)):
+            report = profile_bundle(
+                opened,
+                engines=tuple(engine or ("onnxruntime",)),
+                batches=batches,
+                against=baselines,
+                threads=threads,
+                measured=measured,
+                progress=ui.progress,
+            )
         # Shown first: a file that cannot be written takes no measurement with it.
         ui.show(report.model_dump(mode="json"), lambda: tables.latency_report(report))
         if out is not None:

@@ -1,6 +1,6 @@
 """The command ``verify``."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from advmoe_deploy.cli.options import (
 )
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from advmoe_deploy.reports import AttackOutcome
 
 
 def verify(
@@ -44,17 +47,20 @@ def verify(
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.verify.verify import verify_bundle
 
-        report = verify_bundle(
-            open_bundle(bundle),
-            engine=engine,
-            data=data,
-            attacks=attacks.value,
-            max_drop=max_drop,
-            images=images,
-            epsilon=epsilon,
-            threads=threads,
-            progress=ui.progress,
-        )
+        measured: list[AttackOutcome] = []
+        with ui.keeping(measured, lambda: tables.attack_outcomes(measured, engine)):
+            report = verify_bundle(
+                open_bundle(bundle),
+                engine=engine,
+                data=data,
+                attacks=attacks.value,
+                max_drop=max_drop,
+                images=images,
+                epsilon=epsilon,
+                threads=threads,
+                measured=measured,
+                progress=ui.progress,
+            )
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
     if not report.passed:
         clean, robust = report.clean_accuracy, report.robust_accuracy

@@ -15,6 +15,11 @@ _MOST_LAYERS = 8
 
 def screen(report: AnalysisReport, out: Path) -> RenderableType:
     """Return the main figures of ``report``, and where the rest is."""
+    return Group(sections(report), "", escape(f"report: {out / 'report.html'}"))
+
+
+def sections(report: AnalysisReport) -> RenderableType:
+    """Return the main figures of the sections that ``report`` has."""
     title = (
         f"{report.family}, {report.images} images of {report.data}, "
         f"l-inf epsilon {report.threat.epsilon:.4g}, PGD-{report.steps}"
@@ -25,7 +30,6 @@ def screen(report: AnalysisReport, out: Path) -> RenderableType:
         part = make(report)
         if part is not None:
             parts += ["", part]
-    parts += ["", escape(f"report: {out / 'report.html'}")]
     return Group(*parts)
 
 

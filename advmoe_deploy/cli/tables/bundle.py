@@ -1,6 +1,6 @@
 """Results as tables and short screens; render.py draws them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,7 +10,14 @@ from rich.table import Table
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
-from advmoe_deploy.reports import LatencyReport, Pair, ParityReport, RobustReport
+from advmoe_deploy.reports import (
+    AttackOutcome,
+    LatencyReport,
+    LatencyRow,
+    Pair,
+    ParityReport,
+    RobustReport,
+)
 from advmoe_deploy.serving.batch import BatchReport
 
 
@@ -34,18 +41,10 @@ def robust_report(report: RobustReport) -> RenderableType:
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = new_table(
         f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
-        ("attack", "found on", "reference", report.engine, "routes flipped", "seconds"),
+        _outcome_columns(report.engine),
     )
     table.add_row("none (clean)", "", *_pair(report.clean_accuracy), "", "")
-    for outcome in report.attacks:
-        attack, flips = outcome.attack, outcome.route_flip_rate
-        table.add_row(
-            f"{attack.name}-{attack.steps} {attack.target if attack.name == 'pgd' else ''}",
-            outcome.found_on,
-            *_pair(outcome.robust_accuracy),
-            "-" if flips is None else percent(flips),
-            f"{outcome.seconds:.1f}",
-        )
+    _add_outcomes(table, report.attacks)
     table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
     low, high = report.robust_interval
     engine = f"{escape(report.engine)}, {report.precision}{' with TF32' if report.tf32 else ''}"
@@ -64,8 +63,31 @@ def robust_report(report: RobustReport) -> RenderableType:
     )
 
 
-def latency_report(report: LatencyReport) -> RenderableType:
-    """Return the latency rows and the ratios between models."""
+def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
+    """Return accuracies of reference and engine under those attacks that ended."""
+    table = new_table(f"{outcomes[0].images} images, unfinished", _outcome_columns(engine))
+    _add_outcomes(table, outcomes)
+    return table
+
+
+def _outcome_columns(engine: str) -> tuple[str, ...]:
+    return ("attack", "found on", "reference", engine, "routes flipped", "seconds")
+
+
+def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
+    for outcome in outcomes:
+        attack, flips = outcome.attack, outcome.route_flip_rate
+        table.add_row(
+            f"{attack.name}-{attack.steps} {attack.target if attack.name == 'pgd' else ''}",
+            outcome.found_on,
+            *_pair(outcome.robust_accuracy),
+            "-" if flips is None else percent(flips),
+            f"{outcome.seconds:.1f}",
+        )
+
+
+def latency_rows(latencies: Iterable[LatencyRow]) -> Table:
+    """Return a table of latencies."""
     rows = new_table(
         "latency",
         (
@@ -81,7 +103,7 @@ def latency_report(report: LatencyReport) -> RenderableType:
             "n",
         ),
     )
-    for row in report.rows:
+    for row in latencies:
         times = (f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))
         rows.add_row(
             row.model,
@@ -93,6 +115,12 @@ def latency_report(report: LatencyReport) -> RenderableType:
             f"{row.macs / 1e6:.1f} M",
             str(row.n),
         )
+    return rows
+
+
+def latency_report(report: LatencyReport) -> RenderableType:
+    """Return the latency rows and the ratios between models."""
+    rows = latency_rows(report.rows)
     ratios = new_table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
     for ratio in report.ratios:
         ratios.add_row(
