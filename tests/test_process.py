@@ -131,7 +131,7 @@ def test_an_engine_opened_from_python_reports_nothing_home(
     home, heard = tmp_path / "home", tmp_path / "heard"
     home.mkdir()
     program = (
-        "import sys, advmoe_deploy.export.quantize\n"
+        "import sys, advmoe_deploy.export.precision.quantize\n"
         "from pathlib import Path\n"
         "from advmoe_deploy.bundle import open_bundle\n"
         "from advmoe_deploy.runtime.select import open_runner\n"
