@@ -25,9 +25,8 @@ from pydantic import Field, ValidationError
 
 from advmoe_deploy import __version__
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import BundleError
+from advmoe_deploy.errors import BundleError, reading
 from advmoe_deploy.files import sha256_of
-from advmoe_deploy.os_errors import reading
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport

@@ -16,7 +16,14 @@ A message is one line: the value, the limit, and the way out.
 """
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+Doing = Literal["read", "write"]
 
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h: never the answer of a check
 
@@ -85,3 +92,149 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     if near:
         return UsageError(f"unknown {kind} '{name}'; did you mean {', '.join(near)}?")
     return UsageError(f"unknown {kind} '{name}'; choose from {', '.join(choices)}")
+
+
+_OUT_OF_MEMORY = "out of memory; lower the batch size"
+_NETWORK = "the file system of another machine does not answer; mount it again, or use a local copy"
+# Where two texts stand, the first is for reading and the second for writing.
+_TEXTS: dict[int, tuple[type[AdvMoEError], str] | tuple[type[AdvMoEError], str, str]] = {
+    errno.ENOENT: (
+        InputError,
+        "no such file or folder; check the path",
+        "its folder is not there; make it first, or choose another target",
+    ),
+    errno.EISDIR: (InputError, "it is a folder, where a file is expected; name a file"),
+    errno.ENOTDIR: (
+        InputError,
+        "not a directory: a file stands where the path has a folder; check the path",
+    ),
+    errno.ENAMETOOLONG: (InputError, "the name is too long for the file system; shorten it"),
+    errno.ELOOP: (InputError, "its links lead in a circle; name a file that is there"),
+    errno.EINVAL: (InputError, "the file system does not accept this name or use; name another"),
+    errno.EEXIST: (InputError, "something of that name is in the way; choose another target"),
+    errno.ENOTEMPTY: (InputError, "the folder is not empty; choose another target"),
+    errno.EACCES: (
+        MachineError,
+        "permission denied: you may not read it; change its permissions, or name a copy",
+        "permission denied: you may not write there; choose a place you may write to",
+    ),
+    errno.EPERM: (
+        MachineError,
+        "operation not permitted: the system forbids reading it; name a copy",
+        "operation not permitted: the system forbids writing there; choose a place you may "
+        "write to",
+    ),
+    errno.EROFS: (MachineError, "the file system is read-only; choose another target"),
+    errno.ENOSPC: (MachineError, "the disk is full; free some space or choose another target"),
+    errno.EDQUOT: (
+        MachineError,
+        "the disk quota is used up; free some space or choose another target",
+    ),
+    errno.EFBIG: (
+        MachineError,
+        "the file size limit is reached; raise it (ulimit -f) or choose another target",
+    ),
+    errno.EIO: (
+        MachineError,
+        "the device failed while it was read (input/output error); use another copy",
+        "the device failed while it was written (input/output error); choose another target",
+    ),
+    errno.EMFILE: (
+        MachineError,
+        "too many files are open in this process; raise the limit (ulimit -n)",
+    ),
+    errno.ENFILE: (MachineError, "too many files are open on this machine; end other programs"),
+    errno.EBUSY: (MachineError, "another program uses it; wait for that one to end"),
+    errno.ETXTBSY: (MachineError, "it is a program that runs; wait for it to end"),
+    errno.ENXIO: (MachineError, "there is no such device; check the path"),
+    errno.ENODEV: (MachineError, "there is no such device; check the path"),
+    errno.ESTALE: (MachineError, _NETWORK),
+    errno.ETIMEDOUT: (MachineError, _NETWORK),
+    errno.ENOMEM: (MachineError, _OUT_OF_MEMORY),
+}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of an :class:`OSError` of the block that ``path`` was being read."""
+    with _marked(path, "read"):
+        yield
+
+
+@contextmanager
+def writing(path: Path | None) -> Iterator[None]:
+    """Say of an :class:`OSError` of the block that ``path`` was being written.
+
+    What is written under another name, to be renamed last, is called by the name that it will have.
+    Without a path, what is written is in memory.
+    """
+    with _marked(path, "write"):
+        yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add ``path`` to an :class:`OSError` of the block that does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def _marked(path: Path | None, doing: Doing) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = path and str(path)
+        error.doing = doing  # type: ignore[attr-defined]
+        raise
+
+
+def file_error(error: OSError) -> AdvMoEError | None:
+    """Return the error of ours that ``error`` amounts to: its file, what is wrong, the way out.
+
+    ``None`` if this is not about a file as far as anyone can tell. An error without a number is a
+    library's own, about what it was given.
+    """
+    if error.errno is None:
+        return InputError(str(error))
+    if error.errno not in _TEXTS and not error.filename:
+        return None
+    kind = _TEXTS[error.errno][0] if error.errno in _TEXTS else InputError
+    where = f"{_name(error.filename)}: " if error.filename else ""
+    return kind(f"{where}{reason_of(error)}")
+
+
+def reason_of(error: OSError) -> str:
+    """Return what is wrong with the file of ``error``, and the way out, without its name."""
+    if error.errno not in _TEXTS:
+        return error.strerror or str(error)
+    _, *texts = _TEXTS[error.errno]
+    return texts[-1] if _doing(error) == "write" else texts[0]
+
+
+def machine_error(error: OSError | MemoryError) -> MachineError | None:
+    """Return the :class:`MachineError` that ``error`` amounts to, or ``None`` if it is not one."""
+    found = MachineError(_OUT_OF_MEMORY) if isinstance(error, MemoryError) else file_error(error)
+    return found if isinstance(found, MachineError) else None
+
+
+def _doing(error: OSError) -> Doing:
+    """Return what was being done to the file; where nobody said so, as far as the file tells."""
+    doing: Doing | None = getattr(error, "doing", None)
+    if doing:
+        return doing
+    if error.filename2 is not None:  # to rename or to link is to write
+        return "write"
+    if error.errno not in (errno.EACCES, errno.EPERM) or not isinstance(error.filename, str):
+        return "read"
+    # What can be read was not refused a reader; what is not there yet was refused its place.
+    file = Path(error.filename)
+    new = not os.path.lexists(file) and os.access(file.parent, os.X_OK)
+    return "write" if new or os.access(file, os.R_OK) else "read"
+
+
+def _name(filename: str | bytes | int) -> str:
+    return os.fsdecode(filename) if isinstance(filename, str | bytes) else f"file {filename}"

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from advmoe_deploy.errors import UsageError
-from advmoe_deploy.os_errors import naming, reading, writing
+from advmoe_deploy.errors import UsageError, naming, reading, writing
 
 
 def sha256_of(path: Path) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from advmoe_deploy.closing import Closing
-from advmoe_deploy.errors import UsageError
-from advmoe_deploy.os_errors import writing
+from advmoe_deploy.errors import UsageError, writing
 
 Row = dict[str, Any]
 

@@ -9,8 +9,7 @@ from types import FrameType
 import typer
 
 from advmoe_deploy.cli.extras import missing_package
-from advmoe_deploy.errors import INTERNAL, AdvMoEError
-from advmoe_deploy.os_errors import file_error, machine_error
+from advmoe_deploy.errors import INTERNAL, AdvMoEError, file_error, machine_error
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141

@@ -16,8 +16,7 @@ import numpy.typing as npt
 from advmoe_deploy.data.dataset import Dataset, Split, mixed
 from advmoe_deploy.data.pixels import exactly, stacked
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, missing_extra
-from advmoe_deploy.os_errors import reason_of
+from advmoe_deploy.errors import DataError, missing_extra, reason_of
 from advmoe_deploy.process import without_telemetry
 
 FOLDER_VARIABLE = "ADVMOE_DATA"

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError
+from advmoe_deploy.errors import CheckpointError, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.os_errors import reading
 from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel, one_line
 
 CHECKPOINT_VERSION = 1

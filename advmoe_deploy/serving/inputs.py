@@ -4,8 +4,7 @@ import glob
 from pathlib import Path
 
 from advmoe_deploy.decoding import SUFFIXES
-from advmoe_deploy.errors import DataError
-from advmoe_deploy.os_errors import reading
+from advmoe_deploy.errors import DataError, reading
 
 
 def list_inputs(source: str) -> tuple[str, ...]:

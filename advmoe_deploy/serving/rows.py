@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.errors import UsageError, missing_extra
+from advmoe_deploy.errors import UsageError, missing_extra, writing
 from advmoe_deploy.files import flush_to_disk
 from advmoe_deploy.journal import Row
-from advmoe_deploy.os_errors import writing
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.runner import Prediction
 

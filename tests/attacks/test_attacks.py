@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from advmoe_deploy.attacks.autoattack import standard_autoattack
+from advmoe_deploy.attacks.autoattack import _lead_of_target, standard_autoattack
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.find import find_adversarial
@@ -24,7 +24,7 @@ from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, Weighting, build_spec
-from tests.toys import Linear, LinearMoE, PixelMoE, toy_spec
+from tests.toys import Linear, LinearClassifier, LinearMoE, PixelMoE, toy_spec
 
 THREAT = ThreatModel(epsilon=0.1)
 TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "experts", "router")
@@ -346,6 +346,30 @@ def test_autoattack_leaves_nothing_of_a_weak_model(model: AdvMoE) -> None:
     found = standard_autoattack(model, x, y, wide)
     assert (found - x).abs().max() <= wide.epsilon + 1e-5
     assert accuracy(model, found, y) == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_autoattack_knows_fewer_than_ten_classes(classes: int) -> None:
+    model = pixels(classes)
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0] = 1.0
+    # A ball of 0.2 leaves 0.8 against 0.2, whatever is tried; one of 0.6 leaves 0.4 against 0.6.
+    for epsilon, right in ((0.2, 1), (0.6, 0)):
+        found = standard_autoattack(model, x, torch.tensor([0]), ThreatModel(epsilon=epsilon))
+        assert accuracy(model, found, torch.tensor([0])) == right
+
+
+def pixels(classes: int) -> LinearClassifier:
+    """A model whose logits are the first pixels."""
+    return LinearClassifier(toy_spec(classes), torch.eye(classes, 16), torch.zeros(classes))
+
+
+def test_autoattacks_third_loss_is_the_targets_lead() -> None:
+    class Attack:
+        y_target = torch.tensor([2, 0])
+
+    logits = torch.tensor([[3.0, 1.0, 2.0], [5.0, 4.0, 0.0]])
+    assert _lead_of_target(Attack(), logits, torch.tensor([0, 1])).tolist() == [-1.0, 1.0]
 
 
 def test_eval_mode_gives_each_module_its_own_mode_back() -> None:

@@ -286,10 +286,10 @@ def raising(error: BaseException) -> Callable[..., None]:
         (MachineError("full"), 5, "full"),
         (OSError(28, "No space left on device", "/x"), 5, "/x: the disk is full"),
         (PermissionError(13, "Permission denied", "/x"), 5, "permission denied"),
-        (NotADirectoryError(20, "Not a directory", "/x"), 3, "/x: Not a directory"),
+        (NotADirectoryError(20, "Not a directory", "/x"), 3, "/x: not a directory"),
         (MemoryError(), 5, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 5, "out of memory"),
-        (ValueError("a bug"), 1, "unexpected ValueError: a bug; --debug shows where"),
+        (ValueError("a bug"), 70, "unexpected ValueError: a bug; --debug shows where"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError
+from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError, reason_of
 from advmoe_deploy.files import sha256_of
-from advmoe_deploy.os_errors import reason_of
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,

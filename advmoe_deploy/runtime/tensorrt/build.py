@@ -20,9 +20,9 @@ from advmoe_deploy.errors import (
     BundleError,
     CheckFailedError,
     MachineError,
+    reason_of,
 )
 from advmoe_deploy.files import write_atomically
-from advmoe_deploy.os_errors import reason_of
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
     logger,

@@ -14,8 +14,13 @@ from torch import distributed, multiprocessing
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from advmoe_deploy import errors
-from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, UsageError
-from advmoe_deploy.os_errors import file_error, machine_error
+from advmoe_deploy.errors import (
+    AdvMoEError,
+    BackendUnavailableError,
+    UsageError,
+    file_error,
+    machine_error,
+)
 from advmoe_deploy.progress import Progress, Silent
 
 T = TypeVar("T")
