@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.process import default_threads, quota_cpus, usable_cpus
@@ -97,18 +98,16 @@ def test_no_command_leaves_an_id_or_looks_up_a_name(
     home, heard, work = tmp_path / "home", tmp_path / "heard", tmp_path / "work"
     home.mkdir()
     work.mkdir()
-    (work / "list.txt").write_text("missing.png\n")
+    Image.new("L", (8, 8)).save(work / "black.png")
     bundle = str(tiny_bundle.path)
     small = ["model.width=8", "model.router_width=4", "epochs=1", "evaluate_every=9"]
     settings = [word for setting in small for word in ("--set", setting)]
     for command in (
         ["train", "digits-advmoe", "--out", "run", *settings],
         ["export", str(tiny_run), "--format", "openvino", "--out", "bundle"],
-        ["verify", bundle, "--images", "2"],
         ["verify", bundle, "--images", "2", "--engine", "openvino"],
         ["profile", bundle, "--batch", "1", "--against", "", "--html", "page.html"],
-        ["predict", bundle, "--input", "list.txt", "--output", "a.parquet"],
-        ["predict", bundle, "--input", "list.txt", "--output", "a.jsonl", "--engine", "openvino"],
+        ["predict", bundle, "--input", "black.png", "--output", "a.parquet"],
         ["doctor"],
         ["list"],
     ):
@@ -163,13 +162,10 @@ THREADS = (
 )
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_hold_for_everything_in_the_process(
-    threads: int, tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    command = ["verify", str(tiny_bundle.path), "--images", "2", "--threads", str(threads)]
+def test_threads_hold_for_everything_in_the_process(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    command = ["verify", str(tiny_bundle.path), "--images", "2", "--threads", "1"]
     said = run_python(["-c", THREADS, *command], tmp_path, HOME=str(tmp_path))
-    assert json.loads(said.splitlines()[-1]) == [[threads], "PASSIVE"]
+    assert json.loads(said.splitlines()[-1]) == [[1], "PASSIVE"]
 
 
 def test_the_users_own_wait_policy_stands(tmp_path: Path) -> None:

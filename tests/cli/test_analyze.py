@@ -79,6 +79,23 @@ def test_a_dense_model_gets_what_is_possible(capsys: Capture, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["conv experts", "token experts"])
+def test_a_section_that_crashes_takes_no_other_with_it(
+    capsys: Capture, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("advmoe_deploy.analysis.analyze.certificate", crash)
+    command = ["analyze", str(tiny_run), "--only", "routes,certificate", *QUICK]
+    assert run([*command, "--out", str(tmp_path / "out"), "--json"]) == 70
+    (kept,) = json.loads(capsys.readouterr().out)["measured"]
+    assert sum(kept["routes"][0]["load"]) == 24
+    assert kept["certificate"] is None
+    assert run([*command, "--out", str(tmp_path / "out")]) == 70
+    assert "effective routes" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_many_layers_fit_on_the_screen_and_the_page(
     capsys: Capture, tmp_path: Path, family: str
 ) -> None:

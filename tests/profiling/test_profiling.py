@@ -1,12 +1,14 @@
 """Timings are interleaved, reported with their settings, and compared by ratio."""
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.profiling.profile import profile_bundle
@@ -109,6 +111,18 @@ def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
     assert sum(int(n) for n in str(report.settings["router.expert_load_5"]).split(",")) == 5
     assert report.versions.keys() >= {"onnxruntime"}
     assert len(samples["dense onnxruntime fp32, batch 5"]) == 5
+
+
+def test_what_was_timed_outlives_a_failure(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("advmoe_deploy.profiling.profile._ratios", crash)
+    command = ["profile", str(tiny_bundle.path), "--batch", "1,2", "--against", ""]
+    assert run([*command, "--json"]) == 5
+    assert [row["batch"] for row in json.loads(capsys.readouterr().out)["measured"]] == [1]
 
 
 def test_it_says_what_rounds_to_tf32(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Verification passes what survived and fails what did not."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,32 @@ def test_the_command_exits_1_when_robustness_was_lost(
     printed = capsys.readouterr()
     assert "ROBUSTNESS WAS LOST" in printed.out
     assert "advmoe: error: clean accuracy fell by" in printed.err.splitlines()[-1]
+
+
+def crash(*_: object) -> None:
+    raise IndexError("a bug in the last attack")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_crash_is_no_failed_check_and_loses_nothing(
+    tiny_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr("advmoe_deploy.verify.verify.attack_predictions", crash)
+    options = ["--json"] if as_json else []
+    assert run(["verify", str(tiny_bundle.path), "--images", "5", *options]) == 70
+    printed = capsys.readouterr()
+    assert "unexpected IndexError: a bug in the last attack" in printed.err.splitlines()[-1]
+    if as_json:
+        found = json.loads(printed.out)
+        assert found["exit_code"] == 70
+        targets = [outcome["attack"]["target"] for outcome in found["measured"]]
+        assert targets == ["model", "straight-through", "pathway"]
+    else:
+        assert "5 images, unfinished" in printed.out
+        assert printed.out.count("pgd-20") == 3
 
 
 @pytest.mark.parametrize(
