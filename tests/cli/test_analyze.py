@@ -79,6 +79,17 @@ def test_a_dense_model_gets_what_is_possible(capsys: Capture, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["conv experts", "token experts"])
+def test_many_layers_fit_on_the_screen_and_the_page(
+    capsys: Capture, tmp_path: Path, family: str
+) -> None:
+    path = write_run(tmp_path / family, spec_of(family))
+    assert run(["analyze", str(path), *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 120
+    assert "all layers" in out
+    assert {p.stem for p in (path / "analysis").glob("*.png")} == PLOTS
+
+
 def test_a_section_that_crashes_takes_no_other_with_it(
     capsys: Capture, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,17 +105,6 @@ def test_a_section_that_crashes_takes_no_other_with_it(
     assert run([*command, "--out", str(tmp_path / "out")]) == 70
     assert "effective routes" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-
-
-def test_many_layers_fit_on_the_screen_and_the_page(
-    capsys: Capture, tmp_path: Path, family: str
-) -> None:
-    path = write_run(tmp_path / family, spec_of(family))
-    assert run(["analyze", str(path), *QUICK]) == 0
-    out = capsys.readouterr().out
-    assert max(len(line) for line in out.splitlines()) <= 120
-    assert "all layers" in out
-    assert {p.stem for p in (path / "analysis").glob("*.png")} == PLOTS
 
 
 def test_bad_inputs_leave_nothing(capsys: Capture, tiny_run: Path, tmp_path: Path) -> None:
