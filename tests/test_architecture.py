@@ -18,7 +18,6 @@ LAYERS = [
         "errors",
         "files",
         "journal",
-        "intervals",
         "families",
         "closing",
         "decoding",

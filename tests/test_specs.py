@@ -15,7 +15,7 @@ from advmoe_deploy.errors import (
     missing_extra,
     unknown_name,
 )
-from advmoe_deploy.intervals import (
+from advmoe_deploy.parity.intervals import (
     chance_of_more,
     paired_difference_interval,
     wilson_interval,

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH
-from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
+from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.specs import Frozen
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from advmoe_deploy.decoding import FORMATS, Decoding
-from advmoe_deploy.errors import DataError, MachineError
+from advmoe_deploy.errors import DataError, MachineError, reason_of
 
 # What Pillow's decoders are known to raise on damaged files; a warning where warnings are errors.
 _DAMAGE = (
@@ -76,10 +76,8 @@ def decode_file(path: Path, decoding: Decoding) -> DecodedImage:
             raise DataError(f"{path}: no such file")
         with path.open("rb") as file:
             return decode(file, str(path), decoding)
-    except PermissionError:
-        raise DataError(f"{path}: permission denied") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: {reason_of(error)}") from None
 
 
 def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:

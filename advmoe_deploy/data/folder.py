@@ -10,7 +10,7 @@ from advmoe_deploy.data.dataset import Dataset, Split, mixed, stratified_parts
 from advmoe_deploy.data.decode import decode_file
 from advmoe_deploy.data.pixels import Pixels, stacked
 from advmoe_deploy.decoding import SUFFIXES, Decoding
-from advmoe_deploy.errors import DataError, reason_of
+from advmoe_deploy.errors import DataError
 
 _SEED = 20230810
 _HOLDOUT_IMAGES = 1000

@@ -6,8 +6,8 @@ import torch
 
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import Split, to_float
-from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 

@@ -20,10 +20,10 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import matching_test_images
-from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.parity.compare import is_right, predictions_of
+from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.parity.reference import compare_with_reference, reference_answers
 from advmoe_deploy.parity.tolerance import same_experts
 from advmoe_deploy.progress import Progress, Silent, task

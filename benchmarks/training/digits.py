@@ -22,10 +22,10 @@ import torch
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.intervals import wilson_interval
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget
 from advmoe_deploy.train.config import TrainConfig, apply_overrides

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.intervals import chance_of_more, paired_difference_interval
 from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.compare import Flags, compare_answers, is_right, predictions_of
+from advmoe_deploy.parity.intervals import chance_of_more, paired_difference_interval
 from advmoe_deploy.reports import OwnAttack, Pair, ParityReport, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import AttackSpec
