@@ -30,7 +30,7 @@ from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import Precision, ThreatModel
 from tests.conftest import assert_nothing_left, write_run
-from tests.cpu_builder import BATCH, CpuBuilder
+from tests.export.tensorrt.cpu_builder import BATCH, CpuBuilder
 from tests.families import spec_of
 
 BUILD = BuildOptions(batch=BATCH)
@@ -316,7 +316,7 @@ from pathlib import Path
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from tests.cpu_builder import BATCH, CpuBuilder
+from tests.export.tensorrt.cpu_builder import BATCH, CpuBuilder
 source, out = map(Path, sys.argv[1:])
 options = BuildOptions(batch=BATCH)
 build_from_bundle(open_bundle(source), out, build=options, builder=CpuBuilder())

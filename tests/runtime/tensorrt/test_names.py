@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES
 from benchmarks.gpu import tensorrt_names
-from tests.bindings import Bindings, Name, names_of_ours
+from tests.runtime.tensorrt.bindings import Bindings, Name, names_of_ours
 
 RUNTIME = ROOT / "advmoe_deploy" / "runtime" / "tensorrt"
 NAMES = ROOT / "tests" / "data" / "tensorrt_names.json"
@@ -94,7 +94,9 @@ def test_every_name_is_in_every_release(file: Path, vendor: str) -> None:
         assert any(not lacking({name}, r) for r in FOUND[vendor].values()), (
             f"no {vendor} has {name}"
         )
-    assert not used.unplaced - OURS, "say in tests/bindings.py of which class these are"
+    assert not used.unplaced - OURS, (
+        "say in tests/runtime/tensorrt/bindings.py of which class these are"
+    )
 
 
 def test_tactic_sources_are_those_of_all_releases() -> None:
