@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as open_bundle_at
 from advmoe_deploy.errors import unknown_name
-from advmoe_deploy.runtime.select import FORMATS
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.specs import FORMATS
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier

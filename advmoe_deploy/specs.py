@@ -33,6 +33,9 @@ ComputeDtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino", "tensorrt"]
 AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
 
+# What ``export --format`` calls the backends.
+FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
+
 
 class Frozen(BaseModel):
     """A value that never changes and refuses unknown fields."""

@@ -47,7 +47,6 @@ NEVER = {
 TORCH_FREE = ("runtime", "serving", "profiling")
 MOST_FILES = 15
 MARKERS = ("__init__.py", "py.typed")  # with nothing to look for in them
-MARKERS = ("__init__.py", "py.typed")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAZY = PACKAGE / "__init__.py"  # its names are those of api, which is imported when one is used
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))

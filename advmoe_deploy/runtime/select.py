@@ -16,12 +16,10 @@ from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
-from advmoe_deploy.specs import Backend, ComputeDtype, Precision
+from advmoe_deploy.specs import FORMATS, Backend, ComputeDtype, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
 
 
 def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0) -> Runner:

@@ -11,9 +11,8 @@ from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, bui
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.runtime.select import FORMATS
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.specs import Precision
+from advmoe_deploy.specs import FORMATS, Precision
 
 
 def export(
