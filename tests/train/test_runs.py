@@ -122,17 +122,17 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "resume.safetensors", "state.json"])
-@pytest.mark.parametrize("harm", ["truncate", "change", "delete"])
+@pytest.mark.parametrize("damage", ["truncate", "change", "delete"])
 def test_resume_refuses_a_damaged_checkpoint(
-    finished: Path, tmp_path: Path, name: str, regression: str
+    finished: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     file = run / "checkpoints" / "epoch-0002" / name
     content = file.read_bytes()
-    if regression == "delete":
+    if damage == "delete":
         file.unlink()
-    elif regression == "truncate":
+    elif damage == "truncate":
         file.write_bytes(content[: len(content) // 2])
     else:
         file.write_bytes(content[:-9] + b"\xff" + content[-8:])
