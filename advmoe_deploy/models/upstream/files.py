@@ -206,6 +206,11 @@ def _read_torch(file: Path, head: bytes) -> dict[str, Any]:
 
 
 def _not_read(file: Path, head: bytes, error: Exception) -> CheckpointError:
+    if "Unsupported operand" in str(error) and head.startswith((b"PK", b"\x80")):
+        return CheckpointError(
+            f"{file} cannot be read: it is a pickle of another protocol than torch.save's own, or "
+            "damaged; save it again with torch.save"
+        )
     code = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
     if not isinstance(error, pickle.UnpicklingError) or not code:
         return CheckpointError(f"{file} {_DAMAGED}")

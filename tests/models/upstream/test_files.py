@@ -135,7 +135,8 @@ def test_what_arrives_in_place_of_a_checkpoint_is_named(full: State, tmp_path: P
         (zip_of(file), "zip archive of best.pth; unpack it"),
         (script.getvalue(), "TorchScript archive"),
         (arrays.getvalue(), "NumPy archive"),
-        (pickle.dumps(full), "is no file of torch.save"),
+        (pickle.dumps(full), "a pickle of another protocol"),
+        (pickle.dumps(full, protocol=2), "needs the code of torch.storage"),
     ):
         (tmp_path / "file").write_bytes(content)
         assert says in refusal(tmp_path / "file")
