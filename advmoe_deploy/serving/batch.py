@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,9 +22,10 @@ from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.inputs import list_inputs
+from advmoe_deploy.serving.inputs import Listing, list_inputs
 from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
+from advmoe_deploy.serving.search import Skipped
 from advmoe_deploy.specs import Frozen
 
 _MOST_DECODERS = 4
@@ -37,6 +38,7 @@ class BatchReport(Frozen):
     """What a batch job did: ``images`` rows, of which ``errors`` have no answer.
 
     ``resumed`` rows came from an earlier, interrupted run; ``images_per_s`` is about the others.
+    ``skipped`` says what else is there and why it has no row.
     """
 
     output: str
@@ -45,6 +47,7 @@ class BatchReport(Frozen):
     resumed: int
     seconds: float
     images_per_s: float
+    skipped: tuple[Skipped, ...] = ()
 
 
 def classify_files(
@@ -85,20 +88,20 @@ def classify_files(
     progress = progress or Silent()
     columns = _columns(bundle, batch, top_k)
     writer_for(output)
-    paths = list_inputs(source)
-    shown = [_printable(path) for path in paths]
-    job = _job(bundle, paths, engine=engine, top_k=top_k, batch=batch)
+    inputs = list_inputs(source)
+    shown = [_printable(path) for path in inputs]
+    job = _job(bundle, inputs, engine=engine, top_k=top_k, batch=batch)
     journal, done = open_journal(
         output, job, shown, batch=batch, resume=resume, overwrite=overwrite
     )
     errors = _errors(done)
-    with journal, _keeping_what_is_done(journal, len(paths), progress):
-        if len(done) < len(paths):
+    with journal, _keeping_what_is_done(journal, len(inputs), progress):
+        if len(done) < len(inputs):
             with open_runner(bundle, engine, threads=threads) as runner:
                 decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
                 decoding = bundle.manifest.decoding
                 inference = _Inference(runner, columns, decoding, decoders, progress)
-                errors = inference.run(journal, paths, shown, batch, errors)
+                errors = inference.run(journal, inputs, shown, batch, errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
     seconds = time.perf_counter() - started
@@ -109,6 +112,7 @@ def classify_files(
         resumed=len(done),
         seconds=seconds,
         images_per_s=(journal.count - len(done)) / seconds,
+        skipped=inputs.skipped,
     )
 
 
@@ -142,13 +146,14 @@ class _Inference:
         self._said_resized = False
 
     def run(
-        self, journal: Journal, paths: Sequence[str], shown: Sequence[str], batch: int, errors: int
+        self, journal: Journal, inputs: Listing, shown: Sequence[str], batch: int, errors: int
     ) -> int:
         """Append the rows that ``journal`` lacks; return how many have errors, of all."""
-        with task(self._progress, "classify", len(paths)):
+        with task(self._progress, "classify", len(inputs)):
             self._progress.advance("classify", journal.count, errors=errors)
-            rest = paths[journal.count :]
-            windows = _decoded_ahead(rest, self._decoding, batch, self._decoders)
+            windows = _decoded_ahead(
+                inputs, journal.count, self._decoding, batch, self._decoders
+            )
             with closing(windows):
                 for window in windows:
                     names = shown[journal.count : journal.count + len(window)]
@@ -196,10 +201,12 @@ def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     return RowFormat(class_names=names, routes=bundle.manifest.plan.routes, top_k=top_k)
 
 
-def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Row:
+def _job(bundle: Bundle, inputs: Listing, **options: str | int) -> Row:
     digest = hashlib.sha256()
-    for path in paths:
+    for path in inputs:
         digest.update(os.fsencode(path) + b"\0")
+    for path, error in sorted(inputs.errors.items()):
+        digest.update(os.fsencode(f"{path}\0{error}\0"))
     return {
         "bundle": sha256_of(bundle.path / MANIFEST),
         "inputs": digest.hexdigest(),
@@ -208,15 +215,15 @@ def _job(bundle: Bundle, paths: Sequence[str], **options: str | int) -> Row:
 
 
 def _decoded_ahead(
-    paths: Sequence[str], decoding: Decoding, batch: int, decoders: int
+    inputs: Listing, start: int, decoding: Decoding, batch: int, decoders: int
 ) -> Generator[list[Decoded], None, None]:
-    """Yield decoded batches in order while a small pool works on the following ones."""
+    """Yield decoded batches from ``start`` on while a small pool works on the following ones."""
     waiting: deque[list[Future[Decoded]]] = deque()
     pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
     try:
-        for start in range(0, len(paths), batch):
-            window = paths[start : start + batch]
-            waiting.append([pool.submit(_decode, path, decoding) for path in window])
+        for first in range(start, len(inputs), batch):
+            window = inputs[first : first + batch]
+            waiting.append([pool.submit(_decode, path, inputs.errors, decoding) for path in window])
             if len(waiting) > _BATCHES_AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
@@ -225,7 +232,9 @@ def _decoded_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(path: str, decoding: Decoding) -> Decoded:
+def _decode(path: str, errors: Mapping[str, str], decoding: Decoding) -> Decoded:
+    if path in errors:
+        return _printable(errors[path])
     try:
         return decode_file(Path(path), decoding)
     except (DataError, MachineError) as error:
@@ -233,5 +242,13 @@ def _decode(path: str, decoding: Decoding) -> Decoded:
 
 
 def _printable(path: str) -> str:
-    # A file name may be no UTF-8; a Parquet string must be.
-    return os.fsencode(path).decode("utf-8", "replace")
+    r"""Return ``path`` as UTF-8 text; bytes that are none become escapes such as ``\xff``.
+
+    A file name may be no UTF-8, a Parquet string must be, and two names may not become one: the
+    backslashes of such a name are doubled.
+    """
+    raw = os.fsencode(path)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")

@@ -14,7 +14,6 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.decode import decode_file, known_formats
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.serving.inputs import list_inputs
 
 GREY = Decoding.of(8, channels=1)
 COLOUR = Decoding.of(8)
@@ -144,34 +143,3 @@ def test_random_damage_never_raises_anything_else(tmp_path: Path, kind: str) -> 
         except DataError:
             continue
         assert decoded.pixels.shape == (3, 8, 8)
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-def test_a_folder_gives_its_images_sorted(tmp_path: Path) -> None:
-    touch(*(tmp_path / n for n in ("b.PNG", "a.jpg", "c/a.webp", "notes.txt", ".hidden.png")))
-    names = [str(Path(p).relative_to(tmp_path)) for p in list_inputs(str(tmp_path))]
-    assert names == ["a.jpg", "b.PNG", "c/a.webp"]
-
-
-def test_patterns_lists_and_files(tmp_path: Path) -> None:
-    touch(*(tmp_path / n for n in ("1.png", "2.png", "deep/3.png")))
-    assert len(list_inputs(str(tmp_path / "*.png"))) == 2
-    assert len(list_inputs(str(tmp_path / "**" / "*.png"))) == 3
-    assert list_inputs(str(tmp_path / "1.png")) == (str(tmp_path / "1.png"),)
-    (tmp_path / "list.txt").write_text("deep/3.png\n\n1.png\nmissing.png\n")
-    expected = tuple(str(tmp_path / n) for n in ("1.png", "deep/3.png", "missing.png"))
-    assert list_inputs(str(tmp_path / "list.txt")) == expected
-
-
-def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "folder").mkdir()
-    for source in ("folder", "empty.txt", "binary.txt", "*.png", "missing"):
-        with pytest.raises(DataError):
-            list_inputs(str(tmp_path / source))

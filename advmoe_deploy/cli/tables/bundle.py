@@ -148,6 +148,7 @@ def batch_report(report: BatchReport) -> RenderableType:
     ]
     if report.errors:
         lines.append(f"note: {report.errors} unreadable; the column error says why")
+    lines += [f"note: {skipped}" for skipped in report.skipped]
     return escape("\n".join(lines))
 
 

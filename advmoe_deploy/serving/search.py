@@ -1,0 +1,190 @@
+"""Search for files through folders and links: each real file once, and nothing lost silently."""
+
+import fnmatch
+import itertools
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.errors import reason_of
+from advmoe_deploy.specs import Frozen
+
+_EXAMPLES = 5
+
+_HIDDEN = "hidden"
+_NO_IMAGE = "not an image by its suffix"
+_KNOWN_FILE = "a link to a file that is read already"
+_KNOWN_FOLDER = "a link to a folder that is read already"
+_MATCHED_FOLDER = "a folder that the pattern matches"
+
+# What file_error() says of a folder.
+IS_FOLDER = "a folder, not an image"
+
+
+class Skipped(Frozen):
+    """What is no input for one ``reason``: how many files or folders, and the first few."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.examples) else ""
+        named = ", ".join(map(repr, self.examples))  # which escapes what a terminal would obey
+        return f"{self.count} skipped, {self.reason}: {named}{more}"
+
+
+class Search:
+    """Files found so far, paths that could not be read, and what was passed over."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, bool] = {}  # path -> whether a link leads to it
+        self._errors: dict[str, str] = {}
+        self._skipped: dict[str, str] = {}
+
+    def images(self, root: Path) -> None:
+        """Find the images below ``root``; links are followed, hidden names are not."""
+        for folder, linked in self._folders(root, linked=False):
+            for entry in self._entries(folder):
+                path = folder / entry.name
+                if entry.name.startswith("."):
+                    self._skipped[str(path)] = _HIDDEN
+                elif self._is_folder(entry, path):
+                    continue
+                elif path.suffix.lower() in SUFFIXES or _leads_nowhere(path):
+                    self._found[str(path)] = linked or entry.is_symlink()
+                else:
+                    self._skipped[str(path)] = _NO_IMAGE
+
+    def match(self, folder: Path, parts: Sequence[str], *, linked: bool = False) -> None:
+        """Find what the ``parts`` of a pattern match below ``folder``, whatever its suffix.
+
+        A part that is the name of something there stands for that, whatever characters it has.
+        """
+        if not parts:
+            self._found[str(folder)] = linked and self._found.get(str(folder), True)
+        elif parts[0] == "**":
+            rest = list(itertools.dropwhile("**".__eq__, parts))
+            for below, by_link in self._folders(folder, linked=linked):
+                self.match(below, rest or ["*"], linked=by_link)
+        elif os.path.lexists(path := folder / parts[0]):
+            self.match(path, parts[1:], linked=linked or path.is_symlink())
+        else:
+            self._match_names(folder, parts, linked)
+
+    def files(self) -> tuple[list[str], dict[str, str]]:
+        """Return the files, and of other paths that were meant why they cannot be read.
+
+        A file that is reached directly is preferred to links that lead to it.
+        """
+        paths, seen = [], set()
+        for path in sorted(self._found, key=lambda path: (self._found[path], path)):
+            known = _identity(Path(path))
+            error = file_error(Path(path))
+            if error == IS_FOLDER:
+                self._skipped[path] = _MATCHED_FOLDER
+            elif error is not None:
+                self._errors[path] = error
+            elif self._found[path] and known in seen:
+                self._skipped[path] = _KNOWN_FILE
+            else:
+                seen.add(known)
+                paths.append(path)
+        return paths, self._errors
+
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Return what was passed over, by reason."""
+        by_reason: dict[str, list[str]] = {}
+        for path in sorted(self._skipped):
+            by_reason.setdefault(self._skipped[path], []).append(path)
+        return tuple(
+            Skipped(reason=reason, count=len(paths), examples=tuple(paths[:_EXAMPLES]))
+            for reason, paths in sorted(by_reason.items())
+        )
+
+    def _match_names(self, folder: Path, parts: Sequence[str], linked: bool) -> None:
+        for entry in self._entries(folder):
+            path = folder / entry.name
+            if not fnmatch.fnmatchcase(entry.name, parts[0]):
+                continue
+            if entry.name.startswith(".") and not parts[0].startswith("."):
+                self._skipped[str(path)] = _HIDDEN
+            else:
+                self.match(path, parts[1:], linked=linked or entry.is_symlink())
+
+    def _folders(self, root: Path, *, linked: bool) -> Iterator[tuple[Path, bool]]:
+        """Yield each real folder from ``root`` on once, and whether a link leads to it.
+
+        Folders behind links come last, so that a folder goes by its own name where it has one.
+        """
+        waiting, links = deque([(root, linked)]), deque[tuple[Path, bool]]()
+        seen = set()
+        while waiting or links:
+            folder, by_link = (waiting or links).popleft()
+            known = _identity(folder)
+            if known in seen:
+                self._skipped[str(folder)] = _KNOWN_FOLDER
+                continue
+            seen.add(known)
+            yield folder, by_link
+            for entry in self._entries(folder):
+                path = folder / entry.name
+                if not self._is_folder(entry, path):
+                    continue
+                if entry.name.startswith("."):
+                    self._skipped[str(path)] = _HIDDEN
+                elif entry.is_symlink():
+                    links.append((path, True))
+                else:
+                    waiting.append((path, by_link))
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except NotADirectoryError:
+            return []
+        except OSError as error:
+            self._errors[str(folder)] = f"the folder cannot be read: {_reason(folder, error)}"
+            return []
+
+    def _is_folder(self, entry: os.DirEntry[str], path: Path) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError as error:
+            self._errors[str(path)] = _reason(path, error)
+            return False
+
+
+def file_error(path: Path) -> str | None:
+    """Return why there is no regular file at ``path``, or ``None`` if there is one."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError:
+        return "a path cannot hold a NUL character"
+    except OSError as error:
+        return _reason(path, error)
+    if stat.S_ISDIR(mode):
+        return IS_FOLDER
+    return None if stat.S_ISREG(mode) else "not a regular file"
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and file_error(path) is not None
+
+
+def _reason(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return f"a link to {str(path.readlink())!r}, where nothing is"
+    return reason_of(error)
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
