@@ -11,16 +11,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.specs import one_line
+from advmoe_deploy.serving.oip_json import (
+    JsonError,
+    Numbers,
+    json_array,
+    split_data,
+    stands_for_data,
+)
+from advmoe_deploy.serving.oip_messages import Message, Tensor, message_from_json
 
 INPUT = "images"
 VERSION = "1"
+_MESSAGE_LENGTH = 400
 SERVER = {
     "name": "advmoe-deploy",
     "version": __version__,
@@ -29,11 +36,21 @@ SERVER = {
 
 
 class RefusedError(UsageError):
-    """A request that is not answered; ``status`` is its HTTP status."""
+    """A request that is not answered; ``status`` is its HTTP status.
+
+    The message is a short line of printable text, whatever names the request holds.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
+        super().__init__(short_line(message))
         self.status = status
+
+
+def short_line(text: str) -> str:
+    """Return the beginning of ``text``, with escapes for what is not printable."""
+    rest = len(text) - _MESSAGE_LENGTH
+    shown = text[:_MESSAGE_LENGTH] + (f"... and {rest} more characters" if rest > 0 else "")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 @dataclass(frozen=True)
@@ -87,26 +104,6 @@ def served_model(
     return ServedModel(name or spec.family, spec.image_shape, outputs, limits or Limits())
 
 
-class _Tensor(BaseModel):
-    name: StrictStr
-    shape: list[StrictInt] = []
-    datatype: StrictStr = ""
-    parameters: dict[str, Any] = {}
-    data: list[Any] | None = None
-
-
-class _Wanted(BaseModel):
-    name: StrictStr
-    parameters: dict[str, Any] = {}
-
-
-class _Message(BaseModel):
-    id: StrictStr | None = None
-    parameters: dict[str, Any] = {}
-    inputs: list[_Tensor] = Field(max_length=16)
-    outputs: list[_Wanted] = Field([], max_length=256)
-
-
 @dataclass(frozen=True)
 class InferRequest:
     """A checked request: ``images`` float32 [N, C, H, W] in [0, 1]; ``wanted`` name -> binary."""
@@ -124,7 +121,9 @@ class InferResponse:
     json_length: int | None
 
 
-def read_request(body: bytes, json_length: int | None, model: ServedModel) -> InferRequest:
+def read_request(
+    body: bytes | bytearray, json_length: int | None, model: ServedModel
+) -> InferRequest:
     """Return what ``body`` asks of ``model``.
 
     Raises:
@@ -132,45 +131,43 @@ def read_request(body: bytes, json_length: int | None, model: ServedModel) -> In
     """
     if json_length is not None and not 0 <= json_length <= len(body):
         raise RefusedError(f"header length {json_length} is outside the body of {len(body)} bytes")
-    message = _parse(body if json_length is None else body[:json_length])
     tail = None if json_length is None else memoryview(body)[json_length:]
-    return InferRequest(_images(message, tail, model), _wanted(message, model), message.id)
+    try:
+        value, data = split_data(body if json_length is None else body[:json_length])
+        message = message_from_json(value)
+        return InferRequest(
+            _images(message, data, tail, model), _wanted(message, model), message.id
+        )
+    except JsonError as error:
+        raise RefusedError(str(error)) from None
 
 
 def write_response(
     prediction: Prediction, request: InferRequest, model: ServedModel
 ) -> InferResponse:
     """Return the response that carries what ``request`` wanted of ``prediction``."""
-    outputs, raw = [], b""
+    outputs, raw = [], bytearray()
     for name, binary in request.wanted.items():
         dtype = model.outputs[name][0]
         array = np.ascontiguousarray(_output(prediction, name), "<f4" if dtype == "FP32" else "<i8")
         if not np.isfinite(array).all():
             raise RefusedError(f"the model's {name} are not finite", 500)
-        output: dict[str, Any] = {"name": name, "datatype": dtype, "shape": list(array.shape)}
+        head = json.dumps({"name": name, "datatype": dtype, "shape": list(array.shape)})[:-1]
         if binary:
-            output["parameters"] = {"binary_data_size": array.nbytes}
+            outputs.append(f'{head}, "parameters": {{"binary_data_size": {array.nbytes}}}}}')
             raw += array.tobytes()
         else:
-            output["data"] = array.ravel().tolist()
-        outputs.append(output)
+            outputs.append(f'{head}, "data": {json_array(array.ravel())}}}')
     message: dict[str, Any] = {"model_name": model.name, "model_version": VERSION}
     if request.id is not None:
         message["id"] = request.id
-    text = json.dumps({**message, "outputs": outputs}).encode()
+    text = f'{json.dumps(message)[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode()
     return InferResponse(text + raw, len(text) if any(request.wanted.values()) else None)
 
 
-def _parse(text: bytes) -> _Message:
-    try:
-        return _Message.model_validate(json.loads(text))
-    except ValidationError as error:
-        raise RefusedError(one_line(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"the body is no JSON: {error}") from None
-
-
-def _images(message: _Message, tail: memoryview | None, model: ServedModel) -> NDArray[np.float32]:
+def _images(
+    message: Message, data: Numbers | None, tail: memoryview | None, model: ServedModel
+) -> NDArray[np.float32]:
     if [tensor.name for tensor in message.inputs] != [INPUT]:
         names = [tensor.name for tensor in message.inputs]
         raise RefusedError(f"inputs are {names}; send exactly one, called '{INPUT}'")
@@ -178,15 +175,16 @@ def _images(message: _Message, tail: memoryview | None, model: ServedModel) -> N
     if tensor.datatype != "FP32":
         raise RefusedError(f"{INPUT} has datatype '{tensor.datatype}'; send FP32 in [0, 1]")
     _check_shape(tensor.shape, model)
-    size = tensor.parameters.get("binary_data_size")
-    values = _from_json(tensor) if size is None else _from_binary(tensor, size, tail)
-    if not np.isfinite(values).all():
-        raise RefusedError(f"{INPUT} holds values that are not finite")
-    if values.min() < 0 or values.max() > 1:
+    size = tensor.parameters.binary_data_size
+    values = _from_json(tensor, data) if size is None else _from_binary(tensor, size, tail)
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise RefusedError(
-            f"{INPUT} ranges over [{values.min():.4g}, {values.max():.4g}]; scale it to [0, 1]"
+            f"{INPUT} holds values that are not finite numbers in float32; scale it to [0, 1]"
         )
-    return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+    if low < 0 or high > 1:
+        raise RefusedError(f"{INPUT} ranges over [{low!s}, {high!s}]; scale it to [0, 1]")
+    return values
 
 
 def _check_shape(shape: list[int], model: ServedModel) -> None:
@@ -200,23 +198,15 @@ def _check_shape(shape: list[int], model: ServedModel) -> None:
         )
 
 
-def _from_json(tensor: _Tensor) -> NDArray[Any]:
+def _from_json(tensor: Tensor, data: Numbers | None) -> NDArray[np.float32]:
     if tensor.data is None:
         raise RefusedError(f"{INPUT} has neither data nor binary_data_size")
-    try:
-        values = np.asarray(tensor.data)
-    except (ValueError, OverflowError):
-        raise RefusedError(f"the data of {INPUT} is neither flat nor evenly nested") from None
-    if values.dtype.kind not in "fiu":
-        raise RefusedError(f"the data of {INPUT} holds something else than numbers")
-    if values.shape not in ((math.prod(tensor.shape),), tuple(tensor.shape)):
-        raise RefusedError(
-            f"the data of {INPUT} has shape {list(values.shape)}, which does not fit {tensor.shape}"
-        )
-    return values
+    if data is None or not stands_for_data(tensor.data):
+        raise RefusedError(f"the data of {INPUT} must be one array of numbers")
+    return data.read(tensor.shape)
 
 
-def _from_binary(tensor: _Tensor, size: object, tail: memoryview | None) -> NDArray[Any]:
+def _from_binary(tensor: Tensor, size: int, tail: memoryview | None) -> NDArray[np.float32]:
     if tail is None:
         raise RefusedError("binary tensors need the header Inference-Header-Content-Length")
     needed = 4 * math.prod(tensor.shape)
@@ -225,11 +215,11 @@ def _from_binary(tensor: _Tensor, size: object, tail: memoryview | None) -> NDAr
             f"{INPUT} of shape {tensor.shape} needs {needed} bytes; "
             f"binary_data_size says {size}, the body has {len(tail)}"
         )
-    return np.frombuffer(bytes(tail), dtype="<f4")
+    return np.frombuffer(tail, dtype="<f4").astype(np.float32).reshape(tensor.shape)
 
 
-def _wanted(message: _Message, model: ServedModel) -> dict[str, bool]:
-    binary = message.parameters.get("binary_data_output") is True
+def _wanted(message: Message, model: ServedModel) -> dict[str, bool]:
+    binary = message.parameters.binary_data_output
     if not message.outputs:
         return dict.fromkeys(model.outputs, binary)
     wanted = {}
@@ -237,9 +227,10 @@ def _wanted(message: _Message, model: ServedModel) -> dict[str, bool]:
         if output.name not in model.outputs:
             known = ", ".join(model.outputs)
             raise RefusedError(f"unknown output '{output.name}'; the model has {known}")
-        if "classification" in output.parameters:
+        if output.parameters.classification is not None:
             raise RefusedError("the classification extension is not supported; ask for logits")
-        wanted[output.name] = bool(output.parameters.get("binary_data", binary))
+        own = output.parameters.binary_data
+        wanted[output.name] = binary if own is None else own
     return wanted
 
 

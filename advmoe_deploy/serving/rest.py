@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -25,11 +26,16 @@ from advmoe_deploy.serving.oip_protocol import (
     RefusedError,
     ServedModel,
     read_request,
+    short_line,
     write_response,
 )
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _GRACE_S = 30
+_PROBED = ["GET", "HEAD"]
+# How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
+# interpreter, which it does several times per answer; Python's own 5 ms make a slow health probe.
+_SWITCH_S = 0.0005
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 << 20
 
@@ -55,7 +61,7 @@ class Service:
         except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
             self.failure = error
 
-    async def infer(self, body: bytes, json_length: int | None) -> InferResponse:
+    async def infer(self, body: bytearray, json_length: int | None) -> InferResponse:
         """Return the response to one request."""
         if not self.ready:
             raise RefusedError("the model is not ready; ask /v2/health/ready", 503)
@@ -65,7 +71,7 @@ class Service:
         """Wait for the running inference and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _answer(self, body: bytes, json_length: int | None) -> InferResponse:
+    def _answer(self, body: bytearray, json_length: int | None) -> InferResponse:
         request = read_request(body, json_length, self.model)
         return write_response(self._runner.infer(request.images), request, self.model)
 
@@ -96,8 +102,12 @@ def build_app(service: Service, on_warm: Callable[[], None] | None = None) -> Fa
     return app
 
 
-def run_app(service: Service, listener: socket.socket, announce: Callable[[], None]) -> None:
+def run_app(
+    service: Service, listener: socket.socket, announce: Callable[[], None], *, keep_alive: int
+) -> None:
     """Serve on ``listener`` until SIGTERM (returns) or SIGINT (KeyboardInterrupt), then drain.
+
+    A connection without a request is closed after ``keep_alive`` seconds.
 
     Raises:
         Exception: whatever the warm-up raised.
@@ -109,25 +119,41 @@ def run_app(service: Service, listener: socket.socket, announce: Callable[[], No
         else:
             server.should_exit = True
 
-    config = uvicorn.Config(
-        build_app(service, on_warm),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(build_app(service, on_warm), keep_alive))
 
     def stop(*_: object) -> None:
         # uvicorn, once drained, raises the signal again for the handler it found: this one.
         server.should_exit = True
 
-    with _sigterm(stop):
+    with _sigterm(stop), _short_turns():
         server.run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
+
+
+def server_config(app: FastAPI, keep_alive: int) -> uvicorn.Config:
+    """Return uvicorn's settings for ``app``."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads take turns more often within the block."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _sigterm:  # noqa: N801 - used as a verb
@@ -147,15 +173,15 @@ class _sigterm:  # noqa: N801 - used as a verb
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/v2")
+    @app.api_route("/v2", methods=_PROBED)
     async def server() -> dict[str, Any]:
         return SERVER
 
-    @app.get("/v2/health/live")
+    @app.api_route("/v2/health/live", methods=_PROBED)
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/v2/health/ready")
+    @app.api_route("/v2/health/ready", methods=_PROBED)
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
@@ -163,12 +189,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
 def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
     model = service.model
 
-    @app.get(prefix)
+    @app.api_route(prefix, methods=_PROBED)
     async def metadata(name: str, version: str = VERSION) -> dict[str, Any]:
         model.require(name, version)
         return model.metadata()
 
-    @app.get(f"{prefix}/ready")
+    @app.api_route(f"{prefix}/ready", methods=_PROBED)
     async def ready(name: str, version: str = VERSION) -> JSONResponse:
         model.require(name, version)
         return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
@@ -212,7 +238,7 @@ async def _drop_body(receive: Receive) -> None:
         more = message["type"] == "http.request" and message.get("more_body", False)
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, limit: int) -> bytearray:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise _UnreadError(f"content-encoding '{encoding}' is not supported; send it plain", 415)
@@ -225,7 +251,7 @@ async def _body(request: Request, limit: int) -> bytes:
         body += chunk
         if len(body) > limit:
             raise too_large
-    return bytes(body)
+    return body
 
 
 def _json_length(request: Request) -> int | None:
@@ -249,7 +275,8 @@ def _add_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return answer(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        message = short_line(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse({"error": message}, error.status_code, headers=error.headers)
 
     async def gone(_: Request, __: Exception) -> Response:
         return answer(400, "the client went away")

@@ -20,6 +20,10 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let other machines in, without authentication.")
     ] = False,
+    keep_alive: Annotated[
+        int,
+        typer.Option("--keep-alive", min=0, help="Seconds until an idle connection is closed."),
+    ] = 75,
     engine: Engine = "onnxruntime",
     threads: Threads = 0,
     files: Annotated[str | None, typer.Option("--input", "--output", hidden=True)] = None,
@@ -40,6 +44,7 @@ def serve(
             insecure=insecure,
             engine=engine,
             threads=threads,
+            keep_alive=keep_alive,
             announce=lambda url, model: _announce(ui, url, model),
         )
 
