@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_ENVELOPE = 128 << 10  # bytes of JSON around the data
-_PIECE = 32 << 10  # bytes, well under a millisecond's work; a single number may not be longer
+_PIECE = 32 << 10  # bytes, about a millisecond's work
+_LONGEST = 32 << 10  # bytes from one comma to the next
 _NUMBERS_AT_ONCE = 2048
 
 _DATA = re.compile(rb'(?<!\\)"data"\s*:\s*(?=\[)')
@@ -70,8 +71,8 @@ class Numbers:
         while start < self.end:
             comma = self.text.find(b",", min(start + _PIECE, self.end), self.end)
             stop = self.end if comma < 0 else comma
-            if stop - start > 2 * _PIECE:
-                raise JsonError(f"data holds a number of more than {_PIECE} bytes")
+            if stop - start > _PIECE + _LONGEST:
+                raise JsonError(f"data holds more than {_LONGEST} bytes between two commas")
             piece = bytes(self.text[start:stop])
             structure = piece.translate(None, _NO_STRUCTURE)
             yield piece, structure if comma < 0 else structure + b","

@@ -18,10 +18,19 @@ from pydantic import (
 from advmoe_deploy.serving.oip_json import JsonError
 
 
+def _unicode(value: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError("Input should be Unicode text, without lone surrogates")
+    return value
+
+
 def _scalar(value: Any) -> Any:
     if not isinstance(value, str | bool | int | float):
         raise ValueError("Input should be a string, a number or a boolean")
     return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_unicode)]
 
 
 class _Object(BaseModel):
@@ -64,9 +73,9 @@ class OutputParameters(_Parameters):
 class Tensor(_Object):
     """An input; its ``data`` are read apart."""
 
-    name: StrictStr
+    name: Text
     shape: Annotated[list[StrictInt], FailFast()]
-    datatype: StrictStr
+    datatype: Text
     parameters: TensorParameters = TensorParameters()
     data: Any = None
 
@@ -74,14 +83,14 @@ class Tensor(_Object):
 class RequestedOutput(_Object):
     """An output that a request names."""
 
-    name: StrictStr
+    name: Text
     parameters: OutputParameters = OutputParameters()
 
 
 class Message(_Object):
     """An inference request."""
 
-    id: StrictStr | None = None
+    id: Text | None = None
     parameters: MessageParameters = MessageParameters()
     inputs: Annotated[list[Tensor], FailFast(), Field(max_length=16)]
     outputs: Annotated[list[RequestedOutput], FailFast(), Field(max_length=256)] = []

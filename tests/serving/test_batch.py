@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
@@ -110,6 +111,52 @@ def test_a_name_that_is_no_utf8_still_has_a_row(tiny_bundle: Bundle, tmp_path: P
         assert (report.images, report.errors) == (1, 0)
 
 
+def test_names_of_any_bytes_are_told_apart(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    names = [b"\xff.png", b"\xfe.png", b"\xff\\xff.png", b"a\\b.png", b'new\nline "q".png', "ж.png"]
+    (tmp_path / "in").mkdir()
+    for name in map(os.fsdecode, names):
+        Image.new("L", (8, 8)).save(tmp_path / "in" / name, "PNG")
+    for suffix in ("jsonl", "parquet"):
+        classify_files(tiny_bundle, str(tmp_path / "in"), tmp_path / f"a.{suffix}")
+    rows = rows_of(tmp_path / "a.jsonl")
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == rows
+    assert sorted(Path(row["path"]).name for row in rows) == sorted(
+        ["\\xff.png", "\\xfe.png", "\\xff\\\\xff.png", "a\\b.png", 'new\nline "q".png', "ж.png"]
+    )
+
+
+def test_what_has_no_answer_is_a_row_or_counted(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "album").symlink_to(folder)
+    (tmp_path / "in" / "gone").symlink_to("nowhere")
+    for name in (".hidden.png", "notes.txt", "[bold]\n.csv"):
+        (tmp_path / "in" / name).touch()
+    output = str(tmp_path / "a.jsonl")
+    command = [
+        "predict",
+        str(tiny_bundle.path),
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        output,
+    ]
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["images"], report["errors"]) == (23, 3)
+    assert [(one["reason"], one["count"]) for one in report["skipped"]] == [
+        ("hidden", 1),
+        ("not an image by its suffix", 2),
+    ]
+    assert report["skipped"][0]["examples"] == [str(tmp_path / "in" / ".hidden.png")]
+    assert rows_of(tmp_path / "a.jsonl")[-1]["error"] == "a link to 'nowhere', where nothing is"
+    assert run([*command, "--overwrite"]) == 0
+    text = capfd.readouterr().out.replace("\n", "")
+    assert "note: 1 skipped, hidden: '" in text
+    assert "[bold]\\n.csv'" in text
+
+
 def test_an_existing_output_is_refused(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
     output.write_text("precious")
@@ -174,6 +221,29 @@ def test_resume_continues_and_ends_with_the_same_bytes(
     assert (report.resumed, report.images, report.errors) == (8, 22, 2)
     assert output.read_bytes() == whole.read_bytes()
     assert not journal.exists()
+
+
+def test_errors_of_the_listing_survive_a_resume(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(folder, source)
+    for name in ("00b.png", "02b.png", "zzz.png"):
+        (source / name).symlink_to(f"nowhere-{name[:3]}")
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    classify_files(tiny_bundle, str(source), whole, batch=4)
+    with pytest.raises(StopHereError):
+        classify_files(tiny_bundle, str(source), output, batch=4, progress=KilledAfter(8))
+    report = classify_files(tiny_bundle, str(source), output, batch=4, resume=True)
+    assert (report.resumed, report.images, report.errors) == (8, 25, 5)
+    assert output.read_bytes() == whole.read_bytes()
+    with pytest.raises(StopHereError):
+        classify_files(
+            tiny_bundle, str(source), output, batch=4, overwrite=True, progress=KilledAfter(8)
+        )
+    (source / "nowhere-zzz").touch()  # one link that was an error is none any more
+    with pytest.raises(UsageError, match="another inputs"):
+        classify_files(tiny_bundle, str(source), output, batch=4, resume=True, overwrite=True)
 
 
 def test_resume_refuses_another_job(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.oip import create_app, serve
 from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, read_request, served_model
+from advmoe_deploy.serving.rest import server_config
 
 LIMITS = Limits(max_batch=64, max_body=200_000)
 INFER = "/v2/models/advmoe/infer"
@@ -97,6 +101,17 @@ def test_the_server_and_the_model_describe_themselves(client: httpx.Client) -> N
     assert names == ["logits", "router.expert_ids", "router.weights"]
     assert client.get("/v2/models/advmoe/versions/1").json() == metadata
     assert client.get("/v2/models/advmoe/ready").json() == {"name": "advmoe", "ready": True}
+
+
+@pytest.mark.parametrize("path", ["", "/health/live", "/health/ready", "/models/advmoe"])
+def test_probes_may_ask_for_the_head_alone(client: httpx.Client, path: str) -> None:
+    whole, head = client.get(f"/v2{path}"), client.head(f"/v2{path}")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(whole.content))
+    for place, status in (("/models/advmoe/ready", 200), ("/models/other", 404), ("/x", 404)):
+        assert client.head(f"/v2{place}").status_code == status
+    wrong = client.head(INFER)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
 
 def test_flat_and_nested_data_get_the_runners_answer(
@@ -180,6 +195,23 @@ def test_bad_requests_are_refused(client: httpx.Client, name: str) -> None:
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     assert message in answer.json()["error"]
+
+
+def test_names_of_any_characters_are_answered_in_json(client: httpx.Client) -> None:
+    for name in ("\ud800", "\x00\n", "é" * 10_000, "\u2028"):
+        for body in (
+            request_for(ONE, name=name),
+            request_for(ONE, datatype=name),
+            {**request_for(ONE), "outputs": [{"name": name}]},
+            {**request_for(ONE), "parameters": {name: []}},
+        ):
+            answer = client.post(INFER, content=json.dumps(body))
+            assert (answer.status_code, list(answer.json())) == (400, ["error"])
+            assert "\n" not in answer.json()["error"]
+            assert len(answer.content) < 1000
+    answer = client.get("/v2/models/%00%ff" + "x" * 10_000)
+    assert answer.status_code == 404
+    assert len(answer.content) < 1000
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
@@ -326,6 +358,26 @@ def test_no_message_raises_anything_but_a_refusal(tiny_bundle: Bundle) -> None:
         tail = ONE.tobytes()[: random.choice([0, 255, 256])]
         with contextlib.suppress(RefusedError):
             read_request(text + tail, random.choice([None, len(text)]), model)
+
+
+def test_idle_connections_are_kept_longer_than_proxies_keep_theirs(tiny_bundle: Bundle) -> None:
+    assert inspect.signature(serve).parameters["keep_alive"].default == 75
+    app = create_app(tiny_bundle, SlowRunner())
+    assert server_config(app, keep_alive=75).timeout_keep_alive == 75
+
+
+def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle) -> None:
+    command = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", str(tiny_bundle.path)]
+    with subprocess.Popen([*command, "--port=0", "--keep-alive=0"], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        port = int(run.stdout.readline().split(b":")[2].split(b"/")[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while more := connection.recv(4096):  # ends when the server closes
+                answer += more
+        assert answer.endswith(b'{"live":true}')
+        run.terminate()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
