@@ -5,7 +5,6 @@ second, in which no health probe is answered. The one long part of a request, it
 is therefore cut out and read in pieces; what is left has to be short.
 """
 
-import itertools
 import json
 import math
 import re
@@ -163,7 +162,7 @@ def _nested(shape: Sequence[int]) -> bytes:
     """Return the brackets and commas of an array of ``shape``."""
     layout = b""
     for size in reversed(shape):
-        layout = b"[%b]" % b",".join(itertools.repeat(layout, size))
+        layout = b"[%b]" % ((layout + b",") * size)[:-1]
     return layout
 
 

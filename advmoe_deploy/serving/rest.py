@@ -1,17 +1,13 @@
-"""The Open Inference Protocol over HTTP: FastAPI and uvicorn, known to this module alone."""
+"""The Open Inference Protocol over HTTP: FastAPI, known to this module alone."""
 
 import asyncio
 import contextlib
-import signal
 import socket
-import sys
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -19,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.serving.http_server import run_until_stopped, server_of
 from advmoe_deploy.serving.oip_protocol import (
     SERVER,
     VERSION,
@@ -31,11 +28,7 @@ from advmoe_deploy.serving.oip_protocol import (
 )
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
-_GRACE_S = 30
 _PROBED = ["GET", "HEAD"]
-# How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
-# interpreter, which it does several times per answer; Python's own 5 ms make a slow health probe.
-_SWITCH_S = 0.0005
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 << 20
 
@@ -119,57 +112,10 @@ def run_app(
         else:
             server.should_exit = True
 
-    server = uvicorn.Server(server_config(build_app(service, on_warm), keep_alive))
-
-    def stop(*_: object) -> None:
-        # uvicorn, once drained, raises the signal again for the handler it found: this one.
-        server.should_exit = True
-
-    with _sigterm(stop), _short_turns():
-        server.run(sockets=[listener])
+    server = server_of(build_app(service, on_warm), keep_alive)
+    run_until_stopped(server, listener)
     if service.failure is not None:
         raise service.failure
-
-
-def server_config(app: FastAPI, keep_alive: int) -> uvicorn.Config:
-    """Return uvicorn's settings for ``app``."""
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-        timeout_keep_alive=keep_alive,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-
-
-@contextlib.contextmanager
-def _short_turns() -> Iterator[None]:
-    """Let threads take turns more often within the block."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-class _sigterm:  # noqa: N801 - used as a verb
-    """Handle SIGTERM within the block, where that is possible at all: in the main thread."""
-
-    def __init__(self, handler: Callable[..., None]) -> None:
-        self._handler = handler
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._handler)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

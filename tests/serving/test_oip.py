@@ -26,9 +26,9 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.http_server import server_of
 from advmoe_deploy.serving.oip import create_app, serve
 from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, read_request, served_model
-from advmoe_deploy.serving.rest import server_config
 
 LIMITS = Limits(max_batch=64, max_body=200_000)
 INFER = "/v2/models/advmoe/infer"
@@ -363,7 +363,7 @@ def test_no_message_raises_anything_but_a_refusal(tiny_bundle: Bundle) -> None:
 def test_idle_connections_are_kept_longer_than_proxies_keep_theirs(tiny_bundle: Bundle) -> None:
     assert inspect.signature(serve).parameters["keep_alive"].default == 75
     app = create_app(tiny_bundle, SlowRunner())
-    assert server_config(app, keep_alive=75).timeout_keep_alive == 75
+    assert server_of(app, keep_alive=75).config.timeout_keep_alive == 75
 
 
 def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle) -> None:
