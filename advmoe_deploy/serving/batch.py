@@ -151,9 +151,7 @@ class _Inference:
         """Append the rows that ``journal`` lacks; return how many have errors, of all."""
         with task(self._progress, "classify", len(inputs)):
             self._progress.advance("classify", journal.count, errors=errors)
-            windows = _decoded_ahead(
-                inputs, journal.count, self._decoding, batch, self._decoders
-            )
+            windows = _decoded_ahead(inputs, journal.count, self._decoding, batch, self._decoders)
             with closing(windows):
                 for window in windows:
                     names = shown[journal.count : journal.count + len(window)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from advmoe_deploy.decoding import SUFFIXES
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.serving.images import SUFFIXES
 from advmoe_deploy.serving.inputs import list_inputs
 
 
