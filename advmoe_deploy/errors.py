@@ -207,12 +207,12 @@ def file_error(error: OSError) -> AdvMoEError | None:
     return kind(f"{where}{reason_of(error)}")
 
 
-def reason_of(error: OSError) -> str:
+def reason_of(error: OSError, doing: Doing | None = None) -> str:
     """Return what is wrong with the file of ``error``, and the way out, without its name."""
     if error.errno not in _TEXTS:
         return error.strerror or str(error)
     _, *texts = _TEXTS[error.errno]
-    return texts[-1] if _doing(error) == "write" else texts[0]
+    return texts[-1] if (doing or _doing(error)) == "write" else texts[0]
 
 
 def machine_error(error: OSError | MemoryError) -> MachineError | None:

@@ -77,7 +77,7 @@ def decode_file(path: Path, decoding: Decoding) -> DecodedImage:
         with path.open("rb") as file:
             return decode(file, str(path), decoding)
     except OSError as error:
-        raise DataError(f"{path}: {reason_of(error)}") from None
+        raise DataError(f"{path}: {reason_of(error, 'read')}") from None
 
 
 def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:

@@ -138,7 +138,7 @@ def _from_parquet(hub_set: HubSet, file: Path) -> _Rows:
         names = _names_in(table.schema.metadata or {}, hub_set.label)
     except (ArrowException, OSError, KeyError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise DataError(f"{file}: {reason_of(error)}") from None
+            raise DataError(f"{file}: {reason_of(error, 'read')}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{file} is no readable {hub_set.name} parquet ({reason}); download it again"

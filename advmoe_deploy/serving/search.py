@@ -179,7 +179,7 @@ def _leads_nowhere(path: Path) -> bool:
 def _reason(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and path.is_symlink():
         return f"a link to {str(path.readlink())!r}, where nothing is"
-    return reason_of(error)
+    return reason_of(error, "read")
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:

@@ -99,7 +99,7 @@ def test_links_in_a_circle_are_errors(tmp_path: Path) -> None:
     (tmp_path / "album").symlink_to("album")
     for source in (tmp_path, tmp_path / "*"):
         assert set(list_inputs(str(source)).errors.values()) == {
-            "too many levels of symbolic links"
+            "its links lead in a circle; name a file that is there"
         }
         assert names(tmp_path, source) == ["album", "x.png", "y.png"]
 
@@ -168,7 +168,7 @@ def test_lists_of_any_editor_are_read(tmp_path: Path, newline: str, encoding: st
     listing = list_inputs(str(tmp_path / "list.txt"))
     expected = sorted(["ж.png", " b c.png", "line\u2028.png", "gone.png"])
     assert [Path(path).name for path in listing] == expected
-    assert listing.errors == {str(tmp_path / "gone.png"): "no such file or directory"}
+    assert listing.errors == {str(tmp_path / "gone.png"): "no such file or folder; check the path"}
 
 
 def test_lists_that_are_no_text_are_refused(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_line_that_is_no_file_is_an_error(tmp_path: Path) -> None:
     listing = list_inputs(str(tmp_path / "list.txt"))
     assert [listing.errors[path] for path in listing] == [
         "a folder, not an image",
-        "not a directory",
+        "not a directory: a file stands where the path has a folder; check the path",
         "not a regular file",
     ]
     assert list_inputs(str(tmp_path)).errors == {str(tmp_path / "pipe.png"): "not a regular file"}
@@ -229,7 +229,8 @@ def private_folder() -> Iterator[Path]:
 
 def test_a_folder_that_may_not_be_read_is_an_error(private_folder: Path) -> None:
     closed = private_folder / "closed"
-    error = "the folder cannot be read: permission denied"
+    error = "the folder cannot be read: permission denied: you may not read it; change its "
+    error += "permissions, or name a copy"
     for source in (private_folder, private_folder / "**" / "*.png", private_folder / "*" / "*.png"):
         assert list_inputs(str(source)).errors[str(closed)] == error
     assert names(private_folder, private_folder) == ["closed", "open.png"]
