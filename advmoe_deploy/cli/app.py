@@ -100,10 +100,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
-    # Whether a file can be read, reading it shows: with one text and one code for all.
-    for parameter in (one for each in command.commands.values() for one in each.params):
-        if hasattr(parameter.type, "readable"):
-            parameter.type.readable = False
     result = command.main(arguments, prog_name="advmoe", standalone_mode=False)
     return result if isinstance(result, int) else 0
 

@@ -15,7 +15,9 @@ from advmoe_deploy.specs import one_line
 
 BuildConfig = Annotated[
     Path | None,
-    typer.Option("--build-config", metavar="FILE", help="trt: build options, as JSON."),
+    typer.Option(
+        "--build-config", readable=False, metavar="FILE", help="trt: build options, as JSON."
+    ),
 ]
 SetBuild = Annotated[
     list[str] | None,

@@ -34,7 +34,10 @@ Engine = Annotated[
         help="'advmoe list engines' names them; openvino:bf16 runs one at that precision.",
     ),
 ]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="What 'advmoe export' wrote.")]
+# Not "readable": whether a file can be read, reading it shows, with one text and one exit code.
+BundlePath = Annotated[
+    Path, typer.Argument(readable=False, metavar="BUNDLE", help="What 'advmoe export' wrote.")
+]
 
 
 class OnError(str, Enum):

@@ -20,7 +20,10 @@ REPORT = "analysis.json"
 
 def analyze(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN|BUNDLE", help="What 'train' or 'export' wrote.")
+        Path,
+        typer.Argument(
+            readable=False, metavar="RUN|BUNDLE", help="What 'train' or 'export' wrote."
+        ),
     ],
     data: Data = None,
     images: Annotated[int, typer.Option("--images", min=1, help="Test images to look at.")] = 200,
@@ -55,7 +58,9 @@ def analyze(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of attacks and noise.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="By default RUN/analysis, or BUNDLE-analysis beside it."),
+        typer.Option(
+            "--out", readable=False, help="By default RUN/analysis, or BUNDLE-analysis beside it."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     threads: Threads = 0,

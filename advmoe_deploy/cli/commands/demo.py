@@ -11,7 +11,9 @@ from advmoe_deploy.errors import CheckFailedError
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("demo-out"),
+    out: Annotated[
+        Path, typer.Option("--out", readable=False, help="Where everything goes.")
+    ] = Path("demo-out"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Two epochs: see every stage, not robustness.")
     ] = False,

@@ -19,6 +19,7 @@ def export(
     run: Annotated[
         Path,
         typer.Argument(
+            readable=False,
             metavar="RUN",
             help="What 'advmoe train' wrote; for trt also a bundle that --onnx-only wrote.",
         ),
@@ -33,7 +34,8 @@ def export(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="By default RUN/bundle, or BUNDLE-trt.")
+        Path | None,
+        typer.Option("--out", readable=False, help="By default RUN/bundle, or BUNDLE-trt."),
     ] = None,
     data: Data = None,
     overwrite: Overwrite = False,

@@ -10,7 +10,9 @@ from advmoe_deploy.cli.session import session
 
 
 def import_checkpoint(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="By torch.save or safetensors.")],
+    file: Annotated[
+        Path, typer.Argument(readable=False, metavar="FILE", help="By torch.save or safetensors.")
+    ],
     source: Annotated[
         str, typer.Option("--from", help="Whose code wrote it: advmoe, robust-experts, dual-model.")
     ],
@@ -31,7 +33,10 @@ def import_checkpoint(
         ),
     ] = "",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; by default runs/ and FILE's name.")
+        Path | None,
+        typer.Option(
+            "--out", readable=False, help="Run directory; by default runs/ and FILE's name."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     threads: Threads = 0,

@@ -18,7 +18,10 @@ def predict(
         typer.Option("--input", metavar="DIR|GLOB|FILE", help="Images, or a .txt list of paths."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="A .jsonl or .parquet file, one row per input.")
+        Path | None,
+        typer.Option(
+            "--output", readable=False, help="A .jsonl or .parquet file, one row per input."
+        ),
     ] = None,
     engine: Engine = "onnxruntime",
     threads: Threads = 0,

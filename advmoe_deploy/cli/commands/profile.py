@@ -32,9 +32,12 @@ def profile(
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads, of the engine and all else.")
     ] = min(2, usable_cpus()),
-    out: Annotated[Path | None, typer.Option("--out", help="Write the report as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", readable=False, help="Write the report as JSON.")
+    ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with plots (extra [report]).")
+        Path | None,
+        typer.Option("--html", readable=False, help="Write a page with plots (extra [report])."),
     ] = None,
     as_json: Json = False,
 ) -> None:

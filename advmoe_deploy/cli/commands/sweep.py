@@ -37,7 +37,10 @@ def sweep(
     ],
     data: Data = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of all runs; by default runs/sweep-RECIPE.")
+        Path | None,
+        typer.Option(
+            "--out", readable=False, help="Folder of all runs; by default runs/sweep-RECIPE."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -16,7 +16,8 @@ def train(
     ],
     data: Data = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; by default runs/RECIPE.")
+        Path | None,
+        typer.Option("--out", readable=False, help="Run directory; by default runs/RECIPE."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
