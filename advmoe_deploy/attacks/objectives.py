@@ -35,7 +35,7 @@ from advmoe_deploy.specs import AttackTarget
 # Logits [n, K] of float images [n, C, H, W].
 Answer = Callable[[Tensor], Tensor]
 
-ROUTE_MARGIN = 0.1  # how clearly, in scores, the pathway attack wants its route
+PATHWAY_LEAD = 0.1  # how clearly, in scores, the pathway attack wants its route
 
 
 def require_target(model: Classifier, target: AttackTarget) -> None:
@@ -154,7 +154,7 @@ class _PathwayObjective:
         with torch.enable_grad():
             logits_NK = self.model(x, self._routes(leads))
             loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
-            pulls = [_per_image(lead.clamp(max=ROUTE_MARGIN), len(x)) for lead in leads]
+            pulls = [_per_image(lead.clamp(max=PATHWAY_LEAD), len(x)) for lead in leads]
             pull_N = torch.stack(pulls).mean(dim=0)
             (attack,) = torch.autograd.grad(loss_N.sum(), x, retain_graph=True)
             (pull,) = torch.autograd.grad(pull_N.sum(), x)

@@ -186,13 +186,15 @@ def check_graphs(
     require_segments(files, parts.samples(few[:SAMPLES]))
     reference = Reference(model)
     require_branches(reference, plan, graph, few[:SAMPLES])
-    rounding = reference.rounding(few)
+    uncertain = reference.uncertainty(few)
     shape, routes = model.spec.image_shape, plan.routes
 
     def checked(runner: Runner, name: str) -> ParityReport:
         with runner:
             answer = predictions_of(runner, images)
-        report = compare_answers(answers, answer, rounding=rounding, data=data)
+        report = compare_answers(
+            answers, answer, rounding=uncertain.rounding, margin=uncertain.margin, data=data
+        )
         require_parity(report, name)
         return report
 

@@ -46,7 +46,8 @@ def subject_of(
     """
     reference = Reference(model)
     few = parity.images[golden_rows(parity.answers)][:_FEW]
-    gate = AccuracyGate(parity, data, reference.rounding(few))
+    uncertain = reference.uncertainty(few)
+    gate = AccuracyGate(parity, data, uncertain.rounding, uncertain.margin)
     if labelled is not None:
         gate = with_accuracy(gate, model, labelled, threat)
     return Subject(reference, parts, gate, few, labelled, threat)

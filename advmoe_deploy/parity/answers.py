@@ -5,6 +5,7 @@ K experts per row.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,3 +50,17 @@ class Answers:
 
     logits: NDArray[np.float32]
     routes: dict[str, RouteAnswers] = field(default_factory=dict)
+
+
+def first_images(answers: Answers, count: int) -> Answers:
+    """Return the answers to the first ``count`` images."""
+    images = len(answers.logits)
+
+    def rows(values: NDArray[Any]) -> NDArray[Any]:
+        return values[: count * (len(values) // max(1, images))]
+
+    routes = {
+        layer: RouteAnswers(rows(route.scores), rows(route.expert_ids), rows(route.weights))
+        for layer, route in answers.routes.items()
+    }
+    return Answers(answers.logits[:count], routes)

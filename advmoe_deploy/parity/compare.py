@@ -13,7 +13,8 @@ from advmoe_deploy.parity.tolerance import row_differences, same_experts, tolera
 from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 
-ROUTE_MARGIN = 1e-4
+# Best scores nearer than this are a close call, unless rounding takes scores further.
+CLOSE_CALL = 1e-4
 
 _BATCH = 128
 
@@ -32,18 +33,24 @@ def predictions_of(runner: Runner, images: Images) -> Prediction:
 
 
 def compare_answers(
-    reference: Answers, answer: Prediction, *, rounding: float = 0.0, data: str | None = None
+    reference: Answers,
+    answer: Prediction,
+    *,
+    rounding: float = 0.0,
+    margin: float = CLOSE_CALL,
+    data: str | None = None,
 ) -> ParityReport:
     """Return the report over ``answer``, which covers the reference's images.
 
-    ``rounding`` is the reference's own, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`.
+    ``rounding`` is the reference's own, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`;
+    routes whose scores are within ``margin`` are close calls.
     """
     images = len(answer.logits)
     same_N = np.ones(images, dtype=bool)
     finite_N = _finite_rows(answer.logits) & _finite_rows(reference.logits)
     layers, weight_differences = [], [0.0]
     for name, expected in reference.routes.items():
-        layer, same_R = _compare_layer(name, expected, answer.expert_ids[name], same_N)
+        layer, same_R = _compare_layer(name, expected, answer.expert_ids[name], same_N, margin)
         weights_RK = answer.weights[name].reshape(expected.weights.shape)
         weight_differences.append(_weight_difference(expected, weights_RK, same_R))
         same_N = same_N & _every_row(same_R, images)
@@ -62,19 +69,19 @@ def compare_answers(
         rounding=rounding,
         logit_tolerance=tolerance_for(rounding),
         route_agreement=_agreement(layers),
-        margin=ROUTE_MARGIN,
+        margin=margin,
         layers=tuple(layers),
     )
 
 
 def _compare_layer(
-    name: str, expected: RouteAnswers, ids: NDArray[np.int64], clean_N: Flags
+    name: str, expected: RouteAnswers, ids: NDArray[np.int64], clean_N: Flags, margin: float
 ) -> tuple[LayerParity, Flags]:
     """Return the report over the rows of ``clean_N``, and which rows [R] go the same way."""
     same_R = same_experts(expected.expert_ids, ids)
     clean_R = np.repeat(clean_N, len(same_R) // max(1, len(clean_N)))
     margins_R = expected.margins
-    clear_R = margins_R > ROUTE_MARGIN
+    clear_R = margins_R > margin
     layer = LayerParity(
         layer=name,
         rows=int(clean_R.sum()),

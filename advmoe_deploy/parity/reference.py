@@ -6,6 +6,7 @@ K experts per row.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
-from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
-from advmoe_deploy.parity.compare import compare_answers, predictions_of
-from advmoe_deploy.parity.tolerance import rounding_of, same_experts
+from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers, first_images
+from advmoe_deploy.parity.compare import CLOSE_CALL, compare_answers, predictions_of
+from advmoe_deploy.parity.rounding import disturb
+from advmoe_deploy.parity.tolerance import error_of, margin_for, rounding_of, same_experts
+from advmoe_deploy.pruning import DROPPED
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.runner import Runner
 
@@ -25,6 +28,8 @@ from advmoe_deploy.runtime.runner import Runner
 CERTAIN = 1e30
 
 _BATCH = 128
+# Images that the disturbed model answers: it says how large roundings are, not where.
+_DISTURBED_IMAGES = 16
 
 
 def reference_answers(
@@ -52,15 +57,35 @@ def compare_with_reference(
     images: Images,
     *,
     rounding: float = 0.0,
+    margin: float = CLOSE_CALL,
     data: str | None = None,
 ) -> ParityReport:
     """Return how ``runner`` and ``model`` compare on float32 images [N, C, H, W] in [0, 1].
 
-    ``rounding`` is the model's own; ``data`` says where the images come from.
+    ``rounding`` and ``margin`` are the model's own, see :class:`Uncertainty`; ``data`` says where
+    the images come from.
     """
     answer = predictions_of(runner, images)
     reference = reference_answers(model, images)
-    return compare_answers(reference, answer, rounding=rounding, data=data)
+    return compare_answers(reference, answer, rounding=rounding, margin=margin, data=data)
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How far float32 takes a model from itself in float64.
+
+    ``rounding`` is the largest difference of logits and routing weights, relative to a row's
+    largest where that exceeds 1, and ``scores`` that of scores as they are, both over images that
+    are routed alike.
+    """
+
+    rounding: float
+    scores: float = 0.0
+
+    @property
+    def margin(self) -> float:
+        """How near the best scores are where another processor may choose the other expert."""
+        return margin_for(self.scores, least=CLOSE_CALL)
 
 
 class Reference:
@@ -74,15 +99,42 @@ class Reference:
         """Return what the model answers, see :func:`reference_answers`."""
         return reference_answers(self.model, images, preferred=preferred)
 
+    def uncertainty(self, images: Images, *, preferred: int | None = None) -> Uncertainty:
+        """Return the larger of what float32 costs here and, on a few images, on any processor."""
+        exact = self._exact_answers(images, preferred)
+        here = _difference(self.answers(images, preferred=preferred), exact)
+        few = images[:_DISTURBED_IMAGES]
+        disturb(self._exact.parameters())
+        try:
+            elsewhere = self._exact_answers(few, preferred)
+        finally:
+            self._exact.load_state_dict(self.model.state_dict())
+        there = _difference(elsewhere, first_images(exact, len(few)))
+        return Uncertainty(max(here.rounding, there.rounding), max(here.scores, there.scores))
+
     def rounding(self, images: Images, *, preferred: int | None = None) -> float:
-        """Return the largest difference float32 makes to logits, over images routed alike."""
-        answers = self.answers(images, preferred=preferred)
-        exact = reference_answers(self._exact, images.astype(np.float64), preferred=preferred)
-        alike_N = np.ones(len(images), dtype=bool)
-        for layer, route in answers.routes.items():
-            alike_R = same_experts(exact.routes[layer].expert_ids, route.expert_ids)
-            alike_N &= alike_R.reshape(len(images), -1).all(axis=1)
-        return rounding_of(answers.logits[alike_N], exact.logits[alike_N])
+        """Return by how much logits and routing weights are uncertain, see :class:`Uncertainty`."""
+        return self.uncertainty(images, preferred=preferred).rounding
+
+    def _exact_answers(self, images: Images, preferred: int | None) -> Answers:
+        return reference_answers(self._exact, images.astype(np.float64), preferred=preferred)
+
+
+def _difference(answers: Answers, exact: Answers) -> Uncertainty:
+    images = len(exact.logits)
+    alike_N = np.ones(images, dtype=bool)
+    for layer, route in answers.routes.items():
+        alike_R = same_experts(exact.routes[layer].expert_ids, route.expert_ids)
+        alike_N &= alike_R.reshape(images, -1).all(axis=1)
+    rounding, scores = rounding_of(answers.logits[alike_N], exact.logits[alike_N]), 0.0
+    for layer, route in answers.routes.items():
+        right = exact.routes[layer]
+        alike_R = np.repeat(alike_N, len(right.scores) // max(1, images))
+        weights = (np.sort(each.weights[alike_R], axis=1) for each in (route, right))
+        rounding = max(rounding, rounding_of(*weights))
+        kept_RE = alike_R[:, None] & (right.scores > DROPPED / 2)
+        scores = max(scores, error_of(route.scores[kept_RE], right.scores[kept_RE]))
+    return Uncertainty(rounding, scores)
 
 
 def bonus_for(expert: int, num_experts: int) -> NDArray[np.float32]:

@@ -13,6 +13,8 @@ from advmoe_deploy.errors import CheckFailedError
 LOGIT_TOLERANCE = 1e-5
 
 _ROUNDINGS = 8.0
+# Units in the last place of the largest value: an output that was exact may get that far off.
+_LAST_PLACES = 8
 _LARGEST_TOLERANCE = 1e-3
 
 
@@ -43,6 +45,28 @@ def tolerance_for(rounding: float) -> float:
     (depth, BatchNorm over next to nothing); never more than 1e-3.
     """
     return float(np.clip(_ROUNDINGS * rounding, LOGIT_TOLERANCE, _LARGEST_TOLERANCE))
+
+
+def margin_for(scores: float, *, least: float) -> float:
+    """Return how near the best scores are where rounding may swap them: ``scores`` is one's own."""
+    return max(least, _ROUNDINGS * scores)
+
+
+def error_of(answer: NDArray[Any], exact: NDArray[Any]) -> float:
+    """Return the largest distance of ``answer`` from ``exact``; NaN where either has one."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(answer.astype(np.float64) - exact).max(initial=0.0))
+
+
+def pass_limit(before: NDArray[Any], exact: NDArray[Any]) -> float:
+    """Return how far from ``exact`` a graph pass may leave an output that was ``before``.
+
+    That is eight times as far as it was, or the last bits of its largest value.
+    """
+    largest = np.abs(exact).max(initial=0.0)
+    return max(
+        _ROUNDINGS * error_of(before, exact), _LAST_PLACES * float(np.spacing(np.float32(largest)))
+    )
 
 
 def require_near(answer: NDArray[Any], expected: NDArray[Any], rounding: float, what: str) -> None:

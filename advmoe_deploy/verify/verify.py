@@ -84,8 +84,10 @@ def verify_bundle(
                 if measured is not None:
                     measured.append(outcome)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
-        rounding = bundle.manifest.parity.rounding
-        parity = compare_with_reference(model, runner, x_NCHW, rounding=rounding)
+        exported = bundle.manifest.parity
+        parity = compare_with_reference(
+            model, runner, x_NCHW, rounding=exported.rounding, margin=exported.margin
+        )
     return RobustReport(
         passed=trial.worst_drop <= max_drop,
         engine=engine,

@@ -22,7 +22,7 @@ from advmoe_deploy.export.graph.writer import subgraphs_of, value_info
 from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.reference import Reference, bonus_for
-from advmoe_deploy.parity.tolerance import require_near, rounding_of
+from advmoe_deploy.parity.tolerance import require_near
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
@@ -118,8 +118,7 @@ def require_segments(files: Mapping[str, Path], samples: Mapping[str, Sample]) -
         with OrtEngine(files[name]) as engine:
             answers = engine.run(sample.inputs)
         for output, expected in sample.outputs.items():
-            rounding = rounding_of(expected, sample.exact[output])
-            require_near(answers[output], expected, rounding, f"{output} of {name}")
+            require_near(answers[output], expected, sample.rounding(output), f"{output} of {name}")
 
 
 def require_branches(reference: Reference, plan: Plan, graph: ModelProto, images: Images) -> None:

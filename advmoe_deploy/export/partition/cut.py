@@ -29,6 +29,8 @@ from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, S
 _ROUTE = "advmoe.route.default"
 _INPUT = "advmoe.dispatch.default"
 _COMBINE = "advmoe.combine.default"
+# Images of a sample that disturbed weights answer, too.
+_DISTURBED = 4
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,13 @@ class _Cut:
             inputs, outputs = nodes[segment.name]
             given = {**batch, **{node: values[node] for node in inputs}}
             exact = self.program.evaluate(outputs, given, torch.float64)
+            few = {n: v[: _DISTURBED * (len(v) // len(images))] for n, v in given.items()}
+            moved = self.program.evaluate(outputs, few, torch.float64, disturb=True)
             samples[segment.name] = Sample(
                 {t.name: _array(values[n]) for t, n in zip(segment.inputs, inputs, strict=True)},
                 {t.name: _array(values[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
                 {t.name: _array(exact[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
+                {t.name: _array(moved[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
             )
         return samples
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.operators import OPERATORS
 from advmoe_deploy.export.partition.segment_writer import SegmentWriter, Shape
+from advmoe_deploy.parity.rounding import disturbed
 
 BATCH = "N"
 
@@ -76,10 +77,22 @@ class Program:
         results: Iterable[fx.Node],
         given: Mapping[fx.Node, torch.Tensor],
         dtype: torch.dtype = torch.float32,
+        *,
+        disturb: bool = False,
     ) -> dict[fx.Node, torch.Tensor]:
-        """Return the values of ``results``, computed in ``dtype`` from those of ``given``."""
+        """Return the values of ``results``, computed in ``dtype`` from those of ``given``.
+
+        With ``disturb``, by disturbed parameters, see :mod:`advmoe_deploy.parity.rounding`.
+        """
         results = list(results)
         values: dict[fx.Node, Any] = {n: v.to(dtype) for n, (_, v) in self.constants.items()}
+        if disturb:
+            generator = torch.Generator().manual_seed(0)
+            values |= {
+                n: disturbed(v, generator).to(dtype)
+                for n, (_, v) in self.constants.items()
+                if isinstance(v, nn.Parameter)
+            }
         values |= {node: value.to(dtype) for node, value in given.items()}
         with torch.inference_mode():
             for node in self.needed(results, given):

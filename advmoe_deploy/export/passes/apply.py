@@ -1,12 +1,21 @@
 """Runs the passes over a partition, each checked on what a few images give every segment."""
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.passes.drop_experts import drop_experts
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
-from advmoe_deploy.export.passes.report import PassReport, apply_checked, require_same
+from advmoe_deploy.export.passes.report import (
+    PassReport,
+    answers_of,
+    apply_checked,
+    refused,
+    why_undone,
+)
 from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.models.routing.routing import RoutingRule
@@ -16,6 +25,7 @@ PASSES = (fold_batchnorm, strided_shortcut)
 # Images that segments, passes and experts are checked on one by one; each sees all of them.
 SAMPLES = 16
 
+PlanPass = Callable[[Partition], tuple[Partition, PassReport]]
 # By graph, or by "plan" for what goes across all of them.
 Reports = dict[str, tuple[PassReport, ...]]
 
@@ -25,23 +35,44 @@ def apply_passes(
 ) -> tuple[Partition, Reports]:
     """Run all passes in place, each checked on what ``images`` give every segment.
 
-    The partition that comes back knows what its segments answer now. Experts that ``rules`` drop
-    are not in it.
+    A pass that moves an answer away from the exact one is undone and reported as declined. The
+    partition that comes back knows what its segments answer now. Experts that ``rules`` drop are
+    not in it.
 
     Raises:
-        CheckFailedError: after a pass a segment answers differently.
+        CheckFailedError: with experts dropped, a segment answers differently.
     """
-    across: list[Callable[[Partition], tuple[Partition, PassReport]]] = [scale_experts]
+    few, done = images[:SAMPLES], []
     if any(rule.dropped for rule in rules):
-        across.insert(0, partial(drop_experts, rules=rules))
-    done = []
-    for run in across:
-        parts, report = run(parts)
-        samples = parts.samples(images[:SAMPLES])
-        for name, graph in parts.graphs.items():
-            require_same(graph, samples[name], samples[name].outputs, report.name)
+        parts, report = _across(partial(drop_experts, rules=rules), parts, few)
+        if not report.applied:  # asked for, so that there is nothing to go on without
+            raise CheckFailedError(
+                f"{report.name} failed: {report.declined[0]}; export without --prune-unused"
+            )
         done.append(report)
+    parts, report = _across(scale_experts, parts, few)
+    samples = parts.samples(few)
     reports = {
         name: apply_checked(PASSES, graph, samples[name]) for name, graph in parts.graphs.items()
     }
-    return parts, {"plan": tuple(done), **reports}
+    return parts, {"plan": (*done, report), **reports}
+
+
+def _across(run: PlanPass, parts: Partition, images: Images) -> tuple[Partition, PassReport]:
+    """Return what ``run`` makes of ``parts``, or ``parts`` as they were and why it was declined.
+
+    It is tried first on copies whose samples hold what the graphs answer before it, so that it
+    carries over to the new samples what it does to an answer.
+    """
+    answered = {
+        name: replace(sample, outputs=answers_of(parts.graphs[name], sample))
+        for name, sample in parts.samples(images).items()
+    }
+    copies = {name: copy.deepcopy(graph) for name, graph in parts.graphs.items()}
+    tried, report = run(replace(parts, graphs=copies, samples=lambda _: answered))
+    if not report.applied:
+        return parts, report
+    samples = tried.samples(images)
+    found = {name: why_undone(tried.graphs[name], s.outputs, s) for name, s in samples.items()}
+    reasons = {name: reason for name, reason in found.items() if reason}
+    return (parts, refused(report, reasons)) if reasons else run(parts)

@@ -9,6 +9,7 @@ score was theirs go elsewhere now.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,4 +130,9 @@ def _smaller_sample(sample: Sample, columns: Kept) -> Sample:
             for name, values in arrays.items()
         }
 
-    return Sample(sample.inputs, cut(sample.outputs), cut(sample.exact))
+    return replace(
+        sample,
+        outputs=cut(sample.outputs),
+        exact=cut(sample.exact),
+        disturbed=cut(sample.disturbed),
+    )

@@ -77,7 +77,7 @@ def scaled_samples(
             scaled(sample.inputs, factors),
             *(
                 scaled(arrays, dict.fromkeys(arrays, made[name]) if name in made else {})
-                for arrays in (sample.outputs, sample.exact)
+                for arrays in (sample.outputs, sample.exact, sample.disturbed)
             ),
         )
         for name, sample in samples.items()

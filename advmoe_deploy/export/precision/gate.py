@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.parity.answers import Answers, Images
-from advmoe_deploy.parity.compare import Flags, compare_answers, is_right, predictions_of
+from advmoe_deploy.parity.compare import (
+    CLOSE_CALL,
+    Flags,
+    compare_answers,
+    is_right,
+    predictions_of,
+)
 from advmoe_deploy.parity.intervals import chance_of_more, paired_difference_interval
 from advmoe_deploy.reports import OwnAttack, Pair, ParityReport, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
@@ -62,14 +68,15 @@ class Limits:
 class AccuracyGate:
     """Images and limits that a choice of precisions is measured on.
 
-    The parity's images are from ``data``, and ``rounding`` is the torch model's own. The labelled
-    images are hold-out images of ``labels``; ``attacked`` were found on the torch model, and
-    ``attack`` finds them on any model by its answers.
+    The parity's images are from ``data``; ``rounding`` and ``margin`` are the torch model's own.
+    The labelled images are hold-out images of ``labels``; ``attacked`` were found on the torch
+    model, and ``attack`` finds them on any model by its answers.
     """
 
     parity: Examples
     data: str
     rounding: float = 0.0
+    margin: float = CLOSE_CALL
     labelled: str | None = None
     labels_N: Labels | None = None
     clean: Examples | None = None
@@ -160,7 +167,9 @@ def run_gate(gate: AccuracyGate, runner: Runner) -> Findings:
             (reference_N, engine_N), agreement = _right(gate, gate.attacked, runner)
             robust = _pair(standing[0] & reference_N, standing[1] & engine_N)
     return Findings(
-        parity=compare_answers(expected, answer, rounding=gate.rounding, data=gate.data),
+        parity=compare_answers(
+            expected, answer, rounding=gate.rounding, margin=gate.margin, data=gate.data
+        ),
         prediction_agreement=float(same_N.mean()),
         mean_logit_diff=float(np.abs(answer.logits - expected.logits).mean()),
         clean_accuracy=clean,
@@ -219,7 +228,7 @@ def _right(
     """Return which images [N] the torch model and the runner get right, and how routes agree."""
     answer = predictions_of(runner, examples.images)
     engine_N = is_right(answer.logits, _labels(gate))
-    agreement = compare_answers(examples.answers, answer).route_agreement
+    agreement = compare_answers(examples.answers, answer, margin=gate.margin).route_agreement
     return (_right_in_torch(gate, examples), engine_N), agreement
 
 

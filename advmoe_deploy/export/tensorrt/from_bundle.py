@@ -154,10 +154,10 @@ class _Building:
         self.graphs = {s.name: onnx.load_model(source.file(s.file)) for s in graphs.plan.segments}
         layers = [route.layer for route in self.plan.routes]
         examples = Examples(*read_golden(source.file(GOLDEN), layers))
-        rounding = source.manifest.parity.rounding
+        parity = source.manifest.parity
         changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
         limits = Limits(predictions=max(Limits().predictions, changed), sample=True)
-        self.gate = AccuracyGate(examples, GOLDEN, rounding, limits=limits)
+        self.gate = AccuracyGate(examples, GOLDEN, parity.rounding, parity.margin, limits=limits)
 
     def written_to(self, staged: Path) -> EngineSet:
         """Build every engine, write it, and check it as it lies there."""

@@ -1,0 +1,37 @@
+"""What rounding to float32 may do to a network, on any processor.
+
+How exact a float32 sum is depends on the order of its additions, and that on the processor, the
+runtime and the number of threads: what torch loses here says little about another's loss. So the
+weights of the same network in float64 are disturbed as much as the sums that they take part in are
+likely to be rounded.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# Half a unit in the last place of a float32 of 1: one rounding.
+_ROUNDING = 2.0**-24
+# How many partial sums a vectorised loop keeps at least: each adds up a share of the products.
+_PARTIAL_SUMS = 16
+
+
+def disturbed(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``weight`` in float64, every value moved by the rounding of the sum it belongs to.
+
+    A sum of K products is rounded K / 16 times one after the other, in random directions: by about
+    the square root of that.
+    """
+    products = weight[0].numel() if weight.dim() > 1 else 1
+    size = _ROUNDING * max(1.0, products / _PARTIAL_SUMS) ** 0.5
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return weight.double() * noise.mul(size).add(1)
+
+
+def disturb(parameters: Iterable[Tensor]) -> None:
+    """Disturb float64 ``parameters`` in place, the same way every time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(disturbed(parameter, generator))
