@@ -172,7 +172,8 @@ class BundleManifest(Frozen):
     """What a bundle holds; ``files`` maps relative POSIX paths to their hashes.
 
     ``decoding`` is how image files are read for the model; ``pruning`` says which experts were left
-    out, ``None`` if none were.
+    out, ``None`` if none were; ``denormal_weights`` how many weights were denormal numbers and are
+    zeros here.
     """
 
     schema_version: int
@@ -187,6 +188,7 @@ class BundleManifest(Frozen):
     macs: Macs
     parity: ParityReport
     pruning: Pruning | None = None
+    denormal_weights: int = 0
     class_names: ClassNames
     training: dict[str, Any]
     versions: dict[str, str]

@@ -38,7 +38,7 @@ from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.graph.writer import write_model
-from advmoe_deploy.export.model_card import model_card
+from advmoe_deploy.export.model_card import denormals_note, model_card
 from advmoe_deploy.export.partition.cut import Partition, partition
 from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
 from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
@@ -50,6 +50,7 @@ from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from advmoe_deploy.models.denormals import zero_denormals
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.answers import Answers, Images
@@ -107,6 +108,9 @@ def export_run(
         require_supported(target)
     versions = _versions(targets)
     checkpoint, model = load_checkpoint(run / "model")
+    denormals = zero_denormals(model)
+    if denormals:
+        progress.note(denormals_note(denormals))
     source = data or _data_of(checkpoint)
     images = parity_images(source, checkpoint.model, checkpoint.decoding)
     pruning = None
@@ -139,7 +143,7 @@ def export_run(
             staged, targets, checkpoint, model, parts, Examples(images, answers), source, progress
         )
         macs = macs_of(checkpoint.model)
-        card = model_card(checkpoint, macs, parity, reports, engines, pruning)
+        card = model_card(checkpoint, macs, parity, reports, engines, pruning, denormals)
         (staged / CARD).write_text(card, encoding="utf-8")
         manifest = seal_bundle(
             staged,
@@ -152,6 +156,7 @@ def export_run(
             macs=macs,
             parity=parity,
             pruning=pruning,
+            denormal_weights=denormals,
             class_names=checkpoint.class_names,
             training=_training(checkpoint),
             versions=versions,

@@ -21,6 +21,7 @@ def model_card(
     passes: dict[str, tuple[PassReport, ...]],
     engines: tuple[EngineSet, ...] = (),
     pruning: Pruning | None = None,
+    denormals: int = 0,
 ) -> str:
     """Return the model card in Markdown."""
     sections = [
@@ -30,6 +31,7 @@ def model_card(
         _threat(checkpoint),
         _metrics(checkpoint),
         _macs(checkpoint, macs),
+        *([f"## Weights\n\n{denormals_note(denormals)}."] if denormals else []),
         _parity(parity),
         *([_engines(engines)] if engines else []),
         _passes(passes),
@@ -43,6 +45,14 @@ def card_with_engines(card: str, engines: tuple[EngineSet, ...]) -> str:
     before, found, rest = card.partition(f"{_ENGINES}\n")
     _, heading, after = rest.partition("\n## ")
     return f"{before}{_engines(engines)}\n{heading}{after}" if found else card
+
+
+def denormals_note(count: int) -> str:
+    """Return what became of ``count`` weights that were denormal."""
+    return (
+        f"{count:,} weights decayed to denormal numbers, nearer to 0 than 1.2e-38, and are written "
+        "as the zeros that engines take them for; many processors are slow on them"
+    )
 
 
 def _title(checkpoint: "Checkpoint") -> str:

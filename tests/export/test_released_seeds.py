@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import check_graphs, export_onnx, write_graphs
+from advmoe_deploy.export.from_run import check_graphs, export_run, write_graphs
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Silent
@@ -48,7 +48,7 @@ def test_another_seed_exports(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bundle_is_written(kind: str, tmp_path: Path) -> None:
-    assert export_onnx(run_of(kind, 1, tmp_path), tmp_path / "b", data=DATA).manifest.parity.passed
+    assert export_run(run_of(kind, 1, tmp_path), tmp_path / "b", data=DATA).manifest.parity.passed
 
 
 @pytest.mark.slow

@@ -109,6 +109,7 @@ def _show(ui: Session, bundle: Bundle) -> None:
         "bundle": str(bundle.path),
         "parity": manifest.parity.model_dump(mode="json"),
         "pruning": manifest.pruning and manifest.pruning.model_dump(mode="json"),
+        "denormal_weights": manifest.denormal_weights,
         "engines": [e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines],
         "macs": manifest.macs.model_dump(mode="json"),
         "bytes": sum(record.bytes for record in manifest.files.values()),

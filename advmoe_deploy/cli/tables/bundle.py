@@ -27,6 +27,7 @@ def export_report(bundle: Bundle) -> RenderableType:
     rows = [
         ("files", f"{len(bundle.manifest.files)}, {size / 1e6:.1f} MB"),
         *_pruning_rows(bundle.manifest.pruning),
+        *_denormal_rows(bundle.manifest.denormal_weights),
         *_parity_rows(bundle.manifest.parity),
         *_engine_rows(bundle.manifest.engines),
     ]
@@ -170,6 +171,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ("plan", f"{len(manifest.plan.segments)} segments, {len(manifest.plan.routes)} routes"),
         *((f"route {route.layer}", _route(route)) for route in manifest.plan.routes),
         *_pruning_rows(manifest.pruning),
+        *_denormal_rows(manifest.denormal_weights),
         *_parity_rows(manifest.parity),
         *_engine_rows(manifest.engines),
         ("made", f"{manifest.created} by {manifest.producer}"),
@@ -228,6 +230,10 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
         facts("the way to a GPU", gpu),
         facts("packages", packages),
     )
+
+
+def _denormal_rows(count: int) -> list[tuple[str, str]]:
+    return [("denormal weights", f"{count:,}, written as zeros")] if count else []
 
 
 def _pruning_rows(pruning: Pruning | None) -> list[tuple[str, str]]:

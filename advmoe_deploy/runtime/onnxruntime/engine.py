@@ -19,6 +19,7 @@ from advmoe_deploy.errors import (
     missing_extra,
 )
 from advmoe_deploy.process import default_threads, without_telemetry
+from advmoe_deploy.runtime.denormals import flush_denormals
 from advmoe_deploy.runtime.engine import require_threads
 from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     VARIABLE,
@@ -90,6 +91,7 @@ class OrtEngine(Closing):
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         source = model if isinstance(model, bytes) else str(model)
         self.custom_ops: CustomOps | None = None
         if uses_custom_ops(model):
@@ -124,6 +126,7 @@ class OrtEngine(Closing):
         session = self._session  # another thread may close the engine meanwhile
         if session is None:
             raise UsageError("the engine is closed; open the bundle again")
+        flush_denormals()  # this thread computes too, and the session's option is not for it
         try:
             values = session.run(None, dict(inputs))
         except Exception as error:

@@ -66,6 +66,7 @@ class OpenVinoEngine(Closing):
                     "INFERENCE_NUM_THREADS": threads or default_threads(),
                     "PERFORMANCE_HINT": "LATENCY",
                     "ENABLE_CPU_PINNING": False,
+                    "CPU_DENORMALS_OPTIMIZATION": True,
                 },
             )
         except (RuntimeError, MemoryError) as error:
