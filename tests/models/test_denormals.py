@@ -22,13 +22,13 @@ from tests.conftest import TINY, write_run
 
 
 def test_denormals_are_counted_and_zeros() -> None:
-    """Of the seven, two are denormal: 1e-39 and -1e-45; the least normal number is 1.18e-38."""
-    model = nn.Linear(7, 1, bias=False)
-    values = torch.tensor([[1.0, 0.0, -0.0, 1.18e-38, 1e-39, -1e-45, -1e-37]])
-    model.weight.data.copy_(values)
-    assert zero_denormals(model) == 2
+    """Of 1, 0, -0, the least normal number, the largest denormal and, negative, the least one."""
+    values = [0x3F800000, 0, -0x80000000, 0x00800000, 0x007FFFFF, -0x7FFFFFFF]
+    model = nn.Linear(6, 1, bias=False)
     bits = model.weight.detach().view(torch.int32)
-    assert (bits & 0x7FFFFFFF == 0).tolist() == [[False, True, True, False, True, True, False]]
+    bits.copy_(torch.tensor([values]))
+    assert zero_denormals(model) == 2
+    assert bits.tolist() == [[0x3F800000, 0, -0x80000000, 0x00800000, 0, 0]]
     assert zero_denormals(model) == 0
 
 
@@ -36,7 +36,7 @@ def test_every_thread_of_pytorch_flushes() -> None:
     """In a process of its own, with two threads."""
     code = (
         "import torch; torch.set_num_threads(2); import advmoe_deploy.models.base\n"
-        "halves = torch.full((2_000_000,), 1e-39) * 0.5\n"
+        "halves = torch.full((2_000_000,), 1000, dtype=torch.int32).view(torch.float32) * 0.5\n"
         "print(int(halves.view(torch.int32).count_nonzero()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,7 +52,7 @@ def decayed(tmp_path: Path) -> tuple[Path, int]:
     for tensor in state.values():
         if tensor.dim() == 4:
             half = tensor[: len(tensor) // 2]
-            half.copy_(torch.from_numpy(np.where(half.numpy() < 0, -1e-39, 1e-39)))
+            half.view(torch.int32).fill_(1000)  # a denormal: 1e-42
             count += half.numel()
     save_file(state, weights)
     fields = json.loads(about.read_text()) | {"weights_sha256": sha256_of(weights)}

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
-from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.export.graph.op_bodies import FUSED_ROUTERS, ROUTERS, with_bodies
-from advmoe_deploy.export.graph.writer import GraphWriter, attributes_of, consumers_of
+from advmoe_deploy.export.graph.writer import GraphWriter, attributes_of, constants_of, consumers_of
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.passes.report import PassReport, refused, too_far
 from advmoe_deploy.plan import TensorInfo
@@ -76,7 +75,8 @@ def _moved_scores(before: ModelProto, fused: ModelProto, inputs: Arrays) -> dict
     moved = {}
     for node in nodes:
         given, scores = node.input[0], node.output[2]
-        after, exact = _scores(fused, node, values[given])
+        after = _scores(fused, node, values[given])
+        exact = _exact_scores(before, scores, values[given])
         if reason := too_far(scores, values[scores], after, exact):
             moved[node.name] = reason
     return moved
@@ -151,22 +151,27 @@ def _values(model: ModelProto, names: Iterable[str], inputs: Arrays) -> Arrays:
         return {**inputs, **engine.run(inputs)}
 
 
-def _scores(
-    model: ModelProto, node: NodeProto, x: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return the scores that the fused ``node`` of ``model`` makes of ``x``, and the exact ones."""
+def _scores(model: ModelProto, node: NodeProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the scores that the fused ``node`` of ``model`` makes of ``x``."""
     given, *parameters = node.input
     held = {t.name: t for t in model.graph.initializer}
-    weight_EC, bias_E = (onnx_numpy.to_array(held[name]).astype(np.float64) for name in parameters)
-    rows_RC = x.astype(np.float64).mean(axis=tuple(range(2, x.ndim)))
-    exact_RE = rows_RC @ weight_EC.T + bias_E
     writer = GraphWriter()
     writer.nodes.append(node)
     writer.initializers = {name: held[name] for name in parameters}
+    shape = (len(x), held[parameters[0]].dims[0])
     alone = writer.model(
         "router",
         [TensorInfo(name=given, dtype="float32", shape=x.shape)],
-        [TensorInfo(name=node.output[2], dtype="float32", shape=exact_RE.shape)],
+        [TensorInfo(name=node.output[2], dtype="float32", shape=shape)],
     )
     with OrtEngine(with_bodies(alone).SerializeToString()) as engine:
-        return engine.run({given: x})[node.output[2]], exact_RE
+        return engine.run({given: x})[node.output[2]]
+
+
+def _exact_scores(model: ModelProto, scores: str, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return in float64 what the linear layer of ``model`` that makes ``scores`` makes of ``x``."""
+    (gemm,) = (node for node in model.graph.node if scores in node.output)
+    constants = constants_of(model)
+    weight_EC, *bias_E = (constants[name].astype(np.float64) for name in gemm.input[1:])
+    rows_RC = x.astype(np.float64).mean(axis=tuple(range(2, x.ndim)))
+    return sum(bias_E, rows_RC @ weight_EC.T)
