@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,6 +142,7 @@ def export(
     format: str = "onnx",  # noqa: A002
     precisions: Sequence[Precision] = (),
     data: str | None = None,
+    class_map: Mapping[str, str] | None = None,
     overwrite: bool = False,
     with_reference: bool = True,
     onnx_only: bool = False,
@@ -158,6 +159,7 @@ def export(
         precisions: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8``; the bundle runs in the
             first unless told. Of a bundle by default all that it holds.
         data: images to check on; by default the run's own.
+        class_map: the model's name of classes that ``data`` calls otherwise.
         overwrite: replace an older bundle.
         with_reference: also write the weights that :func:`verify` attacks.
         onnx_only: for ``trt``, write graphs and a script that build the engines elsewhere.
@@ -197,6 +199,7 @@ def export(
         source,
         Path(out) if out is not None else source / "bundle",
         data=data,
+        class_map=class_map,
         overwrite=overwrite,
         with_reference=with_reference,
         targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
@@ -238,6 +241,7 @@ def verify(
     *,
     engine: str = "onnxruntime",
     data: str | None = None,
+    class_map: Mapping[str, str] | None = None,
     attacks: Suite = "quick",
     max_drop: float = 0.5,
     images: int | None = None,
@@ -251,6 +255,7 @@ def verify(
         bundle: a bundle with its reference weights, or its path.
         engine: as for :func:`open_runner`.
         data: a data source; by default the one the model was trained on. Its test split is used.
+        class_map: the model's name of classes that ``data`` calls otherwise.
         attacks: ``quick``, ``standard`` or ``full``.
         max_drop: percentage points of clean or robust accuracy that the engine may lose.
         images: how many test images; by default all.
@@ -269,6 +274,7 @@ def verify(
         _opened(bundle),
         engine=engine,
         data=data,
+        class_map=class_map,
         attacks=attacks,
         max_drop=max_drop,
         images=images,

@@ -252,6 +252,19 @@ def _one_per_class(names: tuple[str, ...], fields: ValidationInfo) -> tuple[str,
 ClassNames = Annotated[tuple[str, ...], AfterValidator(_one_per_class)]
 
 
+class Fingerprint(Frozen):
+    """What a data set holds, as two SHA-256 sums over its pixels.
+
+    ``images`` tells which images are to train and which to test on, and which of them are of one
+    class; it is the same for every layout, order and spelling of the classes. ``dealt`` tells the
+    order in which they are dealt into training, hold-out and test images, with their labels: what
+    a run needs to go on as it began.
+    """
+
+    images: str
+    dealt: str
+
+
 class ThreatModel(Frozen):
     """What the attacker may do: ``epsilon`` is in [0, 1] pixels."""
 

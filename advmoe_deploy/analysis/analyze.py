@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,8 @@ from advmoe_deploy.analysis.routing_change import AttackEffect, effect_of
 from advmoe_deploy.analysis.shares import Share, share_of
 from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
 from advmoe_deploy.attacks.white_box import predict
-from advmoe_deploy.data.matching import matching_test_images
+from advmoe_deploy.data.matching import Trained, matching_test_images
+from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier
@@ -68,11 +69,15 @@ class AnalysisReport(Frozen):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has."""
+    """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has.
+
+    ``class_map`` is the model's name of classes that ``data`` calls otherwise.
+    """
 
     sections: tuple[Section, ...] = SECTIONS
     images: int | None = 200
     data: str | None = None
+    class_map: Mapping[str, str] = field(default_factory=dict)
     epsilon: float | None = None
     steps: int = 20
     seed: int = 0
@@ -114,10 +119,11 @@ def analyze(
         CheckFailedError: the model's answers are not finite.
     """
     started = time.perf_counter()
-    source = settings.data or stored.data
+    source = absolute(settings.data or stored.data)
     threat = stored.threat_model(settings.epsilon)
+    trained = Trained(stored.model.spec, stored.class_names, stored.decoding, stored.fingerprint)
     pixels, labels = matching_test_images(
-        source, stored.model.spec, stored.decoding, settings.images
+        source, trained, settings.images, class_map=settings.class_map
     )
     work = _Work(
         stored.model,

@@ -17,6 +17,14 @@ Data = Annotated[
         "--data", metavar="NAME[:PATH]", help="Data source; 'advmoe list data' names them."
     ),
 ]
+ClassMap = Annotated[
+    str | None,
+    typer.Option(
+        "--class-map",
+        metavar="OLD=NEW,...|FILE",
+        help="What the model calls classes that --data calls otherwise.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Threads = Annotated[
     int,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from advmoe_deploy.specs import Fingerprint
+
 
 @dataclass(frozen=True)
 class Split:
@@ -32,8 +34,9 @@ class Split:
 class Dataset:
     """A data set as :func:`~advmoe_deploy.data.registry.load_dataset` returns it.
 
-    ``source`` is the name that loads it again. Models are chosen on ``holdout``, which is never
-    part of the training images; ``test`` is only measured on.
+    ``source`` is the name that loads it again, from any working folder. Models are chosen on
+    ``holdout``, which is never part of the training images; ``test`` is only measured on. No two of
+    them share an image. ``fingerprint`` is none where splits were put together by hand.
     """
 
     source: str
@@ -41,6 +44,7 @@ class Dataset:
     train: Split
     holdout: Split
     test: Split
+    fingerprint: Fingerprint | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

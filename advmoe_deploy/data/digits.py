@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from advmoe_deploy.data.content import digests_of, fingerprint_of
 from advmoe_deploy.data.dataset import Dataset, Split, stratified_parts
 from advmoe_deploy.errors import missing_extra
 
@@ -24,11 +25,15 @@ def load_digits() -> Dataset:
     images = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
     everything = Split(images, labels.astype(np.int64))
     sizes = (TEST_IMAGES, HOLDOUT_IMAGES)
-    test, holdout, train = stratified_parts(everything.labels, sizes, _SPLIT_SEED)
+    parts = stratified_parts(everything.labels, sizes, _SPLIT_SEED)
+    test, holdout, train = (everything.take(rows) for rows in parts)
+    splits = (train, holdout, test)
+    digests = tuple(digests_of(split.images) for split in splits)
     return Dataset(
         source="digits",
         class_names=tuple(str(digit) for digit in range(10)),
-        train=everything.take(train),
-        holdout=everything.take(holdout),
-        test=everything.take(test),
+        train=train,
+        holdout=holdout,
+        test=test,
+        fingerprint=fingerprint_of(splits, digests),
     )

@@ -1,22 +1,22 @@
-"""Data sets in the hub's layout: parquet files of encoded images and labels, or the hub itself.
+"""Data sets of the hub, from any layout in a folder, or from the hub itself.
 
 A row holds an image as {bytes, path} and an integer label.
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from advmoe_deploy.data.dataset import Dataset, Split, mixed
-from advmoe_deploy.data.pixels import exactly, stacked
+from advmoe_deploy.data.assemble import Dealt, assemble
+from advmoe_deploy.data.dataset import Dataset, mixed
+from advmoe_deploy.data.layouts.find import TABLES_FIRST, listings_of
+from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
+from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, missing_extra, reason_of
+from advmoe_deploy.errors import DataError, missing_extra
 from advmoe_deploy.process import without_telemetry
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
@@ -42,6 +42,23 @@ class HubSet:
         """What to do when the data cannot be had."""
         return f"give {self.name}:PATH or set {FOLDER_VARIABLE}"
 
+    @property
+    def wanted(self) -> Wanted:
+        """What to look for in a folder: its own names first, then what others call them."""
+        usual = Wanted()
+        validation = ("val", "valid", "validation")
+        test = (*validation, "test") if self.test in validation else usual.test
+        return Wanted(
+            images=_led_by(self.image, usual.images),
+            labels=_led_by(self.label, usual.labels),
+            train=_led_by(self.train, usual.train),
+            test=_led_by(self.test, test),
+        )
+
+
+def _led_by(first: str, others: tuple[str, ...]) -> tuple[str, ...]:
+    return (first, *(name for name in others if name != first))
+
 
 HUB_SETS = {
     each.name: each
@@ -56,45 +73,52 @@ _CIFAR10_CLASSES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Encoded images, their labels, and the names of the classes if the files tell them."""
-
-    encoded: list[Any]
-    labels: list[Any]
-    names: tuple[str, ...]
-
-
 def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: Decoding) -> Dataset:
     """Return the data set as uint8 [N, C, H, W], read as ``decoding`` says.
 
-    It comes from the parquet files of ``folder``; without one, of ``$ADVMOE_DATA/NAME``; without
-    that, from the hub. The hold-out is a fixed 1,000 of the training images. Images keep their
-    order, unless they come class by class: then they are dealt evenly by class.
+    It comes from ``folder``, in any layout of :mod:`~advmoe_deploy.data.layouts`; without one, from
+    ``$ADVMOE_DATA/NAME``; without that, from the hub. The hold-out is a fixed 1,000 of the training
+    images. Images keep their order, unless they come class by class: then they are dealt evenly by
+    class.
 
     Raises:
         DataError: a file is missing or damaged, there are too few images, or the hub cannot be
             reached.
     """
     folder = folder or _default_folder(hub_set)
-    read = _from_hub if folder is None else _from_folder
-    train, test = (read(hub_set, split, folder) for split in (hub_set.train, hub_set.test))
-    order = np.random.default_rng(_SEED).permutation(len(train.labels)).astype(np.int64)
+    if folder is None:
+        where = hub_set.hub_name
+        train, test = (_from_hub(hub_set, split) for split in (hub_set.train, hub_set.test))
+    else:
+        where, way_out = str(folder), f"{hub_set.way_out}, a folder of parquet files"
+        train, test = listings_of(folder, hub_set.wanted, TABLES_FIRST, way_out)
+    names = _class_names(hub_set, where, train.class_names)
+    for listing in (train, test):
+        require_labels(where, listing, len(names))
+    order = np.random.default_rng(_SEED).permutation(len(train)).astype(np.int64)
     # A tiny copy of the data still leaves four fifths of it to train on.
     size = min(HOLDOUT_IMAGES, len(order) // 5)
     if not size:
         raise DataError(f"{source} holds {len(order)} images to train on; give at least five")
-    return Dataset(
-        source=source,
-        class_names=_class_names(hub_set, train.names),
-        train=_split(hub_set, train, np.sort(order[size:]), decoding),
-        holdout=_split(hub_set, train, np.sort(order[:size]), decoding),
-        test=_split(hub_set, test, np.arange(len(test.labels)), decoding),
+    return assemble(
+        source,
+        names,
+        train=Dealt(train, mixed(train.labels_N, np.sort(order[size:]), _SEED)),
+        holdout=Dealt(train, mixed(train.labels_N, np.sort(order[:size]), _SEED)),
+        test=Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED)),
+        decoding=decoding,
+        exact=True,
     )
 
 
-def _class_names(hub_set: HubSet, found: tuple[str, ...]) -> tuple[str, ...]:
-    if len(found) == hub_set.num_classes:
+def _class_names(hub_set: HubSet, where: str, found: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names that the layout tells, else the data set's own, else placeholders."""
+    if found and len(found) != hub_set.num_classes:
+        say_once(
+            f"{where} holds {len(found)} classes ({', '.join(found[:3])}...), {hub_set.name} has "
+            f"{hub_set.num_classes}"
+        )
+    if found:
         return found
     if hub_set.name == "cifar10":
         return _CIFAR10_CLASSES
@@ -106,56 +130,7 @@ def _default_folder(hub_set: HubSet) -> Path | None:
     return Path(root) / hub_set.name if root else None
 
 
-def _from_folder(hub_set: HubSet, split: str, folder: Path | None) -> _Rows:
-    assert folder is not None
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; {hub_set.way_out}, a folder of parquet files")
-    files = sorted(folder.glob(f"**/{split}-*.parquet"))
-    if not files:
-        raise DataError(f"{folder} holds no {split}-*.parquet; {hub_set.way_out}")
-    parts = [_from_parquet(hub_set, file) for file in files]
-    return _checked(
-        hub_set,
-        str(folder),
-        _Rows(
-            [data for part in parts for data in part.encoded],
-            [label for part in parts for label in part.labels],
-            parts[0].names,
-        ),
-    )
-
-
-def _from_parquet(hub_set: HubSet, file: Path) -> _Rows:
-    try:
-        import pyarrow.parquet
-        from pyarrow import ArrowException
-    except ImportError:
-        raise missing_extra("pyarrow", "train") from None
-    try:
-        table = pyarrow.parquet.read_table(file, columns=[hub_set.image, hub_set.label])
-        encoded = table.column(hub_set.image).combine_chunks().field("bytes").to_pylist()
-        labels = table.column(hub_set.label).to_pylist()
-        names = _names_in(table.schema.metadata or {}, hub_set.label)
-    except (ArrowException, OSError, KeyError, AttributeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise DataError(f"{file}: {reason_of(error, 'read')}") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{file} is no readable {hub_set.name} parquet ({reason}); download it again"
-        ) from None
-    return _Rows(encoded, labels, names)
-
-
-def _names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """Return the class names that the hub's library leaves in a parquet file, if it did."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[label]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
-
-
-def _from_hub(hub_set: HubSet, split: str, _: Path | None) -> _Rows:
+def _from_hub(hub_set: HubSet, split: str) -> Listing:
     try:
         with without_telemetry():
             import datasets
@@ -166,8 +141,12 @@ def _from_hub(hub_set: HubSet, split: str, _: Path | None) -> _Rows:
         table = table.cast_column(hub_set.image, datasets.Image(decode=False))
         encoded = [row["bytes"] for row in table[hub_set.image]]
         names = tuple(getattr(table.features[hub_set.label], "names", ()))
-        return _checked(
-            hub_set, hub_set.hub_name, _Rows(encoded, list(table[hub_set.label]), names)
+        return Listing(
+            labels_N=np.asarray(table[hub_set.label], dtype=np.int64),
+            class_names=names,
+            encoded=encoded.__getitem__,
+            where=lambda row: f"{hub_set.hub_name}, {split}, row {row}",
+            stamp=lambda row: hashlib.sha256(encoded[row] or b"").hexdigest(),
         )
     # ValueError, FileNotFoundError and several network errors, by version and by cause.
     except (OSError, ValueError, RuntimeError) as error:
@@ -175,32 +154,3 @@ def _from_hub(hub_set: HubSet, split: str, _: Path | None) -> _Rows:
         raise DataError(
             f"{hub_set.hub_name} cannot be had from the hub ({reason}); {hub_set.way_out}"
         ) from None
-
-
-def _checked(hub_set: HubSet, where: str, rows: _Rows) -> _Rows:
-    if not rows.labels:
-        raise DataError(f"{where} holds no image; download it again")
-    last = hub_set.num_classes - 1
-    if not all(isinstance(label, int) and 0 <= label <= last for label in rows.labels):
-        raise DataError(f"{where} holds labels outside 0..{last}; not {hub_set.name}")
-    return rows
-
-
-def _split(
-    hub_set: HubSet, rows: _Rows, chosen: npt.NDArray[np.int64], decoding: Decoding
-) -> Split:
-    labels = np.asarray(rows.labels, dtype=np.int64)
-    chosen = mixed(labels, chosen, _SEED)
-
-    def read(row: int) -> Any:
-        where = f"{hub_set.name}, row {row}"
-        return exactly(rows.encoded[row], where, decoding)
-
-    def key() -> str:
-        digest = hashlib.sha256()
-        for row in chosen:
-            digest.update(hashlib.sha256(rows.encoded[row] or b"").digest())
-        return digest.hexdigest()
-
-    images = stacked(read, chosen.tolist(), decoding, key)
-    return Split(images, labels[chosen])

@@ -24,16 +24,17 @@ IN_MEMORY_BYTES = 4 << 30
 Pixels = npt.NDArray[np.uint8]
 
 
-def exactly(data: Any, where: str, decoding: Decoding) -> Pixels:
-    """Return the image that the bytes ``data`` encode, which has the size of ``decoding`` already.
+def read_bytes(data: Any, where: str, decoding: Decoding, *, exact: bool) -> Pixels:
+    """Return the image that the bytes ``data`` encode, as ``decoding`` says.
 
     Raises:
-        DataError: ``data`` are not the bytes of an image, or it has another size.
+        DataError: ``data`` are not the bytes of an image, or, if ``exact``, it has another size
+            than that of ``decoding``.
     """
     if not isinstance(data, bytes):
         raise DataError(f"{where}: holds no encoded image")
     image = decode(io.BytesIO(data), where, decoding)
-    if image.original != (decoding.size, decoding.size):
+    if exact and image.original != (decoding.size, decoding.size):
         width, height = image.original
         raise DataError(
             f"{where}: {width} x {height} pixels, not {decoding.size} x {decoding.size}"

@@ -33,7 +33,7 @@ from advmoe_deploy.export.checks.every_expert import (
     unvisited_experts,
 )
 from advmoe_deploy.export.checks.golden import golden_rows, write_golden
-from advmoe_deploy.export.checks.images import labelled_images, parity_images
+from advmoe_deploy.export.checks.images import absolute_source, labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.unfused import unfused_graph
@@ -74,6 +74,7 @@ def export_run(
     out: Path,
     *,
     data: str | None = None,
+    class_map: Mapping[str, str] | None = None,
     overwrite: bool = False,
     with_reference: bool = True,
     targets: Sequence[Target] = (),
@@ -87,6 +88,7 @@ def export_run(
         run: a run directory; its ``model`` holds the checkpoint.
         out: the bundle to be.
         data: images to check on: a data source, or ``random:N``; by default the run's own data.
+        class_map: the model's name of classes that ``data`` calls otherwise.
         overwrite: replace an ``out`` that is a bundle already.
         with_reference: also write the torch weights, which ``verify`` attacks.
         targets: engines and precisions to write graphs for, beside the portable one in fp32.
@@ -111,11 +113,12 @@ def export_run(
     denormals = zero_denormals(model)
     if denormals:
         progress.note(denormals_note(denormals))
-    source = data or _data_of(checkpoint)
+    source = absolute_source(data or _data_of(checkpoint))
     images = parity_images(source, checkpoint.model, checkpoint.decoding)
     pruning = None
     if prune_unused:
-        labelled, threat = _labelled(source, checkpoint, progress), checkpoint.threat
+        labelled = _labelled(source, checkpoint, progress, class_map)
+        threat = checkpoint.threat
         model, pruning = without_unused(
             model, images, data=source, labelled=labelled, threat=threat, progress=progress
         )
@@ -140,7 +143,15 @@ def export_run(
                 f"{source}, and checked on images sent there by force"
             )
         engines = _write_engines(
-            staged, targets, checkpoint, model, parts, Examples(images, answers), source, progress
+            staged,
+            targets,
+            checkpoint,
+            model,
+            parts,
+            Examples(images, answers),
+            source,
+            progress,
+            class_map,
         )
         macs = macs_of(checkpoint.model)
         card = model_card(checkpoint, macs, parity, reports, engines, pruning, denormals)
@@ -265,13 +276,14 @@ def _write_engines(
     examples: Examples,
     data: str,
     progress: Progress,
+    class_map: Mapping[str, str] | None,
 ) -> tuple[EngineSet, ...]:
     """Write the graphs of every target; examined on labelled images where precision is lowered."""
     if not targets:
         return ()
     labelled = None
     if any(not target.is_exact for target in targets):
-        labelled = _labelled(data, checkpoint, progress)
+        labelled = _labelled(data, checkpoint, progress, class_map)
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")
     subject = subject_of(
@@ -284,8 +296,10 @@ def _write_engines(
     return tuple(engines)
 
 
-def _labelled(data: str, checkpoint: Checkpoint, progress: Progress) -> Dataset | None:
-    return labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note)
+def _labelled(
+    data: str, checkpoint: Checkpoint, progress: Progress, class_map: Mapping[str, str] | None
+) -> Dataset | None:
+    return labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note, class_map)
 
 
 def _data_of(checkpoint: Checkpoint) -> str:

@@ -1,5 +1,6 @@
 """The torch model behind a path, be it a run, a checkpoint or a bundle's reference weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import BundleError, InputError, UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import CHECKPOINT, load_checkpoint, model_from_weights
-from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.specs import Fingerprint, ThreatModel
 
 _RUN_MODEL = "model"  # where a run keeps the model it selected
 
@@ -17,7 +18,8 @@ _RUN_MODEL = "model"  # where a run keeps the model it selected
 class StoredModel:
     """A model in eval mode with what was stored beside it.
 
-    ``data`` is the source it was trained on, empty if unknown; ``recipe`` the recipe's name.
+    ``data`` is the source it was trained on, empty if unknown, and ``fingerprint`` its content;
+    ``recipe`` is the recipe's name.
     ``sealed`` says that it comes from a bundle, to which nothing may be added.
     """
 
@@ -29,6 +31,7 @@ class StoredModel:
     data: str
     recipe: str
     sealed: bool
+    fingerprint: Fingerprint | None = None
 
     def threat_model(self, epsilon: float | None) -> ThreatModel:
         """Return the l-inf ball of radius ``epsilon``, by default the one it was trained for."""
@@ -64,6 +67,12 @@ def reference_model(bundle: Bundle) -> Classifier:
     return model_from_weights(bundle.manifest.model, bundle.file(REFERENCE))
 
 
+def fingerprint_in(provenance: Mapping[str, object]) -> Fingerprint | None:
+    """Return the fingerprint of the data that a model was trained on, if it is recorded."""
+    found = provenance.get("fingerprint")
+    return Fingerprint.model_validate(found) if found else None
+
+
 def threat_or(epsilon: float | None, own: ThreatModel | None, where: Path) -> ThreatModel:
     """Return the threat model of radius ``epsilon``, or, without one, ``own``.
 
@@ -90,6 +99,7 @@ def _from_bundle(bundle: Bundle) -> StoredModel:
         data=str(manifest.training.get("data", "")),
         recipe=str(manifest.training.get("recipe", "")),
         sealed=True,
+        fingerprint=fingerprint_in(manifest.training),
     )
 
 
@@ -104,4 +114,5 @@ def _from_checkpoint(path: Path, folder: Path) -> StoredModel:
         data=str(checkpoint.provenance.get("data", "")),
         recipe=str(checkpoint.recipe.get("name", "")),
         sealed=False,
+        fingerprint=fingerprint_in(checkpoint.provenance),
     )

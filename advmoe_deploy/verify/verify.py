@@ -8,7 +8,7 @@ gradients, and Square then ask both. An image counts as robust only if no attack
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,9 +19,10 @@ from advmoe_deploy.attacks.black_box import TorchFace, attack_predictions
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.data.matching import matching_test_images
+from advmoe_deploy.data.matching import Trained, matching_test_images
+from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.stored import reference_model, threat_or
+from advmoe_deploy.models.stored import fingerprint_in, reference_model, threat_or
 from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.parity.reference import compare_with_reference, reference_answers
@@ -42,6 +43,7 @@ def verify_bundle(
     *,
     engine: str = "onnxruntime",
     data: str | None = None,
+    class_map: Mapping[str, str] | None = None,
     attacks: Suite = "quick",
     max_drop: float = 0.5,
     images: int | None = None,
@@ -55,7 +57,9 @@ def verify_bundle(
     Args:
         bundle: an opened bundle with its reference weights.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
-        data: a data source; by default the one the model was trained on. Its test split is used.
+        data: a data source; by default the one the model was trained on. Its test split is used,
+            its classes matched to the model's by name.
+        class_map: the model's name of classes that ``data`` calls otherwise.
         attacks: the suite to run.
         max_drop: percentage points of clean or robust accuracy that the engine may lose.
         images: how many test images, all by default.
@@ -66,14 +70,17 @@ def verify_bundle(
 
     Raises:
         BundleError: the bundle holds no reference weights.
-        UsageError: neither the bundle nor the caller names a threat model.
+        UsageError: neither the bundle nor the caller names a threat model, or the data do not fit.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
-    source = data or str(bundle.manifest.training.get("data", ""))
-    x_NCHW, labels_N = matching_test_images(source, model.spec, bundle.manifest.decoding, images)
+    manifest = bundle.manifest
+    source = absolute(data or str(manifest.training.get("data", "")))
+    known = fingerprint_in(manifest.training)
+    trained = Trained(model.spec, manifest.class_names, manifest.decoding, known)
+    x_NCHW, labels_N = matching_test_images(source, trained, images, class_map=class_map)
     suite = attack_suite(attacks, bundle.manifest.model)
     with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         trial = _Trial(model, runner, x_NCHW, labels_N, threat)

@@ -38,9 +38,9 @@ def test_a_hub_set_names_its_classes(
     tmp_path: Path, name: str, image: str, label: str, test: str, size: int, classes: int
 ) -> None:
     names = [f"thing {index}" for index in range(classes)]
-    for split in ("train", test):
+    for first, split in ((0, "train"), (10, test)):
         file = tmp_path / f"{split}-00000-of-00001.parquet"
-        write_hub_file(file, image, label, size, names)
+        write_hub_file(file, image, label, size, names, first)
     data = load_dataset(f"{name}:{tmp_path}")
     assert data.class_names == tuple(names)
     assert data.image_shape == (3, size, size)
@@ -49,11 +49,15 @@ def test_a_hub_set_names_its_classes(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes: ten black and ten white images to train on, two of each to test on."""
-    for split, count in (("train", 10), ("val", 2)):
-        for label, grey in (("black", 0), ("white", 255)):
+    """Two classes: ten black and ten white images to train on, two of each to test on.
+
+    No two are of the same grey: an image of one split may be in no other.
+    """
+    for split, first, count in (("train", 0, 10), ("val", 10, 2)):
+        for label in ("black", "white"):
             (tmp_path / split / label).mkdir(parents=True)
             for index in range(count):
+                grey = first + index if label == "black" else 255 - first - index
                 image = Image.new("L", (20 + index, 12), grey)
                 image.save(tmp_path / split / label / f"{index}.png")
     return tmp_path
@@ -66,7 +70,8 @@ def test_an_image_folder_is_scaled_and_split(folder: Path) -> None:
     assert (len(data.train), len(data.holdout), len(data.test)) == (16, 4, 4)
     assert np.bincount(data.holdout.labels).tolist() == [2, 2]
     for split in (data.train, data.holdout, data.test):
-        assert np.array_equal(split.images.mean(axis=(1, 2, 3)), 255 * split.labels)
+        assert np.array_equal(split.images.mean(axis=(1, 2, 3)) > 127, split.labels)
+        assert not np.ptp(split.images, axis=(1, 2, 3)).any()
 
 
 def test_the_first_images_are_of_all_classes(folder: Path, tmp_path: Path) -> None:
@@ -105,7 +110,9 @@ def test_a_large_split_is_kept_in_a_file(
         data = load_dataset(f"folder:{folder}?size=8")
         assert isinstance(data.train.images, np.memmap)
         assert np.array_equal(data.train.images, expected.train.images)
-    assert len(list((tmp_path / "cache").iterdir())) == 3  # one file a split, nothing half-written
+    kept = sorted(file.suffix for file in (tmp_path / "cache").iterdir())
+    # One file a split and one of its digests, nothing half-written.
+    assert kept == [".npy"] * 3 + [".sha256"] * 3
 
 
 def test_large_splits_of_one_name_and_shape_are_told_apart(
@@ -117,9 +124,9 @@ def test_large_splits_of_one_name_and_shape_are_told_apart(
     for first in (0, 10):
         root = tmp_path / str(first)
         root.mkdir()
-        for split in ("train", "test"):
+        for own_first, split in ((first, "train"), (first + 20, "test")):
             file = root / f"{split}-00000-of-00001.parquet"
-            write_hub_file(file, "img", "label", 32, [], first)
+            write_hub_file(file, "img", "label", 32, [], own_first)
         found.append(load_dataset(f"cifar10:{root}").test.images)
     assert not np.array_equal(*found)
 

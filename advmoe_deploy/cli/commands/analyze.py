@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, names, use_torch_threads
+from advmoe_deploy.cli.options import (
+    ClassMap,
+    Data,
+    Json,
+    Overwrite,
+    Threads,
+    names,
+    use_torch_threads,
+)
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.specs import one_line
@@ -26,6 +34,7 @@ def analyze(
         ),
     ],
     data: Data = None,
+    class_map: ClassMap = None,
     images: Annotated[int, typer.Option("--images", min=1, help="Test images to look at.")] = 200,
     only: Annotated[
         str | None,
@@ -74,6 +83,7 @@ def analyze(
         from advmoe_deploy.cli.pages import analysis_report
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.tables import analysis as analysis_tables
+        from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.files import refuse_existing, staged_directory
         from advmoe_deploy.models.stored import open_stored
 
@@ -90,6 +100,7 @@ def analyze(
             sections=sections,
             images=images,
             data=data,
+            class_map=read_class_map(class_map),
             epsilon=epsilon,
             steps=steps,
             seed=seed,

@@ -8,7 +8,7 @@ import typer
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
-from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads
+from advmoe_deploy.cli.options import ClassMap, Data, Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
@@ -38,6 +38,7 @@ def export(
         typer.Option("--out", readable=False, help="By default RUN/bundle, or BUNDLE-trt."),
     ] = None,
     data: Data = None,
+    class_map: ClassMap = None,
     overwrite: Overwrite = False,
     reference: Annotated[
         bool,
@@ -61,10 +62,12 @@ def export(
     _require_for_trt(to, precisions, build, onnx_only=onnx_only)
     if (run / MANIFEST).is_file():
         given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
-        _require_for_bundle(to, {**given, "--onnx-only": onnx_only})
+        given |= {"--class-map": class_map, "--onnx-only": onnx_only}
+        _require_for_bundle(to, given)
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy import api
+        from advmoe_deploy.data.matching import read_class_map
 
         bundle = api.export(
             run,
@@ -72,6 +75,7 @@ def export(
             format=to,
             precisions=precisions,
             data=data,
+            class_map=read_class_map(class_map),
             overwrite=overwrite,
             with_reference=reference,
             onnx_only=onnx_only,

@@ -19,11 +19,11 @@ _ENGINE_SUMMARIES = {
 }
 _DATA_SUMMARIES = {
     "digits": "1,797 handwritten digits, 8 x 8, embedded",
-    "cifar10": "cifar10:PATH reads the hub's parquet files; without a path, the hub",
+    "cifar10": "cifar10:PATH reads tables, batches, shards or folders; without a path, the hub",
     "cifar100": "as cifar10, with its 100 fine labels",
     "tiny-imagenet": "200 classes, 64 x 64; as cifar10",
     "imagenet": "imagenet:PATH reads PATH/train/CLASS/* and PATH/val/CLASS/*, 224 x 224",
-    "folder": "folder:PATH?size=64 reads any images laid out like that",
+    "folder": "folder:PATH?size=64 reads any classes, so or in tables or shards",
 }
 
 

@@ -6,6 +6,7 @@ import typer
 
 from advmoe_deploy.cli.options import (
     BundlePath,
+    ClassMap,
     Data,
     Engine,
     Json,
@@ -24,6 +25,7 @@ def verify(
     bundle: BundlePath,
     engine: Engine = "onnxruntime",
     data: Data = None,
+    class_map: ClassMap = None,
     attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
     max_drop: Annotated[
         float, typer.Option("--max-drop", min=0.0, help="Accuracy it may lose, in points.")
@@ -45,6 +47,7 @@ def verify(
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
+        from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.verify.verify import verify_bundle
 
         measured: list[AttackOutcome] = []
@@ -53,6 +56,7 @@ def verify(
                 open_bundle(bundle),
                 engine=engine,
                 data=data,
+                class_map=read_class_map(class_map),
                 attacks=attacks.value,
                 max_drop=max_drop,
                 images=images,

@@ -3,12 +3,13 @@
 Shapes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset, to_float
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.data.matching import in_order_of, label_map
+from advmoe_deploy.data.registry import absolute, load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.models.checkpoint import Checkpoint
@@ -16,8 +17,14 @@ from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.specs import ModelSpec
 
 PARITY_IMAGES = 1000
+_NOISE = "random:"
 
 _ADVICE = "pass --data, or --data random:1000 to check on noise"
+
+
+def absolute_source(source: str) -> str:
+    """Return ``source`` as it is to be recorded: its path, if it has one, absolute."""
+    return source if not source or source.startswith(_NOISE) else absolute(source)
 
 
 def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None = None) -> Images:
@@ -31,7 +38,7 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     """
     if not source:
         raise UsageError(f"the run does not say what it was trained on; {_ADVICE}")
-    if source.startswith("random:"):
+    if source.startswith(_NOISE):
         return _noise(source, spec)
     try:
         data = load_dataset(source, decoding)
@@ -47,43 +54,43 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
 
 
 def labelled_images(
-    sources: Iterable[str], checkpoint: Checkpoint, say: Callable[[str], None]
+    sources: Iterable[str],
+    checkpoint: Checkpoint,
+    say: Callable[[str], None],
+    class_map: Mapping[str, str] | None = None,
 ) -> Dataset | None:
     """Return the first of ``sources`` that is a data set of the images and classes of a model.
 
-    ``None`` if none is: noise has no labels, and a run may have come without its data. ``say``
-    hears why a data set is left out.
+    Its classes are put into the model's order, once ``class_map`` has renamed them. ``None`` if
+    none is: noise has no labels, and a run may have come without its data. ``say`` hears why a data
+    set is left out.
     """
     for source in dict.fromkeys(sources):
-        if not source or source.startswith("random:"):
+        if not source or source.startswith(_NOISE):
             continue
         try:
             data = load_dataset(source, checkpoint.decoding)
+            return _fitting(data, checkpoint, class_map or {})
         except (DataError, UsageError) as error:
             say(f"accuracy is not measured on {source}: {error}")
-            continue
-        if difference := _difference(data, checkpoint):
-            say(f"accuracy is not measured on {source}: {difference}")
-            continue
-        return data
     return None
 
 
-def _difference(data: Dataset, checkpoint: Checkpoint) -> str:
-    """Return in what ``data`` is not what the model was made for; nothing if it is."""
+def _fitting(data: Dataset, checkpoint: Checkpoint, class_map: Mapping[str, str]) -> Dataset:
+    """Return ``data`` in the order of the model's classes, or refuse what it was not made for."""
     model, names = checkpoint.model, checkpoint.class_names
     if data.image_shape != model.image_shape:
-        return f"its images are {data.image_shape}, the model takes {model.image_shape}"
+        raise UsageError(f"its images are {data.image_shape}, the model takes {model.image_shape}")
     if len(data.class_names) != model.num_classes:
-        return f"it has {len(data.class_names)} classes, the model {model.num_classes}"
-    nameless = names == tuple(str(label) for label in range(len(names)))  # imported weights
-    if not nameless and data.class_names != names:
-        return "its classes are called otherwise than the model's"
-    return ""
+        raise UsageError(f"it has {len(data.class_names)} classes, the model {model.num_classes}")
+    mapped = label_map(data.class_names, names, class_map)
+    if not mapped.by_name:
+        raise UsageError("its classes are called otherwise than the model's: by numbers")
+    return in_order_of(data, names, mapped)
 
 
 def _noise(source: str, spec: ModelSpec) -> Images:
-    count = source.removeprefix("random:")
+    count = source.removeprefix(_NOISE)
     if not count.isdecimal() or not 1 <= int(count) <= 100_000:
         raise UsageError(f"'{source}' is no number of images in 1..100000; say random:1000")
     shape = (int(count), *spec.image_shape)

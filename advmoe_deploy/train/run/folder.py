@@ -1,6 +1,7 @@
 """The folder of one run, and how to go on from it.
 
 RUN/config.json                 the whole configuration
+RUN/data.json                   where the data lay, what they hold, what their classes are called
 RUN/checkpoints/epoch-NNNN/     weights.safetensors, checkpoint.json, resume.safetensors, state.json
 RUN/metrics.jsonl               a line per epoch
 RUN/tensorboard/
@@ -15,12 +16,14 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.files import (
     remove_abandoned,
@@ -29,12 +32,21 @@ from advmoe_deploy.files import (
     write_atomically,
 )
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from advmoe_deploy.models.checkpoint import (
+    CHECKPOINT,
+    WEIGHTS,
+    Checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.run.data import RunData, require_same_content
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CONFIG = "config.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 MODEL = "model"
@@ -151,22 +163,28 @@ class RunFolder:
         except (CheckpointError, SafetensorError, FileNotFoundError) as error:
             raise CheckpointError(f"cannot resume: {error}; {way_out}") from None
 
-    def publish(self, epoch: int) -> None:
-        """Write RUN/model: the weights of this epoch's checkpoint, without its resume state."""
+    def publish(self, epoch: int, source: str) -> None:
+        """Write RUN/model: the weights of this epoch, and where the data lie by now."""
+        checkpoint = read_checkpoint(self.checkpoint(epoch))
+        provenance = {**checkpoint.provenance, "data": source}
+        found = checkpoint.model_copy(update={"provenance": provenance})
         with staged_directory(self.path / MODEL, overwrite=True) as partial:
-            for name in ("checkpoint.json", "weights.safetensors"):
-                shutil.copyfile(self.checkpoint(epoch) / name, partial / name)
+            shutil.copyfile(self.checkpoint(epoch) / WEIGHTS, partial / WEIGHTS)
+            (partial / CHECKPOINT).write_text(found.model_dump_json(indent=2) + "\n", "utf-8")
 
     def write_report(self, report: TrainReport) -> None:
         """Write report.json."""
         write_atomically(self.path / REPORT, report.model_dump_json(indent=2).encode() + b"\n")
 
 
-def open_run(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> RunFolder:
+def open_run(
+    path: Path, config: TrainConfig, data: RunData, *, resume: bool, overwrite: bool
+) -> RunFolder:
     """Return the folder of a new run, or of one to go on with, rid of what a kill left behind.
 
     Raises:
-        UsageError: the folder is in the way, is no run, or was trained by another configuration.
+        UsageError: the folder is in the way, is no run, or was trained by another configuration or
+            on other data.
         CheckpointError: its configuration cannot be read.
     """
     for directory in (path, path / CHECKPOINTS):
@@ -175,12 +193,13 @@ def open_run(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) 
     if resume:
         if not occupied:
             raise UsageError(f"{path} holds no run to resume; leave --resume out")
-        require_same(path, config)
-        return RunFolder(path)
-    if occupied:
+        require_same(path, config, data)
+    elif occupied:
         _make_room(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / CONFIG, config.model_dump_json(indent=2).encode() + b"\n")
+    # Written again by a resumed run, whose data may have moved; last what says that it was begun.
+    for name, value in ((DATA, data), (CONFIG, config)):
+        write_atomically(path / name, value.model_dump_json(indent=2).encode() + b"\n")
     return RunFolder(path)
 
 
@@ -202,8 +221,8 @@ def _make_room(path: Path, *, overwrite: bool) -> None:
     shutil.rmtree(path)
 
 
-def require_same(path: Path, config: TrainConfig) -> None:
-    """Refuse the run at ``path`` if it was trained by another configuration.
+def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
+    """Refuse the run at ``path`` if it was trained by another configuration or on other data.
 
     Raises:
         UsageError: it was.
@@ -212,17 +231,30 @@ def require_same(path: Path, config: TrainConfig) -> None:
     file = path / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
-    try:
-        before = TrainConfig.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
+    before = _validated(TrainConfig, file)
+    kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
     ours, theirs = config.model_dump(), before.model_dump()
+    if kept and kept.fingerprint and data.fingerprint:
+        require_same_content(path, kept, data)
+        ours["data"] = theirs["data"]
+    elif data.source in (before.data, absolute(before.data)):
+        ours["data"] = theirs["data"]
     changed = [f"{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
     if changed:
         raise UsageError(
             f"{path} was trained with {', '.join(changed)}; "
             "resume with the same settings, or choose another --out"
         )
+
+
+_Value = TypeVar("_Value", bound=Frozen)
+
+
+def _validated(kind: type[_Value], file: Path) -> _Value:
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
 
 
 def _read_state(directory: Path) -> RunState:

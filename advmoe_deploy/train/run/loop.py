@@ -22,6 +22,7 @@ from advmoe_deploy.train.distributed.launch import (
     process_total,
     was_restarted,
 )
+from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import RunFolder, open_run
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.session import Session
@@ -59,7 +60,7 @@ def train(
     folder = RunFolder(out)
     if is_first_process():
         resume = resume or (was_restarted() and folder.was_begun())
-        folder = open_run(out, config, resume=resume, overwrite=overwrite)
+        folder = open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
     work = partial(_work, config=config, data=data, folder=folder)
     return launch(work, devices=devices, precision=config.precision, progress=progress)
 

@@ -76,7 +76,7 @@ class Session:
         seconds = state.seconds + perf_counter() - began
         report = self._report(measured, attack, state, seconds, _cost(self.config, model))
         if self.fabric.is_global_zero:
-            self.folder.publish(state.best_epoch)
+            self.folder.publish(state.best_epoch, self.data.source)
             self.folder.write_report(report)
         return report
 
@@ -182,6 +182,7 @@ class Session:
             metrics=state.history[-1].measured(),
             provenance={
                 "data": self.data.source,
+                "fingerprint": self.data.fingerprint and self.data.fingerprint.model_dump(),
                 "seed": self.config.seed,
                 "epoch": state.epoch,
                 "versions": versions(),

@@ -16,6 +16,7 @@ from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen, one_line
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
+from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import CONFIG, REPORT, require_same
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import TrainReport
@@ -103,7 +104,7 @@ def _run(
     started = (folder / CONFIG).is_file()
     report = folder / REPORT
     if started and report.is_file():
-        require_same(folder, config.model_copy(update={"data": data.source}))
+        require_same(folder, config, RunData.of(data))
         progress.note(f"{folder} is finished and taken as it is")
         return _read(report)
     return train(config, data, folder, resume=started, devices=devices, progress=progress)

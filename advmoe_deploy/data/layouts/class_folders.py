@@ -1,0 +1,151 @@
+"""Class folders: ``train/CLASS/*`` and ``val/CLASS/*``, as ImageNet is unpacked.
+
+Also as Tiny-ImageNet's archive has it: the validation images in one folder, and a text file
+beside it whose lines say FILE, a tab, CLASS.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from advmoe_deploy.data.layouts.listing import Listing, Wanted
+from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.errors import DataError
+
+_ANNOTATIONS = "_annotations.txt"
+
+
+def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
+    """Return the training and test images below a folder, or ``None`` without class folders.
+
+    The classes are the folders of the training split, in alphabetical order.
+
+    Raises:
+        DataError: the test split is missing, has other classes or does not tell them, or a class
+            has no image.
+    """
+    train = next(iter(_split_folders(tree, wanted.train)), "")
+    names = tree.subfolders(train) if train else ()
+    if not names:
+        return None
+    if len(names) < 2:
+        raise DataError(f"{tree.root / train} holds 1 class folder, {names[0]}; give at least two")
+    tests = _split_folders(tree, wanted.test)
+    if not tests:
+        raise DataError(
+            f"{tree.root} holds a folder {train} and no folder {' or '.join(wanted.test)}; move "
+            f"some images of each class to {wanted.test[0]}/CLASS/"
+        )
+    # Test images without labels may lie beside validation images that have them.
+    test = next((each for each in tests if _tells_classes(tree, each, names)), tests[0])
+    return _by_folder(tree, train, names), _test_images(tree, test, names, train)
+
+
+def images_of(files: Iterable[str]) -> list[str]:
+    """Return those of ``files`` that are images by name."""
+    return [file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES]
+
+
+def _split_folders(tree: Tree, names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that are folders, each in its own spelling."""
+    spelled = {folder.lower(): folder for folder in tree.subfolders()}
+    return [spelled[name] for name in names if name in spelled]
+
+
+def _tells_classes(tree: Tree, folder: str, names: Iterable[str]) -> bool:
+    return bool({*tree.subfolders(folder)} & {*names} or _annotations(tree, folder))
+
+
+def _annotations(tree: Tree, folder: str) -> list[str]:
+    return [file for file in tree.files_in(folder) if file.endswith(_ANNOTATIONS)]
+
+
+def _test_images(tree: Tree, folder: str, names: Sequence[str], train: str) -> Listing:
+    if annotations := _annotations(tree, folder):
+        return _by_annotation(tree, folder, annotations[0], names)
+    found, images = tree.subfolders(folder), images_of(tree.below(folder))
+    if images and found in ((), ("images",)):
+        raise DataError(
+            f"{tree.root / folder} holds {len(images):,} images such as {images[0]} and no class "
+            f"folders; sort them into {folder}/CLASS/, or list them in {folder}/"
+            f"{folder}{_ANNOTATIONS}, a line each: file name, tab, class"
+        )
+    if found != tuple(names):
+        raise DataError(
+            f"{tree.root / train} and {tree.root / folder} hold different classes: "
+            f"{_difference(names, found)}; name them alike"
+        )
+    return _by_folder(tree, folder, names)
+
+
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    sides = ((ours, theirs, "the first"), (theirs, ours, "the second"))
+    lone = [(sorted(set(a) - set(b)), side) for a, b, side in sides]
+    return ", ".join(f"only {side} has {_some(names)}" for names, side in lone if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
+    files: list[str] = []
+    labels: list[int] = []
+    by_class: dict[str, list[str]] = {name: [] for name in names}
+    for file in images_of(tree.below(folder)):
+        name = file.removeprefix(f"{folder}/").split("/")[0]
+        if name in by_class:
+            by_class[name].append(file)
+    for label, (name, found) in enumerate(by_class.items()):
+        if not found:
+            raise DataError(f"{tree.root / folder / name} holds no image ({', '.join(SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    return _of_files(tree, files, labels, names)
+
+
+def _by_annotation(tree: Tree, folder: str, annotations: str, names: Sequence[str]) -> Listing:
+    """Return the images that the lines of a text file name, with the class that they say."""
+    classes = {name: label for label, name in enumerate(names)}
+    by_name = {PurePosixPath(file).name: file for file in images_of(tree.below(folder))}
+    files: list[str] = []
+    labels: list[int] = []
+    text = (tree.root / annotations).read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
+        image, *rest = line.split("\t")
+        if not line.strip():
+            continue
+        if image not in by_name or not rest or rest[0] not in classes:
+            raise DataError(
+                f"{tree.root / annotations}, line {number}: '{line[:60]}' names no image there, or "
+                "no class that is trained on; write file name, tab, class"
+            )
+        files.append(by_name[image])
+        labels.append(classes[rest[0]])
+    if len(set(files)) != len(by_name) or len(files) != len(by_name):
+        raise DataError(
+            f"{tree.root / annotations} names {len(files):,} images, and {len(by_name):,} are "
+            "there; give each image one line"
+        )
+    return _of_files(tree, files, labels, names)
+
+
+def _of_files(
+    tree: Tree, files: Sequence[str], labels: Sequence[int], names: Sequence[str]
+) -> Listing:
+    def encoded(row: int) -> bytes:
+        file = tree.root / files[row]
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror})") from None
+
+    return Listing(
+        labels_N=np.asarray(labels, dtype=np.int64),
+        class_names=tuple(names),
+        encoded=encoded,
+        where=lambda row: str(tree.root / files[row]),
+        stamp=lambda row: f"{tree.root / files[row]} {(tree.root / files[row]).stat().st_mtime_ns}",
+    )

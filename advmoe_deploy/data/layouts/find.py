@@ -1,0 +1,68 @@
+"""Which layout a folder has, or what to do where it has none that can be read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from advmoe_deploy.data.layouts.batches import cifar_batches
+from advmoe_deploy.data.layouts.class_folders import class_folders, images_of
+from advmoe_deploy.data.layouts.listing import Listing, Wanted
+from advmoe_deploy.data.layouts.shards import webdataset_shards
+from advmoe_deploy.data.layouts.tables import image_tables
+from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
+from advmoe_deploy.errors import DataError
+
+Layout = Callable[[Tree, Wanted], tuple[Listing, Listing] | None]
+TABLES_FIRST: tuple[Layout, ...] = (image_tables, cifar_batches, webdataset_shards, class_folders)
+FOLDERS_FIRST: tuple[Layout, ...] = (class_folders, image_tables, webdataset_shards, cifar_batches)
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+
+
+def listings_of(
+    root: Path, wanted: Wanted, layouts: Sequence[Layout], way_out: str
+) -> tuple[Listing, Listing]:
+    """Return the training and test images below ``root``, by the first layout that is there.
+
+    Raises:
+        DataError: there is none that can be read; the message says what was found, and ends with
+            ``way_out`` where nothing better is known.
+    """
+    if root.is_file():
+        raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder; name where the data lie: {way_out}")
+    tree = tree_of(root)
+    for layout in layouts:
+        if found := layout(tree, wanted):
+            return found
+    raise DataError(_hint(tree, wanted, way_out))
+
+
+def _hint(tree: Tree, wanted: Wanted, way_out: str) -> str:
+    root, train, test = tree.root, wanted.train[0], wanted.test[0]
+    for file in tree.files:
+        if advice := _unpack(file):
+            return f"{root} holds the archive {file}; {advice}"
+    for folder in tree.folders:
+        if folder.rpartition("/")[2].lower() in wanted.train and tree.subfolders(folder):
+            return f"{root} holds {folder}/CLASS/; name {root / parent_of(folder)} instead"
+    classes = [name for name in tree.subfolders() if images_of(tree.below(name))]
+    if classes:
+        return (
+            f"{root} holds no folder {train} and no folder {test}, but images below "
+            f"{', '.join(classes[:3])}{'...' if len(classes) > 3 else ''}; move them to "
+            f"{train}/CLASS/, and some of each class to {test}/CLASS/"
+        )
+    return (
+        f"{root} holds no {train}-*.parquet, no {train}/CLASS/, no CIFAR batches and no "
+        f"{train}-*.tar, but {tree.what_is_there()}; {way_out}"
+    )
+
+
+def _unpack(name: str) -> str:
+    """Return what to do with a file of this name if it is an archive."""
+    if not name.lower().endswith(_ARCHIVES):
+        return ""
+    tool = "unzip" if name.lower().endswith(".zip") else "tar -xf"
+    if name.lower().endswith((".7z", ".rar")):
+        tool = "unpack"
+    return f"unpack it ({tool} {name.rpartition('/')[2]}) and name the folder that comes out"

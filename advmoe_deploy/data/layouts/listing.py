@@ -1,0 +1,77 @@
+"""What a layout tells about a split before its images are read."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from advmoe_deploy.errors import DataError
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The N images of one split, unread.
+
+    ``encoded`` gives the bytes of an image file, ``where`` names the image for people, and
+    ``stamp`` tells it from all others without decoding it. ``class_names`` is empty where the
+    layout does not tell.
+    """
+
+    labels_N: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    encoded: Callable[[int], Any]
+    where: Callable[[int], str]
+    stamp: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a data set looks for: its columns, and the names of its splits, the best first."""
+
+    images: tuple[str, ...] = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
+    labels: tuple[str, ...] = ("label", "labels", "fine_label", "fine_labels", "cls", "target")
+    train: tuple[str, ...] = ("train", "training")
+    test: tuple[str, ...] = ("test", "valid", "validation", "val", "testing")
+
+
+def joined(parts: Sequence[Listing]) -> Listing:
+    """Return the listing of several files, one after the other, named as the first names them."""
+    ends = list(accumulate(len(part) for part in parts))
+
+    def place(row: int) -> tuple[Listing, int]:
+        index = bisect_right(ends, row)
+        return parts[index], row - (ends[index] - len(parts[index]))
+
+    def of(row: int, field: str) -> Any:
+        part, own_row = place(row)
+        return getattr(part, field)(own_row)
+
+    return Listing(
+        labels_N=np.concatenate([part.labels_N for part in parts]),
+        class_names=parts[0].class_names,
+        encoded=lambda row: of(row, "encoded"),
+        where=lambda row: str(of(row, "where")),
+        stamp=lambda row: str(of(row, "stamp")),
+    )
+
+
+def require_labels(where: str, listing: Listing, num_classes: int) -> None:
+    """Refuse a split without images, or with labels outside 0..``num_classes`` - 1.
+
+    Raises:
+        DataError: it is such a split.
+    """
+    if not len(listing):
+        raise DataError(f"{where} holds no image; download it again")
+    if listing.labels_N.min() < 0 or listing.labels_N.max() >= num_classes:
+        raise DataError(
+            f"{where} holds labels outside 0..{num_classes - 1}, such as {listing.labels_N.max()}; "
+            f"it is not of {num_classes} classes"
+        )

@@ -1,0 +1,102 @@
+"""WebDataset shards: tar files of images and labels, ``000000.jpg`` beside ``000000.cls``.
+
+A shard is read in place and never unpacked, so no member's name can lead anywhere.
+"""
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from advmoe_deploy.data.layouts.copies import split_files
+from advmoe_deploy.data.layouts.listing import Listing, Wanted, joined
+from advmoe_deploy.data.layouts.tree import Tree, is_hidden
+from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.errors import DataError
+
+_LARGEST_IMAGE = 256 << 20
+_LARGEST_LABEL = 64
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Where the bytes of an image lie in a shard."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def webdataset_shards(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
+    """Return the training and test shards below a folder, or ``None`` if there are none.
+
+    Raises:
+        DataError: the test shards are missing, or one is damaged.
+    """
+    files = split_files(tree, (".tar",), wanted)
+    if files is None:
+        return None
+    train, test = (joined([_shard(tree.root / file) for file in each]) for each in files)
+    return train, test
+
+
+def _shard(file: Path) -> Listing:
+    images, labels = _members(file)
+    if lone := images.keys() ^ labels.keys():
+        first = min(lone)
+        lacks = "label (.cls)" if first in images else f"image ({', '.join(SUFFIXES)})"
+        raise DataError(f"{file}: {first} has no {lacks}, nor have {len(lone) - 1} others")
+    members, stamp = list(images.values()), file.stat().st_mtime_ns
+
+    def encoded(row: int) -> bytes:
+        with file.open("rb") as stream:
+            stream.seek(members[row].offset)
+            return stream.read(members[row].size)
+
+    return Listing(
+        labels_N=np.asarray([labels[key] for key in images], dtype=np.int64),
+        class_names=(),
+        encoded=encoded,
+        where=lambda row: f"{file}, {members[row].name}",
+        stamp=lambda row: f"{file} {stamp} {members[row].offset}",
+    )
+
+
+def _members(file: Path) -> tuple[dict[str, _Member], dict[str, int]]:
+    images: dict[str, _Member] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(file, "r:") as shard:
+            for member in shard:
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
+                key = f"{folder}/{key}"
+                if not member.isreg() or any(map(is_hidden, PurePosixPath(member.name).parts)):
+                    continue
+                if f".{suffix.lower()}" in SUFFIXES:
+                    _require_size(file, member, _LARGEST_IMAGE)
+                    images[key] = _Member(member.name, member.offset_data, member.size)
+                elif suffix == "cls":
+                    _require_size(file, member, _LARGEST_LABEL)
+                    stream = shard.extractfile(member)
+                    labels[key] = _label(file, member.name, stream.read() if stream else b"")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{file} is no readable tar file ({error}); unpack it if it is compressed, or "
+            "download it again"
+        ) from None
+    if not images:
+        raise DataError(f"{file} holds no image ({', '.join(SUFFIXES)}); name WebDataset shards")
+    return images, labels
+
+
+def _require_size(file: Path, member: tarfile.TarInfo, limit: int) -> None:
+    if member.size > limit:
+        raise DataError(f"{file}: {member.name} has {member.size:,} bytes; the limit is {limit:,}")
+
+
+def _label(file: Path, name: str, text: bytes) -> int:
+    if not text.strip().isdigit():
+        raise DataError(f"{file}: {name} holds {text[:20]!r}, which is no class number")
+    return int(text)
