@@ -1,6 +1,6 @@
 """The command ``export``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -95,7 +95,7 @@ def _require_for_trt(
         raise UsageError("unquantised_dtype goes with --format trt --precision int8")
 
 
-def _require_for_bundle(to: str, given: dict[str, object]) -> None:
+def _require_for_bundle(to: str, given: Mapping[str, object]) -> None:
     if to != "trt":
         raise UsageError(
             f"this is a bundle, and only engines of --format trt are built of one; for {to} name "
