@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from advmoe_deploy.specs import Fingerprint
 
+# Training images that every set but the digits holds out to choose on; at most a fifth.
+HOLDOUT_IMAGES = 1000
+
 
 @dataclass(frozen=True)
 class Split:

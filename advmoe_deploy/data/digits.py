@@ -7,7 +7,7 @@ from advmoe_deploy.data.dataset import Dataset, Split, stratified_parts
 from advmoe_deploy.errors import missing_extra
 
 TEST_IMAGES = 400
-HOLDOUT_IMAGES = 200
+_HOLDOUT = 200
 _SPLIT_SEED = 20230810
 
 
@@ -24,7 +24,7 @@ def load_digits() -> Dataset:
     pixels, labels = load(return_X_y=True)
     images = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
     everything = Split(images, labels.astype(np.int64))
-    sizes = (TEST_IMAGES, HOLDOUT_IMAGES)
+    sizes = (TEST_IMAGES, _HOLDOUT)
     parts = stratified_parts(everything.labels, sizes, _SPLIT_SEED)
     test, holdout, train = (everything.take(rows) for rows in parts)
     splits = (train, holdout, test)

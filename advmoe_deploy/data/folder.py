@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.data.assemble import Dealt, assemble
-from advmoe_deploy.data.dataset import Dataset, mixed, stratified_parts
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, mixed, stratified_parts
 from advmoe_deploy.data.layouts.find import FOLDERS_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Wanted, require_labels
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 
 _SEED = 20230810
-_HOLDOUT_IMAGES = 1000
 _WANTED = Wanted(test=("val", "valid", "validation", "test", "testing"))
 _WAY_OUT = "put images into train/CLASS/ and val/CLASS/"
 
@@ -36,7 +35,7 @@ def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
     names = train.class_names or tuple(f"class {i}" for i in range(int(labels_N.max()) + 1))
     for listing in (train, test):
         require_labels(str(root), listing, len(names))
-    held = min(_HOLDOUT_IMAGES, len(train) // 5)
+    held = min(HOLDOUT_IMAGES, len(train) // 5)
     if not held:
         raise DataError(f"{root} holds {len(train)} images; give at least five to train on")
     holdout_rows, train_rows = stratified_parts(labels_N, (held,), _SEED)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.data.assemble import Dealt, assemble
-from advmoe_deploy.data.dataset import Dataset, mixed
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, mixed
 from advmoe_deploy.data.layouts.find import TABLES_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.data.notices import say_once
@@ -20,7 +20,6 @@ from advmoe_deploy.errors import DataError, missing_extra
 from advmoe_deploy.process import without_telemetry
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
-HOLDOUT_IMAGES = 1000
 _SEED = 20230810
 
 
