@@ -103,9 +103,9 @@ def test_other_content_than_was_trained_on_is_said(
     known = load_dataset(f"folder:{write_folders(tmp_path / 'a', names)}?size=32").fingerprint
     moved = f"folder:{write_folders(tmp_path / 'b', names)}?size=32"
     other = f"folder:{write_folders(tmp_path / 'c', names, first=999)}?size=32"
-    matching_test_images(moved, Trained(SPEC, names, known))
+    matching_test_images(moved, Trained(SPEC, names, fingerprint=known))
     assert caplog.messages == []
-    matching_test_images(other, Trained(SPEC, names, known))
+    matching_test_images(other, Trained(SPEC, names, fingerprint=known))
     assert "holds other images than the model was trained" in caplog.text
 
 

@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path) -> None:
         pytest.skip("root may read everything")
     root = write_folders(tmp_path)
     (root / "train" / "a").chmod(0)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="may not read"):
         load_dataset(f"folder:{root}?size=32")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
 from advmoe_deploy.data.layouts.tree import Tree
 from advmoe_deploy.decoding import SUFFIXES
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, reason_of
 
 _ANNOTATIONS = "_annotations.txt"
 
@@ -140,7 +140,7 @@ def _of_files(
         try:
             return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror})") from None
+            raise DataError(f"{file}: {reason_of(error, 'read')}") from None
 
     return Listing(
         labels_N=np.asarray(labels, dtype=np.int64),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, reason_of
 
 _LARGEST_BYTES = 1 << 30
 # What reading a damaged pickle ends with.
@@ -23,7 +23,6 @@ _DAMAGED = (
     EOFError,
     LookupError,
     MemoryError,
-    OSError,
     RecursionError,
     TypeError,
     ValueError,
@@ -111,6 +110,8 @@ def read_pickle(file: Path) -> dict[str, Any]:
             found = _Reader(stream, encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+    except OSError as error:
+        raise DataError(f"{file}: {reason_of(error, 'read')}") from None
     except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

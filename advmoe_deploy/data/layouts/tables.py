@@ -14,7 +14,7 @@ import numpy as np
 from advmoe_deploy.data.layouts.copies import split_files
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, joined
 from advmoe_deploy.data.layouts.tree import Tree
-from advmoe_deploy.errors import DataError, missing_extra
+from advmoe_deploy.errors import DataError, missing_extra, reason_of
 
 SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r"(?:^|-)(\d+)-of-(\d+)")
@@ -70,6 +70,8 @@ def _table(file: Path, wanted: Wanted) -> Listing:
             column = column.field("bytes")
         encoded, labels = column.to_pylist(), table.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{file}: {reason_of(error, 'read')}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{file} is no readable table of images ({reason}); download it again"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from advmoe_deploy.data.notices import say_once
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, reason_of
 
 # What operating systems, editors and network storage leave behind under a visible name.
 _LEFT_BEHIND = frozenset(
@@ -102,6 +102,4 @@ def _say_hidden(root: Path, hidden: list[str]) -> None:
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(
-        f"{error.filename} cannot be read ({error.strerror}); make it readable or leave it out"
-    )
+    raise DataError(f"{error.filename}: {reason_of(error, 'read')}")
