@@ -135,7 +135,7 @@ class CpuBackend:
         """Return the layers with an expert that cannot run on no rows.
 
         OpenVINO refuses to pool no rows, and some of its own rewritings make poolings, so each
-        expert is tried.
+        expert is tried: on two threads, for on one it does not refuse, and may crash.
         """
 
         def can_be_empty(name: str) -> bool:
@@ -150,7 +150,8 @@ class CpuBackend:
     def _runs_on_no_rows(
         self, segment: Segment, graphs: Mapping[str, ModelProto], precisions: Precisions
     ) -> bool:
-        open_engine = engine_opener(self.target.backend, compute_dtypes_of(precisions))
+        dtypes = compute_dtypes_of(precisions)
+        open_engine = engine_opener(self.target.backend, dtypes, threads=2)
         (rows,) = segment.inputs
         nothing = np.empty((0, *(int(size) for size in rows.shape[1:])), np.float32)
         with open_engine(segment.name, graphs[segment.name].SerializeToString()) as engine:
