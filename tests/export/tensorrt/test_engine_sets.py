@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from advmoe_deploy.export.tensorrt.engine_sets import backend
 from onnx import TensorProto, helper
 
 from advmoe_deploy.bundle import EngineSet, open_bundle
@@ -25,6 +24,7 @@ from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, pr
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.subject import Subject, subject_of
 from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.export.tensorrt import backend
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.export.tensorrt.graphs import tensorrt_plan
 from advmoe_deploy.export.tensorrt.row_graphs import RowGraph, row_graphs
