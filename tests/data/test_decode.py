@@ -53,8 +53,8 @@ def grey_levels(data: bytes) -> list[int]:
     return found[:, 0, 0].tolist()
 
 
-def noise(height: int, width: int) -> Image.Image:
-    rng = np.random.default_rng(0)
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -237,11 +237,12 @@ def test_parameters_travel_as_json_and_unknown_rules_are_refused() -> None:
 def test_a_large_split_is_cached_by_its_decoding_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for split in ("train", "val"):
-        for label in ("a", "b"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for index in range(3):
-                noise(20, 30).save(tmp_path / split / label / f"{index}.png")
+    folders = [(split, label) for split in ("train", "val") for label in ("a", "b")]
+    for number, (split, label) in enumerate(folders):
+        (tmp_path / split / label).mkdir(parents=True)
+        for index in range(3):  # no two alike: splits share no image
+            image = noise(20, 30, seed=3 * number + index)
+            image.save(tmp_path / split / label / f"{index}.png")
     monkeypatch.setenv("ADVMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pixels, "IN_MEMORY_BYTES", 0)
     source, closer = f"folder:{tmp_path}?size=8", Decoding(size=8, channels=3, shorter_side=12)
