@@ -12,11 +12,11 @@ from PIL import Image
 from advmoe_deploy.bundle import CARD, MANIFEST, Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.decode import decode_file
-from advmoe_deploy.data.matching import matching_test_images
+from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.runtime.select import open_runner
@@ -99,7 +99,7 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
     (root / "run" / "model").mkdir(parents=True)
     save_checkpoint(root / "run" / "model", checkpoint, untrained_model(spec, images))
-    export_onnx(root / "run", root / "bundle")
+    export_run(root / "run", root / "bundle")
     return open_bundle(root / "bundle")
 
 
@@ -110,7 +110,9 @@ def test_predict_answers_each_image_as_verify_does(
     classify_files(bundle, str(folder / "val"), tmp_path / "a.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 3 * len(KINDS)
-    images, labels = matching_test_images(source, bundle.manifest.model, decoding)
+    manifest = bundle.manifest
+    trained = Trained(manifest.model, manifest.class_names, decoding)
+    images, labels = matching_test_images(source, trained)
     with open_runner(bundle) as runner:
         answers = runner.infer(images).logits.argmax(axis=1)
     of_verify = {
@@ -145,7 +147,8 @@ def test_predict_and_verify_follow_the_bundle(bundle: Bundle, folder: Path, tmp_
     with open_runner(bundle) as runner:
         answers = runner.infer(images).logits.argmax(axis=1)
     assert [row["label_id"] for row in rows] == answers.tolist()
-    seen = {image.tobytes() for image in matching_test_images(source, spec, closer)[0]}
+    trained = Trained(spec, bundle.manifest.class_names, closer)
+    seen = {image.tobytes() for image in matching_test_images(source, trained)[0]}
     assert seen == {image.tobytes() for image in images}
 
 
