@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as open_bundle_at
-from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.specs import FORMATS
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
@@ -64,7 +62,7 @@ def train(
         resume: continue an interrupted run.
         overwrite: replace an older run.
         devices: processes or GPUs that share each batch.
-        progress: who listens.
+        progress: receives progress reports.
 
     Raises:
         UsageError: the recipe, a setting or the data make no sense, or ``out`` is in the way.
@@ -165,22 +163,25 @@ def export(
         onnx_only: for ``trt``, write graphs and a script that build the engines elsewhere.
         build: for ``trt``, how engines are built.
         prune_unused: leave out the experts that no image visits.
-        progress: who listens.
+        progress: receives progress reports.
 
     Raises:
-        UsageError: the format is unknown, or ``out`` is in the way.
+        UsageError: a name is unknown, options do not go together, or ``out`` is in the way.
         CheckpointError: the run's checkpoint cannot be used.
         DataError: the data cannot be read.
         CheckFailedError: the exported model does not answer what the model answers.
         BackendUnavailableError: what the format needs is not installed.
     """
-    backends = {name: backend for backend, name in FORMATS.items()}
-    if format not in backends:
-        raise unknown_name("format", format, backends)
+    from advmoe_deploy.export.request import require_bundle_request, targets_of
+
     source, build = Path(run), build or BuildOptions()
+    targets = targets_of(format, precisions, build, onnx_only=onnx_only)
     if (source / MANIFEST).is_file():
         from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 
+        options = {"--data": data, "--class-map": class_map, "--no-reference": not with_reference}
+        options |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
+        require_bundle_request(format, options)
         beside = source.resolve().with_name(f"{source.resolve().name}-trt")
         return build_from_bundle(
             open_bundle(source),
@@ -191,10 +192,7 @@ def export(
             progress=progress,
         )
     from advmoe_deploy.export.from_run import export_run
-    from advmoe_deploy.export.targets import Target
 
-    wanted = tuple(precisions) or ("fp32",)
-    targets = [Target(backends[format], each, onnx_only, build) for each in wanted]
     return export_run(
         source,
         Path(out) if out is not None else source / "bundle",
@@ -203,7 +201,7 @@ def export(
         overwrite=overwrite,
         with_reference=with_reference,
         targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
-        precision=wanted[0],
+        precision=targets[0].precision,
         prune_unused=prune_unused,
         progress=progress,
     )
@@ -261,7 +259,7 @@ def verify(
         images: how many test images; by default all.
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine; 0 lets it choose.
-        progress: who listens.
+        progress: receives progress reports.
 
     Raises:
         BundleError: the bundle is damaged or holds no reference weights.
@@ -301,7 +299,7 @@ def profile(
         batches: batch sizes.
         against: baselines out of ``dense``, ``s-dense`` and ``unfused``.
         threads: of the engines.
-        progress: who listens.
+        progress: receives progress reports.
 
     Raises:
         UsageError: an engine, a baseline or a size makes no sense.

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ModelSpec
 
 Suite = Literal["quick", "standard", "full"]
@@ -16,7 +17,12 @@ def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     White-box PGD on the model as it runs, with a straight-through gradient into the router, and on
     every pathway while the route is pushed to it; then Square, which needs no gradient. The full
     suite adds AutoAttack's standard four.
+
+    Raises:
+        UsageError: no suite has that name.
     """
+    if suite not in _PGD_STEPS:
+        raise unknown_name("suite of attacks", suite, _PGD_STEPS)
     pgd = AttackSpec(name="pgd", steps=_PGD_STEPS[suite])
     attacks = [pgd]
     attacks += [_aimed_at(pgd, target) for target in routing_targets(spec)]

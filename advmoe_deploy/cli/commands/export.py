@@ -1,18 +1,15 @@
 """The command ``export``."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, cast
 
 import typer
 
-from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
 from advmoe_deploy.cli.options import ClassMap, Data, Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import Session, session
-from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.specs import FORMATS, Precision
+from advmoe_deploy.specs import Precision
 
 
 def export(
@@ -55,15 +52,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written."""
-    if to not in FORMATS.values():
-        raise unknown_name("format", to, FORMATS.values())
-    precisions = [_precision(name) for name in dict.fromkeys(precision or ())]
     build = build_options(build_config, set_build or ())
-    _require_for_trt(to, precisions, build, onnx_only=onnx_only)
-    if (run / MANIFEST).is_file():
-        given = {"--data": data, "--no-reference": not reference, "--prune-unused": prune_unused}
-        given |= {"--class-map": class_map, "--onnx-only": onnx_only}
-        _require_for_bundle(to, given)
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy import api
@@ -73,7 +62,7 @@ def export(
             run,
             out,
             format=to,
-            precisions=precisions,
+            precisions=cast("list[Precision]", precision or []),
             data=data,
             class_map=read_class_map(class_map),
             overwrite=overwrite,
@@ -84,25 +73,6 @@ def export(
             progress=ui.progress,
         )
         _show(ui, bundle)
-
-
-def _require_for_trt(
-    to: str, precisions: Sequence[Precision], build: BuildOptions, *, onnx_only: bool
-) -> None:
-    if to != "trt" and (onnx_only or build != BuildOptions()):
-        raise UsageError(f"--onnx-only and build options go with --format trt, not {to}")
-    if build.unquantised_dtype != "fp32" and "int8" not in precisions:
-        raise UsageError("unquantised_dtype goes with --format trt --precision int8")
-
-
-def _require_for_bundle(to: str, given: Mapping[str, object]) -> None:
-    if to != "trt":
-        raise UsageError(
-            f"this is a bundle, and only engines of --format trt are built of one; for {to} name "
-            "the run"
-        )
-    if asked := [option for option, value in given.items() if value]:
-        raise UsageError(f"{', '.join(asked)} goes with a run, and this is a bundle; leave it out")
 
 
 def _show(ui: Session, bundle: Bundle) -> None:
@@ -119,10 +89,3 @@ def _show(ui: Session, bundle: Bundle) -> None:
         "bytes": sum(record.bytes for record in manifest.files.values()),
     }
     ui.show(value, lambda: tables.export_report(bundle))
-
-
-def _precision(name: str) -> Precision:
-    for known in get_args(Precision):
-        if name == known:
-            return cast(Precision, known)
-    raise unknown_name("precision", name, get_args(Precision))
