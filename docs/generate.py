@@ -1,0 +1,82 @@
+"""Writer of docs/api.md from the signatures and docstrings of the public functions and types."""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from advmoe_deploy import api
+from advmoe_deploy.bundle import BundleManifest
+from advmoe_deploy.progress import Progress
+from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair, RobustReport
+from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.train.run.report import TrainReport
+
+PAGE = Path(__file__).parent / "api.md"
+HEAD = """# Python API
+
+`make docs` writes this page from [api.py](../advmoe_deploy/api.py). `import advmoe_deploy` loads no
+library; the first use of a name does. Images are float32 `[N, C, H, W]` in [0, 1]. Errors are those
+of [errors.py](../advmoe_deploy/errors.py), all of them `AdvMoEError`, each of one line."""
+OBJECTS = [getattr(api, name) for name in api.__all__]
+FUNCTIONS = sorted(filter(inspect.isfunction, OBJECTS), key=lambda f: f.__code__.co_firstlineno)
+TYPES = [
+    *filter(inspect.isclass, OBJECTS),
+    *(BundleManifest, BatchProfile, Runner, Prediction, TrainReport, RobustReport, Pair),
+    *(LatencyReport, LatencyRow, LatencyRatio, Progress),
+]
+_SECTION = re.compile(r"^(Args|Raises):\n((?:    .*(?:\n|$)|\n)+)", re.MULTILINE)
+_QUOTED = re.compile(r":\w+:`[~\w.]*?(\w+)`|``(.+?)``")
+
+
+def api_page() -> str:
+    """Return the page: the functions, then the types that they take and return."""
+    functions = [entry(each, signature(each)) for each in FUNCTIONS]
+    types = [entry(each, outline(each)) for each in TYPES]
+    return "\n\n".join([HEAD, "## Functions", *functions, "## Types", *types]) + "\n"
+
+
+def entry(thing: Callable[..., Any] | type, code: str) -> str:
+    """Return what the page says about one function or type."""
+    return f"### {thing.__name__}\n\n```py\n{code}\n```\n\n{markdown(inspect.getdoc(thing) or '')}"
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """Return the lines of the source above the docstring."""
+    source = inspect.getsource(function)
+    body = ast.parse(source).body[0].body[0]  # type: ignore[attr-defined]
+    return re.sub("  # .*", "", "\n".join(source.splitlines()[: body.lineno - 1])).rstrip(":")
+
+
+def outline(type_: type) -> str:
+    """Return the first line of a class, its fields, and the signatures of its public methods."""
+    lines = [f"class {type_.__name__}:"]
+    for member in ast.parse(inspect.getsource(type_)).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(member, ast.AnnAssign):
+            lines.append(f"    {ast.unparse(member)}")
+        elif isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+            returns, is_property = ast.unparse(member.returns), member.decorator_list
+            call = f"def {member.name}({ast.unparse(member.args)}) -> {returns}"
+            lines.append(f"    {member.name}: {returns}" if is_property else f"    {call}")
+    return "\n".join(lines)
+
+
+def markdown(docstring: str) -> str:
+    """Return a Google-style docstring as Markdown, its sections as lists."""
+
+    def as_list(section: re.Match[str]) -> str:
+        joined = re.sub(r"\n {5,}", " ", inspect.cleandoc(section[2]).replace("\n    ", "\n     "))
+        items = [re.sub(r"^(\w+): ", r"- `\1`: ", line) for line in joined.splitlines()]
+        return f"**{section[1]}**\n\n" + "\n".join(items) + "\n\n"
+
+    quoted = _QUOTED.sub(lambda found: f"`{found[1] or found[2]}`", docstring)
+    return _SECTION.sub(as_list, quoted).rstrip()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(api_page(), encoding="utf-8")
+    sys.stdout.write(f"wrote {PAGE}\n")
