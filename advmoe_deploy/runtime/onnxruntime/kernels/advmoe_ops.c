@@ -1,6 +1,6 @@
 /* The custom operators of domain ai.advmoe for ONNX Runtime on the CPU.
  *
- * What each computes is said by its schema and its body of standard operators in export/ops/; these
+ * What each computes is said by its schema and its body of standard operators in export/graph/; these
  * kernels answer the same in one node. The library needs libc alone, exports RegisterCustomOps, and
  * serves every ONNX Runtime from 1.15 on.
  */

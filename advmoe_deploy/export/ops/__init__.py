@@ -1,1 +1,0 @@
-"""The custom operators of domain ``ai.advmoe``: their bodies of standard operators and schemas."""
