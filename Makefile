@@ -1,16 +1,17 @@
 # Two commands on a fresh machine: 'make demo' and 'make test'. Everything lives in .venv.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint slow clean
+.PHONY: help demo test lint slow docs clean
 
 help:
 	@echo "make demo    train, export, verify, profile and classify on real digits (under 5 minutes)"
 	@echo "make test    lint, type check and every test that CI runs"
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff and mypy only"
+	@echo "make docs    write docs/api.md from the docstrings"
 	@echo "make clean   remove .venv and the demo's output"
 
 demo: $(VENV)/demo.stamp
@@ -26,6 +27,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python docs/generate.py
 
 # The extras of 'dev' include those of 'demo', so either set-up serves the demo.
 $(VENV)/demo.stamp: pyproject.toml

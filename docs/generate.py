@@ -10,6 +10,7 @@ from typing import Any
 
 from advmoe_deploy import api
 from advmoe_deploy.bundle import BundleManifest
+from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair, RobustReport
 from advmoe_deploy.runtime.runner import Prediction, Runner
@@ -26,8 +27,8 @@ OBJECTS = [getattr(api, name) for name in api.__all__]
 FUNCTIONS = sorted(filter(inspect.isfunction, OBJECTS), key=lambda f: f.__code__.co_firstlineno)
 TYPES = [
     *filter(inspect.isclass, OBJECTS),
-    *(BundleManifest, BatchProfile, Runner, Prediction, TrainReport, RobustReport, Pair),
-    *(LatencyReport, LatencyRow, LatencyRatio, Progress),
+    *(BundleManifest, BatchProfile, Checkpoint, Runner, Prediction, TrainReport, Pair),
+    *(RobustReport, LatencyReport, LatencyRow, LatencyRatio, Progress),
 ]
 _SECTION = re.compile(r"^(Args|Raises):\n((?:    .*(?:\n|$)|\n)+)", re.MULTILINE)
 _QUOTED = re.compile(r":\w+:`[~\w.]*?(\w+)`|``(.+?)``")

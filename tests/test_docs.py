@@ -1,4 +1,4 @@
-"""Every code block of docs/ runs, in order, page by page, in a folder of its own."""
+"""Every code block of docs/ runs, in order, page by page; links and paths lead somewhere."""
 
 import os
 import re
@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+from docs.generate import PAGE, api_page
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROSE = [*sorted(ROOT.glob("*.md")), *PAGES]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# A file of the repository or, without its name, of the package; or a folder of the repository.
+PATH = re.compile(
+    r"`((?:[\w.-]+/)*[\w-]+\.(?:py|c|h|yml)|(?:advmoe_deploy|benchmarks|docs|examples|tests)/(?:\w+/)*)`"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -33,3 +41,32 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
 
 def test_the_docs_have_blocks() -> None:
     assert any(BLOCK.search(page.read_text()) for page in PAGES)
+
+
+def test_the_page_of_the_api_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == api_page(), "run 'make docs'"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_paths_in_prose_exist(page: Path) -> None:
+    for path in PATH.findall(page.read_text(encoding="utf-8")):
+        found = any((root / path).exists() for root in (ROOT, ROOT / "advmoe_deploy"))
+        assert found, f"{page.name} speaks of {path}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
