@@ -70,13 +70,15 @@ def train(
         DivergedError: a loss or a weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
-    from advmoe_deploy.data.registry import load_dataset
-    from advmoe_deploy.progress import Silent
     from advmoe_deploy.train.recipes import apply_overrides
     from advmoe_deploy.train.recipes import recipe as recipe_named
-    from advmoe_deploy.train.run.loop import train as train_model
 
     config = apply_overrides(recipe_named(recipe), [*settings, *([f"data={data}"] if data else ())])
+
+    from advmoe_deploy.data.registry import load_dataset  # now: nonsense is refused at once
+    from advmoe_deploy.progress import Silent
+    from advmoe_deploy.train.run.loop import train as train_model
+
     return train_model(
         config,
         load_dataset(config.data),

@@ -1,4 +1,4 @@
-"""The Python API: a name loads what it needs when it is used; the README's block does what it says."""
+"""The Python API: a name loads what it needs when it is used; the README's block runs."""
 
 import re
 import subprocess

@@ -34,20 +34,14 @@ def train(
     """Train a model adversarially by a recipe."""
     use_torch_threads(threads, processes=devices)
     with session(as_json) as ui:
-        from advmoe_deploy.train.recipes import apply_overrides
-        from advmoe_deploy.train.recipes import recipe as recipe_named
-
-        chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
-        config = apply_overrides(recipe_named(recipe), chosen)
-
+        from advmoe_deploy import api
         from advmoe_deploy.cli.tables import training as training_tables
-        from advmoe_deploy.data.registry import load_dataset
-        from advmoe_deploy.train.run.loop import train as train_model
 
-        report = train_model(
-            config,
-            load_dataset(config.data),
-            out or Path("runs") / recipe,
+        report = api.train(
+            recipe,
+            out,
+            data=data,
+            settings=settings or (),
             resume=resume,
             overwrite=overwrite,
             devices=devices,
