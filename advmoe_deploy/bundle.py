@@ -1,4 +1,4 @@
-"""The bundle: the one directory that crosses from export to runtime.
+"""Bundle: the one directory that crosses from export to runtime.
 
     manifest.json          plan, spec, decoding, parity, and the SHA-256 of every file below
     manifest.sha256        guards the manifest itself, against accident; not against an attacker

@@ -1,4 +1,4 @@
-"""What is closed when its ``with`` block ends."""
+"""Base class of resources that close when their ``with`` block ends."""
 
 from typing_extensions import Self
 

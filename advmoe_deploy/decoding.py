@@ -1,4 +1,4 @@
-"""How encoded images are read: the parameters that travel from training into every bundle."""
+"""Decoding parameters of image files, which travel from training into every bundle."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose, and the exit code each one ends a command with.
+"""Exceptions that this package raises on purpose, and the exit code of each.
 
     AdvMoEError                    1  the check that was made failed
     ├── CheckFailedError           1  parity or robustness did not survive; a run diverged

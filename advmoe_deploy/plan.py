@@ -1,4 +1,4 @@
-"""A plan: the steps over named tensors that join a routed model's dense segments.
+"""Plan: the steps over named tensors that join a routed model's dense segments.
 
 A routed model is cut at its routing points into segments, dense graphs without data-dependent
 control flow. Every export and every runner is a lowering of the same plan. AdvMoE's plan has three

@@ -1,4 +1,4 @@
-"""The environment of this process, set before libraries read it: no telemetry, bounded threads.
+"""Process environment, set before libraries read it: no telemetry, bounded threads.
 
 Most libraries read these variables once, when they are loaded, and the processes that we start
 inherit them.

@@ -1,4 +1,4 @@
-"""How long work says where it is, without knowing who listens; only the CLI draws."""
+"""Progress reports of long work; only the CLI draws them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What an export says of the experts that it left out."""
+"""Record of the experts that an export left out."""
 
 from advmoe_deploy.specs import AttackSpec, Frozen
 

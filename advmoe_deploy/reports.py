@@ -1,4 +1,4 @@
-"""What export, verify and profile found, as frozen values that serialise to JSON."""
+"""Reports of export, verify and profile: frozen values that serialise to JSON."""
 
 from typing import Literal
 

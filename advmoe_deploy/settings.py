@@ -1,4 +1,4 @@
-"""Settings as commands take them: ``key=value``, keys dotted, values JSON or plain words."""
+"""Settings of commands: ``key=value``, keys dotted, values JSON or plain words."""
 
 import json
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""What a model is, what it is up against, at which batch sizes it runs: frozen, validated."""
+"""Specs of models, threats, attacks and batch sizes: frozen values, validated."""
 
 import math
 from typing import Annotated, Any, Literal

@@ -1,1 +1,1 @@
-"""What a model does with its routes, and what can be proved about it."""
+"""Analysis of a model's routes: their use, their behaviour under attack, and proofs about them."""

@@ -1,4 +1,4 @@
-"""Every analysis of one model, in the order in which their results help each other."""
+"""Analysis of one model: all sections, in the order in which their results help each other."""
 
 import platform
 import time

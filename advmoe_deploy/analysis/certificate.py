@@ -1,4 +1,4 @@
-"""Radii within which an answer cannot change, and what each constant behind them is worth.
+"""Certified radii within which an answer cannot change, and the standing of each constant.
 
 Theorem 5.4 of arXiv 2502.06832, for a mixture sum_i a_i(x) f_i(x) of logits with router weights a:
 the answer y of x stands within

@@ -1,4 +1,4 @@
-"""How fast experts and routers can change, and how far the answer jumps where a route changes.
+"""Lipschitz bounds of experts and routers, and jumps of the logits where a route changes.
 
 Everything is about *margins*, differences of two outputs, for they decide answers and routes; with
 the l-inf norm on images, so that a constant times epsilon is the most a margin can move.

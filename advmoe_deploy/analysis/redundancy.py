@@ -1,4 +1,4 @@
-"""How much experts differ, and which part of a model an attack gets hold of.
+"""Redundancy of experts, and the part of a model that gives way under attack.
 
 *Fixed experts* (Robust Experts, arXiv 2509.05086): one expert answers all images and is attacked as
 the network it then is. *RA-E* and *RA-R* (arXiv 2502.06832): the experts attacked with the clean

@@ -1,4 +1,4 @@
-"""Who goes where: how much each expert is used, and by which classes.
+"""Expert load: how much each expert is used, and by which classes.
 
 Shapes: N images, T routed rows per image (1, or its tokens), E experts, K experts per row.
 """

@@ -1,4 +1,4 @@
-"""What an attack does to routes and answers: the metrics of V-MoE's robustness study, for any MoE.
+"""Changes of routes and answers under attack: metrics of V-MoE's robustness study, for any MoE.
 
 Puigcerver et al., "On the adversarial robustness of mixture of experts", NeurIPS 2022
 (arXiv 2210.10253): the change of routes is 1 - mean intersection over union of the chosen sets.

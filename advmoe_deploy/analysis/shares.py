@@ -1,4 +1,4 @@
-"""Measured shares with how sure they are, and batches to measure on."""
+"""Measured shares with their confidence intervals, and batches to measure on."""
 
 import torch
 from torch import Tensor

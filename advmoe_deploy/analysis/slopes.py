@@ -1,4 +1,4 @@
-"""Formal upper bounds on how fast a network's outputs can change, element by element.
+"""Formal upper bounds on the slopes of a network's outputs, element by element.
 
 Run a network on a :class:`Sloped` image and every tensor on the way carries, beside its value, a
 bound for each element: the most it changes per unit of l-inf change of the image, over *all*

@@ -1,4 +1,4 @@
-"""Randomized smoothing: an l2 certificate for any classifier, routes and all.
+"""Randomized smoothing: an l2 certificate for any classifier, routed ones included.
 
 Cohen, Rosenfeld and Kolter, "Certified adversarial robustness via randomized smoothing", ICML 2019
 (arXiv 1902.02918). The *smoothed* classifier answers with the class that the model gives most often

@@ -1,4 +1,4 @@
-"""Attacks on anything that answers with logits: an engine, a server, a torch model."""
+"""Black-box attacks on anything that answers with logits: an engine, a server, a torch model."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""One way to every attack on a torch model."""
+"""Entry to all attacks on a torch model: adversarial images for any attack spec."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What each AttackSpec.target ascends.
+"""Attack objectives: the quantity that each AttackSpec.target ascends.
 
 A hard router gives no gradient, so one attack is never enough; each target is another way around
 it, or a question of its own:

@@ -1,4 +1,4 @@
-"""PGD that knows the weights and the routing; objectives.py says what each target is.
+"""White-box PGD with knowledge of weights and routing; objectives.py describes each target.
 
 Shapes: N images, C channels, H height, W width, K classes.
 """

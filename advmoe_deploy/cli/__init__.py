@@ -1,4 +1,4 @@
-"""The advmoe command."""
+"""Command line: the command ``advmoe``."""
 
 from advmoe_deploy.process import prepare
 

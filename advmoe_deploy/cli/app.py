@@ -1,4 +1,4 @@
-"""The command ``advmoe``: its commands, and how each way of ending becomes an exit code."""
+"""Entry point of ``advmoe``: its commands, and the exit code for each way of ending."""
 
 import os
 import sys

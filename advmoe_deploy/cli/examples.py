@@ -1,4 +1,4 @@
-"""The examples that each command's --help ends with."""
+"""Examples at the end of each command's --help."""
 
 EXAMPLES = {
     "train": (

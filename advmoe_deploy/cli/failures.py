@@ -1,4 +1,4 @@
-"""What an exception amounts to for whoever called the command: an exit code and one line."""
+"""Exit codes and messages: each exception as a number and one line."""
 
 import signal
 import threading

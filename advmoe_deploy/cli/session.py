@@ -1,4 +1,4 @@
-"""One command's conversation: its result on stdout, everything else on stderr."""
+"""Session of one command: its result on stdout, everything else on stderr."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""From listings to a data set whose splits share no image.
+"""Assembly of listings to a data set whose splits share no image.
 
 Shapes: N images, C channels, H height, W width.
 """

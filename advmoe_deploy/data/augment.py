@@ -1,4 +1,4 @@
-"""Batched augmentation of uint8 images where they live, on the device (torch).
+"""Batched augmentation of uint8 images, on the device that holds them (torch).
 
 What is random is drawn first, for a whole batch, and then applied to any share of it: processes
 that share a batch draw the same and each moves its own images.

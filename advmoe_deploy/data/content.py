@@ -1,4 +1,4 @@
-"""Which images a data set holds, whatever its files are called and wherever they lie.
+"""Fingerprint of the images of a data set, whatever its files are called and wherever they lie.
 
 Shapes: N images, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""What every data set becomes: uint8 images with labels, in three splits.
+"""Data set: uint8 images with labels, in three splits.
 
 Shapes: N images, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""The one decoder of image files, without torch: the same file gives the same pixels everywhere."""
+"""Decoder of image files, the only one and without torch: the same pixels everywhere."""
 
 import functools
 import struct

@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, no download."""
+"""Digits, the embedded default: scikit-learn's 1,797 images of 8 x 8 pixels, no download."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Data that fit a model: images of its size, and labels in the order of its classes."""
+"""Matching of data to a model: images of its size, and labels in the order of its classes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The arrays of decoded images that data sets hold, in memory or in a file."""
+"""Arrays of decoded images that data sets hold, in memory or in a file."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Registry of data sets by name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Engines for CPUs, on ONNX Runtime and OpenVINO: few graphs that route inside, and the plan's own.
+"""Backend for CPUs, ONNX Runtime and OpenVINO: few graphs that route inside, and the plan's own.
 
 Segments at one compute dtype share a graph; a bundle holds those, and beside them each segment that
 was quantised, for runners that dispatch rows themselves.

@@ -1,4 +1,4 @@
-"""From a run to a bundle: cut, lower, fold, stitch, check, seal.
+"""Export of a run to a bundle: cut, lower, fold, stitch, check, seal.
 
 The bundle is written under a temporary name and renamed when every check has passed, so that a
 failure, a full disk or Ctrl-C leaves nothing.

@@ -1,4 +1,4 @@
-"""The page that tells whoever opens a bundle what it is."""
+"""Model card of a bundle, for people."""
 
 from typing import TYPE_CHECKING
 

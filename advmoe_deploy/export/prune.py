@@ -1,4 +1,4 @@
-"""A model without the experts that no image visits.
+"""Pruning of the experts that no image visits.
 
 Unused is an expert that none of the images that the export is checked on visits, nor, where labels
 and a threat model are known, any hold-out image that was attacked on the whole model: an attack

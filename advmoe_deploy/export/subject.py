@@ -1,4 +1,4 @@
-"""The model that is exported, with its parts and everything that its engines are examined on."""
+"""Subject of an export: the model, its parts and everything that its engines are measured on."""
 
 from dataclasses import dataclass
 

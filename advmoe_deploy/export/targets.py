@@ -1,4 +1,4 @@
-"""Backends and precisions that graphs can be written for."""
+"""Targets of an export: backends and precisions that graphs can be written for."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""What every image classifier here is: images in [0, 1] in, logits out, routes on request."""
+"""Base class of image classifiers: images in [0, 1] in, logits out, routes on request."""
 
 import torch
 from torch import Tensor, nn

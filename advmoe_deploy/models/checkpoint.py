@@ -1,4 +1,4 @@
-"""A checkpoint: one copy of each weight in safetensors, everything else in JSON; no pickle.
+"""Checkpoint: one copy of each weight in safetensors, everything else in JSON; no pickle.
 
 checkpoint.json        spec, threat model, recipe, metrics, and the weights' SHA-256
 weights.safetensors    the state dict

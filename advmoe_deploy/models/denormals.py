@@ -1,4 +1,4 @@
-"""Weights that decayed to denormal numbers."""
+"""Denormal weights: their number, and their replacement by zeros."""
 
 import torch
 from torch import nn

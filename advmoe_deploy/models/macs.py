@@ -1,4 +1,4 @@
-"""Multiply-accumulates per image, counted as they are executed: the router is never left out."""
+"""Multiply-accumulates per image, counted as executed; the router is never left out."""
 
 from collections.abc import Callable
 

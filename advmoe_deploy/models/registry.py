@@ -1,4 +1,4 @@
-"""From a spec to a network: one constructor per family."""
+"""Registry of families: the constructor of a network for a spec."""
 
 from collections.abc import Callable
 

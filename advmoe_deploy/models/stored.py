@@ -1,4 +1,4 @@
-"""The torch model behind a path, be it a run, a checkpoint or a bundle's reference weights."""
+"""Stored model: the torch model of a run, a checkpoint or a bundle's reference weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Answers of a model, and the routes they took, as plain arrays.
+"""Answers of a model, with the routes they took, as plain arrays.
 
 Shapes: N images, R rows of a layer (images, or tokens of each image in turn), C classes, E experts,
 K experts per row.

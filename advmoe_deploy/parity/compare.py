@@ -1,4 +1,4 @@
-"""Does the exported model answer what the torch model answers? Logits, routes, weights.
+"""Comparison of an exported model with the torch model: logits, routes, weights.
 
 Shapes: N images, T tokens, R rows of a layer (N, or N * T), C classes, E experts, K experts per
 row.

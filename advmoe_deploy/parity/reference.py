@@ -1,4 +1,4 @@
-"""What the torch model answers: the truth that every export is compared with.
+"""Reference answers of the torch model, with which every export is compared.
 
 Shapes: N images, R rows of a layer (images, or tokens of each image in turn), C classes, E experts,
 K experts per row.

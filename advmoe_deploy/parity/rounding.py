@@ -1,4 +1,4 @@
-"""What rounding to float32 may do to a network, on any processor.
+"""Rounding of a network to float32: the difference it may make on any processor.
 
 How exact a float32 sum is depends on the order of its additions, and that on the processor, the
 runtime and the number of threads: what torch loses here says little about another's loss. So the

@@ -1,4 +1,4 @@
-"""When two answers are the same: as near as float32 allows, and the same experts.
+"""Tolerances of parity: as near as float32 allows, and the same experts.
 
 Shapes: N rows of whatever shape, K experts per row.
 """

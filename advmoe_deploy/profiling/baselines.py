@@ -1,4 +1,4 @@
-"""What a mixture of experts is timed against; apart, so that the command line loads no more."""
+"""Names of the baselines; apart, so that the command line loads no more."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""How fast a bundle is, next to its baselines, in one process and on the same images."""
+"""Latency of a bundle next to its baselines, in one process and on the same images."""
 
 import os
 import platform

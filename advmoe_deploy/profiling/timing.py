@@ -1,4 +1,4 @@
-"""Timing things against each other: interleaved, so that a busy moment hits all of them alike."""
+"""Interleaved timing, so that a busy moment hits everything that is compared alike."""
 
 import gc
 import math

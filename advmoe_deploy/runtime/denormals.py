@@ -1,4 +1,4 @@
-"""Denormal numbers taken for zeros.
+"""Mode of a thread in which denormal numbers count as zeros.
 
 Weights that training lets decay end below 1e-38, where many processors compute 40 to 80 times
 slower. Engines have an option for the threads of their own, but the thread that calls them computes

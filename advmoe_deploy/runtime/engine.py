@@ -1,4 +1,4 @@
-"""What every engine is, whoever's runtime it wraps."""
+"""Protocol of engines: one ONNX graph, ready to run, on any vendor's runtime."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one place where a runner's input is checked.
+"""Check of a runner's input, the only one.
 
 Shapes: N images, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""The host's routing: from scores to ids and weights, by the rule of a plan's step.
+"""Routing on the host: scores to ids and weights, by the rule of a plan's step.
 
 Shapes: R rows (images or tokens), E experts, K experts per row.
 """

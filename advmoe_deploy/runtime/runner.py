@@ -1,4 +1,4 @@
-"""Runners, which answer batches of images, and predictions, which they answer with.
+"""Runners, which answer batches of images, and predictions, their answers.
 
 Shapes: N images, C classes, K experts per image.
 """

@@ -1,4 +1,4 @@
-"""Engines by name, and the precision that each is to run in."""
+"""Registry of engines by name, and the choice of a precision for each."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack

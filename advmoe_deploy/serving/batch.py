@@ -1,4 +1,4 @@
-"""Batch inference: one row per input, whatever the input is, resumable after kill -9."""
+"""Batch inference: one row per input, unreadable ones included, resumable after kill -9."""
 
 import hashlib
 import os

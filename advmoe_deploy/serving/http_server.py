@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, known to this module alone, set up so that no client starves others."""
+"""HTTP server uvicorn, known to this module alone, set up so that no client starves others."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, as values: bytes to a checked request, answer to bytes.
+"""Open Inference Protocol, version 2, as values: bytes to a checked request, answer to bytes.
 
 Knows no transport, so that REST and, later, gRPC share it. The binary tensor extension is the one
 stock clients use: JSON first, its length in a header of the transport, raw tensors after it.

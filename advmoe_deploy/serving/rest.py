@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over HTTP: FastAPI, known to this module alone."""
+"""REST service of the Open Inference Protocol: FastAPI, known to this module alone."""
 
 import asyncio
 import contextlib

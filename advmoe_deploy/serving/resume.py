@@ -1,4 +1,4 @@
-"""The journal of an unfinished batch job: begun, or continued where an interrupted run left it."""
+"""Resume of an unfinished batch job, from the journal that an interrupted run left."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One row per input: what it says, and how rows become a .jsonl or a .parquet file."""
+"""Rows of a batch job, one per input, and their .jsonl and .parquet files."""
 
 import importlib
 import itertools

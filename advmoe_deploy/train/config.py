@@ -1,4 +1,4 @@
-"""The one typed value that says how a model is trained, and how a flag changes it."""
+"""Training configuration, one typed value, and its changes by ``key=value``."""
 
 from collections.abc import Sequence
 from typing import Literal

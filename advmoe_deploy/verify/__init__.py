@@ -1,1 +1,1 @@
-"""Whether robustness survived the export."""
+"""Verification that robustness survived the export."""

@@ -1,4 +1,4 @@
-"""Accuracy under a growing attack: a curve that falls smoothly is a sign of an honest attack."""
+"""Accuracy curve under a growing attack: a smooth fall is a sign of an honest attack."""
 
 from collections.abc import Sequence
 

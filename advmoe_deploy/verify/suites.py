@@ -1,4 +1,4 @@
-"""Which attacks ``verify`` runs: none alone is enough where a hard route hides gradients."""
+"""Attack suites of ``verify``: none alone is enough where a hard route hides gradients."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Whether robustness survived the export: the same attacked images on the reference and the engine.
+"""Verification of a bundle: the same attacked images on the reference and on the engine.
 
 White-box examples are made on the torch model, which is rebuilt from the bundle's own
 ``reference.safetensors``, and replayed on the engine; Square runs on the engine itself and its

@@ -1,1 +1,1 @@
-"""A file per command of ``advmoe``, named as the command is."""
+"""Commands of ``advmoe``, a file each, named as the command is."""

@@ -1,4 +1,4 @@
-"""The command that looks into a model: analyze."""
+"""The command ``analyze``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

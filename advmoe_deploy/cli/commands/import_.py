@@ -1,4 +1,4 @@
-"""The command that brings in what the papers' released code wrote: import."""
+"""The command ``import``, for checkpoints of the papers' released code."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing else (extra ``[report]``)."""
+"""HTML report of the demo: one file that needs no other (extra ``[report]``)."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What a demo came to, as one value."""
+"""Result of a demo, as one value."""
 
 from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs, RobustReport
 from advmoe_deploy.specs import Frozen

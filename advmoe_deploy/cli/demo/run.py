@@ -1,4 +1,4 @@
-"""The whole road on real handwritten digits: train, export, verify, profile, classify, report."""
+"""Demo on real handwritten digits: train, export, verify, profile, classify, report."""
 
 import time
 from pathlib import Path

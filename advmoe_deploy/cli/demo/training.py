@@ -1,4 +1,4 @@
-"""Several recipes trained side by side, each in a process of its own with one thread.
+"""Parallel training of several recipes, each in a process of its own with one thread.
 
 Networks this small hardly gain from a second thread, and two threads that wait for each other on a
 busy machine lose more than tenfold.

@@ -1,4 +1,4 @@
-"""The report of an analysis: JSON, PNG plots and one HTML file (extra ``[report]``)."""
+"""Report of an analysis: JSON, PNG plots and one HTML file (extra ``[report]``)."""
 
 from pathlib import Path
 

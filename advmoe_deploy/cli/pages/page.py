@@ -1,4 +1,4 @@
-"""Pages of HTML that need no other file (jinja2, extra ``[report]``)."""
+"""HTML pages that need no other file (jinja2, extra ``[report]``)."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The page of a profile: one HTML file that needs nothing else (extra ``[report]``)."""
+"""HTML page of a profile: one file that needs no other (extra ``[report]``)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An analysis as a short screen; render.py draws it."""
+"""Tables of an analysis, a short screen; render.py draws them."""
 
 from pathlib import Path
 

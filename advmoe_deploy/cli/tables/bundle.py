@@ -1,4 +1,4 @@
-"""Results as tables and short screens; render.py draws them."""
+"""Tables of bundles and of what was measured on them; render.py draws them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

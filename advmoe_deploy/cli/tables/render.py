@@ -1,4 +1,4 @@
-"""Drawing: the progress of long work on stderr, results on stdout. Rich lives here."""
+"""Rendering with rich: progress of long work on stderr, results on stdout."""
 
 import io
 import sys

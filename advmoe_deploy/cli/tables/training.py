@@ -1,4 +1,4 @@
-"""What training and import came to, as short screens; render.py draws them."""
+"""Tables of training and import, short screens; render.py draws them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

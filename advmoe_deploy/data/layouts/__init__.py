@@ -1,1 +1,1 @@
-"""The layouts that data sets have on disk, one module each; none runs code that it reads."""
+"""Layouts of data sets on disk, one module each; none runs code that it reads."""

@@ -1,4 +1,4 @@
-"""The files of each split, of one copy where a folder holds several: the revisions of a cache."""
+"""Files of each split, of one copy where a folder holds several: the revisions of a cache."""
 
 import re
 from collections.abc import Iterable

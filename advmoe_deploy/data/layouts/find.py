@@ -1,4 +1,4 @@
-"""Which layout a folder has, or what to do where it has none that can be read."""
+"""Search for the layout of a folder, with advice where it has none that can be read."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a layout tells about a split before its images are read."""
+"""Listing of a split: labels, names and unread images, as a layout tells them."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

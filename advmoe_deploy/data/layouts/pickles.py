@@ -1,4 +1,4 @@
-"""A reader of the pickles that CIFAR comes in. It runs no code.
+"""Reader of the pickles that CIFAR comes in; runs no code.
 
 Not one callable that a pickle can name is a real one: NumPy's constructors are replaced by the
 small classes below, which only keep raw bytes and a shape, and any other name is refused.

@@ -1,4 +1,4 @@
-"""The files below a data set's folder, hidden ones apart."""
+"""File tree below a data set's folder, hidden files apart."""
 
 import os
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Every expert is checked, whether or not an image visits it.
+"""Check of every expert, whether or not an image visits it.
 
 Exporters that trace lose experts that no example visited. Here the weights of all are looked for in
 the whole graph. Each segment is run on what the torch model would give it, all rows through every

@@ -1,4 +1,4 @@
-"""The few images that travel with a bundle, and what the torch model answers to them.
+"""Golden images: the few that travel with a bundle, with the torch model's answers.
 
 Shapes: N images, T tokens of each, R rows of a layer (N, or N * T), E experts, K experts per row.
 """

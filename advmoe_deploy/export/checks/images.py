@@ -1,4 +1,4 @@
-"""The images an export is checked on.
+"""Images that an export is checked on.
 
 Shapes: N images, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""What each custom operator computes, said in standard operators, for runtimes without our kernels.
+"""Bodies of the custom operators in standard operators, for runtimes without our kernels.
 
 A body cannot choose operators by a string, nor have a varying number of outputs: so one name per
 kind of input and of weight, and offsets instead of one list of rows per expert.

@@ -1,4 +1,4 @@
-"""The custom operators as a table: what each takes and gives, of which type and shape.
+"""Schemas of the custom operators: inputs, outputs, types and shapes, as a table.
 
 From the table come ``onnx.defs.OpSchema`` objects with documentation and shape inference, which
 :func:`register_schemas` makes known to ``onnx`` for models that carry no bodies, and the reference

@@ -1,4 +1,4 @@
-"""One ONNX graph from a plan: every expert runs on its own rows only.
+"""Stitching of a plan into one ONNX graph, in which every expert runs on its own rows only.
 
 Routing, dispatch and combination are one custom operator each, whose bodies of standard operators
 are attached, so any runtime executes the graph. In the form ``"if"`` every expert sits in an ``If``

@@ -1,4 +1,4 @@
-"""The baseline a mixture of experts has to beat: every expert computed on every row, then selected.
+"""Unfused baseline: every expert computed on every row, then selected.
 
 Where the experts of a layer are the same network up to the weights of convolutions, as AdvMoE's
 pathways are, each routed convolution becomes one with the channels of all experts, as the papers'

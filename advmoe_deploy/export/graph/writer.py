@@ -1,4 +1,4 @@
-"""Small pieces of ONNX graphs, and what every graph we write has in common."""
+"""Writer of ONNX graphs: small pieces, and what all our graphs have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

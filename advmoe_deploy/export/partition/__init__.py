@@ -1,1 +1,1 @@
-"""A model cut at its routing points into segments."""
+"""Partition of a model at its routing points into segments."""

@@ -1,4 +1,4 @@
-"""Cut a model at its routing points: a plan, and one dense graph per segment.
+"""Cut of a model at its routing points: a plan, and one dense graph per segment.
 
 No family is known here. The model is traced once, whole, with markers where it routes, where rows
 go to an expert and where the experts' outputs are combined

@@ -1,4 +1,4 @@
-"""From a traced torch program to ONNX graphs, node by node, by a table of operators.
+"""Lowering of a traced torch program to ONNX graphs, node by node, by a table of operators.
 
 Parameters keep their own names, which the passes and the checks rely on; ``torch.onnx`` would fold,
 rename and expand before we could look.

@@ -1,4 +1,4 @@
-"""What the torch model does at one segment, for a few images."""
+"""Sample of a segment: its inputs and the torch model's outputs, for a few images."""
 
 from dataclasses import dataclass, field
 from typing import Any

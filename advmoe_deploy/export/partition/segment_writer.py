@@ -1,4 +1,4 @@
-"""Writes one segment; knows the shape of every value."""
+"""Writer of one segment, with the shape of every value."""
 
 import numpy as np
 from onnx import numpy_helper as onnx_numpy

@@ -1,4 +1,4 @@
-"""Runs the passes over a partition, each checked on what a few images give every segment."""
+"""Order of the passes over a partition, each checked on what a few images give every segment."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Take the experts that no row is sent to out of the plan, and their scores out of the gates.
+"""Pass that takes experts without rows out of the plan, and their scores out of the gates.
 
 Contract: the segments of the dropped experts are gone, and so are their columns of the scores, what
 is left being in its order. Where the scores come from a ``Gemm`` of constants and nobody else reads

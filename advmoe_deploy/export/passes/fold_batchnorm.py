@@ -1,4 +1,4 @@
-"""Fold BatchNormalization into the convolution before it.
+"""Pass that folds a BatchNormalization into the convolution before it.
 
 Contract: for every ``Conv -> BatchNormalization`` whose parameters are constants and whose
 convolution nobody else reads, the convolution takes over scale and shift and the normalisation

@@ -1,4 +1,4 @@
-"""Fuse the tail of a gate, pooling and linear layer, with the choice of the experts.
+"""Pass that fuses a gate's pooling and linear layer with the choice of the experts.
 
 Contract: a router operator whose scores come from a ``Gemm`` of constants becomes one that takes
 the rows the ``Gemm`` took, or, where these are the channel means of a feature map that nobody else

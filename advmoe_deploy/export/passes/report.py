@@ -1,4 +1,4 @@
-"""What a graph pass did, and the check that it kept its contract.
+"""Report of a graph pass, and the check of its contract.
 
 The contract of every pass is that no output moves away from its exact value, by more than rounding.
 """

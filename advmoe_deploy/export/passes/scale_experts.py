@@ -1,4 +1,4 @@
-"""Take the scale of a BatchNormalization behind a weighted sum of experts into the experts.
+"""Pass that moves a BatchNormalization's scale behind a weighted sum of experts into them.
 
 Contract: where all experts of a layer end in a convolution and a normalisation with constant
 parameters alone reads their combination, every expert's convolution takes over the scale, and an

@@ -1,4 +1,4 @@
-"""Turn a strided slice with zero-padded channels into one 1x1 convolution.
+"""Pass that turns a strided slice with zero-padded channels into one 1x1 convolution.
 
 Contract: a chain of ``Slice`` nodes that only stride over height and width, followed by a ``Pad``
 that only adds zero channels, becomes a convolution whose weights are 0 and 1. Its outputs are the

@@ -1,4 +1,4 @@
-"""Images that are attacked on the torch model, for exams and for calibration.
+"""Images attacked on the torch model, for the accuracy gate and for calibration.
 
 Shapes: N images, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""What int8 scales are taken from: training images, clean and attacked on the torch model."""
+"""Calibration of int8: scales from training images, clean and attacked on the torch model."""
 
 import numpy as np
 from onnx import ModelProto

@@ -1,4 +1,4 @@
-"""Precisions that graphs say themselves, as TensorRT wants it.
+"""Casts in graphs, which say their precision themselves, as TensorRT wants it.
 
 Standard operators only, no functions, opset 17, and more where that says too little: bfloat16 may
 be convolved from opset 22 on, and Q/DQ pairs may be of float16 from 19 on. What crosses from graph

@@ -1,6 +1,6 @@
-"""Accuracy gate of a lower precision: what it is measured on, and when it is good enough.
+"""Accuracy gate of a lower precision: measurements next to the torch model, and their limits.
 
-Its logits differ by far more than float32's rounding, so they are no measure. What counts are the
+Logits differ by far more than float32's rounding, so they are no measure. What counts are the
 routes, and what is lost of accuracy, clean and under attack.
 
 Shapes: N images, C channels, H height, W width.

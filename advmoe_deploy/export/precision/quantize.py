@@ -1,4 +1,4 @@
-"""int8 by Q/DQ pairs around what is heavy; the only module that knows ONNX Runtime's quantizer.
+"""Quantisation to int8 by Q/DQ pairs; the only module that knows ONNX Runtime's quantizer.
 
 Weights are signed and symmetric, a scale per output channel; activations unsigned with a zero
 point, a scale per tensor: what both ONNX Runtime and OpenVINO have fast kernels for. Scales are

@@ -1,4 +1,4 @@
-"""What the segments of a plan are given when images run through it."""
+"""Recording of the inputs of a plan's segments as images run through it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""TensorRT's engines for the GPU of this machine, or the graphs that another machine builds.
+"""Backend for TensorRT: engines for this machine's GPU, or graphs that another one builds.
 
 The plan is the bundle's own, with routes inside of the segments that make their scores: an engine
 each for those and for every expert, whose rows the runner sends there and back. Which segments run

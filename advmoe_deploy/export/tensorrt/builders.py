@@ -1,4 +1,4 @@
-"""Engines from TensorRT's graphs, and what they are checked on; needs no PyTorch.
+"""Builders of engines from TensorRT's graphs, with their checks; needs no PyTorch.
 
 The checks take the engines as they lie there and run them as they will be run, those that move rows
 included.

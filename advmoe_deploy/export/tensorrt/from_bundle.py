@@ -1,4 +1,4 @@
-"""Engines from a bundle that holds TensorRT's graphs, on the machine that is to run them.
+"""Build of a bundle's TensorRT graphs, on the machine that is to run the engines.
 
 Needs no PyTorch. The bundle is copied and sealed anew with the engines, under a temporary name that
 becomes the new one when every check has passed. Checked is what travels with a bundle: the golden

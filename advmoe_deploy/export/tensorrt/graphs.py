@@ -1,4 +1,4 @@
-"""Graphs that TensorRT reads: a plan whose segments route inside, in standard operators only.
+"""Graphs for TensorRT: a plan whose segments route inside, in standard operators only.
 
 No functions, no domain but ONNX's own, opset 17; nothing that TensorRT would have to fold first.
 """

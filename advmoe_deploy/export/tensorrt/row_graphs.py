@@ -1,7 +1,7 @@
-"""Small graphs that move rows to experts and back, for engines with a memory of their own.
+"""Row graphs, which gather an expert's rows and scatter its answers, for memory of a device.
 
 Any vendor of dense engines runs them; they hold no weights. The host gives them row numbers, and no
-tensor but ids and answers has to cross. The runner is ``runtime.gathered_runner``.
+tensor but ids and answers has to cross. The runner is ``runtime.tensorrt.runner``.
 
 Shapes: R rows of one expert, K experts per row, S choices, G rows in the regions of all experts.
 """

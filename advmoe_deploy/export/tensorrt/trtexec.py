@@ -1,4 +1,4 @@
-"""The script that builds engines with NVIDIA's own program, where Python is not wanted."""
+"""Build script for NVIDIA's ``trtexec``, where Python is not wanted."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Backbones by name. With one expert each is an ordinary dense network.
+"""Builders of backbones by name. With one expert each is an ordinary dense network.
 
 Every backbone is a module whose ``forward(x_NCHW, dispatch)`` returns logits; ``dispatch`` is
 ``None`` where there is one expert. All take images of any size that a spec allows.

@@ -1,4 +1,4 @@
-"""The small ResNet that scores the experts of one image (AdvMoE's router).
+"""Router of AdvMoE: the small ResNet that scores the experts of one image.
 
 Shapes: N images, C channels, H height, W width, E experts.
 """

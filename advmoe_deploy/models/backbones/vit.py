@@ -1,4 +1,4 @@
-"""A small vision transformer, and V-MoE: the same with banks of MLPs that route each token.
+"""Vision transformer, small, and V-MoE: the same with banks of MLPs that route each token.
 
 ViT: Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929), pre-norm blocks. V-MoE: Riquelme et al.,
 NeurIPS 2021 (arXiv 2106.05974); its robustness: Puigcerver et al., NeurIPS 2022 (arXiv 2210.10253).

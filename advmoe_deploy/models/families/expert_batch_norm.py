@@ -1,4 +1,4 @@
-"""BatchNorm for experts, which see as many rows as they are given."""
+"""BatchNorm for experts, whose number of rows varies."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

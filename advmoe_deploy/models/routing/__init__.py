@@ -1,1 +1,1 @@
-"""Routing: gates, routed layers, dispatch and capacity."""
+"""Routing: router gates, routed layers, dispatch and capacity."""

@@ -1,4 +1,4 @@
-"""What training and analysis do to a choice of experts: noise on the scores, room per expert.
+"""Capacity and noise: changes to a choice of experts in training and analysis.
 
 An :class:`Adjust` goes into ``Routes(adjust=...)``. The deployed model has neither: every row goes
 where its scores send it.

@@ -1,4 +1,4 @@
-"""Sending rows to their experts and bringing them back: executions of one choice.
+"""Dispatch of rows to their experts and combination of their answers, in several executions.
 
 ``masked`` computes every expert on every row and then selects: the papers' layers and our
 reference. ``grouped`` runs each expert on its own rows only. Both give the same outputs and the

@@ -1,4 +1,4 @@
-"""The gates of Robust Experts (arXiv 2509.05086): from a layer's input to raw scores of experts.
+"""Router gates of Robust Experts (arXiv 2509.05086): a layer's input to raw scores of experts.
 
 Softmax is left to the routing. Two gates are fixed: their weights are buffers, which are saved but
 belong to no optimizer.

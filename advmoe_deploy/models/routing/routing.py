@@ -1,4 +1,4 @@
-"""Which experts each row goes to: the rule of a layer, its answer, and who may overrule it.
+"""Routing rules of layers, the choices of experts they make, and ways to overrule them.
 
 Shapes: N rows (images, or tokens), E experts, K experts per row.
 """

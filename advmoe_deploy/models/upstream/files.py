@@ -1,4 +1,4 @@
-"""Checkpoint files of somebody else, opened without running a line of what they hold.
+"""Reader of other people's checkpoint files that runs no code they hold.
 
 ``torch.load`` runs with ``weights_only=True``. Classes that training scripts keep beside the
 weights (settings, paths, states of random number generators) are allowed by name, and what is made

@@ -1,4 +1,4 @@
-"""The papers' own checkpoints, read into ours without running a line of what they hold.
+"""Importer of the papers' own checkpoints, without running code that they hold.
 
 Each family has a converter from names and shapes to a spec and our weights; this module reads the
 file, finds the network in it, chooses the converter, and checks what comes out.

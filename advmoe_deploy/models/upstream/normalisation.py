@@ -1,4 +1,4 @@
-"""Normalisation that a file keeps in its network or before it: it goes into the spec."""
+"""Normalisation that a file keeps in its network or before it, moved into the spec."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Shapes of tensors that come from somebody else's file."""
+"""Shape checks for tensors of other people's files."""
 
 from collections.abc import Mapping
 

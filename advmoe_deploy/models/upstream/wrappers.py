@@ -1,4 +1,4 @@
-"""Where in a file the network is, whatever was wrapped around it.
+"""Wrappers around a network in a file: keys and prefixes to take off.
 
 A file is read as one list of dotted names: the keys of its dictionaries, then the tensors' own
 names, as in ``state_dict.model.module.conv1.weight``. A network is found by tensors that its source

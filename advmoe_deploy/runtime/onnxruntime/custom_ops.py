@@ -1,4 +1,4 @@
-"""Which form of the custom operators runs here: our kernels, or their bodies of standard operators.
+"""Form of the custom operators on this machine: our kernels, or bodies of standard operators.
 
 The library is the one that came in the wheel, else it is compiled once into the user's cache, else
 there is none and the bodies run; whoever asks is told which, and why.

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on a GPU; the only module that knows it."""
+"""ONNX Runtime session for one segment or graph, on the CPU or a GPU; no other module knows it."""
 
 import os
 import sys

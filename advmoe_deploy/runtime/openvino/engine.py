@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU; the only module that knows it."""
+"""OpenVINO model for one segment or graph, on the CPU; no other module knows OpenVINO."""
 
 from collections.abc import Mapping
 from functools import cache

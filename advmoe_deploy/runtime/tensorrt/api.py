@@ -1,8 +1,8 @@
-"""TensorRT's Python module; the only module that imports it.
+"""TensorRT's Python module, imported here alone.
 
-What is written here and in ``tensorrt_*.py`` keeps to the names that releases 8.6, 10 and 11 share.
-Where one of them lacks a name, :func:`probe` asks for it; ``tests/test_tensorrt_names.py`` holds
-every other name against the real bindings of each.
+This folder keeps to the names that releases 8.6, 10 and 11 share. Where one of them lacks a name,
+:func:`probe` asks for it; ``tests/runtime/tensorrt/test_names.py`` holds every other name against
+the real bindings of each.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""From an ONNX graph to a serialized TensorRT engine, on the names that 8.6, 10 and 11 share.
+"""Build of a serialized TensorRT engine from an ONNX graph, by names that 8.6, 10 and 11 share.
 
 Written against the documented interface; not run on a GPU yet. Precision is in the graph: float16
 tensors, bfloat16 tensors, Q/DQ pairs. Releases from 10 on take it from there (strong typing);

@@ -1,4 +1,4 @@
-"""CUDA through ``cuda-bindings``: memory, streams, events, graphs; the only module that knows it.
+"""CUDA through ``cuda-bindings``: memory, streams, events, graphs; no other module knows it.
 
 Works with cuda-bindings 12.9 and 13, whose names are the same. Written against the documented
 interface; not run on a GPU yet.

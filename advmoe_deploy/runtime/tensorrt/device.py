@@ -1,4 +1,4 @@
-"""The GPU and the TensorRT of this machine, as engines are tied to them."""
+"""Device record of this machine, the GPU and TensorRT that engines are tied to."""
 
 from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.runtime.tensorrt.api import version_text

@@ -1,4 +1,4 @@
-"""What the way to an NVIDIA GPU needs, and what of it this machine has."""
+"""Diagnosis of the way to an NVIDIA GPU: each part that it needs, present or missing."""
 
 import ctypes
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""One TensorRT engine behind NumPy arrays.
+"""TensorRT engine for one segment, behind NumPy arrays.
 
 Written against the documented interface; not run on a GPU yet.
 """

@@ -1,4 +1,4 @@
-"""Where a plan's tensors lie on engines that have a memory of their own."""
+"""Memory layout of a plan's tensors on engines that have a memory of their own."""
 
 from dataclasses import dataclass
 from functools import cached_property

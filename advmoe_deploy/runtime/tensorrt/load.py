@@ -1,4 +1,4 @@
-"""Runs the engines of a TensorRT set: tensors stay on the GPU, only ids and answers cross.
+"""Loader of a TensorRT engine set: tensors stay on the GPU, only ids and answers cross.
 
 Written against the documented interface; not run on a GPU yet.
 """

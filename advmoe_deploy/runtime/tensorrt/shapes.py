@@ -1,4 +1,4 @@
-"""The input shapes that engines are built for: least, best and largest, from batch sizes.
+"""Input shapes that engines are built for: least, best and largest, from batch sizes.
 
 A size of the plan follows the batch as images (``N``), as tokens of all images (``16*N``) or as the
 rows that an expert is given (``R``): any number of the routed rows, a balanced share at best.

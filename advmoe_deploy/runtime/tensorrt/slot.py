@@ -1,4 +1,4 @@
-"""Tensors on the GPU, and engines that read and write them, for one batch at a time.
+"""Execution slot on the GPU: engines and the tensors they read and write, for one batch.
 
 Written against the documented interface; not run on a GPU yet.
 """

@@ -1,4 +1,4 @@
-"""A few execution slots for many threads."""
+"""Pool of a few execution slots for many threads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The training images where they are used: a share of each batch at a time, on the device."""
+"""Data loader: this process's share of each training batch, on its device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

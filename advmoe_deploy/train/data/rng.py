@@ -1,4 +1,4 @@
-"""The random numbers of one part of a batch, the same however many processes share it.
+"""Random numbers of one part of a batch, the same however many processes share it.
 
 Shapes: N images, T tokens per image, E experts.
 """

@@ -1,4 +1,4 @@
-"""Numbers that depend on nothing but where a run is: learning rates, batches, seeds."""
+"""Schedules that depend only on the position in a run: learning rates, batches, seeds."""
 
 import math
 from typing import Literal

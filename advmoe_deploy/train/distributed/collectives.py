@@ -1,4 +1,4 @@
-"""Several processes that share each batch and compute what one process would.
+"""Collectives of processes that share each batch and compute what one process would.
 
 Sums over the batch are sums over the processes, in the forward pass and in the backward pass:
 BatchNorm's statistics, and losses that are no mean over rows.

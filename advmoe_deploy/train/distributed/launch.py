@@ -1,4 +1,4 @@
-"""One process or several, through Lightning Fabric; errors and progress find their way back."""
+"""Launch of one process or several, through Lightning Fabric, with their errors and progress."""
 
 import atexit
 import os

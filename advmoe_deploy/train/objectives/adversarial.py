@@ -1,4 +1,4 @@
-"""What a step minimises, and on which examples: one class per loss.
+"""Adversarial objectives: loss and examples of a step, one class per loss.
 
 trades      CE(f(x), y) + beta * KL(f(x) || f(x')), x' by PGD on the KL term
 pgd-at      CE(f(x'), y), x' by PGD on the cross-entropy from a random start

@@ -1,4 +1,4 @@
-"""Losses that keep a gate from sending everything to a few experts.
+"""Balancing losses, which keep a gate from sending everything to a few experts.
 
 ``switch``, ``entropy``, ``column-entropy`` and ``variance`` are those of Robust Experts (arXiv
 2509.05086), ``importance`` and ``load`` those of V-MoE (Riquelme et al., 2021, arXiv 2106.05974).

@@ -1,4 +1,4 @@
-"""What RT-ER and JTDMoE minimise: every expert robust by itself, not only behind its router.
+"""Losses of RT-ER and JTDMoE: every expert robust by itself, not only behind its router.
 
 Zhang et al., arXiv 2502.06832. A mixture whose experts are robust each on its own images breaks as
 soon as an attack moves an image to another expert; these losses hold the others still as well. They

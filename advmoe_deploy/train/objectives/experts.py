@@ -1,4 +1,4 @@
-"""RT-ER and JTDMoE's robust phase as objectives: how their examples are found.
+"""Objectives of RT-ER and of JTDMoE's robust phase, with the search for their examples.
 
 Zhang et al., arXiv 2502.06832. x' attacks the mixture by its cross-entropy; x'' attacks an expert
 alone by the divergence that its term of the loss bounds. The losses themselves are in

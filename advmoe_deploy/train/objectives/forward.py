@@ -1,4 +1,4 @@
-"""How training runs a model: precision, surrogate gradients, what acts in training steps only.
+"""Forward pass in training: precision, surrogate gradients, noise and capacity.
 
 Shapes: N images, E experts.
 """

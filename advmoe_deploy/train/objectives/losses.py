@@ -1,4 +1,4 @@
-"""What training minimises, in log space so that no probability underflows.
+"""Losses in log space, so that no probability underflows.
 
 Shapes: N images, K classes, E experts.
 """

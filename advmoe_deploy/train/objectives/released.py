@@ -1,4 +1,4 @@
-"""The router's loss of AdvMoE's released code, for comparison with the paper's.
+"""Router loss of AdvMoE's released code, for comparison with the paper's.
 
 Shapes: N images, E experts.
 """

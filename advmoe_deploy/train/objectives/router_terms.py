@@ -1,4 +1,4 @@
-"""What acts on routers while they train: noise, capacity, and losses over the whole batch's routes.
+"""Terms for routers in training: noise, capacity, and losses over the whole batch's routes.
 
 The losses are no means over rows, so each process computes them from the rows of all.
 

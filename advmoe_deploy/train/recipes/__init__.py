@@ -1,4 +1,4 @@
-"""Recipes: each a function that returns one typed configuration, and says what it reaches."""
+"""Recipes: functions that return one typed configuration, with what it reaches."""
 
 from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.train.config import TrainConfig, apply_overrides

@@ -1,4 +1,4 @@
-"""What a recipe is, and how one is made from another."""
+"""Recipe type, and variants of recipes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a data set asks of a model and of the augmentation."""
+"""Statistics of data sets, for models and augmentation."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the papers report, cell by cell, to be set beside what we measure.
+"""Published figures, cell by cell, to be set beside what we measure.
 
 AdvMoE (Zhang et al., ICCV 2023, arXiv 2308.10110), Tables 1 and 2: means of three trials, RA under
 PGD-50 at 8/255, the best epoch chosen on the test set; "MACs" of the selected path without the

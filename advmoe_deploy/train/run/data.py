@@ -1,4 +1,4 @@
-"""What a run keeps of its data, to know them again wherever they lie."""
+"""Data record of a run, by which its data are known again wherever they lie."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The folder of one run, and how to go on from it.
+"""Folder of one run, with the checkpoints to resume from.
 
 RUN/config.json                 the whole configuration
 RUN/data.json                   where the data lay, what they hold, what their classes are called

@@ -1,4 +1,4 @@
-"""What training leaves in words and numbers."""
+"""Reports of training, in words and numbers."""
 
 import platform
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""What an expert update does to the robustness of the routes.
+"""Robustness of routes before and after an update of the experts.
 
 AdvMoE alternates because a router that is robust before the experts are updated need not be so
 afterwards. Three rates of an evaluated epoch show it, each the share of hold-out images whose best

@@ -1,4 +1,4 @@
-"""One process's view of a run: epochs, checkpoints, the test at the end."""
+"""Training session of one process: epochs, checkpoints, the test at the end."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

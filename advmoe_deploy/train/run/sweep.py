@@ -1,4 +1,4 @@
-"""One recipe trained at several values of one setting: AdvMoE's Figures 4 and 5, and others.
+"""Sweep of one recipe over values of one setting: AdvMoE's Figures 4 and 5, and others.
 
 Every run keeps a folder of its own, so that a sweep that was interrupted goes on where it stopped.
 """

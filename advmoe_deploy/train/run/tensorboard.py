@@ -1,4 +1,4 @@
-"""TensorBoard: the only module that knows it."""
+"""TensorBoard log of a run; no other module knows TensorBoard."""
 
 from pathlib import Path
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""The step that improves a model: for each phase of the method, examples, gradients, weights.
+"""Training step: for each phase of the method, examples, gradients, weights.
 
 Gradients come from torch.autograd.grad for the parameters of one phase, are averaged over the
 processes, checked, clipped and applied.

@@ -1,4 +1,4 @@
-"""A dense network pruned to the cost of a small one, under the robust loss throughout.
+"""Sparse training: a dense network pruned to a small one's cost, under the robust loss.
 
 After HYDRA (Sehwag et al., NeurIPS 2020). Three stages, each with a schedule of its own: the dense
 network is trained; its weights are frozen and an importance score for each is learned instead,

@@ -1,4 +1,4 @@
-"""The weights of a run: those that learn, those that are evaluated, and what resume needs."""
+"""Weights of a run: those that learn, those that are evaluated, and what resume needs."""
 
 import copy
 

@@ -1,1 +1,1 @@
-"""The kernels of the custom operators: C, and how it is compiled."""
+"""Kernels of the custom operators, in C, and their compilation."""

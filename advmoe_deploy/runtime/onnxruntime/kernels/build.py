@@ -1,4 +1,4 @@
-"""Compile the kernels; the set-up of a wheel and the cache of a user do it alike.
+"""Compilation of the kernels, the same for a wheel and for a user's cache.
 
 Only the standard library is needed, so that ``setup.py`` can load this file on its own.
 """
