@@ -11,6 +11,7 @@ import numpy as np
 
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
 from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import SUFFIXES
 from advmoe_deploy.errors import DataError, reason_of
 
@@ -94,7 +95,14 @@ def _by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
     files: list[str] = []
     labels: list[int] = []
     by_class: dict[str, list[str]] = {name: [] for name in names}
-    for file in images_of(tree.below(folder)):
+    there = tree.below(folder)
+    images = images_of(there)
+    if others := sorted({*there} - {*images}):
+        say_once(
+            f"{tree.root}: {len(others):,} files below {folder} are no images by their suffix and "
+            f"not read, such as {others[0]}"
+        )
+    for file in images:
         name = file.removeprefix(f"{folder}/").split("/")[0]
         if name in by_class:
             by_class[name].append(file)

@@ -1,7 +1,9 @@
 """File tree below a data set's folder, hidden files apart."""
 
+import errno
 import os
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -59,7 +61,7 @@ def parent_of(path: str) -> str:
 
 
 def tree_of(root: Path) -> Tree:
-    """Return what lies below ``root``; links are followed, but not to where they came from.
+    """Return what lies below ``root``; links are followed, to each folder once.
 
     Hidden files and folders are left out, and said once with their number.
 
@@ -69,26 +71,74 @@ def tree_of(root: Path) -> Tree:
     files: list[str] = []
     folders: list[str] = []
     hidden: list[str] = []
-    for path, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
-        here = Path(path)
-        subfolders[:] = [name for name in subfolders if not _leads_back(here, name)]
-        inside = here.relative_to(root).as_posix()
-        below = "" if inside == "." else f"{inside}/"
-        is_data = not any(map(is_hidden, below.split("/")))
-        folders += [below + name for name in subfolders if is_data and not is_hidden(name)]
-        for name in names:
-            (files if is_data and not is_hidden(name) else hidden).append(below + name)
+    for folder, entries in _folders(root):
+        folders.append(folder)
+        for entry in entries:
+            if is_hidden(entry.name):
+                hidden += _files_of(root, entry)
+            elif not _is_folder(entry):
+                files.append(_below(folder, entry.name))
     _say_hidden(root, hidden)
-    return Tree(root, _sorted(files), _sorted(folders))
+    return Tree(root, _sorted(files), _sorted(folders[1:]))
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Yield each visible folder from ``root`` on, which is the empty path, and what is in it.
+
+    Folders behind links come last, so that a folder goes by its own name where it has one.
+    """
+    waiting, links = deque([""]), deque[str]()
+    seen: set[tuple[int, int]] = set()
+    again: list[str] = []
+    while waiting or links:
+        folder = (waiting or links).popleft()
+        entries, identity = _entries(root / folder)
+        if identity in seen:
+            again.append(folder)
+            continue
+        seen.add(identity)
+        yield folder, entries
+        for entry in entries:
+            if not is_hidden(entry.name) and _is_folder(entry):
+                ahead = links if entry.is_symlink() else waiting
+                ahead.append(_below(folder, entry.name))
+    if again:
+        say_once(f"{root}: {again[0]} leads to a folder that is read already; it is read once")
+
+
+def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
+    """Return what is in a folder, and what tells this folder from others by whatever name."""
+    try:
+        status = folder.stat()
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        return found, (status.st_dev, status.st_ino)
+    except OSError as error:
+        raise DataError(f"{folder}: {reason_of(error, 'read')}") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself is no folder
+            return False
+        raise DataError(f"{entry.path}: {reason_of(error, 'read')}") from None
+
+
+def _files_of(root: Path, hidden: os.DirEntry[str]) -> list[str]:
+    """Return a hidden file, or what is in a hidden folder, as far as it may be read."""
+    inside = [] if hidden.is_symlink() else os.walk(hidden.path)
+    found = [Path(path, name) for path, _, names in inside for name in names]
+    return [file.relative_to(root).as_posix() for file in found or [Path(hidden.path)]]
+
+
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _sorted(paths: list[str]) -> tuple[str, ...]:
     return tuple(sorted(paths, key=lambda path: path.split("/")))
-
-
-def _leads_back(folder: Path, name: str) -> bool:
-    link = folder / name
-    return link.is_symlink() and link.resolve() in (folder.resolve(), *folder.resolve().parents)
 
 
 def _say_hidden(root: Path, hidden: list[str]) -> None:
@@ -99,7 +149,3 @@ def _say_hidden(root: Path, hidden: list[str]) -> None:
             f"{root}: {len(named)} hidden file{'s are' if len(named) > 1 else ' is'} not read, "
             f"such as {named[0]}"
         )
-
-
-def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: {reason_of(error, 'read')}")
