@@ -5,7 +5,7 @@ from pathlib import Path
 
 from advmoe_deploy.data.layouts.batches import cifar_batches
 from advmoe_deploy.data.layouts.class_folders import class_folders, images_of
-from advmoe_deploy.data.layouts.listing import Listing, Wanted
+from advmoe_deploy.data.layouts.listing import Listing, Wanted, in_order_of
 from advmoe_deploy.data.layouts.shards import webdataset_shards
 from advmoe_deploy.data.layouts.tables import image_tables
 from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
@@ -22,9 +22,11 @@ def listings_of(
 ) -> tuple[Listing, Listing]:
     """Return the training and test images below ``root``, by the first layout that is there.
 
+    Labels of both are as the training images number the classes.
+
     Raises:
         DataError: there is none that can be read; the message says what was found, and ends with
-            ``way_out`` where nothing better is known.
+            ``way_out`` where nothing better is known. Or the test images have other classes.
     """
     if root.is_file():
         raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
@@ -33,7 +35,8 @@ def listings_of(
     tree = tree_of(root)
     for layout in layouts:
         if found := layout(tree, wanted):
-            return found
+            train, test = found
+            return train, in_order_of(train, test)
     raise DataError(_hint(tree, wanted, way_out))
 
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -42,7 +42,12 @@ class Wanted:
 
 
 def joined(parts: Sequence[Listing]) -> Listing:
-    """Return the listing of several files, one after the other, named as the first names them."""
+    """Return the listing of several files, one after the other, named as the first names them.
+
+    Raises:
+        DataError: another has classes that the first has not.
+    """
+    parts = [in_order_of(parts[0], part) for part in parts]
     ends = list(accumulate(len(part) for part in parts))
 
     def place(row: int) -> tuple[Listing, int]:
@@ -62,6 +67,25 @@ def joined(parts: Sequence[Listing]) -> Listing:
     )
 
 
+def in_order_of(first: Listing, other: Listing) -> Listing:
+    """Return ``other`` with its labels as ``first`` numbers the classes, where both tell names.
+
+    Raises:
+        DataError: ``other`` has classes that ``first`` has not.
+    """
+    names, own = first.class_names, other.class_names
+    if not names or not own or own == names:
+        return other
+    if lone := sorted({*own} - {*names}) or sorted({name for name in own if own.count(name) > 1}):
+        raise DataError(
+            f"{first.where(0)}, and {other.where(0)}, have different classes: {', '.join(lone[:3])} "
+            "in the second; name them alike"
+        )
+    require_labels(other.where(0), other, len(own))
+    places_C = np.asarray([names.index(name) for name in own], dtype=np.int64)
+    return replace(other, labels_N=places_C[other.labels_N], class_names=names)
+
+
 def require_labels(where: str, listing: Listing, num_classes: int) -> None:
     """Refuse a split without images, or with labels outside 0..``num_classes`` - 1.
 
@@ -70,8 +94,10 @@ def require_labels(where: str, listing: Listing, num_classes: int) -> None:
     """
     if not len(listing):
         raise DataError(f"{where} holds no image; download it again")
-    if listing.labels_N.min() < 0 or listing.labels_N.max() >= num_classes:
+    outside_N = (listing.labels_N < 0) | (listing.labels_N >= num_classes)
+    if outside_N.any():
+        example = listing.labels_N[outside_N][0]
         raise DataError(
-            f"{where} holds labels outside 0..{num_classes - 1}, such as {listing.labels_N.max()}; "
+            f"{where} holds labels outside 0..{num_classes - 1}, such as {example}; "
             f"it is not of {num_classes} classes"
         )

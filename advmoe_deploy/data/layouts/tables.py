@@ -77,7 +77,9 @@ def _table(file: Path, wanted: Wanted) -> Listing:
             f"{file} is no readable table of images ({reason}); download it again"
         ) from None
     if not all(isinstance(each, int) and 0 <= each < 1 << 31 for each in labels):
-        raise DataError(f"{file} holds labels in column {label} that are no class numbers")
+        raise DataError(
+            f"{file} holds labels in column {label} that are no class numbers; number them from 0"
+        )
     return Listing(
         labels_N=np.asarray(labels, dtype=np.int64),
         class_names=_names_in(schema.metadata or {}, label),
