@@ -108,10 +108,16 @@ def _batch(file: Path, release: _Release, names: tuple[str, ...]) -> Listing:
 def _pickled(file: Path, _: _Release) -> tuple[npt.NDArray[np.uint8] | None, Sequence[int]]:
     found = read_pickle(file)
     labels = found.get("fine_labels") or found.get("labels")
-    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
-        raise DataError(f"{file} holds {', '.join(map(str, found))}, and no list of labels")
+    if not isinstance(labels, list) or not all(map(_is_label, labels)):
+        raise DataError(
+            f"{file} holds {', '.join(map(str, found))}, and no list of labels; download it again"
+        )
     data = found.get("data")
     return data if isinstance(data, np.ndarray) else None, labels
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 31
 
 
 def _binary(file: Path, release: _Release) -> tuple[npt.NDArray[np.uint8] | None, Sequence[int]]:

@@ -15,7 +15,7 @@ def split_files(
 ) -> tuple[list[str], list[str]] | None:
     """Return the training and the test files with one of ``suffixes``, or ``None`` without any.
 
-    A file's name tells its split (``train-00000-of-00002.parquet``), or else its folder's.
+    A file's name tells its split (``train-00000-of-00002.parquet``), or else its folder's; or both.
 
     Raises:
         DataError: the test split is missing.
@@ -42,8 +42,9 @@ def split_files(
 def _folder_and_split(file: str, known: set[str]) -> tuple[str, str]:
     folder = parent_of(file)
     words = re.split(r"[-_.]", PurePosixPath(file).stem.lower())
-    split = next((word for word in words if word in known), "")
-    return (folder, split) if split else (parent_of(folder), PurePosixPath(folder).name.lower())
+    around = PurePosixPath(folder).name.lower()
+    split = next((word for word in words if word in known), around)
+    return (parent_of(folder) if split == around else folder), split
 
 
 def _first(copy: dict[str, list[str]], names: Iterable[str]) -> list[str]:
