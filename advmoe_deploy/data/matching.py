@@ -93,9 +93,8 @@ def label_map(data: Sequence[str], model: Sequence[str], class_map: Mapping[str,
         UsageError: the names differ, or ``class_map`` renames what is not there.
     """
     renamed = _renamed(data, model, class_map)
-    numbers = np.arange(len(data))
     if renamed == tuple(model):
-        return LabelMap(numbers)
+        return LabelMap(np.arange(len(data)))
     if set(renamed) == set(model) and len(set(model)) == len(model):
         places = {name: label for label, name in enumerate(model)}
         labels_C = np.asarray([places[name] for name in renamed], dtype=np.int64)
@@ -103,10 +102,10 @@ def label_map(data: Sequence[str], model: Sequence[str], class_map: Mapping[str,
     if class_map or not (_is_nameless(renamed) or _is_nameless(model)):
         raise _other_classes(renamed, model)
     side = "its" if _is_nameless(renamed) else "the model's"
-    if _is_nameless(renamed):
-        numbers = np.asarray([int(name.rpartition(" ")[2]) for name in renamed], dtype=np.int64)
+    places = {number: label for label, number in enumerate(_numbers(model))}
+    labels_C = np.asarray([places[number] for number in _numbers(renamed)], dtype=np.int64)
     note = f"{side} classes have numbers and no names; labels are taken as the model's by number"
-    return LabelMap(numbers, note, by_name=not _is_nameless(renamed))
+    return LabelMap(labels_C, note, by_name=not _is_nameless(renamed))
 
 
 def read_class_map(text: str | None) -> dict[str, str]:
@@ -157,6 +156,13 @@ def _is_nameless(names: Sequence[str]) -> bool:
     """Return whether ``names`` are numbers from 0 on, or placeholders such as ``class 3``."""
     plain = {name.removeprefix("class ") for name in names}
     return plain == {str(label) for label in range(len(names))}
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return the number that each class is called by, or else its place."""
+    if _is_nameless(names):
+        return [int(name.rpartition(" ")[2]) for name in names]
+    return list(range(len(names)))
 
 
 def _other_classes(data: Sequence[str], model: Sequence[str]) -> UsageError:
