@@ -84,6 +84,11 @@ def assemble(
     )
     trained, held = _apart_from_test(source, (trained, held), tested)
     trained, held = _apart(source, trained, held)
+    if not trained.digests or not held.digests:
+        raise DataError(
+            f"{source} holds {len({*trained.digests, *held.digests})} different images to train on "
+            "that are no test images; give at least five"
+        )
     splits = trained.split, held.split, tested.split
     return Dataset(
         source=source,
@@ -151,10 +156,4 @@ def _apart(source: str, train: _Part, holdout: _Part) -> tuple[_Part, _Part]:
         f"{source}: {len(shared):,} images are there more than once, such as {names[0]} and "
         f"{names[1]}; those of them that train are not held out"
     )
-    train, holdout = train.without(shared - mostly_trained), holdout.without(mostly_trained)
-    if not train.digests or not holdout.digests:
-        raise DataError(
-            f"{source} holds {len(set(train.digests) | set(holdout.digests))} different images to "
-            f"train on, such as {names[0]} and {names[1]}, which are the same; give at least five"
-        )
-    return train, holdout
+    return train.without(shared - mostly_trained), holdout.without(mostly_trained)
