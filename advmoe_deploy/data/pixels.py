@@ -15,7 +15,7 @@ import PIL
 from advmoe_deploy.data.decode import decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.process import default_threads, usable_cpus
+from advmoe_deploy.process import cache_folder, default_threads, usable_cpus
 
 CACHE_VARIABLE = "ADVMOE_CACHE"
 # A split that is larger lives in a file that the system pages in, and is decoded only once.
@@ -48,8 +48,8 @@ def stacked(
     """Return ``read(row)`` of each row, decoded by ``decoding``, as uint8 [N, C, H, W].
 
     A result above 4 GiB is kept in a file under ``$ADVMOE_CACHE`` (by default
-    ``~/.cache/advmoe``), named by a hash of ``key()`` and of how they are decoded, and found there
-    the next time: the key must tell these files, in this order, from all others.
+    ``~/.cache/advmoe-deploy/images``), named by a hash of ``key()`` and of how they are decoded,
+    and found there the next time: the key must tell these files, in this order, from all others.
     """
     shape = (len(rows), decoding.channels, decoding.size, decoding.size)
     if int(np.prod(shape)) <= IN_MEMORY_BYTES:
@@ -71,7 +71,8 @@ def _fill(images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int]) ->
 def _cached(
     read: Callable[[int], Pixels], rows: Sequence[int], shape: tuple[int, ...], key: str
 ) -> Pixels:
-    root = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/advmoe").expanduser()
+    own = os.environ.get(CACHE_VARIABLE)
+    root = Path(own).expanduser() if own else cache_folder() / "images"
     root.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(f"{key} {shape}".encode()).hexdigest()[:24]
     file, partial = root / f"{digest}.npy", root / f"{digest}.{os.getpid()}.partial.npy"
