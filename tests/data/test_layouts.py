@@ -1,6 +1,7 @@
 """Data sets as people have them on disk: read, or one line that says what to do."""
 
 import io
+import json
 import logging
 import os
 import pickle
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe_deploy.data.layouts import pickles
 from advmoe_deploy.data.layouts.pickles import read_pickle
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError
@@ -83,13 +85,26 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def shards(root: Path) -> None:
-    parts = (("train-000000", TRAIN[:10]), ("train-000001", TRAIN[10:]), ("test-000000", TEST))
-    for name, numbers in parts:
-        with tarfile.open(root / f"{name}.tar", "w") as tar:
-            for number in numbers:
-                add(tar, f"./{number:06}.png", png(number))
+def write_shard(file: Path, numbers: range, *, described: bool = False) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for number in numbers:
+            add(tar, f"./{number:06}.png", png(number))
+            if described:
+                add(tar, f"./{number:06}.json", json.dumps({"label": number % 10}).encode())
+            else:
                 add(tar, f"./{number:06}.cls", str(number % 10).encode())
+
+
+def shards(root: Path) -> None:
+    write_shard(root / "train-000000.tar", TRAIN[:10])
+    write_shard(root / "train-000001.tar", TRAIN[10:])
+    write_shard(root / "test-000000.tar", TEST)
+
+
+def shards_in_folders(root: Path) -> None:
+    write_shard(root / "train" / "train-000000.tar", TRAIN, described=True)
+    write_shard(root / "val" / "val-000000.tar", TEST, described=True)
 
 
 def class_folders(root: Path) -> None:
@@ -121,6 +136,7 @@ LAYOUTS = (
     newer_python_batches,
     binary_batches,
     shards,
+    shards_in_folders,
     class_folders,
     annotated,
 )
@@ -208,6 +224,13 @@ def test_a_pickle_runs_no_code(
     assert not made.exists()
 
 
+def test_a_pickle_leaves_the_reader_as_it_was(tmp_path: Path) -> None:
+    # BUILD: the attributes of a global become what a dictionary says.
+    (tmp_path / "batch").write_bytes(b"\x80\x02c_codecs\nencode\n}U\x03fooK\x05sb0}.")
+    assert read_pickle(tmp_path / "batch") == {}
+    assert not any(vars(function) for function in (pickles._latin1, pickles._reconstruct))
+
+
 def test_a_pickle_of_other_arrays_or_a_cut_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "batch"
     for written, says in (
@@ -252,7 +275,12 @@ def test_shards_that_are_wrong_are_one_line(tmp_path: Path) -> None:
     with tarfile.open(file, "w") as tar:
         add(tar, "0.png", png(0))
         add(tar, "0.cls", b"cat")
-    assert "no class number" in one_line_of(f"cifar10:{tmp_path}")
+    assert "no class number; number them from 0" in one_line_of(f"cifar10:{tmp_path}")
+    for name, label in (("0.cls", b"9" * 30), ("0.json", b'{"label": "cat"}')):
+        with tarfile.open(file, "w") as tar:
+            add(tar, "0.png", png(0))
+            add(tar, name, label)
+        assert "no class number; number them from 0" in one_line_of(f"cifar10:{tmp_path}")
     with tarfile.open(file, "w:gz") as tar:
         add(tar, "0.png", png(0))
     assert "no readable tar file" in one_line_of(f"cifar10:{tmp_path}")
@@ -272,6 +300,8 @@ def test_batches_that_are_wrong_are_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes(pickle.dumps({**batches(TEST), b"labels": [1]}))
     assert "1 labels and pixels (10, 3072)" in one_line_of(f"cifar10:{tmp_path}")
+    (folder / "test_batch").write_bytes(pickle.dumps({**batches(TEST), b"labels": [9**30] * 10}))
+    assert "no list of labels" in one_line_of(f"cifar10:{tmp_path}")
     (folder / "data_batch_3").unlink()
     assert "lacks data_batch_3" in one_line_of(f"cifar10:{tmp_path}")
 
@@ -359,6 +389,75 @@ def test_folders_that_are_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "loop").symlink_to(root / "train" / "b")
     data = load_dataset(f"folder:{root}?size=32")
     assert len(data.train) + len(data.holdout) == 20
+
+
+def test_links_between_folders_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folders(tmp_path / "set")
+    for name, other in (("a", "b"), ("b", "a")):
+        for index in range(4):  # every way through them would be 4 ** 40 folders
+            (root / "train" / name / f"link{index}").symlink_to(f"../{other}")
+    data = load_dataset(f"folder:{root}?size=32")
+    assert len(data.train) + len(data.holdout) == 20
+    (line,) = caplog.messages
+    assert "train/a/link0 leads to a folder that is read already" in line
+
+
+def test_a_folder_of_the_system_that_may_not_be_read_is_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folders(tmp_path / "set")
+    (root / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str | Path) -> object:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert load_dataset(f"folder:{root}?size=32").class_names == ("a", "b")
+
+
+def test_files_that_are_no_images_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folders(tmp_path / "set")
+    (root / "train" / "a" / "photo.heic").touch()
+    load_dataset(f"folder:{root}?size=32")
+    (line,) = caplog.messages
+    assert "1 files below train are no images by their suffix" in line
+    assert line.endswith("such as train/a/photo.heic")
+
+
+def write_named_table(file: Path, numbers: range, names: list[str]) -> None:
+    """Write a table whose labels are what the hub's library calls them."""
+    write_table(file, numbers)
+    told = {"info": {"features": {"label": {"names": names}}}}
+    table = pq.read_table(file).replace_schema_metadata({"huggingface": json.dumps(told)})
+    pq.write_table(table, file)
+
+
+def test_tables_that_number_their_classes_otherwise_are_matched_by_name(tmp_path: Path) -> None:
+    names = [f"class-{label}" for label in range(10)]
+    write_named_table(tmp_path / "train-00000-of-00002.parquet", TRAIN[:10], names)
+    write_named_table(tmp_path / "train-00001-of-00002.parquet", TRAIN[10:], names[::-1])
+    write_named_table(tmp_path / "test.parquet", TEST, names[::-1])
+    data = load_dataset(f"folder:{tmp_path}?size=32")
+    labels = {
+        image.tobytes(): label
+        for split in (data.train, data.holdout, data.test)
+        for image, label in zip(split.images, split.labels.tolist(), strict=True)
+    }
+    expected = [*range(10), *range(9, -1, -1), *range(9, -1, -1)]
+    assert [labels[pixels(n).transpose(2, 0, 1).tobytes()] for n in range(30)] == expected
+    write_named_table(tmp_path / "test.parquet", TEST, [*names[1:], "class-x"])
+    assert "different classes: class-x in the second" in one_line_of(f"folder:{tmp_path}?size=32")
+
+
+def test_tables_without_a_row_are_one_line(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", range(0))
+    write_table(tmp_path / "test.parquet", TEST)
+    assert "holds no image" in one_line_of(f"folder:{tmp_path}?size=32")
 
 
 def test_an_annotation_of_no_image_or_class_is_one_line(tmp_path: Path) -> None:

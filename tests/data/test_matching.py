@@ -34,6 +34,7 @@ SPEC = build_spec(family="dense", num_classes=3)
         (BY_ALPHABET, NUMBERS, {}, [0, 1, 10, *range(2, 10)], "another order"),
         (BY_ALPHABET, [*"abcdefghijk"], {}, [0, 1, 10, *range(2, 10)], "by number"),
         (["class 0", "class 1"], ["cat", "dog"], {}, [0, 1], "its classes have numbers"),
+        ([f"class {i}" for i in range(11)], BY_ALPHABET, {}, [0, 1, *range(3, 11), 2], "by number"),
         (["cat", "dog"], ["0", "1"], {}, [0, 1], "the model's classes have numbers"),
         (["crane", "crane"], ["crane", "crane"], {}, [0, 1], ""),
     ],

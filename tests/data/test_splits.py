@@ -12,7 +12,7 @@ from advmoe_deploy.data import pixels as pixels_module
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.registry import absolute, load_dataset
 from advmoe_deploy.errors import DataError
-from tests.data.images import png, write_folders, write_png, write_table
+from tests.data.images import pixels, png, write_folders, write_png, write_table
 
 
 def contents(split: Split) -> set[bytes]:
@@ -93,6 +93,26 @@ def test_a_test_image_in_two_hundred_may_train_and_is_then_left_out(
     assert len(data.test) == 200
     assert len(data.train) + len(data.holdout) == 19
     assert "1 test images are training images too" in caplog.text
+
+
+def test_a_holdout_of_test_images_only_is_refused(tmp_path: Path) -> None:
+    for label, name in enumerate("ab"):
+        for index in range(100):
+            write_png(tmp_path / "val" / name / f"{index}.png", 200 * label + index)
+    for index in range(3):
+        write_png(tmp_path / "train" / "a" / f"{index}.png", 900 + index)
+        write_png(tmp_path / "train" / "b" / f"{index}.png", 910 + index)
+    source = f"folder:{tmp_path}?size=32"
+    held = load_dataset(source).holdout.images[0].tobytes()
+    (file,) = [
+        file
+        for index in (*range(900, 903), *range(910, 913))
+        for file in [tmp_path / "train" / "ab"[index > 909] / f"{index % 10}.png"]
+        if pixels(index).transpose(2, 0, 1).tobytes() == held
+    ]
+    write_png(file, 0)
+    with pytest.raises(DataError, match="5 different images to train on that are no test images"):
+        load_dataset(source)
 
 
 def test_nothing_but_copies_is_refused(tmp_path: Path) -> None:
