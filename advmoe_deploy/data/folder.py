@@ -32,7 +32,8 @@ def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
     """
     train, test = listings_of(root, _WANTED, FOLDERS_FIRST, _WAY_OUT)
     labels_N = train.labels_N
-    names = train.class_names or tuple(f"class {i}" for i in range(int(labels_N.max(initial=0)) + 1))
+    most = int(labels_N.max(initial=0))
+    names = train.class_names or tuple(f"class {label}" for label in range(most + 1))
     for listing in (train, test):
         require_labels(str(root), listing, len(names))
     held = min(HOLDOUT_IMAGES, len(train) // 5)

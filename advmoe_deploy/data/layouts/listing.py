@@ -78,8 +78,8 @@ def in_order_of(first: Listing, other: Listing) -> Listing:
         return other
     if lone := sorted({*own} - {*names}) or sorted({name for name in own if own.count(name) > 1}):
         raise DataError(
-            f"{first.where(0)}, and {other.where(0)}, have different classes: {', '.join(lone[:3])} "
-            "in the second; name them alike"
+            f"{first.where(0)}, and {other.where(0)}, have different classes: "
+            f"{', '.join(lone[:3])} in the second; name them alike"
         )
     require_labels(other.where(0), other, len(own))
     places_C = np.asarray([names.index(name) for name in own], dtype=np.int64)

@@ -53,8 +53,8 @@ def _shard(file: Path, wanted: Wanted) -> Listing:
         if first in images:
             lacks = f"label (.cls, or .json with a number as {', '.join(wanted.labels)})"
         raise DataError(
-            f"{file}: {first.strip('/')} has no {lacks}, nor have {len(lone) - 1} others; give each "
-            "image a label, or unpack the file if it holds class folders"
+            f"{file}: {first.strip('/')} has no {lacks}, nor have {len(lone) - 1} others; give "
+            "each image a label, or unpack the file if it holds class folders"
         )
     members, stamp = list(images.values()), file.stat().st_mtime_ns
 
