@@ -1,12 +1,10 @@
 """Checkpoints of the kinds of the released code's fixtures, filled from any seed, at any size."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.upstream.importer import import_checkpoint
-from tests.upstream_fixture import fill
+from tests.upstream_fixture import answers_folder, fill
 
 KINDS = (
     "advmoe-resnet18-e2",
@@ -67,10 +65,7 @@ def run_of(kind: str, seed: int, folder: Path, size: int | None = None) -> Path:
     The routers of AdvMoE are balanced as the fixtures' are: of scores far apart, rounding would
     never move a route.
     """
-    fixtures = os.environ.get("ADVMOE_FIXTURES")
-    if not fixtures:
-        pytest.skip("set ADVMOE_FIXTURES to the folder with the released code's answers")
-    about = json.loads((Path(fixtures) / f"{kind}.json").read_text())
+    about = json.loads((answers_folder() / f"{kind}.json").read_text())
     released = _Released(about, seed, size)
     file = folder / "released.pth"
     torch.save({"state_dict": released.state()}, file)

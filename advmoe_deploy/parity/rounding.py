@@ -7,6 +7,7 @@ likely to be rounded.
 """
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,21 +18,30 @@ _ROUNDING = 2.0**-24
 _PARTIAL_SUMS = 16
 
 
-def disturbed(weight: Tensor, generator: torch.Generator) -> Tensor:
+# As many random directions are drawn, and then repeated: a prime, which no channel is as long as.
+_DIRECTIONS = 65_521
+
+
+def disturbed(weight: Tensor) -> Tensor:
     """Return ``weight`` in float64, every value moved by the rounding of the sum it belongs to.
 
     A sum of K products is rounded K / 16 times one after the other, in random directions: by about
-    the square root of that.
+    the square root of that. The directions are the same every time.
     """
     products = weight[0].numel() if weight.dim() > 1 else 1
     size = _ROUNDING * max(1.0, products / _PARTIAL_SUMS) ** 0.5
-    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    return weight.double() * noise.mul(size).add(1)
+    factors = _directions().mul(size).add(1).repeat(-(-weight.numel() // _DIRECTIONS))
+    return weight.double() * factors[: weight.numel()].view(weight.shape)
 
 
 def disturb(parameters: Iterable[Tensor]) -> None:
-    """Disturb float64 ``parameters`` in place, the same way every time."""
-    generator = torch.Generator().manual_seed(0)
+    """Disturb float64 ``parameters`` in place."""
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(disturbed(parameter, generator))
+            parameter.copy_(disturbed(parameter))
+
+
+@cache
+def _directions() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_DIRECTIONS, generator=generator, dtype=torch.float64)

@@ -14,9 +14,9 @@ from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Silent
 from tests.released_checkpoints import KINDS, run_of
 
-NARROW = ("advmoe-resnet18-e5", "experts-conv-layer4.1-e4-k1", "dual-moe-resnet18-e4")
+NARROW = ("advmoe-resnet18-e5", "experts-conv-layer4.1-e4-k1")
 WIDE = "advmoe-wrn28x10-e2"
-DATA = "random:8"
+DATA = "random:4"
 
 
 class Notes(Silent):

@@ -17,10 +17,10 @@ IMAGES = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
 def test_a_weight_moves_by_the_rounding_of_its_sum() -> None:
     """A row of 1600 products: 100 roundings in a row in each of 16 sums, so ten on average."""
     rows, single = torch.ones(100, 1600), torch.ones(1600)
-    moved = disturbed(rows, torch.Generator().manual_seed(1)) - 1
+    moved = disturbed(rows) - 1
     assert moved.dtype == torch.float64
-    assert 9.9 < float(moved.std()) / 2**-24 < 10.1
-    alone = disturbed(single, torch.Generator().manual_seed(1)) - 1
+    assert 9.8 < float(moved.std()) / 2**-24 < 10.2
+    alone = disturbed(single) - 1
     assert 0.9 < float(alone.std()) / 2**-24 < 1.1
 
 

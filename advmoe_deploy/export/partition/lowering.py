@@ -85,17 +85,17 @@ class Program:
         With ``disturb``, by disturbed parameters, see :mod:`advmoe_deploy.parity.rounding`.
         """
         results = list(results)
-        values: dict[fx.Node, Any] = {n: v.to(dtype) for n, (_, v) in self.constants.items()}
+        nodes = self.needed(results, given)
+        read = {*results, *(n for node in nodes for n in node.all_input_nodes)}
+        constants = {n: v for n, (_, v) in self.constants.items() if n in read}
+        values: dict[fx.Node, Any] = {n: v.to(dtype) for n, v in constants.items()}
         if disturb:
-            generator = torch.Generator().manual_seed(0)
-            values |= {
-                n: disturbed(v, generator).to(dtype)
-                for n, (_, v) in self.constants.items()
-                if isinstance(v, nn.Parameter)
-            }
+            for n, v in constants.items():
+                if isinstance(v, nn.Parameter):
+                    values[n] = disturbed(v).to(dtype)
         values |= {node: value.to(dtype) for node, value in given.items()}
         with torch.inference_mode():
-            for node in self.needed(results, given):
+            for node in nodes:
                 assert callable(node.target)
                 arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*arguments[0], **arguments[1])
