@@ -102,8 +102,8 @@ def label_map(data: Sequence[str], model: Sequence[str], class_map: Mapping[str,
     if class_map or not (_is_nameless(renamed) or _is_nameless(model)):
         raise _other_classes(renamed, model)
     side = "its" if _is_nameless(renamed) else "the model's"
-    places = {number: label for label, number in enumerate(_numbers(model))}
-    labels_C = np.asarray([places[number] for number in _numbers(renamed)], dtype=np.int64)
+    label_of = {number: label for label, number in enumerate(_numbers(model))}
+    labels_C = np.asarray([label_of[number] for number in _numbers(renamed)], dtype=np.int64)
     note = f"{side} classes have numbers and no names; labels are taken as the model's by number"
     return LabelMap(labels_C, note, by_name=not _is_nameless(renamed))
 
