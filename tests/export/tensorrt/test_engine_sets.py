@@ -135,7 +135,11 @@ def test_the_network_of_all_experts_runs_in_float16_too() -> None:
     onnx.checker.check_model(half, full_check=True)
     with OrtEngine(half.SerializeToString()) as engine:  # which wants nodes' names to differ
         logits = engine.run({"images": IMAGES})["logits"]
-    np.testing.assert_allclose(logits, subject.gate.parity.answers.logits, atol=0.05)
+    answers = subject.gate.parity.answers
+    # A closer call may go the other way, for float16 rounds the scores as well.
+    clear_N = answers.routes["router"].margins > 0.01
+    assert clear_N.sum() > 40
+    np.testing.assert_allclose(logits[clear_N], answers.logits[clear_N], atol=0.05)
 
 
 def test_what_float16_cannot_hold_stays_in_float32() -> None:
@@ -267,7 +271,7 @@ def test_what_moves_rows_is_examined_too(tmp_path: Path, monkeypatch: pytest.Mon
             row_graph.graph.graph.node.insert(0, minus)
         return made
 
-    monkeypatch.setattr(backend, "movers", from_the_last)
+    monkeypatch.setattr(backend, "row_graphs", from_the_last)
     with pytest.raises(CheckFailedError, match=r"trt-onnx-fp32.*logits"):
         write_engine_set(tmp_path, target("fp32"), subject_for(TINY))
 
