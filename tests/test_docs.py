@@ -61,7 +61,8 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
 def test_paths_in_prose_exist(page: Path) -> None:
-    for path in PATH.findall(page.read_text(encoding="utf-8")):
+    paths = PATH.findall(page.read_text(encoding="utf-8"))
+    for path in (path for path in paths if not re.search("[A-Z]{3}", path)):  # NAME: a placeholder
         found = any((root / path).exists() for root in (ROOT, ROOT / "advmoe_deploy"))
         assert found, f"{page.name} speaks of {path}"
 

@@ -12,7 +12,7 @@ from advmoe_deploy.export.from_run import check_graphs, export_run, write_graphs
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Silent
-from tests.released_checkpoints import KINDS, run_of
+from tests.export.released_checkpoints import KINDS, run_of
 
 NARROW = ("advmoe-resnet18-e5", "experts-conv-layer4.1-e4-k1")
 WIDE = "advmoe-wrn28x10-e2"
