@@ -54,7 +54,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from advmoe_deploy.export.from_run import export_onnx
+from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.progress import Silent
 
 class Talker(Silent):
@@ -62,7 +62,7 @@ class Talker(Silent):
         print("advanced", file=sys.stderr, flush=True)
 
 {before}
-export_onnx(Path({run!r}), Path({out!r}), data="random:8", progress={progress})
+export_run(Path({run!r}), Path({out!r}), data="random:8", progress={progress})
 """
 
 

@@ -19,6 +19,7 @@ from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.step import learner
 from tests.toy_training import TINY, some_digits, tiny
 
 
@@ -108,7 +109,8 @@ def test_a_run_that_diverges_says_where_and_keeps_the_last_checkpoint(tmp_path: 
     parameters: dict[str, float] = {}
     monkey = pytest.MonkeyPatch()
     monkey.setattr(
-        "advmoe_deploy.train.step.learner.lr_factor",
+        learner,
+        "lr_factor",
         lambda schedule, done: parameters.get("lr", lr_factor(schedule, done)),
     )
     try:

@@ -26,6 +26,7 @@ from advmoe_deploy.reports import Pair
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
 from advmoe_deploy.specs import Precision, build_spec
+from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.curve import robustness_curve
 from advmoe_deploy.verify.suites import attack_suite
 from advmoe_deploy.verify.verify import drop_in_points, verify_bundle
@@ -152,7 +153,7 @@ def test_a_crash_is_no_failed_check_and_loses_nothing(
     capsys: pytest.CaptureFixture[str],
     as_json: bool,
 ) -> None:
-    monkeypatch.setattr("advmoe_deploy.verify.verify.attack_predictions", crash)
+    monkeypatch.setattr(verify_module, "attack_predictions", crash)
     options = ["--json"] if as_json else []
     assert run(["verify", str(tiny_bundle.path), "--images", "5", *options]) == 70
     printed = capsys.readouterr()
