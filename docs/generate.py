@@ -55,10 +55,10 @@ def signature(function: Callable[..., Any]) -> str:
 
 def outline(type_: type) -> str:
     """Return the first line of a class, its fields, and the signatures of its public methods."""
-    lines = [f"class {type_.__name__}:"]
-    for member in ast.parse(inspect.getsource(type_)).body[0].body:  # type: ignore[attr-defined]
+    source, lines = inspect.getsource(type_), [f"class {type_.__name__}:"]
+    for member in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(member, ast.AnnAssign):
-            lines.append(f"    {ast.unparse(member)}")
+            lines.append(f"    {ast.get_source_segment(source, member)}")
         elif isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
             returns, is_property = ast.unparse(member.returns), member.decorator_list
             call = f"def {member.name}({ast.unparse(member.args)}) -> {returns}"
