@@ -76,7 +76,7 @@ class PlanRunner(Closing):
                     tensors |= route(step, tensors[step.scores])
                 case ExpertsStep():
                     tensors[step.output] = self._experts(step, tensors)
-        return prediction_of(self._routes, tensors)
+        return prediction_of(self._routes, tensors, len(images))
 
     def _run(self, name: str, tensors: Tensors) -> Tensors:
         segment = self._plan.segment(name)

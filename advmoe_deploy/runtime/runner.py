@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from advmoe_deploy.errors import BundleError
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.specs import Precision
 
@@ -55,8 +56,19 @@ def is_exact(runner: Runner) -> bool:
     return runner.precision == "fp32" and not runner.tf32
 
 
-def prediction_of(routes: tuple[RouteStep, ...], tensors: dict[str, NDArray[Any]]) -> Prediction:
-    """Return the prediction in ``tensors``, which are named as a plan names them."""
+def prediction_of(
+    routes: tuple[RouteStep, ...], tensors: dict[str, NDArray[Any]], images: int
+) -> Prediction:
+    """Return the prediction for ``images`` in ``tensors``, which are named as a plan names them.
+
+    Raises:
+        BundleError: the engine answered fewer images, or more.
+    """
+    if len(tensors["logits"]) != images:
+        raise BundleError(
+            f"the engine answers {len(tensors['logits'])} of {images} images; it is broken on this "
+            "machine: choose another with --engine, or export again here"
+        )
     return Prediction(
         logits=tensors["logits"],
         expert_ids={route.layer: tensors[route.expert_ids] for route in routes},

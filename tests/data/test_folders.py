@@ -1,12 +1,14 @@
 """Hub data sets besides CIFAR-10, and image folders."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from advmoe_deploy.data import pixels
@@ -63,6 +65,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def shades(indices: Iterable[int]) -> set[tuple[int, int]]:
+    """Return the greys that ``folder`` has at these indices, each with its label."""
+    return {pair for index in indices for pair in ((index, 0), (255 - index, 1))}
+
+
+def greys(images: Iterable[NDArray[np.uint8]], labels: Iterable[int]) -> set[tuple[int, int]]:
+    """Return the grey of each image with its label."""
+    return {(int(i.flat[0]), int(label)) for i, label in zip(images, labels, strict=True)}
+
+
 def test_an_image_folder_is_scaled_and_split(folder: Path) -> None:
     data = load_dataset(f"folder:{folder}?size=8")
     assert data.class_names == ("black", "white")
@@ -70,8 +82,10 @@ def test_an_image_folder_is_scaled_and_split(folder: Path) -> None:
     assert (len(data.train), len(data.holdout), len(data.test)) == (16, 4, 4)
     assert np.bincount(data.holdout.labels).tolist() == [2, 2]
     for split in (data.train, data.holdout, data.test):
-        assert np.array_equal(split.images.mean(axis=(1, 2, 3)) > 127, split.labels)
         assert not np.ptp(split.images, axis=(1, 2, 3)).any()
+    trained, tested = ([*data.train.images, *data.holdout.images], data.test.images)
+    assert greys(trained, [*data.train.labels, *data.holdout.labels]) == shades(range(10))
+    assert greys(tested, data.test.labels) == shades(range(10, 12))
 
 
 def test_the_first_images_are_of_all_classes(folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class GraphRunner(Closing):
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
         checked = checked_images(images, self._image_shape)
-        return prediction_of(self._routes, self._engine.run({"images": checked}))
+        return prediction_of(self._routes, self._engine.run({"images": checked}), len(images))
 
     def close(self) -> None:
         """Release the session."""

@@ -240,7 +240,7 @@ class _Batch:
             self._weights(route)
         tensors = self.layout.tensors
         typed = {n: v.astype(tensors[n].dtype, copy=False) for n, v in self.host.items()}
-        return prediction_of(routes, typed)
+        return prediction_of(routes, typed, self.count)
 
     def _view(self, tensor: str, images: int | None = None) -> View:
         """Return the rows of so many images, by default those of the padded batch."""
