@@ -18,7 +18,8 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/advmoe demo --out demo-out
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
+	    --no-loadscope-reorder
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

@@ -84,6 +84,11 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return open_bundle(out)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what runs whole commands: at the end it would keep one worker busy alone."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let another run stand for ``trained_run``: tests hold whatever was trained."""
     parser.addoption("--trained-run", type=Path, default=Path(__file__).parent / "data/trained-run")
