@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from advmoe_deploy import __version__
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import BundleError, reading
+from advmoe_deploy.errors import BundleError, one_line, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
@@ -38,7 +38,6 @@ from advmoe_deploy.specs import (
     ModelSpec,
     Precision,
     ThreatModel,
-    one_line,
 )
 
 SCHEMA_VERSION = 5

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 Doing = Literal["read", "write"]
 
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h: never the answer of a check
@@ -213,6 +215,16 @@ def reason_of(error: OSError, doing: Doing | None = None) -> str:
         return error.strerror or str(error)
     _, *texts = _TEXTS[error.errno]
     return texts[-1] if (doing or _doing(error)) == "write" else texts[0]
+
+
+def one_line(error: ValidationError) -> str:
+    """Return what ``error`` says, in one line that names each field."""
+    parts = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{field}: {message}" if field else message)
+    return "; ".join(parts)
 
 
 def machine_error(error: OSError | MemoryError) -> MachineError | None:

@@ -14,7 +14,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import UsageError, one_line
 from advmoe_deploy.families import (
     BACKBONES,
     BASE_WIDTH,
@@ -31,7 +31,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # What is not quantised is computed in.
 ComputeDtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino", "tensorrt"]
-AttackTarget = Literal["model", "straight-through", "pathway", "router", "experts"]
+AttackTarget = Literal[
+    "model", "straight-through", "soft", "pathway", "weakest", "router", "experts"
+]
+AttackLoss = Literal["cross-entropy", "margin"]
 
 # What ``export --format`` calls the backends.
 FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
@@ -276,7 +279,12 @@ class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
     ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router. APGD sets
-    its step size itself. ``random_start`` is PGD's: without it the search begins at the image.
+    its step size itself.
+
+    The rest is PGD's. Without ``random_start`` the search begins at the image. With ``classes`` it
+    is targeted, at so many of the likeliest wrong classes in turn. ``momentum`` is the share of the
+    last direction that is kept; with ``decay`` the step falls from epsilon to nearly nothing.
+    ``temperature``, of target soft, is a share of the median gap between routes.
     """
 
     name: Literal["pgd", "apgd", "square", "autoattack"]
@@ -286,6 +294,11 @@ class AttackSpec(Frozen):
     restarts: int = Field(1, ge=1)
     random_start: bool = True
     seed: int = 0
+    loss: AttackLoss = "cross-entropy"
+    classes: int = Field(0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    decay: bool = False
+    temperature: float = Field(0.5, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -319,16 +332,6 @@ class BatchProfile(Frozen):
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"batch sizes must grow: min={self.min} opt={self.opt} max={self.max}")
         return self
-
-
-def one_line(error: ValidationError) -> str:
-    """Return what ``error`` says, in one line that names each field."""
-    parts = []
-    for item in error.errors(include_url=False):
-        field = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{field}: {message}" if field else message)
-    return "; ".join(parts)
 
 
 def build_spec(**fields: object) -> ModelSpec:

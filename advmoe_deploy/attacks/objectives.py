@@ -5,37 +5,55 @@ it, or a question of its own:
 
     model               the model as it runs, with its exact gradient
     straight-through    the gradient also enters hard routers, as in training
-    pathway             for each expert: push every route there and attack that fixed network
+    soft                each row meets all experts, weighted by a softmax of their scores
+    pathway             for each pathway: err on that fixed network, and be routed along it
+    weakest             the same for one pathway an image, the one that errs most on it
     experts             RA-E: the routes of the clean images stay, also for judging
     router              RA-R: only away from the clean routes; the experts answer by the new ones
 
 Shapes: N images, T routed rows per image (1, or its tokens), E experts, K classes.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.attacks.clean_routes import CleanRoutes, take_images
-from advmoe_deploy.attacks.pgd import Ascent, Objective
-from advmoe_deploy.errors import CheckFailedError, UsageError
+from advmoe_deploy.attacks.losses import (
+    attack_loss,
+    is_wrong,
+    lead_over_label,
+    likeliest_targets,
+    require_finite_loss,
+)
+from advmoe_deploy.attacks.pathways import (
+    Pathway,
+    combinations,
+    forced,
+    pathways_of,
+    weakest_pathway,
+)
+from advmoe_deploy.attacks.pgd import Ascent, Objective, unit
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import (
     Routes,
     Routing,
     RoutingRule,
     Surrogate,
-    forced_route,
 )
-from advmoe_deploy.specs import AttackTarget
+from advmoe_deploy.specs import AttackLoss, AttackSpec, AttackTarget
 
 # Logits [n, K] of float images [n, C, H, W].
 Answer = Callable[[Tensor], Tensor]
 
-PATHWAY_LEAD = 0.1  # how clearly, in scores, the pathway attack wants its route
+# A goal is reached when it is by this share of what is usual: then only the other one counts.
+GOAL = 0.01
+# How much more the pull on the routes weighs than the error, in turn.
+PULLS = (1.0, 3.0)
 
 
 def require_target(model: Classifier, target: AttackTarget) -> None:
@@ -44,31 +62,62 @@ def require_target(model: Classifier, target: AttackTarget) -> None:
         raise UsageError(f"target {target} needs a router; a dense model has target model")
 
 
-def objectives_for(
-    model: Classifier, target: AttackTarget, clean_NCHW: Tensor, clean: CleanRoutes | None
-) -> list[Objective]:
-    """Return what to ascend in turn on the batch ``clean_NCHW``; ``clean`` are its fixed routes."""
-    if target == "pathway":
-        return [_PathwayObjective(model, expert) for expert in model.experts_in_use]
+@dataclass(frozen=True)
+class Scene:
+    """One batch that is attacked: its clean images, labels, logits and routings."""
+
+    model: Classifier
+    images_NCHW: Tensor
+    labels_N: Tensor
+    logits_NK: Tensor
+    routings: Mapping[str, Routing]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Classifier, images_NCHW: Tensor, labels_N: Tensor) -> "Scene":
+        """Return the scene of a batch."""
+        routes = Routes()
+        logits_NK = model(images_NCHW, routes)
+        return cls(model, images_NCHW, labels_N, logits_NK, routes.taken)
+
+    @property
+    def error_goal(self) -> float:
+        """How far a wrong class has to lead, in logits."""
+        spread_N = self.logits_NK.amax(dim=1) - self.logits_NK.amin(dim=1)
+        return GOAL * float(spread_N.median())
+
+    def route_gap(self, layer: str) -> float:
+        """Return the median distance, in scores, of the clean images from another route."""
+        gaps_R = self.routings[layer].margin_N
+        gaps_R = gaps_R[torch.isfinite(gaps_R)]
+        return float(gaps_R.median()) if len(gaps_R) else 1.0
+
+
+def objectives_for(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) -> list[Objective]:
+    """Return what to ascend in turn on the batch of ``scene``; ``clean`` are its fixed routes."""
+    model, target = scene.model, attack.target
     if target == "router":
-        return [_RouteObjective(model, clean_NCHW)]
-    return [_ModelObjective(model, "probability" if target == "straight-through" else None, clean)]
-
-
-def require_finite_loss(loss_N: Tensor) -> Tensor:
-    """Return ``loss_N``; NaN or infinity raises :class:`CheckFailedError`."""
-    # The sign of NaN is 0: an attack on such a model would be mere noise and call it robust.
-    if not bool(torch.isfinite(loss_N).all()):
-        raise CheckFailedError(
-            "the model's loss is not finite under attack, so no attack can tell anything; "
-            "use an earlier checkpoint or train again"
-        )
-    return loss_N
-
-
-def is_wrong(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """Return which rows [N] do not answer their label; logits that are not finite answer none."""
-    return (logits_NK.argmax(dim=1) != labels_N) | ~torch.isfinite(logits_NK).all(dim=1)
+        return [_RouteObjective(model, scene)]
+    aims: list[Tensor | None] = [None]
+    if attack.classes:
+        aims = [*likeliest_targets(scene.logits_NK, scene.labels_N, attack.classes)]
+    if target == "soft":
+        return [_SoftObjective(scene, attack, aim) for aim in aims]
+    if target in ("pathway", "weakest"):
+        images = len(scene.labels_N)
+        if target == "weakest":
+            every = combinations(model, scene.routings, images)
+            pathways = [weakest_pathway(model, every, scene.images_NCHW, scene.labels_N)]
+        else:
+            pathways = pathways_of(model, scene.routings, images)
+        return [
+            _PathwayObjective(scene, pathway, aim, pull)
+            for aim in aims
+            for pull in PULLS
+            for pathway in pathways
+        ]
+    surrogate: Surrogate | None = "probability" if target == "straight-through" else None
+    return [_ModelObjective(model, surrogate, clean, attack.loss, aim) for aim in aims]
 
 
 class AnsweredBy:
@@ -86,33 +135,72 @@ class AnsweredBy:
 
 
 class _ModelObjective:
-    """Cross-entropy of the model, with or without a gradient into hard routers."""
+    """The loss of the model, with or without a gradient into hard routers."""
 
     def __init__(
-        self, model: Classifier, surrogate: Surrogate | None, clean: CleanRoutes | None
+        self,
+        model: Classifier,
+        surrogate: Surrogate | None,
+        clean: CleanRoutes | None,
+        loss: AttackLoss,
+        targets_N: Tensor | None,
     ) -> None:
         self.model = model
         self.surrogate = surrogate
         self.clean = clean
+        self.loss: AttackLoss = loss
+        self.targets_N = targets_N
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         x = images_NCHW.detach().requires_grad_(True)
         routes = self.clean.of(rows_N) if self.clean else Routes(surrogate=self.surrogate)
         with torch.enable_grad():
             logits_NK = self.model(x, routes)
-            loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
+            loss_N = attack_loss(self.loss, logits_NK, labels_N, _rows(self.targets_N, rows_N))
             (gradient,) = torch.autograd.grad(loss_N.sum(), x)
         return _ascent(gradient, loss_N, logits_NK.argmax(dim=1) != labels_N)
+
+
+class _SoftObjective:
+    """The loss of the model whose rows meet all experts, weighted by a softmax of their scores.
+
+    The softmax's temperature is a share of the usual gap between routes; who is fooled is for the
+    model itself to say.
+    """
+
+    def __init__(self, scene: Scene, attack: AttackSpec, targets_N: Tensor | None) -> None:
+        self.model = scene.model
+        self.soft = scene.model.unrolled()
+        self.loss: AttackLoss = attack.loss
+        self.targets_N = targets_N
+        self.temperatures = {
+            layer: max(attack.temperature * scene.route_gap(layer), 1e-12)
+            for layer in scene.routings
+        }
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
+        x = images_NCHW.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits_NK = self.soft(x, Routes(surrogate="probability", adjust=self._blend))
+            loss_N = attack_loss(self.loss, logits_NK, labels_N, _rows(self.targets_N, rows_N))
+            (gradient,) = torch.autograd.grad(loss_N.sum(), x)
+        with torch.no_grad():
+            fooled_N = is_wrong(self.model(x), labels_N)
+        return _ascent(gradient, loss_N, fooled_N)
+
+    def _blend(self, rule: RoutingRule, scores_NE: Tensor, _: Surrogate | None) -> Routing:
+        weights_NE = F.softmax(scores_NE / self.temperatures[rule.layer], dim=1)
+        experts_E = torch.arange(rule.num_experts, device=scores_NE.device)
+        return Routing(scores_NE, experts_E.expand_as(scores_NE), weights_NE)
 
 
 class _RouteObjective:
     """Cross-entropy of the gates' scores against the clean routes, mean over layers and rows."""
 
-    def __init__(self, model: Classifier, clean_NCHW: Tensor) -> None:
+    def __init__(self, model: Classifier, scene: Scene) -> None:
         self.model = model
-        self.images = len(clean_NCHW)
-        with torch.no_grad():
-            self.clean = model.route(clean_NCHW)
+        self.images = len(scene.labels_N)
+        self.clean = scene.routings
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         x = images_NCHW.detach().requires_grad_(True)
@@ -135,56 +223,51 @@ def _route_loss(taken: Routing, clean: Routing, images: int) -> Tensor:
 
 
 class _PathwayObjective:
-    """Cross-entropy of one fixed network, plus a pull of the routes towards it.
+    """Two goals: a wrong class leads in the fixed network of a pathway, and the routes go there.
 
     The gates are asked on that network's own features, so where each of them leads towards its
     expert, the model itself takes this pathway. The two gradients are brought to the same size, for
-    scores and logits know no common scale.
+    scores and logits know no common scale, and a goal that is reached no longer pulls: an error
+    that grows on would fight the route.
     """
 
-    def __init__(self, model: Classifier, expert: int) -> None:
-        self.model = model
-        self.expert = expert
+    def __init__(
+        self, scene: Scene, pathway: Pathway, targets_N: Tensor | None, pull: float
+    ) -> None:
+        self.model, self.pathway, self.targets_N, self.pull = scene.model, pathway, targets_N, pull
+        self.error_goal = scene.error_goal
+        self.route_goal = GOAL * min(scene.route_gap(layer) for layer in pathway)
         # Anything but one expert of weight 1 gives an answer that no fixed network gives.
-        self.exact = all(rule.top_k == 1 and rule.weighting == "one" for rule in model.rules)
+        rules = scene.model.rules
+        self.exact = all(rule.top_k == 1 and rule.weighting == "one" for rule in rules)
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         x = images_NCHW.detach().requires_grad_(True)
         leads: list[Tensor] = []
         with torch.enable_grad():
-            logits_NK = self.model(x, self._routes(leads))
-            loss_N = F.cross_entropy(logits_NK, labels_N, reduction="none")
-            pulls = [_per_image(lead.clamp(max=PATHWAY_LEAD), len(x)) for lead in leads]
+            logits_NK = self.model(x, forced(self.pathway, rows_N, leads.append))
+            error_N = lead_over_label(logits_NK, labels_N, _rows(self.targets_N, rows_N))
+            pulls = [_per_image(lead.clamp(max=self.route_goal), len(x)) for lead in leads]
             pull_N = torch.stack(pulls).mean(dim=0)
-            (attack,) = torch.autograd.grad(loss_N.sum(), x, retain_graph=True)
+            (attack,) = torch.autograd.grad(error_N.sum(), x, retain_graph=True)
             (pull,) = torch.autograd.grad(pull_N.sum(), x)
-        answers_N = self._answers(x, logits_NK, leads)
-        return _ascent(_unit(attack) + _unit(pull), loss_N, answers_N != labels_N)
-
-    def _routes(self, leads: list[Tensor]) -> Routes:
-        def force(rule: RoutingRule, scores_NE: Tensor, _: Surrogate | None) -> Routing:
-            expert = rule.or_last(self.expert)
-            leads.append(_lead(scores_NE, expert))
-            ids_N = torch.full_like(scores_NE[:, 0], expert, dtype=torch.int64)
-            return forced_route(ids_N, rule.num_experts, like=scores_NE)
-
-        return Routes(surrogate="probability", adjust=force)
+        erring_N = (error_N > self.error_goal)[:, None, None, None]
+        direction = unit(attack).masked_fill(erring_N, 0.0) + self.pull * unit(pull)
+        return _ascent(direction, error_N, self._fooled(x, logits_NK, labels_N, leads))
 
     @torch.no_grad()
-    def _answers(self, x: Tensor, logits_NK: Tensor, leads: list[Tensor]) -> Tensor:
-        """Return the model's own answers; it is asked only where the pathway's may differ."""
-        answers_N = logits_NK.argmax(dim=1)
+    def _fooled(
+        self, x: Tensor, logits_NK: Tensor, labels_N: Tensor, leads: list[Tensor]
+    ) -> Tensor:
+        """Return whom the model itself gets wrong, as far as the pathway can tell."""
+        if not self.exact:
+            return is_wrong(self.model(x), labels_N)
         least_N = torch.stack([lead.view(len(x), -1).amin(dim=1) for lead in leads]).amin(dim=0)
-        elsewhere_N = least_N <= 0 if self.exact else torch.ones_like(least_N, dtype=torch.bool)
-        if bool(elsewhere_N.any()):
-            answers_N[elsewhere_N] = self.model(x[elsewhere_N]).argmax(dim=1)
-        return answers_N
+        return is_wrong(logits_NK, labels_N) & (least_N > 0)
 
 
-def _lead(scores_NE: Tensor, expert: int) -> Tensor:
-    others_NE = scores_NE.clone()
-    others_NE[:, expert] = -torch.inf
-    return scores_NE[:, expert] - others_NE.amax(dim=1)
+def _rows(targets_N: Tensor | None, rows_N: Tensor) -> Tensor | None:
+    return None if targets_N is None else targets_N[rows_N]
 
 
 def _per_image(values: Tensor, images: int) -> Tensor:
@@ -193,8 +276,3 @@ def _per_image(values: Tensor, images: int) -> Tensor:
 
 def _ascent(gradient_NCHW: Tensor, loss_N: Tensor, fooled_N: Tensor) -> Ascent:
     return Ascent(gradient_NCHW, require_finite_loss(loss_N.detach()), fooled_N)
-
-
-def _unit(gradient_NCHW: Tensor) -> Tensor:
-    size = gradient_NCHW.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return gradient_NCHW / size.clamp(min=1e-20)

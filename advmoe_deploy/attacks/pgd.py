@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +34,13 @@ class Objective(Protocol):
 def step_size_of(attack: AttackSpec, threat: ThreatModel) -> float:
     """Return the step in [0, 1] pixels; 2.5 * epsilon / steps unless the attack names one."""
     return attack.step_size or 2.5 * threat.epsilon / attack.steps
+
+
+def step_sizes_of(attack: AttackSpec, threat: ThreatModel) -> list[float]:
+    """Return the size of each step in [0, 1] pixels: all the same, or falling from epsilon."""
+    if not attack.decay:
+        return [step_size_of(attack, threat)] * attack.steps
+    return [threat.epsilon * (1 - step / attack.steps) for step in range(attack.steps)]
 
 
 def project(x_NCHW: Tensor, around_NCHW: Tensor, epsilon: float) -> Tensor:
@@ -107,29 +114,43 @@ def pgd_search(
     *,
     rows_N: Tensor,
     threat: ThreatModel,
-    steps: int,
-    step_size: float,
+    step_sizes: Sequence[float],
+    momentum: float = 0.0,
     first_only: bool = False,
 ) -> Tensor:
     """Return the worst images met for ``rows_N`` of a batch; the other rows come back as they are.
 
     Worst is, among the iterates that fool the model, the one of the highest loss; an image that
     nothing fooled keeps its highest loss. ``first_only`` stops working on an image at the first
-    iterate that fools: the same count of fooled images, for less work.
+    iterate that fools: the same count of fooled images, for less work. With ``momentum`` the
+    direction is the gradient, brought to one size for all images, plus that share of the last.
     """
     worst = _Worst(images_NCHW)
-    x_NCHW = start_NCHW[rows_N]
-    for step in range(steps + 1):
+    x_NCHW, direction_NCHW = start_NCHW[rows_N], None
+    for step_size in (*step_sizes, 0.0):
         ascent = objective(x_NCHW, labels_N[rows_N], rows_N)
         worst.offer(rows_N, x_NCHW, ascent)
-        x_NCHW = x_NCHW + step_size * ascent.gradient_NCHW.sign()
+        gradient_NCHW = ascent.gradient_NCHW
+        if momentum:
+            gradient_NCHW = unit(gradient_NCHW)
+            if direction_NCHW is not None:
+                gradient_NCHW = gradient_NCHW + momentum * direction_NCHW
+            direction_NCHW = gradient_NCHW
+        x_NCHW = x_NCHW + step_size * gradient_NCHW.sign()
         if first_only:
             left = ~ascent.fooled_N
             rows_N, x_NCHW = rows_N[left], x_NCHW[left]
-        if step == steps or not len(rows_N):
+            direction_NCHW = None if direction_NCHW is None else direction_NCHW[left]
+        if not len(rows_N):
             break
         x_NCHW = project(x_NCHW, images_NCHW[rows_N], threat.epsilon)
     return worst.images_NCHW
+
+
+def unit(gradient_NCHW: Tensor) -> Tensor:
+    """Return the gradient of each image at a mean size of 1; one that is zero stays so."""
+    size = gradient_NCHW.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return gradient_NCHW / size.clamp(min=1e-20)
 
 
 class _Worst:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
+from advmoe_deploy.attacks.losses import is_wrong, require_finite_loss
 from advmoe_deploy.attacks.objectives import (
     Answer,
     AnsweredBy,
-    is_wrong,
+    Scene,
     objectives_for,
-    require_finite_loss,
     require_target,
 )
 from advmoe_deploy.attacks.pgd import (
@@ -24,7 +24,7 @@ from advmoe_deploy.attacks.pgd import (
     eval_mode,
     pgd_search,
     random_start,
-    step_size_of,
+    step_sizes_of,
 )
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
@@ -122,7 +122,7 @@ class _Batch:
         self.threat = threat
         self.spec = attack
         self.clean = CleanRoutes(model, images) if attack.target == "experts" else None
-        self.objectives = objectives_for(model, attack.target, images, self.clean)
+        self.objectives = objectives_for(Scene.of(model, images, labels), attack, self.clean)
         if answer is not None:
             self.objectives = [AnsweredBy(answer, objective) for objective in self.objectives]
 
@@ -157,8 +157,8 @@ class _Batch:
             start,
             rows_N=rows_N,
             threat=self.threat,
-            steps=self.spec.steps,
-            step_size=step_size_of(self.spec, self.threat),
+            step_sizes=step_sizes_of(self.spec, self.threat),
+            momentum=self.spec.momentum,
             first_only=first_only,
         )
 

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.errors import DataError, UsageError, one_line
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.settings import Fields, dotted_keys, put_setting
-from advmoe_deploy.specs import one_line
 
 BuildConfig = Annotated[
     Path | None,

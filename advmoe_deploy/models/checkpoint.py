@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError, reading
+from advmoe_deploy.errors import CheckpointError, one_line, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel
 
 CHECKPOINT_VERSION = 1
 CHECKPOINT = "checkpoint.json"

@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import UsageError, one_line
 from advmoe_deploy.families import IMAGE_ROUTED, Family
 from advmoe_deploy.settings import dotted_keys, put_setting
-from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel, one_line
+from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
 
 Method = Literal[
     "advmoe",

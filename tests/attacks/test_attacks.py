@@ -13,7 +13,7 @@ from advmoe_deploy.attacks.autoattack import _lead_of_target, standard_autoattac
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.find import find_adversarial
-from advmoe_deploy.attacks.objectives import is_wrong
+from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.pgd import eval_mode, pgd_kl, project, step_size_of
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float

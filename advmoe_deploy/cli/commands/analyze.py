@@ -15,8 +15,7 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.specs import one_line
+from advmoe_deploy.errors import UsageError, one_line, unknown_name
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport, Section

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.errors import CheckpointError, UsageError
+from advmoe_deploy.errors import CheckpointError, UsageError, one_line
 from advmoe_deploy.files import (
     remove_abandoned,
     sha256_of,
@@ -40,7 +40,7 @@ from advmoe_deploy.models.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from advmoe_deploy.specs import Frozen, one_line
+from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import RunData, require_same_content
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport

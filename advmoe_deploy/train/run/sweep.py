@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.errors import CheckpointError, UsageError
+from advmoe_deploy.errors import CheckpointError, UsageError, one_line
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
-from advmoe_deploy.specs import Frozen, one_line
+from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import CONFIG, REPORT, require_same
