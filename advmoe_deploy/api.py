@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
     from advmoe_deploy.models.checkpoint import Checkpoint
     from advmoe_deploy.progress import Progress
-    from advmoe_deploy.reports import LatencyReport, RobustReport
+    from advmoe_deploy.reports import LatencyReport
+    from advmoe_deploy.verify.report import RobustReport
     from advmoe_deploy.runtime.runner import Runner
     from advmoe_deploy.specs import Precision
     from advmoe_deploy.train.run.report import TrainReport

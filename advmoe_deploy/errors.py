@@ -9,7 +9,8 @@
     │   ├── CheckpointError        3
     │   └── DataError              3
     ├── BackendUnavailableError    4  an optional dependency or a device is missing
-    └── MachineError               5  disk full, out of memory, no permission
+    ├── MachineError               5  disk full, out of memory, no permission
+    └── UndecidedError             6  a check ran, and the images are too few for a yes or a no
 
 Anything else that ends a command is a fault of the program, with the exit code INTERNAL.
 A message is one line: the value, the limit, and the way out.
@@ -42,6 +43,12 @@ class CheckFailedError(AdvMoEError):
 
 class DivergedError(CheckFailedError):
     """Training met a loss, a gradient or a weight that is not finite."""
+
+
+class UndecidedError(AdvMoEError):
+    """A check ran, and its answer is neither yes nor no."""
+
+    exit_code = 6
 
 
 class UsageError(AdvMoEError):

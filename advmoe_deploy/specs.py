@@ -278,16 +278,16 @@ class ThreatModel(Frozen):
 class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router. APGD sets
-    its step size itself.
+    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router. APGD and
+    FAB set their step size themselves. ``classes`` says at how many of the likeliest wrong classes
+    a targeted attack aims in turn: those called -t at nine by default, PGD at none.
 
-    The rest is PGD's. Without ``random_start`` the search begins at the image. With ``classes`` it
-    is targeted, at so many of the likeliest wrong classes in turn. ``momentum`` is the share of the
-    last direction that is kept; with ``decay`` the step falls from epsilon to nearly nothing.
-    ``temperature``, of target soft, is a share of the median gap between routes.
+    The rest is PGD's. Without ``random_start`` the search begins at the image. ``momentum`` is the
+    share of the last direction that is kept; with ``decay`` the step falls from epsilon to nearly
+    nothing. ``temperature``, of target soft, is a share of the median gap between routes.
     """
 
-    name: Literal["pgd", "apgd", "square", "autoattack"]
+    name: Literal["pgd", "apgd", "apgd-t", "fab-t", "square", "autoattack"]
     target: AttackTarget = "model"
     steps: int = Field(50, ge=1)
     step_size: float | None = Field(None, gt=0)

@@ -1,4 +1,4 @@
-"""AutoAttack, APGD and Square (Croce & Hein, 2020) through pyautoattack, their authors' code."""
+"""AutoAttack and its parts (Croce & Hein, 2020) through pyautoattack, their authors' code."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.objectives import require_target
 from advmoe_deploy.attacks.pgd import eval_mode
+from advmoe_deploy.attacks.scene import Scene
+from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
@@ -53,35 +55,23 @@ def square(
     return found
 
 
-def apgd(
+def library_attack(
     model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, attack: AttackSpec
 ) -> Tensor:
-    """Return adversarial images by APGD on the cross-entropy, which sets its own step size.
+    """Return adversarial images by APGD, on cross-entropy or targeted on DLR, or by targeted FAB.
 
-    Robust Experts (arXiv 2509.05086) reports it at 20 steps. An image no step turned comes back at
-    its clean self.
+    All set their own step size. The targeted two aim at the nine likeliest other classes, or at as
+    many as there are; ``attack.classes`` says fewer. An image that no step turned comes back at its
+    clean self.
 
     Raises:
-        UsageError: the target is not model or straight-through, or the model has no router.
+        UsageError: the target is not a form of the whole model, or the model has no router.
     """
-    if attack.target not in ("model", "straight-through"):
-        raise UsageError(f"apgd cannot aim at target {attack.target}; use pgd, or target model")
-    require_target(model, attack.target)
-    surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
-    package = _import()
+    search = _searches(attack, threat.epsilon, model.spec.num_classes, images.device)
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
-        search = package.autopgd_base.APGDAttack(
-            lambda x: model(x, Routes(surrogate=surrogate)),
-            n_iter=attack.steps,
-            norm="Linf",
-            n_restarts=attack.restarts,
-            eps=threat.epsilon,
-            seed=attack.seed,
-            loss="ce",
-            device=images.device,
-        )
+        face = _face(model, images, labels, attack)
         found = [
-            search.perturb(x, y)
+            search(face).perturb(x, y)
             for x, y in zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
             if len(x)
         ]
@@ -89,29 +79,80 @@ def apgd(
 
 
 def standard_autoattack(
-    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int = 0
+    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, attack: AttackSpec
 ) -> Tensor:
     """Return adversarial images by AutoAttack's standard four: APGD-CE, APGD-T, FAB-T, Square.
 
-    A routed model is attacked in its straight-through form, so that its router has a gradient.
-    The targeted two aim at the nine likeliest other classes, or at as many as there are.
+    A routed model is attacked in its straight-through form, so that its router has a gradient, or,
+    with target soft, in its soft form. The targeted two aim as :func:`library_attack` does.
     """
-    targets = min(_MOST_TARGETS, model.spec.num_classes - 1)
-    package = _import()
+    if attack.target == "model" and model.rules:
+        attack = attack.model_copy(update={"target": "straight-through"})
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
-        attack = package.AutoAttack(
-            lambda x: model(x, Routes(surrogate="probability")),
+        package = _import()
+        suite = package.AutoAttack(
+            _face(model, images, labels, attack),
             eps=threat.epsilon,
             norm="Linf",
-            seed=seed,
+            seed=attack.seed,
             device=images.device,
         )
-        attack.fab.n_target_classes = attack.apgd_targeted.n_target_classes = targets
-        if targets < _LEAST_TARGETS_OF_DLR:
-            attack.apgd_targeted.dlr_loss_targeted = partial(_lead_of_target, attack.apgd_targeted)
-        found, _ = attack.run_standard_evaluation(images, labels)
+        suite.fab.n_target_classes = _targets(attack, model.spec.num_classes)
+        _aim(suite.apgd_targeted, suite.fab.n_target_classes)
+        found, _ = suite.run_standard_evaluation(images, labels)
     result: Tensor = found.detach()
     return result
+
+
+def _searches(
+    attack: AttackSpec, epsilon: float, classes: int, device: torch.device
+) -> Callable[[Predict], Any]:
+    """Return what makes the library's search on a model's face."""
+    package, targets = _import(), _targets(attack, classes)
+    settings = {
+        "norm": "Linf",
+        "n_iter": attack.steps,
+        "n_restarts": attack.restarts,
+        "eps": epsilon,
+        "seed": attack.seed,
+        "device": device,
+    }
+    if attack.name == "apgd":
+        return partial(package.autopgd_base.APGDAttack, **settings, loss="ce")
+    if attack.name == "fab-t":
+        fab = package.fab_pt.FABAttack_PT
+        return partial(fab, **settings, targeted=True, n_target_classes=targets)
+
+    def apgd_targeted(face: Predict) -> Any:
+        return _aim(package.autopgd_base.APGDAttack_targeted(face, **settings), targets)
+
+    return apgd_targeted
+
+
+def _face(model: Classifier, images: Tensor, labels: Tensor, attack: AttackSpec) -> Predict:
+    """Return the form of ``model`` that is attacked."""
+    if attack.target not in ("model", "straight-through", "soft"):
+        raise UsageError(
+            f"{attack.name} cannot aim at target {attack.target}; use pgd, or target model"
+        )
+    require_target(model, attack.target)
+    if attack.target == "soft":
+        scene = Scene.of(model, images[:_BATCH], labels[:_BATCH])
+        return SoftForm(model, scene.routings, attack.temperature)
+    surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
+    return lambda x: model(x, Routes(surrogate=surrogate))
+
+
+def _targets(attack: AttackSpec, classes: int) -> int:
+    return min(attack.classes or _MOST_TARGETS, classes - 1)
+
+
+def _aim(search: Any, targets: int) -> Any:
+    """Aim a targeted APGD at so many classes; DLR is made of four logits, and may lack them."""
+    search.n_target_classes = targets
+    if targets < _LEAST_TARGETS_OF_DLR:
+        search.dlr_loss_targeted = partial(_lead_of_target, search)
+    return search
 
 
 def _lead_of_target(attack: Any, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
@@ -127,6 +168,7 @@ def _import() -> Any:
     try:
         import pyautoattack
         import pyautoattack.autopgd_base
+        import pyautoattack.fab_pt
         import pyautoattack.square
     except ImportError:
         raise missing_extra("pyautoattack", "train") from None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from advmoe_deploy.attacks.autoattack import apgd, square, standard_autoattack
+from advmoe_deploy.attacks.autoattack import library_attack, square, standard_autoattack
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH, attack_model
@@ -20,10 +20,12 @@ def find_adversarial(
     attack: AttackSpec,
     *,
     answer: Answer | None = None,
+    first_only: bool = False,
 ) -> Tensor:
     """Return adversarial images [N, C, H, W] by ``attack``, whichever it is.
 
-    ``images`` are float in [0, 1]; the same seed gives the same examples. With ``answer``, who
+    ``images`` are float in [0, 1]; the same seed gives the same examples. With ``first_only`` PGD
+    leaves an image alone once it fools. With ``answer``, who
     answers is attacked by the gradients of ``model``, see :func:`attack_model`.
 
     Raises:
@@ -34,13 +36,15 @@ def find_adversarial(
     if not len(images):
         return images.clone()
     if attack.name == "pgd":
-        return attack_model(model, images, labels, threat, attack, answer=answer)
+        return attack_model(
+            model, images, labels, threat, attack, answer=answer, first_only=first_only
+        )
     if answer is not None:
         raise UsageError(f"{attack.name} cannot lend a model's gradients; use pgd")
-    if attack.name == "apgd":
-        return apgd(model, images, labels, threat, attack)
     if attack.name == "autoattack":
-        return standard_autoattack(model, images, labels, threat, seed=attack.seed)
+        return standard_autoattack(model, images, labels, threat, attack)
+    if attack.name != "square":
+        return library_attack(model, images, labels, threat, attack)
     return _square(model, images, labels, threat, attack)
 
 

@@ -14,8 +14,9 @@ it, or a question of its own:
 Shapes: N images, T routed rows per image (1, or its tokens), E experts, K classes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,18 +32,19 @@ from advmoe_deploy.attacks.losses import (
 )
 from advmoe_deploy.attacks.pathways import (
     Pathway,
-    combinations,
     forced,
-    pathways_of,
+    second_choices,
     weakest_pathway,
+    whole_pathways,
 )
 from advmoe_deploy.attacks.pgd import Ascent, Objective, unit
+from advmoe_deploy.attacks.scene import Scene
+from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import (
     Routes,
     Routing,
-    RoutingRule,
     Surrogate,
 )
 from advmoe_deploy.specs import AttackLoss, AttackSpec, AttackTarget
@@ -50,10 +52,8 @@ from advmoe_deploy.specs import AttackLoss, AttackSpec, AttackTarget
 # Logits [n, K] of float images [n, C, H, W].
 Answer = Callable[[Tensor], Tensor]
 
-# A goal is reached when it is by this share of what is usual: then only the other one counts.
-GOAL = 0.01
 # How much more the pull on the routes weighs than the error, in turn.
-PULLS = (1.0, 3.0)
+_PULLS = (1.0, 3.0)
 
 
 def require_target(model: Classifier, target: AttackTarget) -> None:
@@ -62,62 +62,28 @@ def require_target(model: Classifier, target: AttackTarget) -> None:
         raise UsageError(f"target {target} needs a router; a dense model has target model")
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One batch that is attacked: its clean images, labels, logits and routings."""
-
-    model: Classifier
-    images_NCHW: Tensor
-    labels_N: Tensor
-    logits_NK: Tensor
-    routings: Mapping[str, Routing]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: Classifier, images_NCHW: Tensor, labels_N: Tensor) -> "Scene":
-        """Return the scene of a batch."""
-        routes = Routes()
-        logits_NK = model(images_NCHW, routes)
-        return cls(model, images_NCHW, labels_N, logits_NK, routes.taken)
-
-    @property
-    def error_goal(self) -> float:
-        """How far a wrong class has to lead, in logits."""
-        spread_N = self.logits_NK.amax(dim=1) - self.logits_NK.amin(dim=1)
-        return GOAL * float(spread_N.median())
-
-    def route_gap(self, layer: str) -> float:
-        """Return the median distance, in scores, of the clean images from another route."""
-        gaps_R = self.routings[layer].margin_N
-        gaps_R = gaps_R[torch.isfinite(gaps_R)]
-        return float(gaps_R.median()) if len(gaps_R) else 1.0
-
-
 def objectives_for(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) -> list[Objective]:
     """Return what to ascend in turn on the batch of ``scene``; ``clean`` are its fixed routes."""
-    model, target = scene.model, attack.target
-    if target == "router":
-        return [_RouteObjective(model, scene)]
+    if attack.target == "router":
+        return [_RouteObjective(scene)]
     aims: list[Tensor | None] = [None]
     if attack.classes:
         aims = [*likeliest_targets(scene.logits_NK, scene.labels_N, attack.classes)]
-    if target == "soft":
+    if attack.target == "soft":
         return [_SoftObjective(scene, attack, aim) for aim in aims]
-    if target in ("pathway", "weakest"):
-        images = len(scene.labels_N)
-        if target == "weakest":
-            every = combinations(model, scene.routings, images)
-            pathways = [weakest_pathway(model, every, scene.images_NCHW, scene.labels_N)]
-        else:
-            pathways = pathways_of(model, scene.routings, images)
-        return [
-            _PathwayObjective(scene, pathway, aim, pull)
-            for aim in aims
-            for pull in PULLS
-            for pathway in pathways
-        ]
-    surrogate: Surrogate | None = "probability" if target == "straight-through" else None
-    return [_ModelObjective(model, surrogate, clean, attack.loss, aim) for aim in aims]
+    if attack.target in ("pathway", "weakest"):
+        tries = itertools.product(aims, _PULLS, _pathways(scene, attack.target))
+        return [_PathwayObjective(scene, pathway, aim, pull) for aim, pull, pathway in tries]
+    surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
+    return [_ModelObjective(scene.model, surrogate, clean, attack.loss, aim) for aim in aims]
+
+
+def _pathways(scene: Scene, target: AttackTarget) -> list[Pathway]:
+    model, images = scene.model, len(scene.labels_N)
+    whole = whole_pathways(model, scene.routings, images)
+    if target == "weakest":
+        return [weakest_pathway(model, whole, scene.images_NCHW, scene.labels_N)]
+    return whole + second_choices(model, scene.routings, images)
 
 
 class AnsweredBy:
@@ -162,43 +128,30 @@ class _ModelObjective:
 
 
 class _SoftObjective:
-    """The loss of the model whose rows meet all experts, weighted by a softmax of their scores.
-
-    The softmax's temperature is a share of the usual gap between routes; who is fooled is for the
-    model itself to say.
-    """
+    """The loss of the model's soft form; who is fooled is for the model itself to say."""
 
     def __init__(self, scene: Scene, attack: AttackSpec, targets_N: Tensor | None) -> None:
         self.model = scene.model
-        self.soft = scene.model.unrolled()
+        self.soft = SoftForm(scene.model, scene.routings, attack.temperature)
         self.loss: AttackLoss = attack.loss
         self.targets_N = targets_N
-        self.temperatures = {
-            layer: max(attack.temperature * scene.route_gap(layer), 1e-12)
-            for layer in scene.routings
-        }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         x = images_NCHW.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits_NK = self.soft(x, Routes(surrogate="probability", adjust=self._blend))
+            logits_NK = self.soft(x)
             loss_N = attack_loss(self.loss, logits_NK, labels_N, _rows(self.targets_N, rows_N))
             (gradient,) = torch.autograd.grad(loss_N.sum(), x)
         with torch.no_grad():
             fooled_N = is_wrong(self.model(x), labels_N)
         return _ascent(gradient, loss_N, fooled_N)
 
-    def _blend(self, rule: RoutingRule, scores_NE: Tensor, _: Surrogate | None) -> Routing:
-        weights_NE = F.softmax(scores_NE / self.temperatures[rule.layer], dim=1)
-        experts_E = torch.arange(rule.num_experts, device=scores_NE.device)
-        return Routing(scores_NE, experts_E.expand_as(scores_NE), weights_NE)
-
 
 class _RouteObjective:
     """Cross-entropy of the gates' scores against the clean routes, mean over layers and rows."""
 
-    def __init__(self, model: Classifier, scene: Scene) -> None:
-        self.model = model
+    def __init__(self, scene: Scene) -> None:
+        self.model = scene.model
         self.images = len(scene.labels_N)
         self.clean = scene.routings
 
@@ -235,8 +188,7 @@ class _PathwayObjective:
         self, scene: Scene, pathway: Pathway, targets_N: Tensor | None, pull: float
     ) -> None:
         self.model, self.pathway, self.targets_N, self.pull = scene.model, pathway, targets_N, pull
-        self.error_goal = scene.error_goal
-        self.route_goal = GOAL * min(scene.route_gap(layer) for layer in pathway)
+        self.error_goal, self.route_goal = scene.error_goal, scene.route_goal
         # Anything but one expert of weight 1 gives an answer that no fixed network gives.
         rules = scene.model.rules
         self.exact = all(rule.top_k == 1 and rule.weighting == "one" for rule in rules)

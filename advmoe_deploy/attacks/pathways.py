@@ -5,7 +5,7 @@ Shapes: N images, T routed rows per image (1, or its tokens), E experts, K class
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,31 +28,40 @@ Pathway = Mapping[str, Tensor]
 MOST_COMBINATIONS = 16
 
 
-def pathways_of(model: Classifier, clean: Mapping[str, Routing], images: int) -> list[Pathway]:
-    """Return the pathways to try on ``images`` images whose clean routings are ``clean``.
+def whole_pathways(model: Classifier, clean: Mapping[str, Routing], images: int) -> list[Pathway]:
+    """Return pathways through all layers, for ``images`` images whose routings are ``clean``.
 
-    They are all combinations of the layers' experts; where those are too many, the same expert
-    throughout and, a layer at a time, each row's second choice.
+    They are all combinations of the layers' experts or, where those are too many, the same expert
+    throughout.
     """
-    if math.prod(len(rule.kept) for rule in model.rules) <= MOST_COMBINATIONS:
-        return combinations(model, clean, images)
-    same: list[Pathway] = [
-        {r.layer: _everywhere(r.or_last(expert), clean[r.layer], images) for r in model.rules}
-        for expert in model.experts_in_use
-    ]
-    return same + [{r.layer: _second_choice(clean[r.layer], images)} for r in model.rules]
+    rules = model.rules
+    experts: Iterable[Sequence[int]] = itertools.product(*(rule.kept for rule in rules))
+    if not _has_few_combinations(model):
+        experts = ([rule.or_last(expert) for rule in rules] for expert in model.experts_in_use)
 
+    def everywhere(layer: str, expert: int) -> Tensor:
+        scores_RE = clean[layer].scores_NE
+        return torch.full((images, len(scores_RE) // images), expert, device=scores_RE.device)
 
-def combinations(model: Classifier, clean: Mapping[str, Routing], images: int) -> list[Pathway]:
-    """Return one pathway for each combination of the layers' experts."""
-    layers = [rule.layer for rule in model.rules]
+    layers = [rule.layer for rule in rules]
     return [
-        {
-            layer: _everywhere(expert, clean[layer], images)
-            for layer, expert in zip(layers, experts, strict=True)
-        }
-        for experts in itertools.product(*(rule.kept for rule in model.rules))
+        {layer: everywhere(layer, e) for layer, e in zip(layers, chosen, strict=True)}
+        for chosen in experts
     ]
+
+
+def second_choices(model: Classifier, clean: Mapping[str, Routing], images: int) -> list[Pathway]:
+    """Return, where not all combinations are tried, each row's second choice a layer at a time."""
+    if _has_few_combinations(model):
+        return []
+    return [
+        {layer: routing.scores_NE.topk(2, dim=1).indices[:, 1].view(images, -1)}
+        for layer, routing in clean.items()
+    ]
+
+
+def _has_few_combinations(model: Classifier) -> bool:
+    return math.prod(len(rule.kept) for rule in model.rules) <= MOST_COMBINATIONS
 
 
 @torch.no_grad()
@@ -95,12 +104,3 @@ def forced(
 def _lead(scores_NE: Tensor, ids_N: Tensor) -> Tensor:
     others_NE = scores_NE.scatter(1, ids_N[:, None], -torch.inf)
     return scores_NE.gather(1, ids_N[:, None])[:, 0] - others_NE.amax(dim=1)
-
-
-def _everywhere(expert: int, routing: Routing, images: int) -> Tensor:
-    rows = len(routing.scores_NE) // images
-    return torch.full((images, rows), expert, device=routing.scores_NE.device)
-
-
-def _second_choice(routing: Routing, images: int) -> Tensor:
-    return routing.scores_NE.topk(2, dim=1).indices[:, 1].view(images, -1)

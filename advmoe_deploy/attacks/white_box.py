@@ -15,7 +15,6 @@ from advmoe_deploy.attacks.losses import is_wrong, require_finite_loss
 from advmoe_deploy.attacks.objectives import (
     Answer,
     AnsweredBy,
-    Scene,
     objectives_for,
     require_target,
 )
@@ -26,6 +25,7 @@ from advmoe_deploy.attacks.pgd import (
     random_start,
     step_sizes_of,
 )
+from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
+from advmoe_deploy.specs import AttackSpec, Frozen, Precision
 
 
 class Macs(Frozen):
@@ -224,51 +224,6 @@ class PrecisionReport(Frozen):
                 f"{router.shipped_ms:.3g}"
             )
         return lines
-
-
-FoundOn = Literal["reference", "engine"]
-
-
-class AttackOutcome(Frozen):
-    """One attack: accuracy on its examples, with the reference's and the engine's predictions.
-
-    ``found_on`` is whose answers the attack looked for mistakes in.
-    ``route_flip_rate`` is the share of images whose route on the engine the attack changed,
-    ``route_agreement`` the share of attacked images that both send to the same experts; ``None``
-    where nothing routes.
-    """
-
-    attack: AttackSpec
-    found_on: FoundOn
-    images: int
-    robust_accuracy: Pair
-    route_flip_rate: float | None
-    route_agreement: float | None
-    seconds: float
-
-
-class RobustReport(Frozen):
-    """Whether robustness survived the export. Accuracies are shares in [0, 1].
-
-    ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
-    ``tf32``, fp32 was rounded to TF32 where that is faster.
-    """
-
-    passed: bool
-    engine: str
-    precision: Precision = "fp32"
-    tf32: bool = False
-    data: str
-    images: int
-    threat: ThreatModel
-    max_drop: float
-    clean_accuracy: Pair
-    robust_accuracy: Pair
-    robust_interval: tuple[float, float]
-    route_agreement: float
-    parity: ParityReport
-    attacks: tuple[AttackOutcome, ...]
-    seconds: float
 
 
 ProfiledModel = Literal["moe", "dense", "s-dense", "unfused"]

@@ -1,34 +1,33 @@
 """Attack suites of ``verify``: none alone is enough where a hard route hides gradients."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ModelSpec
 
 Suite = Literal["quick", "standard", "full"]
 
-_PGD_STEPS: dict[Suite, int] = {"quick": 20, "standard": 50, "full": 50}
-_SQUARE_QUERIES: dict[Suite, int] = {"quick": 200, "standard": 1000, "full": 5000}
+# A loss that does not saturate, and steps that settle: what the strongest searches share.
+_SETTLING: dict[str, Any] = {"loss": "margin", "momentum": 0.75, "decay": True}
+_CLASSES = 9
+_TEMPERATURES = (0.1, 0.5, 2.0)
 
 
 def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
-    """Return the attacks of ``suite`` that make sense for ``spec``.
+    """Return the attacks of ``suite`` that make sense for ``spec``, in order.
 
-    White-box PGD on the model as it runs, with a straight-through gradient into the router, and on
-    every pathway while the route is pushed to it; then Square, which needs no gradient. The full
-    suite adds AutoAttack's standard four.
+    Each goes on with the images that withstood those before it. PGD on the model as it runs comes
+    first and Square, which needs no gradient, last. Between them a model that routes is attacked by
+    its pathways and in its soft form; ``standard`` adds the targeted searches and APGD, ``full``
+    AutoAttack's standard four, more steps and restarts.
 
     Raises:
         UsageError: no suite has that name.
     """
-    if suite not in _PGD_STEPS:
-        raise unknown_name("suite of attacks", suite, _PGD_STEPS)
-    pgd = AttackSpec(name="pgd", steps=_PGD_STEPS[suite])
-    attacks = [pgd]
-    attacks += [_aimed_at(pgd, target) for target in routing_targets(spec)]
-    if suite == "full":
-        attacks.append(AttackSpec(name="autoattack"))
-    return (*attacks, AttackSpec(name="square", steps=_SQUARE_QUERIES[suite]))
+    makers = {"quick": _quick, "standard": _standard, "full": _full}
+    if suite not in makers:
+        raise unknown_name("suite of attacks", suite, makers)
+    return tuple(makers[suite](routing_targets(spec)))
 
 
 def routing_targets(spec: ModelSpec) -> tuple[AttackTarget, ...]:
@@ -36,9 +35,60 @@ def routing_targets(spec: ModelSpec) -> tuple[AttackTarget, ...]:
     if spec.family in ("dense", "pathway"):
         return ()
     if spec.weighting == "one":
-        return ("straight-through", "pathway")
-    return ("pathway",)  # weights that depend on scores lead the gradient into the gates already
+        return ("straight-through", "pathway", "soft")
+    # Weights that depend on scores lead the gradient into the gates already.
+    return ("pathway", "soft")
 
 
-def _aimed_at(attack: AttackSpec, target: AttackTarget) -> AttackSpec:
-    return attack.model_copy(update={"target": target})
+def _quick(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
+    routed = [_settling(20, target=t) for t in targets if t != "straight-through"]
+    return [
+        AttackSpec(name="pgd", steps=20),
+        *(routed or [_settling(20)]),
+        AttackSpec(name="square", steps=200),
+    ]
+
+
+def _standard(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
+    return [
+        *_white_box(targets, steps=50),
+        *(_settling(20, target=t, classes=_CLASSES) for t in _faces(targets, "pathway")),
+        AttackSpec(name="apgd", steps=50, target=_exact(targets)),
+        AttackSpec(name="apgd-t", steps=20, target=_exact(targets)),
+        AttackSpec(name="square", steps=1000),
+    ]
+
+
+def _full(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
+    forms: list[AttackTarget] = ["soft"] if "soft" in targets else []
+    return [
+        *_white_box(targets, steps=100),
+        *(_settling(50, target=t, classes=_CLASSES) for t in _faces(targets, "pathway", "soft")),
+        *(_settling(100, target=t, restarts=3, seed=1) for t in _faces(targets, "pathway")),
+        AttackSpec(name="autoattack"),
+        *(AttackSpec(name="autoattack", target=form) for form in forms),
+        AttackSpec(name="square", steps=5000),
+    ]
+
+
+def _white_box(targets: tuple[AttackTarget, ...], steps: int) -> list[AttackSpec]:
+    """Return untargeted searches along every way into the model, the plain one first."""
+    attacks = [AttackSpec(name="pgd", steps=steps), _settling(steps)]
+    for target in targets:
+        if target == "soft":
+            attacks += [_settling(steps, target="soft", temperature=t) for t in _TEMPERATURES]
+        else:
+            attacks.append(_settling(steps, target=target))
+    return [*attacks, _settling(steps, target="weakest")] if targets else attacks
+
+
+def _faces(targets: tuple[AttackTarget, ...], *routed: AttackTarget) -> list[AttackTarget]:
+    return ["model", *(target for target in routed if target in targets)]
+
+
+def _exact(targets: tuple[AttackTarget, ...]) -> AttackTarget:
+    return "straight-through" if "straight-through" in targets else "model"
+
+
+def _settling(steps: int, **how: Any) -> AttackSpec:
+    return AttackSpec(name="pgd", steps=steps, **(_SETTLING | how))

@@ -15,10 +15,10 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import CheckFailedError
+from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError
 
 if TYPE_CHECKING:
-    from advmoe_deploy.reports import AttackOutcome
+    from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 
 
 def verify(
@@ -42,7 +42,7 @@ def verify(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Attack the model and its export alike; exit 1 if robustness did not survive."""
+    """Attack the model and its export alike; exit 1 if robustness did not survive, 6 if undecided."""
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
@@ -66,11 +66,23 @@ def verify(
                 progress=ui.progress,
             )
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
-    if not report.passed:
-        clean, robust = report.clean_accuracy, report.robust_accuracy
-        raise CheckFailedError(
-            f"clean accuracy fell by {100 * (clean.reference - clean.engine):.2f} points, robust "
-            f"accuracy by {100 * (robust.reference - robust.engine):.2f}; the limit is "
-            f"{max_drop:g}; "
-            "do not ship this bundle, or raise --max-drop"
-        )
+    if report.verdict != "passed":
+        raise _refusal(report)
+
+
+def _refusal(report: "RobustReport") -> AdvMoEError:
+    if report.findings:
+        first = report.findings[0]
+        more = f" (and {len(report.findings) - 1} more)" if len(report.findings) > 1 else ""
+        return CheckFailedError(f"{first.kind}: {first.message}{more}")
+    drops = (
+        f"clean accuracy fell by {report.clean_drop.drop:.2f} points, robust accuracy by "
+        f"{report.robust_drop.drop:.2f}; the limit is {report.max_drop:g}"
+    )
+    if report.verdict == "failed":
+        return CheckFailedError(f"{drops}; do not ship this bundle, or raise --max-drop")
+    needed = [d.images_needed for d in (report.clean_drop, report.robust_drop)]
+    way_out = "a limit of 0 no number of images can show: raise --max-drop"
+    if None not in needed:
+        way_out = f"verify on {max(n or 0 for n in needed)}, or raise --max-drop"
+    return UndecidedError(f"{drops}; {report.images} images do not decide that: {way_out}")

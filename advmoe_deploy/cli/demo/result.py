@@ -1,9 +1,10 @@
 """Result of a demo, as one value."""
 
-from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs, RobustReport
+from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.run.loop import TrainReport
 from advmoe_deploy.verify.curve import CurvePoint
+from advmoe_deploy.verify.report import RobustReport
 
 
 class DemoResult(Frozen):

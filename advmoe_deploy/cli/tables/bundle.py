@@ -10,13 +10,12 @@ from rich.table import Table
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
+from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 from advmoe_deploy.reports import (
-    AttackOutcome,
     LatencyReport,
     LatencyRow,
     Pair,
     ParityReport,
-    RobustReport,
 )
 from advmoe_deploy.serving.batch import BatchReport
 
@@ -38,30 +37,40 @@ def export_report(bundle: Bundle) -> RenderableType:
 
 
 def robust_report(report: RobustReport) -> RenderableType:
-    """Return accuracies of reference and engine, clean and under each attack."""
+    """Return accuracies of reference and engine, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = new_table(
         f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
         _outcome_columns(report.engine),
     )
-    table.add_row("none (clean)", "", *_pair(report.clean_accuracy), "", "")
+    table.add_row("none (clean)", "", "", *_pair(report.clean_accuracy), "", "")
     _add_outcomes(table, report.attacks)
-    table.add_row("all of them", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
+    table.add_row("all of them", "", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
     low, high = report.robust_interval
     engine = f"{escape(report.engine)}, {report.precision}{' with TF32' if report.tf32 else ''}"
-    verdict = "robustness survived the export" if report.passed else "ROBUSTNESS WAS LOST"
-    if report.passed and report.robust_accuracy.reference == 0:
-        verdict = "nothing was lost, but the reference itself is not robust at this epsilon"
-    if not report.parity.passed:
-        verdict += "; note: logits or clear routes differ from the reference"
-    return Group(
-        table,
+    lines = [
         f"robust on {engine}: 95 % interval {percent(low)} to {percent(high)}; "
         f"routes agree on {percent(report.route_agreement)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",
-        f"{verdict} (limit: {report.max_drop:g} points)",
-    )
+        f"robust accuracy lost: {report.robust_drop.sentence()}",
+        *(f"warning: {line}" for line in report.warnings),
+        *(f"{finding.kind}: {finding.message}" for finding in report.findings),
+        _verdict(report),
+    ]
+    return Group(table, *map(escape, lines))
+
+
+def _verdict(report: RobustReport) -> str:
+    limit = f"(limit: {report.max_drop:g} points)"
+    if report.verdict == "undecided":
+        return f"UNDECIDED: {report.images} images cannot tell {limit}"
+    if report.verdict == "failed":
+        what = "THE ENGINE ANSWERS OTHERWISE" if report.findings else "ROBUSTNESS WAS LOST"
+        return f"{what} {limit}"
+    if report.robust_accuracy.reference == 0:
+        return "nothing was lost, but the reference itself is not robust at this epsilon"
+    return f"robustness survived the export {limit}"
 
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
@@ -72,15 +81,16 @@ def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> Renderabl
 
 
 def _outcome_columns(engine: str) -> tuple[str, ...]:
-    return ("attack", "found on", "reference", engine, "routes flipped", "seconds")
+    return ("attack", "found on", "attacked", "reference", engine, "routes flipped", "seconds")
 
 
 def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
     for outcome in outcomes:
-        attack, flips = outcome.attack, outcome.route_flip_rate
+        flips = outcome.route_flip_rate
         table.add_row(
-            f"{attack.name}-{attack.steps} {attack.target if attack.name == 'pgd' else ''}",
+            outcome.title,
             outcome.found_on,
+            str(outcome.images),
             *_pair(outcome.robust_accuracy),
             "-" if flips is None else percent(flips),
             f"{outcome.seconds:.1f}",

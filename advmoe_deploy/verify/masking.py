@@ -1,0 +1,129 @@
+"""Signs of masked gradients: an attack that fails for its own sake, not for the model's strength.
+
+Sources: Athalye et al., ICML 2018 (arXiv 1802.00420); Carlini et al., arXiv 1902.06705.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.verify.report import AttackOutcome, Sign
+
+# Of so many images that the reference gets right; more would tell little more.
+_IMAGES = 64
+_STEPS = (5, 10, 20)
+# What 64 images may differ by without telling anything.
+_SLACK = 0.05
+_MOST_LOST_GRADIENTS = 0.01
+
+
+def masking_signs(
+    model: Classifier,
+    x_NCHW: NDArray[np.float32],
+    labels_N: NDArray[np.int64],
+    threat: ThreatModel,
+    outcomes: Sequence[AttackOutcome],
+) -> tuple[Sign, ...]:
+    """Return every sign for ``model`` on float images in [0, 1]; ``outcomes`` are of the suite.
+
+    Images that the model gets wrong are left out; where there is none it gets right, no attack
+    ran, and the outcomes alone are looked at.
+    """
+    right_N = predict(model, torch.from_numpy(x_NCHW)).numpy() == labels_N
+    rows_N = np.flatnonzero(right_N)[:_IMAGES]
+    signs = [_black_box(outcomes)]
+    if len(rows_N):
+        probe = _Probe(
+            model, torch.from_numpy(x_NCHW[rows_N]), torch.from_numpy(labels_N[rows_N]), threat
+        )
+        signs += [probe.steps(), probe.unbounded(), probe.losses(), probe.gradients()]
+    return tuple(signs)
+
+
+def warnings_of(signs: Sequence[Sign]) -> tuple[str, ...]:
+    """Return a line for each sign that speaks of masked gradients."""
+    return tuple(
+        f"gradients may be masked, so robust accuracy may be overstated: {sign.seen}"
+        for sign in signs
+        if sign.suspicious
+    )
+
+
+def _black_box(outcomes: Sequence[AttackOutcome]) -> Sign:
+    """Return whether Square, which knows nothing, broke what white-box searches could not."""
+    broken, before = 0.0, 1.0
+    for outcome in outcomes:
+        after = outcome.robust_accuracy.reference
+        broken += (before - after) if outcome.attack.name == "square" else 0.0
+        before = after
+    return Sign(
+        name="black box against white box",
+        seen=f"Square broke {100 * broken:.1f} % of the images that white-box attacks had left",
+        suspicious=broken > 0.01,
+    )
+
+
+class _Probe:
+    """A few images that the model gets right, attacked in ways that tell of the gradients."""
+
+    def __init__(self, model: Classifier, x_NCHW: Tensor, y_N: Tensor, threat: ThreatModel) -> None:
+        self.model, self.x_NCHW, self.y_N, self.threat = model, x_NCHW, y_N, threat
+
+    def steps(self) -> Sign:
+        """Return whether more steps helped the defender."""
+        left = [self._left(AttackSpec(name="pgd", steps=steps)) for steps in _STEPS]
+        worst = max(after - before for before, after in zip(left, left[1:], strict=False))
+        told = ", ".join(f"{100 * a:.0f} % at {n}" for n, a in zip(_STEPS, left, strict=True))
+        return Sign(name="steps", seen=f"of few images PGD leaves {told}", suspicious=worst > _SLACK)
+
+    def unbounded(self) -> Sign:
+        """Return whether an attack that may do anything was withstood."""
+        attack = AttackSpec(name="pgd", steps=40, loss="margin", momentum=0.75, decay=True)
+        left = self._left(attack, ThreatModel(epsilon=1.0))
+        return Sign(
+            name="epsilon 1", seen=f"an attack that may do anything leaves {100 * left:.1f} %",
+            suspicious=left > 0,
+        )
+
+    def losses(self) -> Sign:
+        """Return whether cross-entropy saturates: a loss that does not breaks many more."""
+        entropy = self._left(AttackSpec(name="pgd", steps=20))
+        margin = self._left(AttackSpec(name="pgd", steps=20, loss="margin"))
+        return Sign(
+            name="losses",
+            seen=f"cross-entropy leaves {100 * entropy:.1f} %, the class margin "
+            f"{100 * margin:.1f} %",
+            suspicious=entropy - margin > _SLACK,
+        )
+
+    def gradients(self) -> Sign:
+        """Return whether gradients of the cross-entropy vanish in float32."""
+        x = self.x_NCHW.clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits_NK = self.model(x)
+            loss = F.cross_entropy(logits_NK, self.y_N, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+        gone = float((gradient.flatten(1).abs().amax(dim=1) < 1e-20).float().mean())
+        best_N2 = logits_NK.detach().topk(2, dim=1).values
+        lead = float((best_N2[:, 0] - best_N2[:, 1]).median())
+        return Sign(
+            name="gradients",
+            seen=f"no gradient for {100 * gone:.1f} %; the best class leads by {lead:.3g} "
+            "in the median",
+            suspicious=gone > _MOST_LOST_GRADIENTS,
+        )
+
+    def _left(self, attack: AttackSpec, threat: ThreatModel | None = None) -> float:
+        found = attack_model(
+            self.model, self.x_NCHW, self.y_N, threat or self.threat, attack, first_only=True
+        )
+        return float((predict(self.model, found) == self.y_N).float().mean())
