@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from advmoe_deploy.models.checkpoint import Checkpoint
     from advmoe_deploy.progress import Progress
     from advmoe_deploy.reports import LatencyReport
-    from advmoe_deploy.verify.report import RobustReport
     from advmoe_deploy.runtime.runner import Runner
     from advmoe_deploy.specs import Precision
     from advmoe_deploy.train.run.report import TrainReport
+    from advmoe_deploy.verify.report import RobustReport
     from advmoe_deploy.verify.suites import Suite
 
 __all__ = [

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -81,16 +82,17 @@ class _Probe:
     def steps(self) -> Sign:
         """Return whether more steps helped the defender."""
         left = [self._left(AttackSpec(name="pgd", steps=steps)) for steps in _STEPS]
-        worst = max(after - before for before, after in zip(left, left[1:], strict=False))
+        worst = max(after - before for before, after in pairwise(left))
         told = ", ".join(f"{100 * a:.0f} % at {n}" for n, a in zip(_STEPS, left, strict=True))
-        return Sign(name="steps", seen=f"of few images PGD leaves {told}", suspicious=worst > _SLACK)
+        return Sign(name="steps", seen=f"PGD leaves {told} steps", suspicious=worst > _SLACK)
 
     def unbounded(self) -> Sign:
         """Return whether an attack that may do anything was withstood."""
         attack = AttackSpec(name="pgd", steps=40, loss="margin", momentum=0.75, decay=True)
         left = self._left(attack, ThreatModel(epsilon=1.0))
         return Sign(
-            name="epsilon 1", seen=f"an attack that may do anything leaves {100 * left:.1f} %",
+            name="epsilon 1",
+            seen=f"an attack that may do anything leaves {100 * left:.1f} %",
             suspicious=left > 0,
         )
 

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from advmoe_deploy.reports import DropReport, Pair, ParityReport, Verdict
+from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 
 FoundOn = Literal["reference", "engine"]

@@ -62,9 +62,7 @@ class Sides:
     @property
     def shares(self) -> Pair:
         """Share of the images it holds of."""
-        return Pair(
-            reference=float(self.reference_N.mean()), engine=float(self.engine_N.mean())
-        )
+        return Pair(reference=float(self.reference_N.mean()), engine=float(self.engine_N.mean()))
 
 
 @dataclass
@@ -188,9 +186,7 @@ class Trial:
         return float(np.all(same, axis=0).mean())
 
 
-def _of_images(
-    ids: NDArray[np.int64], rows_A: NDArray[np.int64], images: int
-) -> NDArray[np.int64]:
+def _of_images(ids: NDArray[np.int64], rows_A: NDArray[np.int64], images: int) -> NDArray[np.int64]:
     return ids.reshape(images, -1, ids.shape[-1])[rows_A]
 
 

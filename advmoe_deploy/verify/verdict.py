@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from advmoe_deploy.parity.drop import Drop
-from advmoe_deploy.reports import DropReport, Verdict
+from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.verify.report import Finding
 from advmoe_deploy.verify.trial import Trial
 
@@ -28,9 +28,7 @@ def judge(
     to the rounding of float32: there is no population to conclude on, so the images that changed
     are simply counted. Any other engine is judged by the paired intervals.
     """
-    clean, robust = (
-        Drop.between(s.reference_N, s.engine_N) for s in (trial.clean, trial.standing)
-    )
+    clean, robust = (Drop.between(s.reference_N, s.engine_N) for s in (trial.clean, trial.standing))
     verdicts = {_counted(drop, max_drop) for drop in (clean, robust)}
     if not same_function:
         verdicts = {drop.verdict(max_drop) for drop in (clean, robust)}
@@ -52,4 +50,3 @@ def judge(
 
 def _counted(drop: Drop, max_drop: float) -> Verdict:
     return "passed" if drop.points <= max_drop else "failed"
-

@@ -21,8 +21,8 @@ from advmoe_deploy.cli.tables import bundle as tables
 from advmoe_deploy.cli.tables.render import PlainProgress, RichProgress, draw_on
 from advmoe_deploy.errors import BundleError, MachineError, UsageError
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
-from advmoe_deploy.verify.report import RobustReport
 from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.verify.report import RobustReport
 
 Capture = pytest.CaptureFixture[str]
 

@@ -42,7 +42,7 @@ def verify(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Attack the model and its export alike; exit 1 if robustness did not survive, 6 if undecided."""
+    """Attack the model and its export alike; exit 1 if robustness was lost, 6 if undecided."""
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle

@@ -10,7 +10,6 @@ from rich.table import Table
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
-from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 from advmoe_deploy.reports import (
     LatencyReport,
     LatencyRow,
@@ -18,6 +17,7 @@ from advmoe_deploy.reports import (
     ParityReport,
 )
 from advmoe_deploy.serving.batch import BatchReport
+from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 
 
 def export_report(bundle: Bundle) -> RenderableType:
@@ -37,7 +37,7 @@ def export_report(bundle: Bundle) -> RenderableType:
 
 
 def robust_report(report: RobustReport) -> RenderableType:
-    """Return accuracies of reference and engine, clean and as the attacks go on, and the verdict."""
+    """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = new_table(
         f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
@@ -45,7 +45,9 @@ def robust_report(report: RobustReport) -> RenderableType:
     )
     table.add_row("none (clean)", "", "", *_pair(report.clean_accuracy), "", "")
     _add_outcomes(table, report.attacks)
-    table.add_row("all of them", "", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}")
+    table.add_row(
+        "all of them", "", "", *_pair(report.robust_accuracy), "", f"{report.seconds:.1f}"
+    )
     low, high = report.robust_interval
     engine = f"{escape(report.engine)}, {report.precision}{' with TF32' if report.tf32 else ''}"
     lines = [
