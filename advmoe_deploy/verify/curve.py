@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.attacks.route_aware import route_aware, withstanding
+from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.dataset import Split, to_float
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
+from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 
 
 class CurvePoint(Frozen):
@@ -36,21 +37,14 @@ def robustness_curve(
     """
     progress = progress or Silent()
     x_NCHW, labels_N = torch.from_numpy(to_float(split.images)), torch.from_numpy(split.labels)
-    targets: tuple[AttackTarget, ...] = ("model",)
-    if model.rules:
-        targets = ("model", "pathway")
     points = []
     with task(progress, "robustness curve", len(epsilons)):
         for epsilon in epsilons:
             right_N = predict(model, x_NCHW) == labels_N
-            for target in targets if epsilon > 0 else ():
+            if epsilon > 0:
+                attacks = route_aware(model, AttackSpec(name="pgd", steps=steps))
                 threat = ThreatModel(epsilon=epsilon)
-                attack = AttackSpec(name="pgd", target=target, steps=steps)
-                left_N = right_N.nonzero()[:, 0]
-                found = attack_model(
-                    model, x_NCHW[left_N], labels_N[left_N], threat, attack, first_only=True
-                )
-                right_N[left_N] = predict(model, found) == labels_N[left_N]
+                right_N = withstanding(model, x_NCHW, labels_N, threat, attacks)[-1]
             correct = int(right_N.sum())
             low, high = wilson_interval(correct, len(labels_N))
             accuracy = correct / len(labels_N)

@@ -11,7 +11,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.white_box import BATCH, attack_model, predict
+from advmoe_deploy.attacks.route_aware import route_aware, withstanding
+from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, effective_routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -26,6 +27,7 @@ class Measured:
 
     images: int
     clean_correct: int
+    pgd_correct: int
     robust_correct: int
     expert_load: ExpertLoad
 
@@ -35,8 +37,13 @@ class Measured:
         return self.clean_correct / self.images
 
     @property
+    def pgd_accuracy(self) -> float:
+        """Share of images that are right and that the attack on the model as it runs left so."""
+        return self.pgd_correct / self.images
+
+    @property
     def robust_accuracy(self) -> float:
-        """Share of images that are right and that the attack did not turn."""
+        """Share of images that are right and that no attack turned, those on routes included."""
         return self.robust_correct / self.images
 
     @property
@@ -54,21 +61,24 @@ def measure(
     threat: ThreatModel,
     attack: AttackSpec,
 ) -> Measured:
-    """Return what ``model`` reaches on float ``images``; each process attacks its own share."""
+    """Return what ``model`` reaches on float ``images``; each process attacks its own share.
+
+    ``attack`` is on the model as it runs; one that routes is attacked by its pathways as well.
+    """
     mine = slice(fabric.global_rank, None, fabric.world_size)
     x, y = images[mine], labels[mine]
     clean, loads = _clean(model, x, y)
-    found = attack_model(model, x, y, threat, attack, first_only=True)
-    robust = (predict(model, found) == y).sum()
-    counts = torch.cat([torch.stack([clean, robust]), *loads])
+    standing = withstanding(model, x, y, threat, route_aware(model, attack))
+    pgd, robust = standing[0].sum(), standing[-1].sum()
+    counts = torch.cat([torch.stack([clean, pgd, robust]), *loads])
     summed = fabric.all_reduce(counts, reduce_op="sum")
     assert isinstance(summed, Tensor)
-    clean_correct, robust_correct, *load = summed.tolist()
+    clean_correct, pgd_correct, robust_correct, *load = summed.tolist()
     expert_load = {}
     for rule in model.rules:
         expert_load[rule.layer] = tuple(load[: rule.num_experts])
         load = load[rule.num_experts :]
-    return Measured(len(labels), clean_correct, robust_correct, expert_load)
+    return Measured(len(labels), clean_correct, pgd_correct, robust_correct, expert_load)
 
 
 def _clean(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:

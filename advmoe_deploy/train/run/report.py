@@ -23,6 +23,7 @@ class EpochRecord(Frozen):
     epoch: int
     loss: float
     clean_accuracy: float | None = None
+    pgd_accuracy: float | None = None
     robust_accuracy: float | None = None
     effective_routes: float | None = None
     expert_load: dict[str, tuple[int, ...]] = Field(default_factory=dict)
@@ -46,7 +47,9 @@ class EpochRecord(Frozen):
 class TrainReport(Frozen):
     """What a run reached: accuracies are shares of the ``images`` of the test set.
 
-    ``robust_accuracy`` is that under ``attack`` at ``threat``, on the model as it runs. The
+    ``pgd_accuracy`` is that under ``attack`` at ``threat``, on the model as it runs: what papers
+    report. ``robust_accuracy`` counts the images that the same effort on the routes and pathways
+    leaves as well, and is what the epoch is selected by; a dense model has one for both. The
     weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes``, of the
     routed layer with the fewest, is ``None`` for a dense model; ``density`` and ``nonzero_macs``
     are of method ``sparse``.
@@ -61,6 +64,7 @@ class TrainReport(Frozen):
     selected_epoch: int
     images: int
     clean_accuracy: float
+    pgd_accuracy: float
     robust_accuracy: float
     threat: ThreatModel
     epsilon: float

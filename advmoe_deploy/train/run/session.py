@@ -225,6 +225,7 @@ class Session:
 def _fields(measured: Measured) -> dict[str, object]:
     return {
         "clean_accuracy": measured.clean_accuracy,
+        "pgd_accuracy": measured.pgd_accuracy,
         "robust_accuracy": measured.robust_accuracy,
         "effective_routes": measured.effective_routes,
         "expert_load": measured.expert_load,
