@@ -113,9 +113,7 @@ def _close_calls(evidence: Evidence) -> Flags:
     return np.asarray(np.any(close, axis=0) if close else np.zeros(evidence.images, dtype=bool))
 
 
-def _disagreement(
-    evidence: Evidence, parity: ParityReport, precision: Precision
-) -> list[Finding]:
+def _disagreement(evidence: Evidence, parity: ParityReport, precision: Precision) -> list[Finding]:
     """Return why the engine does not agree with its reference; nothing if it does."""
     if evidence.closeness.exact:
         agrees = _agrees_exactly(parity)

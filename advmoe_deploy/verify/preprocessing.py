@@ -1,5 +1,6 @@
-"""Preprocessing that an engine does and its reference does not: which change of the images, made
-before the reference, gives the engine's answers?
+"""Preprocessing that an engine does and its reference does not.
+
+Which change of the images, made before the reference, gives the engine's answers?
 
 Shapes: N images, C channels (of images) or classes (of logits), H height, W width.
 """

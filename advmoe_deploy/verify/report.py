@@ -5,6 +5,7 @@ from typing import Literal
 from advmoe_deploy.reports import Pair, ParityReport
 from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
+from advmoe_deploy.verify.findings import ConsistencyReport, Finding
 
 FoundOn = Literal["reference", "engine"]
 
@@ -40,13 +41,6 @@ class AttackOutcome(Frozen):
         return " ".join(words)
 
 
-class Finding(Frozen):
-    """One thing that is wrong with an engine: its kind, and a line with the numbers."""
-
-    kind: str
-    message: str
-
-
 class Sign(Frozen):
     """One test for masked gradients: what was seen, and whether it speaks of them."""
 
@@ -59,8 +53,8 @@ class RobustReport(Frozen):
     """Whether robustness survived the export. Accuracies are shares in [0, 1].
 
     ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
-    ``tf32``, fp32 was rounded to TF32 where that is faster. ``findings`` say where the engine does
-    not answer as the reference does, and any of them fails it. ``clean_drop`` and ``robust_drop``
+    ``tf32``, fp32 was rounded to TF32 where that is faster. A finding of ``consistency`` fails the
+    engine: it does not answer as the reference does. ``clean_drop`` and ``robust_drop``
     are what it lost, with what chance explains. ``transferred_accuracy`` is the engine's on what
     was found on the reference alone: shown beside, and never the figure.
     """
@@ -81,9 +75,18 @@ class RobustReport(Frozen):
     robust_drop: DropReport
     transferred_accuracy: float
     route_agreement: float
-    parity: ParityReport
-    findings: tuple[Finding, ...]
+    consistency: ConsistencyReport
     warnings: tuple[str, ...]
     masking: tuple[Sign, ...]
     attacks: tuple[AttackOutcome, ...]
     seconds: float
+
+    @property
+    def parity(self) -> ParityReport:
+        """How clean answers compare."""
+        return self.consistency.parity
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Where the engine does not answer as the reference does."""
+        return self.consistency.findings

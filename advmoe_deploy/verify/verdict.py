@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.reports.drops import DropReport, Verdict
-from advmoe_deploy.verify.report import Finding
+from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.trial import Trial
 
 

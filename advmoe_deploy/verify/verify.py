@@ -20,7 +20,6 @@ from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.models.stored import fingerprint_in, reference_model, threat_or
 from advmoe_deploy.parity.intervals import wilson_interval
-from advmoe_deploy.parity.reference import compare_with_reference
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import open_runner
@@ -78,11 +77,8 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         exported = bundle.manifest.parity
-        parity = compare_with_reference(
-            model, runner, x_NCHW, rounding=exported.rounding, margin=exported.margin
-        )
         exact = is_exact(runner)
-        findings = inspect_answers(
+        consistency = inspect_answers(
             model,
             runner,
             x_NCHW,
@@ -90,9 +86,10 @@ def verify_bundle(
             exact=exact,
             rounding=exported.rounding,
             margin=exported.margin,
-        ).findings
+            decoding=manifest.decoding,
+        )
         trial = Trial(model, runner, x_NCHW, labels_N, threat)
-        differs = not exact or bool(findings)
+        differs = not exact or not consistency.passed
         searches = searches_of(suite, differs_from_reference=differs)
         with task(progress, "verify", len(searches)):
             for attack, found_on in searches:
@@ -101,7 +98,7 @@ def verify_bundle(
                     measured.append(outcome)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
-    judgement = judge(trial, findings, max_drop=max_drop, same_function=not differs)
+    judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=not differs)
     return RobustReport(
         passed=judgement.verdict == "passed",
         verdict=judgement.verdict,
@@ -118,9 +115,8 @@ def verify_bundle(
         clean_drop=judgement.clean,
         robust_drop=judgement.robust,
         transferred_accuracy=trial.transferred_accuracy,
-        route_agreement=parity.route_agreement,
-        parity=parity,
-        findings=findings,
+        route_agreement=consistency.parity.route_agreement,
+        consistency=consistency,
         warnings=(*judgement.warnings, *warnings_of(masking)),
         masking=masking,
         attacks=tuple(trial.outcomes),

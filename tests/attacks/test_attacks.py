@@ -1,7 +1,7 @@
 """Attacks stay inside the threat model, do harm, and can be repeated."""
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from advmoe_deploy.attacks.autoattack import _lead_of_target, standard_autoattack
+from advmoe_deploy.attacks.autoattack import _lead_of_target
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.find import find_adversarial
@@ -27,7 +27,7 @@ from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel, Weighting
 from tests.toys import Linear, LinearClassifier, LinearMoE, PixelMoE, toy_spec
 
 THREAT = ThreatModel(epsilon=0.1)
-TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "experts", "router")
+TARGETS = get_args(AttackTarget)
 
 
 def some_digits(n: int) -> tuple[Tensor, Tensor]:
@@ -277,9 +277,9 @@ def test_without_a_random_start_the_seed_does_not_matter(model: AdvMoE) -> None:
         AttackSpec(name="pgd", random_start=False, restarts=2)
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd-t", "fab-t", "square"])
 def test_every_attack_is_found_by_name(model: AdvMoE, name: Literal["pgd", "apgd"]) -> None:
-    x, y = some_digits(40)
+    x, y = some_digits(30)
     attack = AttackSpec(name=name, steps=20, seed=1)
     state = torch.random.get_rng_state()
     found = find_adversarial(model, x, y, THREAT, attack)
@@ -343,7 +343,7 @@ def test_square_attacks_anything_that_answers(model: AdvMoE) -> None:
 def test_autoattack_leaves_nothing_of_a_weak_model(model: AdvMoE) -> None:
     x, y = some_digits(6)
     wide = ThreatModel(epsilon=0.5)  # so that its first attack succeeds and the test is short
-    found = standard_autoattack(model, x, y, wide)
+    found = find_adversarial(model, x, y, wide, AttackSpec(name="autoattack"))
     assert (found - x).abs().max() <= wide.epsilon + 1e-5
     assert accuracy(model, found, y) == 0
 
@@ -355,7 +355,8 @@ def test_autoattack_knows_fewer_than_ten_classes(classes: int) -> None:
     x[0, 0, 0, 0] = 1.0
     # A ball of 0.2 leaves 0.8 against 0.2, whatever is tried; one of 0.6 leaves 0.4 against 0.6.
     for epsilon, right in ((0.2, 1), (0.6, 0)):
-        found = standard_autoattack(model, x, torch.tensor([0]), ThreatModel(epsilon=epsilon))
+        threat, attack = ThreatModel(epsilon=epsilon), AttackSpec(name="autoattack")
+        found = find_adversarial(model, x, torch.tensor([0]), threat, attack)
         assert accuracy(model, found, torch.tensor([0])) == right
 
 

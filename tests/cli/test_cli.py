@@ -20,8 +20,10 @@ from advmoe_deploy.cli.options import positive_numbers
 from advmoe_deploy.cli.tables import bundle as tables
 from advmoe_deploy.cli.tables.render import PlainProgress, RichProgress, draw_on
 from advmoe_deploy.errors import BundleError, MachineError, UsageError
+from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.verify.findings import ConsistencyReport
 from advmoe_deploy.verify.report import RobustReport
 
 Capture = pytest.CaptureFixture[str]
@@ -410,23 +412,44 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     rows = (row("moe", 2.0), row("dense", 5.0))
     latency = LatencyReport(rows=rows, ratios=(ratio,), versions={})
     draw_on(sys.stdout, tables.latency_report(latency))
+    accuracy = Pair(reference=0.97, engine=0.96)
+    consistency = ConsistencyReport(
+        images=100,
+        exact=True,
+        size_images=64,
+        file_images=8,
+        accuracy=accuracy,
+        prediction_agreement=1.0,
+        probability_difference=0.0,
+        logit_difference=0.0,
+        parity=tiny_bundle.manifest.parity,
+        findings=(),
+        seconds=0.1,
+    )
     robust = RobustReport(
         passed=False,
+        verdict="failed",
         engine="onnxruntime",
         data="digits",
         images=100,
         threat=ThreatModel(epsilon=0.1),
         max_drop=0.5,
-        clean_accuracy=Pair(reference=0.97, engine=0.96),
+        clean_accuracy=accuracy,
         robust_accuracy=Pair(reference=0.8, engine=0.7),
         robust_interval=(0.6, 0.8),
+        clean_drop=Drop(images=100, only_reference=1, only_engine=0).report(0.5),
+        robust_drop=Drop(images=100, only_reference=12, only_engine=2).report(0.5),
+        transferred_accuracy=0.75,
         route_agreement=1.0,
-        parity=tiny_bundle.manifest.parity,
+        consistency=consistency,
+        warnings=("gradients may be masked",),
+        masking=(),
         attacks=(),
         seconds=1.0,
     )
     draw_on(sys.stdout, tables.robust_report(robust))
     out = capsys.readouterr().out
     assert "onnxruntime fp32 / onnxruntime-plan fp32" in " ".join(out.split())
-    for text in ("5.000", "images/s", "1.5 M", "97.0 %", "ROBUSTNESS WAS LOST", "0.5 points"):
+    said = ("ROBUSTNESS WAS LOST", "0.5 points", "warning: gradients may be masked")
+    for text in ("5.000", "images/s", "1.5 M", "97.0 %", "a drop of 10.00 points", *said):
         assert text in out

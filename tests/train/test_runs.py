@@ -39,7 +39,14 @@ def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Pat
     assert checkpoint.provenance["data"] == "digits"
     assert checkpoint.recipe == config.model_dump(mode="json")
     assert isinstance(model, AdvMoE)
-    assert set(checkpoint.metrics) == {"clean_accuracy", "robust_accuracy", "effective_routes"}
+    assert set(checkpoint.metrics) == {
+        "clean_accuracy",
+        "pgd_accuracy",
+        "robust_accuracy",
+        "effective_routes",
+    }
+    assert all(line["robust_accuracy"] <= line["pgd_accuracy"] for line in lines)
+    assert report.robust_accuracy <= report.pgd_accuracy
     assert list((run / "tensorboard").iterdir())
     assert not list(run.rglob(".*"))
     assert report.images == 30

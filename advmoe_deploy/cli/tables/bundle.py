@@ -77,7 +77,7 @@ def _verdict(report: RobustReport) -> str:
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
     """Return accuracies of reference and engine under those attacks that ended."""
-    table = new_table(f"{outcomes[0].images} images, unfinished", _outcome_columns(engine))
+    table = new_table("unfinished", _outcome_columns(engine))
     _add_outcomes(table, outcomes)
     return table
 
