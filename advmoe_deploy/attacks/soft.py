@@ -27,8 +27,10 @@ class SoftForm:
         self, model: Classifier, routings: Mapping[str, Routing], temperature: float
     ) -> None:
         self._soft = model.unrolled()
-        if self._soft is not model:  # a copy, whose weights want no gradient
-            self._soft.requires_grad_(False)
+        own = {id(parameter) for parameter in model.parameters()}
+        for parameter in self._soft.parameters():
+            if id(parameter) not in own:  # a copy, which wants no gradient
+                parameter.requires_grad_(False)
         self._temperatures = {
             layer: max(temperature * route_gap(routing), 1e-12)
             for layer, routing in routings.items()
