@@ -3,7 +3,7 @@
 Shapes: N images, B images of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ WHOLE = 64  # the batch size whose answers the others are compared with
 UNLIKELY = 1e-3
 MAX_FLIPS = 0.01  # share of the routes that may depend on the batch in a lower precision
 
+_SMALL = (2, 4)  # in which the same neighbours and others are compared
 _SIZES = (1, 2, 3, 7, 128)
 _RISING = (4, 5, 6, 8, 9, 10, 11, 12, 13)  # one batch of each: a size in between seldom fails alone
 _MOST_IMAGES, _FEWEST_IMAGES = 100, 16
@@ -42,11 +43,6 @@ class Difference:
         if exact or self.moved:
             return self.moved + self.flipped > 0
         return chance_of_more(self.flipped, self.rows, MAX_FLIPS) < UNLIKELY
-
-    def __add__(self, other: "Difference") -> "Difference":
-        return Difference(
-            self.rows + other.rows, self.moved + other.moved, self.flipped + other.flipped
-        )
 
 
 def images_to_batch(x_NCHW: Images) -> int:
@@ -83,18 +79,14 @@ def batch_findings(
     ``close_N`` are the images with a close call of routes, which may go either way.
     """
     trial = _Trial(runner, x_NCHW, close_N, closeness)
-    images = len(x_NCHW)
-    # Drawn, not shuffled: a batch of all images has the same statistics in any order.
-    drawn = np.random.default_rng(0).integers(0, images, 2 * trial.filled)
-    found = trial.compared(np.split(drawn, len(drawn) // WHOLE))
-    if found.matters(exact=closeness.exact):
-        return [_neighbours(found)]
-    by_size = {size: trial.compared(_in_batches(images, size)) for size in _SIZES}
-    for rows_B in _rising(images):
-        size = len(rows_B)
-        by_size[size] = by_size.get(size, Difference(0, 0, 0)) + trial.compared([rows_B])
-    bad = {s: each for s, each in sorted(by_size.items()) if each.matters(exact=closeness.exact)}
-    return [_batch_size(bad, by_size)] if bad else []
+    if found := trial.neighbours():
+        return [_neighbours(*found)]
+    bad = {
+        size: each
+        for size, each in sorted(trial.by_size().items())
+        if each.matters(exact=closeness.exact)
+    }
+    return [_batch_size(bad)] if bad else []
 
 
 class _Trial:
@@ -105,66 +97,90 @@ class _Trial:
     ) -> None:
         self.runner, self.x_NCHW, self.closeness = runner, x_NCHW, closeness
         self.close_N = close_N
-        self.filled = -(-len(x_NCHW) // WHOLE) * WHOLE
+        self.images = len(x_NCHW)
         self.whole = answers_in_batches(runner, x_NCHW)
 
-    def compared(self, batches: Sequence[Rows]) -> Difference:
-        """Return how the answers to ``batches``, rows each, differ from those to whole ones."""
+    def neighbours(self) -> tuple[int, Difference] | None:
+        """Return the size of batches in which answers change with the neighbours, and how."""
+        whole = self.compared(self._drawn(WHOLE), self.whole)
+        if whole.matters(exact=self.closeness.exact):
+            return WHOLE, whole
+        small = []
+        for size in _SMALL:
+            base = answers_in_batches(self.runner, self.x_NCHW, size)
+            small.append(self.compared(self._drawn(size), base))
+            # Statistics spoil all small batches; what spoils one size alone has to do with it.
+            if not small[-1].matters(exact=self.closeness.exact):
+                return None
+        return _SMALL[0], small[0]
+
+    def by_size(self) -> dict[int, Difference]:
+        """Return by batch size how its answers differ from those to whole batches."""
+        batches: dict[int, list[Rows]] = {}
+        for rows_B in [*(b for s in _SIZES for b in self._in_batches(s)), *self._rising()]:
+            batches.setdefault(len(rows_B), []).append(rows_B)
+        return {size: self.compared(each, self.whole) for size, each in batches.items()}
+
+    def compared(self, batches: Sequence[Rows], base: Prediction) -> Difference:
+        """Return how the answers to ``batches``, rows each, differ from ``base``, of all images."""
         rows_M = np.concatenate(batches)
         again = joined([self.runner.infer(self.x_NCHW[rows_B]) for rows_B in batches])
-        whole = rows_of(self.whole, rows_M, len(self.x_NCHW))
+        expected = rows_of(base, rows_M, self.images)
         flipped_M = np.zeros(len(rows_M), dtype=bool)
-        for name, ids in whole.expert_ids.items():
+        for name, ids in expected.expert_ids.items():
             same_R = same_experts(ids, again.expert_ids[name])
             flipped_M |= ~same_R.reshape(len(rows_M), -1).all(axis=1)
-        near_M = self.closeness.near(again.logits, whole.logits)
-        broken_M = [~np.isfinite(each.logits).all(axis=1) for each in (again, whole)]
+        near_M = self.closeness.near(again.logits, expected.logits)
+        broken_M = [~np.isfinite(each.logits).all(axis=1) for each in (again, expected)]
         near_M |= broken_M[0] & broken_M[1]  # which is another finding
-        close_M = self.close_N[rows_M]
         return Difference(
             rows=len(rows_M),
             moved=int((~near_M & ~flipped_M).sum()),
-            flipped=int((flipped_M & ~close_M).sum()),
+            flipped=int((flipped_M & ~self.close_N[rows_M]).sum()),
         )
 
+    def _drawn(self, size: int) -> list[Rows]:
+        """Return batches of random images; shuffled ones would have the same statistics."""
+        count = -(-self.images // size)
+        rows = np.random.default_rng(size).integers(0, self.images, (count, size))
+        return list(rows)
 
-def _in_batches(images: int, size: int) -> list[Rows]:
-    """Return all rows in batches of ``size``; a remainder is one if there are enough images."""
-    rows_M = np.resize(np.arange(images), max(images, size))
-    return np.split(rows_M, range(size, len(rows_M), size))
+    def _in_batches(self, size: int) -> list[Rows]:
+        """Return all rows in batches of ``size``, and what remains."""
+        rows_M = np.resize(np.arange(self.images), max(self.images, size))
+        return np.split(rows_M, range(size, len(rows_M), size))
+
+    def _rising(self) -> list[Rows]:
+        rows_M = np.resize(np.arange(self.images), sum(_RISING))
+        return np.split(rows_M, np.cumsum(_RISING)[:-1])
 
 
-def _rising(images: int) -> list[Rows]:
-    rows_M = np.resize(np.arange(images), sum(_RISING))
-    return np.split(rows_M, np.cumsum(_RISING)[:-1])
-
-
-def _neighbours(found: Difference) -> Finding:
+def _neighbours(size: int, found: Difference) -> Finding:
     message = (
-        f"the answer to an image depends on the other images of its batch: among {WHOLE} "
-        f"others, {found.moved} of {found.rows} logits and {found.flipped} routes change; look for "
-        "BatchNorm in training mode, statistics over the batch, or routes taken from another row, "
-        "and export again in eval mode"
+        f"the answer to an image depends on the other images of its batch: among {size - 1} others "
+        f"of {size}, {found.moved} of {found.rows} logits and {found.flipped} routes change; look "
+        "for BatchNorm in training mode, statistics over the batch, or routes taken from another "
+        "row, and export again in eval mode"
     )
     return Finding(kind="neighbours", message=message)
 
 
-def _batch_size(bad: dict[int, Difference], tried: dict[int, Difference]) -> Finding:
-    total = sum(bad.values(), Difference(0, 0, 0))
+def _batch_size(bad: dict[int, Difference]) -> Finding:
+    rows, moved, flipped = (
+        sum(getattr(each, name) for each in bad.values()) for name in ("rows", "moved", "flipped")
+    )
     message = (
-        f"the answer to an image depends on how many are asked about: in batches of "
-        f"{_sizes(set(bad), set(tried))}, {total.moved} of {total.rows} logits and {total.flipped} "
-        f"routes are not those in batches of {WHOLE}; look for a shape that was fixed at export, "
-        "or a kernel that is wrong for that size, and serve other batches until it is mended"
+        f"the answer to an image depends on how many are asked about: in batches of {_sizes(bad)}, "
+        f"{moved} of {rows} logits and {flipped} routes are not those in batches of {WHOLE}; look "
+        "for a shape that was fixed at export, or a kernel that is wrong for that size, and serve "
+        "other batches until it is mended"
     )
     return Finding(kind="batch-size", message=message)
 
 
-def _sizes(bad: set[int], tried: set[int]) -> str:
-    if bad == {1}:
-        return "1 (single images)"
-    numbers = ", ".join(map(str, sorted(bad)))
-    more = tried - {1}
-    if bad - {1} == {size for size in more if size % 2}:
-        return f"{numbers} (odd sizes)"
-    return f"{numbers} (all that were tried)" if bad == tried else numbers
+def _sizes(bad: Iterable[int]) -> str:
+    """Return the sizes, and what they have in common."""
+    numbers = ", ".join(map(str, bad))
+    if set(bad) == {1}:
+        return f"{numbers} (single images)"
+    return f"{numbers} (odd sizes)" if all(size % 2 for size in bad) else numbers

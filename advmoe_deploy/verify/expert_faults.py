@@ -43,9 +43,8 @@ def _as_others(evidence: Evidence, layer: str, visitors: dict[int, Flags]) -> Fi
     pairs = list(itertools.combinations(range(experts), 2))[:_MOST_PAIRS]
     answers: dict[int, tuple[int, int, int]] = {}
     for one, other in pairs:
-        near_N = evidence.closeness.near(
-            evidence.answer.logits, _swapped(evidence, layer, one, other)
-        )
+        exchanged_NC = _swapped(evidence, layer, one, other)
+        near_N = evidence.closeness.near(evidence.answer.logits, exchanged_NC)
         for expert, instead in ((one, other), (other, one)):
             if expert not in visitors:
                 continue
