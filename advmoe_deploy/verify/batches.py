@@ -157,7 +157,7 @@ class _Trial:
 
 def _neighbours(size: int, found: Difference) -> Finding:
     message = (
-        f"the answer to an image depends on the other images of its batch: among {size - 1} others "
+        f"the answer to an image depends on the other images of its batch: with others in batches "
         f"of {size}, {found.moved} of {found.rows} logits and {found.flipped} routes change; look "
         "for BatchNorm in training mode, statistics over the batch, or routes taken from another "
         "row, and export again in eval mode"

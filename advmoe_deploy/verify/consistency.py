@@ -37,6 +37,7 @@ from advmoe_deploy.verify.batches import (
 from advmoe_deploy.verify.diagnosis import diagnose, tie_break
 from advmoe_deploy.verify.evidence import Closeness, Evidence, Flags, relative_distances
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
+from advmoe_deploy.verify.router_probes import router_finding
 
 Labels = NDArray[np.int64]
 
@@ -102,10 +103,13 @@ def inspect_answers(
     # What depends on its neighbours has no answer of its own that could be judged.
     if not any(finding.kind == "neighbours" for finding in findings):
         findings += _disagreement(evidence, parity, runner.precision)
+        if exact and not findings:
+            found = router_finding(evidence, runner, rounding)
+            findings += [found] if found else []
     file_images = 0
     if decoding is not None:
-        found, file_images = _from_files(runner, evidence, decoding)
-        findings += found
+        of_files, file_images = _from_files(runner, evidence, decoding)
+        findings += of_files
     return _report(evidence, labels_N, parity, findings, few, file_images, started)
 
 

@@ -105,7 +105,7 @@ def _scaled(evidence: Evidence) -> Finding | None:
     scale = float((wanted * right).sum() / max(1e-30, float((right * right).sum())))
     left = _square(wanted - scale * right)
     apart = _square(wanted - right)
-    explained = scale > 0 and left <= _limit(evidence) * min(apart, _square(wanted))
+    explained = left <= _limit(evidence) * min(apart, _square(wanted))
     if not explained or abs(scale - 1) < 1e-3:
         return None
     message = (
@@ -148,15 +148,15 @@ def _classes(evidence: Evidence) -> Finding | None:
 def _another_function(evidence: Evidence) -> Finding:
     far = relative_distances(evidence.answer.logits, evidence.along)
     flips = [
-        f"{int((evidence.flipped(layer) & evidence.clear(layer)).sum())} routes of {layer} differ"
+        f", {int((evidence.flipped(layer) & evidence.clear(layer)).sum())} routes of {layer} differ"
         for layer in evidence.reference.routes
     ]
     message = (
         f"the engine is another function: {int(evidence.wrong.sum())} of {evidence.images} images "
-        f"get other logits, by {100 * np.median(far):.3g} % of their norm (median), and no change "
-        f"of images, scale or experts explains it; {', '.join([*flips, 'nothing is NaN'])}; "
-        "weights of another epoch, stale BatchNorm statistics or a bad quantisation: export again "
-        "from the checkpoint whose reference this is"
+        f"get other logits, by {100 * np.median(far):.3g} % of their norm (median)"
+        f"{''.join(flips)}; no change of images, scale or experts explains it: weights of another "
+        "epoch, stale BatchNorm statistics or a bad quantisation; export again from the checkpoint "
+        "whose reference this is"
     )
     return Finding(kind="weights", message=message)
 

@@ -24,6 +24,7 @@ _EXPLAINED, _EXPLAINED_LOSSY = 0.2, 0.4
 _IMAGES = 64
 _GAINS = (1 / 255, 0.25, 0.5, 0.75, 0.9, 1.1, 1.5, 2.0, 255.0)
 _SHIFTS = (0.5, 0.25, 0.1, 0.05, 0.01)
+_POWERS = (0.5, 1 / 2.2, 2.0, 2.2)
 _CLIPS = tuple(step / 20 for step in range(1, 20))
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STEP = 1e-3  # of a numeric derivative
@@ -140,6 +141,8 @@ def _known(spec: ModelSpec) -> Iterator[Guess]:
     yield from _normalised(spec)
     yield from _turned()
     yield from _channels(spec.in_channels)
+    for power in _POWERS:
+        yield Guess(f"images to the power of {power:.3g} (gamma)", _raised(power))
     for axis, way in itertools.product((2, 3), (1, -1)):
         yield Guess(f"images moved by a pixel along axis {axis}", _moved(axis, way))
 
@@ -184,6 +187,10 @@ def _rotated(turns: int) -> Callable[[Images], Images]:
 
 def _permuted(order: tuple[int, ...]) -> Callable[[Images], Images]:
     return lambda x: x[:, list(order)]
+
+
+def _raised(power: float) -> Callable[[Images], Images]:
+    return lambda x: np.power(x, np.float32(power))
 
 
 def _moved(axis: int, way: int) -> Callable[[Images], Images]:

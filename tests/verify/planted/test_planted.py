@@ -1,6 +1,5 @@
 """Every planted fault is found before any attack, and called what it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +69,8 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
     "left for right": (faults.reversed_axis(3, 8), "preprocessing", "left to right"),
     "router of 4 bits": (faults.router_of_4_bits, "router", "go to another expert"),
     "stale router": (faults.stale_statistics("router/"), "router", "go to another expert"),
+    "router slightly off": (faults.perturbed(0.002, "router/"), "router", "mixed of two"),
+    "gamma": (faults.seen("Pow", 2.2), "preprocessing", "power of 2.2"),
     "experts swapped": (faults.experts_swapped, "experts", "swapped"),
     "an expert lost": (faults.expert_lost, "experts", "expert 1 answers as expert 0"),
     "an expert zeroed": (faults.expert_zeroed, "experts", "answers the same"),
@@ -167,11 +168,11 @@ def test_the_wrong_of_equal_scores(digits: tuple[Images, np.ndarray], tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def colours() -> Iterator[tuple[Images, np.ndarray]]:
+def colours() -> tuple[Images, np.ndarray]:
     """Random colour images without meaning."""
     draw = np.random.default_rng(0)
     pixels = draw.integers(0, 256, (100, 3, 8, 8), dtype=np.uint8)
-    yield to_float(pixels), draw.integers(0, 10, 100)
+    return to_float(pixels), draw.integers(0, 10, 100)
 
 
 @pytest.fixture(scope="module")
