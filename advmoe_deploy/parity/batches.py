@@ -1,0 +1,81 @@
+"""Batches of any size: an image's answer does not depend on the others of its batch.
+
+Shapes: N images, C classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.tolerance import row_differences, same_experts
+from advmoe_deploy.runtime.runner import Prediction, Runner, joined
+
+SIZES = (1, 3, 7)
+# A few batches of every size.
+BATCHED_IMAGES = 21
+# Share of the norm of an image's logits. On CPUs without VNNI the kernel of int8, and with it a
+# step here and there, depends on the batch's size.
+MOST_MOVED = 0.1
+
+
+def batch_complaint(
+    runner: Runner, images: Images, tolerance: float | None, sizes: Sequence[int] = SIZES
+) -> str:
+    """Return in what ``runner`` answers otherwise in batches of ``sizes``; nothing if in nothing.
+
+    Args:
+        runner: the engine.
+        images: float32 [N, C, H, W] in [0, 1], of which no route is a close call, see
+            :func:`steady_images`. What counts is the answer to all at once.
+        tolerance: of logits in fp32, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`:
+            then no route may differ, either. ``None`` means a lower precision, where each image's
+            logits may move by 10 % of their norm.
+        sizes: of the batches.
+    """
+    if not len(images):
+        return ""
+    whole = runner.infer(images)
+    for size in sizes:
+        parts = np.split(images, range(size, len(images), size))
+        answer = joined([runner.infer(part) for part in parts])
+        rerouted = 0 if tolerance is None else _rerouted(answer, whole)
+        if rerouted:
+            return f"in batches of {size}, {rerouted} rows go to other experts than in one batch"
+        moved, limit = _moved(answer, whole, tolerance)
+        if not moved <= limit:
+            return (
+                f"in batches of {size}, logits differ from those in one batch by {moved:.3g} of "
+                f"their size (limit {limit:.3g})"
+            )
+    return ""
+
+
+def steady_images(images: Images, answers: Answers, count: int = BATCHED_IMAGES) -> Images:
+    """Return the first ``count`` of the half of ``images`` whose routes are the clearest."""
+    margins_N = np.full(len(images), np.inf)
+    for route in answers.routes.values():
+        margins_N = np.minimum(margins_N, route.margins.reshape(len(images), -1).min(axis=1))
+    half = (len(images) + 1) // 2
+    return images[np.sort(np.argsort(-margins_N, kind="stable")[:half])[:count]]
+
+
+def _moved(answer: Prediction, whole: Prediction, tolerance: float | None) -> tuple[float, float]:
+    """Return how far the logits [N, C] of an image moved at most, and the limit."""
+    if tolerance is not None:
+        return float(row_differences(answer.logits, whole.logits)[1].max()), tolerance
+    with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and no answer
+        moved_N = _norms(answer.logits - whole.logits)
+    return float((moved_N / np.maximum(_norms(whole.logits), 1e-12)).max()), MOST_MOVED
+
+
+def _norms(values_NC: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(values_NC.astype(np.float64), axis=1))
+
+
+def _rerouted(answer: Prediction, whole: Prediction) -> int:
+    """Return how many rows, over all layers, go to other experts."""
+    ids = answer.expert_ids
+    flat = {n: (v.reshape(-1, v.shape[-1]), ids[n]) for n, v in whole.expert_ids.items()}
+    return sum(int((~same_experts(v_RK, other)).sum()) for v_RK, other in flat.values())
