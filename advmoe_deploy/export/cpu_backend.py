@@ -21,6 +21,7 @@ from advmoe_deploy.export.precision.gate import Findings, run_gate
 from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target
+from advmoe_deploy.parity.batches import require_any_batch
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan, Segment
 from advmoe_deploy.runtime.engine import Source
@@ -179,6 +180,7 @@ class CpuBackend:
     def _require(self, findings: Findings, what: str) -> None:
         if self.target.precision == "fp32":
             require_parity(findings.parity, what)
+            require_any_batch(findings.batches, what)
         elif findings.complaint:
             raise CheckFailedError(f"{what}: {findings.complaint}; no bundle was written")
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,7 +139,7 @@ class _Writer:
             if findings.complaint:
                 return findings
             # Last, for it takes longest.
-            return replace(findings, own_attack=attack_itself(self.subject.gate, runner))
+            return attack_itself(self.subject.gate, runner, findings)
 
     def _quick_check(self, precisions: Precisions) -> Findings:
         with self.backend.open(self._lower(precisions))[0]() as runner:

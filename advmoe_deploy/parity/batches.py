@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.tolerance import row_differences, same_experts
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
@@ -50,6 +51,12 @@ def batch_complaint(
                 f"their size (limit {limit:.3g})"
             )
     return ""
+
+
+def require_any_batch(complaint: str, what: str) -> None:
+    """Raise :class:`CheckFailedError` if there is a ``complaint`` of ``what``."""
+    if complaint:
+        raise CheckFailedError(f"{what}: {complaint}; no bundle was written")
 
 
 def steady_images(images: Images, answers: Answers, count: int = BATCHED_IMAGES) -> Images:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from advmoe_deploy.reports.drops import DropReport
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision
 
 
@@ -184,7 +185,9 @@ class PrecisionReport(Frozen):
     examples were found on the torch model; ``attacked_route_agreement`` is that of the attacked
     ones, and ``own_attack`` what withstood when each was attacked by its own answers. They are
     ``None`` where no labelled images or no threat model are known; the limit on the drop, in
-    points, then holds for predictions that differ. ``router`` is ``None`` unless a router stayed in
+    points, then holds for predictions that differ. ``attacks`` are all that examples were found by,
+    ``attack`` first; ``drops`` what was lost, by name of the accuracy. Of bundles that were written
+    before there were such, they are empty. ``router`` is ``None`` unless a router stayed in
     a higher precision because its routes did not agree.
     """
 
@@ -200,6 +203,8 @@ class PrecisionReport(Frozen):
     router: RouterPrecision | None
     least_route_agreement: float
     max_drop: float
+    attacks: tuple[AttackSpec, ...] = ()
+    drops: dict[str, DropReport] = Field(default_factory=dict)
 
     def findings(self) -> list[str]:
         """Return what was measured beside the parity, a sentence each."""
@@ -213,6 +218,7 @@ class PrecisionReport(Frozen):
                 )
         if self.own_attack is not None:
             lines.append(f"each attacked by its own answers: {self.own_attack}")
+        lines += [f"{name} accuracy: {drop}" for name, drop in self.drops.items()]
         if self.clean_accuracy is None:
             lines.append("accuracy was not measured: there were no labelled images")
         if self.router is not None:

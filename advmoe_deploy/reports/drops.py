@@ -27,6 +27,9 @@ class DropReport(Frozen):
     verdict: Verdict
     images_needed: int | None
 
+    def __str__(self) -> str:
+        return f"{self.sentence()}; {self.judgement()}"
+
     def sentence(self) -> str:
         """Return the drop, its interval, of how many images, and p."""
         return (

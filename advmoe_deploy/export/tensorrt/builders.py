@@ -19,6 +19,7 @@ from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu, precision_of
 from advmoe_deploy.export.precision.gate import AccuracyGate, Findings, attack_itself, run_gate
 from advmoe_deploy.export.precision.search import Precisions
+from advmoe_deploy.parity.batches import require_any_batch
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.engine import Engine, Source
@@ -174,16 +175,17 @@ def check_set(
     files = {name: staged / file for name, file in graph_files(plan).items()}
     channels, height, width = gate.parity.images.shape[1:]
     with maker.runner(plan, files, (channels, height, width), precision) as runner:
-        findings = run_gate(gate, runner)
+        findings = run_gate(replace(gate, tolerance=maker.tolerance), runner)
         # A lower precision was attacked as it was chosen; TF32 is what it is.
         if tf32 and precision == "fp32" and not findings.complaint:
-            findings = replace(findings, own_attack=attack_itself(gate, runner))
+            findings = attack_itself(gate, runner, findings)
     parity = findings.parity
     tolerance = max(parity.logit_tolerance, maker.tolerance)
     parity = parity.model_copy(update={"logit_tolerance": tolerance})
     folder = Path(plan.segments[0].file).parent.as_posix()
     if precision == "fp32" and not tf32:
         require_parity(parity, folder)
+        require_any_batch(findings.batches, folder)
     elif findings.complaint:
         raise CheckFailedError(f"{folder}: {findings.complaint}; no bundle was written")
     return replace(findings, parity=parity)
