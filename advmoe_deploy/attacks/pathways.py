@@ -60,8 +60,19 @@ def second_choices(model: Classifier, clean: Mapping[str, Routing], images: int)
     ]
 
 
+def count_pathways(model: Classifier) -> int:
+    """Return how many pathways are tried, second choices included."""
+    if _has_few_combinations(model):
+        return _combinations(model)
+    return len(model.experts_in_use) + len(model.rules)
+
+
 def _has_few_combinations(model: Classifier) -> bool:
-    return math.prod(len(rule.kept) for rule in model.rules) <= MOST_COMBINATIONS
+    return _combinations(model) <= MOST_COMBINATIONS
+
+
+def _combinations(model: Classifier) -> int:
+    return math.prod(len(rule.kept) for rule in model.rules)
 
 
 @torch.no_grad()

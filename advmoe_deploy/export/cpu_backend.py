@@ -175,7 +175,13 @@ class CpuBackend:
 
     def _by_segment(self, lowered: _Lowered, graphs: Mapping[str, Source]) -> Runner:
         opener = engine_opener(self.target.backend, compute_dtypes_of(lowered.precisions))
-        return PlanRunner(lowered.plan, graphs, self.shape, open_engine=opener)
+        return PlanRunner(
+            lowered.plan,
+            graphs,
+            self.shape,
+            open_engine=opener,
+            precision=self.target.precision,
+        )
 
     def _require(self, findings: Findings, what: str) -> None:
         if self.target.precision == "fp32":

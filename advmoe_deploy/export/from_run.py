@@ -54,8 +54,10 @@ from advmoe_deploy.models.denormals import zero_denormals
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.batches import batch_complaint, require_any_batch, steady_images
 from advmoe_deploy.parity.compare import compare_answers, predictions_of, require_parity
 from advmoe_deploy.parity.reference import Reference, reference_answers
+from advmoe_deploy.parity.tolerance import tolerance_for
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
@@ -188,7 +190,7 @@ def check_graphs(
     """Return how the graphs under ``staged`` compare with ``model``, which answers ``answers``.
 
     Read from the files, as a user will: the whole graph, the unfused one and the plan on every
-    image, and every expert of every layer, visited or not.
+    image, a few in batches of other sizes; and every expert of every layer, visited or not.
 
     Raises:
         CheckFailedError: a logit, a route or an expert is not what it should be.
@@ -204,14 +206,17 @@ def check_graphs(
     require_branches(reference, plan, graph, few[:SAMPLES])
     uncertain = reference.uncertainty(few)
     shape, routes = model.spec.image_shape, plan.routes
+    steady = steady_images(images, answers, margin=uncertain.margin)
 
     def checked(runner: Runner, name: str) -> ParityReport:
         with runner:
             answer = predictions_of(runner, images)
+            moved = batch_complaint(runner, steady, tolerance_for(uncertain.rounding))
         report = compare_answers(
             answers, answer, rounding=uncertain.rounding, margin=uncertain.margin, data=data
         )
         require_parity(report, name)
+        require_any_batch(moved, name)
         return report
 
     checked(PlanRunner(plan, files, shape), "the plan")

@@ -59,13 +59,18 @@ def require_any_batch(complaint: str, what: str) -> None:
         raise CheckFailedError(f"{what}: {complaint}; no bundle was written")
 
 
-def steady_images(images: Images, answers: Answers, count: int = BATCHED_IMAGES) -> Images:
-    """Return the first ``count`` of the half of ``images`` whose routes are the clearest."""
+def steady_images(
+    images: Images, answers: Answers, count: int = BATCHED_IMAGES, margin: float = 0.0
+) -> Images:
+    """Return the first ``count`` of the half of ``images`` whose routes are the clearest.
+
+    Those of which two scores are within ``margin`` are left out.
+    """
     margins_N = np.full(len(images), np.inf)
     for route in answers.routes.values():
         margins_N = np.minimum(margins_N, route.margins.reshape(len(images), -1).min(axis=1))
-    half = (len(images) + 1) // 2
-    return images[np.sort(np.argsort(-margins_N, kind="stable")[:half])[:count]]
+    clearest = np.argsort(-margins_N, kind="stable")[: (len(images) + 1) // 2]
+    return images[np.sort(clearest[margins_N[clearest] > margin])[:count]]
 
 
 def _moved(answer: Prediction, whole: Prediction, tolerance: float | None) -> tuple[float, float]:

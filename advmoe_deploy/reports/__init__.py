@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from advmoe_deploy.reports.drops import DropReport
+from advmoe_deploy.reports.drops import ACCURACIES, Accuracy, DropReport
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision
 
 
@@ -186,9 +186,9 @@ class PrecisionReport(Frozen):
     ones, and ``own_attack`` what withstood when each was attacked by its own answers. They are
     ``None`` where no labelled images or no threat model are known; the limit on the drop, in
     points, then holds for predictions that differ. ``attacks`` are all that examples were found by,
-    ``attack`` first; ``drops`` what was lost, by name of the accuracy. Of bundles that were written
-    before there were such, they are empty. ``router`` is ``None`` unless a router stayed in
-    a higher precision because its routes did not agree.
+    ``attack`` first, those along pathways on the first ``pathway_images`` alone; ``drops`` what was
+    lost of each accuracy. Bundles written before there were such have none. ``router`` is ``None``
+    unless a router stayed in a higher precision because its routes did not agree.
     """
 
     raised: dict[str, str]
@@ -204,7 +204,8 @@ class PrecisionReport(Frozen):
     least_route_agreement: float
     max_drop: float
     attacks: tuple[AttackSpec, ...] = ()
-    drops: dict[str, DropReport] = Field(default_factory=dict)
+    pathway_images: int = 0
+    drops: dict[Accuracy, DropReport] = Field(default_factory=dict)
 
     def findings(self) -> list[str]:
         """Return what was measured beside the parity, a sentence each."""
@@ -216,9 +217,11 @@ class PrecisionReport(Frozen):
                     f"{100 * pair.engine:.1f} % here, on {self.holdout_images} hold-out images of "
                     f"{self.data} (limit: {self.max_drop:g} points lost)"
                 )
+        if self.pathway_images:
+            lines.append(f"the first {self.pathway_images} were attacked along pathways, too")
         if self.own_attack is not None:
             lines.append(f"each attacked by its own answers: {self.own_attack}")
-        lines += [f"{name} accuracy: {drop}" for name, drop in self.drops.items()]
+        lines += [f"{ACCURACIES[name]}: {drop}" for name, drop in self.drops.items()]
         if self.clean_accuracy is None:
             lines.append("accuracy was not measured: there were no labelled images")
         if self.router is not None:

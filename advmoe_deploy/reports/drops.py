@@ -6,6 +6,14 @@ from advmoe_deploy.specs import Frozen
 
 Verdict = Literal["passed", "failed", "undecided"]
 
+# What an engine may lose of; under an attack of its own, each model is attacked by its own answers.
+Accuracy = Literal["clean", "robust", "own_attack"]
+ACCURACIES: dict[Accuracy, str] = {
+    "clean": "clean accuracy",
+    "robust": "robust accuracy",
+    "own_attack": "robust accuracy under an attack of its own",
+}
+
 
 class DropReport(Frozen):
     """A drop in accuracy, in points, on the same ``images``, and whether ``max_drop`` allows it.
@@ -28,12 +36,17 @@ class DropReport(Frozen):
     images_needed: int | None
 
     def __str__(self) -> str:
-        return f"{self.sentence()}; {self.judgement()}"
+        gained = "; more than chance explains are right here alone" if self.most_drop < 0 else ""
+        return f"{self.sentence()}; {self.judgement()}{gained}"
 
     def sentence(self) -> str:
         """Return the drop, its interval, of how many images, and p."""
+        return f"a drop of {self.figures()}"
+
+    def figures(self) -> str:
+        """Return the same without a word for what it is."""
         return (
-            f"a drop of {self.drop:.2f} points ({self.least_drop:.2f} to {self.most_drop:.2f}, "
+            f"{self.drop:.2f} points ({self.least_drop:.2f} to {self.most_drop:.2f}, "
             f"95 % interval) on {self.images:,} images, p = {self.p:.2g}"
         )
 

@@ -214,7 +214,7 @@ def test_the_bundle_says_it(exports: Exports, capsys: pytest.CaptureFixture[str]
     assert (pruning.data, pruning.images) == ("digits", 1000)
     assert (pruning.attacked_data, pruning.attack, pruning.epsilon) == ("digits", ATTACK, 0.1)
     holdout = len(load_dataset("digits").holdout.images)
-    assert pruning.attacked_images == min(500, holdout)
+    assert pruning.attacked_images == min(1000, holdout)
     assert 0 <= pruning.max_abs_logit_diff < 1e-4
     card = bundle.file("MODEL_CARD.md").read_text()
     assert "layer4.0.conv1 without experts 0, 3" in card

@@ -12,7 +12,8 @@ from torch import Tensor
 from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.losses import is_wrong
-from advmoe_deploy.attacks.objectives import Answer
+from advmoe_deploy.attacks.objectives import PULLS, Answer
+from advmoe_deploy.attacks.pathways import count_pathways
 from advmoe_deploy.attacks.white_box import BATCH, predict
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.export.precision.gate import (
@@ -30,6 +31,9 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # As many hold-out images are examined, if there are as many: an attack takes most of the time.
 GATE_IMAGES = 1000
+# A model of two pathways is attacked along them on all images, for at most four times as long as by
+# the first attack; one of more pathways on fewer images.
+_MOST_SEARCHES = 4 * GATE_IMAGES
 
 
 def with_accuracy(
@@ -44,19 +48,21 @@ def with_accuracy(
     if threat is None:
         return gate
 
-    attacks = attacks_on(model)
+    attacks = (ATTACK, PATHWAY_ATTACK) if model.rules else (ATTACK,)
+    few = min(len(clean), _pathway_images(model))
 
     def attack(logits: Logits | None) -> Images:
         answer = None if logits is None else TorchFace(logits)
-        return attacked_images(model, clean, split.labels, threat, answer, attacks)
+        return attacked_images(model, clean, split.labels, threat, answer, attacks, few)
 
     attacked = _examples(model, attack(None))
-    return replace(gate, attacked=attacked, attack=attack, attacks=attacks)
+    return replace(gate, attacked=attacked, attack=attack, attacks=attacks, pathway_images=few)
 
 
-def attacks_on(model: Classifier) -> tuple[AttackSpec, ...]:
-    """Return what the accuracy gate attacks ``model`` with, in turn."""
-    return (ATTACK, PATHWAY_ATTACK) if model.rules else (ATTACK,)
+def _pathway_images(model: Classifier) -> int:
+    """Return on how many images all pathways of ``model`` can be tried; of none, there are none."""
+    tries = len(PULLS) * count_pathways(model) if model.rules else 0
+    return max(1, _MOST_SEARCHES // tries) if tries else 0
 
 
 def attacked_images(
@@ -66,18 +72,20 @@ def attacked_images(
     threat: ThreatModel,
     answer: Answer | None = None,
     attacks: Sequence[AttackSpec] = (ATTACK,),
+    few: int | None = None,
 ) -> Images:
     """Return the worst that ``attacks`` make of ``images`` on the torch model, or on who answers.
 
-    Each attack is made on the images that those before it could not turn; one that none turned
-    comes back as the last left it. They search to the end, not to the first example that fools: one
-    that barely fools the torch model would say nothing of an engine that was made from it.
+    The first attack is made on all of them, each other one on those of the first ``few`` that the
+    attacks before it could not turn; one that none turned comes back as the last left it. They
+    search to the end, not to the first example that fools: one that barely fools the torch model
+    would say nothing of an engine that was made from it.
     """
     x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
     first, *others = attacks
     found_NCHW = find_adversarial(model, x_NCHW, y_N, threat, first, answer=answer)
     for attack in others:
-        left_N = (~_wrong(model, found_NCHW, y_N, answer)).nonzero()[:, 0]
+        left_N = (~_wrong(model, found_NCHW[:few], y_N[:few], answer)).nonzero()[:, 0]
         found_NCHW[left_N] = find_adversarial(
             model, x_NCHW[left_N], y_N[left_N], threat, attack, answer=answer
         )
@@ -89,7 +97,7 @@ def _wrong(model: Classifier, x_NCHW: Tensor, y_N: Tensor, answer: Answer | None
     """Return which images [n] are not answered their label."""
     if answer is None:
         return predict(model, x_NCHW) != y_N
-    batches = zip(x_NCHW.split(BATCH), y_N.split(BATCH), strict=True)
+    batches = zip(torch.split(x_NCHW, BATCH), torch.split(y_N, BATCH), strict=True)
     wrong = [is_wrong(answer(x), y) for x, y in batches]
     return torch.cat(wrong) if wrong else torch.zeros(0, dtype=torch.bool)
 

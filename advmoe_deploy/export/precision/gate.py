@@ -26,12 +26,12 @@ from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.tolerance import tolerance_for
 from advmoe_deploy.reports import OwnAttack, Pair, ParityReport, PrecisionReport, RouterPrecision
+from advmoe_deploy.reports.drops import ACCURACIES, Accuracy
 from advmoe_deploy.runtime.runner import Runner, is_exact
 from advmoe_deploy.specs import AttackSpec
 
 LEAST_ROUTE_AGREEMENT = 0.999
 MAX_DROP = 0.5  # points
-OWN_ATTACK = "own-attack robust"  # where each was attacked by its own answers
 
 # What happens by chance less often than this is taken for more than chance.
 _UNLIKELY = 0.025
@@ -82,8 +82,9 @@ class AccuracyGate:
 
     The parity's images are from ``data``; ``rounding`` and ``margin`` are the torch model's own.
     The labelled images are hold-out images of ``labels``; ``attacked`` were found on the torch
-    model by ``attacks``, and ``attack`` finds them on any model by its answers. With ``tolerance``
-    logits in fp32 may differ by as much from batch to batch, if the rounding does not allow more.
+    model by ``attacks``, those along pathways on the first ``pathway_images`` alone, and ``attack``
+    finds them on any model by its answers. With ``tolerance`` logits in fp32 may differ by as much
+    from batch to batch, if the rounding does not allow more.
     """
 
     parity: Examples
@@ -96,6 +97,7 @@ class AccuracyGate:
     attacked: Examples | None = None
     attack: Callable[[Logits], Images] | None = None
     attacks: tuple[AttackSpec, ...] = ()
+    pathway_images: int = 0
     tolerance: float = 0.0
     limits: Limits = Limits()
 
@@ -104,7 +106,6 @@ class AccuracyGate:
 class Findings:
     """What one choice of precisions gave; accuracies and drops where there are labels.
 
-    ``drops`` are of clean and of robust accuracy, and of that under an attack of its own;
     ``batches`` says how answers depend on the batch, if they do.
     """
 
@@ -115,7 +116,7 @@ class Findings:
     robust_accuracy: Pair | None
     attacked_route_agreement: float | None
     own_attack: OwnAttack | None = None
-    drops: Mapping[str, Drop] = field(default_factory=dict)
+    drops: Mapping[Accuracy, Drop] = field(default_factory=dict)
     batches: str = ""
     limits: Limits = Limits()
 
@@ -164,7 +165,7 @@ class Findings:
             return self.batches
         for name, drop in self.drops.items():
             if too_much(drop, MAX_DROP):
-                return f"{name} accuracy falls by {drop.points:.2f} points: {drop.sentence()}"
+                return f"{ACCURACIES[name]} falls by {drop.report(MAX_DROP).figures()}"
         # Without labels: as many predictions that differ are at most as many points lost.
         changed, limits = 1 - self.prediction_agreement, self.limits
         if self.clean_accuracy is None and limits.exceeded(
@@ -192,7 +193,7 @@ def run_gate(gate: AccuracyGate, runner: Runner) -> Findings:
     answer = predictions_of(runner, gate.parity.images)
     expected = gate.parity.answers
     same_N = answer.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
-    right: dict[str, tuple[Flags, Flags]] = {}
+    right: dict[Accuracy, tuple[Flags, Flags]] = {}
     agreement = None
     if gate.clean is not None:
         right["clean"], _ = standing, _ = _right(gate, gate.clean, runner)
@@ -217,9 +218,11 @@ def run_gate(gate: AccuracyGate, runner: Runner) -> Findings:
 
 def batches_in(gate: AccuracyGate, runner: Runner) -> str:
     """Return how answers of ``runner`` depend on the batch; nothing if they do not."""
-    tolerance = max(gate.tolerance, tolerance_for(gate.rounding)) if is_exact(runner) else None
-    few = steady_images(gate.parity.images, gate.parity.answers)
-    return batch_complaint(runner, few, tolerance)
+    images, answers = gate.parity.images, gate.parity.answers
+    if not is_exact(runner):
+        return batch_complaint(runner, steady_images(images, answers), None)
+    steady = steady_images(images, answers, margin=gate.margin)
+    return batch_complaint(runner, steady, max(gate.tolerance, tolerance_for(gate.rounding)))
 
 
 def attack_itself(gate: AccuracyGate, runner: Runner, findings: Findings) -> Findings:
@@ -236,7 +239,7 @@ def attack_itself(gate: AccuracyGate, runner: Runner, findings: Findings) -> Fin
     drop = Drop.between(reference_N, engine_N)
     least, most = drop.interval
     own = OwnAttack(robust_accuracy=_pair(reference_N, engine_N), least_drop=least, most_drop=most)
-    return replace(findings, own_attack=own, drops={**findings.drops, OWN_ATTACK: drop})
+    return replace(findings, own_attack=own, drops={**findings.drops, "own_attack": drop})
 
 
 def precision_report(
@@ -258,6 +261,7 @@ def precision_report(
         attacked_route_agreement=findings.attacked_route_agreement,
         router=router,
         attacks=gate.attacks,
+        pathway_images=gate.pathway_images,
         drops={name: drop.report(MAX_DROP) for name, drop in findings.drops.items()},
         least_route_agreement=LEAST_ROUTE_AGREEMENT,
         max_drop=MAX_DROP,

@@ -13,13 +13,22 @@ from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph.fuse import fuse
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import AccuracyGate, Examples, Findings, run_gate
+from advmoe_deploy.export.precision.gate import (
+    AccuracyGate,
+    Examples,
+    Findings,
+    precision_report,
+    run_gate,
+)
 from advmoe_deploy.export.precision.search import Precisions, choose_precisions
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.answers import Answers
+from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport
+from advmoe_deploy.reports import LayerParity, OwnAttack, Pair, ParityReport, PrecisionReport
+from advmoe_deploy.reports.drops import ACCURACIES, Accuracy
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import compute_dtypes_of, open_runner
@@ -59,15 +68,66 @@ def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
         layers=(layer,),
     )
     accuracy = Pair(reference=0.5, engine=0.5 - lost / 100)
-    return Findings(parity, 1.0, lost, Pair(reference=0.8, engine=0.8), accuracy, 1.0)
+    drops: dict[Accuracy, Drop] = {"clean": drop(1000), "robust": drop(1000, round(10 * lost))}
+    clean = Pair(reference=0.8, engine=0.8)
+    return Findings(parity, 1.0, lost, clean, accuracy, 1.0, drops=drops)
 
 
-def test_a_drop_under_an_attack_of_its_own_counts_beyond_chance() -> None:
+def drop(images: int, only_reference: int = 0, only_engine: int = 0) -> Drop:
+    return Drop(images=images, only_reference=only_reference, only_engine=only_engine)
+
+
+@pytest.mark.parametrize("name", ["clean", "robust", "own_attack"])
+def test_a_drop_is_refused_where_chance_hardly_explains_it(name: Accuracy) -> None:
+    def complaint(lost: int, won: int, images: int = 200) -> str:
+        return replace(findings(), drops={name: drop(images, lost, won)}).complaint
+
+    failed = complaint(12, 1)
+    assert failed.startswith(f"{ACCURACIES[name]} falls by 5.50 points (1.89 to 9.00, ")
+    assert failed.endswith("95 % interval) on 200 images, p = 0.0034")
+    assert complaint(3, 0)  # p = 1/8, one-sided
+    assert complaint(30, 22, images=1000)  # 0.8 points, p = 0.17
+    assert not complaint(2, 0)  # p = 1/4: of 200 images, one point is no more than chance
+    assert not complaint(6, 4)
+    assert not complaint(40, 10, images=10_000)  # 0.3 points, and certainly lost
+    assert not complaint(0, 20)
+
+
+def test_a_drop_that_was_found_under_its_own_attack_is_told_apart() -> None:
     pair = Pair(reference=0.5, engine=0.48)
-    clear = OwnAttack(robust_accuracy=pair, least_drop=0.6, most_drop=3.4)
-    assert "0.6 to 3.4 points" in replace(findings(), own_attack=clear).complaint
-    chance = clear.model_copy(update={"least_drop": 0.4})
-    assert not replace(findings(), own_attack=chance).complaint
+    own = OwnAttack(robust_accuracy=pair, least_drop=0.6, most_drop=3.4)
+    found = replace(findings(), own_attack=own, drops={"own_attack": drop(1000, 26, 6)})
+    assert found.complaint == (
+        "robust accuracy under an attack of its own falls by 2.00 points (0.88 to 3.11, "
+        "95 % interval) on 1,000 images, p = 0.00054"
+    )
+
+
+def test_what_was_lost_is_recorded_with_its_verdict() -> None:
+    drops: dict[Accuracy, Drop] = {
+        "clean": drop(1000, 1, 1),
+        "robust": drop(1000, 5, 4),
+        "own_attack": drop(1000, 0, 12),
+    }
+    noise = AccuracyGate(Examples(IMAGES, Answers(np.zeros((24, 2), np.float32))), "noise")
+    report = precision_report(noise, {}, replace(findings(), drops=drops))
+    verdicts = {name: each.verdict for name, each in report.drops.items()}
+    assert verdicts == {"clean": "passed", "robust": "undecided", "own_attack": "passed"}
+    assert {each.max_drop for each in report.drops.values()} == {report.max_drop} == {0.5}
+    needed = drops["robust"].images_needed(0.5)
+    said = "\n".join(report.findings())
+    assert "clean accuracy: a drop of 0.00 points (-0.34 to 0.34, 95 % interval)" in said
+    assert f"undecided (limit 0.5 points): {needed:,} images would decide" in said
+    assert said.count("more than chance explains are right here alone") == 1
+    stored = report.model_dump(mode="json")
+    assert PrecisionReport.model_validate(stored) == report
+    older = {k: v for k, v in stored.items() if k not in ("drops", "attacks", "pathway_images")}
+    assert PrecisionReport.model_validate(older).drops == {}
+    assert "would decide" not in "\n".join(PrecisionReport.model_validate(older).findings())
+
+
+def test_answers_that_depend_on_the_batch_are_refused() -> None:
+    assert replace(findings(), batches="in batches of 3, ...").complaint == "in batches of 3, ..."
 
 
 def all_int8(plan: Plan) -> Precisions:
@@ -131,7 +191,10 @@ def test_the_most_sensitive_segments_are_raised_first(families: Families) -> Non
 
     choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
     assert choice.raised.keys() == set(experts[1])  # 1.0 points were lost, 0.4 are left
-    assert choice.raised[experts[1][0]] == "robust accuracy falls by 1.00 points"
+    assert (
+        choice.raised[experts[1][0]]
+        == f"robust accuracy falls by {drop(1000, 10).report(0.5).figures()}"
+    )
     assert choice.findings.robust_accuracy == Pair(reference=0.5, engine=0.5 - 0.4 / 100)
 
 
