@@ -53,7 +53,7 @@ from advmoe_deploy.specs import AttackLoss, AttackSpec, AttackTarget
 Answer = Callable[[Tensor], Tensor]
 
 # How much more the pull on the routes weighs than the error, in turn.
-_PULLS = (1.0, 3.0)
+PULLS = (1.0, 3.0)
 
 
 def require_target(model: Classifier, target: AttackTarget) -> None:
@@ -72,7 +72,7 @@ def objectives_for(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) 
     if attack.target == "soft":
         return [_SoftObjective(scene, attack, aim) for aim in aims]
     if attack.target in ("pathway", "weakest"):
-        tries = itertools.product(aims, _PULLS, _pathways(scene, attack.target))
+        tries = itertools.product(aims, PULLS, _pathways(scene, attack.target))
         return [_PathwayObjective(scene, pathway, aim, pull) for aim, pull, pathway in tries]
     surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
     return [_ModelObjective(scene.model, surrogate, clean, attack.loss, aim) for aim in aims]
