@@ -15,12 +15,12 @@ Edit = Callable[[ModelProto], None]
 IMAGES, LOGITS, IDS = "images", "logits", "router.expert_ids"
 
 
-def with_fault(bundle: Bundle, path: Path, edit: Edit) -> Bundle:
+def with_fault(bundle: Bundle, path: Path, edit: Edit, *, file: str = MODEL) -> Bundle:
     """Return a copy of ``bundle`` at ``path`` whose graph is edited and whose hashes hold."""
     shutil.copytree(bundle.path, path)
-    model = onnx.load(path / MODEL)
+    model = onnx.load(path / file)
     edit(model)
-    onnx.save(model, path / MODEL)
+    onnx.save(model, path / file)
     return sealed_again(bundle, path)
 
 
@@ -50,8 +50,8 @@ def values_of(tensor: TensorProto) -> np.ndarray:
 
 
 def fill(tensor: TensorProto, values: ArrayLike) -> None:
-    """Put ``values`` into ``tensor``."""
-    array = np.ascontiguousarray(values, dtype=np.float32)
+    """Put ``values`` into ``tensor``, whose type stays."""
+    array = np.asarray(values, dtype=values_of(tensor).dtype).copy()
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
