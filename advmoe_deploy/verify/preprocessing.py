@@ -155,7 +155,8 @@ def _affine(gain: float, shift: float) -> Guess:
 
 
 def _clipped_above(limit: float) -> Guess:
-    return Guess(f"images clipped above {limit:.2g}", lambda x: np.minimum(x, limit))
+    words = f"images clipped above {limit:.2g} (scales of a quantiser that saw darker images?)"
+    return Guess(words, lambda x: np.minimum(x, limit))
 
 
 def _clipped_below(limit: float) -> Guess:

@@ -11,6 +11,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.models.untrained import untrained_model
@@ -213,3 +214,40 @@ def test_colours(
     report = inspected(with_fault(colour_bundle, tmp_path / "bad", edit), colours)
     assert report.kinds == (("preprocessing",) if edits else ())
     assert all(words in finding.message for finding in report.findings)
+
+
+INT8_GRAPH = "engines/onnxruntime-int8/model.onnx"
+INT8_FAULTS: dict[str, tuple[Edit, str | None]] = {
+    "none": (lambda _: None, None),
+    "single images wrong": (faults.wrong_alone, "batch-size"),
+    "one route a batch": (faults.first_route_for_all, "neighbours"),
+    "logits times 1000": (faults.scaled_logits(1000), "logit-scale"),
+    "logits times 1.2": (faults.scaled_logits(1.2), "logit-scale"),
+    "mean off": (faults.seen("Sub", 0.1), "preprocessing"),
+    "gain off": (faults.seen("Mul", 0.9), "preprocessing"),
+    "pixels to 255": (faults.seen("Mul", 255.0), "preprocessing"),
+    "height for width": (faults.transposed, "preprocessing"),
+    "clipped images": (faults.seen("Clip", 0.0, 0.6), "preprocessing"),
+    "router of 4 bits": (faults.router_of_4_bits, "router"),
+    "experts swapped": (faults.experts_swapped, "experts"),
+    "an expert lost": (faults.expert_lost, "experts"),
+    "dark scales": (faults.dark_scales(0.5), "weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The export of ``trained_run`` in int8 for ONNX Runtime."""
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    return export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INT8_FAULTS)
+def test_int8(
+    name: str, int8_bundle: Bundle, digits: tuple[Images, np.ndarray], tmp_path: Path
+) -> None:
+    edit, kind = INT8_FAULTS[name]
+    bundle = with_fault(int8_bundle, tmp_path / "bundle", edit, file=INT8_GRAPH)
+    report = inspected(bundle, digits, exact=False, engine="onnxruntime:int8")
+    assert report.kinds == ((kind,) if kind else ()), report.findings
