@@ -24,7 +24,7 @@ _SMALL = (2, 4)  # in which the same neighbours and others are compared
 _SIZES = (1, 2, 3, 7, 128)
 _RISING = (4, 5, 6, 8, 9, 10, 11, 12, 13)  # one batch of each: a size in between seldom fails alone
 _MOST_IMAGES, _FEWEST_IMAGES = 100, 16
-_MOST_VALUES = 50 * 3 * 32 * 32  # pixels of all images together: larger ones take longer
+_MOST_VALUES = 32 * 3 * 32 * 32  # pixels of all images together: larger ones take longer
 
 Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -72,13 +72,14 @@ def rows_of(answer: Prediction, rows: Rows, images: int) -> Prediction:
 
 
 def batch_findings(
-    runner: Runner, x_NCHW: Images, close_N: Flags, closeness: Closeness
+    runner: Runner, x_NCHW: Images, whole: Prediction, close_N: Flags, closeness: Closeness
 ) -> list[Finding]:
     """Return what is wrong with the answers to batches of several sizes and other neighbours.
 
-    ``close_N`` are the images with a close call of routes, which may go either way.
+    ``whole`` are the answers in batches of :data:`WHOLE`; ``close_N`` are the images with a close
+    call of routes, which may go either way.
     """
-    trial = _Trial(runner, x_NCHW, close_N, closeness)
+    trial = _Trial(runner, x_NCHW, whole, close_N, closeness)
     if found := trial.neighbours():
         return [_neighbours(*found)]
     bad = {
@@ -93,12 +94,16 @@ class _Trial:
     """Answers to the images in whole batches, and the same images in others."""
 
     def __init__(
-        self, runner: Runner, x_NCHW: Images, close_N: Flags, closeness: Closeness
+        self,
+        runner: Runner,
+        x_NCHW: Images,
+        whole: Prediction,
+        close_N: Flags,
+        closeness: Closeness,
     ) -> None:
         self.runner, self.x_NCHW, self.closeness = runner, x_NCHW, closeness
-        self.close_N = close_N
+        self.whole, self.close_N = whole, close_N
         self.images = len(x_NCHW)
-        self.whole = answers_in_batches(runner, x_NCHW)
 
     def neighbours(self) -> tuple[int, Difference] | None:
         """Return the size of batches in which answers change with the neighbours, and how."""

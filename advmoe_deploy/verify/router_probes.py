@@ -22,7 +22,7 @@ from advmoe_deploy.verify.evidence import Evidence
 from advmoe_deploy.verify.findings import Finding
 
 _LEAD = 20  # margins of a close call, by which the better score leads at least
-_STEPS = 16
+_STEPS = 12
 _MOST_LAYERS = 4
 _MOST_PROBES = 32
 
@@ -93,7 +93,7 @@ def _image_layers(evidence: Evidence) -> list[str]:
 def _pairs(evidence: Evidence, layer: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return as many images as other images, which go to other experts."""
     ids_N = evidence.reference.routes[layer].expert_ids[:, 0]
-    most = min(_MOST_PROBES, images_to_batch(evidence.x_NCHW))
+    most = min(_MOST_PROBES, max(1, images_to_batch(evidence.x_NCHW) // 2))
     pairs = [
         (row, other)
         for row in range(min(len(ids_N), most))
