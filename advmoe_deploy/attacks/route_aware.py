@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
@@ -35,9 +36,10 @@ def withstanding(
     standing_N, after = predict(model, images) == labels, []
     for attack in attacks:
         rows_A = standing_N.nonzero()[:, 0]
-        found = attack_model(model, images[rows_A], labels[rows_A], threat, attack, first_only=True)
+        x, y = images[rows_A], labels[rows_A]
+        found = find_adversarial(model, x, y, threat, attack, first_only=True)
         standing_N = torch.zeros_like(standing_N).index_fill_(
-            0, rows_A[predict(model, found) == labels[rows_A]], value=True
+            0, rows_A[predict(model, found) == y], value=True
         )
         after.append(standing_N)
     return after
