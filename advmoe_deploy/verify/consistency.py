@@ -50,10 +50,10 @@ _FILES = 8  # images that go through PNG
 class Limits:
     """What a lower precision may change.
 
-    ``logits`` is the median distance relative to an image's norm, ``probability`` the mean total
-    variation; ``far`` is the share of images whose probabilities move by more than ``FAR``,
-    ``predictions`` and ``routes`` the shares that differ; of these three, what chance explains on
-    few images is allowed.
+    ``logits`` is the distance, relative to an image's norm, that a quarter may exceed;
+    ``probability`` the mean total variation, one image of ``FAR`` aside; ``far`` the share of
+    images whose probabilities move by more than that; ``predictions`` and ``routes`` the shares
+    that differ. Of shares, what chance explains on few images is allowed.
     """
 
     logits: float
@@ -64,6 +64,8 @@ class Limits:
 
 
 FAR = 0.25
+_OVER = 0.25  # share of the images that may exceed the limit on logits
+_FEWEST = 32  # images in which a slight change can be told from rounding
 # Measured on 400 digits of two models, ONNX Runtime and OpenVINO: int8 moves logits by 1.3 % and
 # probabilities by 0.003, bf16 by 0.4 % and 0.0008; 3 predictions and 1 route of 400 differ at most.
 _INT8 = Limits(logits=0.06, probability=0.0125)
@@ -134,7 +136,8 @@ def _disagreement(evidence: Evidence, parity: ParityReport, precision: Precision
     if not _agrees(evidence, parity, limits):
         return diagnose(evidence)
     apart = relative_distances(evidence.answer.logits, evidence.reference.logits)
-    found = slight_change(evidence) if np.median(apart) > _SUSPICIOUS * limits.logits else None
+    suspicious = len(apart) >= _FEWEST and np.median(apart) > _SUSPICIOUS * limits.logits
+    found = slight_change(evidence) if suspicious else None
     return [found] if found else []
 
 
@@ -154,12 +157,13 @@ def _agrees(evidence: Evidence, parity: ParityReport, limits: Limits) -> bool:
     if not np.isfinite(answer).all():
         return False
     moved_N = total_variation(answer, reference)
+    apart_N = relative_distances(answer, reference)
     images = len(moved_N)
     other_N = answer.argmax(axis=1) != reference.argmax(axis=1)
     clear = sum(layer.rows - layer.close_calls for layer in parity.layers)
     return bool(
-        np.median(relative_distances(answer, reference)) <= limits.logits
-        and moved_N.mean() <= limits.probability
+        _by_chance(int((apart_N > limits.logits).sum()), images, _OVER)
+        and moved_N.mean() <= limits.probability + FAR / images
         and _by_chance(int((moved_N > FAR).sum()), images, limits.far)
         and _by_chance(int(other_N.sum()), images, limits.predictions)
         and _by_chance(parity.route_flips, clear, limits.routes)
