@@ -12,10 +12,11 @@ from advmoe_deploy import api
 from advmoe_deploy.bundle import BundleManifest
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
-from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair, RobustReport
+from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.specs import BatchProfile
 from advmoe_deploy.train.run.report import TrainReport
+from advmoe_deploy.verify.report import RobustReport
 
 PAGE = Path(__file__).parent / "api.md"
 HEAD = """# Python API
