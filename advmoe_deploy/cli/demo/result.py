@@ -31,8 +31,8 @@ class DemoResult(Frozen):
             ("clean accuracy (test)", _percent(moe.clean_accuracy), _percent(dense.clean_accuracy)),
             (
                 f"robust accuracy, PGD-50, epsilon {self.verify.threat.epsilon:g}",
-                _percent(moe.robust_accuracy),
-                _percent(dense.robust_accuracy),
+                _percent(moe.pgd_accuracy),
+                _percent(dense.pgd_accuracy),
             ),
             (
                 f"  under {len(self.verify.attacks)} attacks, on routes too",
