@@ -110,6 +110,7 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
         "losses": [round(loss, 4) for loss in losses],
         "loss_fell": losses[-1] < losses[0],
         "clean_accuracy": report.clean_accuracy,
+        "pgd_accuracy": report.pgd_accuracy,
         "robust_accuracy": report.robust_accuracy,
         "attack": report.attack.model_dump(mode="json"),
         "epsilon": report.epsilon,
