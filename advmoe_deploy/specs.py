@@ -304,6 +304,8 @@ class AttackSpec(Frozen):
     def _check(self) -> Self:
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} without random_start would all be the same")
+        if self.decay and self.step_size is not None:
+            raise ValueError("with decay the step falls from epsilon; leave step_size out")
         return self
 
 

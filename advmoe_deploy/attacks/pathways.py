@@ -51,12 +51,13 @@ def whole_pathways(model: Classifier, clean: Mapping[str, Routing], images: int)
 
 
 def second_choices(model: Classifier, clean: Mapping[str, Routing], images: int) -> list[Pathway]:
-    """Return, where not all combinations are tried, each row's second choice a layer at a time."""
-    if _has_few_combinations(model):
-        return []
+    """Return, where not all combinations are tried, a layer at a time each row's next choice.
+
+    That is the best expert that the row does not meet already.
+    """
     return [
-        {layer: routing.scores_NE.topk(2, dim=1).indices[:, 1].view(images, -1)}
-        for layer, routing in clean.items()
+        {r.layer: clean[r.layer].scores_NE.topk(r.top_k + 1, dim=1).indices[:, -1].view(images, -1)}
+        for r in _layers_with_a_choice(model)
     ]
 
 
@@ -64,7 +65,14 @@ def count_pathways(model: Classifier) -> int:
     """Return how many pathways are tried, second choices included."""
     if _has_few_combinations(model):
         return _combinations(model)
-    return len(model.experts_in_use) + len(model.rules)
+    return len(model.experts_in_use) + len(_layers_with_a_choice(model))
+
+
+def _layers_with_a_choice(model: Classifier) -> list[RoutingRule]:
+    """Return the layers whose second choices are tried."""
+    if _has_few_combinations(model):
+        return []
+    return [rule for rule in model.rules if len(rule.kept) > rule.top_k]
 
 
 def _has_few_combinations(model: Classifier) -> bool:

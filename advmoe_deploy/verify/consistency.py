@@ -8,7 +8,7 @@ Shapes: N images, C channels or classes, H height, W width.
 
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ from advmoe_deploy.verify.router_probes import router_finding
 Labels = NDArray[np.int64]
 
 _FILES = 8  # images that go through PNG
+_NOISE = 0.05  # in [0, 1] pixels
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,35 @@ def inspect_answers(
     if not any(finding.kind == "neighbours" for finding in findings):
         findings += _disagreement(evidence, parity, runner.precision)
         if exact and not findings:
-            found = router_finding(evidence, runner, rounding)
+            found = router_finding(evidence, runner, rounding) or _between_pixels(evidence, runner)
             findings += [found] if found else []
     file_images = 0
     if decoding is not None:
         of_files, file_images = _from_files(runner, evidence, decoding)
         findings += of_files
     return _report(evidence, labels_N, parity, findings, few, file_images, started)
+
+
+def _between_pixels(evidence: Evidence, runner: Runner) -> Finding | None:
+    """Return whether an engine that is right on 8-bit pixels errs between them, as attacks go."""
+    few_NCHW = evidence.x_NCHW[: images_to_batch(evidence.x_NCHW)]
+    noise_NCHW = np.random.default_rng(0).uniform(-_NOISE, _NOISE, few_NCHW.shape)
+    x_NCHW = np.clip(few_NCHW + noise_NCHW, 0, 1).astype(np.float32)
+    noisy = replace(
+        evidence,
+        x_NCHW=x_NCHW,
+        reference=reference_answers(evidence.model, x_NCHW),
+        answer=answers_in_batches(runner, x_NCHW),
+    )
+    if not noisy.wrong.any():
+        return None
+    message = (
+        f"the test images, pixels of 8 bits, are answered as they should be, and "
+        f"{int(noisy.wrong.sum())} of {len(x_NCHW)} with noise of {_NOISE:g} are not: the engine "
+        "rounds its input, which masks gradients without making it robust; export it with an "
+        "input of float32"
+    )
+    return Finding(kind="preprocessing", message=message)
 
 
 def _close_calls(evidence: Evidence) -> Flags:
@@ -128,7 +151,8 @@ def _close_calls(evidence: Evidence) -> Flags:
 def _disagreement(evidence: Evidence, parity: ParityReport, precision: Precision) -> list[Finding]:
     """Return why the engine does not agree with its reference; nothing if it does."""
     if evidence.closeness.exact:
-        if not _agrees_exactly(parity):
+        # Images that were routed otherwise are held to the reference on the same way.
+        if not _agrees_exactly(parity) or evidence.wrong.any():
             return diagnose(evidence)
         found = tie_break(evidence)
         return [found] if found else []

@@ -25,6 +25,7 @@ _STEPS = (5, 10, 20)
 # What 64 images may differ by without telling anything.
 _SLACK = 0.05
 _MOST_LOST_GRADIENTS = 0.01
+_MOST_BROKEN = 0.02
 
 
 def masking_signs(
@@ -64,12 +65,13 @@ def _black_box(outcomes: Sequence[AttackOutcome]) -> Sign:
     broken, before = 0.0, 1.0
     for outcome in outcomes:
         after = outcome.robust_accuracy.reference
-        broken += (before - after) if outcome.attack.name == "square" else 0.0
+        if outcome.attack.name == "square" and before > 0:
+            broken = max(broken, (before - after) / before)
         before = after
     return Sign(
         name="black box against white box",
         seen=f"Square broke {100 * broken:.1f} % of the images that white-box attacks had left",
-        suspicious=broken > 0.01,
+        suspicious=broken > _MOST_BROKEN,
     )
 
 

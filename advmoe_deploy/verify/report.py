@@ -38,6 +38,7 @@ class AttackOutcome(Frozen):
         if attack.name == "pgd":
             words += [attack.loss] if attack.loss != "cross-entropy" else []
             words += [f"{attack.classes} targets"] if attack.classes else []
+            words += [f"x{attack.restarts}"] if attack.restarts > 1 else []
         return " ".join(words)
 
 

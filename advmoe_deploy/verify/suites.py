@@ -17,9 +17,9 @@ def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     """Return the attacks of ``suite`` that make sense for ``spec``, in order.
 
     Each goes on with the images that withstood those before it. PGD on the model as it runs comes
-    first and Square, which needs no gradient, last. Between them a model that routes is attacked by
-    its pathways and in its soft form; ``standard`` adds the targeted searches and APGD, ``full``
-    AutoAttack's standard four, more steps and restarts.
+    first and Square, which needs no gradient, behind all that do. Between them a model that routes
+    is attacked by its pathways and in its soft form; ``standard`` adds the targeted searches and
+    APGD, ``full`` more steps and restarts and, last, AutoAttack's standard four.
 
     Raises:
         UsageError: no suite has that name.
@@ -65,9 +65,9 @@ def _full(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
         *_white_box(targets, steps=100),
         *(_settling(50, target=t, classes=_CLASSES) for t in _faces(targets, "pathway", "soft")),
         *(_settling(100, target=t, restarts=3, seed=1) for t in _faces(targets, "pathway")),
+        AttackSpec(name="square", steps=5000),
         AttackSpec(name="autoattack"),
         *(AttackSpec(name="autoattack", target=form) for form in forms),
-        AttackSpec(name="square", steps=5000),
     ]
 
 

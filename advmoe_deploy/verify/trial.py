@@ -40,16 +40,13 @@ def searches_of(
 ) -> list[tuple[AttackSpec, FoundOn]]:
     """Return each attack of ``suite`` with what its examples are found on, in order.
 
-    ``differs_from_reference`` says that the engine is another function than the reference.
+    ``differs_from_reference`` says that the engine is another function than the reference: then it
+    is asked itself, once the reference has nothing more to tell.
     """
-    searches: list[tuple[AttackSpec, FoundOn]] = []
-    for attack in suite:
-        both = differs_from_reference and attack.name in _CAN_ASK
-        if both or attack.name != "square":
-            searches.append((attack, "reference"))
-        if both or attack.name == "square":
-            searches.append((attack, "engine"))
-    return searches
+    if not differs_from_reference:
+        return [(a, "engine" if a.name == "square" else "reference") for a in suite]
+    own = [attack for attack in suite if attack.name in _CAN_ASK]
+    return [*((attack, "reference") for attack in suite), *((attack, "engine") for attack in own)]
 
 
 @dataclass
@@ -152,7 +149,9 @@ class Trial:
         ).numpy()
 
     def _logits(self, x_NCHW: Images) -> NDArray[np.float32]:
-        return self.runner.infer(x_NCHW).logits
+        logits_NK = self.runner.infer(x_NCHW).logits
+        # Equal logits are a mistake to every attack; NaN would be an answer that none can fool.
+        return np.where(np.isfinite(logits_NK).all(axis=1, keepdims=True), logits_NK, 0)
 
     def _answers(self, x_NCHW: Images, rows_A: NDArray[np.int64]) -> tuple[Sides, Ids]:
         """Return where both sides are right about images of ``rows_A``, and the engine's routes."""

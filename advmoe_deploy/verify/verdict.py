@@ -25,8 +25,8 @@ def judge(
     """Return the judgement of ``trial``, whose engine may lose ``max_drop`` points.
 
     A finding fails it. With ``same_function`` the engine was shown to answer as the reference does,
-    to the rounding of float32: there is no population to conclude on, so the images that changed
-    are simply counted. Any other engine is judged by the paired intervals.
+    to the rounding of float32: there is no population to conclude on, so the images that only the
+    reference gets right are simply counted. Any other engine is judged by the paired intervals.
     """
     clean, robust = (Drop.between(s.reference_N, s.engine_N) for s in (trial.clean, trial.standing))
     verdicts = {_counted(drop, max_drop) for drop in (clean, robust)}
@@ -49,4 +49,4 @@ def judge(
 
 
 def _counted(drop: Drop, max_drop: float) -> Verdict:
-    return "passed" if drop.points <= max_drop else "failed"
+    return "passed" if 100 * drop.only_reference <= max_drop * drop.images else "failed"

@@ -89,8 +89,8 @@ def verify_bundle(
             decoding=manifest.decoding,
         )
         trial = Trial(model, runner, x_NCHW, labels_N, threat)
-        differs = not exact or not consistency.passed
-        searches = searches_of(suite, differs_from_reference=differs)
+        same = exact and consistency.passed and consistency.parity.passed
+        searches = searches_of(suite, differs_from_reference=not same)
         with task(progress, "verify", len(searches)):
             for attack, found_on in searches:
                 outcome = trial.run(attack, found_on)
@@ -98,7 +98,7 @@ def verify_bundle(
                     measured.append(outcome)
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
-    judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=not differs)
+    judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=same)
     return RobustReport(
         passed=judgement.verdict == "passed",
         verdict=judgement.verdict,

@@ -94,7 +94,8 @@ def test_what_rounds_to_tf32_is_attacked_by_its_own_answers(
     monkeypatch.setitem(ENGINES, "tensorrt", rounding)
     report = verify_bundle(tiny_bundle, engine="tensorrt:fp32", images=20, threads=1)
     assert (report.precision, report.tf32) == ("fp32", True)
-    assert [a.found_on for a in report.attacks] == ["reference", "engine"] * 4
+    assert [a.found_on for a in report.attacks] == ["reference"] * 4 + ["engine"] * 4
+    assert report.transferred_accuracy >= report.robust_accuracy.engine
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,9 @@ def test_suites(suite: Suite) -> None:
     for each in (attacks, dense):
         assert each[0].name == "pgd"
         assert each[0].target == "model"
-        assert each[-1].name == "square"
+        last = [attack.name for attack in each if attack.name != "autoattack"][-1]
+        assert last == "square"
+        assert ("autoattack" in {attack.name for attack in each}) == (suite == "full")
         assert len(set(each)) == len(each)
     assert {a.target for a in dense} == {"model"}
     assert {"model", "pathway", "soft"} <= {a.target for a in attacks}

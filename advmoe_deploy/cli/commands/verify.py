@@ -81,8 +81,9 @@ def _refusal(report: "RobustReport") -> AdvMoEError:
     )
     if report.verdict == "failed":
         return CheckFailedError(f"{drops}; do not ship this bundle, or raise --max-drop")
-    needed = [d.images_needed for d in (report.clean_drop, report.robust_drop)]
-    way_out = "a limit of 0 no number of images can show: raise --max-drop"
-    if None not in needed:
-        way_out = f"verify on {max(n or 0 for n in needed)}, or raise --max-drop"
-    return UndecidedError(f"{drops}; {report.images} images do not decide that: {way_out}")
+    undecided = [
+        f"{name} accuracy is {drop.judgement()}"
+        for name, drop in (("clean", report.clean_drop), ("robust", report.robust_drop))
+        if drop.verdict == "undecided"
+    ]
+    return UndecidedError(f"{drops}; {', '.join(undecided)}")

@@ -77,7 +77,7 @@ def attacked_images(
     """Return the worst that ``attacks`` make of ``images`` on the torch model, or on who answers.
 
     The first attack is made on all of them, each other one on those of the first ``few`` that the
-    attacks before it could not turn; one that none turned comes back as the last left it. They
+    attacks before it could not turn; one that none turned comes back as the first left it. They
     search to the end, not to the first example that fools: one that barely fools the torch model
     would say nothing of an engine that was made from it.
     """
@@ -86,9 +86,12 @@ def attacked_images(
     found_NCHW = find_adversarial(model, x_NCHW, y_N, threat, first, answer=answer)
     for attack in others:
         left_N = (~_wrong(model, found_NCHW[:few], y_N[:few], answer)).nonzero()[:, 0]
-        found_NCHW[left_N] = find_adversarial(
-            model, x_NCHW[left_N], y_N[left_N], threat, attack, answer=answer
+        labels_A = y_N[left_N]
+        found_ACHW = find_adversarial(
+            model, x_NCHW[left_N], labels_A, threat, attack, answer=answer
         )
+        turned_A = _wrong(model, found_ACHW, labels_A, answer)
+        found_NCHW[left_N[turned_A]] = found_ACHW[turned_A]
     return found_NCHW.numpy()
 
 
