@@ -248,6 +248,7 @@ def verify(
     images: int | None = None,
     epsilon: float | None = None,
     threads: int = 0,
+    examples: StrPath | None = None,
     progress: Progress | None = None,
 ) -> RobustReport:
     """Attack the reference and the engine alike; ``passed`` says whether robustness survived.
@@ -262,6 +263,7 @@ def verify(
         images: how many test images; by default all.
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine; 0 lets it choose.
+        examples: a file ``.npz`` to keep the adversarial image that each image fell to in.
         progress: receives progress reports.
 
     Raises:
@@ -281,6 +283,7 @@ def verify(
         images=images,
         epsilon=epsilon,
         threads=threads,
+        examples=Path(examples) if examples is not None else None,
         progress=progress,
     )
 

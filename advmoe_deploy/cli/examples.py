@@ -25,6 +25,7 @@ EXAMPLES = {
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
+        "advmoe verify bundle --save-examples examples.npz",
     ),
     "profile": (
         "advmoe profile runs/digits-advmoe/bundle",

@@ -124,15 +124,19 @@ class Trial:
 
     def _fall(self, rows_A: NDArray[np.int64], found: Images, right: Sides) -> None:
         standing, examples = self.standing, self.examples
+        fell_A = np.zeros(len(rows_A), dtype=bool)
         for held_N, right_A, fooled_N in (
             (standing.reference_N, right.reference_N, examples.fooled.reference_N),
             (standing.engine_N, right.engine_N, examples.fooled.engine_N),
         ):
+            # An image that was wrong before any attack did not fall to this one.
+            turned_A = held_N[rows_A] & ~right_A
             held_N[rows_A] &= right_A
-            fooled_N[rows_A] |= ~right_A
-        wrong_A = ~(right.reference_N & right.engine_N) & (examples.attack_N[rows_A] < 0)
-        examples.attack_N[rows_A[wrong_A]] = len(self.outcomes)
-        examples.images_NCHW[rows_A[wrong_A]] = found[wrong_A]
+            fooled_N[rows_A] |= turned_A
+            fell_A |= turned_A
+        first_A = fell_A & (examples.attack_N[rows_A] < 0)
+        examples.attack_N[rows_A[first_A]] = len(self.outcomes)
+        examples.images_NCHW[rows_A[first_A]] = found[first_A]
 
     def _find(self, attack: AttackSpec, found_on: FoundOn, rows_A: NDArray[np.int64]) -> Images:
         x_NCHW, labels_N = self.x_NCHW[rows_A], self.labels_N[rows_A]

@@ -12,6 +12,7 @@ changed its answer.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.verify.consistency import inspect_answers
+from advmoe_deploy.verify.examples.stored import write_examples
 from advmoe_deploy.verify.masking import masking_signs, warnings_of
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 from advmoe_deploy.verify.suites import Suite, attack_suite
@@ -43,6 +45,7 @@ def verify_bundle(
     epsilon: float | None = None,
     threads: int = 0,
     measured: list[AttackOutcome] | None = None,
+    examples: Path | None = None,
     progress: Progress | None = None,
 ) -> RobustReport:
     """Return what clean and attacked accuracy are on the reference and on ``engine``.
@@ -59,6 +62,7 @@ def verify_bundle(
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine and of PyTorch; 0 leaves the choice to them.
         measured: filled with the outcome of each attack as it ends, where a list is given.
+        examples: a file to keep what each image fell to in, see ``verify.examples.stored``.
         progress: who listens.
 
     Raises:
@@ -99,7 +103,7 @@ def verify_bundle(
                 progress.advance("verify", robust=outcome.robust_accuracy.engine)
         masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
     judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=same)
-    return RobustReport(
+    report = RobustReport(
         passed=judgement.verdict == "passed",
         verdict=judgement.verdict,
         engine=engine,
@@ -122,6 +126,9 @@ def verify_bundle(
         attacks=tuple(trial.outcomes),
         seconds=time.perf_counter() - started,
     )
+    if examples is not None:
+        write_examples(examples, trial, report, bundle)
+    return report
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command ``verify``."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +16,7 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError
+from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError, UsageError
 
 if TYPE_CHECKING:
     from advmoe_deploy.verify.report import AttackOutcome, RobustReport
@@ -39,10 +40,21 @@ def verify(
             "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
         ),
     ] = None,
+    save_examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-examples",
+            readable=False,
+            metavar="FILE.npz",
+            help="Keep the adversarial image that each image fell to first.",
+        ),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Attack the model and its export alike; exit 1 if robustness was lost, 6 if undecided."""
+    if save_examples is not None and save_examples.is_dir():
+        raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
@@ -63,6 +75,7 @@ def verify(
                 epsilon=epsilon,
                 threads=threads,
                 measured=measured,
+                examples=save_examples,
                 progress=ui.progress,
             )
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))

@@ -1,0 +1,1 @@
+"""Adversarial examples of a verification, kept in a file and replayed."""
