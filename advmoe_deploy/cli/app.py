@@ -18,6 +18,7 @@ from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
 from advmoe_deploy.cli.commands.predict import predict
 from advmoe_deploy.cli.commands.profile import profile
+from advmoe_deploy.cli.commands.report import report
 from advmoe_deploy.cli.commands.serve import serve
 from advmoe_deploy.cli.commands.sweep import sweep
 from advmoe_deploy.cli.commands.train import train
@@ -52,6 +53,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_checkpoint,
     "export": export,
     "verify": verify,
+    "report": report,
     "profile": profile,
     "analyze": analyze,
     "serve": serve,

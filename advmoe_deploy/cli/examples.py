@@ -27,6 +27,10 @@ EXAMPLES = {
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
         "advmoe verify bundle --save-examples examples.npz",
     ),
+    "report": (
+        "advmoe report bundle",
+        "advmoe report bundle --attacks standard --engine onnxruntime --engine openvino --out page",
+    ),
     "profile": (
         "advmoe profile runs/digits-advmoe/bundle",
         "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",

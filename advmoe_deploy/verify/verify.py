@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.data.matching import Trained, matching_test_images
-from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.models.stored import fingerprint_in, reference_model, threat_or
+from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.verify.consistency import inspect_answers
+from advmoe_deploy.verify.examples.images import images_of, source_of
 from advmoe_deploy.verify.examples.stored import write_examples
 from advmoe_deploy.verify.masking import masking_signs, warnings_of
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
@@ -74,10 +73,8 @@ def verify_bundle(
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
     manifest = bundle.manifest
-    source = absolute(data or str(manifest.training.get("data", "")))
-    known = fingerprint_in(manifest.training)
-    trained = Trained(model.spec, manifest.class_names, manifest.decoding, known)
-    x_NCHW, labels_N = matching_test_images(source, trained, images, class_map=class_map)
+    source = source_of(bundle, data)
+    x_NCHW, labels_N = images_of(bundle, source, images, class_map)
     suite = attack_suite(attacks, bundle.manifest.model)
     with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         exported = bundle.manifest.parity

@@ -80,10 +80,11 @@ def verify(
             )
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
     if report.verdict != "passed":
-        raise _refusal(report)
+        raise refusal(report)
 
 
-def _refusal(report: "RobustReport") -> AdvMoEError:
+def refusal(report: "RobustReport") -> AdvMoEError:
+    """Return the error that says why the verdict of ``report`` is not passed."""
     if report.findings:
         first = report.findings[0]
         more = f" (and {len(report.findings) - 1} more)" if len(report.findings) > 1 else ""

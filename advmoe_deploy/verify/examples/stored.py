@@ -122,7 +122,7 @@ def write_examples(path: Path, trial: Trial, report: RobustReport, bundle: Bundl
         same_function=consistency.exact and consistency.passed,
         data=report.data,
         model=bundle.manifest.files[REFERENCE].sha256,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     clean, fooled = trial.clean, trial.examples.fooled
     buffer = io.BytesIO()
@@ -215,7 +215,8 @@ def _bad(path: Path, reason: str) -> DataError:
     return DataError(f"{path}: {reason}; write it again with advmoe verify --save-examples")
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Return the versions of what attacks, engines and numbers depend on."""
     found = {}
     for package in _PACKAGES:
         try:

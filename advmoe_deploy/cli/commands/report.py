@@ -1,0 +1,83 @@
+"""The command ``report``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from advmoe_deploy.cli.commands.verify import refusal
+from advmoe_deploy.cli.options import (
+    BundlePath,
+    ClassMap,
+    Data,
+    Json,
+    Overwrite,
+    Suite,
+    Threads,
+    use_torch_threads,
+)
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from advmoe_deploy.verify.report import AttackOutcome
+
+REPORT = "report.json"
+
+
+def report(
+    bundle: BundlePath,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME[:PRECISION]",
+            help="Repeatable; by default onnxruntime. The first gives the figures.",
+        ),
+    ] = None,
+    data: Data = None,
+    class_map: ClassMap = None,
+    attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Test images; by default all.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", readable=False, help="By default BUNDLE-report beside the bundle."),
+    ] = None,
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle and write a page, JSON as RobustBench's and the examples; exits as verify."""
+    engines = tuple(engine or ("onnxruntime",))
+    if len(set(engines)) < len(engines):
+        raise UsageError(f"--engine: {', '.join(engines)} names one twice; name each once")
+    use_torch_threads(threads)
+    with session(as_json) as ui:
+        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.cli.pages import page as pages
+        from advmoe_deploy.cli.pages import robust_report
+        from advmoe_deploy.cli.robustness import Asked, robustness_of, worst
+        from advmoe_deploy.cli.tables import bundle as tables
+        from advmoe_deploy.cli.tables import robustness as robustness_tables
+        from advmoe_deploy.data.matching import read_class_map
+        from advmoe_deploy.files import refuse_existing, staged_directory
+
+        pages.require_libraries()
+        opened = open_bundle(bundle)
+        target = out or bundle.resolve().with_name(f"{bundle.resolve().name}-report")
+        refuse_existing(target, overwrite=overwrite, marker=REPORT)
+        asked = Asked(engines, attacks.value, data, read_class_map(class_map), images, threads)
+        measured: list[AttackOutcome] = []
+        with (
+            ui.keeping(measured, lambda: tables.attack_outcomes(measured, engines[0])),
+            staged_directory(target, overwrite=overwrite) as staged,
+        ):
+            seen = robustness_of(opened, asked, staged, measured=measured, progress=ui.progress)
+            robust_report.write_report(seen, opened, staged, REPORT)
+        value = {"out": str(target), **seen.entry.model_dump(mode="json")}
+        ui.show(value, lambda: robustness_tables.screen(seen.entry, target))
+    answer = worst(seen.entry.advmoe.engines)
+    if answer.verdict != "passed":
+        raise refusal(answer)

@@ -1,0 +1,136 @@
+"""Robustness report of a bundle: what ``verify`` measures, how it converged, what is certain.
+
+``verify`` and ``analysis`` do not know each other; here their findings meet.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from advmoe_deploy.analysis.certificate import local_radii
+from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.stored import reference_model
+from advmoe_deploy.progress import Progress
+from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.verify.examples.convergence import convergence
+from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry, Robustness, entry_of
+from advmoe_deploy.verify.examples.images import images_of, source_of
+from advmoe_deploy.verify.examples.rerouted import rerouted_images
+from advmoe_deploy.verify.examples.stored import (
+    StoredExamples,
+    installed_versions,
+    read_examples,
+)
+from advmoe_deploy.verify.report import AttackOutcome, RobustReport
+from advmoe_deploy.verify.suites import Suite
+from advmoe_deploy.verify.trial import Images
+from advmoe_deploy.verify.verify import verify_bundle
+
+EXAMPLES = "examples.npz"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to verify: engines, the first of which gives the figures, and on which images."""
+
+    engines: tuple[str, ...]
+    attacks: Suite
+    data: str | None
+    class_map: Mapping[str, str] | None
+    images: int | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An entry, and the pictures [N, C, H, W] that its page shows."""
+
+    entry: Entry
+    clean_NCHW: Images
+    examples: StoredExamples
+
+
+def robustness_of(
+    bundle: Bundle,
+    asked: Asked,
+    folder: Path,
+    *,
+    measured: list[AttackOutcome],
+    progress: Progress,
+) -> Seen:
+    """Return what there is to say of ``bundle``; adversarial examples are put into ``folder``."""
+    started = time.perf_counter()
+    names = [EXAMPLES, *(f"examples-{each.replace(':', '-')}.npz" for each in asked.engines[1:])]
+    reports = []
+    for engine, name in zip(asked.engines, names, strict=True):
+        measured.clear()
+        reports.append(_verified(bundle, asked, engine, folder / name, measured, progress))
+    model, threat = reference_model(bundle), reports[0].threat
+    clean_NCHW, labels_N = images_of(
+        bundle, source_of(bundle, asked.data), asked.images, asked.class_map
+    )
+    examples = read_examples(folder / EXAMPLES)
+    examples.require_of(clean_NCHW, labels_N, folder / EXAMPLES)
+    robustness = Robustness(
+        bundle=bundle.path.resolve().name,
+        model=bundle.manifest.files[REFERENCE].sha256,
+        suite=asked.attacks,
+        engines=tuple(reports),
+        examples=tuple(names),
+        convergence=convergence(model, clean_NCHW, labels_N, threat, progress),
+        rerouted=rerouted_images(model, clean_NCHW, examples),
+        certified=certified_routes(model, clean_NCHW, threat),
+        versions=installed_versions(),
+        seconds=time.perf_counter() - started,
+    )
+    return Seen(entry_of(bundle, robustness), clean_NCHW, examples)
+
+
+def _verified(
+    bundle: Bundle,
+    asked: Asked,
+    engine: str,
+    examples: Path,
+    measured: list[AttackOutcome],
+    progress: Progress,
+) -> RobustReport:
+    return verify_bundle(
+        bundle,
+        engine=engine,
+        data=asked.data,
+        class_map=asked.class_map,
+        attacks=asked.attacks,
+        images=asked.images,
+        threads=asked.threads,
+        measured=measured,
+        examples=examples,
+        progress=progress,
+    )
+
+
+def certified_routes(model: Classifier, x_NCHW: Images, threat: ThreatModel) -> CertifiedRoutes:
+    """Return on how many of ``x_NCHW`` [N, C, H, W] the route provably cannot change."""
+    known = {"images": len(x_NCHW), "epsilon": threat.epsilon}
+    if not model.rules:
+        return CertifiedRoutes(**known, note="nothing is routed")
+    radii = local_radii(model, torch.from_numpy(x_NCHW))
+    if isinstance(radii, str):
+        return CertifiedRoutes(**known, note=radii)
+    route_N = np.zeros(0) if radii[0] is None else radii[0].clamp(max=1.0).numpy()
+    return CertifiedRoutes(
+        **known,
+        certified=int((route_N >= threat.epsilon).sum()),
+        median_radius=float(np.median(route_N)),
+        note="formal: margins of the gates' scores over the bound of their slopes, in l-inf",
+    )
+
+
+def worst(reports: Sequence[RobustReport]) -> RobustReport:
+    """Return the report to answer for all: one that failed, else one undecided, else the first."""
+    order = ("failed", "undecided", "passed")
+    return min(reports, key=lambda report: order.index(report.verdict))

@@ -1,0 +1,41 @@
+"""What ``report`` shows on the screen."""
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+
+from advmoe_deploy.cli.tables.bundle import percent, robust_report
+from advmoe_deploy.verify.examples.convergence import lines_of
+from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
+
+
+def screen(entry: Entry, out: Path) -> RenderableType:
+    """Return the table of each engine, and what the page adds, in a line each."""
+    measured = entry.advmoe
+    lines = [_convergence(entry)]
+    if measured.certified.certified is not None or measured.rerouted:
+        lines.append(f"{len(measured.rerouted)} images were sent to other experts as they fell")
+    lines += [certified_text(measured.certified), f"written to {out}"]
+    return Group(*(robust_report(each) for each in measured.engines), *map(escape, lines))
+
+
+def certified_text(certified: CertifiedRoutes) -> str:
+    """Return of how many images the route provably cannot change, or why nobody knows."""
+    if certified.certified is None:
+        return f"certified routes: none known; {certified.note}"
+    return (
+        f"certified routes: {certified.certified} of {certified.images} images keep theirs within "
+        f"epsilon {certified.epsilon:.4g}; the median radius is {certified.median_radius:.3g}"
+    )
+
+
+def _convergence(entry: Entry) -> str:
+    parts = []
+    for line in lines_of(entry.advmoe.convergence):
+        way = "as it runs" if line[0].target == "model" else "by its pathways"
+        starts = f"{line[0].restarts} start{'s' if line[0].restarts > 1 else ''}"
+        first, last = percent(line[0].robust_accuracy), percent(line[-1].robust_accuracy)
+        parts.append(f"{way}, {starts}: {first} to {last}")
+    steps = [row.steps for row in lines_of(entry.advmoe.convergence)[0]]
+    return f"convergence, {steps[0]} to {steps[-1]} steps of PGD: {'; '.join(parts)}"
