@@ -104,6 +104,14 @@ def trained_run(request: pytest.FixtureRequest) -> Path:
     return run.resolve()
 
 
+@pytest.fixture(scope="session")
+def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The export of ``trained_run``. Read it only."""
+    from advmoe_deploy.export.from_run import export_run
+
+    return export_run(trained_run, tmp_path_factory.mktemp("trained") / "bundle")
+
+
 def assert_nothing_left(out: Path) -> None:
     """Check that neither ``out`` nor a part of it is there."""
     assert not out.exists()

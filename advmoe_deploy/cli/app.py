@@ -13,6 +13,7 @@ from advmoe_deploy.cli.commands.analyze import analyze
 from advmoe_deploy.cli.commands.demo import demo
 from advmoe_deploy.cli.commands.doctor import doctor
 from advmoe_deploy.cli.commands.export import export
+from advmoe_deploy.cli.commands.gate import gate
 from advmoe_deploy.cli.commands.import_ import import_checkpoint
 from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
@@ -54,6 +55,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "verify": verify,
     "report": report,
+    "gate": gate,
     "profile": profile,
     "analyze": analyze,
     "serve": serve,

@@ -31,6 +31,10 @@ EXAMPLES = {
         "advmoe report bundle",
         "advmoe report bundle --attacks standard --engine onnxruntime --engine openvino --out page",
     ),
+    "gate": (
+        "advmoe gate bundle --against kept/report.json",
+        "advmoe gate bundle --against kept/report.json --junit gate.xml --markdown gate.md",
+    ),
     "profile": (
         "advmoe profile runs/digits-advmoe/bundle",
         "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",

@@ -43,6 +43,8 @@ class Asked:
     data: str | None
     class_map: Mapping[str, str] | None
     images: int | None
+    epsilon: float | None
+    max_drop: float
     threads: int
 
 
@@ -106,6 +108,8 @@ def _verified(
         class_map=asked.class_map,
         attacks=asked.attacks,
         images=asked.images,
+        epsilon=asked.epsilon,
+        max_drop=asked.max_drop,
         threads=asked.threads,
         measured=measured,
         examples=examples,

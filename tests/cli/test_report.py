@@ -14,7 +14,6 @@ from advmoe_deploy.cli import robustness
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.commands import report as command
 from advmoe_deploy.cli.pages.robust_report import picture
-from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.examples import convergence as convergence_module
@@ -35,12 +34,6 @@ def cut_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_module, "attack_suite", lambda *_: CUT)
     monkeypatch.setattr(convergence_module, "STEPS", (2, 4))
     monkeypatch.setattr(convergence_module, "MOST_IMAGES", 20)
-
-
-@pytest.fixture(scope="module")
-def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The export of ``trained_run``."""
-    return export_run(trained_run, tmp_path_factory.mktemp("report") / "bundle")
 
 
 def test_page_json_and_examples_say_the_same(

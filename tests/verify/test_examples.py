@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advmoe_deploy.bundle import REFERENCE, Bundle, open_bundle
+from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
@@ -23,16 +22,17 @@ IMAGES = 60
 
 
 @pytest.fixture(scope="module")
-def kept(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path, Any]:
+def kept(
+    trained_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Path, Any]:
     """A bundle, the file of its examples under a cut suite, and the report as JSON."""
     folder = tmp_path_factory.mktemp("examples")
-    export_run(trained_run, folder / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify_module, "attack_suite", lambda *_: CUT)
         report = verify_module.verify_bundle(
-            open_bundle(folder / "bundle"), images=IMAGES, threads=1, examples=folder / "kept.npz"
+            trained_bundle, images=IMAGES, threads=1, examples=folder / "kept.npz"
         )
-    return open_bundle(folder / "bundle"), folder / "kept.npz", report
+    return trained_bundle, folder / "kept.npz", report
 
 
 def test_the_file_holds_what_the_report_counts(kept: tuple[Bundle, Path, Any]) -> None:

@@ -20,7 +20,6 @@ from advmoe_deploy.bundle import (
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
-from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import model_from_weights
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
@@ -96,12 +95,6 @@ def test_what_rounds_to_tf32_is_attacked_by_its_own_answers(
     assert (report.precision, report.tf32) == ("fp32", True)
     assert [a.found_on for a in report.attacks] == ["reference"] * 4 + ["engine"] * 4
     assert report.transferred_accuracy >= report.robust_accuracy.engine
-
-
-@pytest.fixture(scope="module")
-def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The export of ``trained_run``."""
-    return export_run(trained_run, tmp_path_factory.mktemp("trained") / "bundle")
 
 
 def spoilt(bundle: Bundle, path: Path, heads: int) -> Bundle:

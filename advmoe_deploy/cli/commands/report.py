@@ -41,6 +41,15 @@ def report(
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Test images; by default all.")
     ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", min=0.0, help="Accuracy it may lose, in points.")
+    ] = 0.5,
     out: Annotated[
         Path | None,
         typer.Option("--out", readable=False, help="By default BUNDLE-report beside the bundle."),
@@ -68,7 +77,16 @@ def report(
         opened = open_bundle(bundle)
         target = out or bundle.resolve().with_name(f"{bundle.resolve().name}-report")
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        asked = Asked(engines, attacks.value, data, read_class_map(class_map), images, threads)
+        asked = Asked(
+            engines=engines,
+            attacks=attacks.value,
+            data=data,
+            class_map=read_class_map(class_map),
+            images=images,
+            epsilon=epsilon,
+            max_drop=max_drop,
+            threads=threads,
+        )
         measured: list[AttackOutcome] = []
         with (
             ui.keeping(measured, lambda: tables.attack_outcomes(measured, engines[0])),

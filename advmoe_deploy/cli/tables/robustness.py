@@ -1,13 +1,14 @@
-"""What ``report`` shows on the screen."""
+"""What ``report`` and ``gate`` show on the screen."""
 
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
-from advmoe_deploy.cli.tables.bundle import percent, robust_report
+from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
+from advmoe_deploy.verify.examples.gate import GateReport
 
 
 def screen(entry: Entry, out: Path) -> RenderableType:
@@ -18,6 +19,20 @@ def screen(entry: Entry, out: Path) -> RenderableType:
         lines.append(f"{len(measured.rerouted)} images were sent to other experts as they fell")
     lines += [certified_text(measured.certified), f"written to {out}"]
     return Group(*(robust_report(each) for each in measured.engines), *map(escape, lines))
+
+
+def gate_report(report: GateReport) -> RenderableType:
+    """Return a row per check of a gate, the notes and the verdict."""
+    title = f"{report.bundle} against {report.baseline}, {report.images} images"
+    table = new_table(title, ("check", "verdict", "seconds"))
+    for check in report.checks:
+        table.add_row(check.name, check.verdict, f"{check.seconds:.1f}")
+    lines = [
+        *(f"{check.name}: {check.message}" for check in report.checks),
+        *(f"note: {note}" for note in report.notes),
+        f"{report.verdict} in {report.seconds:.0f} s (limit: {report.max_drop:g} points)",
+    ]
+    return Group(table, *map(escape, lines))
 
 
 def certified_text(certified: CertifiedRoutes) -> str:
