@@ -43,8 +43,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "\b\nExit codes: 0 done, 1 the check it made failed, 2 usage, 3 bad input file,\n"
-        "4 backend missing, 5 the machine (disk, memory, permission), 70 an error of\n"
-        "the program itself, 130 Ctrl-C."
+        "4 backend missing, 5 the machine (disk, memory, permission), 6 undecided: too few\n"
+        "images, 70 an error of the program itself, 130 Ctrl-C."
     ),
 )
 

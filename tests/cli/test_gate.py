@@ -1,7 +1,9 @@
 """The gate: a bundle against a baseline that was kept, and what it writes for other programs."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -19,6 +21,7 @@ from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.verify.examples.baseline import read_baseline
 from advmoe_deploy.verify.examples.gate import Check, GateReport
 
+ACTION = Path(__file__).parents[2] / ".github/actions/gate/action.yml"
 CUT = (AttackSpec(name="pgd", steps=5), AttackSpec(name="square", steps=5))
 
 
@@ -136,6 +139,36 @@ def test_examples_of_another_report_are_refused(kept: Path, tmp_path: Path) -> N
     shutil.copy(kept / "examples.npz", other / "examples.npz")
     with pytest.raises(DataError, match="of another model or engine"):
         read_baseline(other)
+
+
+@pytest.mark.parametrize(
+    ("code", "undecided", "ends"), [(0, "fail", 0), (1, "pass", 1), (6, "fail", 6), (6, "pass", 0)]
+)
+def test_the_script_of_the_action_passes_the_answer_on(
+    code: int, undecided: str, ends: int, tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    action = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
+    step = next(step for step in action["runs"]["steps"] if step.get("id") == "gate")
+    assert "${{" not in step["run"], "an input could say other commands"
+    fake = tmp_path / "advmoe"
+    fake.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > "$RUNNER_TEMP/advmoe-gate.md"\nexit {code}\n'
+    )
+    fake.chmod(0o755)
+    files = {name: str(tmp_path / name) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
+    inputs = {name: f"the {name.lower()}" for name in step["env"]}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**inputs, **files, "UNDECIDED": undecided, "RUNNER_TEMP": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", step["run"]],
+        env={**environment, "PATH": path},
+        check=False,
+    )
+    assert done.returncode == ends
+    assert (tmp_path / "GITHUB_OUTPUT").read_text() == f"exit-code={code}\n"
+    said = (tmp_path / "GITHUB_STEP_SUMMARY").read_text().splitlines()
+    assert said[:4] == ["gate", "the bundle", "--against", "the baseline"]
 
 
 def test_nothing_that_is_said_breaks_xml_or_tables(kept: Path) -> None:
