@@ -111,9 +111,12 @@ def test_figures_alone_are_compared_unpaired(
     assert not shown["paired"]
     assert "taken as exact" in shown["notes"][0]
     assert "unpaired" in shown["checks"][0]["message"]
-    shutil.copy(kept / "report.json", tmp_path / "report.json")
+    text = (kept / "report.json").read_text().replace('"suite": "quick"', '"suite": "full"')
+    (tmp_path / "report.json").write_text(text)
     baseline = read_baseline(tmp_path)
-    assert (baseline.images, baseline.examples) == (60, None)
+    assert (baseline.images, baseline.examples, baseline.suite) == (60, None, "full")
+    assert run(["gate", str(trained_bundle.path), "--against", str(tmp_path), "--json"]) == 6
+    assert "pass --attacks full" in " ".join(json.loads(capsys.readouterr().out)["notes"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from advmoe_deploy.errors import DataError, one_line, reading
 from advmoe_deploy.verify.examples.entry import Robustness
 from advmoe_deploy.verify.examples.stored import StoredExamples, read_examples
+from advmoe_deploy.verify.suites import Suite
 
 _ENTRY = "report.json"
 
@@ -24,7 +25,7 @@ class Baseline:
     """What a bundle is held against: shares in [0, 1], an l-inf radius in [0, 1] pixels.
 
     ``images`` is ``None`` where nobody says of how many images the shares are; ``examples`` where
-    there are none, and ``note`` says why.
+    there are none, and ``note`` says why. ``suite`` is what it was attacked with, if that is known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Baseline:
     images: int | None
     examples: StoredExamples | None
     path: Path
+    suite: Suite | None = None
     note: str = ""
 
 
@@ -77,6 +79,7 @@ def _of_report(path: Path, entry: dict[str, Any]) -> Baseline:
         images=report.images,
         examples=examples,
         path=path,
+        suite=measured.suite,
         note=""
         if examples
         else "no examples.npz beside the baseline: nothing is replayed or paired",

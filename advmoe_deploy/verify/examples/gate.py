@@ -31,6 +31,9 @@ from advmoe_deploy.verify.suites import Suite
 from advmoe_deploy.verify.trial import Flags
 from advmoe_deploy.verify.verify import verify_bundle
 
+# The weakest first.
+_SUITES: tuple[Suite, ...] = ("quick", "standard", "full")
+
 
 class Check(Frozen):
     """One question to the bundle, its answer, and a line with the numbers."""
@@ -128,7 +131,7 @@ def gate_bundle(
         max_drop=how.max_drop,
         paired=baseline.examples is not None,
         checks=checks,
-        notes=_notes(baseline, fresh),
+        notes=_notes(baseline, how.attacks, report),
         report=report,
         seconds=time.perf_counter() - started,
     )
@@ -243,14 +246,11 @@ def _export(report: RobustReport) -> Check:
     )
 
 
-def _notes(baseline: Baseline, fresh: _Fresh) -> tuple[str, ...]:
+def _notes(baseline: Baseline, attacks: Suite, report: RobustReport) -> tuple[str, ...]:
     notes = [baseline.note] if baseline.note else []
-    if baseline.examples is not None:
-        then = {search.attack for search in baseline.examples.header.attacks}
-        now = {outcome.attack for outcome in fresh.report.attacks}
-        if then - now:
-            notes.append(
-                f"{len(then - now)} of the baseline's {len(then)} attacks were replayed only, not "
-                "run afresh: a new model may look more robust than it is; pass its --attacks"
-            )
-    return (*notes, *fresh.report.warnings)
+    if baseline.suite is not None and _SUITES.index(attacks) < _SUITES.index(baseline.suite):
+        notes.append(
+            f"the baseline met the suite {baseline.suite}, this bundle {attacks}: a new model may "
+            f"look more robust than it is; pass --attacks {baseline.suite}"
+        )
+    return (*notes, *report.warnings)
