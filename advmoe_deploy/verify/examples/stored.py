@@ -96,10 +96,10 @@ class StoredExamples:
         """
         if self.images_NCHW.shape != x_NCHW.shape:
             shapes = f"images {self.images_NCHW.shape}, the test images are {x_NCHW.shape}"
-            raise DataError(f"{where}: {shapes}; name the data they were made of")
+            raise DataError(f"{where}: {shapes}; pass the data they were made of with --data")
         if not np.array_equal(self.labels_N, labels_N):
             first = int(np.flatnonzero(self.labels_N != labels_N)[0])
-            raise DataError(f"{where}: image {first} has another label; name the data of --data")
+            raise DataError(f"{where}: image {first} has another label; pass its data with --data")
         distance_N = np.abs(self.images_NCHW - x_NCHW).reshape(len(x_NCHW), -1).max(axis=1)
         epsilon = self.header.threat.epsilon
         if float(distance_N.max()) > epsilon + SLACK:
