@@ -112,6 +112,18 @@ def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) 
     return export_run(trained_run, tmp_path_factory.mktemp("trained") / "bundle")
 
 
+@pytest.fixture(scope="session")
+def int8_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """``trained_run`` in int8 for ONNX Runtime, whatever that loses on this CPU. Read it only."""
+    from advmoe_deploy.export.from_run import export_run
+    from advmoe_deploy.export.precision import gate
+
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "MAX_DROP", 100.0)
+        return export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
+
+
 def assert_nothing_left(out: Path) -> None:
     """Check that neither ``out`` nor a part of it is there."""
     assert not out.exists()

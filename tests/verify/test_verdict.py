@@ -1,6 +1,5 @@
 """Verdicts: what an engine lost, whether the images decide it, and what is said beside it."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +8,6 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.export.from_run import export_run
-from advmoe_deploy.export.precision import gate
-from advmoe_deploy.export.targets import Target
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.trial import Sides
 from advmoe_deploy.verify.verdict import judge
@@ -61,18 +57,11 @@ def test_an_engine_that_looks_more_robust_is_a_warning() -> None:
     assert "looks more robust than its reference" in warning
 
 
-@pytest.fixture(scope="module")
-def int8(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The trained run in int8, whatever it loses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "MAX_DROP", 100.0)
-        out = tmp_path_factory.mktemp("int8") / "bundle"
-        return export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
-
-
-def test_too_few_images_are_undecided(int8: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_images_are_undecided(
+    int8_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--engine", "onnxruntime:int8", "--images", "20", "--max-drop", "10"]
-    code = run(["verify", str(int8.path), *options])
+    code = run(["verify", str(int8_bundle.path), *options])
     printed = capsys.readouterr()
     assert code == 6
     assert "UNDECIDED: 20 images cannot tell" in printed.out

@@ -13,7 +13,7 @@ from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.demo.report import write_demo_report
 from advmoe_deploy.cli.demo.result import DemoResult
 from advmoe_deploy.cli.demo.training import train_side_by_side
-from advmoe_deploy.data.dataset import Dataset, to_float
+from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.from_run import export_run
@@ -28,6 +28,8 @@ from advmoe_deploy.verify.verify import verify_bundle
 _EPSILONS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.26, 0.32)
 _MARKER = ".advmoe-demo"
 _CLASSIFIED = 100
+_STEPS = 10
+_FEW = 100  # test images that are attacked in the quick form
 
 
 def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
@@ -49,7 +51,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     export_run(run, out / "bundle", overwrite=True, progress=progress)
     bundle = open_bundle(out / "bundle")
     progress.note("verify: the same attacks on the torch model and on the exported one")
-    verified = verify_bundle(bundle, progress=progress)
+    verified = verify_bundle(bundle, images=_FEW if quick else None, progress=progress)
     progress.note("profile: interleaved with the dense baseline")
     latency = profile_bundle(bundle, batches=(1, 64), progress=progress)
     folder = _write_digits(data, out / "digits")
@@ -63,7 +65,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
         verify=verified,
         profile=latency,
         macs=bundle.manifest.macs,
-        curves=_curves(out, data, progress),
+        curves=_curves(out, data.test.first(_FEW) if quick else data.test, progress),
         load_by_class=_load_by_class(bundle, data),
         class_names=data.class_names,
         classified=batch.images - batch.errors,
@@ -114,12 +116,14 @@ def _claim(out: Path) -> None:
     (out / _MARKER).touch()
 
 
-def _curves(out: Path, data: Dataset, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:
-    progress.note("robustness curve: PGD-20 at growing epsilon, AdvMoE (its routes too) and dense")
+def _curves(out: Path, test: Split, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:
+    progress.note(
+        f"robustness curve: PGD-{_STEPS} at growing epsilon, AdvMoE (its routes too) and dense"
+    )
     curves = {}
     for label, name in (("AdvMoE", "digits-advmoe"), ("dense", "digits-dense")):
         _, model = load_checkpoint(out / "runs" / name / "model")
-        curves[label] = robustness_curve(model, data.test, _EPSILONS, progress=progress)
+        curves[label] = robustness_curve(model, test, _EPSILONS, steps=_STEPS, progress=progress)
     return curves
 
 

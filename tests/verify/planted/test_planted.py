@@ -11,7 +11,6 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.from_run import export_run
-from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.models.untrained import untrained_model
@@ -233,13 +232,6 @@ INT8_FAULTS: dict[str, tuple[Edit, str | None]] = {
     "an expert lost": (faults.expert_lost, "experts"),
     "dark scales": (faults.dark_scales(0.5), "weights"),
 }
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The export of ``trained_run`` in int8 for ONNX Runtime."""
-    out = tmp_path_factory.mktemp("int8") / "bundle"
-    return export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
 
 
 @pytest.mark.slow
