@@ -13,11 +13,10 @@ from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.tolerance import same_experts
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
-from advmoe_deploy.verify.evidence import Closeness
+from advmoe_deploy.verify.evidence import UNLIKELY, Closeness
 from advmoe_deploy.verify.findings import Finding
 
 WHOLE = 64  # the batch size whose answers the others are compared with
-UNLIKELY = 1e-3
 MAX_FLIPS = 0.01  # share of the routes that may depend on the batch in a lower precision
 
 _SMALL = (2, 4)  # in which the same neighbours and others are compared

@@ -23,12 +23,11 @@ from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.compare import compare_answers, is_right
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.reference import reference_answers
-from advmoe_deploy.parity.tolerance import tolerance_for
+from advmoe_deploy.parity.tolerance import relative_distances, tolerance_for
 from advmoe_deploy.reports import Pair, ParityReport
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.specs import Precision
 from advmoe_deploy.verify.batches import (
-    UNLIKELY,
     WHOLE,
     answers_in_batches,
     batch_findings,
@@ -36,7 +35,7 @@ from advmoe_deploy.verify.batches import (
     rows_of,
 )
 from advmoe_deploy.verify.diagnosis import diagnose, tie_break
-from advmoe_deploy.verify.evidence import Closeness, Evidence, Flags, relative_distances
+from advmoe_deploy.verify.evidence import UNLIKELY, Closeness, Evidence, Flags
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
 from advmoe_deploy.verify.preprocessing import slight_change
 from advmoe_deploy.verify.router_probes import router_finding

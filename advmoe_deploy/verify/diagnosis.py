@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.parity.intervals import chance_of_more
-from advmoe_deploy.verify.evidence import Evidence, relative_distances
+from advmoe_deploy.parity.tolerance import relative_distances
+from advmoe_deploy.verify.evidence import UNLIKELY, Evidence
 from advmoe_deploy.verify.expert_faults import expert_finding
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.preprocessing import preprocessing_finding
 
-_UNLIKELY = 1e-3
 # Share of the squared distance that a fit may leave.
 _LEFT, _LEFT_LOSSY = 0.01, 0.1
 # Share of the images that may be answered otherwise where all but the routes is right.
@@ -49,7 +49,7 @@ def tie_break(evidence: Evidence) -> Finding | None:
         close_R = ~evidence.clear(layer)
         flips = int((evidence.flipped(layer) & close_R).sum())
         ties = int(close_R.sum())
-        if flips and chance_of_more(flips, ties, 0.5) < _UNLIKELY:
+        if flips and chance_of_more(flips, ties, 0.5) < UNLIKELY:
             message = (
                 f"{layer}: {flips} of {ties} rows whose best scores are equal, or within "
                 f"{evidence.margin:.3g}, go to the other expert: the tie-break is wrong; ties go "

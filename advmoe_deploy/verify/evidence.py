@@ -14,15 +14,20 @@ from numpy.typing import NDArray
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
 from advmoe_deploy.parity.answers import Answers, Images
-from advmoe_deploy.parity.tolerance import row_differences, same_experts
+from advmoe_deploy.parity.tolerance import (
+    LOSSY_ROW,
+    relative_distances,
+    row_differences,
+    same_experts,
+)
 from advmoe_deploy.runtime.runner import Prediction
 
 Flags = NDArray[np.bool_]
 Logits = NDArray[np.float32]
 ExpertIds = Mapping[str, NDArray[np.int64]]
 
-# How far an image's logits may be off in a lower precision, relative to their norm.
-LOSSY_ROW = 0.1
+# What happens by chance less often than this is taken for a fault.
+UNLIKELY = 1e-3
 _BATCH = 128
 
 
@@ -38,14 +43,6 @@ class Closeness:
         if self.exact:
             return np.asarray(row_differences(answer_NC, expected_NC)[1] <= self.tolerance)
         return np.asarray(relative_distances(answer_NC, expected_NC) <= LOSSY_ROW)
-
-
-def relative_distances(answer_NC: Logits, expected_NC: Logits) -> NDArray[np.float64]:
-    """Return each row's distance from the expected one, relative to the norm of that."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        expected = expected_NC.astype(np.float64)
-        distance_N = np.linalg.norm(answer_NC - expected, axis=1)
-        return np.asarray(distance_N / np.maximum(np.linalg.norm(expected, axis=1), 1e-12))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ import itertools
 
 import numpy as np
 
-from advmoe_deploy.verify.evidence import Evidence, Flags, Logits
+from advmoe_deploy.verify.evidence import UNLIKELY, Evidence, Flags, Logits
 from advmoe_deploy.verify.findings import Finding
 
 _MOST_PAIRS = 64  # that are swapped in the reference
 _MOSTLY = 0.9
-_UNLIKELY = 1e-3
 _FEWEST = 3  # images that say something about an expert
 
 
@@ -98,7 +97,7 @@ def _confined(evidence: Evidence, layer: str, visitors: dict[int, Flags]) -> Fin
     theirs_N = np.any([visitors[e] for e in bad], axis=0) if bad else np.zeros_like(wrong_N)
     wrong = int(wrong_N.sum())
     by_chance = float(theirs_N.mean()) ** wrong  # that all are theirs
-    if not good or not bad or by_chance > _UNLIKELY or (wrong_N & ~theirs_N).any():
+    if not good or not bad or by_chance > UNLIKELY or (wrong_N & ~theirs_N).any():
         return None
     named = ", ".join(map(str, bad))
     message = (
