@@ -76,7 +76,9 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     images = parity_images(data, MODELS[name])
     np.save(folder / "images.npy", images)
     _, model = load_checkpoint(folder / "run" / "model")
-    answers, rounding = reference_answers(model, images), Reference(model).rounding(images[:64])
+    answers = reference_answers(model, images)
+    uncertainty = Reference(model).uncertainty(images[:64])
+    limits = {"rounding": uncertainty.rounding, "margin": uncertainty.margin}
     file = bundle.file(MODEL)
     onnx.checker.check_model(onnx.load_model(file), full_check=True)
     library = find_custom_ops("kernels").library
@@ -88,7 +90,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
             version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             with np.load(out) as outputs:
                 answer = prediction_of(bundle, dict(outputs))
-            report = compare_answers(answers, answer, rounding=rounding, data=source)
+            report = compare_answers(answers, answer, **limits, data=source)
             yield {
                 "model": name,
                 "runtime": f"onnxruntime {version.strip()}",
@@ -100,7 +102,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     values = ReferenceEvaluator(str(file)).run(None, {"images": images[:FEW]})
     names = [output.name for output in onnx.load_model(file).graph.output]
     answer = prediction_of(bundle, dict(zip(names, values, strict=True)))
-    report = compare_answers(few, answer, rounding=rounding, data=source)
+    report = compare_answers(few, answer, **limits, data=source)
     runtime = f"onnx.reference {onnx.__version__}"
     yield {
         "model": name,
