@@ -40,6 +40,12 @@ def routing_targets(spec: ModelSpec) -> tuple[AttackTarget, ...]:
     return ("pathway", "soft")
 
 
+def restarts(spec: ModelSpec, seed: int) -> tuple[AttackSpec, ...]:
+    """Return the strongest searches of a suite, once more from other starts."""
+    routed = [_settling(50, target=t, seed=seed) for t in routing_targets(spec)]
+    return (_settling(50, seed=seed), *routed)
+
+
 def _quick(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
     routed = [_settling(20, target=t) for t in targets if t != "straight-through"]
     return [

@@ -9,6 +9,7 @@ Shapes: N images, of them A under attack, C channels, H height, W width.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,34 @@ class Trial:
     def transferred_accuracy(self) -> float:
         """The engine's accuracy on what was found on the reference alone."""
         return float(self._withstood_replay_N.mean())
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return what the attacks so far did, as arrays; :meth:`restore` takes them back."""
+        return {
+            "images": self.examples.images_NCHW,
+            "attack": self.examples.attack_N,
+            "fooled_reference": self.examples.fooled.reference_N,
+            "fooled_engine": self.examples.fooled.engine_N,
+            "withstood_replay": self._withstood_replay_N,
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]], outcomes: Sequence[AttackOutcome]) -> None:
+        """Go back to ``state``, which ``outcomes`` led to.
+
+        Raises:
+            KeyError: an array is missing.
+            ValueError: one is of another shape or kind.
+        """
+        for name, mine in self.state().items():
+            theirs = state[name]
+            if (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
+                raise ValueError(f"{name} is {theirs.dtype} {theirs.shape}")
+            mine[...] = theirs
+        fooled = self.examples.fooled
+        self.standing = Sides(
+            self.clean.reference_N & ~fooled.reference_N, self.clean.engine_N & ~fooled.engine_N
+        )
+        self.outcomes = list(outcomes)
 
     def run(self, attack: AttackSpec, found_on: FoundOn) -> AttackOutcome:
         """Attack the images that stand on either side and count what withstands."""

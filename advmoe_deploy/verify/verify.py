@@ -12,6 +12,7 @@ changed its answer.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -22,12 +23,14 @@ from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.specs import AttackSpec, ModelSpec
 from advmoe_deploy.verify.consistency import inspect_answers
 from advmoe_deploy.verify.examples.images import images_of, source_of
 from advmoe_deploy.verify.examples.stored import write_examples
+from advmoe_deploy.verify.examples.unfinished import go_on, keep, key_of
 from advmoe_deploy.verify.masking import masking_signs, warnings_of
-from advmoe_deploy.verify.report import AttackOutcome, RobustReport
-from advmoe_deploy.verify.suites import Suite, attack_suite
+from advmoe_deploy.verify.report import AttackOutcome, FoundOn, RobustReport
+from advmoe_deploy.verify.suites import Suite, attack_suite, restarts
 from advmoe_deploy.verify.trial import Trial, searches_of
 from advmoe_deploy.verify.verdict import judge
 
@@ -45,6 +48,8 @@ def verify_bundle(
     threads: int = 0,
     measured: list[AttackOutcome] | None = None,
     examples: Path | None = None,
+    resume: Path | None = None,
+    budget: float = 0.0,
     progress: Progress | None = None,
 ) -> RobustReport:
     """Return what clean and attacked accuracy are on the reference and on ``engine``.
@@ -62,6 +67,8 @@ def verify_bundle(
         threads: of the engine and of PyTorch; 0 leaves the choice to them.
         measured: filled with the outcome of each attack as it ends, where a list is given.
         examples: a file to keep what each image fell to in, see ``verify.examples.stored``.
+        resume: a file that keeps the state after each attack; if it is there, that goes on.
+        budget: seconds of attacks; what the suite leaves of them goes into restarts.
         progress: who listens.
 
     Raises:
@@ -69,7 +76,7 @@ def verify_bundle(
         UsageError: neither the bundle nor the caller names a threat model, or the data do not fit.
     """
     started = time.perf_counter()
-    progress = progress or Silent()
+    progress, measured = progress or Silent(), [] if measured is None else measured
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
     manifest = bundle.manifest
@@ -92,12 +99,17 @@ def verify_bundle(
         trial = Trial(model, runner, x_NCHW, labels_N, threat)
         same = exact and consistency.passed and consistency.parity.passed
         searches = searches_of(suite, differs_from_reference=not same)
+        key = key_of(bundle, engine, trial, searches)
+        done = go_on(resume, key, trial) if resume is not None else 0
+        measured.extend(trial.outcomes)
         with task(progress, "verify", len(searches)):
-            for attack, found_on in searches:
-                outcome = trial.run(attack, found_on)
-                if measured is not None:
-                    measured.append(outcome)
-                progress.advance("verify", robust=outcome.robust_accuracy.engine)
+            progress.advance("verify", min(done, len(searches)))
+            extra = _restarts(trial, bundle.manifest.model, budget, same=same)
+            for attack, found_on in islice(chain(searches, extra), done, None):
+                measured.append(trial.run(attack, found_on))
+                if resume is not None:
+                    keep(resume, key, trial)
+                progress.advance("verify", robust=measured[-1].robust_accuracy.engine)
         masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
     judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=same)
     report = RobustReport(
@@ -126,6 +138,17 @@ def verify_bundle(
     if examples is not None:
         write_examples(examples, trial, report, bundle)
     return report
+
+
+def _restarts(
+    trial: Trial, spec: ModelSpec, budget: float, *, same: bool
+) -> Iterator[tuple[AttackSpec, FoundOn]]:
+    """Yield searches from other starts until ``budget`` seconds of attacks are over."""
+    for seed in count(1):
+        for search in searches_of(restarts(spec, seed), differs_from_reference=not same):
+            if sum(outcome.seconds for outcome in trial.outcomes) >= budget:
+                return
+            yield search
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command ``verify``."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,12 +50,30 @@ def verify(
             help="Keep the adversarial image that each image fell to first.",
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            readable=False,
+            metavar="FILE.npz",
+            help="Keep the state after each attack here, and go on from it.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Time for attacks, such as 10m; what is left goes into restarts.",
+        ),
+    ] = "0s",
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Attack the model and its export alike; exit 1 if robustness was lost, 6 if undecided."""
     if save_examples is not None and save_examples.is_dir():
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
+    seconds = _seconds(budget)
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
@@ -76,11 +95,21 @@ def verify(
                 threads=threads,
                 measured=measured,
                 examples=save_examples,
+                resume=resume,
+                budget=seconds,
                 progress=ui.progress,
             )
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
     if report.verdict != "passed":
         raise refusal(report)
+
+
+def _seconds(budget: str) -> float:
+    """Return the seconds that ``90s``, ``10m`` or ``1h`` are."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not found:
+        raise UsageError(f"--budget {budget!r} is no time; use 90s, 10m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def refusal(report: "RobustReport") -> AdvMoEError:

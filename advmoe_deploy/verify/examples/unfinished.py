@@ -1,0 +1,108 @@
+"""State of an unfinished verification, kept after each attack, so that a killed one goes on.
+
+Attacks are seeded, and each gets the images that stand, so the rest ends as it would have: on the
+same machine with as many threads, image by image. Nothing in the file is pickled.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.errors import DataError, reading
+from advmoe_deploy.files import write_atomically
+from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+from advmoe_deploy.verify.examples.stored import installed_versions
+from advmoe_deploy.verify.report import AttackOutcome, FoundOn
+from advmoe_deploy.verify.trial import Trial
+
+
+class Key(Frozen):
+    """What has to be the same for a verification to go on; hashes are SHA-256."""
+
+    files: str
+    engine: str
+    images: str
+    threat: ThreatModel
+    attacks: tuple[str, ...]
+    versions: dict[str, str]
+
+
+class _Progress(Frozen):
+    key: Key
+    outcomes: tuple[AttackOutcome, ...]
+
+
+def key_of(
+    bundle: Bundle, engine: str, trial: Trial, searches: Sequence[tuple[AttackSpec, FoundOn]]
+) -> Key:
+    """Return the key of the verification of ``bundle`` that ``trial`` is."""
+    pixels = hashlib.sha256(np.ascontiguousarray(trial.x_NCHW).tobytes())
+    pixels.update(trial.labels_N.tobytes())
+    files = sorted((name, entry.sha256) for name, entry in bundle.manifest.files.items())
+    assert any(name == REFERENCE for name, _ in files), "it is what is attacked"
+    return Key(
+        files=hashlib.sha256(repr(files).encode()).hexdigest(),
+        engine=engine,
+        images=pixels.hexdigest(),
+        threat=trial.threat,
+        attacks=tuple(f"{attack} on {found_on}" for attack, found_on in searches),
+        versions=installed_versions(),
+    )
+
+
+def keep(path: Path, key: Key, trial: Trial) -> None:
+    """Write the state of ``trial`` to ``path``, whole or not at all."""
+    buffer = io.BytesIO()
+    progress = _Progress(key=key, outcomes=tuple(trial.outcomes))
+    arrays: dict[str, Any] = {**trial.state(), "progress": progress.model_dump_json()}
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def go_on(path: Path, key: Key, trial: Trial) -> int:
+    """Bring ``trial`` to where ``path`` left it and return how many attacks that were.
+
+    Where there is no such file nothing was done yet.
+
+    Raises:
+        DataError: it is damaged, or of another verification.
+    """
+    if not path.exists():
+        return 0
+    state = _read(path)
+    try:
+        progress = _Progress.model_validate_json(str(state.pop("progress")))
+        trial.restore(state, progress.outcomes)
+    except (KeyError, ValueError, ValidationError):
+        raise _damaged(path) from None
+    for name, ours in key:
+        if ours != getattr(progress.key, name):
+            raise DataError(
+                f"{path} is of a verification with other {name}; name another --resume file, or "
+                "delete this one to begin anew"
+            )
+    return len(progress.outcomes)
+
+
+def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is no state of a verification, or damaged; delete it to begin anew")
