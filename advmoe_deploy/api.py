@@ -249,6 +249,8 @@ def verify(
     epsilon: float | None = None,
     threads: int = 0,
     examples: StrPath | None = None,
+    resume: StrPath | None = None,
+    budget: float = 0.0,
     progress: Progress | None = None,
 ) -> RobustReport:
     """Attack the reference and the engine alike; ``passed`` says whether robustness survived.
@@ -264,6 +266,8 @@ def verify(
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine; 0 lets it choose.
         examples: a file ``.npz`` to keep the adversarial image that each image fell to in.
+        resume: a file ``.npz`` that keeps the state after each attack; if it is there, it goes on.
+        budget: seconds of attacks; what the suite leaves of them goes into restarts.
         progress: receives progress reports.
 
     Raises:
@@ -284,6 +288,8 @@ def verify(
         epsilon=epsilon,
         threads=threads,
         examples=Path(examples) if examples is not None else None,
+        resume=Path(resume) if resume is not None else None,
+        budget=budget,
         progress=progress,
     )
 
