@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import DataError, reading
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
@@ -49,7 +49,6 @@ def key_of(
     pixels = hashlib.sha256(np.ascontiguousarray(trial.x_NCHW).tobytes())
     pixels.update(trial.labels_N.tobytes())
     files = sorted((name, entry.sha256) for name, entry in bundle.manifest.files.items())
-    assert any(name == REFERENCE for name, _ in files), "it is what is attacked"
     return Key(
         files=hashlib.sha256(repr(files).encode()).hexdigest(),
         engine=engine,
@@ -82,8 +81,7 @@ def go_on(path: Path, key: Key, trial: Trial) -> int:
     state = _read(path)
     try:
         progress = _Progress.model_validate_json(str(state.pop("progress")))
-        trial.restore(state, progress.outcomes)
-    except (KeyError, ValueError, ValidationError):
+    except (KeyError, ValidationError):
         raise _damaged(path) from None
     for name, ours in key:
         if ours != getattr(progress.key, name):
@@ -91,6 +89,10 @@ def go_on(path: Path, key: Key, trial: Trial) -> int:
                 f"{path} is of a verification with other {name}; name another --resume file, or "
                 "delete this one to begin anew"
             )
+    try:
+        trial.restore(state, progress.outcomes)
+    except (KeyError, ValueError):
+        raise _damaged(path) from None
     return len(progress.outcomes)
 
 
