@@ -1,7 +1,7 @@
 """Training configuration, one typed value, and its changes by ``key=value``."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -80,7 +80,10 @@ class TrainConfig(Frozen):
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
 
-    ``train_images`` trains on the first so many of the training images only.
+    ``train_images`` trains on the first so many of the training images only, ``test_images`` tests
+    on the first so many of the test images. ``image_sizes`` trains on images scaled down to each of
+    these sizes in turn, for equal shares of the epochs, up to the model's own size: a convolution
+    of half the size costs a quarter.
     ``batch_size`` images make one optimizer step. ``accumulate`` works through them in so many
     parts, for less memory; BatchNorm then sees a part at a time.
     ``ema_decay`` averages the weights that are evaluated and kept.
@@ -115,6 +118,8 @@ class TrainConfig(Frozen):
     beta: float = Field(6.0, ge=0)
     epochs: int = Field(100, ge=1)
     train_images: int | None = Field(None, ge=2)
+    test_images: int | None = Field(None, ge=1)
+    image_sizes: tuple[Annotated[int, Field(ge=4)], ...] = ()
     batch_size: int = Field(128, ge=2)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(0.1, gt=0)
@@ -155,6 +160,7 @@ class TrainConfig(Frozen):
     def _check(self) -> Self:
         self._check_method()
         self._check_routing()
+        self._check_sizes()
         if self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} leaves under two images for each of "
@@ -171,6 +177,19 @@ class TrainConfig(Frozen):
         if self.method != "sparse" and self.sparse_density is not None:
             raise ValueError(f"sparse_density goes with method sparse, not {self.method}")
         return self
+
+    def _check_sizes(self) -> None:
+        sizes, own = self.image_sizes, self.model.image_size
+        if not sizes:
+            return
+        if self.model.family == "vit-moe":
+            raise ValueError(
+                "image_sizes needs a convolutional model: positions of vit-moe are fixed"
+            )
+        if sizes != tuple(sorted(sizes)) or sizes[-1] != own:
+            raise ValueError(f"image_sizes must climb to model.image_size={own}, not be {sizes}")
+        if len(sizes) > self.epochs:
+            raise ValueError(f"image_sizes={sizes} needs an epoch for each; epochs={self.epochs}")
 
     def _check_method(self) -> None:
         families = FAMILIES[self.method]

@@ -4,6 +4,7 @@ from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.recipes import (
     advmoe_tables,
+    cifar10_cpu,
     digits,
     digits_systems,
     experts_tables,
@@ -16,6 +17,7 @@ __all__ = ["RECIPES", "Recipe", "apply_overrides", "recipe"]
 RECIPES: dict[str, Recipe] = {
     **digits.RECIPES,
     **digits_systems.RECIPES,
+    **cifar10_cpu.RECIPES,
     **advmoe_tables.RECIPES,
     **experts_tables.RECIPES,
     **networks_tables.RECIPES,

@@ -71,7 +71,7 @@ class Session:
         attack = AttackSpec(name="pgd", steps=self.config.test_attack_steps, seed=self.config.seed)
         with task(self.progress, "test", 1):
             placed = place(self.fabric, model, channels_last=self.config.channels_last)
-            measured = self._measure(placed, self.data.test, attack)
+            measured = self._measure(placed, self.data.test.first(self.config.test_images), attack)
             self.progress.advance("test", robust_accuracy=measured.robust_accuracy)
         seconds = state.seconds + perf_counter() - began
         report = self._report(measured, attack, state, seconds, _cost(self.config, model))
