@@ -227,6 +227,11 @@ class ModelSpec(Frozen):
         """Return the small dense network: this ratio in every layer, no experts."""
         return self._without_experts()
 
+    def pathway(self) -> "ModelSpec":
+        """Return the dense network that images of one expert of an AdvMoE meet."""
+        changes = {"family": "pathway", "num_experts": 1, "dropped_experts": {}}
+        return self.model_copy(update=changes)
+
     def _without_experts(self, **changes: object) -> "ModelSpec":
         transformer = self.transformer
         if transformer is not None:

@@ -7,10 +7,10 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.families import Family
 from advmoe_deploy.specs import build_spec
-from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.data.loader import Batch, DataLoader
 from advmoe_deploy.train.recipes import apply_overrides, recipe
-from advmoe_deploy.train.recipes.base import variant, without_router
+from advmoe_deploy.train.recipes.base import variant
 
 TINY = [
     "epochs=2",

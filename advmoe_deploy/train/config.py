@@ -45,7 +45,7 @@ FAMILIES: dict[Method, tuple[Family, ...]] = {
     "advmoe-released": ("advmoe",),
     "router-only": _ROUTED,
     "experts-only": _ROUTED,
-    "joint": ("dense", *_ROUTED),
+    "joint": ("dense", "pathway", *_ROUTED),
     "sparse": ("dense",),
     "rt-er": ("expert-networks",),
     "jtdmoe": ("dual-model",),
@@ -79,6 +79,9 @@ class TrainConfig(Frozen):
     ``attack_per_step`` finds new examples for the expert step, as the paper does; without it the
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
+
+    ``shared_epochs`` begins with so many epochs in which all experts are one, without a router;
+    then each takes up the weights so far (sparse upcycling, Komatsuzaki et al., ICLR 2023).
 
     ``train_images`` trains on the first so many of the training images only, ``test_images`` tests
     on the first so many of the test images. ``image_sizes`` trains on images scaled down to each of
@@ -117,6 +120,7 @@ class TrainConfig(Frozen):
     loss: Loss = "trades"
     beta: float = Field(6.0, ge=0)
     epochs: int = Field(100, ge=1)
+    shared_epochs: int = Field(0, ge=0)
     train_images: int | None = Field(None, ge=2)
     test_images: int | None = Field(None, ge=1)
     image_sizes: tuple[Annotated[int, Field(ge=4)], ...] = ()
@@ -215,14 +219,25 @@ class TrainConfig(Frozen):
             "capacity_factor": self.capacity_factor is not None,
             "track_router_robustness": self.track_router_robustness,
         }
-        if family == "dense" and (useless := [name for name, on in asked.items() if on]):
-            raise ValueError(f"{useless[0]} needs routes, and a dense model has none")
+        if family in ("dense", "pathway") and (
+            useless := [name for name, on in asked.items() if on]
+        ):
+            raise ValueError(f"{useless[0]} needs routes, and family {family} has none")
         of_advmoe = {
             "balanced_start": self.balanced_start,
             "class_routing_weight": self.class_routing_weight > 0,
         }
-        if family != "advmoe" and (useless := [name for name, on in of_advmoe.items() if on]):
-            raise ValueError(f"{useless[0]} is for the router of family advmoe, not {family}")
+        only_advmoe = {**of_advmoe, "shared_epochs": self.shared_epochs > 0}
+        if family != "advmoe" and (useless := [name for name, on in only_advmoe.items() if on]):
+            raise ValueError(f"{useless[0]} is for family advmoe, not {family}")
+        if self.shared_epochs >= self.epochs:
+            raise ValueError(
+                f"shared_epochs={self.shared_epochs} leaves no epoch of {self.epochs} for experts"
+            )
+        if self.shared_epochs and self.track_router_robustness:
+            raise ValueError(
+                "track_router_robustness needs a router in every epoch: shared_epochs=0"
+            )
         learned = {"balance_loss": asked["balance_loss"], **of_advmoe}
         if method == "advmoe-released" and (useless := [n for n, on in learned.items() if on]):
             raise ValueError(f"{useless[0]} is no part of method advmoe-released; use advmoe")
@@ -250,6 +265,24 @@ class TrainConfig(Frozen):
                 f"capacity_factor={factor} leaves rows without an expert; use at least 1, or "
                 "capacity_overflow=drop"
             )
+
+
+# What only means something where a router learns.
+_ROUTER_TERMS = {
+    "balance_loss": None,
+    "gate_noise": 0.0,
+    "capacity_factor": None,
+    "balanced_start": False,
+    "class_routing_weight": 0.0,
+    "shared_epochs": 0,
+    "track_router_robustness": False,
+}
+
+
+def without_router(config: TrainConfig, *, name: str, model: ModelSpec) -> TrainConfig:
+    """Return ``config`` for a dense ``model``: one joint step, no terms for a router."""
+    changes = {"name": name, "method": "joint", "model": model, **_ROUTER_TERMS}
+    return TrainConfig.model_validate({**config.model_dump(), **changes})
 
 
 # The stages of method ``sparse`` and the share of the epochs that each takes, as HYDRA's 100, 20

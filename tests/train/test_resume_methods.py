@@ -25,6 +25,7 @@ CONFIGS = {
         "balance_loss=load",
         "accumulate=2",
     ),
+    "shared epochs": tiny("digits-advmoe", *AVERAGED, "shared_epochs=2"),
     "router robustness": tiny("digits-advmoe", *AVERAGED, "track_router_robustness=true"),
 }
 

@@ -1,5 +1,6 @@
 """AdvMoE, and the dense networks it is measured against."""
 
+import torch
 from torch import Tensor, nn
 
 from advmoe_deploy.models.backbones.build import build_backbone
@@ -62,11 +63,19 @@ class AdvMoE(Classifier):
         """Return the pathways behind the router."""
         return _Pathways(self)
 
+    @torch.no_grad()
+    def adopt(self, pathway: DenseClassifier) -> None:
+        """Make every pathway this one: its weights in each expert, its BatchNorms and its head."""
+        state = pathway.backbone.state_dict()
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, RoutedConv2d):
+                bank = state[f"{name}.weight"]
+                state[f"{name}.weight"] = bank.repeat(module.num_experts, 1, 1, 1)
+        self.backbone.load_state_dict(state)
+
     def pathway(self, expert: int) -> DenseClassifier:
         """Return the dense network that images of ``expert`` meet, with copied weights."""
-        changes = {"family": "pathway", "num_experts": 1, "dropped_experts": {}}
-        spec = self.spec.model_copy(update=changes)
-        dense = DenseClassifier(spec)
+        dense = DenseClassifier(self.spec.pathway())
         state = {name: t.detach().clone() for name, t in self.backbone.state_dict().items()}
         for name, module in self.backbone.named_modules():
             if isinstance(module, RoutedConv2d):

@@ -12,8 +12,8 @@ from functools import partial
 
 from advmoe_deploy.families import Backbone
 from advmoe_deploy.specs import ModelSpec, ThreatModel
-from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
+from advmoe_deploy.train.config import TrainConfig, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.images import IMAGES, ImageSet
 from advmoe_deploy.train.recipes.published import advmoe_cells
 

@@ -6,8 +6,8 @@ BF16 or AMX runs at twice the speed and more.
 """
 
 from advmoe_deploy.specs import ModelSpec, ThreatModel
-from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
+from advmoe_deploy.train.config import TrainConfig, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.images import IMAGES
 
 _CIFAR10 = IMAGES["cifar10"]

@@ -1,8 +1,8 @@
 """Recipes on the embedded digits: minutes of one CPU core each."""
 
 from advmoe_deploy.specs import ModelSpec, ThreatModel
-from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
+from advmoe_deploy.train.config import TrainConfig, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant
 
 DIGITS_EPSILON = 0.1
 

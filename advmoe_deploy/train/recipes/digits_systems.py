@@ -7,8 +7,8 @@ easy says little.
 from collections.abc import Callable
 
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
-from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
+from advmoe_deploy.train.config import TrainConfig, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.digits import DIGITS_EPSILON, digits_advmoe, digits_dense
 
 

@@ -7,8 +7,8 @@ training of the small ViTs.
 """
 
 from advmoe_deploy.specs import ModelSpec, ThreatModel, VisionTransformer
-from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes.base import Recipe, variant, without_router
+from advmoe_deploy.train.config import TrainConfig, without_router
+from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.images import IMAGES
 from advmoe_deploy.train.recipes.published import dual_cell
 

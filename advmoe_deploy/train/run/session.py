@@ -83,8 +83,6 @@ class Session:
     def _start(self) -> RunState:
         loaded = self.folder.load()
         if loaded is None:
-            if self.config.balanced_start:
-                self.weights.balance_start(next(self.loader.epoch(0)))
             return RunState(epoch=0, best_epoch=0, history=(), seconds=0)
         state, model, tensors = loaded
         self.weights.restore(state.epoch - 1, model, tensors)
@@ -104,6 +102,8 @@ class Session:
         epoch, config = before.epoch + 1, self.config
         evaluates = epoch == config.epochs or epoch % config.evaluate_every == 0
         self.weights.begin_epoch(before.epoch)
+        if config.balanced_start and before.epoch == config.shared_epochs:
+            self.weights.balance_start(next(self.loader.epoch(before.epoch)))
         flips = self._router_flips() if evaluates and config.track_router_robustness else None
         found: dict[str, object] = {"epoch": epoch, "loss": self._steps(before)}
         if evaluates:
@@ -116,7 +116,7 @@ class Session:
         state = before.after(
             record,
             seconds,
-            selectable=is_selectable(config, before.epoch),
+            selectable=before.epoch >= config.shared_epochs and is_selectable(config, before.epoch),
             processes=self.fabric.world_size,
             threads=torch.get_num_threads(),
         )
@@ -175,7 +175,7 @@ class Session:
 
     def _save(self, state: RunState) -> None:
         checkpoint = Checkpoint(
-            model=self.config.model,
+            model=self.weights.evaluated.spec,
             threat=self.config.threat,
             class_names=self.data.class_names,
             recipe=self.config.model_dump(mode="json"),

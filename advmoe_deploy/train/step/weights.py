@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
+from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.data.loader import Batch
 from advmoe_deploy.train.step.learner import Learner
 
@@ -24,12 +25,9 @@ class TrainedWeights:
     def __init__(self, fabric: Fabric, config: TrainConfig) -> None:
         self.fabric = fabric
         self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = place(fabric, build_model(config.model), channels_last=config.channels_last)
-        self.learner = Learner(fabric, config, model.train())
+        self._shared = config.shared_epochs > 0
         self.average: Classifier | None = None
-        self._restart_average()
+        self._begin(_of_one_pathway(config) if self._shared else config)
 
     @property
     def evaluated(self) -> Classifier:
@@ -44,6 +42,8 @@ class TrainedWeights:
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for ``epoch``, counted from 0."""
+        if self._shared and epoch >= self.config.shared_epochs:
+            self._part_experts()
         if self.learner.begin_epoch(epoch):
             self._restart_average()
 
@@ -62,7 +62,7 @@ class TrainedWeights:
     def resume_tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs besides the evaluated weights, on the CPU."""
         tensors = {}
-        for name, parameter, optimizer in self._optimized():
+        for name, parameter, optimizer in _optimized(self.learner):
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
                 tensors[f"{_MOMENTUM}{name}"] = buffer.cpu().contiguous()
@@ -76,7 +76,7 @@ class TrainedWeights:
 
     def restore(self, epoch: int, evaluated: Classifier, tensors: dict[str, Tensor]) -> None:
         """Take up the weights and the optimizers of the checkpoint after ``epoch``, from 0."""
-        self.learner.begin_epoch(epoch)
+        self.begin_epoch(epoch)
         state = evaluated.state_dict()
         if self.average is not None:
             self.average.load_state_dict(state)
@@ -86,20 +86,32 @@ class TrainedWeights:
         self.learner.scale.restore(tensors)
         if self.learner.pruning is not None:
             self.learner.pruning.restore(tensors)
-        for name, parameter, optimizer in self._optimized():
+        for name, parameter, optimizer in _optimized(self.learner):
             buffer = tensors.get(f"{_MOMENTUM}{name}")
             if buffer is not None:
-                # Laid out in memory as the parameter is, for the same fast path as before.
-                like = torch.empty_like(parameter).copy_(buffer)
-                optimizer.state[parameter]["momentum_buffer"] = like
+                _put_momentum(optimizer, parameter, buffer)
 
-    def _optimized(self) -> list[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
-        learner = self.learner
-        return [
-            (name, parameter, optimizer)
-            for group, optimizer in learner.optimizers.items()
-            for name, parameter in learner.groups[group].items()
-        ]
+    def _begin(self, config: TrainConfig) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            built = build_model(config.model)
+        model = place(self.fabric, built, channels_last=config.channels_last)
+        self.learner = Learner(self.fabric, config, model.train())
+        self._restart_average()
+
+    def _part_experts(self) -> None:
+        """Go on with a mixture each of whose experts has the weights and the momentum so far."""
+        one, average = self.learner, self.average
+        self._shared = False
+        self._begin(self.config)
+        _adopt(self.learner.model, one.model)
+        if self.average is not None and average is not None:
+            _adopt(self.average, average)
+        buffers = {name: optimizer.state[p] for name, p, optimizer in _optimized(one)}
+        for name, parameter, optimizer in _optimized(self.learner):
+            buffer = buffers.get(name, {}).get("momentum_buffer")
+            if buffer is not None:
+                _put_momentum(optimizer, parameter, _banked(buffer, len(parameter)))
 
     @property
     def _keeps_raw(self) -> bool:
@@ -118,6 +130,36 @@ class TrainedWeights:
                 tensor.lerp_(theirs[name], weight)
             else:
                 tensor.copy_(theirs[name])
+
+
+def _of_one_pathway(config: TrainConfig) -> TrainConfig:
+    return without_router(config, name=config.name, model=config.model.pathway())
+
+
+def _adopt(mixture: Classifier, pathway: Classifier) -> None:
+    assert isinstance(mixture, AdvMoE)
+    assert isinstance(pathway, DenseClassifier)
+    mixture.adopt(pathway)
+
+
+def _banked(tensor: Tensor, rows: int) -> Tensor:
+    """Return ``tensor`` once for each expert, which of what all share is one."""
+    return tensor.repeat(rows // len(tensor), *[1] * (tensor.dim() - 1))
+
+
+def _optimized(learner: Learner) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+    return [
+        (name, parameter, optimizer)
+        for group, optimizer in learner.optimizers.items()
+        for name, parameter in learner.groups[group].items()
+    ]
+
+
+def _put_momentum(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, buffer: Tensor
+) -> None:
+    # Laid out in memory as the parameter is, for the same fast path as before.
+    optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
 
 
 def place(fabric: Fabric, model: Classifier, *, channels_last: bool) -> Classifier:
