@@ -52,7 +52,7 @@ def test_bad_settings_are_one_line(setting: str, says: str) -> None:
         ("dense", "joint", ["gate_noise=0.1"], "gate_noise needs routes"),
         ("dense", "joint", ["capacity_factor=1"], "capacity_factor needs routes"),
         ("dense", "joint", ["track_router_robustness=true"], "needs routes"),
-        ("vit-moe", "joint", ["class_routing_weight=1"], "for the router of family advmoe"),
+        ("vit-moe", "joint", ["class_routing_weight=1"], "for family advmoe"),
         ("advmoe", "experts-only", ["balance_loss=switch"], "needs a router that learns"),
         ("advmoe", "advmoe-released", ["class_routing_weight=1"], "no part of method"),
         ("robust-experts", "joint", ["capacity_factor=0.5"], "without an expert; use at least 1"),
