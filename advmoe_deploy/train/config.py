@@ -95,6 +95,11 @@ class TrainConfig(Frozen):
     ``capacity_factor`` and ``capacity_overflow`` act in training steps only, never in attacks or
     measurements (:mod:`~advmoe_deploy.train.objectives.forward`).
 
+    ``random_routes`` sends this share of the images to random experts in the experts' step,
+    attacked and clean: each expert then learns from all kinds of images, and whoever moves a route
+    moves little else. ``route_stability`` times KL(scores || scores under attack) is added to the
+    router's loss. The router takes its step on one of ``router_every`` batches.
+
     Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the
     mean scores of the first batch are equal. ``class_routing_weight`` adds to the router's loss
@@ -145,6 +150,9 @@ class TrainConfig(Frozen):
     gate_noise: float = Field(0.0, ge=0)
     capacity_factor: float | None = Field(None, gt=0)
     capacity_overflow: Literal["reassign", "drop"] = "reassign"
+    router_every: int = Field(1, ge=1)
+    random_routes: float = Field(0.0, ge=0, le=1)
+    route_stability: float = Field(0.0, ge=0)
     balanced_start: bool = False
     class_routing_weight: float = Field(0.0, ge=0)
     sparse_ratio: float = Field(0.5, gt=0, le=1)
@@ -226,6 +234,7 @@ class TrainConfig(Frozen):
         of_advmoe = {
             "balanced_start": self.balanced_start,
             "class_routing_weight": self.class_routing_weight > 0,
+            "route_stability": self.route_stability > 0,
         }
         only_advmoe = {**of_advmoe, "shared_epochs": self.shared_epochs > 0}
         if family != "advmoe" and (useless := [name for name, on in only_advmoe.items() if on]):
@@ -241,6 +250,11 @@ class TrainConfig(Frozen):
         learned = {"balance_loss": asked["balance_loss"], **of_advmoe}
         if method == "advmoe-released" and (useless := [n for n, on in learned.items() if on]):
             raise ValueError(f"{useless[0]} is no part of method advmoe-released; use advmoe")
+        steps = {"random_routes": self.random_routes > 0, "router_every": self.router_every > 1}
+        if method != "advmoe" and (useless := [name for name, on in steps.items() if on]):
+            raise ValueError(f"{useless[0]} is for the two steps of method advmoe, not {method}")
+        if self.random_routes and not self.attack_per_step:
+            raise ValueError("random_routes needs examples of its own: attack_per_step=true")
         if method == "experts-only" and (useless := [n for n, on in learned.items() if on]):
             raise ValueError(f"{useless[0]} needs a router that learns, not method experts-only")
         self._check_capacity()
@@ -274,6 +288,9 @@ _ROUTER_TERMS = {
     "capacity_factor": None,
     "balanced_start": False,
     "class_routing_weight": 0.0,
+    "router_every": 1,
+    "random_routes": 0.0,
+    "route_stability": 0.0,
     "shared_epochs": 0,
     "track_router_robustness": False,
 }

@@ -25,7 +25,9 @@ CONFIGS = {
         "balance_loss=load",
         "accumulate=2",
     ),
-    "shared epochs": tiny("digits-advmoe", *AVERAGED, "shared_epochs=2"),
+    "experts that agree": tiny(
+        "digits-advmoe-agreeing", *AVERAGED, "shared_epochs=2", "router_every=2"
+    ),
     "router robustness": tiny("digits-advmoe", *AVERAGED, "track_router_robustness=true"),
 }
 

@@ -34,10 +34,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on, in parts; ``done`` is the share of the run that is over."""
+    """What one step trains on, in parts; ``done`` is the share of the run that is over.
+
+    ``step`` counts from 0 in each epoch.
+    """
 
     parts: tuple[Part, ...]
     done: float
+    step: int
 
 
 class DataLoader:
@@ -67,6 +71,7 @@ class DataLoader:
             yield Batch(
                 parts=tuple(self._part(part, len(part) / len(rows), rng, size) for part in parts),
                 done=(epoch + step / len(order)) / config.epochs,
+                step=step,
             )
 
     def _part(

@@ -3,7 +3,7 @@
 Shapes: N images, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate
 
 Call = Callable[[Tensor, Routes], Tensor]
+# Given the images of a pass, the routings it must take.
+Forced = Callable[[Tensor], Mapping[str, Routing]]
 # Given the number of images of a pass, what to do to its scores.
 Adjustment = Callable[[int], Callable[[RoutingRule, Tensor, Surrogate | None], Routing]]
 HALF = (torch.bfloat16, torch.float16)
@@ -29,18 +31,20 @@ class Pass:
         call: Call,
         *,
         surrogate: Surrogate | None = None,
+        forced: Forced | None = None,
         adjust: Adjustment | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._call = call
         self._surrogate = surrogate
+        self._forced = forced
         self._adjust = adjust
         self._autocast = autocast
         self.taken: dict[str, Routing] = {}
 
     def __call__(self, x_NCHW: Tensor, routes: Routes | None = None) -> Tensor:
         """Return logits [N, classes]; ``routes`` overrule this pass's own."""
-        precise = self._routes(routes)
+        precise = self._routes(x_NCHW, routes)
         if self._adjust is not None:
             precise.adjust = self._adjust(len(x_NCHW))
         with self._autocast():
@@ -50,9 +54,10 @@ class Pass:
         self.taken |= {k: v for k, v in precise.taken.items() if k not in precise.forced}
         return logits
 
-    def _routes(self, given: Routes | None) -> Routes:
+    def _routes(self, x_NCHW: Tensor, given: Routes | None) -> Routes:
         if given is None:
-            return _PreciseRoutes(surrogate=self._surrogate)
+            forced = None if self._forced is None else self._forced(x_NCHW)
+            return _PreciseRoutes(forced, surrogate=self._surrogate)
         return _PreciseRoutes(given.forced, surrogate=given.surrogate, execution=given.execution)
 
 

@@ -12,15 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.pgd import eval_mode
+from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.capacity import Adjust
-from advmoe_deploy.models.routing.routing import Routing
+from advmoe_deploy.models.routing.routing import Routing, forced_route
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
 from advmoe_deploy.train.distributed.collectives import all_gathered
 from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
-from advmoe_deploy.train.objectives.forward import Adjustment
-from advmoe_deploy.train.objectives.losses import class_routing_loss
+from advmoe_deploy.train.objectives.forward import Adjustment, Forced
+from advmoe_deploy.train.objectives.losses import class_routing_loss, divergence
 
 
 def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:
@@ -49,13 +51,38 @@ def balance(name: str, taken: Sequence[Routing]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def class_routing(model: AdvMoE, part: Part, attacked: Tensor) -> Tensor:
-    """Return the class routing loss over the clean images and over those that attack the router."""
+def random_routes(model: Classifier, part: Part, share: float) -> Forced:
+    """Return routes that send this share of the images to random experts, and the others as usual.
+
+    An image takes the same expert in every pass, attacked or clean.
+    """
+    (rule,) = model.rules
+    drawn_N2 = part.rng.uniform(part.images[:, 0, 0, :2]).add(1).div(2)
+    ids_N = (drawn_N2[:, 0] * rule.num_experts).long().clamp(max=rule.num_experts - 1)
+    if share < 1:
+        with torch.no_grad(), eval_mode(model):
+            usual_N = model.route(part.images)[rule.layer].expert_ids_NK[:, 0]
+        ids_N = torch.where(drawn_N2[:, 1] < share, ids_N, usual_N)
+
+    def of_pass(x_NCHW: Tensor) -> dict[str, Routing]:
+        copies = len(x_NCHW) // len(ids_N)
+        return {rule.layer: forced_route(ids_N.repeat(copies), rule.num_experts, like=x_NCHW)}
+
+    return of_pass
+
+
+def score_terms(config: TrainConfig, model: AdvMoE, part: Part, attacked: Tensor) -> Tensor:
+    """Return the terms on the scores of clean images and of those that attack the router."""
     scores_2NE = model.score(torch.cat([part.images, attacked]))
-    labels_2N = part.labels.repeat(2)
-    return class_routing_loss(
-        all_gathered(scores_2NE), all_gathered(labels_2N), model.spec.num_classes
-    )
+    clean_NE, attacked_NE = scores_2NE.chunk(2)
+    term = config.route_stability * divergence(clean_NE, attacked_NE) * part.share / part.weight
+    if config.class_routing_weight:
+        labels_2N = part.labels.repeat(2)
+        by_class = class_routing_loss(
+            all_gathered(scores_2NE), all_gathered(labels_2N), model.spec.num_classes
+        )
+        term = term + config.class_routing_weight * by_class
+    return term
 
 
 def _whole(routing: Routing) -> Routing:

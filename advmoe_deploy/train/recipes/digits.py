@@ -39,6 +39,26 @@ def digits_advmoe() -> TrainConfig:
     )
 
 
+def digits_advmoe_agreeing() -> TrainConfig:
+    """Return AdvMoE whose experts agree, so that its routes are no weapon (docs/training.md).
+
+    Both experts start from one network, trained for half the run, and then learn from images that
+    come to them at random. The router learns to be even and to stand still under attack, and no
+    class belongs to an expert.
+    """
+    return variant(
+        digits_advmoe(),
+        name="digits-advmoe-agreeing",
+        shared_epochs=12,
+        random_routes=1,
+        route_stability=6,
+        attack_per_step=True,
+        class_routing_weight=0,
+        balance_loss="column-entropy",
+        balance_weight=20,
+    )
+
+
 def digits_at_moe() -> TrainConfig:
     """Return the papers' AT MoE baseline on the digits: router and experts in one joint step.
 
@@ -88,6 +108,10 @@ RECIPES = {
         make=digits_advmoe,
         summary="AdvMoE, two experts of half width, on the embedded digits",
         measured="clean 97.8 to 98.0 %, PGD-50 85.8 to 87.8 %, on its routes too 75.0 to 80.0 %",
+    ),
+    "digits-advmoe-agreeing": Recipe(
+        make=digits_advmoe_agreeing,
+        summary="AdvMoE whose experts agree, so that moving a route moves no answer",
     ),
     "digits-at-moe": Recipe(
         make=digits_at_moe,

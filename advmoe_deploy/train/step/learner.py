@@ -23,7 +23,12 @@ from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.distributed.collectives import synchronise
 from advmoe_deploy.train.objectives.adversarial import Scene, ascent_of
 from advmoe_deploy.train.objectives.forward import Pass, batch_statistics
-from advmoe_deploy.train.objectives.router_terms import adjustment, balance, class_routing
+from advmoe_deploy.train.objectives.router_terms import (
+    adjustment,
+    balance,
+    random_routes,
+    score_terms,
+)
 from advmoe_deploy.train.step.loss_scale import LossScale
 from advmoe_deploy.train.step.methods import Named, Phase, groups_of, is_router_group, phases_of
 from advmoe_deploy.train.step.sparse import Pruning
@@ -70,7 +75,8 @@ class Learner:
         loss = 0.0
         for _ in range(self.config.free_repeats if self.config.loss == "free" else 1):
             for phase in self.phases:
-                loss = self._update(phase, batch, found)
+                if batch.step % phase.every == 0:
+                    loss = self._update(phase, batch, found)
         return loss
 
     def _set_up(self) -> None:
@@ -170,29 +176,32 @@ class Learner:
             own = [taken[rule.layer] for rule in scene.model.rules]
             term = balance(config.balance_loss, own)
             loss = loss + config.balance_weight * part.weight * term
-        if config.class_routing_weight:
+        if config.class_routing_weight or config.route_stability:
             model = scene.model
             assert isinstance(model, AdvMoE)
             with self._attack_mode(), frozen_parameters(self.model):
                 attacked = ascent_of(config).on_divergence(model.score, part)
-            term = class_routing(model, part, attacked)
-            loss = loss + config.class_routing_weight * part.weight * term
+            loss = loss + part.weight * score_terms(config, model, part, attacked)
         return loss
 
     def _scene(self, phase: Phase, part: Part) -> Scene:
         autocast = self.fabric.autocast
         call = phase.call if self.pruning is None else self.pruning.call
+        share = phase.random_routes
+        forced = random_routes(phase.model, part, share) if share else None
         return Scene(
             model=phase.model,
             part=part,
             attacked=Pass(
                 phase.model if self.pruning is None else self.pruning.call,
                 surrogate=phase.attack_surrogate,
+                forced=forced,
                 autocast=autocast,
             ),
             trained=Pass(
                 call,
                 surrogate=phase.surrogate,
+                forced=forced,
                 adjust=adjustment(self.config, part),
                 autocast=autocast,
             ),

@@ -11,7 +11,7 @@ jtdmoe              the robust mixture, then the standard one behind the robust 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
@@ -38,6 +38,8 @@ class Phase:
     ``call`` runs it in the loss, maybe with what stands beside it. ``surrogate`` is that of the
     loss, ``attack_surrogate`` that of the attack. ``finds`` says whether the step finds its own
     examples or takes those of the phase before. ``routes_learn`` adds the terms for routers.
+    The step is taken on one of ``every`` so many batches; this share of the images takes
+    ``random_routes`` in it.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Phase:
     attack_surrogate: Surrogate | None
     finds: bool = True
     routes_learn: bool = False
+    every: int = 1
+    random_routes: float = 0.0
 
 
 def is_router_group(group: str) -> bool:
@@ -78,7 +82,11 @@ def phases_of(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
     match config.method:
         case "advmoe":
             router = whole(ROUTER, (ROUTER,))
-            return router, whole(EXPERTS, (EXPERTS,), finds=config.attack_per_step)
+            experts = whole(EXPERTS, (EXPERTS,), finds=config.attack_per_step)
+            return (
+                replace(router, every=config.router_every),
+                replace(experts, random_routes=config.random_routes),
+            )
         case "advmoe-released":
             return _released(config, model)
         case "router-only":
