@@ -22,6 +22,7 @@ TINY = [
 ]
 PARTS: dict[Family, dict[str, object]] = {
     "dense": {},
+    "pathway": {"ratio": 0.5},
     "advmoe": {"num_experts": 2, "ratio": 0.5, "router_width": 2},
     "robust-experts": {
         "num_experts": 3,

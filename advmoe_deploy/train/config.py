@@ -7,55 +7,11 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError, one_line
-from advmoe_deploy.families import IMAGE_ROUTED, Family
 from advmoe_deploy.settings import dotted_keys, put_setting
 from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
+from advmoe_deploy.train.combinations import BalanceLoss, Loss, Method, require_sense
 
-Method = Literal[
-    "advmoe",
-    "advmoe-released",
-    "router-only",
-    "experts-only",
-    "joint",
-    "sparse",
-    "rt-er",
-    "jtdmoe",
-]
-Loss = Literal["trades", "pgd-at", "n-fgsm", "fast", "free", "standard"]
-BalanceLoss = Literal[
-    "switch",
-    "entropy",
-    "column-entropy",
-    "variance",
-    "importance",
-    "load",
-    "importance-load",
-]
 MAX_ROUTER_LR = 0.01
-
-_ROUTED: tuple[Family, ...] = (
-    "advmoe",
-    "robust-experts",
-    "expert-networks",
-    "dual-model",
-    "vit-moe",
-)
-FAMILIES: dict[Method, tuple[Family, ...]] = {
-    "advmoe": ("advmoe",),
-    "advmoe-released": ("advmoe",),
-    "router-only": _ROUTED,
-    "experts-only": _ROUTED,
-    "joint": ("dense", "pathway", *_ROUTED),
-    "sparse": ("dense",),
-    "rt-er": ("expert-networks",),
-    "jtdmoe": ("dual-model",),
-}
-# Methods whose own formula says which loss it is.
-_ONE_LOSS: dict[Method, Loss] = {
-    "advmoe-released": "trades",
-    "rt-er": "pgd-at",
-    "jtdmoe": "pgd-at",
-}
 
 
 class TrainConfig(Frozen):
@@ -170,141 +126,29 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_method()
-        self._check_routing()
-        self._check_sizes()
-        if self.batch_size < 2 * self.accumulate:
-            raise ValueError(
-                f"batch_size={self.batch_size} leaves under two images for each of "
-                f"accumulate={self.accumulate} parts; lower accumulate"
-            )
-        if self.method == "sparse" and self.epochs < len(SPARSE_STAGES):
-            raise ValueError(f"method sparse needs at least {len(SPARSE_STAGES)} epochs")
-        by_ratio = self.method == "sparse" and self.sparse_density is None
-        if by_ratio and self.sparse_ratio >= self.model.ratio:
-            raise ValueError(
-                f"sparse_ratio={self.sparse_ratio} is no smaller than model.ratio="
-                f"{self.model.ratio}; there is nothing to prune"
-            )
-        if self.method != "sparse" and self.sparse_density is not None:
-            raise ValueError(f"sparse_density goes with method sparse, not {self.method}")
+        require_sense(self)
         return self
-
-    def _check_sizes(self) -> None:
-        sizes, own = self.image_sizes, self.model.image_size
-        if not sizes:
-            return
-        if self.model.family == "vit-moe":
-            raise ValueError(
-                "image_sizes needs a convolutional model: positions of vit-moe are fixed"
-            )
-        if sizes != tuple(sorted(sizes)) or sizes[-1] != own:
-            raise ValueError(f"image_sizes must climb to model.image_size={own}, not be {sizes}")
-        if len(sizes) > self.epochs:
-            raise ValueError(f"image_sizes={sizes} needs an epoch for each; epochs={self.epochs}")
-
-    def _check_method(self) -> None:
-        families = FAMILIES[self.method]
-        if self.model.family not in families:
-            raise ValueError(
-                f"method {self.method} trains family {' or '.join(families)}, not "
-                f"{self.model.family}; change method or model.family"
-            )
-        loss = _ONE_LOSS.get(self.method, self.loss)
-        if self.loss != loss:
-            raise ValueError(f"method {self.method} is defined with loss {loss}, not {self.loss}")
-
-    def _check_routing(self) -> None:
-        family, method = self.model.family, self.method
-        if self.model.dropped_experts:
-            raise ValueError(
-                "model.dropped_experts says what an export left out; train all experts, and export "
-                "them with --prune-unused"
-            )
-        asked = {
-            "balance_loss": self.balance_loss is not None,
-            "gate_noise": self.gate_noise > 0,
-            "capacity_factor": self.capacity_factor is not None,
-            "track_router_robustness": self.track_router_robustness,
-        }
-        if family in ("dense", "pathway") and (
-            useless := [name for name, on in asked.items() if on]
-        ):
-            raise ValueError(f"{useless[0]} needs routes, and family {family} has none")
-        of_advmoe = {
-            "balanced_start": self.balanced_start,
-            "class_routing_weight": self.class_routing_weight > 0,
-            "route_stability": self.route_stability > 0,
-        }
-        only_advmoe = {**of_advmoe, "shared_epochs": self.shared_epochs > 0}
-        if family != "advmoe" and (useless := [name for name, on in only_advmoe.items() if on]):
-            raise ValueError(f"{useless[0]} is for family advmoe, not {family}")
-        if self.shared_epochs >= self.epochs:
-            raise ValueError(
-                f"shared_epochs={self.shared_epochs} leaves no epoch of {self.epochs} for experts"
-            )
-        if self.shared_epochs and self.track_router_robustness:
-            raise ValueError(
-                "track_router_robustness needs a router in every epoch: shared_epochs=0"
-            )
-        learned = {"balance_loss": asked["balance_loss"], **of_advmoe}
-        if method == "advmoe-released" and (useless := [n for n, on in learned.items() if on]):
-            raise ValueError(f"{useless[0]} is no part of method advmoe-released; use advmoe")
-        steps = {"random_routes": self.random_routes > 0, "router_every": self.router_every > 1}
-        if method != "advmoe" and (useless := [name for name, on in steps.items() if on]):
-            raise ValueError(f"{useless[0]} is for the two steps of method advmoe, not {method}")
-        if self.random_routes and not self.attack_per_step:
-            raise ValueError("random_routes needs examples of its own: attack_per_step=true")
-        if method == "experts-only" and (useless := [n for n, on in learned.items() if on]):
-            raise ValueError(f"{useless[0]} needs a router that learns, not method experts-only")
-        self._check_capacity()
-        gate = self.model.expert_layers.gate if self.model.expert_layers else ""
-        if gate.startswith("fixed"):
-            if method == "router-only":
-                raise ValueError(f"method router-only cannot train gate {gate}, which never learns")
-            if self.balance_loss is not None:
-                raise ValueError(f"balance_loss cannot teach gate {gate}, which never learns")
-
-    def _check_capacity(self) -> None:
-        factor, family = self.capacity_factor, self.model.family
-        if factor is None:
-            return
-        if self.capacity_overflow == "drop" and family in IMAGE_ROUTED:
-            raise ValueError(
-                f"capacity_overflow=drop leaves images of family {family} without an answer; "
-                "use reassign"
-            )
-        if factor < 1 and self.capacity_overflow == "reassign":
-            raise ValueError(
-                f"capacity_factor={factor} leaves rows without an expert; use at least 1, or "
-                "capacity_overflow=drop"
-            )
 
 
 # What only means something where a router learns.
-_ROUTER_TERMS = {
-    "balance_loss": None,
-    "gate_noise": 0.0,
-    "capacity_factor": None,
-    "balanced_start": False,
-    "class_routing_weight": 0.0,
-    "router_every": 1,
-    "random_routes": 0.0,
-    "route_stability": 0.0,
-    "shared_epochs": 0,
-    "track_router_robustness": False,
-}
+_ROUTER_TERMS = (
+    "balance_loss",
+    "gate_noise",
+    "capacity_factor",
+    "balanced_start",
+    "class_routing_weight",
+    "router_every",
+    "random_routes",
+    "route_stability",
+    "shared_epochs",
+    "track_router_robustness",
+)
 
 
 def without_router(config: TrainConfig, *, name: str, model: ModelSpec) -> TrainConfig:
     """Return ``config`` for a dense ``model``: one joint step, no terms for a router."""
-    changes = {"name": name, "method": "joint", "model": model, **_ROUTER_TERMS}
-    return TrainConfig.model_validate({**config.model_dump(), **changes})
-
-
-# The stages of method ``sparse`` and the share of the epochs that each takes, as HYDRA's 100, 20
-# and 100 epochs (Sehwag et al., NeurIPS 2020).
-SPARSE_STAGES = {"dense": 5 / 11, "scores": 1 / 11, "fine-tune": 5 / 11}
+    fields = {**config.model_dump(exclude=set(_ROUTER_TERMS)), "name": name, "method": "joint"}
+    return TrainConfig.model_validate({**fields, "model": model})
 
 
 def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:

@@ -22,7 +22,8 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.specs import ModelSpec
-from advmoe_deploy.train.config import SPARSE_STAGES, TrainConfig
+from advmoe_deploy.train.combinations import SPARSE_STAGES
+from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.step.methods import SCORES, Named, Phase
 
 DENSE, LEARN_SCORES, FINE_TUNE = SPARSE_STAGES

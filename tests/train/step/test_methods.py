@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import is_router_parameter
-from advmoe_deploy.train.config import FAMILIES, BalanceLoss, Loss, Method
+from advmoe_deploy.train.combinations import FAMILIES, BalanceLoss, Loss, Method
 from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 from advmoe_deploy.train.step.weights import TrainedWeights
 from tests.toy_training import PARTS, fabric, first_batch, tiny_of
@@ -48,7 +48,9 @@ def test_every_method_trains_its_families(method: Method, family: Family) -> Non
         assert losses[-1] < losses[0]
     changed = {is_router_parameter(name) for name in moved(before, weights)}
     learns = {"router-only": {True}, "experts-only": {False}}
-    assert changed == learns.get(method, {False} if family == "dense" else {True, False})
+    assert changed == learns.get(
+        method, {False} if family in ("dense", "pathway") else {True, False}
+    )
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
