@@ -26,6 +26,7 @@ from advmoe_deploy.train.run.router_robustness import (
     with_router,
 )
 from advmoe_deploy.train.run.tensorboard import Board
+from advmoe_deploy.train.run.trouble import trouble
 from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.step.weights import TrainedWeights, place
 
@@ -123,6 +124,8 @@ class Session:
         if self.fabric.is_global_zero:
             self._save(state)
         self.progress.advance("train", 0, epoch=epoch, **record.scalars())
+        for line in trouble(config, before.history, record):
+            self.progress.note(line)
         return state
 
     def _steps(self, before: RunState) -> float:

@@ -1,0 +1,49 @@
+"""Two ways in which a run fails without an error, told while it still runs."""
+
+from collections.abc import Iterator, Sequence
+
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.run.report import EpochRecord
+
+# Attacks of one step, whose models may learn to defeat that step alone.
+_SINGLE_STEP = ("n-fgsm", "fast", "free")
+# Fewer effective routes than this are one expert and a few strays.
+_COLLAPSED = 1.1
+
+
+def trouble(
+    config: TrainConfig, before: Sequence[EpochRecord], record: EpochRecord
+) -> Iterator[str]:
+    """Yield a line for each kind of trouble that begins with the epoch of ``record``.
+
+    Catastrophic overfitting (Wong et al., ICLR 2020): from one epoch to the next, PGD breaks what
+    it did not. Collapse: a router sends nearly all images to one expert. ``before`` are the
+    epochs so far.
+    """
+    measured = [r for r in before if r.pgd_accuracy is not None]
+    if record.pgd_accuracy is None:
+        return
+    best = max(measured, key=lambda r: r.pgd_accuracy or 0.0, default=None)
+    if config.loss in _SINGLE_STEP and best is not None and _fell(best, measured[-1], record):
+        yield (
+            f"epoch {record.epoch}: catastrophic overfitting, PGD leaves "
+            f"{100 * record.pgd_accuracy:.1f} % where epoch {best.epoch} kept "
+            f"{100 * (best.pgd_accuracy or 0):.1f} %; the best epoch is kept, and more epochs will "
+            "hardly help: train again with loss=pgd-at, or with a higher nfgsm_noise"
+        )
+    if _collapsed(record) and not (measured and _collapsed(measured[-1])):
+        yield (
+            f"epoch {record.epoch}: the router has collapsed, {record.effective_routes:.2f} of "
+            f"{config.model.num_experts} routes are in use; raise balance_weight, or lower "
+            "router_lr"
+        )
+
+
+def _fell(best: EpochRecord, last: EpochRecord, record: EpochRecord) -> bool:
+    """Return whether ``record`` keeps under half of the best, and the epoch before it did not."""
+    half = (best.pgd_accuracy or 0.0) / 2
+    return (record.pgd_accuracy or 0.0) < half <= (last.pgd_accuracy or 0.0)
+
+
+def _collapsed(record: EpochRecord) -> bool:
+    return record.effective_routes is not None and record.effective_routes < _COLLAPSED

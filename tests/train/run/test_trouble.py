@@ -1,0 +1,73 @@
+"""Catastrophic overfitting and collapse are said when they begin, and once."""
+
+from pathlib import Path
+
+import pytest
+
+from advmoe_deploy.progress import Silent
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.run.report import EpochRecord
+from advmoe_deploy.train.run.trouble import trouble
+from tests.toy_training import some_digits, tiny
+
+
+def told(config: TrainConfig, *epochs: dict[str, float | None]) -> list[tuple[int, str]]:
+    """The epochs in which something is said, and its second word."""
+    records = [
+        EpochRecord.model_validate({"epoch": n, "loss": 1, "seconds": n, **fields})
+        for n, fields in enumerate(epochs, 1)
+    ]
+    return [
+        (record.epoch, line)
+        for record in records
+        for line in trouble(config, records[: record.epoch - 1], record)
+    ]
+
+
+def pgd(*accuracies: float | None) -> list[dict[str, float | None]]:
+    return [{"pgd_accuracy": accuracy} for accuracy in accuracies]
+
+
+def test_a_sudden_fall_under_half_of_the_best_is_told_once() -> None:
+    config = tiny("digits-s-dense", "loss=n-fgsm")
+    ((epoch, line),) = told(config, *pgd(0.3, None, 0.5, 0.2, 0.1))
+    assert epoch == 4
+    assert "catastrophic overfitting" in line
+    assert "20.0 %" in line
+    assert "epoch 3 kept 50.0 %" in line
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracies"), [("trades", (0.5, 0.1)), ("n-fgsm", (0.5, 0.3, 0.26)), ("fast", (0.1,))]
+)
+def test_other_falls_are_not(loss: str, accuracies: tuple[float, ...]) -> None:
+    assert not told(tiny("digits-s-dense", f"loss={loss}"), *pgd(*accuracies))
+
+
+def test_a_collapse_is_told_when_it_begins() -> None:
+    routes = [
+        {"pgd_accuracy": 0.5, "effective_routes": used} for used in (1.9, 1.05, 1.0, 1.8, 1.02)
+    ]
+    lines = told(tiny(), *routes)  # type: ignore[arg-type]
+    assert [epoch for epoch, _ in lines] == [2, 5]
+    assert "1.05 of 2 routes" in lines[0][1]
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_run_says_what_its_records_tell(tmp_path: Path) -> None:
+    # Nothing holds the router, whose bias decides for all images alike.
+    free = ("balanced_start=false", "class_routing_weight=0", "epochs=1", "loss=standard")
+    notes = Notes()
+    train(tiny("digits-advmoe", *free), some_digits(), tmp_path / "run", progress=notes)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    record = EpochRecord.model_validate_json(line)
+    collapsed = (record.effective_routes or 2) < 1.1
+    assert collapsed == any("collapsed" in line for line in notes.lines)
