@@ -14,7 +14,10 @@ _CIFAR10 = IMAGES["cifar10"]
 
 
 def cifar10_advmoe() -> TrainConfig:
-    """Return AdvMoE of the paper's size: two experts of half width behind a full-size router."""
+    """Return AdvMoE of the paper's size, whose experts agree as in ``digits-advmoe-agreeing``.
+
+    The first 12 epochs train one pathway, the last eight two of them behind the router.
+    """
     return TrainConfig(
         name="cifar10-advmoe-cpu",
         data="cifar10",
@@ -25,14 +28,18 @@ def cifar10_advmoe() -> TrainConfig:
         method="advmoe",
         loss="n-fgsm",
         epochs=20,
+        shared_epochs=12,
         image_sizes=(16, 24, 32, 32),
         test_images=1000,
         lr=0.2,
         router_lr=0.002,
         schedule="one-cycle",
+        router_every=4,
+        random_routes=1,
+        route_stability=6,
         balanced_start=True,
         balance_loss="column-entropy",
-        balance_weight=5,
+        balance_weight=20,
         crop_padding=_CIFAR10.crop_padding,
         flip=True,
         precision="bf16-mixed",
@@ -42,7 +49,8 @@ def cifar10_advmoe() -> TrainConfig:
 
 def cifar10_at_moe() -> TrainConfig:
     """Return the papers' AT MoE: router and experts in one joint step."""
-    return variant(cifar10_advmoe(), name="cifar10-at-moe-cpu", method="joint")
+    alone = {"random_routes": 0, "router_every": 1}
+    return variant(cifar10_advmoe(), name="cifar10-at-moe-cpu", method="joint", **alone)
 
 
 def cifar10_dense() -> TrainConfig:
