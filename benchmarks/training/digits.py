@@ -31,10 +31,10 @@ from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import versions
-from advmoe_deploy.verify.suites import attack_suite
+from advmoe_deploy.verify.suites import Suite, attack_suite
 
 RESULT = Path(__file__).parents[1] / "results" / "train_digits.json"
-RECIPES = "digits-advmoe,digits-dense,digits-s-dense,digits-at-moe"
+RECIPES = "digits-advmoe,digits-advmoe-agreeing,digits-dense,digits-s-dense,digits-at-moe"
 
 
 def share(correct: np.ndarray) -> dict[str, Any]:
@@ -43,14 +43,16 @@ def share(correct: np.ndarray) -> dict[str, Any]:
     return {"share": float(correct.mean()), "low": low, "high": high, "n": len(correct)}
 
 
-def row_of(config: TrainConfig, data: Dataset, run: Path) -> dict[str, Any]:
+def row_of(
+    config: TrainConfig, data: Dataset, run: Path, suite_name: Suite = "standard"
+) -> dict[str, Any]:
     """Return what one recipe reaches with one seed."""
     began, cpu = time.perf_counter(), time.process_time()
     report = train(config, data, run)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     _, model = load_checkpoint(run / "model")
     x, y = torch.from_numpy(to_float(data.test.images)), torch.from_numpy(data.test.labels)
-    suite = attack_suite("standard", model.spec)
+    suite = attack_suite(suite_name, model.spec)
     began = time.perf_counter()
     stands = [s.numpy() for s in withstanding(model, x, y, config.threat, suite)]
     attacking = time.perf_counter() - began
