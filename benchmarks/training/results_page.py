@@ -24,18 +24,19 @@ COLUMNS = ("clean", "pgd_50", "autoattack", "worst")
 HEAD = """\
 # What was reached
 
-Written by `python -m benchmarks.training.results_page` from [benchmarks/results/cifar10/](../benchmarks/results/cifar10).
-
-CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255, [one schedule of hours on two CPU cores](training.md). The
-checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test images (of 10,000, {missing} are not in our copy),
-the rest of the first n. AutoAttack is the standard four, on an MoE in its straight-through form; *worst* is what stands,
-image by image, after PGD-50, AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
+CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255: [one schedule](training.md) of hours on
+two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test images
+(of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the standard
+four, on an MoE in its straight-through form; *worst* is what stands, image by image, after PGD-50,
+AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
+[Raw](../benchmarks/results/cifar10), [program](../benchmarks/training/cifar10.py), and
+[of this page](../benchmarks/training/results_page.py).
 
 | | clean | PGD-50 | AutoAttack | worst | n | routes in use | MACs | trained in |
 |---|---|---|---|---|---|---|---|---|
 """
 PUBLISHED = """
-For comparison, AdvMoE's paper after 100 epochs of TRADES on GPUs (PGD-50 / clean; its MACs leave the router out):
+For comparison, AdvMoE's paper after 100 epochs of TRADES on GPUs; its MACs leave the router out:
 
 | | PGD-50 | clean | MACs |
 |---|---|---|---|
