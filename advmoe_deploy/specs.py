@@ -283,16 +283,16 @@ class ThreatModel(Frozen):
 class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    ``steps`` are Square's queries; AutoAttack has its own, and its own way into a router. APGD and
-    FAB set their step size themselves. ``classes`` says at how many of the likeliest wrong classes
-    a targeted attack aims in turn: those called -t at nine by default, PGD at none.
+    ``steps`` are the queries of Square and RayS, which restarts by itself; AutoAttack has its own,
+    and its own way into a router. APGD and FAB set their step size. ``classes`` says at how many of
+    the likeliest wrong classes a targeted attack aims in turn: -t at nine by default, PGD at none.
 
     The rest is PGD's. Without ``random_start`` the search begins at the image. ``momentum`` is the
     share of the last direction that is kept; with ``decay`` the step falls from epsilon to nearly
     nothing. ``temperature``, of target soft, is a share of the median gap between routes.
     """
 
-    name: Literal["pgd", "apgd", "apgd-t", "fab-t", "square", "autoattack"]
+    name: Literal["pgd", "apgd", "apgd-t", "fab-t", "square", "rays", "autoattack"]
     target: AttackTarget = "model"
     steps: int = Field(50, ge=1)
     step_size: float | None = Field(None, gt=0)
@@ -307,8 +307,9 @@ class AttackSpec(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"restarts={self.restarts} without random_start would all be the same")
+        if self.restarts > 1 and (self.name == "rays" or not self.random_start):
+            how = "of rays, which has its own," if self.name == "rays" else "without random_start"
+            raise ValueError(f"restarts={self.restarts} {how} would all be the same")
         if self.decay and self.step_size is not None:
             raise ValueError("with decay the step falls from epsilon; leave step_size out")
         return self

@@ -1,17 +1,21 @@
 """Black-box attacks on anything that answers with logits: an engine, a server, a torch model."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from advmoe_deploy.attacks.autoattack import square
+from advmoe_deploy.attacks.autoattack import Predict, square
+from advmoe_deploy.attacks.losses import is_wrong
+from advmoe_deploy.attacks.rays import rays
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 BATCH = 256  # fixed: the random squares, hence the examples, depend on it
+NAMES = ("square", "rays")  # of those that need no gradient
 Images = npt.NDArray[np.float32]
 
 
@@ -22,31 +26,61 @@ def attack_predictions(
     threat: ThreatModel,
     attack: AttackSpec,
 ) -> Images:
-    """Return adversarial images float32 [N, C, H, W] by Square with ``attack.steps`` queries.
+    """Return adversarial images float32 [N, C, H, W] by Square or RayS.
 
+    Each image is asked about ``attack.steps`` times at most, by Square in each restart.
     ``predict`` gets float32 images [n, C, H, W] in [0, 1], n from 1 to 256, and returns logits
-    [n, classes]. The same seed gives the same examples. An image no query turned comes back at
-    its clean self.
+    [n, classes]; NaN and infinity answer nothing and thus are a mistake. The same seed gives the
+    same examples. An image no query turned comes back at its clean self.
 
     Raises:
         UsageError: the attack needs gradients.
     """
-    if attack.name != "square":
-        raise UsageError(f"{attack.name} needs gradients; only square attacks predictions")
-    ask = TorchFace(predict)
-    found = [
-        square(
-            ask,
-            torch.from_numpy(np.array(images[i : i + BATCH])),
-            torch.from_numpy(np.array(labels[i : i + BATCH])),
-            epsilon=threat.epsilon,
-            queries=attack.steps,
-            restarts=attack.restarts,
-            seed=attack.seed,
-        ).numpy()
-        for i in range(0, len(images), BATCH)
-    ]
-    return np.concatenate(found) if found else images.copy()
+    if attack.name not in NAMES:
+        able = " and ".join(NAMES)
+        raise UsageError(f"{attack.name} needs gradients; only {able} attack predictions")
+    x, y = torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels))
+    return ask_only(TorchFace(predict), x, y, threat, attack).numpy()
+
+
+def ask_only(
+    predict: Predict,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+) -> Tensor:
+    """Return adversarial images [N, C, H, W] by an attack of :data:`NAMES`, in batches.
+
+    ``predict`` gets float images [n, C, H, W], n from 1 to 256, and returns logits [n, K].
+    """
+    find = partial(_rays if attack.name == "rays" else _square, predict, threat, attack)
+    batches = zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)
+    return torch.cat([find(x, y) for x, y in batches]) if len(images) else images.clone()
+
+
+def _rays(
+    predict: Predict, threat: ThreatModel, attack: AttackSpec, x: Tensor, y: Tensor
+) -> Tensor:
+    def fooled(asked: Tensor, labels: Tensor) -> Tensor:
+        return is_wrong(predict(asked), labels)
+
+    return rays(fooled, x, y, epsilon=threat.epsilon, queries=attack.steps, seed=attack.seed)
+
+
+def _square(
+    predict: Predict, threat: ThreatModel, attack: AttackSpec, x: Tensor, y: Tensor
+) -> Tensor:
+    def answer(asked: Tensor) -> Tensor:
+        logits_NK = predict(asked)
+        # NaN would be an answer that Square cannot fool; so it is that of one more class.
+        finite_N1 = torch.isfinite(logits_NK).all(dim=1, keepdim=True)
+        logits_NK = torch.where(finite_N1, logits_NK, 0)
+        none_N1 = torch.where(finite_N1, logits_NK.amin(dim=1, keepdim=True), 1)
+        return torch.cat([logits_NK, none_N1], dim=1)
+
+    how = {"restarts": attack.restarts, "seed": attack.seed}
+    return square(answer, x, y, epsilon=threat.epsilon, queries=attack.steps, **how)
 
 
 class TorchFace:

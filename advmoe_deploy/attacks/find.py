@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from advmoe_deploy.attacks.autoattack import library_attack, square, standard_autoattack
+from advmoe_deploy.attacks.autoattack import library_attack, standard_autoattack
+from advmoe_deploy.attacks.black_box import NAMES, ask_only
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.white_box import BATCH, attack_model
+from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -43,26 +44,7 @@ def find_adversarial(
         raise UsageError(f"{attack.name} cannot lend a model's gradients; use pgd")
     if attack.name == "autoattack":
         return standard_autoattack(model, images, labels, threat, attack)
-    if attack.name != "square":
+    if attack.name not in NAMES:
         return library_attack(model, images, labels, threat, attack)
-    return _square(model, images, labels, threat, attack)
-
-
-@torch.no_grad()
-def _square(
-    model: Classifier, images: Tensor, labels: Tensor, threat: ThreatModel, attack: AttackSpec
-) -> Tensor:
-    with eval_mode(model):
-        found = [
-            square(
-                model,
-                x,
-                y,
-                epsilon=threat.epsilon,
-                queries=attack.steps,
-                restarts=attack.restarts,
-                seed=attack.seed,
-            )
-            for x, y in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)
-        ]
-    return torch.cat(found)
+    with eval_mode(model), torch.no_grad():
+        return ask_only(model, images, labels, threat, attack)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.attacks.black_box import NAMES
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -61,16 +62,18 @@ def warnings_of(signs: Sequence[Sign]) -> tuple[str, ...]:
 
 
 def _black_box(outcomes: Sequence[AttackOutcome]) -> Sign:
-    """Return whether Square, which knows nothing, broke what white-box searches could not."""
-    broken, before = 0.0, 1.0
+    """Return whether attacks that know nothing broke what white-box searches could not."""
+    broken, left = 0.0, 1.0
     for outcome in outcomes:
         after = outcome.robust_accuracy.reference
-        if outcome.attack.name == "square" and before > 0:
-            broken = max(broken, (before - after) / before)
-        before = after
+        if outcome.attack.name not in NAMES:
+            left = after
+        elif left > 0:  # Square and RayS count together
+            broken = max(broken, (left - after) / left)
     return Sign(
         name="black box against white box",
-        seen=f"Square broke {100 * broken:.1f} % of the images that white-box attacks had left",
+        seen=f"black-box attacks broke {100 * broken:.1f} % of the images that white-box ones had "
+        "left",
         suspicious=broken > _MOST_BROKEN,
     )
 

@@ -19,7 +19,8 @@ def attack_suite(suite: Suite, spec: ModelSpec) -> tuple[AttackSpec, ...]:
     Each goes on with the images that withstood those before it. PGD on the model as it runs comes
     first and Square, which needs no gradient, behind all that do. Between them a model that routes
     is attacked by its pathways and in its soft form; ``standard`` adds the targeted searches and
-    APGD, ``full`` more steps and restarts and, last, AutoAttack's standard four.
+    APGD and, behind Square, RayS, which does without logits too; ``full`` more steps and restarts
+    and, last, AutoAttack's standard four.
 
     Raises:
         UsageError: no suite has that name.
@@ -62,6 +63,7 @@ def _standard(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
         AttackSpec(name="apgd", steps=50, target=_exact(targets)),
         AttackSpec(name="apgd-t", steps=20, target=_exact(targets)),
         AttackSpec(name="square", steps=1000),
+        AttackSpec(name="rays", steps=500),
     ]
 
 
@@ -72,6 +74,7 @@ def _full(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
         *(_settling(50, target=t, classes=_CLASSES) for t in _faces(targets, "pathway", "soft")),
         *(_settling(100, target=t, restarts=3, seed=1) for t in _faces(targets, "pathway")),
         AttackSpec(name="square", steps=5000),
+        AttackSpec(name="rays", steps=2000),
         AttackSpec(name="autoattack"),
         *(AttackSpec(name="autoattack", target=form) for form in forms),
     ]

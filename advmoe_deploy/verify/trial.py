@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from advmoe_deploy.attacks.black_box import TorchFace, attack_predictions
+from advmoe_deploy.attacks.black_box import NAMES, TorchFace, attack_predictions
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.models.base import Classifier
@@ -33,7 +33,7 @@ Labels = NDArray[np.int64]
 Ids = Mapping[str, NDArray[np.int64]]
 
 # Attacks that can ask an engine: by its answers alone, or with the reference's gradients.
-_CAN_ASK = ("pgd", "square")
+_CAN_ASK = ("pgd", *NAMES)
 
 
 def searches_of(
@@ -45,7 +45,7 @@ def searches_of(
     is asked itself, once the reference has nothing more to tell.
     """
     if not differs_from_reference:
-        return [(a, "engine" if a.name == "square" else "reference") for a in suite]
+        return [(a, "engine" if a.name in NAMES else "reference") for a in suite]
     own = [attack for attack in suite if attack.name in _CAN_ASK]
     return [*((attack, "reference") for attack in suite), *((attack, "engine") for attack in own)]
 
@@ -169,7 +169,7 @@ class Trial:
 
     def _find(self, attack: AttackSpec, found_on: FoundOn, rows_A: NDArray[np.int64]) -> Images:
         x_NCHW, labels_N = self.x_NCHW[rows_A], self.labels_N[rows_A]
-        if attack.name == "square" and found_on == "engine":
+        if attack.name in NAMES and found_on == "engine":
             return attack_predictions(self._logits, x_NCHW, labels_N, self.threat, attack)
         return find_adversarial(
             self.model,
@@ -182,9 +182,7 @@ class Trial:
         ).numpy()
 
     def _logits(self, x_NCHW: Images) -> NDArray[np.float32]:
-        logits_NK = self.runner.infer(x_NCHW).logits
-        # Equal logits are a mistake to every attack; NaN would be an answer that none can fool.
-        return np.where(np.isfinite(logits_NK).all(axis=1, keepdims=True), logits_NK, 0)
+        return self.runner.infer(x_NCHW).logits
 
     def _answers(self, x_NCHW: Images, rows_A: NDArray[np.int64]) -> tuple[Sides, Ids]:
         """Return where both sides are right about images of ``rows_A``, and the engine's routes."""

@@ -2,11 +2,11 @@
 
 First the answers are compared, image by image and in batches of every kind, and what differs is
 named. Then white-box examples are made on the torch model, which is rebuilt from the bundle's own
-``reference.safetensors``, and replayed on the engine; Square runs on the engine itself and its
-examples are replayed on the reference. An engine of lower precision, of fp32 that is rounded to
-TF32, or whose answers differ is another function, which examples made elsewhere flatter: PGD, along
-the reference's gradients, and Square then ask both. An image counts as robust only if no attack
-changed its answer.
+``reference.safetensors``, and replayed on the engine; Square and RayS run on the engine itself and
+their examples are replayed on the reference. An engine of lower precision, of fp32 that is rounded
+to TF32, or whose answers differ is another function, which examples made elsewhere flatter: PGD,
+along the reference's gradients, Square and RayS then ask both. An image counts as robust only if no
+attack changed its answer.
 """
 
 import time

@@ -277,7 +277,7 @@ def test_without_a_random_start_the_seed_does_not_matter(model: AdvMoE) -> None:
         AttackSpec(name="pgd", random_start=False, restarts=2)
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd-t", "fab-t", "square"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd-t", "fab-t", "square", "rays"])
 def test_every_attack_is_found_by_name(model: AdvMoE, name: Literal["pgd", "apgd"]) -> None:
     x, y = some_digits(30)
     attack = AttackSpec(name=name, steps=20, seed=1)

@@ -60,6 +60,14 @@ def test_a_black_box_that_finds_more_does(left: float, suspicious: bool, trained
     assert signs(model, outcomes)["black box against white box"].suspicious == suspicious
 
 
+def test_black_boxes_count_together(trained_run: Path) -> None:
+    _, model = load_checkpoint(trained_run / "model")
+    # Each breaks 1.5 % of what was left before it, both together 3 %.
+    outcomes = [outcome("pgd", 0.5), outcome("square", 0.4925), outcome("rays", 0.485)]
+    assert signs(model, outcomes)["black box against white box"].suspicious
+    assert not signs(model, outcomes[:2])["black box against white box"].suspicious
+
+
 def test_a_model_that_is_never_right_is_not_attacked(trained_run: Path) -> None:
     _, model = load_checkpoint(trained_run / "model")
     wrong = (TEST.labels + 1) % 10
