@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,17 +24,35 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one."""
-    partial = _partial_name(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_in_turn([(path, content)])
+
+
+def write_in_turn(contents: Sequence[tuple[Path, bytes]]) -> None:
+    """Write each content to its path, one after the other; a path may come more than once.
+
+    All of them are on the disk under other names before the first takes its place, so that a full
+    disk changes nothing. After a kill the first few are new, each of them whole.
+    """
+    staged = [(_partial_name(path), path, content) for path, content in contents]
+    try:
+        for partial, path, content in staged:
+            with writing(path):
+                _write_to_disk(partial, content)
+        for partial, path, _ in staged:
+            with writing(path):
+                partial.replace(path)
+    finally:
+        for partial, _, _ in staged:
+            if partial.exists():
+                partial.unlink()
+
+
+def _write_to_disk(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def flush_to_disk(path: Path) -> None:

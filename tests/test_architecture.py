@@ -24,6 +24,7 @@ LAYERS = [
         "specs",
         "plan",
         "bundle",
+        "card",
         "pruning",
         "reports",
         "process",

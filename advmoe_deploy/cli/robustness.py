@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from advmoe_deploy.analysis.certificate import local_radii
-from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.bundle import CARD, REFERENCE, Bundle
+from advmoe_deploy.card import replace_card
+from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.verify.examples.card import with_measured
 from advmoe_deploy.verify.examples.convergence import convergence
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry, Robustness, entry_of
 from advmoe_deploy.verify.examples.images import images_of, source_of
@@ -132,6 +135,22 @@ def certified_routes(model: Classifier, x_NCHW: Images, threat: ThreatModel) -> 
         median_radius=float(np.median(route_N)),
         note="formal: margins of the gates' scores over the bound of their slopes, in l-inf",
     )
+
+
+def put_on_card(bundle: Bundle, measured: Robustness) -> AdvMoEError | None:
+    """Put what was ``measured`` on the bundle's card; return why that cannot be, if it cannot."""
+    try:
+        card = bundle.file(CARD).read_text(encoding="utf-8")
+        replace_card(bundle, with_measured(card, measured))
+    except (OSError, BundleError) as error:
+        cause = file_error(error) if isinstance(error, OSError) else error
+        if cause is None:
+            raise
+        return type(cause)(
+            f"the report is written, the bundle and its card are as they were: {cause}; "
+            "--no-card leaves them alone"
+        )
+    return None
 
 
 def worst(reports: Sequence[RobustReport]) -> RobustReport:

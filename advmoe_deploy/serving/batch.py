@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.decode import DecodedImage, decode_file
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, MachineError, UsageError
-from advmoe_deploy.files import sha256_of
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
@@ -206,7 +205,7 @@ def _job(bundle: Bundle, inputs: Listing, **options: str | int) -> Row:
     for path, error in sorted(inputs.errors.items()):
         digest.update(os.fsencode(f"{path}\0{error}\0"))
     return {
-        "bundle": sha256_of(bundle.path / MANIFEST),
+        "bundle": bundle.identity,
         "inputs": digest.hexdigest(),
         **options,
     }

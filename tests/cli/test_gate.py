@@ -40,7 +40,18 @@ def kept(trained_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """What ``advmoe report`` wrote of that bundle on 60 images."""
     folder = tmp_path_factory.mktemp("gate") / "kept"
     assert (
-        run(["report", str(trained_bundle.path), "--images", "60", "--out", str(folder), "--json"])
+        run(
+            [
+                "report",
+                str(trained_bundle.path),
+                "--images",
+                "60",
+                "--out",
+                str(folder),
+                "--json",
+                "--no-card",
+            ]
+        )
         == 0
     )
     return folder

@@ -54,6 +54,10 @@ def report(
         Path | None,
         typer.Option("--out", readable=False, help="By default BUNDLE-report beside the bundle."),
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card/--no-card", help="Write the figures on the bundle's MODEL_CARD.md."),
+    ] = True,
     overwrite: Overwrite = False,
     threads: Threads = 0,
     as_json: Json = False,
@@ -64,10 +68,10 @@ def report(
         raise UsageError(f"--engine: {', '.join(engines)} names one twice; name each once")
     use_torch_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.bundle import CARD, open_bundle
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.pages import robust_report
-        from advmoe_deploy.cli.robustness import Asked, robustness_of, worst
+        from advmoe_deploy.cli.robustness import Asked, put_on_card, robustness_of, worst
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
@@ -94,8 +98,14 @@ def report(
         ):
             seen = robustness_of(opened, asked, staged, measured=measured, progress=ui.progress)
             robust_report.write_report(seen, opened, staged, REPORT)
-        value = {"out": str(target), **seen.entry.model_dump(mode="json")}
-        ui.show(value, lambda: robustness_tables.screen(seen.entry, target))
+        trouble = put_on_card(opened, seen.entry.advmoe) if card else None
+        file = opened.path / CARD if card and trouble is None else None
+        value = {"out": str(target), "card": file and str(file)}
+        value |= seen.entry.model_dump(mode="json")
+        ui.show(value, lambda: robustness_tables.screen(seen.entry, target, file))
     answer = worst(seen.entry.advmoe.engines)
     if answer.verdict != "passed":
-        raise refusal(answer)
+        refused = refusal(answer)
+        raise type(refused)(f"{refused}; {trouble}") if trouble else refused
+    if trouble:
+        raise trouble

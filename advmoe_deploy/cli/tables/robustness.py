@@ -11,13 +11,14 @@ from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
 from advmoe_deploy.verify.examples.gate import GateReport
 
 
-def screen(entry: Entry, out: Path) -> RenderableType:
+def screen(entry: Entry, out: Path, card: Path | None) -> RenderableType:
     """Return the table of each engine, and what the page adds, in a line each."""
     measured = entry.advmoe
     lines = [_convergence(entry)]
     if measured.certified.certified is not None or measured.rerouted:
         lines.append(f"{len(measured.rerouted)} images were sent to other experts as they fell")
     lines += [certified_text(measured.certified), f"written to {out}"]
+    lines += [f"figures put on {card}"] if card else []
     return Group(*(robust_report(each) for each in measured.engines), *map(escape, lines))
 
 

@@ -29,7 +29,7 @@ from advmoe_deploy.verify.trial import Trial
 class Key(Frozen):
     """What has to be the same for a verification to go on; hashes are SHA-256."""
 
-    files: str
+    bundle: str
     engine: str
     images: str
     threat: ThreatModel
@@ -48,9 +48,8 @@ def key_of(
     """Return the key of the verification of ``bundle`` that ``trial`` is."""
     pixels = hashlib.sha256(np.ascontiguousarray(trial.x_NCHW).tobytes())
     pixels.update(trial.labels_N.tobytes())
-    files = sorted((name, entry.sha256) for name, entry in bundle.manifest.files.items())
     return Key(
-        files=hashlib.sha256(repr(files).encode()).hexdigest(),
+        bundle=bundle.identity,
         engine=engine,
         images=pixels.hexdigest(),
         threat=trial.threat,
