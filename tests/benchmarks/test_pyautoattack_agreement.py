@@ -1,0 +1,51 @@
+"""The comparison of our attacks with others' code: both sides agree, and rows are merged."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.training.pyautoattack_agreement import main, stands, subject_of
+
+
+def compare(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict]:
+    threads = str(torch.get_num_threads())
+    given = ["agreement", "--run", str(run), "--out", str(out), "--threads", threads]
+    monkeypatch.setattr(sys, "argv", [*given, "--images", "24", "--iterations", "4", *options])
+    main()
+    return json.loads(out.read_text())["rows"]
+
+
+def test_both_sides_agree_to_the_image(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.json"
+    rows = compare(trained_run, out, monkeypatch, "--attacks", "square,pgd,apgd", "--queries", "30")
+    assert [row["attack"] for row in rows] == ["pgd", "apgd", "square"]
+    for row in rows:
+        assert (row["n"], row["ours"]["n"], row["difference_points"]) == (24, 24, 0.0)
+        assert row["only_ours_breaks"] == row["only_theirs_breaks"] == 0
+        assert row["theirs"]["share"] <= row["clean"]["share"]
+        assert {"pyautoattack", "torch"} <= row["versions"].keys()
+    again = compare(trained_run, out, monkeypatch, "--attacks", "apgd", "--seed", "1")
+    assert [(row["attack"], row["seed"]) for row in again] == [
+        ("pgd", 0),
+        ("apgd", 1),
+        ("square", 0),
+    ]
+
+
+def test_what_leaves_the_ball_is_no_example(trained_run: Path) -> None:
+    subject, about = subject_of(trained_run, None, 3)
+    assert stands(subject, subject.images).sum() <= about["n"] == 3
+    with pytest.raises(ValueError, match=r"beyond 0\.05"):
+        stands(subject, (subject.images + 0.06).clamp(max=1))
+
+
+def test_unknown_attacks_are_refused(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        compare(trained_run, tmp_path / "rows.json", monkeypatch, "--attacks", "pgd,fgsm")
