@@ -30,7 +30,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 docs: $(VENV)/dev.stamp
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/programs/generate.py
 
 # The extras of 'dev' include those of 'demo', so either set-up serves the demo.
 $(VENV)/demo.stamp: pyproject.toml

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import PAGE, api_page
+from docs.programs.generate import PAGE, api_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

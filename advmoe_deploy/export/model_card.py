@@ -26,11 +26,11 @@ def model_card(
     """Return the model card in Markdown."""
     sections = [
         _title(checkpoint),
-        _images(checkpoint),
+        images_section(checkpoint),
         *([_pruning(pruning)] if pruning else []),
-        _threat(checkpoint),
+        threat_section(checkpoint),
         _metrics(checkpoint),
-        _macs(checkpoint, macs),
+        macs_section(checkpoint, macs),
         *([f"## Weights\n\n{denormals_note(denormals)}."] if denormals else []),
         _parity(parity),
         *([_engines(engines)] if engines else []),
@@ -60,17 +60,19 @@ def _title(checkpoint: "Checkpoint") -> str:
     names = ", ".join(checkpoint.class_names)
     shape = ", ".join(str(size) for size in spec.image_shape)
     return (
-        f"# {spec.backbone}, {spec.family}\n\n{_what(spec)} `{MODEL}` takes `images`, float32 "
+        f"# {spec.backbone}, {spec.family}\n\n{what_it_is(spec)} `{MODEL}` takes `images`, float32 "
         f"[N, {shape}] in [0, 1] (normalisation is inside), and answers `logits` "
         f"[N, {spec.num_classes}].\n\nClasses: {names}."
     )
 
 
-def _images(checkpoint: "Checkpoint") -> str:
+def images_section(checkpoint: "Checkpoint") -> str:
+    """Return the section on how image files are read for the model."""
     return f"## From image files to `images`\n\n{checkpoint.decoding.description()}"
 
 
-def _what(spec: ModelSpec) -> str:
+def what_it_is(spec: ModelSpec) -> str:
+    """Return a sentence on the network: what is routed, and where."""
     count, backbone = spec.num_experts, spec.backbone
     if spec.family == "advmoe":
         return (
@@ -99,7 +101,8 @@ def _what(spec: ModelSpec) -> str:
     return f"A dense {backbone} at {spec.ratio:g} times the full width."
 
 
-def _threat(checkpoint: "Checkpoint") -> str:
+def threat_section(checkpoint: "Checkpoint") -> str:
+    """Return the section on what the attacker may do."""
     if checkpoint.threat is None:
         return "## Threat model\n\nNone is declared: do not take this model for a robust one."
     threat = checkpoint.threat
@@ -130,7 +133,8 @@ def _metrics(checkpoint: "Checkpoint") -> str:
     )
 
 
-def _macs(checkpoint: "Checkpoint", macs: Macs) -> str:
+def macs_section(checkpoint: "Checkpoint", macs: Macs) -> str:
+    """Return the section on multiply-accumulates per image, in millions."""
     rows = {"executed": macs.executed, "dense network of full width": macs.dense}
     if checkpoint.model.num_experts > 1:
         rows = {

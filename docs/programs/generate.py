@@ -18,7 +18,7 @@ from advmoe_deploy.specs import BatchProfile
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify.report import RobustReport
 
-PAGE = Path(__file__).parent / "api.md"
+PAGE = Path(__file__).parents[1] / "api.md"
 HEAD = """# Python API
 
 `make docs` writes this page from [api.py](../advmoe_deploy/api.py). `import advmoe_deploy` loads no
