@@ -14,6 +14,7 @@ from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as open_bundle_at
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.zoo.resolve import place_for, require_bundle, resolve
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
@@ -128,12 +129,23 @@ def import_checkpoint(
 def load_model(run: StrPath) -> Classifier:
     """Return the PyTorch model of a run, in eval mode: images [N, C, H, W] in [0, 1] to logits.
 
+    Args:
+        run: a run folder; ``NAME`` or ``zoo:NAME`` of ``advmoe list models``; or
+            ``hub:USER/NAME[@REVISION]``. A bundle gives its reference.
+
     Raises:
-        CheckpointError: the run's checkpoint is missing, damaged or of another version.
+        UsageError: no model has that name.
+        InputError: the model is missing, damaged or of another version.
+        MachineError: the hub cannot be reached.
     """
+    found = resolve(run)
+    if (found / MANIFEST).is_file():
+        from advmoe_deploy.models.stored import reference_model
+
+        return reference_model(open_bundle_at(found))
     from advmoe_deploy.models.checkpoint import load_checkpoint
 
-    return load_checkpoint(Path(run) / "model")[1]
+    return load_checkpoint(found / "model")[1]
 
 
 def export(
@@ -154,8 +166,9 @@ def export(
     """Export a run to a bundle, checked against the model before it appears.
 
     Args:
-        run: a run folder; for ``trt`` also a bundle that holds TensorRT's graphs.
-        out: the bundle to be; by default ``RUN/bundle``, of a bundle ``BUNDLE-trt``.
+        run: as for :func:`load_model`; for ``trt`` also a bundle with TensorRT's graphs.
+        out: the bundle to be; by default ``RUN/bundle``, ``BUNDLE-trt``, or of a name
+            ``NAME-bundle`` in the current folder.
         format: ``onnx``, ``openvino`` or ``trt``.
         precisions: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8``; the bundle runs in the
             first unless told. Of a bundle by default all that it holds.
@@ -177,8 +190,9 @@ def export(
     """
     from advmoe_deploy.export.request import require_bundle_request, targets_of
 
-    source, build = Path(run), build or BuildOptions()
+    build = build or BuildOptions()
     targets = targets_of(format, precisions, build, onnx_only=onnx_only)
+    source = resolve(run)
     if (source / MANIFEST).is_file():
         from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 
@@ -188,7 +202,7 @@ def export(
         beside = source.resolve().with_name(f"{source.resolve().name}-trt")
         return build_from_bundle(
             open_bundle(source),
-            Path(out) if out is not None else beside,
+            Path(out) if out is not None else place_for(run, source, "trt", beside),
             build=build,
             precisions=precisions,
             overwrite=overwrite,
@@ -198,7 +212,7 @@ def export(
 
     return export_run(
         source,
-        Path(out) if out is not None else source / "bundle",
+        Path(out) if out is not None else place_for(run, source, "bundle", source / "bundle"),
         data=data,
         class_map=class_map,
         overwrite=overwrite,
@@ -213,10 +227,14 @@ def export(
 def open_bundle(path: StrPath) -> Bundle:
     """Return the bundle at ``path`` after checking the hash of every file.
 
+    Args:
+        path: a bundle; or its name, ``zoo:NAME`` or ``hub:USER/NAME``, as for :func:`load_model`.
+
     Raises:
-        BundleError: something is missing, changed or of another version.
+        BundleError: something is missing, changed or of another version, or this is a run.
+        UsageError: no bundle has that name.
     """
-    return open_bundle_at(Path(path))
+    return open_bundle_at(require_bundle(path, resolve(path)))
 
 
 def open_runner(

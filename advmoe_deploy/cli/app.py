@@ -17,6 +17,7 @@ from advmoe_deploy.cli.commands.gate import gate
 from advmoe_deploy.cli.commands.import_ import import_checkpoint
 from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
+from advmoe_deploy.cli.commands.models.add import add
 from advmoe_deploy.cli.commands.predict import predict
 from advmoe_deploy.cli.commands.profile import profile
 from advmoe_deploy.cli.commands.report import report
@@ -62,6 +63,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "inspect": inspect,
     "list": list_names,
+    "add": add,
     "demo": demo,
     "doctor": doctor,
 }

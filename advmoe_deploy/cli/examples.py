@@ -21,6 +21,7 @@ EXAMPLES = {
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",
         "advmoe export runs/digits-advmoe --format trt --precision fp16 --onnx-only",
         "advmoe export bundle --format trt --out bundle-for-this-gpu",
+        "advmoe export zoo:NAME --format onnx",
     ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",
@@ -52,8 +53,12 @@ EXAMPLES = {
         "advmoe predict bundle --input 'photos/**/*.png' --output answers.parquet --top-k 3",
         "advmoe predict bundle --input list.txt --output answers.jsonl --resume",
     ),
-    "inspect": ("advmoe inspect bundle", "advmoe inspect bundle --json"),
-    "list": ("advmoe list", "advmoe list recipes"),
+    "inspect": ("advmoe inspect bundle", "advmoe inspect hub:USER/NAME --json"),
+    "list": ("advmoe list", "advmoe list recipes", "advmoe list models --json"),
+    "add": (
+        "advmoe add runs/digits-advmoe --name my-digits",
+        "advmoe add runs/c10 --name c10 --fp16 --results report/report.json --license apache-2.0",
+    ),
     "demo": ("advmoe demo", "advmoe demo --quick --out /tmp/demo"),
     "doctor": ("advmoe doctor",),
 }

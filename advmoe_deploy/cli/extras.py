@@ -18,6 +18,7 @@ OPTIONAL = {
     "pyarrow": ("pyarrow", "serve"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "huggingface_hub": ("huggingface_hub", "hub"),
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),
 }

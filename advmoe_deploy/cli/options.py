@@ -42,9 +42,25 @@ Engine = Annotated[
         help="'advmoe list engines' names them; openvino:bf16 runs one at that precision.",
     ),
 ]
+# The end of the help of whatever takes a run or a bundle.
+NAMED = ", or zoo:NAME, or hub:USER/NAME[@REVISION]."
 # Not "readable": whether a file can be read, reading it shows, with one text and one exit code.
 BundlePath = Annotated[
-    Path, typer.Argument(readable=False, metavar="BUNDLE", help="What 'advmoe export' wrote.")
+    Path,
+    typer.Argument(readable=False, metavar="BUNDLE", help=f"What 'advmoe export' wrote{NAMED}"),
+]
+
+Results = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        readable=False,
+        metavar="FILE.json",
+        help="Of 'verify --json', 'report', 'train' or a benchmark, for the card; repeatable.",
+    ),
+]
+License = Annotated[
+    str, typer.Option("--license", metavar="ID", help="Of the weights, such as apache-2.0.")
 ]
 
 

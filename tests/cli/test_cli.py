@@ -129,7 +129,7 @@ def answer(capsys: Capture, *arguments: str) -> Any:
 
 def test_list_and_doctor(capsys: Capture) -> None:
     names = answer(capsys, "list")
-    assert {"recipes", "models", "engines", "data"} == set(names)
+    assert {"recipes", "families", "models", "engines", "data"} == set(names)
     assert "digits-advmoe" in [entry["name"] for entry in names["recipes"]]
     assert list(answer(capsys, "list", "engines")) == ["engines"]
     found = answer(capsys, "doctor")

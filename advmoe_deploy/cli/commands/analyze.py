@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advmoe_deploy.cli.options import (
+    NAMED,
     ClassMap,
     Data,
     Json,
@@ -29,7 +30,7 @@ def analyze(
     path: Annotated[
         Path,
         typer.Argument(
-            readable=False, metavar="RUN|BUNDLE", help="What 'train' or 'export' wrote."
+            readable=False, metavar="RUN|BUNDLE", help=f"What 'train' or 'export' wrote{NAMED}"
         ),
     ],
     data: Data = None,
@@ -67,7 +68,9 @@ def analyze(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", readable=False, help="By default RUN/analysis, or BUNDLE-analysis beside it."
+            "--out",
+            readable=False,
+            help="By default RUN/analysis, BUNDLE-analysis, or ./NAME-analysis of a name.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -85,11 +88,12 @@ def analyze(
         from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.files import refuse_existing, staged_directory
         from advmoe_deploy.models.stored import open_stored
+        from advmoe_deploy.zoo.resolve import place_for, resolve
 
         wanted, certified = _wanted(only), _smoothing(sigma, smoothing, seed)
         pages.require_libraries()
-        stored = open_stored(path)
-        target = out or _beside(stored)
+        stored = open_stored(resolve(path))
+        target = out or place_for(path, stored.path, "analysis", _beside(stored))
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
         sections = sections_for(stored.model, wanted)
         if smoothing is not None and "smoothing" not in sections:

@@ -7,7 +7,15 @@ import typer
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
-from advmoe_deploy.cli.options import ClassMap, Data, Json, Overwrite, Threads, use_torch_threads
+from advmoe_deploy.cli.options import (
+    NAMED,
+    ClassMap,
+    Data,
+    Json,
+    Overwrite,
+    Threads,
+    use_torch_threads,
+)
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.specs import Precision
 
@@ -18,7 +26,7 @@ def export(
         typer.Argument(
             readable=False,
             metavar="RUN",
-            help="What 'advmoe train' wrote; for trt also a bundle that --onnx-only wrote.",
+            help=f"What 'advmoe train' wrote; for trt also a bundle that --onnx-only wrote{NAMED}",
         ),
     ],
     to: Annotated[str, typer.Option("--format", help="onnx, openvino or trt.")],
@@ -32,7 +40,11 @@ def export(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", readable=False, help="By default RUN/bundle, or BUNDLE-trt."),
+        typer.Option(
+            "--out",
+            readable=False,
+            help="By default RUN/bundle, BUNDLE-trt, or ./NAME-bundle of a name.",
+        ),
     ] = None,
     data: Data = None,
     class_map: ClassMap = None,

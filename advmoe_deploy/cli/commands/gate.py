@@ -58,7 +58,7 @@ def gate(
             raise UsageError(f"{option}: {file} is a directory; name a file in it")
     use_torch_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.pages import gate_files
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.cli.tables import robustness as robustness_tables

@@ -1,12 +1,14 @@
 """The command ``list``."""
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import unknown_name
+
+Entries = list[dict[str, Any]]
 
 _ENGINE_SUMMARIES = {
     "onnxruntime": "the one graph, model.onnx",
@@ -33,24 +35,36 @@ def list_names(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List recipes, models, engines and data sets."""
-    listings = {"recipes": _recipes, "models": _models, "engines": _engines, "data": _data}
+    """List recipes, families of networks, trained models at hand, engines and data sets."""
+    listings = {
+        "recipes": _recipes,
+        "families": _families,
+        "models": _models,
+        "engines": _engines,
+        "data": _data,
+    }
     if kind is not None and kind not in listings:
         raise unknown_name("kind", kind, listings)
     with session(as_json) as ui:
-        from advmoe_deploy.cli.tables import bundle as tables
+        from advmoe_deploy.cli.tables import models as tables
 
         value = {one: listings[one]() for one in ([kind] if kind else listings)}
         ui.show(value, lambda: tables.name_lists(value))
 
 
-def _recipes() -> list[dict[str, str]]:
+def _recipes() -> Entries:
     from advmoe_deploy.train.recipes import RECIPES
 
     return [_entry(name, f"{each.summary}; {each.figures}") for name, each in RECIPES.items()]
 
 
-def _models() -> list[dict[str, str]]:
+def _models() -> Entries:
+    from advmoe_deploy.zoo.entries import listed_models
+
+    return [model.model_dump(mode="json") for model in listed_models()]
+
+
+def _families() -> Entries:
     from advmoe_deploy.families import Backbone, Family
 
     return [
@@ -58,13 +72,13 @@ def _models() -> list[dict[str, str]]:
     ]
 
 
-def _engines() -> list[dict[str, str]]:
+def _engines() -> Entries:
     from advmoe_deploy.runtime.select import ENGINES
 
     return [_entry(name, _ENGINE_SUMMARIES.get(name, "")) for name in ENGINES]
 
 
-def _data() -> list[dict[str, str]]:
+def _data() -> Entries:
     from advmoe_deploy.data.registry import DATASETS
 
     return [_entry(name, _DATA_SUMMARIES.get(name, "")) for name in DATASETS]

@@ -39,7 +39,7 @@ def predict(
         raise UsageError("files need both --input and --output; see 'advmoe predict --help'")
     use_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.serving.batch import classify_files
 

@@ -51,7 +51,7 @@ def profile(
             raise UsageError(f"{option}: {file} is a directory; name a file in it")
     use_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.profiling.profile import profile_bundle

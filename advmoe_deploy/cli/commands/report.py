@@ -52,7 +52,7 @@ def report(
     ] = 0.5,
     out: Annotated[
         Path | None,
-        typer.Option("--out", readable=False, help="By default BUNDLE-report beside the bundle."),
+        typer.Option("--out", readable=False, help="By default BUNDLE-report beside it."),
     ] = None,
     card: Annotated[
         bool,
@@ -68,7 +68,8 @@ def report(
         raise UsageError(f"--engine: {', '.join(engines)} names one twice; name each once")
     use_torch_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import CARD, open_bundle
+        from advmoe_deploy.api import open_bundle
+        from advmoe_deploy.bundle import CARD
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.pages import robust_report
         from advmoe_deploy.cli.robustness import Asked, put_on_card, robustness_of, worst
@@ -76,10 +77,12 @@ def report(
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.files import refuse_existing, staged_directory
+        from advmoe_deploy.zoo.resolve import place_for
 
         pages.require_libraries()
         opened = open_bundle(bundle)
-        target = out or bundle.resolve().with_name(f"{bundle.resolve().name}-report")
+        beside = bundle.resolve().with_name(f"{bundle.resolve().name}-report")
+        target = out or place_for(bundle, opened.path, "report", beside)
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
         asked = Asked(
             engines=engines,

@@ -34,7 +34,7 @@ def serve(
         raise UsageError("serve answers requests; 'advmoe predict' classifies files, same options")
     use_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.serving.oip import serve as serve_bundle
 
         serve_bundle(

@@ -76,7 +76,7 @@ def verify(
     seconds = _seconds(budget)
     use_torch_threads(threads)
     with session(as_json) as ui:
-        from advmoe_deploy.bundle import open_bundle
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.verify.verify import verify_bundle

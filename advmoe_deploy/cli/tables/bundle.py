@@ -208,16 +208,6 @@ def _route(route: RouteStep) -> str:
     return f"each {what} to {route.top_k} of {experts}, {weights}"
 
 
-def name_lists(lists: Mapping[str, Iterable[Mapping[str, str]]]) -> RenderableType:
-    """Return the names of each kind with what they are."""
-    return Group(
-        *(
-            facts(kind, [(entry["name"], entry["summary"]) for entry in entries])
-            for kind, entries in lists.items()
-        )
-    )
-
-
 def doctor_report(value: Mapping[str, Any]) -> RenderableType:
     """Return what the machine has, package by package."""
     machine = [(key, str(value[key])) for key in ("advmoe", "python", "platform", "cpu", "cpus")]

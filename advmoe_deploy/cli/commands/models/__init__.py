@@ -1,0 +1,1 @@
+"""Commands that put a model somewhere under a name."""

@@ -1,0 +1,82 @@
+"""Tables of models that are at hand, of runs, and of other things with names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+
+from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
+
+_COLUMNS = ("models", "from", "data", "network", "MACs", "clean", "robust", "epsilon", "size")
+_NO_MODELS = "none yet: advmoe add RUN --name NAME"
+
+
+def name_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> RenderableType:
+    """Return the names of each kind with what they are."""
+    return Group(
+        *(
+            model_list(entries)
+            if kind == "models"
+            else facts(kind, [(entry["name"], entry["summary"]) for entry in entries])
+            for kind, entries in lists.items()
+        )
+    )
+
+
+def model_list(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return a row per model, and below what is to be said of single ones."""
+    if not entries:
+        return facts("models", [(_NO_MODELS, "")])
+    table = new_table("", _COLUMNS)
+    notes = []
+    for entry in entries:
+        table.add_row(f"  {escape(entry['name'])}", *map(escape, _cells(entry)))
+        if said := entry["note"] or entry["measured_on"]:
+            notes.append(f"  {entry['name']}: {said}")
+    return Group(table, *map(escape, notes))
+
+
+def run_contents(value: Mapping[str, Any]) -> RenderableType:
+    """Return what a run's model is, and where it stands."""
+    model = value["model"]
+    experts = f"{model['num_experts']} experts, top {model['top_k']}, ratio {model['ratio']:g}"
+    threat = value["threat"]
+    rows = [
+        ("network", f"{model['backbone']}, {model['family']}, {experts}"),
+        ("classes", str(model["num_classes"])),
+        ("images", f"{model['in_channels']} x {model['image_size']} x {model['image_size']}"),
+        ("threat model", f"{threat['norm']}, epsilon {threat['epsilon']:.4g}" if threat else "-"),
+        ("recipe", str(value["recipe"].get("name", "-"))),
+        ("data", str(value["provenance"].get("data", "-"))),
+        *((f"hold-out: {name}", f"{number:.4g}") for name, number in value["metrics"].items()),
+        ("weights", f"{value['bytes'] / 1e6:.2f} MB, SHA-256 {value['weights_sha256'][:12]}"),
+    ]
+    hint = f"next: advmoe export {value['source']} --format onnx"
+    return Group(facts(value["run"], rows), escape(hint))
+
+
+def added_model(value: Mapping[str, Any]) -> RenderableType:
+    """Return where a model was put, what rounding did to it, and the next step."""
+    rows = [("size", f"{value['bytes'] / 1e6:.2f} MB")]
+    rows += [("weights", value["rounding_says"])] if value["rounding_says"] else []
+    rows += [
+        (f"robust accuracy, {each['by']}", percent(each["robust"]["value"]))
+        for each in value["evaluations"]
+    ]
+    hint = f"next: advmoe export {value['source']} --format onnx"
+    return Group(facts(value["folder"], rows), escape(hint))
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    clean, robust = entry["clean_accuracy"], entry["robust_accuracy"]
+    return (
+        entry["source"],
+        entry["data"] or "-",
+        f"{entry['backbone'] or '-'} {entry['family'] or ''}".strip(),
+        "-" if entry["macs"] is None else f"{entry['macs'] / 1e6:.1f} M",
+        "-" if clean is None else percent(clean),
+        "-" if robust is None else percent(robust),
+        "-" if entry["epsilon"] is None else f"{entry['epsilon']:.3g}",
+        f"{entry['bytes'] / 1e6:.1f} MB",
+    )

@@ -1,0 +1,85 @@
+"""Places of models that have a name: this package's folder, and a folder of the user's own.
+
+A model there is a folder NAME laid out as a run, or as a bundle.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from advmoe_deploy.bundle import MANIFEST
+from advmoe_deploy.errors import UsageError
+
+Source = Literal["packaged", "own"]
+
+ZOO_VARIABLE = "ADVMOE_ZOO"
+RUN_MARKER = "model/checkpoint.json"
+PACKAGED = Path(__file__).parent / "models"
+_LIST = "'advmoe list models' names them"
+
+
+def own_folder() -> Path:
+    """Return the folder of the user's own models; it need not exist.
+
+    ``$ADVMOE_ZOO``, else ``models`` in our folder of the user's data: below ``$XDG_DATA_HOME`` or
+    ``~/.local/share``, on macOS below ``~/Library/Application Support``.
+
+    Source: XDG Base Directory Specification 0.8; Apple's File System Programming Guide.
+    """
+    if named := os.environ.get(ZOO_VARIABLE):
+        return Path(named)
+    data = os.environ.get("XDG_DATA_HOME")
+    if not data:
+        usual = "Library/Application Support" if sys.platform == "darwin" else ".local/share"
+        data = str(Path.home() / usual)
+    return Path(data) / "advmoe-deploy" / "models"
+
+
+def places() -> dict[Source, Path]:
+    """Return the folders that hold models, the one that is asked first in front."""
+    return {"own": own_folder(), "packaged": PACKAGED}
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether ``folder`` is laid out as a run with a model, or as a bundle."""
+    return (folder / RUN_MARKER).is_file() or (folder / MANIFEST).is_file()
+
+
+def models() -> Iterator[tuple[str, Source, Path]]:
+    """Yield name, source and folder of every model, in order of names within a source."""
+    for source, place in places().items():
+        folders = sorted(place.iterdir()) if place.is_dir() else []
+        for folder in folders:
+            if is_model(folder) and not folder.name.startswith("."):
+                yield folder.name, source, folder
+
+
+def find(name: str) -> Path | None:
+    """Return the folder of the model called ``name``; the user's own comes before a packaged one.
+
+    ``None`` if no model is called so.
+    """
+    if not is_plain(name):
+        return None
+    return next((p / name for p in places().values() if is_model(p / name)), None)
+
+
+def is_plain(name: str) -> bool:
+    """Return whether ``name`` is that of a folder, and leads nowhere else."""
+    return bool(name) and Path(name).name == name and not name.startswith(".")
+
+
+def near(name: str, cutoff: float = 0.4) -> list[str]:
+    """Return the names of models that are like ``name``, the likest first."""
+    known = sorted({known for known, _, _ in models()})
+    return difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+
+
+def unknown_model(name: str) -> UsageError:
+    """Return the error that no model is called ``name``, with the nearest names."""
+    likely = near(name)
+    hint = f"did you mean {', '.join(likely)}? " if likely else ""
+    return UsageError(f"unknown model '{name}'; {hint}{_LIST}")

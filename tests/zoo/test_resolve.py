@@ -1,0 +1,169 @@
+"""Names of models: which folder each leads to, and what a command makes of it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import advmoe_deploy
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.errors import BundleError, InputError, UsageError
+from advmoe_deploy.zoo import places
+from advmoe_deploy.zoo.entries import listed_models
+from advmoe_deploy.zoo.pack import Packing, pack_run
+from advmoe_deploy.zoo.places import own_folder
+from advmoe_deploy.zoo.resolve import name_of, place_for, resolve
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def zoo(
+    trained_run: Path, trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A packaged model, and the user's own: that model again under its name, a run, a bundle."""
+    packaged, own, here = (tmp_path / name for name in ("packaged", "own", "here"))
+    monkeypatch.setattr(places, "PACKAGED", packaged)
+    monkeypatch.setenv("ADVMOE_ZOO", str(own))
+    pack_run(trained_run, packaged / "tiny-advmoe", Packing(half=True))
+    pack_run(trained_run, packaged / "both", Packing(half=True))
+    shutil.copytree(trained_run, own / "both")
+    shutil.copytree(trained_bundle.path, own / "tiny-bundle")
+    (own / "notes").mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return tmp_path
+
+
+def test_a_name_leads_to_a_folder_and_a_path_wins(zoo: Path) -> None:
+    packaged = zoo / "packaged/tiny-advmoe"
+    assert resolve("zoo:tiny-advmoe") == resolve("tiny-advmoe") == packaged
+    assert resolve("both") == zoo / "own/both"
+    assert resolve(packaged) == packaged
+    Path("tiny-advmoe").mkdir()
+    assert resolve("tiny-advmoe") == Path("tiny-advmoe")
+    assert resolve("zoo:tiny-advmoe") == packaged
+
+
+def test_a_path_that_is_not_there_is_left_to_its_reader(zoo: Path) -> None:
+    for missing in ("runs/nothing", "../tiny-advmoe", "missing"):
+        assert resolve(missing) == Path(missing)
+
+
+@pytest.mark.parametrize("name", ["zoo:tiny-advmo", "tiny-advmo", "zoo:tiny_advmoe"])
+def test_a_misspelt_name_is_one_line_with_the_nearest(zoo: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"mean tiny-advmoe.*'advmoe list models'"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["zoo:", "zoo:..", "zoo:../own/both", "zoo:.hidden", "zoo:xyzzy"])
+def test_a_name_leads_nowhere_else(zoo: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="unknown model"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("text", ["", "name", "a/b/c", "a/../b", "a/b@", "a/b c", "../a"])
+def test_a_repository_has_a_form(text: str) -> None:
+    with pytest.raises(UsageError, match="write hub:USER/NAME"):
+        resolve(f"hub:{text}")
+
+
+def test_where_things_go_unless_told(zoo: Path) -> None:
+    own = Path("runs/a/bundle")
+    assert place_for("runs/a", Path("runs/a"), "bundle", own) == own
+    for source in ("zoo:tiny-advmoe", "tiny-advmoe", "hub:me/tiny-advmoe@v1"):
+        found = place_for(source, Path("/cache/abc"), "bundle", own)
+        assert found == Path("tiny-advmoe-bundle")
+    assert name_of("runs/a/") == "a"
+
+
+def test_the_folder_of_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ADVMOE_ZOO", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert own_folder() == tmp_path / "advmoe-deploy/models"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for platform, folder in (("linux", ".local/share"), ("darwin", "Library/Application Support")):
+        monkeypatch.setattr("sys.platform", platform)
+        assert own_folder() == tmp_path / folder / "advmoe-deploy/models"
+
+
+def test_load_model_takes_names(zoo: Path, trained_run: Path) -> None:
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = advmoe_deploy.load_model(trained_run)(images)
+    for source in ("both", "zoo:both", "zoo:tiny-bundle"):
+        assert torch.equal(advmoe_deploy.load_model(source)(images), whole)
+    half = advmoe_deploy.load_model("tiny-advmoe")(images)
+    assert torch.allclose(half, whole, atol=0.1)
+    assert not torch.equal(half, whole)
+
+
+def test_a_bundle_is_opened_by_name_and_a_run_is_not(zoo: Path) -> None:
+    assert advmoe_deploy.open_bundle("zoo:tiny-bundle").path == zoo / "own/tiny-bundle"
+    with pytest.raises(BundleError, match="advmoe export zoo:both --format onnx"):
+        advmoe_deploy.open_bundle("zoo:both")
+
+
+def answer(capsys: Capture, *arguments: str) -> Any:
+    assert run([*arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_commands_write_beside_the_user_not_into_the_zoo(zoo: Path, capsys: Capture) -> None:
+    before = {path for place in ("own", "packaged") for path in (zoo / place).rglob("*")}
+    value = answer(capsys, "export", "zoo:tiny-advmoe", "--format", "onnx")
+    assert value["bundle"] == "tiny-advmoe-bundle"
+    some = ["--images", "10", "--steps", "2", "--only", "routes"]
+    value = answer(capsys, "analyze", "zoo:tiny-bundle", *some)
+    assert value["out"] == "tiny-bundle-analysis"
+    verified = answer(capsys, "verify", "tiny-advmoe-bundle", "--images", "20")
+    assert verified["passed"]  # the reference is the fp16 file itself
+    assert answer(capsys, "inspect", "zoo:tiny-advmoe")["record"]["rounding"]["lost"] == 0
+    assert answer(capsys, "inspect", "tiny-bundle")["bundle"] == str(zoo / "own/tiny-bundle")
+    after = {path for place in ("own", "packaged") for path in (zoo / place).rglob("*")}
+    assert before == after
+
+
+def test_add_puts_a_run_among_ones_own(zoo: Path, trained_run: Path, capsys: Capture) -> None:
+    value = answer(capsys, "add", str(trained_run), "--name", "mine", "--license", "mit")
+    assert value["folder"] == str(zoo / "own/mine")
+    assert value["rounding"] is None
+    assert run(["add", str(trained_run), "--name", "mine"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(["add", "zoo:mine", "--name", "mine-too", "--fp16"]) == 0
+    assert "zoo:mine-too" in capsys.readouterr().out
+
+
+def test_the_list_says_what_is_known(zoo: Path, capsys: Capture) -> None:
+    (zoo / "own/broken/model").mkdir(parents=True)
+    (zoo / "own/broken/model/checkpoint.json").write_text("{")
+    found = {(each.name, each.source): each for each in listed_models()}
+    assert set(found) == {
+        *((name, "own") for name in ("both", "broken", "tiny-bundle")),
+        *((name, "packaged") for name in ("both", "tiny-advmoe")),
+    }
+    tiny, bundle = found["tiny-advmoe", "packaged"], found["tiny-bundle", "own"]
+    assert (tiny.data, tiny.family, tiny.epsilon) == ("digits", "advmoe", 0.05)
+    assert tiny.macs == bundle.macs == 79408
+    assert (tiny.clean_accuracy, tiny.robust_accuracy) == (0.975, 0.935)
+    assert tiny.measured_on == "hold-out"
+    assert tiny.bytes < found["both", "own"].bytes
+    assert "is no JSON" in found["broken", "own"].note
+    (listed,) = answer(capsys, "list", "models").values()
+    assert [entry["name"] for entry in listed][:2] == ["both", "broken"]
+    assert run(["list", "models"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny-advmoe" in out
+    assert "93.5 %" in out
+
+
+def test_a_record_that_is_damaged_is_named(zoo: Path) -> None:
+    (zoo / "packaged/tiny-advmoe/record.json").write_text('{"version": 1}')
+    with pytest.raises(InputError, match=r"record\.json: data: Field required"):
+        pack_run(resolve("tiny-advmoe"), zoo / "copy", Packing())
+    assert not os.path.lexists(zoo / "copy")
