@@ -1,0 +1,136 @@
+"""Runs and bundles of the Hugging Face hub, downloaded and checked before anything is loaded.
+
+First comes what says which files there are, then these and no others. The client's cache holds
+links, and a bundle may hold none: its files are linked anew, by hard links where the file system
+can, in a folder of our own that bears the repository's name.
+"""
+
+import glob
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH
+from advmoe_deploy.errors import BundleError, CheckpointError, InputError, UsageError, naming
+from advmoe_deploy.files import sha256_of, staged_directory
+from advmoe_deploy.process import cache_folder
+from advmoe_deploy.zoo.hub import Repository, snapshot
+from advmoe_deploy.zoo.places import RUN_MARKER
+from advmoe_deploy.zoo.record import RECORD, read_fields
+
+_WEIGHTS = "model/weights.safetensors"
+# Kinds of files that an export writes; none of them runs code of its own in Python.
+_SUFFIXES = {".onnx", ".safetensors", ".npz", ".json", ".md", ".engine", ".sh"}
+_FORM = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def repository_of(text: str) -> Repository:
+    """Return the repository that ``USER/NAME`` or ``USER/NAME@REVISION`` is.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    found = _FORM.fullmatch(text)
+    if not found or ".." in text:
+        raise UsageError(f"'hub:{text}' is no repository; write hub:USER/NAME or ...@REVISION")
+    return Repository(found["name"], found["revision"])
+
+
+def download(text: str) -> Path:
+    """Return a folder with the run or bundle of the repository ``text``, every hash checked.
+
+    Raises:
+        UsageError: ``text`` is no ``USER/NAME[@REVISION]``.
+        InputError: there is no such repository, it may not be read, it holds nothing of ours, or
+            a file is not what the repository itself says it is.
+        MachineError: the hub cannot be reached, or the disk is full.
+        BackendUnavailableError: the hub's client is not installed.
+    """
+    asked = repository_of(text)
+    first = snapshot(asked, [MANIFEST, MANIFEST_HASH, RUN_MARKER])
+    names = _files_of(asked, first)
+    commit = Repository(asked.name, first.name)  # whatever is pushed meanwhile
+    folder = snapshot(commit, [glob.escape(name) for name in names])
+    _require_hashes(asked, folder)
+    return _linked(asked, folder, [name for name in names if (folder / name).is_file()])
+
+
+def _files_of(asked: Repository, folder: Path) -> list[str]:
+    """Return the names of the files to download; those that may be absent are among them."""
+    if (folder / MANIFEST).is_file():
+        listed = read_fields(folder / MANIFEST).get("files")
+        if not isinstance(listed, dict):
+            raise BundleError(f"{asked}: {MANIFEST} lists no files; ask its owner")
+        for name in listed:
+            _require_harmless(asked, name)
+        return [MANIFEST, MANIFEST_HASH, *listed]
+    if (folder / RUN_MARKER).is_file():
+        return [RUN_MARKER, _WEIGHTS, RECORD, CARD]
+    raise InputError(
+        f"{asked} holds neither {RUN_MARKER} nor {MANIFEST}; name what 'advmoe push' wrote"
+    )
+
+
+def _require_harmless(asked: Repository, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.suffix not in _SUFFIXES:
+        raise BundleError(f"{asked}: {MANIFEST} lists {name}, which no export writes; not used")
+
+
+def _require_hashes(asked: Repository, folder: Path) -> None:
+    """Check what the repository says of its files: a bundle's manifest, or a run's checkpoint."""
+    kind: type[InputError] = BundleError if (folder / MANIFEST).is_file() else CheckpointError
+    for name, expected in _hashes(folder).items():
+        file = folder / name
+        if not file.is_file():
+            raise kind(f"{asked} holds no {name}; ask its owner to push it again")
+        if sha256_of(file) != expected:
+            raise kind(f"{asked}: {name} {_differs(file)}")
+
+
+def _hashes(folder: Path) -> dict[str, object]:
+    """Return the SHA-256 of each file that has to be there."""
+    if not (folder / MANIFEST).is_file():
+        return {_WEIGHTS: read_fields(folder / RUN_MARKER).get("weights_sha256")}
+    records = read_fields(folder / MANIFEST)["files"].items()
+    return {name: dict(record).get("sha256") for name, record in records}
+
+
+def _differs(file: Path) -> str:
+    """Return who is to blame for a wrong hash: the client names large files by their SHA-256."""
+    blob = file.resolve()
+    damaged = _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name
+    way_out = f"delete {blob} and try again" if damaged else "ask its owner to push it again"
+    where = "was damaged in the cache" if damaged else "is not what the repository says"
+    return f"{where} (SHA-256 differs); {way_out}"
+
+
+def _linked(asked: Repository, folder: Path, names: Sequence[str]) -> Path:
+    """Return a folder called as the repository with links to the files of ``folder``."""
+    user, _, name = asked.name.partition("/")
+    target = cache_folder() / "hub" / user / folder.name / name
+    if not all(_is_same(folder / each, target / each) for each in names):
+        with staged_directory(target, overwrite=True) as staged, naming(target):
+            for each in names:
+                (staged / each).parent.mkdir(parents=True, exist_ok=True)
+                _link((folder / each).resolve(), staged / each)
+    return target
+
+
+def _is_same(file: Path, linked: Path) -> bool:
+    """Return whether ``linked`` is ``file``, or a copy of its size and no younger than it."""
+    if not linked.is_file():
+        return False
+    ours, theirs = linked.stat(), file.stat()
+    same = os.path.samestat(ours, theirs)
+    return same or (ours.st_size == theirs.st_size and ours.st_mtime >= theirs.st_mtime)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(file, target)
