@@ -18,6 +18,7 @@ from advmoe_deploy.cli.commands.import_ import import_checkpoint
 from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
 from advmoe_deploy.cli.commands.models.add import add
+from advmoe_deploy.cli.commands.models.push import push
 from advmoe_deploy.cli.commands.predict import predict
 from advmoe_deploy.cli.commands.profile import profile
 from advmoe_deploy.cli.commands.report import report
@@ -64,6 +65,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "list": list_names,
     "add": add,
+    "push": push,
     "demo": demo,
     "doctor": doctor,
 }

@@ -59,6 +59,10 @@ EXAMPLES = {
         "advmoe add runs/digits-advmoe --name my-digits",
         "advmoe add runs/c10 --name c10 --fp16 --results report/report.json --license apache-2.0",
     ),
+    "push": (
+        "advmoe push zoo:c10 --to USER/NAME --license apache-2.0 --dry-run",
+        "advmoe push bundle --to USER/NAME --private",
+    ),
     "demo": ("advmoe demo", "advmoe demo --quick --out /tmp/demo"),
     "doctor": ("advmoe doctor",),
 }

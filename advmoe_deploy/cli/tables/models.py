@@ -68,6 +68,17 @@ def added_model(value: Mapping[str, Any]) -> RenderableType:
     return Group(facts(value["folder"], rows), escape(hint))
 
 
+def pushed(value: Mapping[str, Any]) -> RenderableType:
+    """Return what was uploaded and where it is, or what would be."""
+    title = f"{value['kind']} {value['repository']}, {value['bytes'] / 1e6:.2f} MB"
+    files = facts(title, [(name, "") for name in value["files"]])
+    if "out" in value:
+        head = value["readme"].partition("\n# ")[0]
+        return Group(files, escape(head), escape(f"nothing was uploaded; it is in {value['out']}"))
+    hint = f"next: advmoe inspect hub:{value['repository']}"
+    return Group(files, escape(value["commit"]), escape(hint))
+
+
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     clean, robust = entry["clean_accuracy"], entry["robust_accuracy"]
     return (

@@ -1,0 +1,161 @@
+"""Pushing to a hub of our own by the real client, and what the uploaded card says to it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.zoo.pack import Packing, pack_run
+from tests.zoo.hub_server import TOKEN, Hub, running_hub
+from tests.zoo.test_pack import results_file
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path) -> Callable[..., Done]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ADVMOE_", "XDG_"))}
+    own = {
+        "HOME": str(tmp_path),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+    }
+
+    def run(*arguments: object, **variables: str) -> Done:
+        return subprocess.run(
+            [sys.executable, "-m", "advmoe_deploy.cli.app", "push", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**kept, **own, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def packed(trained_run: Path, tmp_path: Path) -> Path:
+    how = Packing(half=True, results=(results_file(tmp_path),), licence="apache-2.0")
+    pack_run(trained_run, tmp_path / "tiny", how)
+    return tmp_path / "tiny"
+
+
+def metadata(readme: str) -> Any:
+    """Return the front matter of a card."""
+    _, head, _ = readme.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def put_down(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_run_goes_up_with_a_card_in_the_hubs_form(
+    hub: Hub, push: Callable[..., Done], packed: Path, tmp_path: Path
+) -> None:
+    hub.put("me/tiny", {"model.onnx": b"of an older push", "notes.txt": b"somebody's"})
+    done = push(packed, "--to", "me/tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["me/tiny"]
+    value, files = json.loads(done.stdout), repo.commits[-1]
+    assert value["commit"].endswith(f"/me/tiny/commit/{repo.sha(len(repo.commits) - 1)}")
+    assert len(repo.commits) == 3  # the first is empty: one commit, whole or not at all
+    assert set(files) == {*value["files"], "notes.txt"}
+    assert load_checkpoint(put_down(files, tmp_path / "again") / "model")
+    card = metadata(files["README.md"].decode())
+    assert (card["license"], card["library_name"]) == ("apache-2.0", "advmoe-deploy")
+    (model,) = card["model-index"]
+    (result,) = model["results"]
+    clean, robust = result["metrics"]
+    assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}
+    assert (clean["type"], clean["value"]) == ("accuracy", 97.5)
+    assert robust["value"] == 90.0
+    assert "linf, epsilon 0.05; all 2 attacks of the suite standard; n = 400" in robust["name"]
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_bundle_goes_up_and_opens_again(
+    hub: Hub, push: Callable[..., Done], trained_bundle: Bundle, tmp_path: Path
+) -> None:
+    done = push(trained_bundle.path, "--to", "me/served", "--private")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["me/served"].private
+    assert "hub:me/served" in done.stdout
+    files = hub.repos["me/served"].commits[-1]
+    assert open_bundle(put_down(files, tmp_path / "again")).manifest == trained_bundle.manifest
+    assert metadata(files["README.md"].decode())["pipeline_tag"] == "image-classification"
+
+
+def test_a_dry_run_uploads_nothing(
+    hub: Hub, push: Callable[..., Done], packed: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        done = push(packed, "--to", "me/tiny", "--dry-run", "--overwrite", HF_TOKEN="")
+        assert done.returncode == 0, done.stderr
+        assert "model-index:" in done.stdout
+        assert "nothing was uploaded; it is in tiny-upload" in done.stdout
+    assert hub.requests == []
+    assert load_checkpoint(tmp_path / "tiny-upload/model")
+    (tmp_path / "mine").mkdir()
+    for flags, said in ((["--overwrite"], "holds no README.md"), ([], "--overwrite")):
+        done = push(packed, "--to", "me/tiny", "--dry-run", "--out", "mine", *flags)
+        assert (done.returncode, said in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "said"),
+    [
+        (["--to", "me/tiny"], {"HF_TOKEN": ""}, 2, "'hf auth login', or set HF_TOKEN"),
+        (["--to", "me/tiny"], {"HF_TOKEN": "hf_wrong"}, 3, "HTTP 401"),
+        (["--to", "you/tiny"], {}, 3, "HTTP 403"),
+        (["--to", "me/open", "--private"], {}, 2, "exists and is public"),
+        (["--to", "me/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 5, "check the network"),
+        (["--to", "me/tiny"], {"HF_HUB_OFFLINE": "1"}, 5, "HF_HUB_OFFLINE"),
+        (["--to", "me/tiny@v1"], {}, 2, "leave @ out"),
+        (["--to", "tiny"], {}, 2, "write hub:USER/NAME"),
+        (["--to", "me/tiny", "--out", "x"], {}, 2, "go with --dry-run"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line(
+    hub: Hub,
+    push: Callable[..., Done],
+    packed: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    hub.put("me/open", {})
+    done = push(packed, *arguments, **variables)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, said in line) == (code, True), line
+    assert done.stdout == ""
+    assert "me/tiny" not in hub.repos
+
+
+def test_a_hub_that_breaks_off(hub: Hub, push: Callable[..., Done], packed: Path) -> None:
+    hub.status = 503
+    done = push(packed, "--to", "me/tiny")
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, "HTTP 503" in line) == (5, True), line
