@@ -1,35 +1,9 @@
-"""Methods, losses and settings of a run, and which of them make sense together."""
-
-from __future__ import annotations
+"""Which settings of a run make sense together."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
 
 from advmoe_deploy.families import IMAGE_ROUTED, Family
-
-if TYPE_CHECKING:
-    from advmoe_deploy.train.config import TrainConfig
-
-Method = Literal[
-    "advmoe",
-    "advmoe-released",
-    "router-only",
-    "experts-only",
-    "joint",
-    "sparse",
-    "rt-er",
-    "jtdmoe",
-]
-Loss = Literal["trades", "pgd-at", "n-fgsm", "fast", "free", "standard"]
-BalanceLoss = Literal[
-    "switch",
-    "entropy",
-    "column-entropy",
-    "variance",
-    "importance",
-    "load",
-    "importance-load",
-]
+from advmoe_deploy.train.fields import Loss, Method, TrainFields
 
 _ROUTED: tuple[Family, ...] = (
     "advmoe",
@@ -66,7 +40,7 @@ _OF_ADVMOE = ("balanced_start", "class_routing_weight", "route_stability")
 _LEARNED = ("balance_loss", *_OF_ADVMOE)
 
 
-def require_sense(config: TrainConfig) -> None:
+def require_sense(config: TrainFields) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
@@ -76,7 +50,7 @@ def require_sense(config: TrainConfig) -> None:
         check(config)
 
 
-def _refuse(config: TrainConfig, names: Iterable[str], why: str) -> None:
+def _refuse(config: TrainFields, names: Iterable[str], why: str) -> None:
     """Raise for the first of these settings that is not at its default."""
     fields = type(config).model_fields
     for name in names:
@@ -84,7 +58,7 @@ def _refuse(config: TrainConfig, names: Iterable[str], why: str) -> None:
             raise ValueError(f"{name} {why}")
 
 
-def _method(config: TrainConfig) -> None:
+def _method(config: TrainFields) -> None:
     families = FAMILIES[config.method]
     if config.model.family not in families:
         raise ValueError(
@@ -96,7 +70,7 @@ def _method(config: TrainConfig) -> None:
         raise ValueError(f"method {config.method} is defined with loss {loss}, not {config.loss}")
 
 
-def _routes(config: TrainConfig) -> None:
+def _routes(config: TrainFields) -> None:
     family = config.model.family
     if config.model.dropped_experts:
         raise ValueError(
@@ -117,7 +91,7 @@ def _routes(config: TrainConfig) -> None:
         _refuse(config, alone, "needs a router in every epoch; use shared_epochs=0")
 
 
-def _terms(config: TrainConfig) -> None:
+def _terms(config: TrainFields) -> None:
     method = config.method
     if method == "advmoe-released":
         _refuse(config, _LEARNED, f"is no part of method {method}; use advmoe")
@@ -130,7 +104,7 @@ def _terms(config: TrainConfig) -> None:
         raise ValueError("random_routes needs examples of its own; use attack_per_step=true")
 
 
-def _fixed_gate(config: TrainConfig) -> None:
+def _fixed_gate(config: TrainFields) -> None:
     gate = config.model.expert_layers.gate if config.model.expert_layers else ""
     if not gate.startswith("fixed"):
         return
@@ -140,7 +114,7 @@ def _fixed_gate(config: TrainConfig) -> None:
         raise ValueError(f"balance_loss cannot teach gate {gate}, which never learns")
 
 
-def _capacity(config: TrainConfig) -> None:
+def _capacity(config: TrainFields) -> None:
     factor, family = config.capacity_factor, config.model.family
     if factor is None:
         return
@@ -156,7 +130,7 @@ def _capacity(config: TrainConfig) -> None:
         )
 
 
-def _sizes(config: TrainConfig) -> None:
+def _sizes(config: TrainFields) -> None:
     sizes, own = config.image_sizes, config.model.image_size
     if not sizes:
         return
@@ -168,7 +142,7 @@ def _sizes(config: TrainConfig) -> None:
         raise ValueError(f"image_sizes={sizes} needs an epoch for each; epochs={config.epochs}")
 
 
-def _batches(config: TrainConfig) -> None:
+def _batches(config: TrainFields) -> None:
     if config.batch_size < 2 * config.accumulate:
         raise ValueError(
             f"batch_size={config.batch_size} leaves under two images for each of "
@@ -176,7 +150,7 @@ def _batches(config: TrainConfig) -> None:
         )
 
 
-def _sparse(config: TrainConfig) -> None:
+def _sparse(config: TrainFields) -> None:
     if config.method != "sparse":
         _refuse(config, ("sparse_density",), f"goes with method sparse, not {config.method}")
         return

@@ -6,7 +6,7 @@ from importlib import metadata
 from pydantic import Field
 
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
-from advmoe_deploy.train.config import Loss, Method
+from advmoe_deploy.train.fields import Loss, Method
 
 
 class EpochRecord(Frozen):
