@@ -81,14 +81,10 @@ def _routes(config: TrainFields) -> None:
         routed = ("balance_loss", "gate_noise", "capacity_factor", "track_router_robustness")
         _refuse(config, routed, f"needs routes, and family {family} has none")
     if family != "advmoe":
-        _refuse(config, (*_OF_ADVMOE, "shared_epochs"), f"is for family advmoe, not {family}")
-    if config.shared_epochs >= config.epochs:
-        raise ValueError(
-            f"shared_epochs={config.shared_epochs} leaves no epoch of {config.epochs} for experts"
-        )
+        _refuse(config, (*_OF_ADVMOE, "shared_start"), f"is for family advmoe, not {family}")
     if config.shared_epochs:
         alone = ("track_router_robustness",)
-        _refuse(config, alone, "needs a router in every epoch; use shared_epochs=0")
+        _refuse(config, alone, "needs a router in every epoch; use shared_start=0")
 
 
 def _terms(config: TrainFields) -> None:

@@ -31,7 +31,7 @@ _ROUTER_TERMS = (
     "router_every",
     "random_routes",
     "route_stability",
-    "shared_epochs",
+    "shared_start",
     "track_router_robustness",
 )
 

@@ -52,7 +52,7 @@ class TrainFields(Frozen):
     router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
     model with its running statistics instead of the batch's.
 
-    ``shared_epochs`` begins with so many epochs in which all experts are one, without a router;
+    ``shared_start`` is the share of the epochs in which all experts are one, without a router;
     then each takes up the weights so far (sparse upcycling, Komatsuzaki et al., ICLR 2023).
 
     ``train_images`` trains on the first so many of the training images only, ``test_images`` tests
@@ -97,7 +97,7 @@ class TrainFields(Frozen):
     loss: Loss = "trades"
     beta: float = Field(6.0, ge=0)
     epochs: int = Field(100, ge=1)
-    shared_epochs: int = Field(0, ge=0)
+    shared_start: float = Field(0.0, ge=0, lt=1)
     train_images: int | None = Field(None, ge=2)
     test_images: int | None = Field(None, ge=1)
     image_sizes: tuple[Annotated[int, Field(ge=4)], ...] = ()
@@ -139,3 +139,8 @@ class TrainFields(Frozen):
     holdout_attack_steps: int = Field(10, ge=1)
     test_attack_steps: int = Field(50, ge=1)
     track_router_robustness: bool = False
+
+    @property
+    def shared_epochs(self) -> int:
+        """Epochs that all experts share."""
+        return int(self.shared_start * self.epochs + 1e-9)  # 0.6 of 5 is 3

@@ -29,7 +29,7 @@ from benchmarks.training.digits import row_of
 RESULT = Path(__file__).parents[1] / "results" / "routes_digits.json"
 RECIPE = "digits-advmoe-agreeing"
 
-NO_START, NO_CHANCE, NO_STABILITY = "shared_epochs=0", "random_routes=0", "route_stability=0"
+NO_START, NO_CHANCE, NO_STABILITY = "shared_start=0", "random_routes=0", "route_stability=0"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "all three": (),
     "shared start alone": (NO_CHANCE, NO_STABILITY),
@@ -41,8 +41,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "even loads alone": (NO_START, NO_CHANCE, NO_STABILITY),
     "half of the routes random": ("random_routes=0.5",),
     "all three and classes kept together": ("class_routing_weight=20",),
-    "parted after 6 epochs of 24": ("shared_epochs=6",),
-    "parted after 18 epochs of 24": ("shared_epochs=18",),
+    "parted after 6 epochs of 24": ("shared_start=0.25",),
+    "parted after 18 epochs of 24": ("shared_start=0.75",),
 }
 
 

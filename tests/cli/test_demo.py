@@ -50,7 +50,7 @@ def test_the_whole_demo_is_robust(tmp_path: Path, capsys: pytest.CaptureFixture[
     train, macs = result["train"], result["macs"]
     assert isinstance(train, dict)
     assert isinstance(macs, dict)
-    moe, dense = train["digits-advmoe"], train["digits-dense"]
+    moe, dense = train["digits-advmoe-agreeing"], train["digits-dense"]
     assert moe["effective_routes"] >= 1.5
     assert moe["clean_accuracy"] >= 0.95
     assert moe["pgd_accuracy"] >= dense["pgd_accuracy"] - 0.03

@@ -26,7 +26,7 @@ CONFIGS = {
         "accumulate=2",
     ),
     "experts that agree": tiny(
-        "digits-advmoe-agreeing", *AVERAGED, "shared_epochs=2", "router_every=2"
+        "digits-advmoe-agreeing", *AVERAGED, "shared_start=0.5", "router_every=2"
     ),
     "router robustness": tiny("digits-advmoe", *AVERAGED, "track_router_robustness=true"),
 }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.bundle import open_bundle
-from advmoe_deploy.cli.demo.result import DemoResult
+from advmoe_deploy.cli.demo.result import MOE, DemoResult
 from advmoe_deploy.cli.pages.page import render
 from advmoe_deploy.cli.pages.plots import (
     expert_load_svg,
@@ -50,7 +50,7 @@ def _gallery(out: Path, result: DemoResult) -> list[dict[str, Any]]:
     data = load_dataset("digits")
     first_C = [int(np.flatnonzero(data.test.labels == c)[0]) for c in range(len(data.class_names))]
     clean, labels = to_float(data.test.images[first_C]), data.test.labels[first_C]
-    _, model = load_checkpoint(out / "runs" / "digits-advmoe" / "model")
+    _, model = load_checkpoint(out / "runs" / MOE / "model")
     attack = AttackSpec(name="pgd", steps=50)
     x, y = torch.from_numpy(clean), torch.from_numpy(labels)
     attacked = attack_model(model, x, y, result.verify.threat, attack).numpy()

@@ -6,6 +6,8 @@ from advmoe_deploy.train.run.loop import TrainReport
 from advmoe_deploy.verify.curve import CurvePoint
 from advmoe_deploy.verify.report import RobustReport
 
+MOE, DENSE = "digits-advmoe-agreeing", "digits-dense"
+
 
 class DemoResult(Frozen):
     """Every figure of a demo; ``load_by_class`` is [classes][experts] test images."""
@@ -26,7 +28,7 @@ class DemoResult(Frozen):
 
     def comparison(self) -> list[tuple[str, str, str]]:
         """Return rows of (what, AdvMoE, dense), ready to print."""
-        moe, dense = self.train["digits-advmoe"], self.train["digits-dense"]
+        moe, dense = self.train[MOE], self.train[DENSE]
         rows = [
             ("clean accuracy (test)", _percent(moe.clean_accuracy), _percent(dense.clean_accuracy)),
             (

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.demo.report import write_demo_report
-from advmoe_deploy.cli.demo.result import DemoResult
+from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
 from advmoe_deploy.cli.demo.training import train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.data.registry import load_dataset
@@ -44,10 +44,10 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     started = time.perf_counter()
     _claim(out)
     data = load_dataset("digits")
-    progress.note("train: digits-advmoe and digits-dense side by side, one thread each")
-    reports = train_side_by_side(("digits-advmoe", "digits-dense"), out / "runs", quick, progress)
+    progress.note(f"train: {MOE} and {DENSE} side by side, one thread each")
+    reports = train_side_by_side((MOE, DENSE), out / "runs", quick, progress)
     progress.note("export: cut into router and pathways, fold, stitch, compare with torch")
-    run = out / "runs" / "digits-advmoe"
+    run = out / "runs" / MOE
     export_run(run, out / "bundle", overwrite=True, progress=progress)
     bundle = open_bundle(out / "bundle")
     progress.note("verify: the same attacks on the torch model and on the exported one")
@@ -101,7 +101,7 @@ def screen(result: DemoResult) -> RenderableType:
         f"advmoe profile {out}/bundle --batch 1,8,64,256",
         f"advmoe predict {out}/bundle --input {out}/digits --output answers.parquet",
         f"advmoe serve {out}/bundle        # then: curl http://127.0.0.1:8000/v2",
-        "advmoe train digits-advmoe --set model.num_experts=4 --out runs/four-experts",
+        f"advmoe train {MOE} --set model.num_experts=4 --out runs/four-experts",
     ]
     body = Group(
         table, "", *lines, "", "[bold]Try next[/bold]", *(f"  {line}" for line in following)
@@ -121,7 +121,7 @@ def _curves(out: Path, test: Split, progress: Progress) -> dict[str, tuple[Curve
         f"robustness curve: PGD-{_STEPS} at growing epsilon, AdvMoE (its routes too) and dense"
     )
     curves = {}
-    for label, name in (("AdvMoE", "digits-advmoe"), ("dense", "digits-dense")):
+    for label, name in (("AdvMoE", MOE), ("dense", DENSE)):
         _, model = load_checkpoint(out / "runs" / name / "model")
         curves[label] = robustness_curve(model, test, _EPSILONS, steps=_STEPS, progress=progress)
     return curves

@@ -28,7 +28,7 @@ def cifar10_advmoe() -> TrainConfig:
         method="advmoe",
         loss="n-fgsm",
         epochs=20,
-        shared_epochs=12,
+        shared_start=0.6,
         image_sizes=(16, 24, 32, 32),
         test_images=500,
         lr=0.2,

@@ -45,15 +45,15 @@ def digits_advmoe_agreeing() -> TrainConfig:
     Both experts start from one network, trained for half the run, and then learn from images that
     come to them at random. The router learns to be even and to stand still under attack, and no
     class belongs to an expert.
-    Reaches 98.0 to 98.5 % clean and 86.2 to 87.0 % against PGD-50 on the model at epsilon 0.1 (three
-    seeds, 400 images), and 84.5 to 85.0 % under verify's standard suite: 1.5 to 2.8 points less
-    than :func:`digits_s_dense`, where :func:`digits_advmoe` loses 6 to 12. Both experts are used
-    (1.95 to 2.0 effective routes). Takes over two minutes of one CPU core.
+    Reaches 98.0 to 98.5 % clean and 86.2 to 87.0 % against PGD-50 on the model at epsilon 0.1
+    (three seeds, 400 images), and 84.5 to 85.0 % under verify's standard suite: 1.5 to 2.8 points
+    less than :func:`digits_s_dense`, where :func:`digits_advmoe` loses 6 to 12. Both experts are
+    used (1.95 to 2.0 effective routes). Takes over two minutes of one CPU core.
     """
     return variant(
         digits_advmoe(),
         name="digits-advmoe-agreeing",
-        shared_epochs=12,
+        shared_start=0.5,
         random_routes=1,
         route_stability=6,
         attack_per_step=True,

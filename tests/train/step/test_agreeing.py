@@ -31,7 +31,7 @@ def state(weights: TrainedWeights) -> dict[str, Tensor]:
 
 
 def test_shared_epochs_train_one_pathway_to_the_bit() -> None:
-    config = tiny(AGREEING, "epochs=4", "shared_epochs=2", "ema_decay=0.9")
+    config = tiny(AGREEING, "epochs=4", "shared_start=0.5", "ema_decay=0.9")
     alone = without_router(config, name="alone", model=config.model.pathway())
     shared, one = TrainedWeights(fabric(), config), TrainedWeights(fabric(), alone)
     for ours, theirs in zip(batches(config, 2), batches(alone, 2), strict=True):
@@ -41,7 +41,7 @@ def test_shared_epochs_train_one_pathway_to_the_bit() -> None:
 
 
 def test_parted_experts_answer_as_the_one_before_and_then_differ() -> None:
-    config = tiny(AGREEING, "epochs=4", "shared_epochs=2", "ema_decay=0.9")
+    config = tiny(AGREEING, "epochs=4", "shared_start=0.5", "ema_decay=0.9")
     weights = TrainedWeights(fabric(), config)
     batch = first_batch(config)
     weights.step(batch)
@@ -66,7 +66,7 @@ def test_parted_experts_answer_as_the_one_before_and_then_differ() -> None:
 
 
 def test_momentum_goes_on_in_every_expert() -> None:
-    config = tiny(AGREEING, "epochs=4", "shared_epochs=2")
+    config = tiny(AGREEING, "epochs=4", "shared_start=0.5")
     weights = TrainedWeights(fabric(), config)
     weights.step(first_batch(config))
     name = "momentum.backbone.stages.0.0.conv1.weight"
@@ -79,7 +79,7 @@ def test_momentum_goes_on_in_every_expert() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_random_routes_mix_every_class_and_stay_through_all_passes(share: float) -> None:
-    config = tiny(AGREEING, "shared_epochs=0")
+    config = tiny(AGREEING, "shared_start=0")
     model = TrainedWeights(fabric(), config).learner.model
     part = first_batch(config).parts[0]
     forced = random_routes(model, part, share)
@@ -91,7 +91,7 @@ def test_random_routes_mix_every_class_and_stay_through_all_passes(share: float)
 
 
 def test_some_images_keep_their_route_where_only_a_share_is_random() -> None:
-    config = tiny(AGREEING, "shared_epochs=0")
+    config = tiny(AGREEING, "shared_start=0")
     model = TrainedWeights(fabric(), config).learner.model
     model.router.fc.bias.data[:] = torch.tensor([100.0, 0.0])  # type: ignore[union-attr,operator]
     images = torch.rand(512, *config.model.image_shape)
@@ -107,7 +107,7 @@ def test_some_images_keep_their_route_where_only_a_share_is_random() -> None:
 
 
 def test_the_router_steps_on_one_of_so_many_batches() -> None:
-    config = tiny(AGREEING, "shared_epochs=0", "router_every=2", "batch_size=16")
+    config = tiny(AGREEING, "shared_start=0", "router_every=2", "batch_size=16")
     weights = TrainedWeights(fabric(), config)
     moved = []
     for batch in batches(config, 3):
@@ -120,7 +120,7 @@ def test_the_router_steps_on_one_of_so_many_batches() -> None:
 
 
 def test_the_term_of_stability_is_the_divergence_of_attacked_scores() -> None:
-    config = tiny(AGREEING, "shared_epochs=0", "route_stability=6")
+    config = tiny(AGREEING, "shared_start=0", "route_stability=6")
     model = TrainedWeights(fabric(), config).learner.model.eval()
     assert isinstance(model, AdvMoE)
     part = first_batch(config).parts[0]
