@@ -21,7 +21,8 @@ def demo(
 ) -> None:
     """Go the whole road on handwritten digits, in minutes, and leave an HTML report."""
     with session(as_json) as ui:
-        from advmoe_deploy.cli.demo.run import run_demo, screen
+        from advmoe_deploy.cli.demo.run import run_demo
+        from advmoe_deploy.cli.demo.screen import screen
 
         result = run_demo(out, quick=quick, progress=ui.progress)
         ui.show(result.model_dump(mode="json"), lambda: screen(result))

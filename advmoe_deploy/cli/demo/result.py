@@ -1,5 +1,6 @@
 """Result of a demo, as one value."""
 
+from advmoe_deploy.cli.demo.photographs import Photographs
 from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.run.loop import TrainReport
@@ -14,6 +15,7 @@ class DemoResult(Frozen):
 
     out: str
     quick: bool
+    photographs: Photographs
     train: dict[str, TrainReport]
     verify: RobustReport
     profile: LatencyReport

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.cli.demo.photographs import show_photographs
 from advmoe_deploy.cli.demo.report import write_demo_report
 from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
 from advmoe_deploy.cli.demo.training import train_side_by_side
@@ -43,6 +41,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     """
     started = time.perf_counter()
     _claim(out)
+    photographs = show_photographs(out / "photographs", quick=quick, progress=progress)
     data = load_dataset("digits")
     progress.note(f"train: {MOE} and {DENSE} side by side, one thread each")
     reports = train_side_by_side((MOE, DENSE), out / "runs", quick, progress)
@@ -61,6 +60,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     result = DemoResult(
         out=str(out),
         quick=quick,
+        photographs=photographs,
         train=reports,
         verify=verified,
         profile=latency,
@@ -75,38 +75,6 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     )
     write_demo_report(result, out)
     return result
-
-
-def screen(result: DemoResult) -> RenderableType:
-    """Return the last screen: what happened and what to try next."""
-    table = Table(show_header=True, box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("AdvMoE", justify="right", style="bold green")
-    table.add_column("dense", justify="right")
-    for name, moe, dense in result.comparison():
-        table.add_row(name, moe, dense)
-    survived = result.verify.robust_accuracy
-    lines = [
-        f"On ONNX Runtime, under {len(result.verify.attacks)} attacks: "
-        f"{100 * survived.engine:.1f} % robust, torch {100 * survived.reference:.1f} %: "
-        + ("robustness survived the export." if result.verify.passed else "ROBUSTNESS WAS LOST."),
-        f"{result.classified} PNG files classified, {result.unreadable} unreadable and said so.",
-    ]
-    if result.quick:
-        lines.append("This was the quick form: two epochs are too few to be robust.")
-    out = result.out
-    following = [
-        f"open {result.report}",
-        f"advmoe inspect {out}/bundle",
-        f"advmoe profile {out}/bundle --batch 1,8,64,256",
-        f"advmoe predict {out}/bundle --input {out}/digits --output answers.parquet",
-        f"advmoe serve {out}/bundle        # then: curl http://127.0.0.1:8000/v2",
-        f"advmoe train {MOE} --set model.num_experts=4 --out runs/four-experts",
-    ]
-    body = Group(
-        table, "", *lines, "", "[bold]Try next[/bold]", *(f"  {line}" for line in following)
-    )
-    return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
 
 
 def _claim(out: Path) -> None:
