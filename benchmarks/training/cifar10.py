@@ -3,7 +3,7 @@
     python -m benchmarks.training.cifar10 RUN --data cifar10:PATH [--images 1000] [--threads 2]
 
 Clean accuracy is of all test images, the rest of the first ``--images``. AutoAttack is the
-standard four, of a routed model in its straight-through form; ``worst`` is what stands after
+standard four, of a routed model in its straight-through form; ``robust`` is what stands after
 PGD-50, AutoAttack and then the attacks of ``verify``'s suite ``standard``, each image for itself.
 Images are attacked by the chunk and kept in RUN/attacked.npz after each, so that the program may be
 stopped at any time, goes on where it was, and writes ``benchmarks/results/cifar10/RECIPE.json`` as
@@ -41,26 +41,30 @@ from benchmarks.training.digits import share
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10"
 PGD = AttackSpec(name="pgd", steps=50)
 CHUNK = 125
-FLAGS = ("clean", "pgd", "autoattack", "worst")
-ROUTES = ("clean_route", "attacked_route", "other_right")
+AUTOATTACK = AttackSpec(name="autoattack")
+FLAGS = ("clean", "pgd", "autoattack", "other_right")
+ROUTES = ("clean_route", "attacked_route")
 
 
 @dataclass
 class Attacked:
-    """Flags and routes of the images that were attacked so far, and the seconds it took."""
+    """Flags and routes of the images that were attacked so far, and the seconds it took.
+
+    ``standing`` is [images][attacks]: what stands after each of :func:`sequence`.
+    """
 
     columns: dict[str, NDArray[Any]]
     seconds: float
 
     @classmethod
-    def read(cls, path: Path) -> "Attacked":
+    def read(cls, path: Path, attacks: int) -> "Attacked":
         """Return what an earlier call left, or nothing yet."""
         if not path.exists():
-            empty = {n: np.zeros(0, bool) for n in (*FLAGS, "other_right")}
-            routes = {n: np.zeros(0, np.int64) for n in ("clean_route", "attacked_route")}
-            return cls(empty | routes, 0.0)
+            columns = {n: np.zeros(0, bool) for n in FLAGS}
+            columns |= {n: np.zeros(0, np.int64) for n in ROUTES}
+            return cls(columns | {"standing": np.zeros((0, attacks), bool)}, 0.0)
         with np.load(path, allow_pickle=False) as kept:
-            return cls({n: kept[n] for n in (*FLAGS, *ROUTES)}, float(kept["seconds"]))
+            return cls({n: kept[n] for n in (*FLAGS, *ROUTES, "standing")}, float(kept["seconds"]))
 
     def with_chunk(self, chunk: dict[str, NDArray[Any]], seconds: float) -> "Attacked":
         """Return this with another chunk behind it."""
@@ -74,22 +78,27 @@ class Attacked:
         partial.replace(path)
 
 
+def sequence(model: Classifier) -> list[AttackSpec]:
+    """Return the attacks whose joint survivors are the worst case, in order."""
+    routed = attack_suite("standard", model.spec)[1:] if model.rules else ()  # its first is PGD-50
+    return [PGD, AUTOATTACK, *routed]
+
+
 def attack_chunk(
     model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel
 ) -> dict[str, NDArray[Any]]:
-    """Return the flags of one chunk of float images [N, C, H, W]."""
+    """Return the columns of one chunk of float images [N, C, H, W]."""
     clean = predict(model, x) == y
     autoattack, found = clean.clone(), x.clone()
     rows = clean.nonzero()[:, 0]
-    found[rows] = find_adversarial(model, x[rows], y[rows], threat, AttackSpec(name="autoattack"))
+    found[rows] = find_adversarial(model, x[rows], y[rows], threat, AUTOATTACK)
     autoattack[rows] = predict(model, found[rows]) == y[rows]
     (pgd,) = withstanding(model, x, y, threat, [PGD])
-    worst = autoattack & pgd
-    rows = worst.nonzero()[:, 0]
-    if model.rules and len(rows):
-        suite = attack_suite("standard", model.spec)[1:]  # whose first is PGD-50
-        worst[rows] = withstanding(model, x[rows], y[rows], threat, suite)[-1]
-    flags = {"clean": clean, "pgd": pgd, "autoattack": autoattack, "worst": worst}
+    left = (pgd & autoattack).nonzero()[:, 0]
+    others = withstanding(model, x[left], y[left], threat, sequence(model)[2:])
+    later = [torch.zeros_like(pgd).index_fill_(0, left[stand], value=True) for stand in others]
+    flags = {"clean": clean, "pgd": pgd, "autoattack": autoattack}
+    flags["standing"] = torch.stack([pgd, pgd & autoattack, *later], dim=1)
     return {n: f.numpy() for n, f in flags.items()} | routes_of(model, x, found, y)
 
 
@@ -105,7 +114,7 @@ def routes_of(model: Classifier, x: Tensor, found: Tensor, y: Tensor) -> dict[st
     for expert in range(model.spec.num_experts):
         answer = model(x, model.forced(expert)).argmax(dim=1)
         right &= (answer == y) | (before == expert)
-    names = zip(ROUTES, (before, after, right), strict=True)
+    names = zip((*ROUTES, "other_right"), (before, after, right), strict=True)
     return {name: values.numpy() for name, values in names}
 
 
@@ -119,8 +128,14 @@ def result_of(
     """Return everything that is known of the run by now."""
     columns = attacked.columns
     report = json.loads((run / "report.json").read_text())
+    standing = [
+        {"attack": attack.model_dump(mode="json", exclude_defaults=True), **share(stand)}
+        for attack, stand in zip(sequence(model), columns["standing"].T, strict=True)
+    ]
     result = {
         "recipe": checkpoint.recipe["name"],
+        "seed": checkpoint.recipe["seed"],
+        "weights_sha256": checkpoint.weights_sha256,
         "settings": checkpoint.recipe,
         "test_images": len(clean),
         "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
@@ -128,12 +143,11 @@ def result_of(
         "clean": share(clean),
         "pgd_50": share(columns["pgd"]),
         "autoattack": share(columns["autoattack"]),
-        "worst": share(columns["worst"]),
+        "robust": share(columns["standing"][:, -1]),
+        "standing_after": standing,
         "macs": macs_of(model.spec).model_dump(),
         "train_seconds": report["seconds"],
         "attack_seconds": round(attacked.seconds, 1),
-        "processor": processor_name(),
-        "versions": versions(),
     }
     if model.rules:
         experts = model.spec.num_experts
@@ -146,7 +160,8 @@ def result_of(
             "flipped_by_autoattack": share(clean_ids != attacked_ids),
             "right_by_every_other_pathway": share(columns["other_right"]),
         }
-    return result
+    where = {"processor": processor_name(), "versions": versions()}
+    return {"epsilon": result["epsilon"], **where, "rows": [result]}
 
 
 def main() -> None:
@@ -166,7 +181,7 @@ def main() -> None:
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     clean = (predict(model, x) == y).numpy()
     state = arguments.run / "attacked.npz"
-    attacked = Attacked.read(state)
+    attacked = Attacked.read(state, len(sequence(model)))
     out = arguments.out / f"{checkpoint.recipe['name']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     while (done := len(attacked.columns["clean"])) < arguments.images:
@@ -178,6 +193,7 @@ def main() -> None:
         result = result_of(arguments.run, checkpoint, model, clean, attacked)
         write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
         told = {name: round(float(attacked.columns[name].mean()), 4) for name in FLAGS}
+        told["worst"] = round(float(attacked.columns["standing"][:, -1].mean()), 4)
         print(json.dumps({"images": rows.stop, **told}), flush=True)
 
 

@@ -2,7 +2,9 @@
 
     python -m benchmarks.training.results_page
 
-A recipe without a file in ``benchmarks/results/cifar10/`` is a row "not trained".
+A recipe's row is ``benchmarks/results/cifar10/NAME.json``, by ``benchmarks.training.cifar10``; before
+that is measured, ``NAME.train.json``, the ``report.json`` of its run. Without either it is "not
+trained".
 """
 
 import json
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.train.recipes import RECIPES, recipe
 
 HERE = Path(__file__).parents[1]
@@ -20,7 +23,7 @@ ROWS = {
     "cifar10-s-dense-cpu": "S-Dense",
     "cifar10-dense-cpu": "dense",
 }
-COLUMNS = ("clean", "pgd_50", "autoattack", "worst")
+COLUMNS = ("clean", "pgd_50", "autoattack", "robust")
 HEAD = """\
 # What was reached
 
@@ -51,13 +54,32 @@ def row(name: str, title: str) -> str:
     """Return one row of the table, of a recipe that was trained or not."""
     macs = f"{macs_of(recipe(name).model).executed / 1e9:.3f} G"
     path = RESULTS / f"{name}.json"
+    if not path.exists() and path.with_suffix(".train.json").exists():
+        return provisional(json.loads(path.with_suffix(".train.json").read_text()), title, macs)
     if not path.exists():
         return f"| {title} | not trained | | | | | | {macs} | |"
-    found = json.loads(path.read_text())
+    (found,) = json.loads(path.read_text())["rows"]
     routes = f"{found['routes']['clean']:.2f} of 2" if "routes" in found else ""
     seconds = f"{found['train_seconds'] / 60:.0f} min"
     cells = " | ".join(share(found[column]) for column in COLUMNS)
-    return f"| {title} | {cells} | {found['worst']['n']} | {routes} | {macs} | {seconds} |"
+    return f"| {title} | {cells} | {found['robust']['n']} | {routes} | {macs} | {seconds} |"
+
+
+def provisional(report: dict[str, Any], title: str, macs: str) -> str:
+    """Return the row of a run of which only its own test at the end is known."""
+    n, steps = report["images"], report["attack"]["steps"]
+    names = ("clean_accuracy", "pgd_accuracy", "robust_accuracy")
+    clean, pgd, routes = (share(wilson(report[name], n)) for name in names)
+    used = f"{report['effective_routes']:.2f} of 2" if report["effective_routes"] else ""
+    worst = f"{routes}, PGD-{steps} on its routes too"
+    cells = f"{clean} | {pgd}, {steps} steps | not measured | {worst}"
+    return f"| {title} | {cells} | {n} | {used} | {macs} | {report['seconds'] / 60:.0f} min |"
+
+
+def wilson(value: float, n: int) -> dict[str, float]:
+    """Return a share of n images with its interval."""
+    low, high = wilson_interval(round(value * n), n)
+    return {"share": value, "low": low, "high": high}
 
 
 def share(measured: dict[str, Any]) -> str:
@@ -69,8 +91,8 @@ def share(measured: dict[str, Any]) -> str:
 def main() -> None:
     """Write the page."""
     assert set(ROWS) <= set(RECIPES)
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    test = max((each["test_images"] for each in found), default=0)
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    test = max((each["rows"][0]["test_images"] for each in found if "rows" in each), default=9975)
     head = HEAD.format(test=f"{test:,}", missing=10_000 - test)
     rows = "\n".join(row(name, title) for name, title in ROWS.items())
     PAGE.write_text(f"{head}{rows}\n{PUBLISHED}")
