@@ -2,9 +2,9 @@
 
     python -m benchmarks.training.results_page
 
-A recipe's row is ``benchmarks/results/cifar10/NAME.json``, by ``benchmarks.training.cifar10``; before
-that is measured, ``NAME.train.json``, the ``report.json`` of its run. Without either it is "not
-trained".
+A recipe's row is ``benchmarks/results/cifar10/NAME.json``, by ``benchmarks.training.cifar10``;
+before that is measured, ``NAME.train.json``, the ``report.json`` of its run. Without either it is
+"not trained".
 """
 
 import json
