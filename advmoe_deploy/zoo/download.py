@@ -86,7 +86,11 @@ def _require_hashes(asked: Repository, folder: Path) -> None:
     for name, expected in _hashes(folder).items():
         file = folder / name
         if not file.is_file():
-            raise kind(f"{asked} holds no {name}; ask its owner to push it again")
+            # Clients before 2.0 give without a network what the cache holds, whole or not.
+            raise kind(
+                f"{asked} is not whole, it lacks {name}; try again with a network, or ask its "
+                "owner to push it again"
+            )
         if sha256_of(file) != expected:
             raise kind(f"{asked}: {name} {_differs(file)}")
 

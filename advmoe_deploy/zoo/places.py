@@ -40,7 +40,10 @@ def own_folder() -> Path:
 
 def places() -> dict[Source, Path]:
     """Return the folders that hold models, the one that is asked first in front."""
-    return {"own": own_folder(), "packaged": PACKAGED}
+    try:
+        return {"own": own_folder(), "packaged": PACKAGED}
+    except RuntimeError:  # nothing says where the home is, as in some containers
+        return {"packaged": PACKAGED}
 
 
 def is_model(folder: Path) -> bool:

@@ -163,6 +163,8 @@ def test_a_revision_is_taken_and_an_unknown_one_named(
         assert f"/{sha}/tiny" in resolved(f"hub:me/tiny@{revision}").stdout
     refused(advmoe("inspect", "hub:me/tiny@v2"), 3, "no revision 'v2'", "after @")
     refused(advmoe("inspect", "hub:me/tiny"), 3, "holds neither", "advmoe push")
+    hub.put("me/tiny", {"model/checkpoint.json": files_in(trained_run)["model/checkpoint.json"]})
+    refused(advmoe("inspect", "hub:me/tiny"), 3, "is not whole", f"lacks {WEIGHTS}", "its owner")
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,13 @@ def push(hub: Hub, tmp_path: Path) -> Callable[..., Done]:
     return run
 
 
-@pytest.fixture
-def packed(trained_run: Path, tmp_path: Path) -> Path:
-    how = Packing(half=True, results=(results_file(tmp_path),), licence="apache-2.0")
-    pack_run(trained_run, tmp_path / "tiny", how)
-    return tmp_path / "tiny"
+@pytest.fixture(scope="module")
+def packed(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained run in fp16 with a row of results. Read it only."""
+    folder = tmp_path_factory.mktemp("packed")
+    how = Packing(half=True, results=(results_file(folder),), licence="apache-2.0")
+    pack_run(trained_run, folder / "tiny", how)
+    return folder / "tiny"
 
 
 def metadata(readme: str) -> Any:
