@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training.pyautoattack_agreement import main, stands, subject_of
+from benchmarks.training.pyautoattack_agreement import main, row_of, stands, subject_of
 
 
 def compare(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict]:
@@ -35,6 +35,14 @@ def test_both_sides_agree_to_the_image(
         ("apgd", 1),
         ("square", 0),
     ]
+
+
+def test_autoattack_goes_the_same_way(trained_run: Path) -> None:
+    subject, _ = subject_of(trained_run, None, 4)
+    wide = subject._replace(epsilon=0.5)  # so that its first attack succeeds and the test is short
+    row = row_of("autoattack", wide, steps=100, seed=0)
+    assert row["ours"]["share"] == row["theirs"]["share"] == 0
+    assert row["steps"] is None
 
 
 def test_what_leaves_the_ball_is_no_example(trained_run: Path) -> None:
