@@ -131,6 +131,7 @@ def _offline(hub: Hub, home: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_bundle_is_opened_without_torch(
     hub: Hub, environment: dict[str, str], advmoe: Callable[..., Done], trained_bundle: Bundle
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_bundle_is_opened_without_torch(
     )
 
 
+@pytest.mark.slow
 def test_a_revision_is_taken_and_an_unknown_one_named(
     hub: Hub, advmoe: Callable[..., Done], resolved: Callable[..., Done], trained_run: Path
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_revision_is_taken_and_an_unknown_one_named(
     refused(advmoe("inspect", "hub:me/tiny"), 3, "is not whole", f"lacks {WEIGHTS}", "its owner")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token", "said"),
     [
@@ -184,6 +187,7 @@ def test_what_may_not_be_read_is_one_line(
     refused(advmoe("inspect", f"hub:{name}", HF_TOKEN=token), 3, f"hub:{name}", said, "HF_TOKEN")
 
 
+@pytest.mark.slow
 def test_a_private_repository_is_read_with_a_token(
     hub: Hub, resolved: Callable[..., Done], trained_run: Path
 ) -> None:
@@ -208,11 +212,13 @@ def test_without_a_network(
         assert (done.stdout, done.stderr) == (found, "")
 
 
+@pytest.mark.slow
 def test_a_hub_in_trouble(hub: Hub, advmoe: Callable[..., Done]) -> None:
     hub.status = 500
     refused(advmoe("inspect", "hub:me/tiny"), 5, "HTTP 500", "try again later")
 
 
+@pytest.mark.slow
 def test_half_a_file_is_not_taken_for_a_whole_one(
     hub: Hub,
     advmoe: Callable[..., Done],
@@ -256,6 +262,7 @@ def test_a_wrong_hash_says_whose_fault_it_is(
         )
 
 
+@pytest.mark.slow
 def test_a_manifest_that_lists_code_is_refused(
     hub: Hub, advmoe: Callable[..., Done], trained_bundle: Bundle
 ) -> None:
@@ -267,6 +274,7 @@ def test_a_manifest_that_lists_code_is_refused(
         refused(advmoe("inspect", "hub:me/odd"), 3, name, "no export writes")
 
 
+@pytest.mark.slow
 def test_a_full_disk(hub: Hub, advmoe: Callable[..., Done], small_disk: Path) -> None:
     checkpoint = {"model/checkpoint.json": b"{}"}
     hub.put("me/large", {**checkpoint, WEIGHTS: os.urandom(1 << 20)})

@@ -189,6 +189,7 @@ def test_an_interval_by_hand() -> None:
     assert (round(share.low, 3), round(share.high, 3)) == (0.404, 0.596)
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_the_models(packed: Path, tmp_path: Path) -> None:
     pytest.importorskip("setuptools.command.bdist_wheel")
     source = tmp_path / "source"

@@ -73,6 +73,7 @@ def put_down(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_goes_up_with_a_card_in_the_hubs_form(
     hub: Hub, push: Callable[..., Done], packed: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_run_goes_up_with_a_card_in_the_hubs_form(
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_bundle_goes_up_and_opens_again(
     hub: Hub, push: Callable[..., Done], trained_bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -156,6 +158,7 @@ def test_what_cannot_be_pushed_is_one_line(
     assert "me/tiny" not in hub.repos
 
 
+@pytest.mark.slow
 def test_a_hub_that_breaks_off(hub: Hub, push: Callable[..., Done], packed: Path) -> None:
     hub.status = 503
     done = push(packed, "--to", "me/tiny")
