@@ -8,6 +8,7 @@ hub:USER/NAME[@REVISION] a repository of the Hugging Face hub, downloaded if nee
 import os
 from pathlib import Path
 
+from advmoe_deploy.bundle import MANIFEST
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.zoo.places import RUN_MARKER, find, is_plain, near, unknown_model
 
@@ -68,7 +69,7 @@ def require_bundle(source: StrPath, found: Path) -> Path:
     Raises:
         BundleError: it is a run.
     """
-    if (found / RUN_MARKER).is_file():
+    if not (found / MANIFEST).is_file() and (found / RUN_MARKER).is_file():
         raise BundleError(
             f"{os.fspath(source)} is a run, where a bundle is needed; make one of it: "
             f"advmoe export {os.fspath(source)} --format onnx"
