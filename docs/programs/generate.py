@@ -1,4 +1,4 @@
-"""Writer of docs/reference/api.md from the signatures and docstrings of the public functions and types."""
+"""Writer of docs/reference/api.md from signatures and docstrings of functions and types."""
 
 import ast
 import inspect
@@ -21,9 +21,9 @@ from advmoe_deploy.verify.report import RobustReport
 PAGE = Path(__file__).parents[1] / "reference" / "api.md"
 HEAD = """# Python API
 
-`make docs` writes this page from [api.py](../../advmoe_deploy/api.py). `import advmoe_deploy` loads no
-library; the first use of a name does. Images are float32 `[N, C, H, W]` in [0, 1]. Errors are those
-of [errors.py](../../advmoe_deploy/errors.py), all of them `AdvMoEError`, each of one line."""
+`make docs` writes this page from [api.py](../../advmoe_deploy/api.py). `import advmoe_deploy` loads
+no library; the first use of a name does. Images are float32 `[N, C, H, W]` in [0, 1]. Errors are
+those of [errors.py](../../advmoe_deploy/errors.py), all of them `AdvMoEError`, each of one line."""
 OBJECTS = [getattr(api, name) for name in api.__all__]
 FUNCTIONS = sorted(filter(inspect.isfunction, OBJECTS), key=lambda f: f.__code__.co_firstlineno)
 TYPES = [
