@@ -1,13 +1,21 @@
 """The demo leaves what it promises."""
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.demo.photographs import MODEL, show_photographs
+from advmoe_deploy.cli.demo.result import DemoResult
+from advmoe_deploy.cli.demo.screen import screen
+from advmoe_deploy.progress import Silent
+from advmoe_deploy.zoo.pack import Packing, pack_run
+from tests.zoo.test_pack import ROW
 
 
 def check(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -27,11 +35,42 @@ def check(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return result
 
 
-def test_quick_demo_goes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_demo_goes_the_whole_road(
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A small network stands for the model of photographs; all that is done with it is real."""
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"epsilon": 0.05, "suite": "standard", "rows": [ROW]}))
+    pack_run(trained_run, tmp_path / "zoo" / MODEL, Packing(results=(results,)))
+    monkeypatch.setenv("ADVMOE_ZOO", str(tmp_path / "zoo"))
     out = tmp_path / "demo"
     assert run(["demo", "--quick", "--out", str(out), "--json"]) == 0
     result = check(out, capsys)
     assert result["quick"] is True
+    photographs = result["photographs"]
+    assert isinstance(photographs, dict)
+    assert photographs["evaluation"]["robust"]["value"] == 0.9
+    assert {(r["a"], r["b"]) for r in photographs["profile"]["ratios"]} >= {("dense", "moe")}
+    assert 0 < photographs["served_ms"] < 10_000
+    assert MODEL in screen_text(result)
+
+
+def screen_text(result: dict[str, object]) -> str:
+    """The last screen, as a terminal of 100 columns shows it."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(screen(DemoResult.model_validate(result)))
+    return console.export_text()
+
+
+def test_without_a_model_of_photographs_the_demo_begins_with_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("advmoe_deploy.zoo.places.places", lambda: {"own": tmp_path})
+    assert show_photographs(tmp_path / "out", quick=True, progress=Silent()) is None
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(

@@ -1,4 +1,4 @@
-"""First part of the demo: the CIFAR-10 model that comes with the package, timed and served here."""
+"""First part of the demo: a model of photographs that is at hand by name, timed and served here."""
 
 import json
 import signal
@@ -18,8 +18,8 @@ from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Macs
 from advmoe_deploy.specs import Frozen
+from advmoe_deploy.zoo.places import find
 from advmoe_deploy.zoo.record import Evaluation, read_record
-from advmoe_deploy.zoo.resolve import resolve
 
 MODEL = "cifar10-advmoe"
 _REQUESTS = 20
@@ -27,7 +27,7 @@ _PATIENCE = 60  # seconds until a server that has not answered is given up
 
 
 class Photographs(Frozen):
-    """The packaged model: what it reaches by its record, and its speed on this machine.
+    """The model: what it reaches by its record, and its speed on this machine.
 
     ``served_ms`` is the median time of one request with one image.
     """
@@ -54,15 +54,17 @@ class Photographs(Frozen):
         return next(r for r in self.profile.rows if (r.model, r.batch) == ("moe", batch))
 
 
-def show_photographs(out: Path, *, quick: bool, progress: Progress) -> Photographs:
-    """Export the packaged model into ``out``, time it against dense networks, and serve it.
+def show_photographs(out: Path, *, quick: bool, progress: Progress) -> Photographs | None:
+    """Export the model into ``out``, time it against dense networks, and serve it.
 
-    ``quick`` times single images only.
+    ``quick`` times single images only. ``None`` without a model of that name, or without a record
+    of what it reaches: there is nothing to show of it.
     """
     began = time.perf_counter()
-    run = resolve(f"zoo:{MODEL}")
-    record = read_record(run)
-    assert record is not None, "the packaged model has a record"
+    run = find(MODEL)
+    record = read_record(run) if run else None
+    if run is None or record is None or not record.evaluations:
+        return None
     progress.note(f"photographs: export {MODEL}, which comes trained, and compare with torch")
     export_run(run, out, data="random:64", overwrite=True, progress=progress)
     bundle = open_bundle(out)

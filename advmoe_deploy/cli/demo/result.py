@@ -15,7 +15,7 @@ class DemoResult(Frozen):
 
     out: str
     quick: bool
-    photographs: Photographs
+    photographs: Photographs | None
     train: dict[str, TrainReport]
     verify: RobustReport
     profile: LatencyReport

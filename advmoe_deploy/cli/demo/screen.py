@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from advmoe_deploy.cli.demo.photographs import Photographs
+from advmoe_deploy.cli.demo.photographs import MODEL, Photographs
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
 
 
@@ -25,10 +25,10 @@ def screen(result: DemoResult) -> RenderableType:
     ]
     if result.quick:
         lines.append("This was the quick form: two epochs are too few to be robust.")
-    out = result.out
+    out, served = result.out, "photographs" if result.photographs else "bundle"
     following = [
         f"open {result.report}",
-        f"advmoe serve {out}/photographs    # the CIFAR-10 model; curl http://127.0.0.1:8000/v2",
+        f"advmoe serve {out}/{served}        # then: curl http://127.0.0.1:8000/v2",
         f"advmoe inspect {out}/bundle",
         f"advmoe profile {out}/bundle --batch 1,8,64,256",
         f"advmoe predict {out}/bundle --input {out}/digits --output answers.parquet",
@@ -36,7 +36,6 @@ def screen(result: DemoResult) -> RenderableType:
     ]
     body = Group(
         *_photographs(result.photographs),
-        "",
         "[bold]Handwritten digits, trained just now[/bold]",
         table,
         "",
@@ -48,8 +47,10 @@ def screen(result: DemoResult) -> RenderableType:
     return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
 
 
-def _photographs(found: Photographs) -> list[RenderableType]:
+def _photographs(found: Photographs | None) -> list[RenderableType]:
     """Return what the packaged model gains, in a table, and what that takes."""
+    if found is None:
+        return []
     measured = found.evaluation
     table = Table(show_header=True, box=None, pad_edge=False)
     table.add_column("")
@@ -61,10 +62,11 @@ def _photographs(found: Photographs) -> list[RenderableType]:
     macs = (found.macs.executed, found.macs.dense, found.macs.s_dense)
     table.add_row("MACs per image, router included", *(f"{m / 1e9:.3f} G" for m in macs))
     return [
-        "[bold]Photographs (CIFAR-10), a model that comes trained[/bold]",
+        f"[bold]{MODEL}, a model that comes trained on {measured.data}[/bold]",
         f"{100 * measured.clean.value:.1f} % clean, {100 * measured.robust.value:.1f} % "
         f"(n = {measured.robust.n}) under {measured.attack_words}, l-inf "
         f"{255 * measured.threat.epsilon:.3g}/255",
         table,
         f"A request to its server takes {found.served_ms:.2g} ms.",
+        "",
     ]
