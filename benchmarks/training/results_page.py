@@ -32,7 +32,7 @@ two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all 
 (of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the standard
 four, on an MoE in its straight-through form; *worst* is what stands, image by image, after PGD-50,
 AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
-[Raw](../benchmarks/results/cifar10), [program](../benchmarks/training/cifar10.py), and
+{raw}[Program](../benchmarks/training/cifar10.py), and
 [of this page](../benchmarks/training/results_page.py).
 
 | | clean | PGD-50 | AutoAttack | worst | n | routes in use | MACs | trained in |
@@ -93,7 +93,8 @@ def main() -> None:
     assert set(ROWS) <= set(RECIPES)
     found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     test = max((each["rows"][0]["test_images"] for each in found if "rows" in each), default=9975)
-    head = HEAD.format(test=f"{test:,}", missing=10_000 - test)
+    raw = "[Raw](../benchmarks/results/cifar10). " if found else ""
+    head = HEAD.format(test=f"{test:,}", missing=10_000 - test, raw=raw)
     rows = "\n".join(row(name, title) for name, title in ROWS.items())
     PAGE.write_text(f"{head}{rows}\n{PUBLISHED}")
 
