@@ -17,6 +17,8 @@ from advmoe_deploy.zoo.pack import Packing, pack_run
 from tests.zoo.hub_server import TOKEN, Hub, running_hub
 from tests.zoo.test_pack import results_file
 
+SLOW = pytest.mark.slow  # each a process that asks the hub
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -131,11 +133,11 @@ def test_a_dry_run_uploads_nothing(
     ("arguments", "variables", "code", "said"),
     [
         (["--to", "me/tiny"], {"HF_TOKEN": ""}, 2, "'hf auth login', or set HF_TOKEN"),
-        (["--to", "me/tiny"], {"HF_TOKEN": "hf_wrong"}, 3, "HTTP 401"),
-        (["--to", "you/tiny"], {}, 3, "HTTP 403"),
-        (["--to", "me/open", "--private"], {}, 2, "exists and is public"),
+        pytest.param(["--to", "me/tiny"], {"HF_TOKEN": "hf_wrong"}, 3, "HTTP 401", marks=SLOW),
+        pytest.param(["--to", "you/tiny"], {}, 3, "HTTP 403", marks=SLOW),
+        pytest.param(["--to", "me/open", "--private"], {}, 2, "exists and is public", marks=SLOW),
         (["--to", "me/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 5, "check the network"),
-        (["--to", "me/tiny"], {"HF_HUB_OFFLINE": "1"}, 5, "HF_HUB_OFFLINE"),
+        pytest.param(["--to", "me/tiny"], {"HF_HUB_OFFLINE": "1"}, 5, "HF_HUB_OFFLINE", marks=SLOW),
         (["--to", "me/tiny@v1"], {}, 2, "leave @ out"),
         (["--to", "tiny"], {}, 2, "write hub:USER/NAME"),
         (["--to", "me/tiny", "--out", "x"], {}, 2, "go with --dry-run"),
