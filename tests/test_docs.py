@@ -21,7 +21,16 @@ PATH = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# Pages whose blocks train for half a minute and more; 'make slow' runs them.
+LONG = {"analysis", "gate", "systems"}
+
+
+def page_to_run(page: Path) -> object:
+    marks = [pytest.mark.slow] if page.stem in LONG else []
+    return pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize("page", [page_to_run(page) for page in PAGES])
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

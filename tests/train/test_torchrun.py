@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ADVMOE = ["-m", "advmoe_deploy.cli.app"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 EPOCHS = 25
@@ -54,6 +56,7 @@ def newest(run: Path) -> int:
     return max(int(path.name.removeprefix("epoch-")) for path in (run / "checkpoints").glob("e*"))
 
 
+@pytest.mark.slow
 def test_a_failed_process_is_replaced_and_the_run_goes_on(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, *TORCHRUN, "--max-restarts", "1", *TRAIN]

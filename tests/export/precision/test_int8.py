@@ -121,7 +121,12 @@ def assert_recorded(bundle: Bundle, backend: str) -> set[str]:
     return lowered
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.backend)
+def quick_on_one(target: Target) -> object:
+    marks = [] if target.backend == "onnxruntime" else [pytest.mark.slow]
+    return pytest.param(target, id=target.backend, marks=marks)
+
+
+@pytest.mark.parametrize("target", [quick_on_one(target) for target in TARGETS])
 def test_the_gates_verdict_is_recorded(trained_run: Path, tmp_path: Path, target: Target) -> None:
     out, refusal = tmp_path / "bundle", ""
     try:
