@@ -64,6 +64,7 @@ def show_photographs(out: Path, *, quick: bool, progress: Progress) -> Photograp
     run = find(MODEL)
     record = read_record(run) if run else None
     if run is None or record is None or not record.evaluations:
+        progress.note(f"photographs: no {MODEL} with results on test images is at hand; left out")
         return None
     progress.note(f"photographs: export {MODEL}, which comes trained, and compare with torch")
     export_run(run, out, data="random:64", overwrite=True, progress=progress)

@@ -47,8 +47,8 @@ def digits_advmoe_agreeing() -> TrainConfig:
     class belongs to an expert.
     Reaches 98.0 to 98.5 % clean and 86.2 to 87.0 % against PGD-50 on the model at epsilon 0.1
     (three seeds, 400 images), and 84.5 to 85.0 % under verify's standard suite: 1.5 to 2.8 points
-    less than :func:`digits_s_dense`, where :func:`digits_advmoe` loses 6 to 12. Both experts are
-    used (1.95 to 2.0 effective routes). Takes over two minutes of one CPU core.
+    less than :func:`digits_s_dense`, where :func:`digits_advmoe` loses 6.5 to 11.2. Experts are
+    both in use (1.95 to 2.0 effective routes). Takes over two minutes of one CPU core.
     """
     return variant(
         digits_advmoe(),

@@ -38,7 +38,9 @@ class TrainedWeights:
     def balance_start(self, batch: Batch) -> None:
         """Balance the router on the first images of the run."""
         self.learner.balance_start(batch.parts[0])
-        self._restart_average()
+        model, average = self.learner.model, self.average
+        if isinstance(model, AdvMoE) and isinstance(average, AdvMoE):
+            average.router.load_state_dict(model.router.state_dict())  # what is averaged stays
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for ``epoch``, counted from 0."""
