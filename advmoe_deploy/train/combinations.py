@@ -36,7 +36,7 @@ SPARSE_STAGES = {"dense": 5 / 11, "scores": 1 / 11, "fine-tune": 5 / 11}
 
 
 # Terms of a router's loss, and what needs the one router of AdvMoE.
-_OF_ADVMOE = ("balanced_start", "class_routing_weight", "route_stability")
+_OF_ADVMOE = ("balanced_start", "even_loads", "class_routing_weight", "route_stability")
 _LEARNED = ("balance_loss", *_OF_ADVMOE)
 
 

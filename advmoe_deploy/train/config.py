@@ -27,6 +27,7 @@ _ROUTER_TERMS = (
     "gate_noise",
     "capacity_factor",
     "balanced_start",
+    "even_loads",
     "class_routing_weight",
     "router_every",
     "random_routes",

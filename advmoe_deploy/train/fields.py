@@ -72,9 +72,10 @@ class TrainFields(Frozen):
     moves little else. ``route_stability`` times KL(scores || scores under attack) is added to the
     router's loss. The router takes its step on one of ``router_every`` batches.
 
-    Two remedies against a router that sends everything to one expert are not in AdvMoE's paper,
+    Some remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the
-    mean scores of the first batch are equal. ``class_routing_weight`` adds to the router's loss
+    mean scores of the first batch are equal; ``even_loads`` sets it after every epoch so that the
+    experts get equally many of the clean training images. ``class_routing_weight`` adds to the router's loss
     minus the mutual information of class and expert, on clean images and on those that attack the
     router: all images of a class to one expert, and as many to each. (The paper's released code
     prescribes label modulo E instead; here the router chooses.) On the digits the paper's objective
@@ -126,6 +127,7 @@ class TrainFields(Frozen):
     random_routes: float = Field(0.0, ge=0, le=1)
     route_stability: float = Field(0.0, ge=0)
     balanced_start: bool = False
+    even_loads: bool = False
     class_routing_weight: float = Field(0.0, ge=0)
     sparse_ratio: float = Field(0.5, gt=0, le=1)
     sparse_density: float | None = Field(None, gt=0, le=1)

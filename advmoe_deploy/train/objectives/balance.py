@@ -99,6 +99,24 @@ BALANCE_LOSSES: dict[str, Callable[[Routing], Tensor]] = {
 }
 
 
+def even_shift(scores_NE: Tensor, sweeps: int = 100) -> Tensor:
+    """Return what to add to each expert's scores [E] so that all get as many of these rows.
+
+    The prices of an auction, as in loss-free balancing (Wang et al., 2024, arXiv 2408.15664): each
+    expert in turn asks for just so much that its share of the rows prefers it.
+    """
+    rows, experts = scores_NE.shape
+    shift_E = scores_NE.new_zeros(experts)
+    for turn in range(sweeps * experts if experts > 2 else 1):  # between two, one price settles it
+        expert = turn % experts
+        others_NE = scores_NE + shift_E
+        others_NE[:, expert] = -torch.inf
+        lacks_N = (others_NE.max(dim=1).values - scores_NE[:, expert]).sort().values
+        share = rows // experts
+        shift_E[expert] = lacks_N[max(share - 1, 0) : share + 1].mean()
+    return shift_E - shift_E.mean()
+
+
 def _clean(routing: Routing) -> Tensor:
     return routing.clean_NE if isinstance(routing, NoisyRouting) else routing.scores_NE
 

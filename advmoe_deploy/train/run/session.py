@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
@@ -29,6 +30,9 @@ from advmoe_deploy.train.run.tensorboard import Board
 from advmoe_deploy.train.run.trouble import trouble
 from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.step.weights import TrainedWeights, place
+
+# Images on which the experts' loads are evened out.
+_EVEN_LOADS = 2000
 
 
 class Session:
@@ -107,6 +111,8 @@ class Session:
             self.weights.balance_start(next(self.loader.epoch(before.epoch)))
         flips = self._router_flips() if evaluates and config.track_router_robustness else None
         found: dict[str, object] = {"epoch": epoch, "loss": self._steps(before)}
+        if config.even_loads and epoch > config.shared_epochs:
+            self._even_loads()
         if evaluates:
             attack = AttackSpec(name="pgd", steps=config.holdout_attack_steps)
             model = self.weights.evaluated
@@ -144,6 +150,12 @@ class Session:
                 "train again with a lower lr and router_lr"
             ) from None
         return sum(losses) / len(losses)
+
+    def _even_loads(self) -> None:
+        train = self.data.train
+        rows = np.linspace(0, len(train) - 1, min(len(train), _EVEN_LOADS)).astype(np.int64)
+        images, _ = on_device(self.fabric, train.take(rows))
+        self.weights.even_loads(to_unit(images))
 
     def _router_flips(self) -> Callable[[], dict[str, float]]:
         """Count flips now and return what counts them again once the epoch is over."""

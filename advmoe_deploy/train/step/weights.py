@@ -6,6 +6,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from advmoe_deploy.attacks.pgd import eval_mode
+from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
@@ -13,6 +15,7 @@ from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.data.loader import Batch
+from advmoe_deploy.train.objectives.balance import even_shift
 from advmoe_deploy.train.step.learner import Learner
 
 _RAW = "raw."
@@ -41,6 +44,12 @@ class TrainedWeights:
         model, average = self.learner.model, self.average
         if isinstance(model, AdvMoE) and isinstance(average, AdvMoE):
             average.router.load_state_dict(model.router.state_dict())  # what is averaged stays
+
+    def even_loads(self, images: Tensor) -> None:
+        """Shift the scores until the experts get equally many of these float ``images``."""
+        for model in (self.learner.model, self.average):
+            if isinstance(model, AdvMoE):
+                model.router.fc.bias.data.add_(even_shift(_scores(model, images)))
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for ``epoch``, counted from 0."""
@@ -142,6 +151,12 @@ def _adopt(mixture: Classifier, pathway: Classifier) -> None:
     assert isinstance(mixture, AdvMoE)
     assert isinstance(pathway, DenseClassifier)
     mixture.adopt(pathway)
+
+
+@torch.no_grad()
+def _scores(model: AdvMoE, images: Tensor) -> Tensor:
+    with eval_mode(model):
+        return torch.cat([model.score(part) for part in torch.split(images, BATCH)])
 
 
 def _banked(tensor: Tensor, rows: int) -> Tensor:

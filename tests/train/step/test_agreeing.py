@@ -14,6 +14,7 @@ from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.train.config import TrainConfig, apply_overrides, without_router
 from advmoe_deploy.train.data.loader import Batch, DataLoader
 from advmoe_deploy.train.objectives.adversarial import ascent_of
+from advmoe_deploy.train.objectives.balance import even_shift
 from advmoe_deploy.train.objectives.losses import divergence
 from advmoe_deploy.train.objectives.router_terms import random_routes, score_terms
 from advmoe_deploy.train.step.weights import TrainedWeights
@@ -105,6 +106,27 @@ def test_some_images_keep_their_route_where_only_a_share_is_random() -> None:
     (routing,) = random_routes(model, batch.parts[0], 0.5)(batch.parts[0].images).values()
     to_first = float((routing.expert_ids_NK == 0).float().mean())
     assert 0.65 < to_first < 0.85  # half as usual, and half of the other half by chance
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(2, 400), (2, 401), (3, 300), (5, 503), (4, 2)])
+def test_an_even_shift_gives_every_expert_as_many_rows(experts: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    scores = torch.randn(rows, experts, generator=generator) * torch.arange(1, experts + 1)
+    shift = even_shift(scores + 3 * torch.arange(experts))
+    load = (scores + 3 * torch.arange(experts) + shift).argmax(dim=1).bincount(minlength=experts)
+    assert load.sum() == rows
+    assert load.max() - load.min() <= max(1, rows // 50)
+
+
+def test_loads_are_even_after_an_epoch_and_the_average_has_its_own_shift() -> None:
+    config = tiny(AGREEING, "shared_start=0", "ema_decay=0.5")
+    weights = TrainedWeights(fabric(), config)
+    images = torch.cat([batch.parts[0].images for batch in batches(config, 2)])
+    weights.learner.model.router.fc.bias.data[:] = torch.tensor([50.0, 0.0])  # type: ignore[union-attr,operator]
+    weights.even_loads(images)
+    for model in (weights.learner.model, weights.evaluated):
+        load = model.eval().route(images)["router"].expert_load_E
+        assert abs(int(load[0]) - int(load[1])) <= 1
 
 
 def test_the_router_steps_on_one_of_so_many_batches() -> None:
