@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.train.recipes import RECIPES, recipe
+from advmoe_deploy.zoo.record import Share
 
 HERE = Path(__file__).parents[1]
 RESULTS, PAGE = HERE / "results" / "cifar10", HERE.parent / "docs" / "results.md"
@@ -61,31 +61,37 @@ def row(name: str, title: str) -> str:
     (found,) = json.loads(path.read_text())["rows"]
     routes = f"{found['routes']['clean']:.2f} of 2" if "routes" in found else ""
     seconds = f"{found['train_seconds'] / 60:.0f} min"
-    cells = " | ".join(share(found[column]) for column in COLUMNS)
+    cells = " | ".join(cell(found, column) for column in COLUMNS)
     return f"| {title} | {cells} | {found['robust']['n']} | {routes} | {macs} | {seconds} |"
+
+
+def cell(found: dict[str, Any], column: str) -> str:
+    """Return a share; of an AutoAttack that is not done, what its first attacks left."""
+    if found[column] is not None:
+        return share(found[column])
+    so_far = found["autoattack_so_far"]
+    return f"at most {share(so_far)}, by {' and '.join(so_far['by'])}"
 
 
 def provisional(report: dict[str, Any], title: str, macs: str) -> str:
     """Return the row of a run of which only its own measurement on the hold-out is known."""
     n, steps = report["images"], report["attack"]["steps"]
     names = ("clean_accuracy", "pgd_accuracy", "robust_accuracy")
-    clean, pgd, routes = (share(wilson(report[name], n)) for name in names)
+    clean, pgd, routes = (percent(Share.of(report[name], n)) for name in names)
     used = f"{report['effective_routes']:.2f} of 2" if report["effective_routes"] else ""
     worst = f"{routes}, PGD-{steps} on its routes too"
     cells = f"{clean}, hold-out | {pgd}, {steps} steps | not measured | {worst}"
     return f"| {title} | {cells} | {n} | {used} | {macs} | {report['seconds'] / 60:.0f} min |"
 
 
-def wilson(value: float, n: int) -> dict[str, float]:
-    """Return a share of n images with its interval."""
-    low, high = wilson_interval(round(value * n), n)
-    return {"share": value, "low": low, "high": high}
-
-
 def share(measured: dict[str, Any]) -> str:
+    """Return a share of a row in percent, with its interval."""
+    return percent(Share.of(measured["share"], measured["n"]))
+
+
+def percent(share: Share) -> str:
     """Return a share in percent, with its interval."""
-    low, high = 100 * measured["low"], 100 * measured["high"]
-    return f"{100 * measured['share']:.1f} ({low:.1f} to {high:.1f})"
+    return f"{100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 def main() -> None:
