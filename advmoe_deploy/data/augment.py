@@ -60,13 +60,6 @@ def to_unit(images_NCHW: Tensor) -> Tensor:
     return images_NCHW.float().div_(255)
 
 
-def resized(images_NCHW: Tensor, size: int) -> Tensor:
-    """Return float images scaled to ``size`` pixels a side (bilinear, antialiased)."""
-    if images_NCHW.shape[-1] == size:
-        return images_NCHW
-    return F.interpolate(images_NCHW, (size, size), mode="bilinear", antialias=True)
-
-
 def _crop(images_NCHW: Tensor, padding: int, shifts_2N: Tensor) -> Tensor:
     n, channels, height, width = images_NCHW.shape
     top_N, left_N = shifts_2N

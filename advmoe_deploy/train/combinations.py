@@ -46,7 +46,7 @@ def require_sense(config: TrainFields) -> None:
     Raises:
         ValueError: two of them do; the line names them and the way out.
     """
-    for check in (_method, _routes, _terms, _capacity, _fixed_gate, _sizes, _batches, _sparse):
+    for check in (_method, _routes, _terms, _capacity, _fixed_gate, _batches, _sparse):
         check(config)
 
 
@@ -124,18 +124,6 @@ def _capacity(config: TrainFields) -> None:
             f"capacity_factor={factor} leaves rows without an expert; use at least 1, or "
             "capacity_overflow=drop"
         )
-
-
-def _sizes(config: TrainFields) -> None:
-    sizes, own = config.image_sizes, config.model.image_size
-    if not sizes:
-        return
-    if config.model.family == "vit-moe":
-        raise ValueError("image_sizes needs convolutions: vit-moe has positions of one size")
-    if sizes != tuple(sorted(sizes)) or sizes[-1] != own:
-        raise ValueError(f"image_sizes must climb to model.image_size={own}, not be {sizes}")
-    if len(sizes) > config.epochs:
-        raise ValueError(f"image_sizes={sizes} needs an epoch for each; epochs={config.epochs}")
 
 
 def _batches(config: TrainFields) -> None:

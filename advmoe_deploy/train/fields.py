@@ -1,6 +1,6 @@
 """Every setting of a run, with its meaning and its default."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field
 
@@ -56,11 +56,9 @@ class TrainFields(Frozen):
     then each takes up the weights so far (sparse upcycling, Komatsuzaki et al., ICLR 2023).
 
     ``train_images`` trains on the first so many of the training images only, ``test_images`` tests
-    on the first so many of the test images. ``image_sizes`` trains on images scaled down to each of
-    these sizes in turn, for equal shares of the epochs, up to the model's own size: a convolution
-    of half the size costs a quarter.
-    ``batch_size`` images make one optimizer step. ``accumulate`` works through them in so many
-    parts, for less memory; BatchNorm then sees a part at a time.
+    on the first so many of the test images. ``batch_size`` images make one optimizer step.
+    ``accumulate`` works through them in so many parts, for less memory; BatchNorm then sees a part
+    at a time.
     ``ema_decay`` averages the weights that are evaluated and kept.
 
     ``balance_loss`` times ``balance_weight`` is added wherever a router learns; ``gate_noise``,
@@ -75,12 +73,12 @@ class TrainFields(Frozen):
     Some remedies against a router that sends everything to one expert are not in AdvMoE's paper,
     and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the
     mean scores of the first batch are equal; ``even_loads`` sets it after every epoch so that the
-    experts get equally many of the clean training images. ``class_routing_weight`` adds to the router's loss
-    minus the mutual information of class and expert, on clean images and on those that attack the
-    router: all images of a class to one expert, and as many to each. (The paper's released code
-    prescribes label modulo E instead; here the router chooses.) On the digits the paper's objective
-    alone collapses within six epochs, and balancing the load alone splits each class at random,
-    which leaves each expert half the data of every class.
+    experts get equally many of the clean training images. ``class_routing_weight`` adds to the
+    router's loss minus the mutual information of class and expert, on clean images and on those
+    that attack the router: all images of a class to one expert, and as many to each. (The paper's
+    released code prescribes label modulo E instead; here the router chooses.) On the digits the
+    paper's objective alone collapses within six epochs, and balancing the load alone splits each
+    class at random, which leaves each expert half the data of every class.
 
     Method ``sparse`` prunes to the multiply-accumulates of the S-Dense network of ``sparse_ratio``,
     or to ``sparse_density`` of the weights of each layer where that is set.
@@ -101,7 +99,6 @@ class TrainFields(Frozen):
     shared_start: float = Field(0.0, ge=0, lt=1)
     train_images: int | None = Field(None, ge=2)
     test_images: int | None = Field(None, ge=1)
-    image_sizes: tuple[Annotated[int, Field(ge=4)], ...] = ()
     batch_size: int = Field(128, ge=2)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(0.1, gt=0)

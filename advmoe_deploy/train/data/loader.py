@@ -10,11 +10,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from advmoe_deploy.data import pixels
-from advmoe_deploy.data.augment import augment, random_moves, resized, to_unit
+from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.rng import RandomNumbers
-from advmoe_deploy.train.data.schedule import epoch_batches, image_size, step_generator
+from advmoe_deploy.train.data.schedule import epoch_batches, step_generator
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,16 @@ class DataLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this process's share of each batch of ``epoch``, counted from 0."""
         config, order = self._config, self._order(epoch)
-        size = image_size(config.image_sizes, epoch, config.epochs) or config.model.image_size
         for step, rows in enumerate(order):
             rng = step_generator(seed=config.seed, epoch=epoch, step=step)
             parts = np.array_split(rows, config.accumulate)
             yield Batch(
-                parts=tuple(self._part(part, len(part) / len(rows), rng, size) for part in parts),
+                parts=tuple(self._part(part, len(part) / len(rows), rng) for part in parts),
                 done=(epoch + step / len(order)) / config.epochs,
                 step=step,
             )
 
-    def _part(
-        self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator, size: int
-    ) -> Part:
+    def _part(self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator) -> Part:
         config, total = self._config, len(rows)
         mine = slice(self._rank, None, self._processes)
         own = torch.from_numpy(rows[mine])
@@ -86,7 +83,7 @@ class DataLoader:
             total, crop_padding=config.crop_padding, flip=config.flip, generator=rng
         )
         return Part(
-            images=resized(to_unit(augment(images, moves.take(mine))), size),
+            images=to_unit(augment(images, moves.take(mine))),
             labels=self._labels[own.to(self._device)],
             weight=weight,
             share=len(own) * self._processes / total * weight,

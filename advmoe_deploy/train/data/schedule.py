@@ -1,7 +1,6 @@
 """Schedules that depend only on the position in a run: learning rates, batches, seeds."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,11 +28,6 @@ def epoch_batches(
     """Return the rows of each batch of this epoch: all images, in batches of nearly one size."""
     order = np.random.default_rng([seed, epoch]).permutation(images).astype(np.int64)
     return np.array_split(order, max(1, math.ceil(images / batch_size)))
-
-
-def image_size(sizes: Sequence[int], epoch: int, epochs: int) -> int | None:
-    """Return the size of the images of ``epoch``, counted from 0; ``None`` without ``sizes``."""
-    return sizes[epoch * len(sizes) // epochs] if sizes else None
 
 
 def step_generator(*, seed: int, epoch: int, step: int) -> torch.Generator:
