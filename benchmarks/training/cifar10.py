@@ -15,7 +15,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.models.routing.routing import effective_routes
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.specs import AttackSpec, AttackTarget
+from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import attack_suite
 from benchmarks.training.digits import share
@@ -44,6 +43,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "cifar10"
 CHUNK = 125
 PGD = AttackSpec(name="pgd", steps=50)
 Flags = NDArray[np.bool_]
+Turn = Callable[[AttackSpec, NDArray[np.int64]], Flags]
 
 
 def autoattack(model: Classifier) -> list[AttackSpec]:
@@ -108,13 +108,24 @@ class Standing:
         partial_.replace(self.path)
 
 
+def turner(model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Turn:
+    """Return what runs an attack on rows of the float images and says which of them stand."""
+
+    def turn(attack: AttackSpec, rows: NDArray[np.int64]) -> Flags:
+        images, labels = x[rows], y[rows]
+        found = find_adversarial(model, images, labels, threat, attack, first_only=True)
+        return (predict(model, found) == labels).numpy()
+
+    return turn
+
+
 def attack_all(
-    turn: Callable[[AttackSpec, NDArray[np.int64]], Flags],
+    turn: Turn,
     model: Classifier,
     standing: Standing,
     images: int,
 ) -> Iterable[tuple[AttackSpec, int]]:
-    """Run every attack on what stands; yield after each chunk. ``turn`` says which rows stand."""
+    """Run every attack on what stands, ``turn`` saying which rows still do; yield each chunk."""
     four = autoattack(model)
     for attack in sequence(model):
         while (done := len(standing.of(attack))) < images:
@@ -201,21 +212,15 @@ def main() -> None:
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = load_dataset(arguments.data).test
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
-    find = partial(find_adversarial, model, threat=checkpoint.threat)
-
-    def turn(attack: AttackSpec, rows: NDArray[np.int64]) -> Flags:
-        images, labels = x[rows], y[rows]
-        found = find(images, labels, attack=attack, first_only=True)
-        return (predict(model, found) == labels).numpy()
-
     clean = (predict(model, x) == y).numpy()
     standing = Standing(arguments.run / "attacked.npz", checkpoint.weights_sha256, clean)
     first = slice(arguments.images)
     routes = {}
     if model.rules:
         through = AttackSpec(name="pgd", target="straight-through", steps=50)
-        attacked = find(x[first], y[first], attack=through)
+        attacked = find_adversarial(model, x[first], y[first], checkpoint.threat, through)
         routes = {"routes": routes_of(model, x[first], y[first], attacked)}
+    turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):
         print(json.dumps({"attack": key_of(attack), "images": images}), flush=True)
         if images < arguments.images:

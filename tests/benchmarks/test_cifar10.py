@@ -1,0 +1,104 @@
+"""The measurement on CIFAR-10: it goes on where it was, and its four attacks are AutoAttack."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.attacks.white_box import predict
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.specs import AttackSpec, ThreatModel
+from benchmarks.training import cifar10
+from benchmarks.training.cifar10 import (
+    Flags,
+    Standing,
+    attack_all,
+    autoattack,
+    key_of,
+    sequence,
+    turner,
+)
+
+IMAGES = 10
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: Path) -> Classifier:
+    return load_checkpoint(trained_run / "model")[1].eval()
+
+
+def by_lot(attack: AttackSpec, rows: NDArray[np.int64]) -> Flags:
+    """Four rows in five stand, which of them depends on nothing but the attack and the row."""
+    seeds = [np.random.default_rng([*key_of(attack).encode(), int(row)]) for row in rows]
+    return np.array([rng.random() < 0.8 for rng in seeds], bool)
+
+
+def test_what_was_stopped_goes_on_to_the_same_flags(
+    model: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "CHUNK", 3)
+    clean = np.arange(IMAGES) % 4 != 0
+    whole = Standing(tmp_path / "whole.npz", "weights", clean)
+    chunks = len(list(attack_all(by_lot, model, whole, IMAGES)))
+    assert chunks == 4 * len(sequence(model))
+    file = tmp_path / "stopped.npz"
+    stopped = attack_all(by_lot, model, Standing(file, "weights", clean), IMAGES)
+    for _ in range(chunks // 2):
+        next(stopped)
+    again = Standing(file, "weights", clean)
+    assert len(list(attack_all(by_lot, model, again, IMAGES))) == chunks - chunks // 2
+    assert again.flags.keys() == whole.flags.keys()
+    for key, flags in whole.flags.items():
+        np.testing.assert_array_equal(again.flags[key], flags)
+    more = Standing(file, "weights", np.ones(IMAGES + 2, bool))
+    assert len(list(attack_all(by_lot, model, more, IMAGES + 2))) == len(sequence(model))
+
+
+def test_autoattack_gets_what_its_own_attacks_left(model: Classifier, tmp_path: Path) -> None:
+    given: dict[str, list[int]] = {}
+
+    def turn(attack: AttackSpec, rows: NDArray[np.int64]) -> Flags:
+        given[key_of(attack)] = rows.tolist()
+        return by_lot(attack, rows)
+
+    standing = Standing(tmp_path / "s.npz", "weights", np.ones(IMAGES, bool))
+    list(attack_all(turn, model, standing, IMAGES))
+    left = np.ones(IMAGES, bool)
+    for attack in autoattack(model):
+        assert given[key_of(attack)] == np.flatnonzero(left).tolist()
+        left &= standing.of(attack)
+    every = standing.after(sequence(model), slice(IMAGES))
+    assert not (every & ~left).any()
+
+
+def test_flags_of_other_weights_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "s.npz"
+    Standing(file, "one", np.ones(2, bool)).add(cifar10.PGD, np.ones(2, bool), 1.0)
+    with pytest.raises(UsageError, match="other weights"):
+        Standing(file, "another", np.ones(2, bool))
+
+
+@pytest.mark.slow
+def test_the_four_in_a_row_are_autoattack(model: Classifier, tmp_path: Path) -> None:
+    test, threat = load_dataset("digits").test.first(30), ThreatModel(epsilon=0.12)
+    x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
+    clean = (predict(model, x) == y).numpy()
+    standing = Standing(tmp_path / "s.npz", "weights", clean)
+    turn = turner(model, x, y, threat)
+    for attack in autoattack(model):
+        rows = np.flatnonzero(standing.after(autoattack(model), slice(len(y))))
+        flags = np.ones(len(y), bool)
+        flags[rows] = turn(attack, rows)
+        standing.add(attack, flags, 0.0)
+    ours = standing.after(autoattack(model), slice(len(y)))
+    found = find_adversarial(model, x, y, threat, AttackSpec(name="autoattack"))
+    theirs = clean & (predict(model, found) == y).numpy()
+    assert 0 < theirs.sum() < clean.sum()
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
