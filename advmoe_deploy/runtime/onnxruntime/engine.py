@@ -27,6 +27,7 @@ from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     find_custom_ops,
     uses_custom_ops,
 )
+from advmoe_deploy.runtime.onnxruntime.gpu_libraries import preload
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 CPU: Provider = "CPUExecutionProvider"
@@ -147,9 +148,7 @@ def _require_provider(runtime: Any, provider: Provider) -> None:
             f"the installed onnxruntime {runtime.__version__} has no {provider}; put another build "
             "in its place: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
-    if hasattr(runtime, "preload_dlls"):  # finds CUDA and cuDNN beside PyTorch or in wheels
-        with redirect_stdout(sys.stderr):
-            runtime.preload_dlls()
+    preload(runtime)
 
 
 def _register(options: Any, custom_ops: CustomOps) -> None:
