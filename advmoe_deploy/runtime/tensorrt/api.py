@@ -5,17 +5,30 @@ This folder keeps to the names that releases 8.6, 10 and 11 share. Where one of 
 the real bindings of each.
 """
 
+import os
 import re
+from collections import deque
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from advmoe_deploy.errors import BackendUnavailableError, missing_extra
+from advmoe_deploy.closing import Closing
+from advmoe_deploy.errors import (
+    BackendUnavailableError,
+    MachineError,
+    missing_extra,
+    reason_of,
+)
 
 # A type of TensorRT's, which a type checker does not know.
 IExecutionContext: TypeAlias = Any
 
 # Before this release a graph without types of its own is all there is.
 STRONG_TYPES = (10, 0, 0)
+# Names a file that gets everything TensorRT says.
+LOG_VARIABLE = "ADVMOE_TENSORRT_LOG"
+_ERRORS = ("ERROR", "INTERNAL_ERROR")
 
 Version = tuple[int, int, int]
 
@@ -75,24 +88,89 @@ def probe(owner: Any, name: str) -> Any:
     return getattr(owner, name, None)
 
 
+class Messages(Closing):
+    """What TensorRT says: its last error is mostly a generic one, and the cause comes before it.
+
+    Whatever ``file`` is given gets all of it, the searches of a build included.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Append to ``file``, if there is one.
+
+        Raises:
+            MachineError: it cannot be written.
+        """
+        self._kept: deque[tuple[int, str, str]] = deque(maxlen=1000)
+        self._count = 0
+        try:
+            self._file = file.open("a", encoding="utf-8", buffering=1) if file else None
+        except OSError as error:
+            raise MachineError(f"{LOG_VARIABLE}={file}: {reason_of(error)}") from None
+
+    def keep(self, severity: str, message: str) -> None:
+        """Take what was said, one of TensorRT's names being its severity."""
+        text = " ".join(message.split())
+        if self._file is not None:
+            self._file.write(f"{severity} {text}\n")
+        if severity in (*_ERRORS, "WARNING"):
+            self._count += 1
+            self._kept.append((self._count, severity, text))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def listen(self) -> "Heard":
+        """Return what will be said from now on."""
+        return Heard(self, self._count)
+
+    def after(self, number: int) -> list[tuple[str, str]]:
+        """Return severity and text of what came after message ``number``, as far as it is kept."""
+        return [(severity, text) for at, severity, text in tuple(self._kept) if at > number]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What TensorRT says during a call, that of other threads included."""
+
+    messages: Messages
+    start: int
+
+    def reason(self) -> str:
+        """Return every error in order, once each; where there is none, every warning."""
+        said = self.messages.after(self.start)
+        errors = [text for severity, text in said if severity in _ERRORS]
+        return "; ".join(dict.fromkeys(errors or [t for _, t in said])) or "it gives no reason"
+
+    def mentions(self, *words: str) -> bool:
+        """Return whether an error or a warning has one of these in it."""
+        return any(word in text for _, text in self.messages.after(self.start) for word in words)
+
+
 @cache
 def logger() -> Any:
-    """Return the logger of this process, which keeps errors in ``problems``.
+    """Return the logger of this process, with ``messages``; TensorRT wants one for all its objects.
 
-    TensorRT wants one for all its objects.
+    Raises:
+        BackendUnavailableError: TensorRT is not installed, or its libraries are not.
+        MachineError: the file that ``ADVMOE_TENSORRT_LOG`` names cannot be written.
     """
     trt = tensorrt()
+    file = os.environ.get(LOG_VARIABLE)
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.problems: list[str] = []
+            self.messages = Messages(Path(file) if file else None)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.problems.append(" ".join(str(message).split()))
-
-        def last_problem(self) -> str:
-            return self.problems[-1] if self.problems else "it gives no reason"
+            self.messages.keep(severity.name, str(message))
 
     return Logger()
+
+
+def listen() -> Heard:
+    """Return what TensorRT will say from now on."""
+    heard: Heard = logger().messages.listen()
+    return heard

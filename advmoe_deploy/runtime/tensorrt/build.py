@@ -25,6 +25,8 @@ from advmoe_deploy.errors import (
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
+    Heard,
+    listen,
     logger,
     probe,
     tensorrt,
@@ -118,7 +120,7 @@ def build_engine(
     """
     trt = tensorrt()
     require_buildable(precision, options)
-    logger().problems.clear()
+    heard = listen()
     builder = _builder()
     network = builder.create_network(_network_flags(trt, with_plugins=with_plugins))
     _parse(trt, network, onnx, name)
@@ -132,7 +134,7 @@ def build_engine(
     _take_timings(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _not_built(name)
+        raise _not_built(name, heard)
     _keep_timings(config, options.timing_cache)
     return bytes(memoryview(plan))
 
@@ -153,14 +155,14 @@ def require_buildable(precision: Precision, options: BuildOptions) -> None:
 
 
 def _builder() -> Any:
-    trt = tensorrt()
+    trt, heard = tensorrt(), listen()
     try:
         builder = trt.Builder(logger())
     except (TypeError, RuntimeError):  # without a GPU there is none to be had
         builder = None
     if builder is None:
         raise BackendUnavailableError(
-            f"TensorRT cannot start: {logger().last_problem()}; it builds only where an NVIDIA GPU "
+            f"TensorRT cannot start: {heard.reason()}; it builds only where an NVIDIA GPU "
             "and its driver are; elsewhere export with --onnx-only"
         )
     return builder
@@ -241,13 +243,13 @@ def _keep_timings(config: Any, file: Path | None) -> None:
             warnings.warn(f"TensorRT's timings could not be kept: {reason_of(error)}", stacklevel=2)
 
 
-def _not_built(name: str) -> Exception:
-    reason = logger().last_problem()
-    if any(words in reason for words in _OUT_OF_MEMORY):
+def _not_built(name: str, heard: Heard) -> Exception:
+    if heard.mentions(*_OUT_OF_MEMORY):
         return MachineError(
-            f"out of GPU memory while {name} was built; lower batch.max or workspace_mib"
+            f"out of GPU memory while {name} was built: {heard.reason()}; lower batch.max or "
+            "workspace_mib"
         )
     return CheckFailedError(
-        f"TensorRT {version_text()} cannot build {name}: {reason}; use another --precision, or a "
-        "newer TensorRT"
+        f"TensorRT {version_text()} cannot build {name}: {heard.reason()}; use another "
+        "--precision, or a newer TensorRT"
     )

@@ -18,6 +18,7 @@ from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleErr
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.api import (
     IExecutionContext,
+    listen,
     logger,
     probe,
     tensorrt,
@@ -88,6 +89,7 @@ class Program(Closing):
         gpu()
         if device is not None:
             require_device(device)
+        heard = listen()
         self.name = "the engine" if isinstance(source, bytes) else str(source)
         runtime = trt.Runtime(logger())
         if device is not None and device.version_compatible:
@@ -96,8 +98,8 @@ class Program(Closing):
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(
-                f"TensorRT {version_text()} cannot load {self.name}: {_reason()}; export it again "
-                "on this machine"
+                f"TensorRT {version_text()} cannot load {self.name}: {heard.reason()}; export it "
+                "again on this machine"
             )
         self._runtime, self._engine = runtime, engine  # the first has to live as long
         self._lock = Lock()
@@ -144,7 +146,7 @@ class Program(Closing):
 
     def _bare_context(self, number: int) -> IExecutionContext:
         """Return a context of this profile, without memory for the tensors inside."""
-        trt = tensorrt()
+        trt, heard = tensorrt(), listen()
         engine = self._engine
         strategies = probe(trt, "ExecutionContextAllocationStrategy")
         with self._lock:
@@ -153,12 +155,14 @@ class Program(Closing):
             else:
                 context = engine.create_execution_context(strategies.USER_MANAGED)
         if context is None:
-            raise BundleError(f"TensorRT cannot run {self.name}: {_reason()}")
+            raise BundleError(f"TensorRT cannot run {self.name}: {heard.reason()}")
         # It begins with the first; before TensorRT 10 only an engine's first context does.
         if context.active_optimization_profile != number:
             with Stream() as stream:  # not the default one: another execution slot may be capturing
                 if not context.set_optimization_profile_async(number, stream.handle):
-                    raise BundleError(f"TensorRT cannot run {self.name} twice at once: {_reason()}")
+                    raise BundleError(
+                        f"TensorRT cannot run {self.name} twice at once: {heard.reason()}"
+                    )
                 stream.wait()
         return context
 
@@ -197,10 +201,6 @@ def numpy_type(kind: Any, owner: str) -> np.dtype[Any]:
         if kind == probe(trt.DataType, name):
             return np.dtype(dtype)
     raise BundleError(f"{owner} has an input or output of type {kind}; export it again")
-
-
-def _reason() -> str:
-    return str(logger().last_problem())
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,10 @@ class Work(Closing):
             _LOG.warning("runs without a CUDA graph, which is slower: %s", error)
 
     def _queue(self, stream: Stream) -> None:
+        heard = listen()
         for context in self._contexts:
             if not context.execute_async_v3(stream.handle):
-                raise BundleError(f"TensorRT cannot run an engine: {_reason()}")
+                raise BundleError(f"TensorRT cannot run an engine: {heard.reason()}")
 
     def made(self, run: int, outputs: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes that the outputs of the run with this number have."""
@@ -278,12 +279,13 @@ def bound_context(
             "bundle again"
         )
     context = program.context(memory, {name: places[name].shape for name in program.inputs})
+    heard = listen()
     for name in program.inputs:
         if not context.set_input_shape(name, places[name].shape):
             raise _misfit(program, name, places[name].shape)
     for name, place in places.items():
         if not context.set_tensor_address(name, place.address):
-            raise BundleError(f"TensorRT does not take {name} of {program.name}: {_reason()}")
+            raise BundleError(f"TensorRT does not take {name} of {program.name}: {heard.reason()}")
     for name in program.outputs:
         made = tuple(context.get_tensor_shape(name))
         if len(made) != len(places[name].shape) or any(

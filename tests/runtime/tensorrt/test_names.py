@@ -127,10 +127,13 @@ sys.modules["tensorrt"] = trt
 from advmoe_deploy.errors import BackendUnavailableError
 from advmoe_deploy.runtime.tensorrt import api
 from advmoe_deploy.runtime.tensorrt import build
-log = api.logger()
-log.log(trt.ILogger.Severity.ERROR, "one\\n  line")
-log.log(trt.ILogger.Severity.WARNING, "not kept")
-said = {"version": api.tensorrt_version(), "problem": log.last_problem()}
+log, heard = api.logger(), api.listen()
+log.log(trt.ILogger.Severity.WARNING, "a warning")
+said = {"version": api.tensorrt_version(), "warnings": heard.reason()}
+log.log(trt.ILogger.Severity.ERROR, "the\\n  cause")
+log.log(trt.ILogger.Severity.VERBOSE, "not kept")
+log.log(trt.ILogger.Severity.INTERNAL_ERROR, "what follows from it")
+said["problem"] = heard.reason()
 said["network"] = build._network_flags(trt)
 said["sources"] = build._sources(trt, ("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"))
 try:
@@ -157,7 +160,8 @@ def test_what_needs_no_gpu_runs_on_the_real_bindings(
     with tensorrt_names.unpacked(tensorrt_names.TENSORRT[version]) as folder:
         said = json.loads(tensorrt_names.run_with(folder, WITHOUT_A_GPU))
     assert (said["version"], said["network"], said["sources"]) == (numbers, network, sources)
-    assert said["problem"] == "one line"
+    assert said["warnings"] == "a warning"
+    assert said["problem"] == "the cause; what follows from it"
     assert "builds only where an NVIDIA GPU and its driver are" in said["error"]
 
 

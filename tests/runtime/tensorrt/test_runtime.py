@@ -1,13 +1,15 @@
 """What of the TensorRT backend needs no TensorRT: shapes, versions, refusals."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle, EngineDevice
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
-from advmoe_deploy.runtime.tensorrt.api import parse_version, probe
-from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.api import LOG_VARIABLE, Messages, parse_version, probe
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions, _not_built
 from advmoe_deploy.runtime.tensorrt.shapes import (
     Shapes,
     narrowest,
@@ -71,6 +73,31 @@ def test_an_array_on_the_device_is_lent() -> None:
     array.is_lent = False
     with pytest.raises(UsageError, match="copy them before the block"):
         _ = array.__cuda_array_interface__
+
+
+def test_of_a_failed_call_every_error_is_told_and_what_came_before_it_is_not(
+    tmp_path: Path,
+) -> None:
+    with Messages(tmp_path / "all.log") as messages:
+        messages.keep("ERROR", "of a call before")
+        heard = messages.listen()
+        assert heard.reason() == "it gives no reason"
+        messages.keep("WARNING", "CUDA initialization failure\n with error: 35")
+        messages.keep("VERBOSE", "a search")
+        assert heard.reason() == "CUDA initialization failure with error: 35"
+        for text in ("Requested 9 bytes: out of memory", "no implementation", "no implementation"):
+            messages.keep("ERROR", text)
+        assert heard.reason() == "Requested 9 bytes: out of memory; no implementation"
+        assert isinstance(_not_built("router", heard), MachineError)
+        later = messages.listen()
+        messages.keep("INTERNAL_ERROR", "no implementation")
+        assert later.reason() == "no implementation"
+        assert not later.mentions("out of memory")
+    said = (tmp_path / "all.log").read_text().splitlines()
+    assert (len(said), said[1]) == (7, "WARNING CUDA initialization failure with error: 35")
+    assert "VERBOSE a search" in said
+    with pytest.raises(MachineError, match=rf"^{LOG_VARIABLE}={tmp_path}: "):
+        Messages(tmp_path)
 
 
 def test_versions_are_numbers() -> None:
