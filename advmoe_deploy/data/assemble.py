@@ -100,6 +100,15 @@ def assemble(
     )
 
 
+def read_split(dealt: Dealt, decoding: Decoding, *, exact: bool) -> Split:
+    """Return a split alone, read.
+
+    Raises:
+        DataError: a file is no readable image.
+    """
+    return _read(dealt, decoding, exact=exact).split
+
+
 def _where(parts: Sequence[_Part], digest: bytes) -> str:
     """Return the name of the first image of this content."""
     part = next(part for part in parts if digest in part.digests)

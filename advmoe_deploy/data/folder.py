@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from advmoe_deploy.data.assemble import Dealt, assemble
-from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, mixed, stratified_parts
+from advmoe_deploy.data.assemble import Dealt, assemble, read_split
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, Split, mixed, stratified_parts
 from advmoe_deploy.data.layouts.find import FOLDERS_FIRST, listings_of
-from advmoe_deploy.data.layouts.listing import Wanted, require_labels
+from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 
@@ -45,7 +45,22 @@ def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
         names,
         train=Dealt(train, train_rows),
         holdout=Dealt(train, holdout_rows),
-        test=Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED)),
+        test=_dealt_test(test),
         decoding=decoding,
         exact=False,
     )
+
+
+def load_folder_test(root: Path, decoding: Decoding) -> Split:
+    """Return the test images alone, in the same order; no training images need be there.
+
+    The rest is as for :func:`load_image_folder`; the classes are those of the test images.
+    """
+    _, test = listings_of(root, _WANTED.test_alone, FOLDERS_FIRST, _WAY_OUT)
+    classes = len(test.class_names) or int(test.labels_N.max(initial=0)) + 1
+    require_labels(str(root), test, classes)
+    return read_split(_dealt_test(test), decoding, exact=False)
+
+
+def _dealt_test(test: Listing) -> Dealt:
+    return Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from advmoe_deploy.data.assemble import Dealt, assemble
-from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, mixed
+from advmoe_deploy.data.assemble import Dealt, assemble, read_split
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, Split, mixed
 from advmoe_deploy.data.layouts.find import TABLES_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.data.notices import say_once
@@ -85,12 +85,11 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
             reached.
     """
     folder = folder or _default_folder(hub_set)
+    where = str(folder or hub_set.hub_name)
     if folder is None:
-        where = hub_set.hub_name
         train, test = (_from_hub(hub_set, split) for split in (hub_set.train, hub_set.test))
     else:
-        where, way_out = str(folder), f"{hub_set.way_out}, a folder of parquet files"
-        train, test = listings_of(folder, hub_set.wanted, TABLES_FIRST, way_out)
+        train, test = _in_folder(hub_set, folder, hub_set.wanted)
     names = _class_names(hub_set, where, train.class_names)
     for listing in (train, test):
         require_labels(where, listing, len(names))
@@ -104,10 +103,34 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
         names,
         train=Dealt(train, mixed(train.labels_N, np.sort(order[size:]), _SEED)),
         holdout=Dealt(train, mixed(train.labels_N, np.sort(order[:size]), _SEED)),
-        test=Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED)),
+        test=_dealt_test(test),
         decoding=decoding,
         exact=True,
     )
+
+
+def load_hub_test(hub_set: HubSet, folder: Path | None, decoding: Decoding) -> Split:
+    """Return the test images alone, in the same order; no training images need be there.
+
+    The rest is as for :func:`load_hub_set`; classes are as the test images' files number them.
+    """
+    folder = folder or _default_folder(hub_set)
+    if folder is None:
+        test = _from_hub(hub_set, hub_set.test)
+    else:
+        _, test = _in_folder(hub_set, folder, hub_set.wanted.test_alone)
+    where = str(folder or hub_set.hub_name)
+    require_labels(where, test, len(_class_names(hub_set, where, test.class_names)))
+    return read_split(_dealt_test(test), decoding, exact=True)
+
+
+def _in_folder(hub_set: HubSet, folder: Path, wanted: Wanted) -> tuple[Listing, Listing]:
+    way_out = f"{hub_set.way_out}, a folder of parquet files"
+    return listings_of(folder, wanted, TABLES_FIRST, way_out)
+
+
+def _dealt_test(test: Listing) -> Dealt:
+    return Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED))
 
 
 def _class_names(hub_set: HubSet, where: str, found: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.digits import load_digits
-from advmoe_deploy.data.folder import load_image_folder
-from advmoe_deploy.data.hub import HUB_SETS, load_hub_set
+from advmoe_deploy.data.folder import load_folder_test, load_image_folder
+from advmoe_deploy.data.hub import HUB_SETS, load_hub_set, load_hub_test
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError, unknown_name
 
@@ -28,16 +28,34 @@ def load_dataset(source: str, decoding: Decoding | None = None) -> Dataset:
         UsageError: no such name, a path that is missing or too much, or a size out of range.
         DataError: a file is missing or damaged, or the hub cannot be reached.
     """
-    source = absolute(source)
-    name, _, path = source.partition(":")
+    name, folder, found = _found(source := absolute(source), decoding)
     if name == "digits":
         return load_digits()
     if name in HUB_SETS:
-        hub_set, folder = HUB_SETS[name], Path(path) if path else None
-        return load_hub_set(hub_set, source, folder, _for_size(hub_set.size, decoding))
+        return load_hub_set(HUB_SETS[name], source, folder, found)
+    return load_image_folder(source, folder or Path(), found)
+
+
+def load_test_split(source: str, decoding: Decoding | None = None) -> Split:
+    """Return the test split of what ``source`` names; the training images need not be there.
+
+    Raises:
+        The same as :func:`load_dataset`.
+    """
+    name, folder, found = _found(absolute(source), decoding)
+    if name == "digits":
+        return load_digits().test
+    if name in HUB_SETS:
+        return load_hub_test(HUB_SETS[name], folder, found)
+    return load_folder_test(folder or Path(), found)
+
+
+def _found(source: str, decoding: Decoding | None) -> tuple[str, Path | None, Decoding]:
+    """Return a source's name, its folder where it says one, and how its images are read."""
+    name, _, path = source.partition(":")
     path, _, size = path.rpartition(_SIZE) if name == "folder" else (path, "", "")
-    pixels = int(size) if size else _IMAGENET_SIZE
-    return load_image_folder(source, Path(path), _for_size(pixels, decoding))
+    pixels = HUB_SETS[name].size if name in HUB_SETS else int(size or _IMAGENET_SIZE)
+    return name, Path(path) if path else None, _for_size(pixels, decoding)
 
 
 def _for_size(size: int, decoding: Decoding | None) -> Decoding:

@@ -77,9 +77,9 @@ def _test_images(work: Work, count: int) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _test_split(data: str) -> Any:
     """Return the test split; decoding takes its time."""
-    from advmoe_deploy.data.registry import load_dataset
+    from advmoe_deploy.data.registry import load_test_split
 
-    return load_dataset(data).test
+    return load_test_split(data)
 
 
 def reference(work: Work) -> Iterator[Part]:

@@ -20,7 +20,7 @@ import torch
 from advmoe_deploy.attacks.route_aware import withstanding
 from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.data.registry import load_test_split
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec
@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     checkpoint, model = load_checkpoint(arguments.run / "model")
     assert checkpoint.threat is not None
-    test = load_dataset(str(checkpoint.provenance["data"])).test
+    test = load_test_split(str(checkpoint.provenance["data"]))
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     rows, union = [], torch.ones(len(y), dtype=torch.bool)
     for name, attack, off in variants():

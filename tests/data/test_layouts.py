@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.data.registry import load_dataset, load_test_split
 from advmoe_deploy.errors import DataError
 from tests.data.images import pixels, png, write_png, write_table
 from tests.data.layouts import (
@@ -47,6 +48,32 @@ def test_a_layout_is_read_with_its_labels(
     assert learned == {pixels(n).transpose(2, 0, 1).tobytes(): n % 10 for n in TRAIN}
     for image, label in zip(data.test.images, data.test.labels, strict=True):
         assert np.array_equal(image.transpose(1, 2, 0), pixels(20 + label))
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+@pytest.mark.parametrize("source", ["cifar10:{}", "folder:{}?size=32"])
+def test_test_images_are_read_where_there_are_no_others(
+    tmp_path: Path, source: str, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path)
+    for path in [*tmp_path.rglob("*train*"), *tmp_path.rglob("data_batch*")]:
+        if path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if write is annotated:  # its classes are the folders of the training images
+        with pytest.raises(DataError, match="holds 1 class folder"):
+            load_test_split(source.format(tmp_path))
+        return
+    split = load_test_split(source.format(tmp_path))
+    assert sorted(split.labels.tolist()) == list(range(10))
+    for image, label in zip(split.images, split.labels.tolist(), strict=True):
+        assert np.array_equal(image.transpose(1, 2, 0), pixels(20 + label))
+    with pytest.raises(DataError):
+        load_dataset(source.format(tmp_path))
+
+
+def test_test_images_alone_are_those_of_the_data_set() -> None:
+    one, other = load_test_split("digits"), load_dataset("digits").test
+    np.testing.assert_array_equal(one.images, other.images)
 
 
 def test_the_content_is_the_same_in_every_layout(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,15 @@ _RELEASES = (
 )
 
 
-def cifar_batches(tree: Tree, _: Wanted) -> tuple[Listing, Listing] | None:
+def cifar_batches(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
     """Return the training and test batches below a folder, or ``None`` if there are none.
 
     Raises:
         DataError: one of them is missing or damaged.
     """
     files = set(tree.files)
-    for release in _RELEASES:
+    for whole in _RELEASES:
+        release = replace(whole, train=(whole.test,)) if wanted.is_test_alone else whole
         folders = [parent_of(f) for f in tree.files if Path(f).name == release.train[0]]
         beside = ("test_batch", "test_batch.bin", release.names)  # other files are called train
         folders = [f for f in folders if any(_join(f, name) in files for name in beside)]

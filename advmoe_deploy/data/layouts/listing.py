@@ -40,6 +40,16 @@ class Wanted:
     train: tuple[str, ...] = ("train", "training")
     test: tuple[str, ...] = ("test", "valid", "validation", "val", "testing")
 
+    @property
+    def test_alone(self) -> "Wanted":
+        """The same where no training images are wanted: the test images stand in their place."""
+        return replace(self, train=self.test)
+
+    @property
+    def is_test_alone(self) -> bool:
+        """Whether training images are not wanted."""
+        return self.train == self.test
+
 
 def joined(parts: Sequence[Listing]) -> Listing:
     """Return the listing of several files, one after the other, named as the first names them.
