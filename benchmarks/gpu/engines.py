@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.plan import Plan
 from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
@@ -127,7 +126,7 @@ def tactics() -> tuple[str, ...] | None:
     return own if tensorrt_version() < STRONG_TYPES else None
 
 
-def open_moe(work: Work, model: str, precision: Precision) -> Runner:
+def open_moe(work: Work, model: str, precision: Precision) -> DeviceRunner:
     """Return the runner of a set."""
     from advmoe_deploy.runtime.tensorrt.load import graph_files
 
@@ -142,7 +141,7 @@ def open_plan(
     plan: Plan,
     graphs: Mapping[str, Path],
     precision: Precision,
-) -> Runner:
+) -> DeviceRunner:
     """Return the runner of ``plan`` over the engines of these graphs.
 
     In a dry run, over the graphs in ONNX Runtime.
@@ -213,39 +212,6 @@ def compared(work: Work, model: str, runner: Runner) -> Record:
     }
 
 
-def latency(work: Work) -> Iterator[Part]:
-    """Time the MoE, both ways, and its baselines in turn, from images in memory to answers."""
-    for model in work.models:
-        for precision in work.precisions:
-            for batch in work.batches:
-                name = f"{model} {precision} batch {batch}"
-                yield name, partial(_latency, work, model, precision, batch)
-
-
-def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
-
-    pixels = images_of(work, model, batch)
-    folder = work.engines(model, precision)
-    with ExitStack() as stack:
-        moe = stack.enter_context(open_moe(work, model, precision))
-        calls: dict[str, Callable[[], object]] = {"moe": partial(moe.infer, pixels)}
-        for name in BASELINES:
-            engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
-            calls[name] = partial(answer_of, engine, pixels)
-        ids = moe.infer(pixels).expert_ids
-        times = time_interleaved(calls, warmup=10, budget_s=work.seconds, most=3000)
-    loads = {layer: np.bincount(each.reshape(-1)).tolist() for layer, each in ids.items()}
-    return {"loads": loads, "times": summary(times), "ratios": ratios_to(times, "dense")}
-
-
-def answer_of(engine: Any, pixels: np.ndarray) -> object:
-    """Run a baseline as a runner would: its images are checked, too."""
-    from advmoe_deploy.runtime.images import checked_images
-
-    return engine.run({"images": checked_images(pixels, pixels.shape[1:])})
-
-
 def images_of(work: Work, model: str, batch: int) -> np.ndarray:
     """Return as many test images; they repeat where there are fewer."""
     with np.load(work.reference(model)) as stored:
@@ -255,55 +221,6 @@ def images_of(work: Work, model: str, batch: int) -> np.ndarray:
 
 def _as_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / np.float32(255)
-
-
-def parts(work: Work) -> Iterator[Part]:
-    """Time each engine alone on the GPU: what is left of the MoE's time is routing."""
-    for model in work.models:
-        for precision in work.precisions:
-            for batch in work.batches:
-                name = f"{model} {precision} batch {batch}"
-                yield name, partial(_parts, work, model, precision, batch)
-
-
-def _parts(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
-
-    _, chosen = set_of(work, model, precision)
-    with open_moe(work, model, precision) as runner:
-        ids = runner.infer(images_of(work, model, batch)).expert_ids
-    milliseconds = {}
-    names = [segment.name for segment in chosen.plan.segments]
-    for name in [*names, *BASELINES]:
-        inputs = _inputs(work, model, chosen.plan, name, batch, ids)
-        if inputs is not None:
-            file = work.engines(model, precision) / f"{name}.engine"
-            with TensorRtEngine(file, contexts=1) as engine:
-                milliseconds[name] = engine.device_ms(inputs, rounds=50)
-    return {name: {"p50_ms": float(np.median(ms)), "ms": ms} for name, ms in milliseconds.items()}
-
-
-def _inputs(
-    work: Work, model: str, plan: Plan, name: str, batch: int, ids: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray] | None:
-    """Return inputs of as many rows as an engine gets in this batch; nothing if it gets none."""
-    if name in BASELINES:
-        return {"images": images_of(work, model, batch)}
-    experts = [step for step in plan.steps if isinstance(step, ExpertsStep)]
-    rows = {
-        segment: int((ids[step.layer] == expert).sum())
-        for step in experts
-        for expert, segment in zip(plan.route(step.layer).kept, step.segments, strict=True)
-    }
-    random = np.random.default_rng(0)
-    inputs = {}
-    for end in plan.segment(name).inputs:
-        first = str(end.shape[0])
-        count = rows[name] if first == "R" else batch * int(first.removesuffix("N").strip("*") or 1)
-        if count == 0:
-            return None
-        inputs[end.name] = random.random((count, *map(int, end.shape[1:])), np.float32)
-    return inputs
 
 
 def onnxruntime(work: Work) -> Iterator[Part]:

@@ -96,7 +96,7 @@ def _failure(error: Exception) -> Record:
 
 def stages() -> dict[str, Stage]:
     """Return the stages by name, in the order in which they build on each other."""
-    from benchmarks.gpu import device, engines
+    from benchmarks.gpu import device, engines, timing
     from benchmarks.gpu import eager as of_torch
     from benchmarks.gpu import one_engine as whole
     from benchmarks.gpu import router_plugin as router
@@ -107,8 +107,8 @@ def stages() -> dict[str, Stage]:
         "reference": of_torch.reference,
         "build": engines.build,
         "parity": engines.parity,
-        "latency": engines.latency,
-        "parts": engines.parts,
+        "latency": timing.latency,
+        "parts": timing.parts,
         "one_engine": whole.one_engine,
         "router_tail": router.router_tail,
         "onnxruntime": engines.onnxruntime,
@@ -118,7 +118,7 @@ def stages() -> dict[str, Stage]:
     }
 
 
-WITHOUT_GPU = ("export", "reference", "build", "parity", "one_engine")
+WITHOUT_GPU = ("export", "reference", "build", "parity", "latency", "parts", "one_engine")
 _MOST_BEGUN = 2
 
 

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from advmoe_deploy.profiling.timing import time_interleaved
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
-from benchmarks.gpu.common import Record, Work, ratios_to, summary
+from benchmarks.gpu.common import Record, Work
 from benchmarks.gpu.engines import (
     BASELINES,
-    answer_of,
     build_one,
     compared,
     image_shapes,
@@ -23,6 +21,7 @@ from benchmarks.gpu.engines import (
     open_plan,
     set_of,
 )
+from benchmarks.gpu.timing import open_baseline, timed
 
 Part = tuple[str, Callable[[], Any]]
 
@@ -59,7 +58,7 @@ def _build(work: Work, model: str, precision: Precision) -> Record:
     return build_one(work, file, image_shapes(bundle), precision, target)
 
 
-def _open(work: Work, model: str, precision: Precision) -> Runner:
+def _open(work: Work, model: str, precision: Precision) -> DeviceRunner:
     from benchmarks.gpu.experiments.whole_graph import WHOLE, whole_plan
 
     _, chosen = set_of(work, model, precision)
@@ -77,22 +76,11 @@ def _parity(work: Work, model: str, precision: Precision) -> Record:
 
 
 def _latency(work: Work, model: str, precision: Precision, batch: int) -> Record:
-    from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
-
-    pixels, folder = images_of(work, model, batch), work.engines(model, precision)
     with ExitStack() as stack:
-        one = stack.enter_context(_open(work, model, precision))
-        many = stack.enter_context(open_moe(work, model, precision))
-        calls: dict[str, Callable[[], object]] = {
-            "one engine": partial(one.infer, pixels),
-            "moe": partial(many.infer, pixels),
+        runners = {
+            "one engine": stack.enter_context(_open(work, model, precision)),
+            "moe": stack.enter_context(open_moe(work, model, precision)),
         }
         for name in BASELINES:
-            engine = stack.enter_context(TensorRtEngine(folder / f"{name}.engine"))
-            calls[name] = partial(answer_of, engine, pixels)
-        times = time_interleaved(calls, warmup=10, budget_s=work.seconds, most=3000)
-    return {
-        "times": summary(times),
-        "ratios": ratios_to(times, "dense"),
-        "against the many": ratios_to(times, "moe"),
-    }
+            runners[name] = stack.enter_context(open_baseline(work, model, name, precision))
+        return timed(work, runners, images_of(work, model, batch), bases=("dense", "moe"))

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.closing import Closing
+from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
 from advmoe_deploy.runtime.dispatch import Dispatch, combined, dispatch
 from advmoe_deploy.runtime.engine import OpenEngine, Source
-from advmoe_deploy.runtime.images import checked_images
+from advmoe_deploy.runtime.images import require_pixels, shaped_images
 from advmoe_deploy.runtime.routing import route as routed
 from advmoe_deploy.runtime.runner import Prediction, joined, prediction_of
 from advmoe_deploy.runtime.tensorrt.layout import Layer, Layout, grouped_name, positions_name
@@ -105,14 +106,36 @@ class DeviceRunner(Closing):
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
-        checked = checked_images(images, self._image_shape)
+        shaped = shaped_images(images, self._image_shape)
         most = self._layout.batch.max
-        parts = [self._infer(checked[i : i + most]) for i in range(0, len(checked), most)]
+        try:
+            parts = [self._infer(shaped[i : i + most]) for i in range(0, len(shaped), most)]
+        except InputError:
+            require_pixels(shaped)  # says it of all images, not of those that were written together
+            raise
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def _infer(self, images: NDArray[np.float32]) -> Prediction:
         with self._slots.slot() as slot:
             return _Batch(self._layout, slot, images).run()
+
+    def device_ms(self, images: NDArray[np.float32]) -> float:
+        """Return the device's milliseconds for a batch, from images there to answers here.
+
+        On a GPU by events around all that is queued, so waits for the host between engines count,
+        and checking and sending the images does not.
+
+        Raises:
+            UsageError: there are more images than engines take at once.
+        """
+        shaped = shaped_images(images, self._image_shape)
+        if len(shaped) > self._layout.batch.max:
+            raise UsageError(f"{len(shaped)} images; time at most {self._layout.batch.max} at once")
+        with self._slots.slot() as slot:
+            batch = _Batch(self._layout, slot, shaped)
+            slot.begin()
+            batch.run()
+            return slot.elapsed_ms()
 
     def close(self) -> None:
         """Release every execution slot, once nobody runs on it any more."""
@@ -129,7 +152,7 @@ class _Batch:
         self.padded = max(bucket(self.count, layout.batch.max), layout.batch.min)
         self.moved: dict[str, View] = {}
         self.host: dict[str, NDArray[Any]] = {}
-        slot.put(self.plan.inputs[0], images)
+        slot.put(self.plan.inputs[0], images, check=require_pixels)
 
     def run(self) -> Prediction:
         """Run the steps of the plan; experts run on their rows, once these are known."""

@@ -18,12 +18,14 @@ from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 from advmoe_deploy.runtime.tensorrt.program import Place, Program, Work, bound_context
 from advmoe_deploy.runtime.tensorrt.rows import fitting_batch
-from advmoe_deploy.runtime.tensorrt.slots import Call, View
+from advmoe_deploy.runtime.tensorrt.slots import Call, Check, View
 
 # Prepared runs per execution slot: each of a batch size, or of a number of an expert's rows. Then
 # the least recently used one goes.
 _MOST_PREPARED = 512
 _ENGINE = "engine"
+# On their way to the GPU while the next ones are checked; few enough for a CPU's cache.
+_PIECE_BYTES = 1 << 20
 # Queued together when time is taken: the GPU would else wait for the host to queue the next.
 _RUNS_PER_ROUND = 4
 
@@ -90,6 +92,8 @@ class TensorRtSlot(Closing):
         with ExitStack() as stack:
             self._streams = [stack.enter_context(Stream()) for _ in range(streams)]
             self._events = [stack.enter_context(Event()) for _ in range(streams)]
+            self._begun = stack.enter_context(Event())
+            self._fetched = [stack.enter_context(Event()) for _ in range(streams)]
             self._buffers = {
                 name: stack.enter_context(DeviceBuffer(stored.bytes))
                 for name, stored in tensors.items()
@@ -103,15 +107,27 @@ class TensorRtSlot(Closing):
         # Which stream makes what lies from a row on, unless that is done for sure.
         self._makers: dict[tuple[str, int], int] = {}
         self._busy: set[int] = set()
+        # The streams that rows were fetched on since time is taken; nothing while it is not.
+        self._timed: set[int] | None = None
 
-    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
-        """Write ``values`` into the first rows of ``tensor``, cast to its type."""
-        stored = self._tensors[tensor]
-        pinned = self._staging(tensor)
-        pinned.array(values.shape, stored.dtype)[...] = values
-        size = len(values) * stored.row_bytes
-        self._streams[stream].upload(self._buffers[tensor].address, pinned.address, size)
+    def put(
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+    ) -> None:
+        """Write ``values`` into the first rows of ``tensor``, cast to its type.
+
+        They are given to ``check`` piece by piece, each before it is written and sent.
+        """
+        stored, target, pinned = self._tensors[tensor], self._buffers[tensor], self._staging(tensor)
+        written = pinned.array(values.shape, stored.dtype)
+        rows = max(1, _PIECE_BYTES // stored.row_bytes)
         self._made(View(tensor, len(values)), stream)
+        for first in range(0, len(values), rows):
+            piece, offset = values[first : first + rows], first * stored.row_bytes
+            if check is not None:
+                check(piece)
+            written[first : first + rows] = piece
+            size = len(piece) * stored.row_bytes
+            self._streams[stream].upload(target.address + offset, pinned.address + offset, size)
 
     def run(self, *calls: Call, stream: int = 0) -> None:
         """Queue runs of engines; the streams that make their inputs are waited for."""
@@ -132,6 +148,10 @@ class TensorRtSlot(Closing):
     def get(self, *views: View) -> list[NDArray[Any]]:
         """Return copies of these rows; waits for what makes them."""
         arrays, waited = [], dict.fromkeys(map(self._download, views))
+        if self._timed is not None:
+            self._timed.update(waited)
+            for stream in waited:
+                self._fetched[stream].record(self._streams[stream])
         for stream in waited:
             self._finish(stream)
         for view in views:
@@ -139,6 +159,16 @@ class TensorRtSlot(Closing):
             whole = self._staging(view.tensor).array((stored.rows, *stored.rest), stored.dtype)
             arrays.append(whole[view.start : view.start + view.rows].copy())
         return arrays
+
+    def begin(self) -> None:
+        """Take the GPU's time from here on, behind everything put so far."""
+        self._begun.record(self._streams[0])
+        self._timed = set()
+
+    def elapsed_ms(self) -> float:
+        """Return its milliseconds from then on until the last rows were fetched."""
+        streams, self._timed = self._timed or (), None
+        return max((self._fetched[each].ms_since(self._begun) for each in streams), default=0.0)
 
     def settle(self) -> None:
         """Wait until nothing is under way any more."""

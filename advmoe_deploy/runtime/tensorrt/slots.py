@@ -4,13 +4,17 @@ A slot belongs to one batch from its images to its answer, so it needs no locks;
 answer several threads at once has several.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.engine import Engine
+
+# Raises if rows are not such as may be given.
+Check: TypeAlias = Callable[[NDArray[Any]], None]
 
 
 class View(NamedTuple):
@@ -32,14 +36,25 @@ class Call(NamedTuple):
 class ExecutionSlot(Protocol):
     """Tensors by name, of a fixed capacity of rows, and engines that read and write them."""
 
-    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
-        """Write ``values`` into the first rows of ``tensor``, cast to its type."""
+    def put(
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+    ) -> None:
+        """Write ``values`` into the first rows of ``tensor``, cast to its type.
+
+        They are given to ``check`` piece by piece, each before it is written.
+        """
 
     def run(self, *calls: Call, stream: int = 0) -> None:
         """Run graphs one after the other; streams run side by side."""
 
     def get(self, *views: View) -> list[NDArray[Any]]:
         """Return copies of these rows; waits for what makes them."""
+
+    def begin(self) -> None:
+        """Take the device's time from here on, behind everything put so far."""
+
+    def elapsed_ms(self) -> float:
+        """Return its milliseconds from then on until the last rows were fetched."""
 
     def settle(self) -> None:
         """Wait until nothing is under way any more."""
@@ -57,9 +72,14 @@ class HostSlot:
         self._engines = engines
         self._capacity = capacity
         self._tensors: dict[str, NDArray[Any]] = {}
+        self._begun = self._fetched = 0.0
 
-    def put(self, tensor: str, values: NDArray[Any], stream: int = 0) -> None:
+    def put(
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+    ) -> None:
         """Write ``values`` into the first rows of ``tensor``."""
+        if check is not None:
+            check(values)
         self._place(tensor, values)[: len(values)] = values
 
     def run(self, *calls: Call, stream: int = 0) -> None:
@@ -73,7 +93,17 @@ class HostSlot:
 
     def get(self, *views: View) -> list[NDArray[Any]]:
         """Return copies of these rows."""
-        return [self._rows(view).copy() for view in views]
+        rows = [self._rows(view).copy() for view in views]
+        self._fetched = time.perf_counter()
+        return rows
+
+    def begin(self) -> None:
+        """Take the time from here on."""
+        self._begun = time.perf_counter()
+
+    def elapsed_ms(self) -> float:
+        """Return the milliseconds from then on until the last rows were fetched."""
+        return 1e3 * (self._fetched - self._begun)
 
     def settle(self) -> None:
         """Do nothing: every call has ended before it returned."""

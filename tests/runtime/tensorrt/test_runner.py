@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
@@ -123,6 +123,29 @@ def test_experts_run_on_their_own_rows_only(families: Families) -> None:
         calls = len(seen["logits.dispatch"])
         runner.infer(IMAGES[:1])
         assert len(seen["logits.dispatch"]) == calls  # one image: nothing to gather
+
+
+def test_pixels_are_checked_as_they_are_written_and_said_of_all(families: Families) -> None:
+    with device_runner(families["dense ViT"][1]) as runner:
+        spoilt = IMAGES.copy()
+        spoilt[20, 0, 3, 3] = np.nan  # in the second batch
+        spoilt[2, 0, 3, 3] = np.inf
+        with pytest.raises(InputError, match=r"^2 of 24 images hold pixels that are not finite"):
+            runner.infer(spoilt)
+        spoilt = IMAGES.copy()
+        spoilt[23, 0, 3, 3] = -0.5
+        with pytest.raises(InputError, match=r"^pixels reach from -0.5 to "):
+            runner.infer(spoilt)
+        assert len(runner.infer(np.full_like(IMAGES, -0.0)).logits) == len(IMAGES)
+
+
+def test_the_time_of_a_device_is_that_of_a_batch_at_once(families: Families) -> None:
+    seen: dict[str, list[dict[str, Any]]] = {}
+    with device_runner(families["wide ResNet"][1], seen=seen) as runner:
+        assert runner.device_ms(IMAGES[:18]) > 0
+        assert len(seen["router"]) == 1
+        with pytest.raises(UsageError, match="at most 18 at once"):
+            runner.device_ms(IMAGES)
 
 
 def test_a_closed_runner_says_so(families: Families) -> None:
