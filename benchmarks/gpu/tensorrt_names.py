@@ -30,7 +30,8 @@ PATHFINDER = "cuda-pathfinder==1.*"
 # What builds and runs a network; its layers are the parser's business.
 CLASSES = """
     Builder BuilderFlag DataType EngineInspector HardwareCompatibilityLevel IBuilderConfig
-    ICudaEngine IExecutionContext IHostMemory ILogger INetworkDefinition IOptimizationProfile
+    ICudaEngine IExecutionContext IHostMemory ILayer ILogger INetworkDefinition
+    IOptimizationProfile
     IOutputAllocator IProfiler ITensor ITimingCache LayerInformationFormat Logger MemoryPoolType
     NetworkDefinitionCreationFlag OnnxParser ParserError PreviewFeature ProfilingVerbosity Runtime
     TacticSource TensorIOMode

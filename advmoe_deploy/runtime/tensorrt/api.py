@@ -21,8 +21,11 @@ from advmoe_deploy.errors import (
     reason_of,
 )
 
-# A type of TensorRT's, which a type checker does not know.
+# Types of TensorRT's, which a type checker does not know.
 IExecutionContext: TypeAlias = Any
+ILayer: TypeAlias = Any
+INetworkDefinition: TypeAlias = Any
+ITensor: TypeAlias = Any
 
 # Before this release a graph without types of its own is all there is.
 STRONG_TYPES = (10, 0, 0)

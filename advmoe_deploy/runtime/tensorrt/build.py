@@ -2,7 +2,8 @@
 
 Written against the documented interface; not run on a GPU yet. Precision is in the graph: float16
 tensors, bfloat16 tensors, Q/DQ pairs. Releases from 10 on take it from there (strong typing);
-before, flags allow it, and TensorRT may still choose float32 where that is faster.
+before, flags allow it, and TensorRT may still choose float32 where that is faster; what the graph
+has in float32, as what leads to scores alone, is held to it there.
 """
 
 import os
@@ -26,6 +27,9 @@ from advmoe_deploy.files import write_atomically
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
     Heard,
+    ILayer,
+    INetworkDefinition,
+    ITensor,
     listen,
     logger,
     probe,
@@ -126,6 +130,8 @@ def build_engine(
     _parse(trt, network, onnx, name)
     config = builder.create_builder_config()
     _configure(trt, config, options, precision)
+    if precision == "fp16" and tensorrt_version() < STRONG_TYPES:
+        _keep_float32(trt, config, network)
     for each in options.profiles(shapes):
         profile = builder.create_optimization_profile()
         for tensor, sizes in each.items():
@@ -213,6 +219,46 @@ def _configure(trt: Any, config: Any, options: BuildOptions, precision: Precisio
         config.builder_optimization_level = options.optimization_level
     if options.tactic_sources is not None:
         config.set_tactic_sources(_sources(trt, options.tactic_sources))
+
+
+def _keep_float32(trt: Any, config: Any, network: Any) -> None:
+    """Hold layers to float32 that the graph has in it, where flags would let them run in float16.
+
+    They are what leads to scores alone: close ones would change places, and with them the route.
+    """
+    layers = float32_layers(network)
+    if layers:
+        config.set_flag(probe(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS"))
+    for layer in layers:
+        setattr(layer, "precision", trt.DataType.FLOAT)  # noqa: B010 (release 11 has no such name)
+        for index in range(layer.num_outputs):
+            if _is_float(layer.get_output(index)):  # not the ids that come with the best scores
+                probe(layer, "set_output_type")(index, trt.DataType.FLOAT)
+
+
+def float32_layers(network: INetworkDefinition) -> list[ILayer]:
+    """Return the layers of a parsed graph that compute what it has in float32, casts aside.
+
+    Types are followed from inputs and casts on: what tensors between them are said to be is not
+    what the graph says, where types are not strong.
+    """
+    ends = [network.get_input(index) for index in range(network.num_inputs)]
+    every = [network.get_layer(index) for index in range(network.num_layers)]
+    exact, layers = {end.name for end in ends if _is_float(end, "FLOAT")}, []
+    for layer in every:
+        given = [layer.get_input(index) for index in range(layer.num_inputs)]
+        made = [layer.get_output(index) for index in range(layer.num_outputs)]
+        if layer.type.name == "CAST":
+            exact.update(tensor.name for tensor in made if _is_float(tensor, "FLOAT"))
+        elif any(tensor is not None and tensor.name in exact for tensor in given):
+            floats = [tensor.name for tensor in made if _is_float(tensor)]
+            exact.update(floats)
+            layers += [layer] if floats else []
+    return layers
+
+
+def _is_float(tensor: ITensor, *kinds: str) -> bool:
+    return tensor.dtype.name in (kinds or ("FLOAT", "HALF"))
 
 
 def _sources(trt: Any, names: tuple[str, ...]) -> int:

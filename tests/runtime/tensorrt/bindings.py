@@ -23,6 +23,11 @@ RETURNS = {
     ("IBuilderConfig", "get_timing_cache"): "ITimingCache",
     ("ICudaEngine", "create_execution_context"): "IExecutionContext",
     ("ICudaEngine", "create_execution_context_without_device_memory"): "IExecutionContext",
+    ("ILayer", "get_input"): "ITensor",
+    ("ILayer", "get_output"): "ITensor",
+    ("INetworkDefinition", "get_input"): "ITensor",
+    ("INetworkDefinition", "get_layer"): "ILayer",
+    ("INetworkDefinition", "get_output"): "ITensor",
     ("OnnxParser", "get_error"): "ParserError",
     ("Runtime", "deserialize_cuda_engine"): "ICudaEngine",
 }

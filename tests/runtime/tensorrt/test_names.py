@@ -42,7 +42,8 @@ def lacking(names: set[Name], release: dict[str, list[str]]) -> set[Name]:
     return {
         (owner, name)
         for owner, name in names
-        if name not in release.get(owner, []) and name != "__init__"
+        # The facts leave out "name", which every member of an enumeration has.
+        if name not in release.get(owner, []) and name not in ("__init__", "name")
     }
 
 
