@@ -27,7 +27,7 @@ from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     find_custom_ops,
     uses_custom_ops,
 )
-from advmoe_deploy.runtime.onnxruntime.gpu_libraries import preload
+from advmoe_deploy.runtime.onnxruntime.gpu_libraries import load_tensorrt, preload
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 CPU: Provider = "CPUExecutionProvider"
@@ -149,6 +149,8 @@ def _require_provider(runtime: Any, provider: Provider) -> None:
             "in its place: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
     preload(runtime)
+    if provider == "TensorrtExecutionProvider":
+        load_tensorrt(runtime)
 
 
 def _register(options: Any, custom_ops: CustomOps) -> None:

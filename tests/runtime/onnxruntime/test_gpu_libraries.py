@@ -18,25 +18,62 @@ with open("/proc/self/maps") as maps:
 """
 
 
-def make_library(file: Path, source: str = "int nothing;") -> str:
-    """Compile an empty library of this name, and return where it is."""
+# What the provider is linked to, here with stand-ins for both.
+TENSORRT = """
+from types import SimpleNamespace
+from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.onnxruntime.gpu_libraries import load_tensorrt
+try:
+    load_tensorrt(SimpleNamespace(__file__="ort/__init__.py", __version__="1.31.1"))
+except BackendUnavailableError as error:
+    print(error)
+with open("/proc/self/maps") as maps:
+    print(sorted({line.split()[-1].rpartition("/")[2] for line in maps if "libnv" in line}))
+"""
+
+
+def make_library(file: Path, *needed: str) -> str:
+    """Compile an empty library of this name that needs others, and return where it is."""
     file.parent.mkdir(parents=True, exist_ok=True)
     command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{file.name}", "-xc", "-", "-o", str(file)]
-    subprocess.run(command, input=source, text=True, check=True, timeout=60)
+    command += ["-xnone", "-Wl,--no-as-needed", *needed]
+    subprocess.run(command, input="int nothing;", text=True, check=True, timeout=60)
     return str(file)
 
 
-def test_wheels_outside_of_onnxruntimes_own_site_are_found(tmp_path: Path) -> None:
-    one = make_library(tmp_path / "a" / "nvidia" / "cu13" / "lib" / "libcublasLt.so.13")
-    other = make_library(tmp_path / "b" / "nvidia" / "cudnn" / "lib" / "libcudnn.so.9")
+def said_by(program: str, folder: Path, *paths: Path) -> list[str]:
+    """Return the lines that a program prints in ``folder`` that imports from ``paths``, too."""
     done = subprocess.run(
-        [sys.executable, "-c", PRELOAD],
-        env={"PYTHONPATH": f"{tmp_path / 'a'}:{tmp_path / 'b'}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": ":".join(map(str, (*paths, ROOT))), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         timeout=120,
     )
-    folders, loaded = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_onnxruntimes_tensorrt_is_that_which_it_was_linked_to(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    names = ("libnvinfer.so.10", "libnvonnxparser.so.10")
+    needed = [make_library(site / "tensorrt_libs" / name) for name in names]
+    provider = "libonnxruntime_providers_tensorrt.so"
+    make_library(tmp_path / "ort" / "capi" / provider, *needed)
+    assert said_by(TENSORRT, tmp_path, site) == [str(list(names))]
+    (site / "tensorrt_libs" / names[0]).rename(site / "tensorrt_libs" / "libnvinfer.so.11")
+    refusal, loaded = said_by(TENSORRT, tmp_path, site)
+    assert refusal == (
+        "onnxruntime 1.31.1 was linked to TensorRT 10, and no libnvinfer.so.10 can be loaded; "
+        "run: pip install 'tensorrt>=10,<11'"
+    )
+    assert loaded == "[]"
+
+
+def test_wheels_outside_of_onnxruntimes_own_site_are_found(tmp_path: Path) -> None:
+    one = make_library(tmp_path / "a" / "nvidia" / "cu13" / "lib" / "libcublasLt.so.13")
+    other = make_library(tmp_path / "b" / "nvidia" / "cudnn" / "lib" / "libcudnn.so.9")
+    folders, loaded = said_by(PRELOAD, tmp_path, tmp_path / "a", tmp_path / "b")
     assert folders == str([str(Path(file).parent) for file in (one, other)])
     assert loaded == str([one, other])
