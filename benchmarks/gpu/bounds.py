@@ -15,7 +15,15 @@ _SHARE_AT_256, _MS_AT_1 = 0.15, 0.030
 
 def bounds(measured: dict[str, Record]) -> list[Record]:
     """Return each bound with what was measured, where it was."""
-    return [*_parity(_parts(measured, "parity")), *_speed(measured), *_routing(measured)]
+    parity = [*_parity(_parts(measured, "parity")), *_parity(_ort_parity(measured))]
+    return [*parity, *_speed(measured), *_routing(measured)]
+
+
+def _ort_parity(measured: dict[str, Record]) -> Record:
+    """Return what ONNX Runtime answers, which computes in fp32; TensorRT's provider in TF32."""
+    parts = _parts(measured, "onnxruntime")
+    exact = {n: part for n, part in parts.items() if n.endswith("-cuda parity")}
+    return {f"{name.removesuffix(' parity')} fp32": part for name, part in exact.items()}
 
 
 def _parts(measured: dict[str, Record], stage: str) -> Record:

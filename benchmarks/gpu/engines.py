@@ -11,7 +11,6 @@ import numpy as np
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import Plan
-from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
@@ -224,14 +223,26 @@ def _as_float(images: np.ndarray) -> np.ndarray:
 
 
 def onnxruntime(work: Work) -> Iterator[Part]:
-    """Time our one graph and the dense network on ONNX Runtime's providers for GPUs."""
+    """Compare and time our one graph on ONNX Runtime's providers for GPUs, beside dense.
+
+    In a dry run, on the CPU.
+    """
     for model in work.models:
-        for engine in ("onnxruntime-cuda", "onnxruntime-trt"):
+        for engine in ("onnxruntime",) if work.dry else ("onnxruntime-cuda", "onnxruntime-trt"):
+            yield f"{model} {engine} parity", partial(_ort_parity, work, model, engine)
             for batch in work.batches:
                 yield f"{model} {engine} batch {batch}", partial(_ort, work, model, engine, batch)
 
 
+def _ort_parity(work: Work, model: str, engine: str) -> Record:
+    from advmoe_deploy.runtime.select import open_runner
+
+    with open_runner(_opened(work.bundle(model)), engine) as runner:
+        return compared(work, model, runner)
+
+
 def _ort(work: Work, model: str, engine: str, batch: int) -> Record:
+    from advmoe_deploy.profiling.timing import time_interleaved
     from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
     from advmoe_deploy.runtime.select import PROVIDERS, open_runner
 

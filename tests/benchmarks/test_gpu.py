@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu.bounds import bounds
 from benchmarks.gpu.main import Work, main, run_stage
 
 
@@ -86,6 +87,28 @@ def test_another_machine_begins_anew(work: Work, capsys: pytest.CaptureFixture[s
     run_stage("s", stage, work, out)
     assert stage.counts == {"first": 2, "second": 2}
     assert "of another machine" in capsys.readouterr().out
+
+
+def test_bounds_are_put_on_both_clocks_and_on_what_onnxruntime_answers() -> None:
+    answer = {
+        "max_relative_logit_diff_routed_alike": 2e-4,
+        "routes": {"router": {"agreement": 1.0}},
+    }
+    latency = {
+        "ratios": {"dense / moe": [2.0, 1.9, 2.1]},
+        "device_ratios": {"dense / moe": [2.4, 2.3, 2.5]},
+    }
+    name = "advmoe-resnet18"
+    measured = {
+        "latency": {"parts": {f"{name} fp16 batch 256": latency}},
+        "onnxruntime": {"parts": {f"{name} onnxruntime-cuda parity": answer}},
+    }
+    assert [(each["what"], each["holds"]) for each in bounds(measured)] == [
+        (f"{name} onnxruntime-cuda fp32: logits, relative above 1", False),
+        (f"{name} onnxruntime-cuda fp32: routes of router", True),
+        ("fp16 batch 256: dense / moe, on the GPU", True),
+        ("fp16 batch 256: dense / moe, from end to end", False),
+    ]
 
 
 def test_a_precision_without_bounds_is_refused(

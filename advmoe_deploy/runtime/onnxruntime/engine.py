@@ -31,15 +31,13 @@ from advmoe_deploy.runtime.onnxruntime.gpu_libraries import load_tensorrt, prelo
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 CPU: Provider = "CPUExecutionProvider"
-# Left to itself CUDA rounds fp32 to TF32.
+# Left to itself CUDA rounds fp32 to TF32, and tries every algorithm of every convolution for each
+# number of rows that it has not met yet, which an expert's rows seldom are.
+_CUDA = ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
 _PROVIDERS: dict[Provider, list[Any]] = {
     CPU: [CPU],
-    "CUDAExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"}), CPU],
-    "TensorrtExecutionProvider": [
-        "TensorrtExecutionProvider",
-        ("CUDAExecutionProvider", {"use_tf32": "0"}),
-        CPU,
-    ],
+    "CUDAExecutionProvider": [_CUDA, CPU],
+    "TensorrtExecutionProvider": ["TensorrtExecutionProvider", _CUDA, CPU],
 }
 # ONNX Runtime has no class of its own for a failed allocation, on no path.
 _OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc")
