@@ -85,6 +85,7 @@ def _failure(error: Any) -> AdvMoEError:
     cudart = _cudart()
     name = getattr(error, "name", str(error))
     _, text = cudart.cudaGetErrorString(error)
+    cudart.cudaGetLastError()  # told here, and forgotten: who asks next would take it for its own
     reason = f"{name}: {_text(text)}"
     if name == "cudaErrorMemoryAllocation":
         return MachineError("out of GPU memory; lower the batch size")
@@ -207,10 +208,12 @@ class Stream(Closing):
         try:
             work()
         except BaseException:
-            cudart.cudaStreamEndCapture(self._stream)  # the stream must leave capturing
+            error, graph = cudart.cudaStreamEndCapture(self._stream)  # it must leave capturing
+            if int(error) == 0:
+                cudart.cudaGraphDestroy(graph)
+            cudart.cudaGetLastError()
             raise
-        graph = check(cudart.cudaStreamEndCapture(self._stream))
-        return Graph(graph)
+        return Graph(check(cudart.cudaStreamEndCapture(self._stream)))
 
     def launch(self, graph: "Graph") -> None:
         """Queue a graph."""

@@ -17,6 +17,7 @@ from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.api import (
+    Heard,
     IExecutionContext,
     listen,
     logger,
@@ -158,12 +159,7 @@ class Program(Closing):
             raise BundleError(f"TensorRT cannot run {self.name}: {heard.reason()}")
         # It begins with the first; before TensorRT 10 only an engine's first context does.
         if context.active_optimization_profile != number:
-            with Stream() as stream:  # not the default one: another execution slot may be capturing
-                if not context.set_optimization_profile_async(number, stream.handle):
-                    raise BundleError(
-                        f"TensorRT cannot run {self.name} twice at once: {heard.reason()}"
-                    )
-                stream.wait()
+            switch_profile(context, number, self.name, heard)
         return context
 
     def close(self) -> None:
@@ -188,6 +184,22 @@ class Program(Closing):
         engine = self._engine
         least, _, most = map(tuple, engine.get_tensor_profile_shape(name, number))
         return least, most
+
+
+def switch_profile(context: IExecutionContext, number: int, engine: str, heard: Heard) -> None:
+    """Let a new context run kernels of profile ``number``.
+
+    Raises:
+        BundleError: TensorRT refuses, which its bindings raise and never return.
+    """
+    with Stream() as stream:  # not the default one: another execution slot may be capturing
+        try:
+            context.set_optimization_profile_async(number, stream.handle)
+        except RuntimeError:
+            raise BundleError(
+                f"TensorRT cannot run {engine} by its profile {number}: {heard.reason()}"
+            ) from None
+        stream.wait()
 
 
 def numpy_type(kind: Any, owner: str) -> np.dtype[Any]:

@@ -95,9 +95,9 @@ class Recorded(NamedTuple):
 HOST = Host()
 
 
-def _memory(name: str, size: int) -> tuple[cudaError_t, int]:
+def _memory(name: str, size: int) -> tuple[cudaError_t, int | None]:
     if error := HOST.fails(name):
-        return error, 0
+        return error, None
     buffer = (ctypes.c_byte * size)(*([7] * min(size, 64)))  # not zero, as memory that was used
     address = ctypes.addressof(buffer)
     return _OK, HOST.hold(buffer, address)
@@ -107,11 +107,11 @@ def _queue(stream: int, work: Work) -> tuple[cudaError_t]:
     return HOST.held[int(stream)].queue(work) if stream else (work(), (_OK,))[1]
 
 
-def cudaMalloc(size: int) -> tuple[cudaError_t, int]:
+def cudaMalloc(size: int) -> tuple[cudaError_t, int | None]:
     return _memory("cudaMalloc", size)
 
 
-def cudaHostAlloc(size: int, flags: int) -> tuple[cudaError_t, int]:
+def cudaHostAlloc(size: int, flags: int) -> tuple[cudaError_t, int | None]:
     return _memory("cudaHostAlloc", size)
 
 
@@ -157,16 +157,17 @@ def cudaStreamBeginCapture(stream: int, mode: cudaStreamCaptureMode) -> tuple[cu
     return (_OK,)
 
 
-def cudaStreamEndCapture(stream: int) -> tuple[cudaError_t, int]:
-    """Give a graph; as CUDA may, also of a capture that was broken."""
+def cudaStreamEndCapture(stream: int) -> tuple[cudaError_t, int | None]:
     held = HOST.held[int(stream)]
     work, held.captured = held.captured, None
-    return HOST.fails("cudaStreamEndCapture"), HOST.hold(Recorded(work))
+    if error := HOST.fails("cudaStreamEndCapture"):
+        return error, None
+    return _OK, HOST.hold(Recorded(work))
 
 
-def cudaGraphInstantiate(graph: int, flags: int) -> tuple[cudaError_t, int]:
+def cudaGraphInstantiate(graph: int, flags: int) -> tuple[cudaError_t, int | None]:
     if error := HOST.fails("cudaGraphInstantiate"):
-        return error, 0
+        return error, None
     return _OK, HOST.hold(HOST.held[int(graph)])
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.errors import InputError
+from advmoe_deploy.errors import BundleError, InputError, MachineError
+from advmoe_deploy.runtime.tensorrt.api import Messages
+from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, PinnedBuffer, Stream
+from advmoe_deploy.runtime.tensorrt.program import switch_profile
 from advmoe_deploy.runtime.tensorrt.slot import Stored, TensorRtSlot
 from advmoe_deploy.runtime.tensorrt.slots import View
 from benchmarks.gpu.visit import host_cuda
@@ -58,6 +61,56 @@ def test_rows_are_checked_written_and_sent_piece_by_piece(host: host_cuda.Host) 
             slot.put("images", images, check=check)
         assert lengths == [85, 85]
         slot.settle()
+
+
+def test_a_failed_capture_leaves_nothing_behind(host: host_cuda.Host) -> None:
+    failed = host_cuda.cudaError_t.cudaErrorStreamCaptureInvalidated
+
+    def refuse() -> None:
+        raise BundleError("TensorRT cannot run an engine")
+
+    with Stream() as stream, DeviceBuffer(8) as there, PinnedBuffer(8) as pinned:
+        held = set(host.held)
+
+        def copy() -> None:
+            stream.download(pinned.address, there.address, 8)
+
+        with pytest.raises(BundleError):  # the capture itself was fine, so there is a graph
+            stream.captured(refuse)
+        assert set(host.held) == held
+        host.failing["cudaStreamEndCapture"] = failed
+        with pytest.raises(BundleError):  # that comes first, not what follows from it
+            stream.captured(refuse)
+        assert host.last_error == 0
+        for call in ("cudaStreamEndCapture", "cudaGraphInstantiate", "cudaMemcpyAsync"):
+            host.failing[call] = failed
+            with pytest.raises(MachineError, match="cudaErrorStreamCaptureInvalidated"):
+                stream.captured(copy)
+            assert (set(host.held), host.last_error) == (held, 0)
+        pinned.array((2,), FLOAT)[...] = 1
+        with stream.captured(copy) as graph:  # the stream is as good as new
+            assert pinned.array((2,), FLOAT).all()
+            stream.launch(graph)
+        assert not pinned.array((2,), FLOAT).any()
+
+
+def test_a_refused_profile_is_one_line(host: host_cuda.Host) -> None:
+    class Context:
+        """As the bindings do: of a refusal they raise, and TensorRT's reason is in its log."""
+
+        def set_optimization_profile_async(self, number: int, stream: int) -> bool:
+            if number:
+                messages.keep("ERROR", f"profile {number} is used by another context")
+                raise RuntimeError("Error in set optimization profile async.")
+            return True
+
+    messages = Messages()
+    switch_profile(Context(), 0, "router.engine", messages.listen())
+    with pytest.raises(BundleError) as refused:
+        switch_profile(Context(), 1, "router.engine", messages.listen())
+    assert str(refused.value) == (
+        "TensorRT cannot run router.engine by its profile 1: profile 1 is used by another context"
+    )
 
 
 def test_the_time_of_a_slot_ends_with_the_last_rows_of_any_stream(
