@@ -6,6 +6,7 @@ from functools import partial
 from typing import cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
@@ -95,19 +96,20 @@ def _ort_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
 
 
 def _openvino_graph(bundle: Bundle, precision: Precision, threads: int) -> Runner:
-    return _warm(bundle, _set_runner(bundle, "openvino", precision, threads))
+    runner = _set_runner(bundle, "openvino", precision, threads)
+    return _warm(bundle, runner, runner.infer)
 
 
 def _openvino_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner:
-    return _warm(bundle, _plan_runner(bundle, "openvino", precision, threads))
+    runner = _plan_runner(bundle, "openvino", precision, threads)
+    return _warm(bundle, runner, runner.infer)
 
 
 def _tensorrt(bundle: Bundle, precision: Precision, threads: int) -> Runner:
     """Return a runner of engines built for this GPU; ``threads`` of the host are not theirs."""
-    chosen = _require_set(bundle, "tensorrt", precision)
-    return _warm(
-        bundle, open_tensorrt(bundle, chosen), rounds=2
-    )  # what is met twice becomes a CUDA graph
+    runner = open_tensorrt(bundle, _require_set(bundle, "tensorrt", precision))
+    # What is met twice becomes a CUDA graph.
+    return _warm(bundle, runner, runner.prepare, rounds=2)
 
 
 def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
@@ -187,7 +189,12 @@ def _require_set(bundle: Bundle, backend: Backend, precision: Precision) -> Engi
     return chosen
 
 
-def _warm(bundle: Bundle, runner: Runner, rounds: int = 1) -> Runner:
+def _warm(
+    bundle: Bundle,
+    runner: Runner,
+    run: Callable[[NDArray[np.float32]], object],
+    rounds: int = 1,
+) -> Runner:
     """Run the golden images at the usual batch sizes, so that few requests wait for compilation.
 
     An expert is compiled for the numbers of rows it gets thereby; another split of a batch may
@@ -198,7 +205,7 @@ def _warm(bundle: Bundle, runner: Runner, rounds: int = 1) -> Runner:
         with np.load(bundle.file(GOLDEN)) as golden:
             images = golden["images"]
         for batch in WARM_BATCHES * rounds:
-            runner.infer(np.resize(images, (batch, *images.shape[1:])))
+            run(np.resize(images, (batch, *images.shape[1:])))
         stack.pop_all()  # it stays open, unless something went wrong
     return runner
 

@@ -119,7 +119,7 @@ def stages() -> dict[str, Stage]:
 
 
 # Those that a dry run leaves out.
-NEED_GPU = ("device", "router_tail", "torch", "router_kernel", "verify")
+NEED_GPU = ("router_tail", "torch", "router_kernel", "verify")
 _MOST_BEGUN = 2
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu.bounds import bounds
+from benchmarks.gpu.device import device, matrices
 from benchmarks.gpu.main import Work, main, run_stage
 
 
@@ -109,6 +111,16 @@ def test_bounds_are_put_on_both_clocks_and_on_what_onnxruntime_answers() -> None
         ("fp16 batch 256: dense / moe, on the GPU", True),
         ("fp16 batch 256: dense / moe, from end to end", False),
     ]
+
+
+def test_a_ceiling_is_taken_with_numbers_of_all_kinds(work: Work) -> None:
+    dry = dataclasses.replace(work, precisions=("fp32", "fp16"), dry=True)
+    run_stage("device", device, dry, work.folder / "out.json")
+    parts = json.loads((dry.records / "device.json").read_text())["parts"]
+    assert [part["max_relative_diff"] < 2e-3 for part in parts.values()] == [True, True]
+    for values in matrices(64, "fp16").values():
+        assert values.dtype == np.float16
+        assert len(np.unique(values)) > 1000
 
 
 def test_a_precision_without_bounds_is_refused(

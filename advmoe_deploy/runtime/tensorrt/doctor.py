@@ -4,11 +4,12 @@ import ctypes
 import importlib.metadata
 from dataclasses import dataclass
 
-from advmoe_deploy.errors import BackendUnavailableError
-from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError
+from advmoe_deploy.runtime.tensorrt.api import parse_version, version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
-_CUDNN = ("libcudnn.so.9", "libcudnn.so.8")
+# Of cuDNN: what ONNX Runtime's GPU package is linked to since 1.19.
+_CUDNN_MAJOR = 9
 _BY_HAND = "no pip package of ours brings it"
 
 
@@ -39,7 +40,8 @@ def _driver() -> Part:
     except OSError:
         return Part(None, f"install NVIDIA's driver; {_BY_HAND}")
     version = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+    ask = getattr(library, "cuDriverGetVersion", None)  # a stub, or what is left of a driver
+    if ask is None or ask(ctypes.byref(version)) != 0:
         return Part(None, "a driver is there and does not answer; restart the machine")
     return Part(f"for CUDA up to {version.value // 1000}.{version.value % 1000 // 10}")
 
@@ -47,7 +49,7 @@ def _driver() -> Part:
 def _gpu() -> Part:
     try:
         found = gpu()
-    except BackendUnavailableError as error:
+    except AdvMoEError as error:  # whatever a broken driver answers
         return Part(None, str(error))
     major, minor = found.compute_capability
     return Part(f"{found.name}, compute capability {major}.{minor}")
@@ -62,15 +64,15 @@ def _tensorrt() -> Part:
 
 def _cudnn() -> Part:
     for package in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
-        if version := _version(package):
+        version = _version(package)
+        if version and parse_version(version)[0] == _CUDNN_MAJOR:
             return Part(f"{version} ({package})")
-    for name in _CUDNN:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        return Part(name)
-    return Part(None, f"{_advice('cuda')}, or NVIDIA's own package")
+    name = f"libcudnn.so.{_CUDNN_MAJOR}"
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return Part(None, f"{_advice('cuda')}, or NVIDIA's own package of cuDNN {_CUDNN_MAJOR}")
+    return Part(name)
 
 
 def _package(name: str, extra: str) -> Part:

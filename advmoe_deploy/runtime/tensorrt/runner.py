@@ -119,6 +119,13 @@ class DeviceRunner(Closing):
         with self._slots.slot() as slot:
             return _Batch(self._layout, slot, images).run()
 
+    def prepare(self, images: NDArray[np.float32]) -> None:
+        """Run a batch on every execution slot, so that none prepares for this size later."""
+        shaped = shaped_images(images, self._image_shape)[: self._layout.batch.max]
+        with self._slots.every_slot() as slots:
+            for slot in slots:
+                _Batch(self._layout, slot, shaped).run()
+
     def device_ms(self, images: NDArray[np.float32]) -> float:
         """Return the device's milliseconds for a batch, from images there to answers here.
 

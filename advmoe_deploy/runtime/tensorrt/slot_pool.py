@@ -1,7 +1,7 @@
 """Pool of a few execution slots for many threads."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from queue import LifoQueue
 from threading import Lock
 from typing import Generic, Protocol, TypeVar
@@ -23,6 +23,7 @@ class SlotPool(Generic[L]):
         self._count = len(slots)
         self._is_closed = False
         self._closing = Lock()
+        self._lending = Lock()
         # After the last execution slot is gone, None says so to whoever still waits.
         self._free: LifoQueue[L | None] = LifoQueue()
         for slot in slots:
@@ -49,6 +50,16 @@ class SlotPool(Generic[L]):
                 slot.settle()
             finally:
                 self._free.put(slot)
+
+    @contextmanager
+    def every_slot(self) -> Iterator[list[L]]:
+        """Lend all execution slots at once; nothing is under way on them when they come back.
+
+        Raises:
+            UsageError: the pool is closed.
+        """
+        with self._lending, ExitStack() as stack:  # two that each wait for the other's get none
+            yield [stack.enter_context(self.slot()) for _ in range(self._count)]
 
     def close(self) -> None:
         """Take execution slots back as they become free, so that their owner can release them."""

@@ -213,7 +213,7 @@ def cudaGetErrorString(error: cudaError_t) -> tuple[cudaError_t, bytes]:
 
 
 def cudaGetDeviceCount() -> tuple[cudaError_t, int]:
-    return _OK, 1
+    return HOST.fails("cudaGetDeviceCount"), 1
 
 
 def cudaGetDeviceProperties(device: int) -> tuple[cudaError_t, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Barrier, Event
@@ -13,12 +14,15 @@ import pytest
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
+from advmoe_deploy.plan import Plan, RunStep, Segment, TensorInfo
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.tensorrt.layout import Layout
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest, with_least
 from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
+from advmoe_deploy.runtime.tensorrt.slots import HostSlot
 from advmoe_deploy.specs import BatchProfile
 from tests.families import Families
 
@@ -125,27 +129,70 @@ def test_experts_run_on_their_own_rows_only(families: Families) -> None:
         assert len(seen["logits.dispatch"]) == calls  # one image: nothing to gather
 
 
-def test_pixels_are_checked_as_they_are_written_and_said_of_all(families: Families) -> None:
-    with device_runner(families["dense ViT"][1]) as runner:
-        spoilt = IMAGES.copy()
-        spoilt[20, 0, 3, 3] = np.nan  # in the second batch
-        spoilt[2, 0, 3, 3] = np.inf
+class Twice:
+    """An engine whose logits are twice the pixels; notes how many rows it is given."""
+
+    output_names = ("logits",)
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels = inputs["images"]
+        self.rows.append(len(pixels))
+        return {"logits": 2 * pixels.reshape(len(pixels), -1)}
+
+    def close(self) -> None:
+        pass
+
+
+def small_runner(*engines: Twice) -> DeviceRunner:
+    """Return a runner of one segment, with an execution slot for each of ``engines``."""
+    images = TensorInfo(name="images", dtype="float32", shape=("N", 1, 2, 2))
+    logits = TensorInfo(name="logits", dtype="float32", shape=("N", 4))
+    segment = Segment(name="s", file="s.onnx", inputs=(images,), outputs=(logits,))
+    plan = Plan(
+        segments=(segment,), steps=(RunStep(segment="s"),), inputs=("images",), outputs=("logits",)
+    )
+    layout = Layout(plan, BATCH)
+    slots = [HostSlot({"s": engine}, layout.capacity) for engine in engines]
+    return DeviceRunner(layout, slots, (1, 2, 2), name="small", resources=ExitStack())
+
+
+def test_pixels_are_checked_as_they_are_written_and_said_of_all() -> None:
+    pixels = np.random.default_rng(0).random((24, 1, 2, 2), dtype=np.float32)
+    with small_runner(Twice()) as runner:
+        np.testing.assert_array_equal(runner.infer(pixels).logits, 2 * pixels.reshape(24, 4))
+        pixels[20, 0, 1, 1], pixels[2, 0, 1, 1] = np.nan, np.inf  # one in the second batch
         with pytest.raises(InputError, match=r"^2 of 24 images hold pixels that are not finite"):
-            runner.infer(spoilt)
-        spoilt = IMAGES.copy()
-        spoilt[23, 0, 3, 3] = -0.5
-        with pytest.raises(InputError, match=r"^pixels reach from -0.5 to "):
-            runner.infer(spoilt)
-        assert len(runner.infer(np.full_like(IMAGES, -0.0)).logits) == len(IMAGES)
+            runner.infer(pixels)
+        for value, says in ((-0.5, r"^pixels reach from -0.5 to "), (np.float32(1.01), "to 1.01;")):
+            pixels[20], pixels[2] = value, 0
+            with pytest.raises(InputError, match=says):
+                runner.infer(pixels)
+        for value in (-0.0, 1, 1e-45):
+            pixels[20] = value
+            assert len(runner.infer(pixels).logits) == 24
 
 
-def test_the_time_of_a_device_is_that_of_a_batch_at_once(families: Families) -> None:
-    seen: dict[str, list[dict[str, Any]]] = {}
-    with device_runner(families["wide ResNet"][1], seen=seen) as runner:
-        assert runner.device_ms(IMAGES[:18]) > 0
-        assert len(seen["router"]) == 1
+def test_the_time_of_a_device_is_that_of_a_batch_at_once() -> None:
+    engine, pixels = Twice(), np.zeros((24, 1, 2, 2), np.float32)
+    with small_runner(engine) as runner:
+        assert runner.device_ms(pixels[:18]) > 0
+        assert engine.rows == [18]
         with pytest.raises(UsageError, match="at most 18 at once"):
-            runner.device_ms(IMAGES)
+            runner.device_ms(pixels)
+
+
+def test_every_execution_slot_is_prepared() -> None:
+    engines = [Twice(), Twice()]
+    with small_runner(*engines) as runner:
+        for batch in (4, 4, 24):
+            runner.prepare(np.zeros((batch, 1, 2, 2), np.float32))
+        assert [engine.rows for engine in engines] == [[4, 4, 18]] * 2
+        runner.infer(np.zeros((4, 1, 2, 2), np.float32))  # they were given back
+    with pytest.raises(UsageError, match="closed"):
+        runner.prepare(np.zeros((4, 1, 2, 2), np.float32))
 
 
 def test_a_closed_runner_says_so(families: Families) -> None:
