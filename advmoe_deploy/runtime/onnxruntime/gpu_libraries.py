@@ -1,16 +1,15 @@
 """Libraries that ONNX Runtime's providers for GPUs need, loaded from wheels wherever these lie."""
 
-import ctypes
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.errors import BackendUnavailableError
+from advmoe_deploy.runtime.shared_libraries import load_library, package_folders
 
 # As the provider's own library names them.
 _TENSORRT = re.compile(rb"libnv(?:infer|infer_plugin|onnxparser)\.so\.\d+")
@@ -41,8 +40,7 @@ def load_tensorrt(runtime: Any) -> None:
     library = Path(runtime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
     wanted = set(_TENSORRT.findall(library.read_bytes())) if library.is_file() else set()
     for name in sorted(each.decode() for each in wanted):  # the first does not need the others
-        places = [str(folder / name) for folder in _package_folders("tensorrt_libs")]
-        if not any(map(_is_loadable, [*places, name])):
+        if not load_library(name, "tensorrt_libs"):
             major = name.rpartition(".")[2]
             raise BackendUnavailableError(
                 f"onnxruntime {runtime.__version__} was linked to TensorRT {major}, and no {name} "
@@ -52,19 +50,5 @@ def load_tensorrt(runtime: Any) -> None:
 
 def nvidia_folders() -> Iterator[Path]:
     """Yield the folders of libraries in NVIDIA's wheels, from all that Python imports from."""
-    for root in _package_folders("nvidia"):
+    for root in package_folders("nvidia"):
         yield from sorted(root.glob("*/lib"))
-
-
-def _package_folders(package: str) -> list[Path]:
-    """Return where a package lies, without importing it."""
-    spec = find_spec(package)
-    return [Path(root) for root in spec.submodule_search_locations or ()] if spec else []
-
-
-def _is_loadable(library: str) -> bool:
-    try:
-        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True

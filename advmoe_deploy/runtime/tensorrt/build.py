@@ -24,6 +24,7 @@ from advmoe_deploy.errors import (
     reason_of,
 )
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.runtime.shared_libraries import load_library
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
     Heard,
@@ -150,6 +151,8 @@ def require_buildable(precision: Precision, options: BuildOptions) -> None:
     trt = tensorrt()
     if options.tactic_sources is not None:
         _sources(trt, options.tactic_sources)
+    if options.version_compatible:
+        _require_lean_runtime()
     if tensorrt_version() >= STRONG_TYPES:
         return
     for flag in _FLAGS[precision]:
@@ -158,6 +161,16 @@ def require_buildable(precision: Precision, options: BuildOptions) -> None:
                 f"TensorRT {version_text()} has no {precision}; use --precision fp16, or TensorRT "
                 "10 or newer"
             )
+
+
+def _require_lean_runtime() -> None:
+    """Refuse before the first build: the runtime that goes into such engines may not be here."""
+    name = f"libnvinfer_lean.so.{tensorrt_version()[0]}"
+    if not load_library(name, "tensorrt_libs"):
+        raise BackendUnavailableError(
+            f"version_compatible engines carry {name}, which is not here; install TensorRT "
+            f"{version_text()} whole, or leave version_compatible out"
+        )
 
 
 def _builder() -> Any:

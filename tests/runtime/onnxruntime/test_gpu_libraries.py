@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from advmoe_deploy.runtime.shared_libraries import load_library
+
 ROOT = Path(__file__).parents[3]
 
 # ONNX Runtime's own search, as its build for CUDA 13 does it.
@@ -69,6 +73,18 @@ def test_onnxruntimes_tensorrt_is_that_which_it_was_linked_to(tmp_path: Path) ->
         "run: pip install 'tensorrt>=10,<11'"
     )
     assert loaded == "[]"
+
+
+def test_a_library_is_loaded_from_a_wheel_or_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_library(tmp_path / "our_lean_libs" / "libour_lean.so.77")
+    assert not load_library("libour_lean.so.77", "our_lean_libs")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_library("libour_lean.so.77", "our_lean_libs")
+    assert load_library("libour_lean.so.77", "no_such_package")  # now by its name alone
+    (tmp_path / "our_lean_libs" / "libbroken.so.1").write_bytes(b"no library")
+    assert not load_library("libbroken.so.1", "our_lean_libs")
 
 
 def test_wheels_outside_of_onnxruntimes_own_site_are_found(tmp_path: Path) -> None:

@@ -141,6 +141,10 @@ try:
     build.build_engine(b"", {}, build.BuildOptions(), precision="fp16")
 except BackendUnavailableError as error:
     said["error"] = str(error)
+try:
+    build.require_buildable("fp32", build.BuildOptions(version_compatible=True))
+except BackendUnavailableError as error:
+    said["lean"] = str(error)
 json.dump(said, sys.stdout)
 """
 
@@ -164,6 +168,9 @@ def test_what_needs_no_gpu_runs_on_the_real_bindings(
     assert said["warnings"] == "a warning"
     assert said["problem"] == "the cause; what follows from it"
     assert "builds only where an NVIDIA GPU and its driver are" in said["error"]
+    assert said["lean"].startswith(
+        f"version_compatible engines carry libnvinfer_lean.so.{numbers[0]}, which is not here; "
+    )
 
 
 # What TensorRT asks of a plugin before it has shapes, on its own Python.
