@@ -7,6 +7,7 @@ fi
 if [ -z "${DRY:-}" ]; then
   whole tensorrt
   . "$VISIT/tensorrt/whole/activate"
+  export PYTHONPATH=$PWD
   measure=${measure/#$PYTHON/python3.10}
 fi
 # The first proof. 2,048 images are in the reference.

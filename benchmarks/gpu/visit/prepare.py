@@ -51,7 +51,7 @@ def images(out: Path, asked: argparse.Namespace) -> None:
     _write_batch(
         load_test_split(asked.data).first(TEST_IMAGES), out / "1" / "data" / "test_batch.bin"
     )
-    _pip(out / "1" / "site", asked.python, "pydantic")
+    _pip(out / "1" / "site" / asked.python, asked.python, "pydantic")
 
 
 def tensorrt(out: Path, asked: argparse.Namespace) -> None:

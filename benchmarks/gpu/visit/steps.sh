@@ -7,8 +7,9 @@
 : "${OUT:?name an empty folder in OUT}"
 set -uo pipefail
 export VISIT=${VISIT:-/tmp/advmoe-visit} PACK=${PACK:-pack} PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT" "$VISIT/work" "$VISIT/data" "$VISIT/site"
-export PYTHONPATH=$PWD:$VISIT/site OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+mkdir -p "$OUT" "$VISIT/work"
+# Packages that were brought are for one version of Python.
+export PYTHONPATH=$PWD:$VISIT/site/$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 [ -e "$VISIT/began" ] || date +%s >"$VISIT/began"
 
 # left: seconds until the visit ends, or the call where that is sooner.

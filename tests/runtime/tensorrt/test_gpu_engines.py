@@ -27,8 +27,10 @@ from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runne
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
+from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
+from benchmarks.gpu.visit import cuda_layer
 from tests.conftest import write_run
 from tests.families import spec_of
 
@@ -119,6 +121,8 @@ def test_engines_answer_what_the_plan_answers(tmp_path: Path, family: str) -> No
             np.testing.assert_allclose(answer.logits, expected.logits, rtol=0, atol=1e-4)
             for layer, ids in expected.expert_ids.items():
                 np.testing.assert_array_equal(answer.expert_ids[layer], ids)
+        assert isinstance(runner, DeviceRunner)
+        assert 0 < runner.device_ms(images[:20]) < 1000
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(lambda n: runner.infer(images[n : n + 3]).logits, range(20)))
         for start, logits in enumerate(together):
@@ -164,6 +168,12 @@ def test_outputs_are_left_on_the_gpu_at_any_number_of_rows() -> None:
             assert (said["shape"], said["typestr"]) == ((rows, 3), "<f4")
             there = pinned.array((rows, 3), np.dtype(np.float32))
             np.testing.assert_array_equal(there, 2 * x_N3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+def test_our_cuda_layer_holds(tmp_path: Path) -> None:
+    assert cuda_layer.measure(tmp_path / "cuda.json"), (tmp_path / "cuda.json").read_text()
 
 
 @pytest.mark.gpu
