@@ -1,5 +1,6 @@
 """Scripts of a first visit to a GPU, as far as a CPU runs them."""
 
+import ctypes
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks.gpu.main import stages
 from benchmarks.gpu.visit import cuda_layer, host_cuda
-from benchmarks.gpu.visit.prepare import write_pieces
+from benchmarks.gpu.visit.prepare import write_pieces, write_stand_in
 
 ROOT = Path(__file__).parents[2]
 VISIT = ROOT / "benchmarks" / "gpu" / "visit"
@@ -71,11 +72,32 @@ def test_pieces_come_in_any_order_and_damaged_ones_come_again(tmp_path: Path) ->
     assert "tensorrt: 2 of 4 pieces" in call(*pieces[2:])
     assert "tensorrt: 3 of 4 pieces" in call(pieces[0], damaged=pieces[1])
     visit = tmp_path / "visit"
-    os.kill(int((visit / "tensorrt.pid").read_text()), signal.SIGKILL)  # ended with its call
+    os.killpg(int((visit / "tensorrt.pid").read_text()), signal.SIGKILL)  # ended with its call
     assert not (visit / "tensorrt.done").exists()
     assert "tensorrt: 4 of 4 pieces" in call(pieces[1])
     unpacked = visit / "tensorrt" / "whole" / "site" / "library"
     np.testing.assert_array_equal(np.fromfile(unpacked, np.uint8), random)
+
+
+def test_a_stand_in_answers_with_an_error_for_what_is_wanted_of_a_library(tmp_path: Path) -> None:
+    def compiled(name: str, source: str, *options: str) -> Path:
+        target = tmp_path / name
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-xc", "-", "-o", str(target)]
+        words = [*command, "-xnone", *options, f"-Wl,-rpath,{tmp_path}"]
+        subprocess.run(words, input=source, text=True, check=True, timeout=60)
+        return target
+
+    script = tmp_path / "versions"  # symbols have the library's name as their version
+    script.write_text("libwhole.so.8 { global: *; };")
+    source = "int create(void) { return 0; } int unused(void) { return 0; }"
+    whole = compiled("libwhole.so.8", source, f"-Wl,--version-script,{script}")
+    user = compiled(
+        "libuser.so.8", "int create(void); int use(void) { return create(); }", str(whole)
+    )
+    whole.unlink()
+    write_stand_in(tmp_path, "libwhole.so.8", "libuser.so.8")
+    assert ctypes.CDLL(str(user)).use() == 1
+    assert not hasattr(ctypes.CDLL(str(whole)), "unused")
 
 
 def test_steps_are_cut_off_and_what_follows_goes_on(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.visit.prepare OUT --data cifar10:PATH [--only images,tensorrt]
 
 Run beforehand, where pip works, on Linux with a C compiler, binutils and xz. OUT gets ``1/`` (test
-images, pydantic), ``tensorrt/``, ``onnxruntime/`` and ``training/`` (pieces of 58 MiB, and
+images, small packages), ``tensorrt/``, ``onnxruntime/`` and ``training/`` (pieces of 58 MiB, and
 ``pieces.sha256``). The machine is taken to have Python 3.12 with PyTorch, onnx, safetensors,
 typer and rich; ``--python`` says another version.
 
@@ -33,6 +33,11 @@ _BATCHES = 5
 _NAMES = "airplane automobile bird cat deer dog frog horse ship truck\n"
 _TENSORRT = ("tensorrt==8.6.0", "cuda-bindings==12.9.*", "cuda-pathfinder", "numpy<2")
 _BESIDE_IT = ("pydantic", "safetensors", "typer", "rich", "onnx>=1.17,<1.19", "typing-extensions")
+# Without PyTorch and what it brings itself.
+_FOR_TRAINING = (
+    *("lightning-fabric", "lightning-utilities", "packaging"),
+    *("tensorboard", "absl-py", "grpcio", "markdown", "markupsafe", "werkzeug"),
+)
 # What TensorRT's ready-made plugins link to, gigabytes of it; none of them is used.
 _STAND_INS = ("libcublas.so.12", "libcublasLt.so.12", "libcudnn.so.8")
 _LEFT_OUT = shutil.ignore_patterns(
@@ -47,11 +52,13 @@ export LD_LIBRARY_PATH=$here/python/lib:$site/tensorrt:${LD_LIBRARY_PATH:-}
 
 
 def images(out: Path, asked: argparse.Namespace) -> None:
-    """Write test images as CIFAR's own binary batch, which needs no pyarrow, and pydantic."""
+    """Write test images as CIFAR's own binary batch, which needs no pyarrow, and small packages."""
     _write_batch(
         load_test_split(asked.data).first(TEST_IMAGES), out / "1" / "data" / "test_batch.bin"
     )
-    _pip(out / "1" / "site" / asked.python, asked.python, "pydantic")
+    site = out / "1" / "site" / asked.python
+    _pip(site, asked.python, "pydantic", "pillow")
+    _pip(site, asked.python, *_FOR_TRAINING, deps=False)
 
 
 def tensorrt(out: Path, asked: argparse.Namespace) -> None:

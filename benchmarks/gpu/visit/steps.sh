@@ -53,6 +53,7 @@ whole() {
 behind() {
   local name=$1
   shift
+  [ ! -e "$VISIT/$name.pid" ] || kill -- "-$(cat "$VISIT/$name.pid")" 2>/dev/null || true # what is left of an earlier one
   rm -f "$VISIT/$name.done"
   setsid nohup bash -c '"$@" && touch "$0"' "$VISIT/$name.done" "$@" >"$VISIT/$name.log" 2>&1 </dev/null &
   echo $! >"$VISIT/$name.pid"
