@@ -12,7 +12,7 @@ for piece in "$PACK/$name"/piece.*; do
   cp "$piece" "$there/coming" && mv "$there/coming" "$there/$(basename "$piece")"
 done
 unpack='while read -r _ piece; do until [ -e "$1/$piece" ]; do sleep 0.2; done; cat "$1/$piece"; done <"$1/pieces.sha256" | xz -dc | tar -x -C "$1/whole"'
-kill -0 "$(cat "$VISIT/$name.pid" 2>/dev/null)" 2>/dev/null || [ -e "$VISIT/$name.done" ] || behind "$name" bash -o pipefail -c "$unpack" unpack "$there"
+alive "$VISIT/$name.pid" || [ -e "$VISIT/$name.done" ] || behind "$name" bash -o pipefail -c "$unpack" unpack "$there"
 here=$(find "$there" -name 'piece.*' | wc -l) all=$(wc -l <"$there/pieces.sha256")
 echo "$name: $here of $all pieces, $(left) s left" | tee -a "$OUT/pieces.txt"
 ((here < all)) || await 120 "$VISIT/$name.done" "$VISIT/$name.pid"

@@ -36,10 +36,13 @@ step() {
   keep
 }
 
+# alive PID: whether the process whose number is in this file runs; one that has ended and waits for its parent does not.
+alive() { grep -qs '^State:.[^ZX]' "/proc/$(cat "$1" 2>/dev/null)/status"; }
+
 # await SECONDS FILE PID: wait for a file that a process behind an earlier call makes.
 await() {
   local until=$(($(date +%s) + $1))
-  while [ ! -e "$2" ] && kill -0 "$(cat "$3" 2>/dev/null)" 2>/dev/null && (($(date +%s) < until)); do sleep 1; done
+  while [ ! -e "$2" ] && alive "$3" && (($(date +%s) < until)); do sleep 1; done
   [ -e "$2" ]
 }
 
