@@ -53,28 +53,38 @@ def _step(
     return step
 
 
+def measured(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+    """Return what those of ``calls`` that work take in turn, and why others do not."""
+    working, left_out = {}, {}
+    for name, step in calls.items():
+        try:
+            step()
+            working[name] = step
+        except Exception as error:
+            left_out[name] = " ".join(str(error).split())[:300]
+    times = time_interleaved(working, warmup=1, budget_s=seconds)
+    ratios = ratios_to(times, "dense eager") if "dense eager" in times else {}
+    return {"times": summary(times), "ratios": ratios, "left_out": left_out}
+
+
 def main() -> None:
-    """Measure and write."""
+    """Measure eager forms, write them, and then the same beside compiled ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, twice")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU")
     asked = parser.parse_args()
     torch.manual_seed(0)
     device, batch = ("cpu", DRY_BATCH) if asked.dry_run else ("cuda", BATCH)
-    calls, left_out = {}, {}
-    for name, step in steps(batch, device, compiled=not asked.dry_run).items():
-        try:
-            step()
-            calls[name] = step
-        except Exception as error:
-            left_out[name] = " ".join(str(error).split())[:300]
-    seconds = 0.1 if asked.dry_run else asked.seconds
-    times = time_interleaved(calls, warmup=1 if asked.dry_run else 5, budget_s=seconds)
-    ratios = ratios_to(times, "dense eager") if "dense eager" in times else {}
-    record = {**facts(), "batch": batch, "left_out": left_out, "times": summary(times)}
-    write_atomically(asked.out, json.dumps({**record, "ratios": ratios}, indent=1).encode())
-    print({name: row["p50_ms"] for name, row in record["times"].items()}, left_out)
+    record = {**facts(), "batch": batch}
+    for compiled in (False,) if asked.dry_run else (False, True):
+        calls = steps(batch, device, compiled=compiled)
+        found = measured(calls, 0.1 if asked.dry_run else asked.seconds)
+        record["with compiled" if compiled else "eager"] = found
+        write_atomically(asked.out, json.dumps(record, indent=1).encode())
+        print(
+            {n: row["p50_ms"] for n, row in found["times"].items()}, found["left_out"], flush=True
+        )
 
 
 if __name__ == "__main__":
