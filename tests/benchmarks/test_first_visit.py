@@ -48,6 +48,7 @@ def test_our_cuda_layer_holds_over_the_stand_in_and_failures_are_written(tmp_pat
     assert found["times"]["holds"]  # what comes after it is measured all the same
 
 
+@pytest.mark.skipif(shutil.which("xz") is None, reason="no xz")
 def test_pieces_come_in_any_order_and_damaged_ones_come_again(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     (whole / "site").mkdir(parents=True)

@@ -48,7 +48,7 @@ def _step(
         with torch.autocast(device, torch.bfloat16):
             loss = F.cross_entropy(form(images), labels)
         loss.backward()
-        return float(loss)  # the host waits for it
+        return float(loss.detach())  # the host waits for it
 
     return step
 
