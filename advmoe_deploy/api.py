@@ -166,10 +166,9 @@ def export(
     """Export a run to a bundle, checked against the model before it appears.
 
     Args:
-        run: as for :func:`load_model`; for ``trt`` also a bundle with TensorRT's graphs.
-        out: the bundle to be; by default ``RUN/bundle``, ``BUNDLE-trt``, or of a name
-            ``NAME-bundle`` in the current folder.
-        format: ``onnx``, ``openvino`` or ``trt``.
+        run: as for :func:`load_model`; for ``trt`` and ``trt-rtx`` also a bundle of such graphs.
+        out: by default ``RUN/bundle``, ``BUNDLE-FORMAT``, or of a name ``./NAME-bundle``.
+        format: ``onnx``, ``openvino``, ``trt`` or ``trt-rtx``.
         precisions: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8``; the bundle runs in the
             first unless told. Of a bundle by default all that it holds.
         data: images to check on; by default the run's own.
@@ -177,7 +176,7 @@ def export(
         overwrite: replace an older bundle.
         with_reference: also write the weights that :func:`verify` attacks.
         onnx_only: for ``trt``, write graphs and a script that build the engines elsewhere.
-        build: for ``trt``, how engines are built.
+        build: for ``trt`` and ``trt-rtx``, how engines are built.
         prune_unused: leave out the experts that no image visits.
         progress: receives progress reports.
 
@@ -199,13 +198,14 @@ def export(
         options = {"--data": data, "--class-map": class_map, "--no-reference": not with_reference}
         options |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         require_bundle_request(format, options)
-        beside = source.resolve().with_name(f"{source.resolve().name}-trt")
+        beside = source.resolve().with_name(f"{source.resolve().name}-{format}")
         return build_from_bundle(
             open_bundle(source),
-            Path(out) if out is not None else place_for(run, source, "trt", beside),
+            Path(out) if out is not None else place_for(run, source, format, beside),
             build=build,
             precisions=precisions,
             overwrite=overwrite,
+            library="tensorrt-rtx" if format == "trt-rtx" else "tensorrt",
             progress=progress,
         )
     from advmoe_deploy.export.from_run import export_run

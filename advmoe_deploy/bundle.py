@@ -17,7 +17,6 @@ Opening a bundle checks every hash before any of its files is handed out.
 import hashlib
 import json
 import os
-import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
+from advmoe_deploy.reports.devices import Device, RtxDevice
 from advmoe_deploy.specs import (
     Backend,
     ClassNames,
@@ -48,6 +48,13 @@ MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 GOLDEN = "golden.npz"
 CARD = "MODEL_CARD.md"
+# What ``export --format`` calls the backends.
+FORMATS: dict[Backend, str] = {
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "tensorrt": "trt",
+    "tensorrt-rtx": "trt-rtx",
+}
 
 
 class FileRecord(Frozen):
@@ -55,50 +62,6 @@ class FileRecord(Frozen):
 
     sha256: str
     bytes: int
-
-
-class EngineDevice(Frozen):
-    """The GPU and the TensorRT that engines were built for: they run on no other.
-
-    ``tensorrt`` is the version in full. Version-compatible engines also run on later releases of
-    the same major version. With ``tf32``, fp32 is rounded to TF32 where that is faster.
-    """
-
-    gpu: str
-    compute_capability: tuple[int, int]
-    tensorrt: str
-    version_compatible: bool = False
-    tf32: bool = False
-
-    @property
-    def slug(self) -> str:
-        """The device in the name of a folder: ``nvidia-h100-pcie-sm90-10.16.1``."""
-        major, minor = self.compute_capability
-        gpu = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
-        return f"{gpu}-sm{major}{minor}-{'.'.join(self.tensorrt.split('.')[:3])}"
-
-    def mismatch(self, *, gpu: str, compute_capability: tuple[int, int], tensorrt: str) -> str:
-        """Return why engines of this device do not run on that one; nothing if they do."""
-        there = gpu, compute_capability
-        if (self.gpu, self.compute_capability) != there:
-            return f"built on {_on(self.gpu, self.compute_capability)}, this is {_on(*there)}"
-        if self._runs_with(tensorrt):
-            return ""
-        later = " or later releases of that major version" if self.version_compatible else ""
-        return f"built with TensorRT {self.tensorrt}{later}, here is {tensorrt}"
-
-    def _runs_with(self, tensorrt: str) -> bool:
-        built, here = _numbers(self.tensorrt), _numbers(tensorrt)
-        later = self.version_compatible and built[:1] == here[:1] and built <= here
-        return self.tensorrt == tensorrt or later
-
-
-def _on(gpu: str, compute_capability: tuple[int, int]) -> str:
-    return f"{gpu} (compute capability {compute_capability[0]}.{compute_capability[1]})"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 class EngineSet(Frozen):
@@ -115,7 +78,7 @@ class EngineSet(Frozen):
     backend: Backend
     precision: Precision
     plan: Plan
-    device: EngineDevice | None = None
+    device: Device | None = None
     compute_dtypes: dict[str, ComputeDtype]
     segments: dict[str, Precision]
     files: dict[str, str] = Field(default_factory=dict)
@@ -138,9 +101,9 @@ class EngineSet(Frozen):
         device = self.device
         lines = [] if self.is_built else ["to be built on a GPU; measured in ONNX Runtime instead"]
         if device is not None:
-            lines = [
-                f"for {_on(device.gpu, device.compute_capability)}, TensorRT {device.tensorrt}"
-            ]
+            lines = [f"for {device.description}"]
+            if isinstance(device, RtxDevice):
+                lines.append("compiled without a GPU; measured in ONNX Runtime instead")
             lines += ["fp32 is rounded to TF32"] if device.tf32 else []
             if self.parity.data == GOLDEN:
                 lines.append(

@@ -30,14 +30,11 @@ Weighting = Literal["one", "probability", "renormalised"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # What is not quantised is computed in.
 ComputeDtype = Literal["fp32", "fp16", "bf16"]
-Backend = Literal["onnxruntime", "openvino", "tensorrt"]
+Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 AttackTarget = Literal[
     "model", "straight-through", "soft", "pathway", "weakest", "router", "experts"
 ]
 AttackLoss = Literal["cross-entropy", "margin"]
-
-# What ``export --format`` calls the backends.
-FORMATS: dict[Backend, str] = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}
 
 
 class Frozen(BaseModel):

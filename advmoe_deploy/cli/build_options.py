@@ -1,4 +1,4 @@
-"""The options ``--build-config`` and ``--set-build`` of ``export --format trt``."""
+"""The options ``--build-config`` and ``--set-build`` of ``export --format trt`` and ``trt-rtx``."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from advmoe_deploy.settings import Fields, dotted_keys, put_setting
 BuildConfig = Annotated[
     Path | None,
     typer.Option(
-        "--build-config", readable=False, metavar="FILE", help="trt: build options, as JSON."
+        "--build-config",
+        readable=False,
+        metavar="FILE",
+        help="trt, trt-rtx: build options, as JSON.",
     ),
 ]
 SetBuild = Annotated[
@@ -23,7 +26,7 @@ SetBuild = Annotated[
     typer.Option(
         "--set-build",
         metavar="KEY=VALUE",
-        help="trt: one build option, such as batch.max=256 or tf32=true; repeatable.",
+        help="trt, trt-rtx: one build option, such as batch.max=256; repeatable.",
     ),
 ]
 OnnxOnly = Annotated[
@@ -46,8 +49,9 @@ def build_options(file: Path | None, settings: Sequence[str]) -> BuildOptions:
     known = dotted_keys(BuildOptions().model_dump())
     for setting in settings:
         put_setting(fields, setting, known)
-    if isinstance(sources := fields.get("tactic_sources"), str):
-        fields["tactic_sources"] = sources.split(",")
+    for key in ("tactic_sources", "compute_capabilities"):
+        if isinstance(value := fields.get(key), (str, float)):  # 8.6 is read as a number
+            fields[key] = str(value).split(",")
     try:
         return BuildOptions.model_validate(fields)
     except ValidationError as error:

@@ -7,6 +7,7 @@ OPTIONAL = {
     "onnxruntime": ("onnxruntime", "cpu"),
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "gpu"),
+    "tensorrt_rtx_bindings": ("tensorrt-rtx-cu13-bindings", "rtx"),
     "cuda": ("cuda-bindings", "gpu"),
     "torch": ("torch", "train"),
     "lightning_fabric": ("lightning-fabric", "train"),

@@ -61,6 +61,7 @@ _BACKENDS: dict[Backend, Callable[[Target, Subject], EngineBackend]] = {
     "onnxruntime": CpuBackend,
     "openvino": CpuBackend,
     "tensorrt": TensorRtBackend,
+    "tensorrt-rtx": TensorRtBackend,
 }
 
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -60,6 +61,7 @@ from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.parity.tolerance import tolerance_for
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import ParityReport
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
@@ -331,6 +333,7 @@ def _versions(targets: Sequence[Target]) -> Mapping[str, str]:
     }
     if any(target.backend == "openvino" for target in targets):
         versions["openvino"] = openvino_version()
-    if any(target.backend == "tensorrt" and not target.onnx_only for target in targets):
-        versions["tensorrt"] = version_text()
+    for library in get_args(GpuLibrary):
+        if any(target.backend == library and not target.onnx_only for target in targets):
+            versions[library] = version_text(library)
     return versions

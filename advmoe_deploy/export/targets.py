@@ -1,8 +1,10 @@
 """Targets of an export: backends and precisions that graphs can be written for."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.openvino.engine import has_precision, require_precision
 from advmoe_deploy.runtime.tensorrt.api import STRONG_TYPES, tensorrt_version, version_text
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, require_buildable
@@ -14,6 +16,7 @@ SUPPORTED: dict[Backend, tuple[Precision, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
     "tensorrt": ("fp32", "fp16", "bf16", "int8"),
+    "tensorrt-rtx": ("fp32", "fp16", "bf16", "int8"),
 }
 
 
@@ -22,7 +25,7 @@ class Target:
     """A backend and a precision to write graphs for.
 
     TensorRT's engines are built as ``build`` says, on this machine unless ``onnx_only``: then the
-    graphs are written, and a script that builds them elsewhere.
+    graphs are written, and a script that builds them elsewhere. RTX's are compiled anywhere.
     """
 
     backend: Backend
@@ -62,6 +65,8 @@ def require_supported(target: Target) -> None:
         )
     if target.backend == "openvino":
         require_precision(target.precision)
+    if target.backend == "tensorrt-rtx":
+        require_buildable(target.precision, target.build, "tensorrt-rtx")
     if target.backend == "tensorrt" and not target.onnx_only:
         try:
             require_gpu(target.precision, target.build)
@@ -87,7 +92,8 @@ def require_gpu(precision: Precision, build: BuildOptions) -> None:
         require_buildable(precision, build)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(
-            f"engines are built where they run, and here {error}"
+            f"engines are built where they run, and here {error}; --format trt-rtx compiles "
+            "engines for GeForce and RTX GPUs without one"
         ) from None
 
 
@@ -95,6 +101,6 @@ def fallback_order(target: Target) -> tuple[Precision, ...]:
     """Return the precisions that a segment of ``target`` may be raised through, up to fp32."""
     if target.precision == "int8" and target.backend == "openvino" and has_precision("bf16"):
         return ("int8", "bf16", "fp32")
-    if target.precision == "int8" and target.backend == "tensorrt":
+    if target.precision == "int8" and target.backend in get_args(GpuLibrary):
         return ("int8", "fp16", "fp32")
     return (target.precision, "fp32")

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
@@ -274,8 +276,8 @@ def _versions(engines: Sequence[str]) -> dict[str, str]:
     }
     if any(engine.startswith("openvino") for engine in engines):
         versions["openvino"] = openvino_version()
-    if any(engine.startswith("tensorrt") for engine in engines):
-        versions["tensorrt"] = version_text()
-    if any(parse_engine(engine)[0] in ON_GPU for engine in engines):
+    names = {parse_engine(engine)[0] for engine in engines}
+    versions |= {lib: version_text(lib) for lib in get_args(GpuLibrary) if lib in names}
+    if names & {*ON_GPU}:
         versions["driver"] = gpu().driver
     return versions

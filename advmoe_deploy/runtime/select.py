@@ -8,8 +8,9 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.bundle import GOLDEN, MODEL, Bundle, EngineSet
+from advmoe_deploy.bundle import FORMATS, GOLDEN, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
 from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
@@ -17,7 +18,7 @@ from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
-from advmoe_deploy.specs import FORMATS, Backend, ComputeDtype, Precision
+from advmoe_deploy.specs import Backend, ComputeDtype, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -50,10 +51,10 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
 
 def backend_of(name: str) -> Backend:
     """Return whose runtime the engine called ``name`` is."""
-    for backend in get_args(Backend):
-        if name.startswith(backend):
-            return cast("Backend", backend)
-    raise unknown_name("engine", name, ENGINES)
+    found = [backend for backend in get_args(Backend) if name.startswith(backend)]
+    if not found:
+        raise unknown_name("engine", name, ENGINES)
+    return cast("Backend", max(found, key=len))
 
 
 def parse_engine(engine: str) -> tuple[str, Precision | None]:
@@ -105,9 +106,11 @@ def _openvino_plan(bundle: Bundle, precision: Precision, threads: int) -> Runner
     return _warm(bundle, runner, runner.infer)
 
 
-def _tensorrt(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+def _tensorrt(
+    bundle: Bundle, precision: Precision, threads: int, library: GpuLibrary = "tensorrt"
+) -> Runner:
     """Return a runner of engines built for this GPU; ``threads`` of the host are not theirs."""
-    runner = open_tensorrt(bundle, _require_set(bundle, "tensorrt", precision))
+    runner = open_tensorrt(bundle, _require_set(bundle, library, precision))
     # What is met twice becomes a CUDA graph.
     return _warm(bundle, runner, runner.prepare, rounds=2)
 
@@ -223,6 +226,7 @@ ENGINES: dict[str, Callable[[Bundle, Precision, int], Runner]] = {
     "openvino": _openvino_graph,
     "openvino-plan": _openvino_plan,
     "tensorrt": _tensorrt,
+    "tensorrt-rtx": partial(_tensorrt, library="tensorrt-rtx"),
 }
 # Those that need a GPU.
-ON_GPU = ("onnxruntime-cuda", "onnxruntime-trt", "tensorrt")
+ON_GPU = ("onnxruntime-cuda", "onnxruntime-trt", "tensorrt", "tensorrt-rtx")

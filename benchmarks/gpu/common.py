@@ -17,6 +17,7 @@ from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, Precision
 BATCH = BatchProfile(min=1, opt=128, max=256)
 PACKAGES = (
     "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
     "cuda-bindings",
     "onnx",
     "onnxruntime",

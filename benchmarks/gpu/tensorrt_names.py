@@ -24,6 +24,7 @@ TENSORRT = {
     "10.16.1": "tensorrt-cu13-bindings==10.16.1.11",
     "11.4.0": "tensorrt-cu13-bindings==11.4.0.106",
 }
+RTX = {"1.7.1": "tensorrt-rtx-cu13-bindings==1.7.1.116"}
 CUDA = {"12.9": "cuda-bindings==12.9.10", "13.5": "cuda-bindings==13.5.0"}
 PATHFINDER = "cuda-pathfinder==1.*"
 
@@ -35,6 +36,11 @@ CLASSES = """
     IOutputAllocator IProfiler ITensor ITimingCache LayerInformationFormat Logger MemoryPoolType
     NetworkDefinitionCreationFlag OnnxParser ParserError PreviewFeature ProfilingVerbosity Runtime
     TacticSource TensorIOMode
+"""
+# Those that RTX alone needs.
+RTX_CLASSES = """
+    ComputeCapability DynamicShapesKernelSpecializationStrategy ExecutionContextAllocationStrategy
+    IRuntimeCache IRuntimeConfig
 """
 CUDA_CLASSES = "cudaDeviceAttr cudaError_t cudaMemcpyKind cudaStreamCaptureMode"
 _OF_CUDA = re.compile(
@@ -51,7 +57,8 @@ def names(thing):
 found = {{"": names(module)}}
 for name in {classes!r}:
     one = getattr(module, name)
-    found[name] = [n for n in names(one) if n not in ("name", "value")]
+    of_members = ("name", "value") if hasattr(one, "__members__") else ()
+    found[name] = [n for n in names(one) if n not in of_members]
     for inner in names(one):
         if isinstance(getattr(one, inner), type):
             found[name + "." + inner] = names(getattr(one, inner))
@@ -100,12 +107,14 @@ def run_with(folder: Path, program: str) -> str:
 
 def _write_stand_ins(folder: Path) -> None:
     """Write into ``folder`` a library for each of TensorRT's that the bindings there link to."""
-    for library in folder.glob("tensorrt_bindings/tensorrt.so"):
+    for library in folder.glob("tensorrt*_bindings/tensorrt*.so"):
         symbols = re.findall(r" UND (\w+)$", _read("--dyn-syms", library), re.MULTILINE)
         own = [name for name in symbols if not re.match(r"_?Py|_ITM|__gmon", name)]
         source = folder / "stand_in.c"
         source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in own))
-        for needed in re.findall(r"\[(libnv\w+\.so\.\d+)\]", _read("--dynamic", library)):
+        for needed in re.findall(
+            r"\[(lib(?:nv|tensorrt)\w+\.so\.\d+)\]", _read("--dynamic", library)
+        ):
             command = ["cc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{needed}", str(source)]
             subprocess.run([*command, "-o", str(folder / needed)], check=True, timeout=60)
 
@@ -135,8 +144,13 @@ def main() -> None:
         version: names_of("tensorrt_bindings", CLASSES.split(), wheel)
         for version, wheel in TENSORRT.items()
     }
+    rtx = {
+        version: names_of("tensorrt_rtx_bindings", [*CLASSES.split(), *RTX_CLASSES.split()], wheel)
+        for version, wheel in RTX.items()
+    }
     cuda = {version: of_cuda(wheel) for version, wheel in CUDA.items()}
-    text = json.dumps({"tensorrt": tensorrt, "cuda": cuda}, indent=0, sort_keys=True)
+    found = {"tensorrt": tensorrt, "tensorrt-rtx": rtx, "cuda": cuda}
+    text = json.dumps(found, indent=0, sort_keys=True)
     # A line per class or module.
     text = re.sub(r'\[\n"|",\n"|"\n\]', lambda m: m[0].replace("\n", ""), text)
     parser.parse_args().out.write_text(text + "\n")

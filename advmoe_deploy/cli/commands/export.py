@@ -26,10 +26,10 @@ def export(
         typer.Argument(
             readable=False,
             metavar="RUN",
-            help=f"What 'advmoe train' wrote; for trt also a bundle that --onnx-only wrote{NAMED}",
+            help=f"What 'advmoe train' wrote; for trt, trt-rtx also a bundle of --onnx-only{NAMED}",
         ),
     ],
-    to: Annotated[str, typer.Option("--format", help="onnx, openvino or trt.")],
+    to: Annotated[str, typer.Option("--format", help="onnx, openvino, trt or trt-rtx.")],
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,7 +43,7 @@ def export(
         typer.Option(
             "--out",
             readable=False,
-            help="By default RUN/bundle, BUNDLE-trt, or ./NAME-bundle of a name.",
+            help="By default RUN/bundle, BUNDLE-FORMAT, or ./NAME-bundle of a name.",
         ),
     ] = None,
     data: Data = None,

@@ -18,6 +18,7 @@ _ENGINE_SUMMARIES = {
     "openvino": "one graph per precision; of a bundle exported with --format openvino",
     "openvino-plan": "one compiled graph per segment; this package dispatches the rows",
     "tensorrt": "engines built for one GPU; of a bundle exported there with --format trt",
+    "tensorrt-rtx": "engines for GeForce and RTX GPUs; of a bundle of --format trt-rtx",
 }
 _DATA_SUMMARIES = {
     "digits": "1,797 handwritten digits, 8 x 8, embedded",

@@ -3,8 +3,8 @@
 The plan is the bundle's own, with routes inside of the segments that make their scores: an engine
 each for those and for every expert, whose rows the runner sends there and back. Which segments run
 at the lower precision is chosen as for other engines, by the runner that will be used: on the
-engines themselves where there is a GPU, else over the same graphs in ONNX Runtime, whose roundings
-are not TensorRT's.
+engines themselves where they run, else over the same graphs in ONNX Runtime, whose roundings are
+not TensorRT's. RTX's engines are compiled anywhere, and so are tried in ONNX Runtime.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,6 @@ from typing import Any
 
 from onnx import ModelProto
 
-from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.export.checks.every_expert import require_forced
 from advmoe_deploy.export.graph.writer import write_model
 from advmoe_deploy.export.precision.casts import fits_fp16, lowered
@@ -25,7 +24,6 @@ from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import (
     SUFFIX,
-    GpuBuilder,
     Maker,
     OnCpu,
     check_experts,
@@ -36,7 +34,9 @@ from advmoe_deploy.export.tensorrt.builders import (
 )
 from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_routes
 from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
+from advmoe_deploy.export.tensorrt.rtx import engine_builder
 from advmoe_deploy.export.tensorrt.trtexec import SCRIPT, build_script
+from advmoe_deploy.reports.devices import Device
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
@@ -70,11 +70,14 @@ class TensorRtBackend:
         self.source, batch = subject.parts.plan, target.build.batch
         self.shape = subject.reference.model.spec.image_shape
         self.maker: Maker = OnCpu(batch)
-        self.device: EngineDevice | None = None
+        self.writer: Maker = self.maker
+        self.device: Device | None = None
         folder, suffix = f"engines/trt-onnx-{target.precision}", ".onnx"
         if not target.onnx_only:
-            self.maker = builder = GpuBuilder(target.build)
-            self.device = builder.device
+            builder = engine_builder(target.backend, target.build)
+            self.writer, self.device = builder, builder.device
+            # What engines would answer is tried on engines, if they run here.
+            self.maker = builder if target.backend == "tensorrt" else self.maker
             folder, suffix = engine_folder(target.precision, builder.device), SUFFIX
         self.plan = tensorrt_plan(self.source, folder, suffix)
         self.folder = folder
@@ -110,7 +113,7 @@ class TensorRtBackend:
         self._require_forced(lowered.graphs)
         graphs = self._with_row_graphs(lowered.graphs)
         if not self.target.onnx_only:
-            write_engines(staged / self.folder, graphs, self.shapes, self.maker)
+            write_engines(staged / self.folder, graphs, self.shapes, self.writer)
             return
         for name, graph in graphs.items():
             write_model(graph, staged / self.folder / f"{name}.onnx")
@@ -131,10 +134,10 @@ class TensorRtBackend:
             samples = self.subject.parts.samples(few)
             expected = {n: (samples[n].inputs, samples[n].outputs) for n in experts_of(self.plan)}
             check_experts(
-                staged, self.plan, expected, self.maker, lowered.precisions, tf32=target.tf32
+                staged, self.plan, expected, self.writer, lowered.precisions, tf32=target.tf32
             )
         return check_set(
-            staged, self.plan, self.subject.gate, self.maker, target.precision, tf32=target.tf32
+            staged, self.plan, self.subject.gate, self.writer, target.precision, tf32=target.tf32
         )
 
     def record(self, lowered: _Lowered) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from onnx import ModelProto
 
-from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.bundle import FORMATS
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu, precision_of
@@ -22,6 +22,7 @@ from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.parity.batches import require_any_batch
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
+from advmoe_deploy.reports.devices import Device, GpuLibrary
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
@@ -65,7 +66,9 @@ class Maker(Protocol):
 class EngineBuilder(Maker, Protocol):
     """Makes engines that are tied to a device."""
 
-    device: EngineDevice
+    @property
+    def device(self) -> Device:
+        """What they are tied to."""
 
 
 class OnCpu:
@@ -73,9 +76,9 @@ class OnCpu:
 
     tolerance = 0.0
 
-    def __init__(self, batch: BatchProfile) -> None:
-        """Run batches as engines built for ``batch`` would."""
-        self._batch = batch
+    def __init__(self, batch: BatchProfile, name: GpuLibrary = "tensorrt") -> None:
+        """Run batches as engines built for ``batch`` would, of the library called ``name``."""
+        self._batch, self._name = batch, name
 
     def build(self, name: str, graph: bytes, shapes: Mapping[str, Shapes]) -> bytes:
         """Return the graph."""
@@ -100,7 +103,7 @@ class OnCpu:
             image_shape,
             open_engine=lambda _, engine: self.open(engine),
             batch=self._batch,
-            name="tensorrt",
+            name=self._name,
             precision=precision,
         )
 
@@ -146,9 +149,9 @@ class GpuBuilder:
         )
 
 
-def engine_folder(precision: Precision, device: EngineDevice) -> str:
+def engine_folder(precision: Precision, device: Device) -> str:
     """Return where in a bundle the engines for ``device`` are."""
-    return f"engines/trt-{precision}-{device.slug}"
+    return f"engines/{FORMATS[device.library]}-{precision}-{device.slug}"
 
 
 def write_engines(

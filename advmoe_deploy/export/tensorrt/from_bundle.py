@@ -1,4 +1,4 @@
-"""Build of a bundle's TensorRT graphs, on the machine that is to run the engines.
+"""Build of a bundle's TensorRT graphs: on the machine that is to run them or, for RTX, anywhere.
 
 Needs no PyTorch. The bundle is copied and sealed anew with the engines, under a temporary name that
 becomes the new one when every check has passed. Checked is what travels with a bundle: the golden
@@ -41,7 +41,6 @@ from advmoe_deploy.export.targets import require_gpu
 from advmoe_deploy.export.tensorrt.builders import (
     SUFFIX,
     EngineBuilder,
-    GpuBuilder,
     check_experts,
     check_set,
     engine_folder,
@@ -49,13 +48,15 @@ from advmoe_deploy.export.tensorrt.builders import (
 )
 from advmoe_deploy.export.tensorrt.graphs import plan_in
 from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
+from advmoe_deploy.export.tensorrt.rtx import engine_builder
 from advmoe_deploy.files import refuse_existing, staged_directory
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import PrecisionReport
+from advmoe_deploy.reports.devices import Device, GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
-from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions, require_buildable
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes, shapes_of_segments
 from advmoe_deploy.specs import Precision
 
@@ -70,10 +71,11 @@ def build_from_bundle(
     build: BuildOptions,
     precisions: Sequence[Precision] = (),
     overwrite: bool = False,
+    library: GpuLibrary = "tensorrt",
     builder: EngineBuilder | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Return the bundle written to ``out``: ``source``, and engines of its graphs for this GPU.
+    """Return the bundle written to ``out``: ``source``, and engines of its graphs.
 
     Engines of the same precisions that ``source`` has already are left out.
 
@@ -83,22 +85,23 @@ def build_from_bundle(
         build: how to build.
         precisions: of the engines; by default all that there are graphs of.
         overwrite: replace an ``out`` that is a bundle already, be it ``source``.
-        builder: by default TensorRT on this GPU.
+        library: TensorRT, whose engines are for this GPU, or RTX, which compiles without one.
+        builder: by default the library's.
         progress: who listens.
 
     Raises:
         UsageError: ``out`` is in the way.
         BundleError: ``source`` holds no such graphs, or TensorRT cannot read one.
-        BackendUnavailableError: TensorRT, a GPU or ONNX Runtime is missing.
+        BackendUnavailableError: the library, a GPU that it needs or ONNX Runtime is missing.
         CheckFailedError: an engine does not answer well enough.
         MachineError: memory is used up.
     """
     progress = progress or Silent()
     refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
     wanted = graph_sets(source, precisions)
-    builder = builder or _gpu_builder(build, wanted)
+    builder = builder or _builder(library, build, wanted)
     onnxruntime_version()  # found missing now rather than after the first set was built
-    left_out = [each for each in source.manifest.engines if _is_replaced(each, wanted)]
+    left_out = [e for e in source.manifest.engines if _is_replaced(e, wanted, builder)]
     engines = [each for each in source.manifest.engines if each not in left_out]
     with (
         staged_directory(out, overwrite=overwrite) as staged,
@@ -108,7 +111,7 @@ def build_from_bundle(
         for each in wanted:
             engines.append(_Building(source, each, builder, build).written_to(staged))
             progress.advance("build")
-        manifest = _sealed(staged, source, tuple(engines), builder.device.tensorrt)
+        manifest = _sealed(staged, source, tuple(engines), builder.device)
         changed = [name for name, hashed in copied.items() if manifest.files[name] != hashed]
         if changed:
             raise BundleError(f"{source.path}: {changed[0]} changed meanwhile; build again")
@@ -131,14 +134,19 @@ def graph_sets(bundle: Bundle, precisions: Sequence[Precision] = ()) -> list[Eng
     return [sets[precision] for precision in precisions or sets]
 
 
-def _gpu_builder(build: BuildOptions, wanted: Sequence[EngineSet]) -> GpuBuilder:
+def _builder(
+    library: GpuLibrary, build: BuildOptions, wanted: Sequence[EngineSet]
+) -> EngineBuilder:
     for each in wanted:
-        require_gpu(each.precision, build)
-    return GpuBuilder(build)
+        if library == "tensorrt":
+            require_gpu(each.precision, build)
+        else:
+            require_buildable(each.precision, build, library)
+    return engine_builder(library, build)
 
 
-def _is_replaced(engines: EngineSet, wanted: Sequence[EngineSet]) -> bool:
-    is_engine = engines.backend == "tensorrt" and engines.is_built
+def _is_replaced(engines: EngineSet, wanted: Sequence[EngineSet], builder: EngineBuilder) -> bool:
+    is_engine = engines.backend == builder.device.library and engines.is_built
     return is_engine and engines.precision in {each.precision for each in wanted}
 
 
@@ -174,7 +182,9 @@ class _Building:
         findings = check_set(
             staged, self.plan, self.gate, self.builder, self.set.precision, tf32=tf32
         )
-        changed = {"plan": self.plan, "device": self.builder.device, "parity": findings.parity}
+        device = self.builder.device
+        changed: dict[str, object] = {"plan": self.plan, "parity": findings.parity}
+        changed |= {"device": device, "backend": device.library}
         return self.set.model_copy(update={**changed, "check": self._report(findings)})
 
     def _report(self, findings: Findings) -> PrecisionReport | None:
@@ -221,10 +231,10 @@ def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> dict[s
 
 
 def _sealed(
-    staged: Path, source: Bundle, engines: tuple[EngineSet, ...], tensorrt: str
+    staged: Path, source: Bundle, engines: tuple[EngineSet, ...], device: Device
 ) -> BundleManifest:
     """Write the card anew, with ``engines``, and seal everything."""
     card = source.file(CARD).read_text(encoding="utf-8")
     (staged / CARD).write_text(card_with_engines(card, engines), encoding="utf-8")
-    versions = {**source.manifest.versions, "tensorrt": tensorrt}
+    versions = {**source.manifest.versions, device.library: device.version}
     return seal_again(staged, source.manifest, engines=engines, versions=versions)

@@ -1,10 +1,11 @@
-"""TensorRT's Python module, imported here alone.
+"""The Python modules of TensorRT and of TensorRT for RTX, imported here alone.
 
-This folder keeps to the names that releases 8.6, 10 and 11 share. Where one of them lacks a name,
-:func:`probe` asks for it; ``tests/runtime/tensorrt/test_names.py`` holds every other name against
-the real bindings of each.
+This folder keeps to the names that releases 8.6, 10 and 11 share, and RTX with them. Where one of
+them lacks a name, :func:`probe` asks for it; ``tests/runtime/tensorrt/test_names.py`` holds every
+other name against the real bindings of each.
 """
 
+import importlib
 import os
 import re
 from collections import deque
@@ -20,8 +21,11 @@ from advmoe_deploy.errors import (
     missing_extra,
     reason_of,
 )
+from advmoe_deploy.reports.devices import GpuLibrary
 
 # Types of TensorRT's, which a type checker does not know.
+IBuilderConfig: TypeAlias = Any
+ICudaEngine: TypeAlias = Any
 IExecutionContext: TypeAlias = Any
 ILayer: TypeAlias = Any
 INetworkDefinition: TypeAlias = Any
@@ -35,49 +39,60 @@ _ERRORS = ("ERROR", "INTERNAL_ERROR")
 
 Version = tuple[int, int, int]
 
+# The module of each library, what pip calls it, and the extra that brings it.
+_MODULES: dict[GpuLibrary, tuple[str, str, str]] = {
+    "tensorrt": ("tensorrt", "tensorrt", "gpu"),
+    "tensorrt-rtx": ("tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings", "rtx"),
+}
+TITLES: dict[GpuLibrary, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+# RTX counts its releases anew; its interface is this one's.
+_INTERFACE_OF_RTX = (11, 4, 0)
+
 
 @cache
-def tensorrt() -> Any:
-    """Return the module.
+def tensorrt(library: GpuLibrary = "tensorrt") -> Any:
+    """Return the module of a library.
 
     Raises:
         BackendUnavailableError: it is not installed, or its libraries are not.
     """
+    module, package, extra = _MODULES[library]
     try:
-        import tensorrt as trt
+        return importlib.import_module(module)
     except ModuleNotFoundError as missing:
-        if (missing.name or "").partition(".")[0] != "tensorrt":
-            raise _not_loadable(missing) from None
-        raise missing_extra("tensorrt", "gpu") from None
+        if (missing.name or "").partition(".")[0] != module:
+            raise _not_loadable(package, extra, missing) from None
+        raise missing_extra(package, extra) from None
     except (ImportError, OSError, RuntimeError) as error:
-        raise _not_loadable(error) from None
-    return trt
+        raise _not_loadable(package, extra, error) from None
 
 
-def _not_loadable(error: Exception) -> BackendUnavailableError:
+def _not_loadable(package: str, extra: str, error: Exception) -> BackendUnavailableError:
     reason = " ".join(str(error).split())
     return BackendUnavailableError(
-        f"tensorrt is installed but cannot be loaded: {reason}; install its libraries for this "
-        "CUDA version (pip install 'advmoe-deploy[gpu]'), or name their folder in LD_LIBRARY_PATH"
+        f"{package} is installed but cannot be loaded: {reason}; install its libraries for this "
+        f"CUDA version (pip install 'advmoe-deploy[{extra}]'), or name their folder in "
+        "LD_LIBRARY_PATH"
     )
 
 
-def version_text() -> str:
-    """Return the version of the installed TensorRT in full, such as ``10.16.1.11``.
+def version_text(library: GpuLibrary = "tensorrt") -> str:
+    """Return the version of the installed library in full, such as ``10.16.1.11``.
 
     Raises:
         BackendUnavailableError: it is not installed, or its libraries are not.
     """
-    return str(tensorrt().__version__)
+    return str(tensorrt(library).__version__)
 
 
-def tensorrt_version() -> Version:
-    """Return major, minor and patch number of the installed TensorRT.
+def tensorrt_version(library: GpuLibrary = "tensorrt") -> Version:
+    """Return major, minor and patch number of the TensorRT whose interface the library has.
 
     Raises:
         BackendUnavailableError: it is not installed, or its libraries are not.
     """
-    return parse_version(version_text())
+    installed = parse_version(version_text(library))
+    return installed if library == "tensorrt" else _INTERFACE_OF_RTX
 
 
 def parse_version(text: str) -> Version:
@@ -152,28 +167,35 @@ class Heard:
 
 
 @cache
-def logger() -> Any:
-    """Return the logger of this process, with ``messages``; TensorRT wants one for all its objects.
+def _messages() -> Messages:
+    file = os.environ.get(LOG_VARIABLE)
+    return Messages(Path(file) if file else None)
+
+
+def logger(library: GpuLibrary = "tensorrt") -> Any:
+    """Return the library's logger in this process; it wants one for all its objects.
 
     Raises:
         BackendUnavailableError: TensorRT is not installed, or its libraries are not.
         MachineError: the file that ``ADVMOE_TENSORRT_LOG`` names cannot be written.
     """
-    trt = tensorrt()
-    file = os.environ.get(LOG_VARIABLE)
+    return _logger(library)
+
+
+@cache
+def _logger(library: GpuLibrary) -> Any:
+    trt, messages = tensorrt(library), _messages()
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.messages = Messages(Path(file) if file else None)
 
         def log(self, severity: Any, message: str) -> None:
-            self.messages.keep(severity.name, str(message))
+            messages.keep(severity.name, str(message))
 
     return Logger()
 
 
 def listen() -> Heard:
-    """Return what TensorRT will say from now on."""
-    heard: Heard = logger().messages.listen()
-    return heard
+    """Return what these libraries will say from now on."""
+    return _messages().listen()

@@ -6,16 +6,14 @@ before, flags allow it, and TensorRT may still choose float32 where that is fast
 has in float32, as what leads to scores alone, is held to it there.
 """
 
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from typing_extensions import Self
 
-from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.errors import (
     BackendUnavailableError,
     BundleError,
@@ -24,9 +22,12 @@ from advmoe_deploy.errors import (
     reason_of,
 )
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.process import cache_folder
+from advmoe_deploy.reports.devices import EngineDevice, GpuLibrary
 from advmoe_deploy.runtime.shared_libraries import load_library
 from advmoe_deploy.runtime.tensorrt.api import (
     STRONG_TYPES,
+    TITLES,
     Heard,
     ILayer,
     INetworkDefinition,
@@ -38,6 +39,7 @@ from advmoe_deploy.runtime.tensorrt.api import (
     tensorrt_version,
     version_text,
 )
+from advmoe_deploy.runtime.tensorrt.rtx import targets
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes, with_least
 from advmoe_deploy.specs import BatchProfile, Frozen, Precision
 
@@ -53,6 +55,10 @@ TacticSource = Literal["CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS",
 TACTIC_SOURCES: tuple[TacticSource, ...] = get_args(TacticSource)
 _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "insufficient memory", "bad_alloc")
 _MIB = 1 << 20
+_WAYS_OUT: dict[GpuLibrary, str] = {
+    "tensorrt": "another --precision, or a newer release",
+    "tensorrt-rtx": "another --precision or other compute_capabilities, or a newer release",
+}
 
 
 class BuildOptions(Frozen):
@@ -70,6 +76,10 @@ class BuildOptions(Frozen):
             all. Where cuBLAS and cuDNN are stand-ins, JIT_CONVOLUTIONS and EDGE_MASK_CONVOLUTIONS.
         batch_min_profile: kernels are chosen for exactly the least shapes as well.
         timing_cache: a file of timings that builds share.
+        compute_capabilities: for RTX alone, such as 8.6 and 8.9: of the GPUs to compile for; by
+            default those that it chooses, 8.0 and newer.
+        weight_streaming: for RTX alone: weights may stay in the host's memory, as far as the GPU's
+            does not suffice.
     """
 
     batch: BatchProfile = Field(default_factory=BatchProfile)
@@ -82,6 +92,8 @@ class BuildOptions(Frozen):
     tactic_sources: tuple[TacticSource, ...] | None = None
     batch_min_profile: bool = True
     timing_cache: Path | None = None
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    weight_streaming: bool = False
 
     def profiles(self, shapes: Mapping[str, Shapes]) -> list[Mapping[str, Shapes]]:
         """Return the shapes of each optimization profile for inputs of ``shapes``."""
@@ -94,8 +106,7 @@ class BuildOptions(Frozen):
 
 def timing_cache_file(device: EngineDevice) -> Path:
     """Return where timings of this GPU and this release are kept, in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "advmoe-deploy" / "tensorrt" / f"{device.slug}.timings"
+    return cache_folder() / "tensorrt" / f"{device.slug}.timings"
 
 
 def build_engine(
@@ -106,6 +117,8 @@ def build_engine(
     precision: Precision = "fp32",
     name: str = "the graph",
     with_plugins: bool = False,
+    library: GpuLibrary = "tensorrt",
+    inspect: Callable[[INetworkDefinition], None] | None = None,
 ) -> bytes:
     """Return the serialized engine of a graph.
 
@@ -116,22 +129,26 @@ def build_engine(
         precision: the lowest that the graph says.
         name: what to call it in messages.
         with_plugins: it has plugins of :mod:`~benchmarks.gpu.experiments.router_plugin`.
+        library: what builds it; RTX needs no GPU.
+        inspect: is given the network as it was read, before it is built.
 
     Raises:
-        BackendUnavailableError: TensorRT or a GPU is missing, or TensorRT lacks the precision.
+        BackendUnavailableError: the library or a GPU is missing, or it lacks precision or option.
         BundleError: TensorRT cannot read the graph.
         CheckFailedError: it can, and finds no kernels for it.
         MachineError: memory is used up.
     """
-    trt = tensorrt()
-    require_buildable(precision, options)
+    trt = tensorrt(library)
+    require_buildable(precision, options, library)
     heard = listen()
-    builder = _builder()
-    network = builder.create_network(_network_flags(trt, with_plugins=with_plugins))
-    _parse(trt, network, onnx, name)
+    builder = _builder(library)
+    network = builder.create_network(_network_flags(library, with_plugins=with_plugins))
+    _parse(library, network, onnx, name)
+    if inspect is not None:
+        inspect(network)
     config = builder.create_builder_config()
-    _configure(trt, config, options, precision)
-    if precision == "fp16" and tensorrt_version() < STRONG_TYPES:
+    _configure(trt, config, options, precision, library)
+    if precision == "fp16" and tensorrt_version(library) < STRONG_TYPES:
         _keep_float32(trt, config, network)
     for each in options.profiles(shapes):
         profile = builder.create_optimization_profile()
@@ -141,19 +158,23 @@ def build_engine(
     _take_timings(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _not_built(name, heard)
+        raise _not_built(name, heard, library)
     _keep_timings(config, options.timing_cache)
     return bytes(memoryview(plan))
 
 
-def require_buildable(precision: Precision, options: BuildOptions) -> None:
-    """Raise :class:`BackendUnavailableError` if this TensorRT lacks the precision or an option."""
-    trt = tensorrt()
+def require_buildable(
+    precision: Precision, options: BuildOptions, library: GpuLibrary = "tensorrt"
+) -> None:
+    """Raise :class:`BackendUnavailableError` if this library lacks the precision or an option."""
+    trt = tensorrt(library)
     if options.tactic_sources is not None:
         _sources(trt, options.tactic_sources)
+    if library == "tensorrt-rtx":
+        targets.chosen(options.compute_capabilities)
     if options.version_compatible:
         _require_lean_runtime()
-    if tensorrt_version() >= STRONG_TYPES:
+    if tensorrt_version(library) >= STRONG_TYPES:
         return
     for flag in _FLAGS[precision]:
         if probe(trt.BuilderFlag, flag) is None:
@@ -173,24 +194,24 @@ def _require_lean_runtime() -> None:
         )
 
 
-def _builder() -> Any:
-    trt, heard = tensorrt(), listen()
+def _builder(library: GpuLibrary) -> Any:
+    trt, heard = tensorrt(library), listen()
     try:
-        builder = trt.Builder(logger())
+        builder = trt.Builder(logger(library))
     except (TypeError, RuntimeError):  # without a GPU there is none to be had
         builder = None
     if builder is None:
         raise BackendUnavailableError(
-            f"TensorRT cannot start: {heard.reason()}; it builds only where an NVIDIA GPU "
+            f"{TITLES[library]} cannot start: {heard.reason()}; it builds only where an NVIDIA GPU "
             "and its driver are; elsewhere export with --onnx-only"
         )
     return builder
 
 
-def _network_flags(trt: Any, *, with_plugins: bool = False) -> int:
+def _network_flags(library: GpuLibrary, *, with_plugins: bool = False) -> int:
     """Return the flags of a network with dynamic batches that keeps to its graph's types."""
-    wanted = ["EXPLICIT_BATCH"]
-    if tensorrt_version() >= STRONG_TYPES:
+    trt, wanted = tensorrt(library), ["EXPLICIT_BATCH"]
+    if tensorrt_version(library) >= STRONG_TYPES:
         wanted.append("STRONGLY_TYPED")
     if with_plugins:
         wanted.append("PREFER_AOT_PYTHON_PLUGINS")
@@ -198,24 +219,29 @@ def _network_flags(trt: Any, *, with_plugins: bool = False) -> int:
     return sum(1 << int(member) for member in members if member is not None)
 
 
-def _parse(trt: Any, network: Any, onnx: bytes, name: str) -> None:
-    parser = trt.OnnxParser(network, logger())
+def _parse(library: GpuLibrary, network: Any, onnx: bytes, name: str) -> None:
+    parser = tensorrt(library).OnnxParser(network, logger(library))
     if parser.parse(onnx):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     reasons = "; ".join(dict.fromkeys(" ".join(str(error.desc()).split()) for error in errors))
     raise BundleError(
-        f"TensorRT {version_text()} cannot read {name}: {reasons or 'it gives no reason'}; use "
-        "another --precision, or a newer TensorRT"
+        f"{TITLES[library]} {version_text(library)} cannot read {name}: "
+        f"{reasons or 'it gives no reason'}; use another --precision, or a newer release"
     )
 
 
-def _configure(trt: Any, config: Any, options: BuildOptions, precision: Precision) -> None:
+def _configure(
+    trt: Any, config: Any, options: BuildOptions, precision: Precision, library: GpuLibrary
+) -> None:
     if options.tf32:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if tensorrt_version() < STRONG_TYPES:
+    if library == "tensorrt-rtx":
+        capabilities = options.compute_capabilities
+        targets.configure(config, capabilities, weight_streaming=options.weight_streaming)
+    if tensorrt_version(library) < STRONG_TYPES:
         for flag in _FLAGS[precision]:
             config.set_flag(probe(trt.BuilderFlag, flag))
     sharing = probe(trt.PreviewFeature, "PROFILE_SHARING_0806")
@@ -302,13 +328,13 @@ def _keep_timings(config: Any, file: Path | None) -> None:
             warnings.warn(f"TensorRT's timings could not be kept: {reason_of(error)}", stacklevel=2)
 
 
-def _not_built(name: str, heard: Heard) -> Exception:
+def _not_built(name: str, heard: Heard, library: GpuLibrary) -> Exception:
     if heard.mentions(*_OUT_OF_MEMORY):
         return MachineError(
             f"out of GPU memory while {name} was built: {heard.reason()}; lower batch.max or "
             "workspace_mib"
         )
     return CheckFailedError(
-        f"TensorRT {version_text()} cannot build {name}: {heard.reason()}; use another "
-        "--precision, or a newer TensorRT"
+        f"{TITLES[library]} {version_text(library)} cannot build {name}: {heard.reason()}; use "
+        f"{_WAYS_OUT[library]}"
     )

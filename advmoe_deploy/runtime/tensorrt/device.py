@@ -1,7 +1,8 @@
-"""Device record of this machine, the GPU and TensorRT that engines are tied to."""
+"""Device records: what engines that are built here are tied to."""
 
-from advmoe_deploy.bundle import EngineDevice
+from advmoe_deploy.reports.devices import EngineDevice, RtxDevice, parse_capability
 from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
 
@@ -19,4 +20,17 @@ def this_device(*, version_compatible: bool = False, tf32: bool = False) -> Engi
         tensorrt=version,
         version_compatible=version_compatible,
         tf32=tf32,
+    )
+
+
+def rtx_device(options: BuildOptions) -> RtxDevice:
+    """Return what engines that TensorRT for RTX compiles here are tied to; it needs no GPU.
+
+    Raises:
+        BackendUnavailableError: TensorRT for RTX is missing.
+    """
+    return RtxDevice(
+        tensorrt_rtx=version_text("tensorrt-rtx"),
+        compute_capabilities=tuple(map(parse_capability, options.compute_capabilities)),
+        weight_streaming=options.weight_streaming,
     )

@@ -5,6 +5,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.tensorrt.api import parse_version, version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
@@ -27,7 +28,8 @@ def gpu_path() -> dict[str, Part]:
         "NVIDIA driver": _driver(),
         "GPU": _gpu(),
         "CUDA for Python": _package("cuda-bindings", "gpu"),
-        "TensorRT": _tensorrt(),
+        "TensorRT": _library("tensorrt"),
+        "TensorRT for RTX, which compiles without a GPU": _library("tensorrt-rtx"),
         "onnxruntime-gpu": _package("onnxruntime-gpu", "cuda"),
         "cuDNN, which it needs": _cudnn(),
     }
@@ -55,9 +57,9 @@ def _gpu() -> Part:
     return Part(f"{found.name}, compute capability {major}.{minor}")
 
 
-def _tensorrt() -> Part:
+def _library(library: GpuLibrary) -> Part:
     try:
-        return Part(version_text())
+        return Part(version_text(library))
     except BackendUnavailableError as error:
         return Part(None, str(error))
 

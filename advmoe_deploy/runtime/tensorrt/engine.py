@@ -10,8 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.closing import Closing
+from advmoe_deploy.reports.devices import Device
 from advmoe_deploy.runtime.tensorrt.cuda import wait_for_default_stream
 from advmoe_deploy.runtime.tensorrt.program import Program
 from advmoe_deploy.runtime.tensorrt.slot import DeviceArray, SingleSlot
@@ -25,7 +25,7 @@ class TensorRtEngine(Closing):
     """
 
     def __init__(
-        self, source: bytes | Path, *, device: EngineDevice | None = None, contexts: int = 2
+        self, source: bytes | Path, *, device: Device | None = None, contexts: int = 2
     ) -> None:
         """Load an engine.
 

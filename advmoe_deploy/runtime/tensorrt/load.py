@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import PurePosixPath
 
-from advmoe_deploy.bundle import Bundle, EngineDevice, EngineSet
+from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.plan import ExpertsStep, Plan, RunStep
+from advmoe_deploy.reports.devices import Device
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.layout import Layout, grouped_name, positions_name
 from advmoe_deploy.runtime.tensorrt.program import Program
@@ -66,7 +67,7 @@ def runner_of_engines(
     sources: Mapping[str, Source],
     image_shape: tuple[int, int, int],
     *,
-    device: EngineDevice | None,
+    device: Device | None,
     precision: Precision,
     slots: int = SLOTS,
 ) -> DeviceRunner:
@@ -88,7 +89,7 @@ def runner_of_engines(
             layout,
             made,
             image_shape,
-            name="tensorrt",
+            name=device.library if device is not None else "tensorrt",
             precision=precision,
             tf32=device is not None and device.tf32,
             resources=stack.pop_all(),

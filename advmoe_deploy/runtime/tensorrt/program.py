@@ -1,22 +1,26 @@
 """TensorRT engines on this GPU: loaded, refused where they do not fit, bound and queued.
 
-Written against the documented interface, on the names that TensorRT 8.6, 10 and 11 share; not run
-on a GPU yet.
+Written against the documented interface, on the names that TensorRT 8.6, 10 and 11 and RTX share;
+not run on a GPU yet.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
+from advmoe_deploy.process import cache_folder
+from advmoe_deploy.reports.devices import Device, RtxDevice
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.api import (
+    TITLES,
     Heard,
     IExecutionContext,
     listen,
@@ -26,6 +30,7 @@ from advmoe_deploy.runtime.tensorrt.api import (
     version_text,
 )
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu
+from advmoe_deploy.runtime.tensorrt.rtx.kernels import Kernels
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
@@ -56,15 +61,17 @@ class Tensor:
     is_input: bool
 
 
-def require_device(device: EngineDevice) -> None:
+def require_device(device: Device) -> None:
     """Raise if engines built for ``device`` do not run here.
 
     Raises:
-        BackendUnavailableError: this is another GPU or another TensorRT, or one is missing.
+        BackendUnavailableError: this is another GPU or another library, or one is missing.
     """
     here = gpu()
     reason = device.mismatch(
-        gpu=here.name, compute_capability=here.compute_capability, tensorrt=version_text()
+        gpu=here.name,
+        compute_capability=here.compute_capability,
+        version=version_text(device.library),
     )
     if reason:
         raise BackendUnavailableError(
@@ -75,7 +82,7 @@ def require_device(device: EngineDevice) -> None:
 class Program(Closing):
     """One engine, loaded; contexts made of it share its weights."""
 
-    def __init__(self, source: Source, *, device: EngineDevice | None = None) -> None:
+    def __init__(self, source: Source, *, device: Device | None = None) -> None:
         """Load an engine.
 
         Args:
@@ -86,23 +93,28 @@ class Program(Closing):
             BackendUnavailableError: TensorRT or a GPU is missing, or is another one.
             BundleError: TensorRT cannot read the engine.
         """
-        trt = tensorrt()
+        self._library = device.library if device is not None else "tensorrt"
+        trt = tensorrt(self._library)
         gpu()
         if device is not None:
             require_device(device)
         heard = listen()
         self.name = "the engine" if isinstance(source, bytes) else str(source)
-        runtime = trt.Runtime(logger())
+        runtime = trt.Runtime(logger(self._library))
         if device is not None and device.version_compatible:
             runtime.engine_host_code_allowed = True
         data = source if isinstance(source, bytes) else source.read_bytes()
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(
-                f"TensorRT {version_text()} cannot load {self.name}: {heard.reason()}; export it "
-                "again on this machine"
+                f"{TITLES[self._library]} {version_text(self._library)} cannot load {self.name}: "
+                f"{heard.reason()}; export it again on this machine"
             )
         self._runtime, self._engine = runtime, engine  # the first has to live as long
+        self._kernels: Kernels | None = None
+        if isinstance(device, RtxDevice):
+            streaming = device.weight_streaming
+            self._kernels = Kernels(engine, _kernels_file(data), weight_streaming=streaming)
         self._lock = Lock()
         self.tensors = {name: self._tensor(trt, name) for name in self._names()}
         self._profiles = [
@@ -147,11 +159,13 @@ class Program(Closing):
 
     def _bare_context(self, number: int) -> IExecutionContext:
         """Return a context of this profile, without memory for the tensors inside."""
-        trt, heard = tensorrt(), listen()
+        trt, heard = tensorrt(self._library), listen()
         engine = self._engine
         strategies = probe(trt, "ExecutionContextAllocationStrategy")
         with self._lock:
-            if strategies is None:  # before TensorRT 10
+            if self._kernels is not None:
+                context = self._kernels.context()
+            elif strategies is None:  # before TensorRT 10
                 context = probe(engine, "create_execution_context_without_device_memory")()
             else:
                 context = engine.create_execution_context(strategies.USER_MANAGED)
@@ -164,6 +178,9 @@ class Program(Closing):
 
     def close(self) -> None:
         """Release the engine, once no context is left."""
+        if self._kernels is not None:
+            self._kernels.close()
+        self._kernels = None
         self._engine = self._runtime = None
 
     def _names(self) -> list[str]:
@@ -176,7 +193,7 @@ class Program(Closing):
         least = shape = tuple(engine.get_tensor_shape(name))
         if is_input:
             least, shape = self._ends(name, _FIRST_PROFILE)
-        dtype = numpy_type(engine.get_tensor_dtype(name), self.name)
+        dtype = numpy_type(trt, engine.get_tensor_dtype(name), self.name)
         return Tensor(dtype, shape, least, is_input)
 
     def _ends(self, name: str, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -202,13 +219,19 @@ def switch_profile(context: IExecutionContext, number: int, engine: str, heard: 
         stream.wait()
 
 
-def numpy_type(kind: Any, owner: str) -> np.dtype[Any]:
+def _kernels_file(engine: bytes) -> Path:
+    """Return where the kernels that were compiled here for an engine are kept."""
+    major, minor = gpu().compute_capability
+    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}.kernels"
+    return cache_folder() / "tensorrt-rtx" / name
+
+
+def numpy_type(trt: Any, kind: Any, owner: str) -> np.dtype[Any]:
     """Return NumPy's type for a type of TensorRT's.
 
     Raises:
         BundleError: NumPy has no such type.
     """
-    trt = tensorrt()
     for name, dtype in _NUMPY.items():
         if kind == probe(trt.DataType, name):
             return np.dtype(dtype)

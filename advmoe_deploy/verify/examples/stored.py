@@ -41,7 +41,15 @@ _KINDS: Mapping[str, type[np.generic]] = {
     "attack": np.int64,
     **dict.fromkeys(_FLAGS, np.bool_),
 }
-_PACKAGES = ("advmoe-deploy", "torch", "numpy", "onnxruntime", "openvino", "tensorrt")
+_PACKAGES = (
+    "advmoe-deploy",
+    "torch",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+)
 
 
 class Search(Frozen):

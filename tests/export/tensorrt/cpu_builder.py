@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from onnx import ModelProto
 
-from advmoe_deploy.bundle import EngineDevice
 from advmoe_deploy.export.tensorrt.builders import OnCpu
+from advmoe_deploy.reports.devices import EngineDevice
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile
 

@@ -293,6 +293,7 @@ def test_without_a_gpu_it_ends_with_advice_and_nothing_is_left(
     complaint = capsys.readouterr().err
     assert "pip install 'advmoe-deploy[gpu]'" in complaint
     assert "--onnx-only" in complaint
+    assert "--format trt-rtx compiles engines" in complaint
     assert complaint.count("\n") == 1
     assert_nothing_left(out)
 

@@ -252,7 +252,7 @@ def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> 
 @pytest.mark.parametrize(
     ("options", "code", "complaint"),
     [
-        (["--format", "onnx"], 2, "only engines of --format trt are built of one"),
+        (["--format", "onnx"], 2, "only engines of --format trt and trt-rtx are built"),
         (["--format", "trt", "--onnx-only"], 2, "--onnx-only goes with a run"),
         (["--format", "trt", "--no-reference", "--data", "digits"], 2, "--data, --no-reference"),
         (

@@ -24,10 +24,12 @@ RETURNS = {
     ("ICudaEngine", "create_execution_context"): "IExecutionContext",
     ("ICudaEngine", "create_execution_context_without_device_memory"): "IExecutionContext",
     ("ILayer", "get_input"): "ITensor",
+    ("ICudaEngine", "create_runtime_config"): "IRuntimeConfig",
     ("ILayer", "get_output"): "ITensor",
     ("INetworkDefinition", "get_input"): "ITensor",
     ("INetworkDefinition", "get_layer"): "ILayer",
     ("INetworkDefinition", "get_output"): "ITensor",
+    ("IRuntimeConfig", "create_runtime_cache"): "IRuntimeCache",
     ("OnnxParser", "get_error"): "ParserError",
     ("Runtime", "deserialize_cuda_engine"): "ICudaEngine",
 }

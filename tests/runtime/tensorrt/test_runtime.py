@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.bundle import Bundle, EngineDevice
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
+from advmoe_deploy.reports.devices import EngineDevice
 from advmoe_deploy.runtime.tensorrt.api import LOG_VARIABLE, Messages, parse_version, probe
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, _not_built
 from advmoe_deploy.runtime.tensorrt.shapes import (
@@ -88,7 +89,7 @@ def test_of_a_failed_call_every_error_is_told_and_what_came_before_it_is_not(
         for text in ("Requested 9 bytes: out of memory", "no implementation", "no implementation"):
             messages.keep("ERROR", text)
         assert heard.reason() == "Requested 9 bytes: out of memory; no implementation"
-        assert isinstance(_not_built("router", heard), MachineError)
+        assert isinstance(_not_built("router", heard, "tensorrt"), MachineError)
         later = messages.listen()
         messages.keep("INTERNAL_ERROR", "no implementation")
         assert later.reason() == "no implementation"
@@ -132,6 +133,6 @@ def test_engines_are_tied_to_their_device(
     gpu: str, capability: tuple[int, int], tensorrt: str, compatible: bool, why: str
 ) -> None:
     built = H100.model_copy(update={"version_compatible": compatible})
-    answer = built.mismatch(gpu=gpu, compute_capability=capability, tensorrt=tensorrt)
+    answer = built.mismatch(gpu=gpu, compute_capability=capability, version=tensorrt)
     assert why in answer
     assert bool(why) == bool(answer)

@@ -1,0 +1,1 @@
+"""What TensorRT for RTX alone has; its builder needs no GPU, and runs in tests."""

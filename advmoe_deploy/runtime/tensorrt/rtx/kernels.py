@@ -1,0 +1,54 @@
+"""Kernels of TensorRT for RTX, compiled where an engine runs, for the sizes that it meets.
+
+Written against the documented interface; not run on a GPU yet.
+"""
+
+import logging
+from pathlib import Path
+
+from advmoe_deploy.closing import Closing
+from advmoe_deploy.errors import reason_of
+from advmoe_deploy.files import write_atomically
+from advmoe_deploy.runtime.tensorrt.api import ICudaEngine, IExecutionContext, tensorrt
+
+_LOG = logging.getLogger(__name__)
+
+
+class Kernels(Closing):
+    """The kernels of an engine, compiled for each size of its inputs, and kept from run to run.
+
+    A context waits for those of its sizes, rather than run others meanwhile, because a CUDA graph
+    would hold on to these.
+    """
+
+    def __init__(self, engine: ICudaEngine, file: Path, *, weight_streaming: bool) -> None:
+        """Begin with the kernels in ``file``, unless those are of another GPU, driver or release.
+
+        With ``weight_streaming`` the library says which weights stay in the host's memory.
+        """
+        trt = tensorrt("tensorrt-rtx")
+        if weight_streaming:
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        self._cache = config.create_runtime_cache()
+        if file.is_file():
+            self._cache.deserialize(file.read_bytes())
+        config.set_runtime_cache(self._cache)
+        self._engine, self._config, self._file = engine, config, file
+
+    def context(self) -> IExecutionContext:
+        """Return a context without memory for the tensors inside, ``None`` if there is none."""
+        return self._engine.create_execution_context(self._config)
+
+    def close(self) -> None:
+        """Write the kernels to the file, a convenience only: where it fails, a warning says so."""
+        try:
+            write_atomically(self._file, bytes(memoryview(self._cache.serialize())))
+        except OSError as error:
+            _LOG.warning("kernels are compiled again next time: %s", reason_of(error))
+        self._engine = self._config = self._cache = None
