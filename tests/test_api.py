@@ -57,7 +57,7 @@ def test_a_function_stands_before_the_sub_package_of_its_name(name: str) -> None
         (lambda _: advmoe_deploy.export("no run", precisions=["int7"]), "did you mean int8"),
         (
             lambda _: advmoe_deploy.export("no run", onnx_only=True),
-            "go with --format trt, not onnx",
+            "goes with --format trt, not onnx",
         ),
         (lambda bundle: advmoe_deploy.export(bundle.path), "this is a bundle"),
         (lambda bundle: advmoe_deploy.open_runner(bundle, "onnx"), "did you mean onnxruntime"),

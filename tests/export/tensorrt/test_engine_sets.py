@@ -302,7 +302,7 @@ def test_without_a_gpu_it_ends_with_advice_and_nothing_is_left(
     ("options", "complaint"),
     [
         (["--format", "onnx", *SET, "tf32=true"], "go with --format trt"),
-        (["--format", "openvino", "--onnx-only"], "go with --format trt"),
+        (["--format", "openvino", "--onnx-only"], "goes with --format trt"),
         ([*TRT, *SET, "batch.min=8", *SET, "batch.max=4"], "batch sizes must grow"),
         ([*TRT, *SET, "batch.max=many"], "batch.max: Input should be a valid integer"),
         ([*TRT, *SET, "bach.max=4"], "did you mean batch.max"),
