@@ -18,7 +18,6 @@ from onnx import ModelProto, TensorProto, helper
 
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BackendUnavailableError, BundleError, CheckFailedError
 from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.from_run import export_run
@@ -29,7 +28,9 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.runtime.tensorrt.rtx.network import Network, NetworkTensor
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile, Precision, ThreatModel
+from advmoe_deploy.specs import BatchProfile, Precision
+from benchmarks.gpu.rtx_builds import OF_DIGITS, graphs_of
+from benchmarks.gpu.rtx_builds import compiled as compiled_of
 from tests.conftest import TINY, assert_nothing_left
 from tests.export.tensorrt.test_engine_sets import subject_for
 from tests.families import FAMILIES, spec_of
@@ -236,17 +237,18 @@ def test_every_family_compiles(family: str, precision: Precision, tmp_path: Path
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("around", ["fp32", "fp16"])
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_every_precision_compiles(precision: Precision, around: str, tmp_path: Path) -> None:
-    subject = replace(
-        subject_for(TINY), labelled=load_dataset("digits"), threat=ThreatModel(epsilon=0.1)
-    )
-    options = {"unquantised_dtype": around} if precision == "int8" else {}
-    engines = write_engine_set(tmp_path, target(precision, **options), subject)
-    require_engines(tmp_path, list(graph_files(engines.plan).values()))
+@pytest.mark.parametrize("precision", OF_DIGITS)
+def test_every_precision_compiles(precision: str) -> None:
+    found = {name: compiled_of(name, *rest) for name, *rest in graphs_of("digits", precision)}
+    assert len(found) == 4
+    for name, facts in found.items():
+        assert facts["bytes"] > 50_000
+        assert (facts["kinds"].get("TOPK", 0) == 1) == (name == "router")
+    quantised = {name for name, facts in found.items() if "QUANTIZE" in facts["kinds"]}
+    experts = {"router.expert-0", "router.expert-1"}
+    assert experts <= quantised if precision.startswith("int8") else not quantised
 
 
 def require_engines(folder: Path, files: list[str]) -> None:
     assert len(files) >= 1
-    assert min((folder / file).stat().st_size for file in files) > 50_000
+    assert min((folder / file).stat().st_size for file in files) > 10_000
