@@ -12,7 +12,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.serving.batch import classify_files
-from advmoe_deploy.serving.oip_protocol import served_model
+from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.verify.verify import verify_bundle
 from tests.families import Families
 

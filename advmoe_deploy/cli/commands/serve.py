@@ -10,7 +10,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
-    from advmoe_deploy.serving.oip_protocol import ServedModel
+    from advmoe_deploy.serving.online.protocol import ServedModel
 
 
 def serve(
@@ -35,7 +35,7 @@ def serve(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
-        from advmoe_deploy.serving.oip import serve as serve_bundle
+        from advmoe_deploy.serving.online.serve import serve as serve_bundle
 
         serve_bundle(
             open_bundle(bundle),

@@ -26,9 +26,9 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.http_server import server_of
-from advmoe_deploy.serving.oip import create_app, serve
-from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, read_request, served_model
+from advmoe_deploy.serving.online.protocol import Limits, RefusedError, read_request, served_model
+from advmoe_deploy.serving.online.serve import create_app, serve
+from advmoe_deploy.serving.online.server import server_of
 
 LIMITS = Limits(max_batch=64, max_body=200_000)
 INFER = "/v2/models/advmoe/infer"

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from advmoe_deploy.serving.oip_json import JsonError
+from advmoe_deploy.serving.online.json_data import JsonError
 
 
 def _unicode(value: str) -> str:

@@ -16,14 +16,14 @@ from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.oip_json import (
+from advmoe_deploy.serving.online.json_data import (
     JsonError,
     Numbers,
     json_array,
     split_data,
     stands_for_data,
 )
-from advmoe_deploy.serving.oip_messages import Message, Tensor, message_from_json
+from advmoe_deploy.serving.online.messages import Message, Tensor, message_from_json
 
 INPUT = "images"
 VERSION = "1"

@@ -15,8 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.serving.http_server import run_until_stopped, server_of
-from advmoe_deploy.serving.oip_protocol import (
+from advmoe_deploy.serving.online.protocol import (
     SERVER,
     VERSION,
     InferResponse,
@@ -26,6 +25,7 @@ from advmoe_deploy.serving.oip_protocol import (
     short_line,
     write_response,
 )
+from advmoe_deploy.serving.online.server import run_until_stopped, server_of
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _PROBED = ["GET", "HEAD"]

@@ -11,7 +11,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.oip_protocol import Limits, ServedModel, served_model
+from advmoe_deploy.serving.online.protocol import Limits, ServedModel, served_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -72,7 +72,7 @@ def serve(
 
 def _rest() -> ModuleType:
     try:
-        import advmoe_deploy.serving.rest as rest
+        import advmoe_deploy.serving.online.rest as rest
     except ImportError as error:
         package = (error.name or "fastapi").split(".")[0]
         if package not in {"fastapi", "uvicorn", "starlette"}:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advmoe_deploy.serving import oip_json
-from advmoe_deploy.serving.oip_json import MAX_ENVELOPE, JsonError, json_array, split_data
-from advmoe_deploy.serving.oip_protocol import Limits, RefusedError, ServedModel, read_request
+from advmoe_deploy.serving.online import json_data
+from advmoe_deploy.serving.online.json_data import MAX_ENVELOPE, JsonError, json_array, split_data
+from advmoe_deploy.serving.online.protocol import Limits, RefusedError, ServedModel, read_request
 
 MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_batch=64))
 
@@ -38,7 +38,7 @@ def numbers(text: str, shape: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("piece", [1, 4, 1 << 15])
 def test_numbers_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(oip_json, "_PIECE", piece)
+    monkeypatch.setattr(json_data, "_PIECE", piece)
     assert numbers("[1,2 , -3.5e0,\n4]", [4]) == [1, 2, -3.5, 4]
     assert numbers("[[1, 2],\n [3, 4]]", [2, 2]) == [1, 2, 3, 4]
     assert numbers("[ [ [1] , [2] ] ]", [1, 2, 1]) == [1, 2]
@@ -85,7 +85,7 @@ def test_what_is_no_array_of_that_shape_is_refused(text: str) -> None:
 
 
 def test_random_changes_are_judged_as_json_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip_json, "_PIECE", 5)
+    monkeypatch.setattr(json_data, "_PIECE", 5)
     random.seed(0)
     read = 0
     for _ in range(5000):
@@ -108,7 +108,7 @@ def test_random_changes_are_judged_as_json_would(monkeypatch: pytest.MonkeyPatch
 
 
 def test_arrays_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oip_json, "_NUMBERS_AT_ONCE", 2)
+    monkeypatch.setattr(json_data, "_NUMBERS_AT_ONCE", 2)
     assert json.loads(json_array(np.float32([0.5, 1, -2]))) == [0.5, 1, -2]
     assert json.loads(json_array(np.int64([7]))) == [7]
 
