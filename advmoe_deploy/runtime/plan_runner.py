@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.closing import Closing
-from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Step
 from advmoe_deploy.runtime.dispatch import combined, dispatch
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source
 from advmoe_deploy.runtime.images import checked_images
@@ -54,8 +54,8 @@ class PlanRunner(Closing):
         self.name = name
         self.precision = precision
         self.tf32 = False
-        self._plan = plan
-        self._routes = plan.routes if routes is None else routes
+        self.plan = plan
+        self.routes = plan.routes if routes is None else routes
         self._image_shape = image_shape
         self._engines: dict[str, Engine] = {}
         open_engine = open_engine or (lambda _, graph: OrtEngine(graph, threads=threads))
@@ -67,24 +67,37 @@ class PlanRunner(Closing):
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""
-        tensors: Tensors = {self._plan.inputs[0]: checked_images(images, self._image_shape)}
-        for step in self._plan.steps:
-            match step:
-                case RunStep():
-                    tensors |= self._run(step.segment, tensors)
-                case RouteStep():
-                    tensors |= route(step, tensors[step.scores])
-                case ExpertsStep():
-                    tensors[step.output] = self._experts(step, tensors)
-        return prediction_of(self._routes, tensors, len(images))
+        tensors = self.before_last(images)
+        self._take(self.plan.steps[-1], tensors)
+        return prediction_of(self.routes, tensors, len(images))
+
+    def before_last(self, images: NDArray[np.float32]) -> Tensors:
+        """Return the tensors that the plan's last step finds, for images as :meth:`infer` takes."""
+        tensors: Tensors = {self.plan.inputs[0]: checked_images(images, self._image_shape)}
+        for step in self.plan.steps[:-1]:
+            self._take(step, tensors)
+        return tensors
+
+    def run_expert(self, step: ExpertsStep, expert: int, x: NDArray[Any]) -> NDArray[Any]:
+        """Return the answers of one expert of ``step``, without weights, to rows ``x``."""
+        return self._run_expert(step.segments[self.plan.route(step.layer).kept.index(expert)], x)
+
+    def _take(self, step: Step, tensors: Tensors) -> None:
+        match step:
+            case RunStep():
+                tensors |= self._run(step.segment, tensors)
+            case RouteStep():
+                tensors |= route(step, tensors[step.scores])
+            case ExpertsStep():
+                tensors[step.output] = self._experts(step, tensors)
 
     def _run(self, name: str, tensors: Tensors) -> Tensors:
-        segment = self._plan.segment(name)
+        segment = self.plan.segment(name)
         return self._engines[name].run({t.name: tensors[t.name] for t in segment.inputs})
 
     def _experts(self, step: ExpertsStep, tensors: Tensors) -> NDArray[Any]:
         """Return the weighted answers in the rows' order; an expert without rows does not run."""
-        x, route = tensors[step.input], self._plan.route(step.layer)
+        x, route = tensors[step.input], self.plan.route(step.layer)
         given = dispatch(tensors[route.expert_ids])
         segments = dict(zip(route.kept, step.segments, strict=True))
         if given.only is not None:  # always so for a single image: nothing to gather
@@ -94,7 +107,7 @@ class PlanRunner(Closing):
         return combined(route, given, parts, tensors[route.weights])
 
     def _run_expert(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
-        segment = self._plan.segment(name)
+        segment = self.plan.segment(name)
         answer = self._engines[name].run({segment.inputs[0].name: x})
         return answer[segment.outputs[0].name]
 

@@ -24,6 +24,13 @@ class Prediction:
     expert_ids: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
+    def __getitem__(self, images: slice) -> "Prediction":
+        return Prediction(
+            self.logits[images],
+            {layer: ids[images] for layer, ids in self.expert_ids.items()},
+            {layer: weights[images] for layer, weights in self.weights.items()},
+        )
+
 
 class Runner(Protocol):
     """Answers batches of images; a context manager, safe to call from several threads at once."""

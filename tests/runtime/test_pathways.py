@@ -1,0 +1,90 @@
+"""Routing and pathways apart give what the runner gives, whatever meets in a lane."""
+
+import numpy as np
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows, work_of
+from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.runtime.select import open_runner
+from tests.families import Families
+
+IMAGES = to_float(load_dataset("digits").test.images[:24])
+
+
+def by_lane(work: Work, halves: list[np.ndarray]) -> Prediction:
+    """Route each half, let rows of both meet in their lanes, and return all in order."""
+    routed = [work.route(half) for half in halves]
+    lanes = np.concatenate([lanes for lanes, _ in routed])
+    rows = joined_rows([rows for _, rows in routed])
+    logits = np.empty((len(lanes), 10), np.float32)
+    for lane in np.unique(lanes):
+        own = np.flatnonzero(lanes == lane)
+        answer = work.run(int(lane), rows[own])
+        logits[own] = answer.logits
+        for layer, ids in answer.expert_ids.items():
+            np.testing.assert_array_equal(ids, rows[own].tensors[f"{layer}.expert_ids"])
+            assert answer.weights[layer].shape == ids.shape
+    return Prediction(logits)
+
+
+def assert_same(work: Work, runner: Runner) -> None:
+    found = by_lane(work, [IMAGES[:7], IMAGES[7:]])
+    expected = runner.infer(IMAGES)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_two_batches_meet_in_the_pathway_they_share(tiny_bundle: Bundle) -> None:
+    with open_runner(tiny_bundle, "onnxruntime-plan") as runner:
+        work = work_of(runner)
+        assert work.lanes == 2
+        lanes, _ = work.route(IMAGES)
+        np.testing.assert_array_equal(lanes, runner.infer(IMAGES).expert_ids["router"][:, 0])
+        assert {*lanes} == {0, 1}
+        assert_same(work, runner)
+
+
+def test_weights_of_whole_networks_are_applied(families: Families) -> None:
+    with open_runner(families["expert networks"][1], "onnxruntime-plan") as runner:
+        work = work_of(runner)
+        assert work.lanes == 2
+        assert_same(work, runner)
+
+
+def test_a_graph_that_routes_inside_has_one_lane(tiny_bundle: Bundle) -> None:
+    with open_runner(tiny_bundle) as runner:
+        work = work_of(runner)
+        assert (work.lanes, work.count(63)) == (1, 63)
+        lanes, rows = work.route(IMAGES)
+        assert not lanes.any()
+        answer, expected = work.run(0, rows[4:9]), runner.infer(IMAGES[4:9])
+        np.testing.assert_array_equal(answer.logits, expected.logits)
+        np.testing.assert_array_equal(answer.expert_ids["router"], expected.expert_ids["router"])
+
+
+@pytest.mark.parametrize("engine", ["openvino", "openvino-plan"])
+def test_an_engine_that_compiles_for_sizes_meets_few_of_them(
+    tiny_bundle: Bundle, engine: str
+) -> None:
+    with open_runner(tiny_bundle, engine) as runner:
+        work = work_of(runner)
+        assert [work.count(n) for n in (1, 3, 5, 6, 17, 23, 64, 200)] == [
+            1,
+            3,
+            4,
+            6,
+            16,
+            23,
+            64,
+            64,
+        ]
+        assert_same(work, runner)
+
+
+def test_rows_keep_their_tensors_together() -> None:
+    rows = Rows({"a": np.arange(4), "b": np.arange(4) * 10})
+    both = joined_rows([rows[1:2], rows[np.array([3, 0])]])
+    assert both.tensors["a"].tolist() == [1, 3, 0]
+    assert both.tensors["b"].tolist() == [10, 30, 0]
