@@ -12,7 +12,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.runtime.select import open_runner
 from tests.models.upstream.test_upstream import TINY, model_of, released_of, write_released
-from tests.serving.online.test_rest import served, wait_until_ready
+from tests.serving.online.live import served, wait_until_ready
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -1,6 +1,7 @@
 """Entry point of ``advmoe``: its commands, and the exit code for each way of ending."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,7 +76,10 @@ for _name, _command in _COMMANDS.items():
 
 def main() -> None:
     """Run the command line of this process and exit."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -19,6 +19,8 @@ OPTIONAL = {
     "pyarrow": ("pyarrow", "serve"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "httptools": ("httptools", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
     "huggingface_hub": ("huggingface_hub", "hub"),
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),

@@ -126,7 +126,8 @@ def test_sigterm_finishes_what_runs_and_exits_0(tiny_bundle: Bundle, tmp_path: P
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             head = (
-                f"POST /v2/models/advmoe/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+                "POST /v2/models/advmoe/infer HTTP/1.1\r\nHost: localhost\r\n"
+                f"Content-Length: {len(body)}"
             )
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
             time.sleep(0.02)
@@ -167,3 +168,49 @@ def test_a_forbidden_target_is_the_machines_fault(tiny_bundle: Bundle, tmp_path:
     tmp_path.chmod(0o700)
     assert done.returncode == 5
     assert "permission denied" in done.stderr
+
+
+def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*(\w+)", status)
+    return bool(caught and int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is caught")
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 1.5])
+def test_sigterm_while_it_starts_ends_well(
+    tiny_bundle: Bundle, tmp_path: Path, after_s: float
+) -> None:
+    with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
+        while not catches(process, signal.SIGTERM):
+            time.sleep(0.001)
+        time.sleep(after_s)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    arguments = ["serve", str(tiny_bundle.path), "--port", "0", "--timeout", "600"]
+    with started(*arguments, cwd=tmp_path) as process:
+        host, port = url_of(process).removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n")  # keeps it from ending
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "advmoe: error: interrupted"
+    assert "Traceback" not in err
+
+
+def test_two_servers_do_not_share_a_port(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
+        port = url_of(process).rpartition(":")[2]
+        done = advmoe("serve", str(tiny_bundle.path), "--port", port, cwd=tmp_path)
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
+    assert (done.returncode, len(done.stderr.splitlines())) == (5, 1)
+    assert "in use" in done.stderr

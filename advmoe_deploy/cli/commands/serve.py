@@ -20,10 +20,46 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let other machines in, without authentication.")
     ] = False,
-    keep_alive: Annotated[
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Another name that requests may call a server on the loopback; repeatable.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images that are computed together, at most.")
+    ] = 64,
+    delay_ms: Annotated[
+        float,
+        typer.Option("--delay-ms", min=0, help="How long a batch waits for requests on their way."),
+    ] = 2.0,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Images that may wait; more are answered 503.")
+    ] = 4096,
+    memory: Annotated[
         int,
+        typer.Option("--memory", min=1, metavar="MIB", help="For bodies and images that wait."),
+    ] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds that a request may wait in all.")
+    ] = 30.0,
+    connections: Annotated[
+        int, typer.Option("--connections", min=1, help="Open at once; more are answered 503.")
+    ] = 4096,
+    keep_alive: Annotated[
+        float,
         typer.Option("--keep-alive", min=0, help="Seconds until an idle connection is closed."),
-    ] = 75,
+    ] = 75.0,
+    body_timeout: Annotated[
+        float,
+        typer.Option("--body-timeout", min=0, help="Seconds until a request's body is there."),
+    ] = 30.0,
+    drain: Annotated[
+        float,
+        typer.Option("--drain", min=0, help="Seconds from SIGTERM to closing the port, not ready."),
+    ] = 1.0,
     engine: Engine = "onnxruntime",
     threads: Threads = 0,
     files: Annotated[str | None, typer.Option("--input", "--output", hidden=True)] = None,
@@ -35,8 +71,19 @@ def serve(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
+        from advmoe_deploy.serving.online.limits import Limits
         from advmoe_deploy.serving.online.serve import serve as serve_bundle
 
+        limits = Limits(
+            batch=batch,
+            delay_s=delay_ms / 1000,
+            queue=queue,
+            memory=memory << 20,
+            timeout_s=timeout,
+            connections=connections,
+            keep_alive_s=keep_alive,
+            body_s=body_timeout,
+        )
         serve_bundle(
             open_bundle(bundle),
             host,
@@ -44,7 +91,9 @@ def serve(
             insecure=insecure,
             engine=engine,
             threads=threads,
-            keep_alive=keep_alive,
+            limits=limits,
+            hosts=allow_host or (),
+            drain_s=drain,
             announce=lambda url, model: _announce(ui, url, model),
         )
 

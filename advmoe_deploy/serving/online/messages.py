@@ -52,9 +52,10 @@ class _Parameters(_Object):
 
 
 class MessageParameters(_Parameters):
-    """Parameters of a request."""
+    """Parameters of a request; ``timeout`` in microseconds, as Triton's, 0 for none."""
 
     binary_data_output: StrictBool = False
+    timeout: Annotated[StrictInt, Field(ge=0)] | None = None
 
 
 class TensorParameters(_Parameters):

@@ -23,6 +23,7 @@ from advmoe_deploy.serving.online.json_data import (
     split_data,
     stands_for_data,
 )
+from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.messages import Message, Tensor, message_from_json
 
 INPUT = "images"
@@ -36,14 +37,15 @@ SERVER = {
 
 
 class RefusedError(UsageError):
-    """A request that is not answered; ``status`` is its HTTP status.
+    """A request that is not answered; ``status`` is its HTTP status, ``retry_s`` when to retry.
 
     The message is a short line of printable text, whatever names the request holds.
     """
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, *, retry_s: int | None = None) -> None:
         super().__init__(short_line(message))
         self.status = status
+        self.retry_s = retry_s
 
 
 def short_line(text: str) -> str:
@@ -51,14 +53,6 @@ def short_line(text: str) -> str:
     rest = len(text) - _MESSAGE_LENGTH
     shown = text[:_MESSAGE_LENGTH] + (f"... and {rest} more characters" if rest > 0 else "")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for: images, and bytes of body."""
-
-    max_batch: int = 1024
-    max_body: int = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -106,11 +100,15 @@ def served_model(
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A checked request: ``images`` float32 [N, C, H, W] in [0, 1]; ``wanted`` name -> binary."""
+    """A checked request: ``images`` float32 [N, C, H, W] in [0, 1]; ``wanted`` name -> binary.
+
+    ``timeout_s`` is how long its client waits, ``None`` if it did not say.
+    """
 
     images: NDArray[np.float32]
     wanted: dict[str, bool]
     id: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,12 @@ def read_request(
     try:
         value, data = split_data(body if json_length is None else body[:json_length])
         message = message_from_json(value)
+        microseconds = message.parameters.timeout or None
         return InferRequest(
-            _images(message, data, tail, model), _wanted(message, model), message.id
+            _images(message, data, tail, model),
+            _wanted(message, model),
+            message.id,
+            microseconds and microseconds / 1e6,
         )
     except JsonError as error:
         raise RefusedError(str(error)) from None
@@ -191,9 +193,9 @@ def _check_shape(shape: list[int], model: ServedModel) -> None:
     expected = list(model.image_shape)
     if len(shape) != 4 or shape[1:] != expected or shape[0] < 1:
         raise RefusedError(f"{INPUT} has shape {shape}; the model takes [N, {str(expected)[1:]}")
-    if shape[0] > model.limits.max_batch:
+    if shape[0] > model.limits.max_images:
         raise RefusedError(
-            f"{shape[0]} images in one request exceed the limit of {model.limits.max_batch}; "
+            f"{shape[0]} images in one request exceed the limit of {model.limits.max_images}; "
             "send several requests"
         )
 

@@ -4,76 +4,37 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.serving.online.protocol import (
-    SERVER,
-    VERSION,
-    InferResponse,
-    RefusedError,
-    ServedModel,
-    read_request,
-    short_line,
-    write_response,
-)
-from advmoe_deploy.serving.online.server import run_until_stopped, server_of
+from advmoe_deploy.serving.online.guard import Guard
+from advmoe_deploy.serving.online.infer import Infer, UnreadError
+from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
+from advmoe_deploy.serving.online.protocol import SERVER, VERSION, RefusedError, short_line
+from advmoe_deploy.serving.online.server import Server
+from advmoe_deploy.serving.online.service import Service
 
-_JSON_LENGTH = "Inference-Header-Content-Length"
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 << 20
 
-T = TypeVar("T")
 
+def build_app(
+    service: Service, hosts: frozenset[str] | None, on_warm: Callable[[], None] | None = None
+) -> FastAPI:
+    """Return the application.
 
-class Service:
-    """One model and the one thread that runs it, so that everything else answers meanwhile."""
-
-    def __init__(self, model: ServedModel, runner: Runner) -> None:
-        self.model = model
-        self.ready = False
-        self.failure: BaseException | None = None
-        self._runner = runner
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="infer")
-
-    async def warm_up(self) -> None:
-        """Run one image through the model; ``ready`` or ``failure`` says how it went."""
-        image = np.zeros((1, *self.model.image_shape), dtype=np.float32)
-        try:
-            await self._run(lambda: self._runner.infer(image))
-            self.ready = True
-        except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
-            self.failure = error
-
-    async def infer(self, body: bytearray, json_length: int | None) -> InferResponse:
-        """Return the response to one request."""
-        if not self.ready:
-            raise RefusedError("the model is not ready; ask /v2/health/ready", 503)
-        return await self._run(lambda: self._answer(body, json_length))
-
-    def close(self) -> None:
-        """Wait for the running inference and end the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _answer(self, body: bytearray, json_length: int | None) -> InferResponse:
-        request = read_request(body, json_length, self.model)
-        return write_response(self._runner.infer(request.images), request, self.model)
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def build_app(service: Service, on_warm: Callable[[], None] | None = None) -> FastAPI:
-    """Return the application; ``on_warm`` is called when the warm-up has ended, well or not."""
+    Args:
+        service: what answers.
+        hosts: names that a request may call this server; ``None`` is any.
+        on_warm: called when the warm-up has ended, well or not.
+    """
 
     async def warm_up() -> None:
         await service.warm_up()
@@ -82,38 +43,48 @@ def build_app(service: Service, on_warm: Callable[[], None] | None = None) -> Fa
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
         warming = asyncio.create_task(warm_up())
         yield
         await warming
         service.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, hosts=hosts)
     _add_errors(app)
+    prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+    for prefix in prefixes:  # first, as they are asked for most
+        app.router.routes.append(Route(f"{prefix}/infer", Infer(service), methods=["POST"]))
     _add_health(app, service)
-    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+    for prefix in prefixes:
         _add_model(app, service, prefix)
     return app
 
 
 def run_app(
-    service: Service, listener: socket.socket, announce: Callable[[], None], *, keep_alive: int
+    service: Service,
+    listener: socket.socket,
+    announce: Callable[[], None],
+    *,
+    hosts: frozenset[str] | None,
+    drain_s: float,
 ) -> None:
-    """Serve on ``listener`` until SIGTERM (returns) or SIGINT (KeyboardInterrupt), then drain.
-
-    A connection without a request is closed after ``keep_alive`` seconds.
+    """Serve on ``listener`` until SIGTERM or Ctrl-C, then drain.
 
     Raises:
         Exception: whatever the warm-up raised.
+        KeyboardInterrupt: it was Ctrl-C.
     """
 
     def on_warm() -> None:
-        if service.failure is None:
+        if service.failure is not None:
+            server.stop(announced=False)
+        elif not server.stopping:
             announce()
-        else:
-            server.should_exit = True
 
-    server = server_of(build_app(service, on_warm), keep_alive)
-    run_until_stopped(server, listener)
+    server = Server(build_app(service, hosts, on_warm), service.model.limits, drain_s)
+    service.is_stopping = lambda: server.stopping
+    server.run_until_stopped(listener)
     if service.failure is not None:
         raise service.failure
 
@@ -131,6 +102,10 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
+    @app.api_route("/metrics", methods=_PROBED)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
 
 def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
     model = service.model
@@ -144,20 +119,6 @@ def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
     async def ready(name: str, version: str = VERSION) -> JSONResponse:
         model.require(name, version)
         return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
-
-    @app.post(f"{prefix}/infer")
-    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
-        body = await _body(request, model.limits.max_body)
-        model.require(name, version)
-        answer = await service.infer(body, _json_length(request))
-        if answer.json_length is None:
-            return Response(answer.body, media_type="application/json")
-        headers = {_JSON_LENGTH: str(answer.json_length)}
-        return Response(answer.body, media_type="application/octet-stream", headers=headers)
-
-
-class _UnreadError(RefusedError):
-    """A request refused before its body was read to the end."""
 
 
 class _Refusal(JSONResponse):
@@ -184,40 +145,17 @@ async def _drop_body(receive: Receive) -> None:
         more = message["type"] == "http.request" and message.get("more_body", False)
 
 
-async def _body(request: Request, limit: int) -> bytearray:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise _UnreadError(f"content-encoding '{encoding}' is not supported; send it plain", 415)
-    too_large = _UnreadError(f"the body exceeds the limit of {limit} bytes; send fewer images", 413)
-    claimed = request.headers.get("content-length", "0")
-    if claimed.isdecimal() and int(claimed) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return body
-
-
-def _json_length(request: Request) -> int | None:
-    value = request.headers.get(_JSON_LENGTH)
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdecimal() and len(value) < 20):
-        raise RefusedError(f"{_JSON_LENGTH} is '{value}'; it must be a number of bytes")
-    return int(value)
-
-
 def _add_errors(app: FastAPI) -> None:
     def answer(status: int, message: str) -> JSONResponse:
         return JSONResponse({"error": message}, status)
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedError)
-        if isinstance(error, _UnreadError):
-            return _Refusal({"error": str(error)}, error.status, headers={"Connection": "close"})
-        return answer(error.status, str(error))
+        headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
+        if isinstance(error, UnreadError):
+            headers["Connection"] = "close"
+            return _Refusal({"error": str(error)}, error.status, headers=headers)
+        return JSONResponse({"error": str(error)}, error.status, headers=headers)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

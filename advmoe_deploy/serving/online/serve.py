@@ -3,7 +3,7 @@
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,16 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.protocol import Limits, ServedModel, served_model
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.protocol import ServedModel, served_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_BACKLOG = 128
+# Modules of the extra.
+_NEEDED = {"fastapi", "httptools", "prometheus_client", "starlette", "uvicorn"}
 
 
 def create_app(
@@ -22,11 +28,15 @@ def create_app(
 ) -> "FastAPI":
     """Return a FastAPI application that answers for ``bundle`` through an open ``runner``.
 
+    It answers requests that call it by a name of the loopback. Under another server than this
+    package's, the work of clients that have left is done all the same.
+
     Raises:
-        BackendUnavailableError: FastAPI or uvicorn is not installed.
+        BackendUnavailableError: FastAPI, uvicorn or httptools is not installed.
     """
     rest = _rest()
-    app: FastAPI = rest.build_app(rest.Service(served_model(bundle, name, limits), runner))
+    service = rest.Service(served_model(bundle, name, limits), runner)
+    app: FastAPI = rest.build_app(service, LOOPBACK)
     return app
 
 
@@ -39,10 +49,11 @@ def serve(
     engine: str = "onnxruntime",
     threads: int = 0,
     limits: Limits | None = None,
-    keep_alive: int = 75,
+    hosts: Sequence[str] = (),
+    drain_s: float = 1.0,
     announce: Callable[[str, ServedModel], None] = lambda url, model: None,
 ) -> None:
-    """Serve ``bundle`` until SIGTERM; then finish what is running and return.
+    """Serve ``bundle`` until SIGTERM; then finish what is under way and return.
 
     Args:
         bundle: an opened bundle.
@@ -51,23 +62,30 @@ def serve(
         insecure: allow a ``host`` that other machines can reach: there is no authentication yet.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
         threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
-        limits: on the size of a request.
-        keep_alive: seconds until a connection without a request is closed. Proxies keep theirs for
-            60 and lose a request if the server is the first to close.
+        limits: on requests and on all of them together.
+        hosts: by which other names requests may call a server on the loopback, such as a proxy's.
+        drain_s: seconds after SIGTERM in which the server is not ready, and still takes requests.
         announce: called with the URL once the model is warm and ready.
 
     Raises:
         UsageError: ``host`` is not loopback, or no address at all.
         MachineError: the port is in use or forbidden.
-        BackendUnavailableError: FastAPI, uvicorn or the engine is missing.
+        BackendUnavailableError: FastAPI, uvicorn, httptools or the engine is missing.
+        KeyboardInterrupt: it was Ctrl-C that stopped it.
     """
-    _require_private(host, insecure)
+    private = _is_loopback(host)
+    if not private and not insecure:
+        raise UsageError(
+            f"host '{host}' is open to other machines and this server has no authentication; "
+            "use 127.0.0.1 behind a proxy, or pass --insecure"
+        )
     rest = _rest()
     model = served_model(bundle, limits=limits)
+    names = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)} if private else None
     with _listen(host, port) as listener, open_runner(bundle, engine, threads=threads) as runner:
         url = _url(host, listener.getsockname()[1])
         service = rest.Service(model, runner)
-        rest.run_app(service, listener, lambda: announce(url, model), keep_alive=keep_alive)
+        rest.run_app(service, listener, lambda: announce(url, model), hosts=names, drain_s=drain_s)
 
 
 def _rest() -> ModuleType:
@@ -75,24 +93,17 @@ def _rest() -> ModuleType:
         import advmoe_deploy.serving.online.rest as rest
     except ImportError as error:
         package = (error.name or "fastapi").split(".")[0]
-        if package not in {"fastapi", "uvicorn", "starlette"}:
+        if package not in _NEEDED:
             raise
-        raise missing_extra(package, "serve") from None
+        raise missing_extra(package.replace("_", "-"), "serve") from None
     return rest
 
 
-def _require_private(host: str, insecure: bool) -> None:
-    if insecure or host == "localhost":
-        return
+def _is_loopback(host: str) -> bool:
     try:
-        private = ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        private = False
-    if not private:
-        raise UsageError(
-            f"host '{host}' is open to other machines and this server has no authentication; "
-            "use 127.0.0.1 behind a proxy, or pass --insecure"
-        )
+        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -107,6 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # now: a second server is refused before it loads anything
     except OSError as error:
         listener.close()
         raise _cannot_bind(error, host, port) from None

@@ -9,9 +9,10 @@ import pytest
 
 from advmoe_deploy.serving.online import json_data
 from advmoe_deploy.serving.online.json_data import MAX_ENVELOPE, JsonError, json_array, split_data
-from advmoe_deploy.serving.online.protocol import Limits, RefusedError, ServedModel, read_request
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel, read_request
 
-MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_batch=64))
+MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_images=64))
 
 
 def request(tensor: dict[str, Any] | None = None, **fields: Any) -> bytes:

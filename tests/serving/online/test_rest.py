@@ -2,14 +2,12 @@
 
 import contextlib
 import copy
-import inspect
 import json
 import random
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,44 +15,27 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-import uvicorn
 from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import MachineError, UsageError
-from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.protocol import Limits, RefusedError, read_request, served_model
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.protocol import RefusedError, read_request, served_model
 from advmoe_deploy.serving.online.serve import create_app, serve
-from advmoe_deploy.serving.online.server import server_of
-
-LIMITS = Limits(max_batch=64, max_body=200_000)
-INFER = "/v2/models/advmoe/infer"
-
-
-@contextlib.contextmanager
-def served(bundle: Bundle, runner: Runner) -> Iterator[str]:
-    """Serve ``runner`` on a free port of the loopback and yield its address."""
-    app = create_app(bundle, runner, limits=LIMITS)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def wait_until_ready(address: str) -> None:
-    while httpx.get(f"http://{address}/v2/health/ready").status_code != 200:
-        time.sleep(0.01)
+from advmoe_deploy.serving.online.server import Server
+from tests.serving.online.live import (
+    INFER,
+    LIMITS,
+    ONE,
+    SlowRunner,
+    request_for,
+    served,
+    wait_until_ready,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +60,6 @@ def images() -> NDArray[np.float32]:
 def expected(tiny_bundle: Bundle, images: NDArray[np.float32]) -> Prediction:
     with open_runner(tiny_bundle) as runner:
         return runner.infer(images)
-
-
-def request_for(images: NDArray[Any], **changes: Any) -> dict[str, Any]:
-    tensor = {
-        "name": "images",
-        "datatype": "FP32",
-        "shape": list(images.shape),
-        "data": images.ravel().tolist(),
-    }
-    return {"inputs": [{**tensor, **changes}]}
 
 
 def test_the_server_and_the_model_describe_themselves(client: httpx.Client) -> None:
@@ -142,7 +113,6 @@ def test_many_requests_on_one_connection(client: httpx.Client, images: NDArray[n
         assert client.post(INFER, content=b"{").headers.get("connection") != "close"
 
 
-ONE = np.full((1, 1, 8, 8), 0.5, dtype=np.float32)
 BAD_REQUESTS = {
     "not JSON": (b"{", 400, "no JSON"),
     "not text": (b"\xff\xfe", 400, "no JSON"),
@@ -239,7 +209,7 @@ def test_a_claimed_length_is_refused_before_the_body_comes(address: str) -> None
     host, port = address.split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(
-            f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n".encode()
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n\r\n".encode()
         )
         assert b" 413 " in connection.recv(4096)
 
@@ -287,28 +257,6 @@ def test_the_stock_client_gets_the_runners_answer(
     np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, rtol=1e-5, atol=1e-6)
     ids = answer.as_numpy("router.expert_ids")
     np.testing.assert_array_equal(ids, expected.expert_ids["router"])
-
-
-class SlowRunner:
-    """Answers when it is let go."""
-
-    name = "slow"
-
-    def __init__(self) -> None:
-        self.let_go = threading.Event()
-
-    def infer(self, images: NDArray[np.float32]) -> Prediction:
-        self.let_go.wait(timeout=30)
-        ids, weights = np.zeros((len(images), 1), np.int64), np.ones((len(images), 1), np.float32)
-        logits = np.zeros((len(images), 10), np.float32)
-        return Prediction(logits, {"router": ids}, {"router": weights})
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> "SlowRunner":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def test_ready_comes_after_the_warm_up_and_health_answers_meanwhile(tiny_bundle: Bundle) -> None:
@@ -361,9 +309,8 @@ def test_no_message_raises_anything_but_a_refusal(tiny_bundle: Bundle) -> None:
 
 
 def test_idle_connections_are_kept_longer_than_proxies_keep_theirs(tiny_bundle: Bundle) -> None:
-    assert inspect.signature(serve).parameters["keep_alive"].default == 75
     app = create_app(tiny_bundle, SlowRunner())
-    assert server_of(app, keep_alive=75).config.timeout_keep_alive == 75
+    assert Server(app, Limits()).config.timeout_keep_alive == 75
 
 
 def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle) -> None:
@@ -372,7 +319,7 @@ def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle)
         assert run.stdout is not None
         port = int(run.stdout.readline().split(b":")[2].split(b"/")[0])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while more := connection.recv(4096):  # ends when the server closes
                 answer += more

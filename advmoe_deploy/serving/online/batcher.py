@@ -1,0 +1,325 @@
+"""Batches of many requests' images, routed once and computed by pathway.
+
+One thread computes. What arrives is routed in slices; the rows of each pathway wait in a lane of
+their own until it is full, or until nothing else is to be done. A model whose routing lies inside
+its graphs has one lane, and the graph itself sends each row to its experts. Large requests take
+turns with small ones, slice by slice.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows
+from advmoe_deploy.runtime.runner import Prediction
+from advmoe_deploy.serving.online.limits import Limits
+
+# How much a batch weighs in the estimate of the pace.
+_FRESH = 0.2
+
+
+class OverloadedError(Exception):
+    """The request cannot be computed in time; ``retry_s`` is when it is worth another try."""
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = max(1, math.ceil(retry_s))
+
+
+class Job:
+    """One request's images [N, C, H, W] on their way to a prediction."""
+
+    def __init__(
+        self,
+        images: NDArray[np.float32],
+        answer: "asyncio.Future[Prediction]",
+        is_gone: Callable[[], bool],
+        deadline: float,
+    ) -> None:
+        self.images, self.answer, self.is_gone = images, answer, is_gone
+        self.deadline, self.came = deadline, time.monotonic()
+        self.routed = 0  # images that a lane has, or had
+        self.left = len(images)  # images without an answer
+        self._prediction: Prediction | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no image has an answer yet."""
+        return self._prediction is None
+
+    def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
+        """Take the answers ``part`` to the images with these ``numbers``."""
+        if self._prediction is None:
+            self._prediction = _room_for(len(self.images), part)
+        whole = self._prediction
+        whole.logits[numbers] = part.logits
+        for layer, ids in part.expert_ids.items():
+            whole.expert_ids[layer][numbers] = ids
+            whole.weights[layer][numbers] = part.weights[layer]
+
+    def end(self, failure: Exception | None) -> None:
+        """Hand over the answer or the failure, in the thread of the event loop."""
+        if self.answer.done():
+            return
+        if failure is not None:
+            self.answer.set_exception(failure)
+        elif self._prediction is not None:
+            self.answer.set_result(self._prediction)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that was computed.
+
+    ``waits_s`` has the time in the queue of each request that had not begun before.
+    """
+
+    answer: Prediction
+    seconds: float
+    waits_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one job that share a lane; ``numbers`` [R] are their places in the job."""
+
+    job: Job
+    numbers: NDArray[np.int64]
+    rows: Rows
+
+    def __getitem__(self, index: slice) -> "_Piece":
+        return _Piece(self.job, self.numbers[index], self.rows[index])
+
+
+class Batcher:
+    """Queue of jobs and the thread that computes them; jobs come from one event loop."""
+
+    def __init__(
+        self,
+        work: Work,
+        limits: Limits,
+        *,
+        expecting: Callable[[], int] = lambda: 0,
+        watch: Callable[[Done], None] = lambda done: None,
+    ) -> None:
+        """Begin with an empty queue.
+
+        Args:
+            work: what routes and computes.
+            limits: on the queue and its batches.
+            expecting: how many requests are being read, so that waiting for them may pay.
+            watch: called after each batch, in the thread that computed it.
+        """
+        self._work, self._limits = work, limits
+        self._expecting, self._watch = expecting, watch
+        self._changed = threading.Condition()
+        self._jobs: set[Job] = set()
+        self._waiting = 0  # images of jobs without an answer
+        self._arrived: deque[Job] = deque()
+        self._lanes: dict[int, deque[_Piece]] = {}
+        self._pace_s = 0.0  # seconds per image
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._serve, name="infer", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Images without an answer."""
+        return self._waiting
+
+    def start(self) -> None:
+        """Begin to compute for the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(
+        self, images: NDArray[np.float32], timeout_s: float, is_gone: Callable[[], bool]
+    ) -> "asyncio.Future[Prediction]":
+        """Return the prediction to come for float32 ``images`` [N, C, H, W] in [0, 1].
+
+        Args:
+            images: of one request.
+            timeout_s: after which it is not begun any more.
+            is_gone: whether nobody waits for the answer any more; asked before each batch.
+
+        Raises:
+            OverloadedError: the queue is full, or so long that the time would run out.
+        """
+        answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        job = Job(images, answer, is_gone, time.monotonic() + timeout_s)
+        with self._changed:
+            if self._refusal(len(images), timeout_s):
+                self._drop_dead()
+                if reason := self._refusal(len(images), timeout_s):
+                    raise OverloadedError(reason, self._waiting * self._pace_s)
+            self._jobs.add(job)
+            self._waiting += len(images)
+            self._arrived.append(job)
+            self._changed.notify()
+        return answer
+
+    def drop_dead(self) -> None:
+        """Let go of the jobs whose clients have left or whose time is over."""
+        with self._changed:
+            self._drop_dead()
+
+    def close(self) -> None:
+        """Wait for the running batch and end the thread; what waits is not computed."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _refusal(self, count: int, timeout_s: float) -> str:
+        wait_s = self._waiting * self._pace_s
+        if self._waiting + count > self._limits.queue:
+            return f"{self._waiting} images wait already, of {self._limits.queue} at most"
+        return f"its turn would come in {wait_s:.1f} s only" if wait_s > timeout_s else ""
+
+    def _drop_dead(self) -> None:
+        now = time.monotonic()
+        dead = []
+        for job in self._jobs:
+            if job.is_gone():
+                dead.append((job, "the client has left"))
+            elif job.deadline < now:
+                dead.append((job, "its time was over before its turn came"))
+        for job, reason in dead:
+            self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
+
+    def _end(self, job: Job, failure: Exception | None = None) -> None:
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self._waiting -= job.left
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(job.end, failure)
+
+    def _serve(self) -> None:
+        while self._wait():
+            if slices := self._next_slices():
+                self._route(slices)
+            if taken := self._next_batch():
+                self._compute(*taken)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do, and a moment longer if more of it is coming."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._jobs)
+            self._drop_dead()
+            until = min((job.came for job in self._jobs), default=0.0) + self._limits.delay_s
+            while (rest := until - time.monotonic()) > 0 and self._is_worth_waiting():
+                self._changed.wait(rest)
+            return not self._closing
+
+    def _is_worth_waiting(self) -> bool:
+        more = self._waiting < self._limits.batch and self._expecting() > 0
+        return more and not self._closing
+
+    def _next_slices(self) -> list[tuple[Job, NDArray[np.int64]]]:
+        """Return slices of jobs in turns, so many that each lane could be full."""
+        inside = sum(len(piece.numbers) for lane in self._lanes.values() for piece in lane)
+        room, slices = self._limits.batch * self._work.lanes - inside, []
+        with self._changed:
+            while self._arrived and room > 0:
+                job = self._arrived.popleft()
+                if job not in self._jobs:
+                    continue
+                stop = min(job.routed + min(room, self._limits.batch), len(job.images))
+                slices.append((job, np.arange(job.routed, stop)))
+                room -= stop - job.routed
+                job.routed = stop
+                if stop < len(job.images):
+                    self._arrived.append(job)
+        return slices
+
+    def _route(self, slices: list[tuple[Job, NDArray[np.int64]]]) -> None:
+        parts = [job.images[numbers[0] : numbers[-1] + 1] for job, numbers in slices]
+        try:
+            lanes, rows = self._work.route(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
+            self._finish(dict.fromkeys((job for job, _ in slices), 0), error)
+            return
+        at = 0
+        for job, numbers in slices:
+            own_lanes, own_rows = lanes[at : at + len(numbers)], rows[at : at + len(numbers)]
+            at += len(numbers)
+            for lane in np.unique(own_lanes):
+                own = np.flatnonzero(own_lanes == lane)
+                piece = _Piece(job, numbers[own], own_rows[own])
+                self._lanes.setdefault(int(lane), deque()).append(piece)
+
+    def _next_batch(self) -> tuple[int, list[_Piece]] | None:
+        """Return the lane that is full, or whose first rows came first, and rows of it."""
+        with self._changed:
+            for lane, pieces in self._lanes.items():
+                self._lanes[lane] = deque(piece for piece in pieces if piece.job in self._jobs)
+        sizes = {lane: sum(len(p.numbers) for p in pieces) for lane, pieces in self._lanes.items()}
+        waiting = [lane for lane, size in sizes.items() if size]
+        if not waiting:
+            return None
+        first = min(waiting, key=lambda lane: self._lanes[lane][0].job.came)
+        fresh = time.monotonic() - self._lanes[first][0].job.came < self._limits.delay_s
+        full = [lane for lane in waiting if sizes[lane] >= self._limits.batch]
+        lane = full[0] if full and fresh else first
+        return lane, self._taken(lane, self._work.count(min(sizes[lane], self._limits.batch)))
+
+    def _taken(self, lane: int, count: int) -> list[_Piece]:
+        taken, pieces = [], self._lanes[lane]
+        while count:
+            piece = pieces.popleft()
+            if len(piece.numbers) > count:
+                pieces.appendleft(piece[count:])
+                piece = piece[:count]
+            taken.append(piece)
+            count -= len(piece.numbers)
+        return taken
+
+    def _compute(self, lane: int, pieces: list[_Piece]) -> None:
+        began, at, done = time.monotonic(), 0, Counter[Job]()
+        for piece in pieces:
+            done[piece.job] += len(piece.numbers)
+        waits_s = tuple(began - job.came for job in done if job.untouched)
+        try:
+            answer = self._work.run(lane, joined_rows([piece.rows for piece in pieces]))
+            for piece in pieces:
+                piece.job.put(piece.numbers, answer[at : at + len(piece.numbers)])
+                at += len(piece.numbers)
+        except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
+            self._finish(done, error)
+            return
+        seconds = time.monotonic() - began
+        self._pace_s += _FRESH * (seconds / done.total() - self._pace_s)
+        self._finish(done, None)
+        self._watch(Done(answer, seconds, waits_s))
+
+    def _finish(self, done: Mapping[Job, int], failure: Exception | None) -> None:
+        """Count the images that are ``done``, and end the jobs that are, or that failed."""
+        with self._changed:
+            for job, count in done.items():
+                if job in self._jobs:
+                    job.left -= count
+                    self._waiting -= count
+                    if failure is not None or not job.left:
+                        self._end(job, failure)
+
+
+def _room_for(images: int, part: Prediction) -> Prediction:
+    """Return an empty prediction for so many images, of the shapes of ``part``."""
+
+    def room(values: NDArray[Any]) -> NDArray[Any]:
+        return np.empty((images, *values.shape[1:]), values.dtype)
+
+    return Prediction(
+        room(part.logits),
+        {layer: room(ids) for layer, ids in part.expert_ids.items()},
+        {layer: room(weights) for layer, weights in part.weights.items()},
+    )

@@ -1,0 +1,50 @@
+"""Guard against requests that a web page makes some browser send: by host and by origin."""
+
+import re
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+# The key in the scope of a request under which its headers are, as a dictionary of bytes.
+HEADERS = "advmoe.headers"
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
+
+
+class Guard:
+    """Middleware that lets only requests through that call this server by one of its names.
+
+    A page elsewhere whose name leads here (DNS rebinding) calls it by that name; one that sends a
+    form or text here says so by its origin.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        """Take the names; ``None`` is any, for a server that other machines reach."""
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, or refuse it."""
+        if scope["type"] == "http":
+            headers = scope[HEADERS] = dict(scope["headers"])
+            if refusal := self._refusal(headers, scope["http_version"]):
+                status, message = refusal
+                await JSONResponse({"error": message}, status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, headers: dict[bytes, bytes], version: str) -> tuple[int, str] | None:
+        authority = headers.get(b"host")
+        if authority is None:
+            return (400, "the request names no Host") if version == "1.1" else None
+        if self._hosts is not None and _name_of(authority) not in self._hosts:
+            return 421, "this server is not called by that Host; --allow-host NAME lets it be"
+        origin = headers.get(b"origin")
+        if origin is not None and origin.rpartition(b"//")[2].lower() != authority.lower():
+            return 403, "requests from pages of another origin are refused"
+        if headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"}:
+            return 403, "requests from pages of another site are refused"
+        return None
+
+
+def _name_of(authority: bytes) -> str | None:
+    found = _AUTHORITY.fullmatch(authority.decode("latin-1"))
+    return (found[1] or found[2]).lower() if found else None

@@ -1,0 +1,129 @@
+"""The endpoint that answers inference requests, as an ASGI application.
+
+It is where the time of a small request goes, so nothing stands between it and the connection.
+"""
+
+import time
+from collections.abc import Mapping
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from advmoe_deploy.serving.online.connection import GONE
+from advmoe_deploy.serving.online.guard import HEADERS
+from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
+from advmoe_deploy.serving.online.protocol import InferResponse, RefusedError
+from advmoe_deploy.serving.online.service import Service
+
+_JSON_LENGTH = "Inference-Header-Content-Length"
+# What is counted for a client that left before its body was there.
+_GONE = 499
+_JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
+
+
+class UnreadError(RefusedError):
+    """A request refused before its body was read to the end."""
+
+
+class Infer:
+    """Reads a body within the limits, has it answered, and writes the answer."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request.
+
+        Raises:
+            RefusedError: it is not answered, and why.
+        """
+        began, status = time.perf_counter(), 500
+        try:
+            self._service.model.require(**scope["path_params"])
+            self._service.require_warm()
+            with self._service.budget.hold() as hold:
+                answer = await self._answer(scope, receive, scope[HEADERS], hold)
+            await _send(send, answer)
+            status = 200
+        except RefusedError as error:
+            status = error.status
+            raise
+        except ClientDisconnect:
+            status = _GONE
+            raise
+        finally:
+            self._service.metrics.request(status, time.perf_counter() - began)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], hold: Hold
+    ) -> InferResponse:
+        began, reading = time.perf_counter(), True
+        self._service.reading += 1
+        try:
+            json_length = _json_length(headers)
+            body = await self._read(receive, headers, json_length is None, hold)
+            request = await self._service.read(body, json_length)
+            del body
+            hold.shrink(request.images.nbytes)
+            reading = False
+            self._service.metrics.stage("read", time.perf_counter() - began)
+            return await self._service.answer(request, scope.get(GONE, _never))
+        finally:
+            self._service.reading -= reading
+
+    async def _read(
+        self, receive: Receive, headers: Mapping[bytes, bytes], is_json: bool, hold: Hold
+    ) -> bytes | bytearray:
+        limit = self._service.model.limits.max_body
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding != b"identity":
+            name = encoding.decode("latin-1")
+            raise UnreadError(f"content-encoding '{name}' is not supported; send it plain", 415)
+        copies = COPIES_OF_JSON if is_json else COPIES_OF_BINARY
+        self._admit(int(headers.get(b"content-length", 0)), limit, copies, hold)
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece: bytes = message["body"]
+            if not body and not message["more_body"]:
+                self._admit(len(piece), limit, copies, hold)
+                return piece
+            body += piece
+            self._admit(len(body), limit, copies, hold)
+            if not message["more_body"]:
+                return body
+
+    def _admit(self, length: int, limit: int, copies: int, hold: Hold) -> None:
+        if length > limit:
+            raise UnreadError(
+                f"the body exceeds the limit of {limit} bytes; send fewer images", 413
+            )
+        if not self._service.reserve(hold, copies * length):
+            raise UnreadError("overloaded: other requests hold the memory", 503, retry_s=1)
+
+
+def _never() -> bool:
+    return False
+
+
+def _json_length(headers: Mapping[bytes, bytes]) -> int | None:
+    value = headers.get(_JSON_LENGTH_KEY)
+    if value is None:
+        return None
+    if not (value.isdigit() and len(value) < 20):
+        shown = value.decode("latin-1")
+        raise RefusedError(f"{_JSON_LENGTH} is '{shown}'; it must be a number of bytes")
+    return int(value)
+
+
+async def _send(send: Send, answer: InferResponse) -> None:
+    headers = [(b"content-length", b"%d" % len(answer.body))]
+    if answer.json_length is None:
+        headers.append((b"content-type", b"application/json"))
+    else:
+        headers.append((b"content-type", b"application/octet-stream"))
+        headers.append((_JSON_LENGTH_KEY, b"%d" % answer.json_length))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

@@ -1,0 +1,107 @@
+"""Limits of the server: what one request may ask for, and what all of them may hold together."""
+
+from dataclasses import dataclass
+
+from advmoe_deploy.errors import UsageError
+
+# What a request is charged beside its images, times the length of its body: the body itself, and
+# of JSON, whose shortest number is two bytes long, twice as much for the float32 it becomes.
+COPIES_OF_BINARY = 2
+COPIES_OF_JSON = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in images and bytes, times in seconds.
+
+    Attributes:
+        max_images: in one request.
+        max_body: bytes of one request's body.
+        batch: images that are computed together, of one request or of many.
+        delay_s: how long the first of them waits at most for others that are on their way.
+        queue: images that wait; what comes on top is answered with 503.
+        memory: bytes of all bodies that are being read, and of all images that wait.
+        timeout_s: how long a request may wait for its computation to begin.
+        connections: open at once; what comes on top is answered with 503.
+        keep_alive_s: until a connection without a request is closed. Proxies keep theirs for 60
+            and lose a request if the server is the first to close.
+        head_s: until the head of a request has to be there.
+        body_s: until its body has to be there.
+    """
+
+    max_images: int = 1024
+    max_body: int = 64 << 20
+    batch: int = 64
+    delay_s: float = 0.002
+    queue: int = 4096
+    memory: int = 512 << 20
+    timeout_s: float = 30.0
+    connections: int = 4096
+    keep_alive_s: float = 75.0
+    head_s: float = 10.0
+    body_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_images, self.batch, self.connections) < 1:
+            raise UsageError("a limit of images or connections is below 1; raise it")
+        if self.queue < self.max_images:
+            raise UsageError(
+                f"a queue of {self.queue} images has no room for one request of "
+                f"{self.max_images}; raise --queue"
+            )
+        if self.memory < (needed := COPIES_OF_JSON * self.max_body):
+            raise UsageError(
+                f"{self.memory >> 20} MiB have no room for one request, which may need "
+                f"{needed >> 20}; raise --memory"
+            )
+
+
+class Budget:
+    """Bytes that all requests hold together, for one thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._limit = limit
+
+    @property
+    def used(self) -> int:
+        """The bytes that are held."""
+        return self._limit - self._left
+
+    def hold(self) -> "Hold":
+        """Return an empty share, to be used as a context manager."""
+        return Hold(self)
+
+    def _take(self, count: int) -> bool:
+        if count > self._left:
+            return False
+        self._left -= count
+        return True
+
+
+class Hold:
+    """The share of one request; it is given back at the end of the block."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.bytes = 0
+
+    def grow(self, count: int) -> bool:
+        """Raise the share to ``count`` bytes if there are as many; it never shrinks."""
+        more = max(0, count - self.bytes)
+        if not self._budget._take(more):  # noqa: SLF001, RUF100 - two halves of one thing
+            return False
+        self.bytes += more
+        return True
+
+    def shrink(self, count: int) -> None:
+        """Lower the share to ``count`` bytes; it never grows."""
+        less = max(0, self.bytes - count)
+        self._budget._take(-less)  # noqa: SLF001, RUF100
+        self.bytes -= less
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shrink(0)

@@ -1,0 +1,144 @@
+"""Figures of a running server in Prometheus' format; every label has few values, all known before.
+
+With ``prometheus_client``, known to this module alone.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from advmoe_deploy.runtime.runner import Prediction, joined
+from advmoe_deploy.serving.online.batcher import Done
+
+STAGES = ("read", "wait", "write", "all")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_MARGINS = tuple(i / 10 for i in range(1, 11))
+# After so many rows the weight of those before has fallen to 1/e in the entropy of loads.
+_WINDOW = 1000.0
+# Batches of so many images are counted together: of one image each, it would cost half its time.
+_TOGETHER = 256
+
+
+class Metrics:
+    """What a server did since it began."""
+
+    def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
+        """Begin with nothing; ``gauges`` are asked for whenever somebody reads the figures."""
+        self._registry = CollectorRegistry()
+        self._gauges = gauges
+        self._lock = threading.Lock()
+        self._fresh: list[Prediction] = []
+        self._loads: dict[str, NDArray[np.float64]] = {}
+        own: dict[str, Any] = {"registry": self._registry, "namespace": "advmoe"}
+        self._requests = Counter("requests", "Inference requests.", ["status"], **own)
+        self._seconds = Histogram(
+            "request_seconds",
+            "Time of a request: read (body and its numbers), wait (in the queue), write (the "
+            "answer's text), all.",
+            ["stage"],
+            buckets=_SECONDS,
+            **own,
+        )
+        self._compute = Histogram("batch_seconds", "Time of a batch.", buckets=_SECONDS, **own)
+        self._batches = Histogram("batch_images", "Images of a batch.", buckets=_IMAGES, **own)
+        self._experts = Counter(
+            "expert_rows", "Images or tokens sent to an expert.", ["layer", "expert"], **own
+        )
+        self._margins = Histogram(
+            "class_margin",
+            "Probability of the best class minus that of the second.",
+            buckets=_MARGINS,
+            **own,
+        )
+        self._stages = {name: self._seconds.labels(name) for name in STAGES}
+        self._registry.register(_Now(self))
+
+    def request(self, status: int, seconds: float) -> None:
+        """Count a request that ended with ``status``."""
+        self._requests.labels(str(status)).inc()
+        self.stage("all", seconds)
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """Count the time of one of the ``STAGES`` of a request."""
+        self._stages[stage].observe(seconds)
+
+    def batch(self, done: Done) -> None:
+        """Count a batch, its routes and margins."""
+        self._compute.observe(done.seconds)
+        self._batches.observe(len(done.answer.logits))
+        for wait_s in done.waits_s:
+            self.stage("wait", wait_s)
+        with self._lock:
+            self._fresh.append(done.answer)
+            if sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER:
+                self._count_answers()
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        with self._lock:
+            self._count_answers()
+        return generate_latest(self._registry)
+
+    def now(self) -> dict[str, float]:
+        """Return what there is at this moment."""
+        return self._gauges()
+
+    def entropies(self) -> dict[str, float]:
+        """Return by layer the entropy, in bits, of the recent loads of its experts."""
+        result = {}
+        for layer, loads_E in self._loads.items():
+            shares_E = loads_E[loads_E > 0] / loads_E.sum()
+            result[layer] = float(-(shares_E * np.log2(shares_E)).sum())
+        return result
+
+    def _count_answers(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        if fresh:
+            answers = joined(fresh)
+            for layer, ids in answers.expert_ids.items():
+                self._routes(layer, np.bincount(ids.reshape(-1)).astype(np.float64))
+            for margin in _margins_of(answers):
+                self._margins.observe(margin)
+
+    def _routes(self, layer: str, loads_E: NDArray[np.float64]) -> None:
+        for expert in np.flatnonzero(loads_E):
+            self._experts.labels(layer, str(expert)).inc(loads_E[expert])
+        before_E = self._loads.get(layer, np.zeros(0))
+        size = max(len(before_E), len(loads_E))
+        before_E, loads_E = (np.pad(each, (0, size - len(each))) for each in (before_E, loads_E))
+        self._loads[layer] = before_E * np.exp(-loads_E.sum() / _WINDOW) + loads_E
+
+
+class _Now(Collector):
+    """Gauges, as they are when somebody asks."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, value in self._metrics.now().items():
+            yield GaugeMetricFamily(f"advmoe_{name}", f"{name.replace('_', ' ')} now.", value)
+        entropy = GaugeMetricFamily(
+            "advmoe_route_entropy_bits", "Entropy of the recent loads of experts.", labels=["layer"]
+        )
+        for layer, bits in self._metrics.entropies().items():
+            entropy.add_metric([layer], bits)
+        yield entropy
+
+
+def _margins_of(answer: Prediction) -> list[float]:
+    if answer.logits.shape[1] < 2:
+        return []
+    with np.errstate(invalid="ignore"):
+        powers_NC = np.exp(answer.logits - answer.logits.max(axis=1, keepdims=True))
+        best_N2 = np.sort(np.partition(powers_NC, -2, axis=1)[:, -2:], axis=1)
+        margins_N = (best_N2[:, 1] - best_N2[:, 0]) / powers_NC.sum(axis=1)
+    return [float(margin) for margin in margins_N if np.isfinite(margin)]

@@ -1,0 +1,136 @@
+"""One model online: its queue, its memory, and whether it is ready."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from advmoe_deploy.errors import MachineError
+from advmoe_deploy.runtime.pathways import work_of
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
+from advmoe_deploy.serving.online.limits import Budget, Hold
+from advmoe_deploy.serving.online.metrics import Metrics
+from advmoe_deploy.serving.online.protocol import (
+    InferRequest,
+    InferResponse,
+    RefusedError,
+    ServedModel,
+    read_request,
+    write_response,
+)
+
+# Below these a body is read, and an answer written, where the event loop runs: within a
+# millisecond, which is what handing it to another thread and back would cost.
+_SMALL_BODY = 32 << 10
+_FEW_IMAGES = 64
+_READERS = 2
+
+T = TypeVar("T")
+
+
+class Service:
+    """One model, the thread that runs it, and others that read large bodies meanwhile."""
+
+    def __init__(self, model: ServedModel, runner: Runner) -> None:
+        self.model = model
+        self.failure: BaseException | None = None
+        self.is_stopping: Callable[[], bool] = lambda: False
+        self.budget = Budget(model.limits.memory)
+        self.reading = 0  # requests on their way into the queue
+        self._warm = False
+        self.metrics = Metrics(self._now)
+        self._batcher = Batcher(
+            work_of(runner),
+            model.limits,
+            expecting=lambda: self.reading,
+            watch=self.metrics.batch,
+        )
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should come here."""
+        return self._warm and not self.is_stopping()
+
+    @property
+    def waiting(self) -> int:
+        """Images without an answer."""
+        return self._batcher.waiting
+
+    def _now(self) -> dict[str, float]:
+        return {
+            "ready": float(self.ready),
+            "waiting_images": float(self.waiting),
+            "held_bytes": float(self.budget.used),
+            "requests_being_read": float(self.reading),
+        }
+
+    def start(self) -> None:
+        """Begin to compute for the running event loop."""
+        self._batcher.start()
+
+    async def warm_up(self) -> None:
+        """Run one image through the model; ``ready`` or ``failure`` says how it went."""
+        image = np.zeros((1, *self.model.image_shape), dtype=np.float32)
+        try:
+            await self._batcher.submit(image, math.inf, lambda: False)
+            self._warm = True
+        except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
+            self.failure = error
+
+    def close(self) -> None:
+        """Wait for the running batch and end the threads."""
+        self._batcher.close()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def require_warm(self) -> None:
+        """Raise :class:`RefusedError` (503) before the warm-up has ended."""
+        if not self._warm:
+            raise RefusedError("the model is not ready; ask /v2/health/ready", 503, retry_s=1)
+
+    def reserve(self, hold: Hold, count: int) -> bool:
+        """Return whether ``hold`` may grow to ``count`` bytes, and let it."""
+        if hold.grow(count):
+            return True
+        self._batcher.drop_dead()  # their memory is given back a moment later
+        return False
+
+    async def read(self, body: bytes | bytearray, json_length: int | None) -> InferRequest:
+        """Return what ``body`` asks."""
+        return await self._run(
+            len(body) <= _SMALL_BODY, lambda: read_request(body, json_length, self.model)
+        )
+
+    async def answer(self, request: InferRequest, is_gone: Callable[[], bool]) -> InferResponse:
+        """Return the response to ``request``, of which ``reading`` counts one until it waits."""
+        limit = self.model.limits.timeout_s
+        timeout_s = limit if request.timeout_s is None else min(limit, request.timeout_s)
+        try:
+            waiting = self._batcher.submit(request.images, timeout_s, is_gone)
+        except OverloadedError as error:
+            raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
+        finally:
+            self.reading -= 1
+        try:
+            prediction = await waiting
+        except OverloadedError as error:
+            raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
+        except MachineError as error:
+            raise RefusedError(str(error), 503, retry_s=1) from None
+        began = time.perf_counter()
+        answer = await self._run(
+            len(request.images) <= _FEW_IMAGES,
+            lambda: write_response(prediction, request, self.model),
+        )
+        self.metrics.stage("write", time.perf_counter() - began)
+        return answer
+
+    async def _run(self, here: bool, work: Callable[[], T]) -> T:
+        if here:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)

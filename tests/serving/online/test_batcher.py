@@ -1,0 +1,234 @@
+"""The batcher: rows of many requests meet in lanes, and nobody waits for the dead."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from advmoe_deploy.runtime.pathways import Rows
+from advmoe_deploy.runtime.runner import Prediction
+from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
+from advmoe_deploy.serving.online.limits import Limits
+
+SMALL = Limits(max_images=50, batch=8, queue=100, delay_s=0.0)
+
+
+class Doubling:
+    """Doubles each image's one pixel; the lane is the pixel modulo the number of lanes."""
+
+    def __init__(self, lanes: int = 1) -> None:
+        self.lanes = lanes
+        self.open = threading.Event()
+        self.open.set()
+        self.begun = threading.Event()
+        self.routed: list[list[int]] = []
+        self.ran: list[tuple[int, list[int]]] = []
+
+    def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
+        pixels = images.reshape(-1).astype(np.int64)
+        self.routed.append(pixels.tolist())
+        return pixels % self.lanes, Rows({"x": images})
+
+    def count(self, rows: int) -> int:
+        return rows
+
+    def run(self, lane: int, rows: Rows) -> Prediction:
+        pixels = rows.tensors["x"].reshape(-1).astype(np.int64)
+        self.ran.append((lane, pixels.tolist()))
+        self.begun.set()
+        assert self.open.wait(timeout=30)
+        if (pixels == 13).any():
+            raise ValueError("thirteen")
+        ids = np.full((len(pixels), 1), lane)
+        return Prediction(2 * rows.tensors["x"].reshape(-1, 1), {"r": ids}, {"r": ids * 1.0})
+
+
+def image(*pixels: int) -> NDArray[np.float32]:
+    return np.array(pixels, np.float32).reshape(-1, 1, 1, 1)
+
+
+def alive() -> bool:
+    return False
+
+
+@contextmanager
+def batching(
+    work: Doubling, limits: Limits = SMALL, expecting: Callable[[], int] = lambda: 0
+) -> Iterator[Batcher]:
+    batcher = Batcher(work, limits, expecting=expecting)
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        work.open.set()
+        batcher.close()
+
+
+def within(work: Doubling, test: Callable[[Batcher], Awaitable[None]], **options: object) -> None:
+    """Run ``test`` with a batcher over ``work``."""
+
+    async def run() -> None:
+        with batching(work, **options) as batcher:  # type: ignore[arg-type]
+            await test(batcher)
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+async def held(batcher: Batcher, work: Doubling) -> "asyncio.Future[Prediction]":
+    """Return the job that keeps the thread busy until ``work.open`` is set."""
+    work.open.clear()
+    first = batcher.submit(image(0), 30, alive)
+    while not work.begun.is_set():
+        await asyncio.sleep(0.001)
+    return first
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_request_gets_its_own_answer(lanes: int) -> None:
+    work = Doubling(lanes)
+
+    async def test(batcher: Batcher) -> None:
+        sizes = np.random.default_rng(0).integers(1, 20, 8)
+        wanted = [np.arange(i, i + size) + 20 for i, size in enumerate(sizes)]
+        jobs = [batcher.submit(image(*pixels), 30, alive) for pixels in wanted]
+        answers = await asyncio.gather(*jobs)
+        for pixels, answer in zip(wanted, answers, strict=True):
+            assert answer.logits[:, 0].tolist() == (2 * pixels).tolist()
+            assert answer.expert_ids["r"][:, 0].tolist() == (pixels % lanes).tolist()
+        assert batcher.waiting == 0
+
+    within(work, test)
+    assert all(len(rows) <= SMALL.batch for _, rows in work.ran)
+
+
+def test_rows_of_many_requests_are_routed_together_and_meet_in_their_pathway() -> None:
+    work = Doubling(lanes=2)
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        rest = [batcher.submit(image(n), 30, alive) for n in range(1, 9)]
+        work.open.set()
+        await asyncio.gather(first, *rest)
+
+    within(work, test)
+    assert work.routed == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert sorted(work.ran[1:]) == [(0, [2, 4, 6, 8]), (1, [1, 3, 5, 7])]
+
+
+def test_a_large_request_takes_turns_with_a_small_one() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        large = batcher.submit(image(*range(100, 150)), 30, alive)
+        small = batcher.submit(image(1), 30, alive)
+        work.open.set()
+        await asyncio.gather(first, large, small)
+
+    within(work, test)
+    assert [1 in rows for _, rows in work.ran].index(True) <= 2
+    assert len(work.ran) >= 7
+
+
+def test_the_work_of_clients_that_left_is_not_done() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        gone = threading.Event()
+        first = await held(batcher, work)
+        left = [batcher.submit(image(*range(20, 60)), 30, gone.is_set) for _ in range(2)]
+        stays = batcher.submit(image(7), 30, alive)
+        gone.set()
+        work.open.set()
+        await asyncio.gather(first, stays)
+        for job in left:
+            with pytest.raises(OverloadedError, match="left"):
+                await job
+        assert batcher.waiting == 0
+
+    within(work, test)
+    assert [rows for _, rows in work.ran] == [[0], [7]]
+
+
+def test_what_is_late_is_not_computed() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        late = batcher.submit(image(5), 0.0, alive)
+        work.open.set()
+        await first
+        with pytest.raises(OverloadedError, match="time was over"):
+            await late
+
+    within(work, test)
+    assert [rows for _, rows in work.ran] == [[0]]
+
+
+def test_a_full_queue_refuses_at_once_until_the_dead_are_gone() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        gone = threading.Event()
+        first = await held(batcher, work)
+        waiting = [batcher.submit(image(*range(20, 69)), 30, gone.is_set) for _ in range(2)]
+        assert batcher.waiting == 99
+        with pytest.raises(OverloadedError, match="99 images wait") as refused:
+            batcher.submit(image(1, 2), 30, alive)
+        assert refused.value.retry_s >= 1
+        gone.set()
+        after = batcher.submit(image(1, 2), 30, alive)
+        work.open.set()
+        await asyncio.gather(first, after)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, OverloadedError) for result in results)
+
+    within(work, test)
+
+
+def test_a_failure_is_the_answer_of_its_own_batch_alone() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(ValueError, match="thirteen"):
+            await batcher.submit(image(13), 30, alive)
+        answer = await batcher.submit(image(4), 30, alive)
+        assert answer.logits.tolist() == [[8]]
+        assert batcher.waiting == 0
+
+    within(work, test)
+
+
+def test_a_batch_waits_for_those_on_their_way_and_no_longer() -> None:
+    coming = [1]
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        first = batcher.submit(image(1), 30, alive)
+        await asyncio.sleep(0.05)
+        assert not work.ran
+        coming[0] = 0
+        second = batcher.submit(image(2), 30, alive)
+        await asyncio.gather(first, second)
+
+    limits = Limits(max_images=50, batch=8, queue=100, delay_s=20.0)
+    within(work, test, limits=limits, expecting=lambda: coming[0])
+    assert work.ran == [(0, [1, 2])]
+
+
+def test_closing_does_not_wait_for_the_queue() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        batcher.submit(image(2), 30, alive)
+        threading.Timer(0.05, work.open.set).start()
+        batcher.close()
+        await first
+
+    within(work, test)
+    assert [rows for _, rows in work.ran] == [[0]]

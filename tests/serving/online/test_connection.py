@@ -1,0 +1,200 @@
+"""What a connection may send: odd, endless and half requests are answered shortly and closed."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.limits import Limits
+from tests.serving.online.live import (
+    GOOD,
+    INFER,
+    Live,
+    SlowRunner,
+    all_of,
+    post,
+    running,
+    wait_for,
+    wait_until_ready,
+)
+
+HOST = b"Host: localhost\r\n"
+LIVE = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"\r\n"
+START = f"POST {INFER} HTTP/1.1\r\n".encode() + HOST
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def live(tiny_bundle: Bundle) -> Iterator[Live]:
+    with open_runner(tiny_bundle) as runner, running(tiny_bundle, runner) as live:
+        yield live
+
+
+def refusal_of(answer: bytes) -> tuple[int, str]:
+    """Return the status and the error of a whole answer that closes its connection."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in head
+    assert b"\r\ncontent-type: application/json" in head
+    message = json.loads(body)
+    assert list(message) == ["error"]
+    assert len(body) < 700
+    return int(head.split()[1]), message["error"]
+
+
+ODD = {
+    "another protocol": (b"\x16\x03\x01\x00", 400, "Invalid method"),
+    "no version": (b"GET /v2\r\n\r\n", 400, "no HTTP/1.1"),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "no HTTP/1.1"),
+    "a length and chunks": (
+        START + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+        "Content-Length",
+    ),
+    "chunks and a length": (
+        START + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+        400,
+        "Transfer-Encoding",
+    ),
+    "two lengths": (START + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400, "Duplicate"),
+    "a signed length": (START + b"Content-Length: +3\r\n\r\nabc", 400, "Content-Length"),
+    "a length beyond any": (START + b"Content-Length: 1%s\r\n\r\n" % (b"0" * 99), 400, "overflow"),
+    "an encoding that hides the end": (START + b"Transfer-Encoding: gzip\r\n\r\n", 400, "invalid"),
+    "no chunk": (CHUNKED + b"x\r\n", 400, "chunk"),
+    "a folded header": (b"GET / HTTP/1.1\r\nHost: x\r\n y\r\n\r\n", 400, "whitespace"),
+    "a tunnel": (b"CONNECT a:1 HTTP/1.1\r\n" + HOST + b"\r\n", 400, "no HTTP/1.1"),
+    "many headers": (START + b"a: b\r\n" * 101, 431, "more than 100 headers"),
+    "long headers": (START + b"a: %s\r\n" % (b"b" * 9000) * 4, 431, "32768 bytes"),
+    "an endless header": (START + b"a: " + b"b" * 90_000, 431, "32768 bytes"),
+    "an endless path": (b"GET /" + b"x" * 90_000, 431, "32768 bytes"),
+    "tiny chunks": (CHUNKED + b"1\r\nx\r\n" * 5000, 400, "shorter than 64 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_request_is_answered_in_json(live: Live, name: str) -> None:
+    request, status, message = ODD[name]
+    with live.connect() as connection:
+        connection.sendall(request)
+        answered, error = refusal_of(all_of(connection))
+    assert answered == status
+    assert message in error
+
+
+def test_answers_do_not_wait_for_acknowledgements(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(LIVE)
+        assert connection.recv(4096)
+        (own,) = live.server.server_state.connections
+        sock = own.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_chunks_of_some_size_are_read(live: Live) -> None:
+    body = GOOD.partition(b"\r\n\r\n")[2]
+    parts = [body[i : i + 9] for i in range(0, len(body), 9)]
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    with live.connect() as connection:
+        connection.sendall(CHUNKED + chunks + b"0\r\n\r\n")
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_ahead_of_their_answers_are_few(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(LIVE * 3)
+        answers = b""
+        while answers.count(b'{"live":true}') < 3:
+            answers += connection.recv(4096)
+        assert b"connection: close" not in answers
+    with live.connect() as connection:
+        connection.sendall(LIVE * 50)
+        answers = all_of(connection)
+    assert answers.count(b"HTTP/1.1 200") == answers.count(b'{"live":true}') < 20
+    assert answers.endswith(b'connection: close\r\n\r\n{"live":true}')
+
+
+def test_a_good_request_is_answered_before_what_follows_it_is_refused(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(GOOD + b"\x00\x01")
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_another_protocol_is_not_spoken(live: Live) -> None:
+    with live.connect() as connection:
+        upgrade = (
+            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n"
+        )
+        connection.sendall(LIVE[:-2] + upgrade)
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b'connection: close\r\n\r\n{"live":true}')
+
+
+@pytest.mark.parametrize(
+    ("sent", "part"),
+    [
+        (b"GET /v2 HTTP/1.1\r\n", "head"),
+        (LIVE + b"GET", "head"),
+        (post(b"{", length=9), "body"),
+        (CHUNKED + b"9\r\n{", "body"),
+    ],
+)
+def test_half_a_request_ends_when_its_time_is_over(
+    tiny_bundle: Bundle, sent: bytes, part: str
+) -> None:
+    limits = Limits(head_s=0.2, body_s=0.3)
+    runner = SlowRunner()
+    runner.let_go.set()
+    with running(tiny_bundle, runner, limits) as live:
+        wait_until_ready(live.address)
+        with live.connect() as connection:
+            connection.sendall(sent)
+            answer = all_of(connection)
+        wait_for(lambda: live.service.budget.used == 0)
+    status, message = refusal_of(answer[answer.rindex(b"HTTP/1.1") :])
+    assert (status, f"the {part} of the request" in message) == (408, True)
+
+
+def test_a_connection_that_asks_nothing_is_closed(tiny_bundle: Bundle) -> None:
+    limits = Limits(head_s=0.2, keep_alive_s=0.1)
+    with running(tiny_bundle, SlowRunner(), limits) as live, live.connect() as connection:
+        assert all_of(connection) == b""
+
+
+def test_connections_beyond_the_limit_are_told_and_closed(tiny_bundle: Bundle) -> None:
+    with running(tiny_bundle, SlowRunner(), Limits(connections=2)) as live:
+        held = [live.connect() for _ in range(2)]
+        for connection in held:
+            connection.sendall(LIVE)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        with live.connect() as connection:
+            connection.sendall(LIVE)
+            answer = all_of(connection)
+        assert b"retry-after: 1" in answer
+        assert refusal_of(answer)[0] == 503
+        held[0].sendall(LIVE)
+        assert held[0].recv(100)
+        for connection in held:
+            connection.close()
+
+
+def test_the_limit_of_connections_fits_the_descriptors() -> None:
+    program = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 600))\n"
+        "from advmoe_deploy.serving.online.limits import Limits\n"
+        "from advmoe_deploy.serving.online.server import fitting\n"
+        "limits, backlog = fitting(Limits())\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.connections, backlog)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    most, connections, backlog = map(int, done.stdout.split())
+    assert most == 600
+    assert 128 < connections < connections + backlog < 600

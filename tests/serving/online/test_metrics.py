@@ -1,0 +1,79 @@
+"""What a server says about itself: true figures under few labels."""
+
+import math
+import re
+
+import httpx
+import numpy as np
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.runtime.runner import Prediction
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.batcher import Done
+from advmoe_deploy.serving.online.metrics import Metrics
+from tests.serving.online.live import INFER, request_for, running, wait_until_ready
+
+
+def figures(text: str) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_requests_routes_and_batches_are_counted(tiny_bundle: Bundle) -> None:
+    images = to_float(load_dataset("digits").test.images[:6])
+    with open_runner(tiny_bundle) as runner, running(tiny_bundle, runner) as live:
+        wait_until_ready(live.address)
+        before = figures(httpx.get(live.url + "/metrics").text)
+        for _ in range(3):
+            assert httpx.post(live.url + INFER, json=request_for(images)).status_code == 200
+        assert httpx.post(live.url + INFER, content=b"{").status_code == 400
+        answer = httpx.get(live.url + "/metrics")
+        ids = runner.infer(images).expert_ids["router"][:, 0]
+    assert answer.headers["content-type"].startswith("text/plain")
+    after = figures(answer.text)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert more('advmoe_requests_total{status="200"}') == 3
+    assert more('advmoe_requests_total{status="400"}') == 1
+    assert more("advmoe_batch_images_sum") == 18
+    assert more("advmoe_class_margin_count") == 18
+    for stage, count in {"read": 3, "wait": 3, "write": 3, "all": 4}.items():
+        assert more(f'advmoe_request_seconds_count{{stage="{stage}"}}') == count
+    for expert, rows in enumerate(np.bincount(ids)):
+        name = f'advmoe_expert_rows_total{{expert="{expert}",layer="router"}}'
+        assert more(name) == 3 * rows
+    assert after["advmoe_ready"] == 1
+    assert after["advmoe_waiting_images"] == after["advmoe_held_bytes"] == 0
+
+
+def test_what_clients_send_makes_no_labels(tiny_bundle: Bundle) -> None:
+    with open_runner(tiny_bundle) as runner, running(tiny_bundle, runner) as live:
+        wait_until_ready(live.address)
+        for name in ("a", "b%0A", "c" * 900):
+            httpx.post(f"{live.url}/v2/models/{name}/infer", content=b"")
+        text = httpx.get(live.url + "/metrics").text
+    labels = set(re.findall(r'(\w+)="', text))
+    assert labels == {"status", "stage", "expert", "layer", "le"}
+    assert set(re.findall(r'status="(\w+)"', text)) == {"404"}
+
+
+def test_entropy_and_margins_by_hand() -> None:
+    metrics = Metrics(dict)
+    even = np.array([[0], [1], [2], [3]])
+    logits = np.log(np.array([[0.7, 0.2, 0.1]] * 4, np.float32))
+    metrics.batch(Done(Prediction(logits, {"r": even}, {"r": even}), 0.1, (0.5,)))
+    found = figures(metrics.text().decode())
+    assert math.isclose(found['advmoe_route_entropy_bits{layer="r"}'], 2.0)
+    assert math.isclose(found["advmoe_class_margin_sum"], 4 * 0.5, rel_tol=1e-5)
+    assert found['advmoe_request_seconds_sum{stage="wait"}'] == 0.5
+    twos = np.full((8000, 1), 2)
+    one = Prediction(np.repeat(logits, 2000, axis=0), {"r": twos}, {"r": twos})
+    metrics.batch(Done(one, 0.1, ()))
+    assert metrics.entropies()["r"] < 0.1
+    nothing = Prediction(np.full((1, 3), np.nan, np.float32), {}, {})
+    metrics.batch(Done(nothing, 0.1, ()))
+    assert figures(metrics.text().decode())["advmoe_class_margin_count"] == 8004

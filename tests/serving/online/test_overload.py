@@ -1,0 +1,132 @@
+"""More than the server can do: it says so at once, holds little, and is soon free again."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online.limits import Limits
+from tests.serving.online.live import (
+    GOOD,
+    INFER,
+    ONE,
+    Live,
+    SlowRunner,
+    post,
+    request_for,
+    running,
+    wait_for,
+    wait_until_ready,
+)
+
+LIMITS = Limits(max_images=8, max_body=1 << 16, queue=10, batch=4, memory=1 << 18)
+
+
+@pytest.fixture
+def slow() -> SlowRunner:
+    return SlowRunner()
+
+
+@pytest.fixture
+def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
+    slow.let_go.set()
+    with running(tiny_bundle, slow, LIMITS) as live:
+        wait_until_ready(live.address)
+        slow.batches.clear()
+        slow.let_go.clear()
+        yield live
+        slow.let_go.set()
+
+
+def images(count: int) -> bytes:
+    return post(json.dumps(request_for(np.repeat(ONE, count, axis=0))).encode())
+
+
+def test_a_full_queue_is_answered_at_once_with_when_to_retry(live: Live, slow: SlowRunner) -> None:
+    waiting = [live.connect() for _ in range(2)]
+    for connection in waiting:
+        connection.sendall(images(5))
+    wait_for(lambda: live.service.waiting == 10)
+    answer = httpx.post(live.url + INFER, json=request_for(ONE))
+    assert (answer.status_code, list(answer.json())) == (503, ["error"])
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "10 images wait" in answer.json()["error"]
+    assert httpx.get(live.url + "/v2/health/ready").status_code == 200
+    slow.let_go.set()
+    for connection in waiting:
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    assert httpx.post(live.url + INFER, json=request_for(ONE)).status_code == 200
+
+
+def test_clients_that_left_leave_nothing_to_compute(live: Live, slow: SlowRunner) -> None:
+    first, *rest = (live.connect() for _ in range(4))
+    first.sendall(GOOD)
+    wait_for(lambda: slow.batches == [1])
+    for connection in rest:
+        connection.sendall(images(3))
+    wait_for(lambda: live.service.waiting == 10)
+    for connection in rest:
+        connection.close()
+    wait_for(lambda: len(live.server.server_state.connections) == 1)
+    last = live.connect()
+    last.sendall(images(2))
+    wait_for(lambda: live.service.waiting == 3)
+    slow.let_go.set()
+    assert last.recv(20).startswith(b"HTTP/1.1 200")
+    assert slow.batches == [1, 2]
+    wait_for(lambda: live.service.budget.used == 0)
+
+
+def test_half_sent_bodies_do_not_hold_more_memory_than_there_is(live: Live) -> None:
+    claims = [live.connect() for _ in range(4)]
+    for connection in claims:
+        connection.sendall(post(b"{", length=1 << 16))
+    answers = []
+    for connection in claims:
+        connection.settimeout(0.5)
+        try:
+            answers.append(connection.recv(4096))
+        except TimeoutError:
+            answers.append(b"")
+    assert sum(answer.startswith(b"HTTP/1.1 503") for answer in answers) == 3
+    assert live.service.budget.used == 3 << 16
+    for connection in claims:
+        connection.close()
+    wait_for(lambda: live.service.budget.used == 0)
+
+
+def test_the_time_that_a_client_gives_is_kept(live: Live, slow: SlowRunner) -> None:
+    first = live.connect()
+    first.sendall(GOOD)
+    wait_for(lambda: slow.batches == [1])
+    answers: list[httpx.Response] = []
+    body = {**request_for(ONE), "parameters": {"timeout": 1000}}  # microseconds
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(live.url + INFER, json=body))
+    )
+    asking.start()
+    wait_for(lambda: live.service.waiting == 2)
+    time.sleep(0.01)
+    slow.let_go.set()
+    asking.join()
+    assert answers[0].status_code == 503
+    assert "time was over" in answers[0].json()["error"]
+    assert slow.batches == [1]
+
+
+def test_many_clients_are_answered_in_few_batches(live: Live, slow: SlowRunner) -> None:
+    connections = [live.connect() for _ in range(9)]
+    connections[0].sendall(GOOD)
+    wait_for(lambda: slow.batches == [1])
+    for connection in connections[1:]:
+        connection.sendall(GOOD)
+    wait_for(lambda: live.service.waiting == 9)
+    slow.let_go.set()
+    for connection in connections:
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    assert slow.batches == [1, 4, 4]
