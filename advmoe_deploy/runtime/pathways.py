@@ -128,6 +128,8 @@ def _bucket(rows: int, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def _padded(rows: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
-    """Return ``rows``, as many as ``count`` said, and below them zeros up to a prepared size."""
+    """Return ``rows``, and below them zeros up to a prepared size if that is worth it."""
     more = _bucket(len(rows), sizes)[1] - len(rows)
-    return np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)]) if more else rows
+    return (
+        np.concatenate([rows, np.zeros((more, *rows.shape[1:]), rows.dtype)]) if more > 0 else rows
+    )

@@ -71,10 +71,12 @@ def serve(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
-        from advmoe_deploy.serving.online.limits import Limits
+        from advmoe_deploy.serving.online.limits import COPIES_OF_JSON, Limits
         from advmoe_deploy.serving.online.serve import serve as serve_bundle
 
         limits = Limits(
+            max_images=min(queue, Limits.max_images),
+            max_body=min((memory << 20) // COPIES_OF_JSON, Limits.max_body),
             batch=batch,
             delay_s=delay_ms / 1000,
             queue=queue,

@@ -7,6 +7,7 @@ turns with small ones, slice by slice.
 """
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.limits import Limits
+
+_log = logging.getLogger(__name__)
 
 # How much a batch weighs in the estimate of the pace.
 _FRESH = 0.2
@@ -89,14 +92,15 @@ class Done:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one job that share a lane; ``numbers`` [R] are their places in the job."""
+    """Rows of one job that share a lane ``since`` some time; ``numbers`` [R] are their places."""
 
     job: Job
     numbers: NDArray[np.int64]
     rows: Rows
+    since: float
 
     def __getitem__(self, index: slice) -> "_Piece":
-        return _Piece(self.job, self.numbers[index], self.rows[index])
+        return _Piece(self.job, self.numbers[index], self.rows[index], self.since)
 
 
 class Batcher:
@@ -191,7 +195,7 @@ class Batcher:
         for job in self._jobs:
             if job.is_gone():
                 dead.append((job, "the client has left"))
-            elif job.deadline < now:
+            elif job.deadline < now and job.untouched:
                 dead.append((job, "its time was over before its turn came"))
         for job, reason in dead:
             self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
@@ -248,17 +252,17 @@ class Batcher:
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
             self._finish(dict.fromkeys((job for job, _ in slices), 0), error)
             return
-        at = 0
+        at, now = 0, time.monotonic()
         for job, numbers in slices:
             own_lanes, own_rows = lanes[at : at + len(numbers)], rows[at : at + len(numbers)]
             at += len(numbers)
             for lane in np.unique(own_lanes):
                 own = np.flatnonzero(own_lanes == lane)
-                piece = _Piece(job, numbers[own], own_rows[own])
+                piece = _Piece(job, numbers[own], own_rows[own], now)
                 self._lanes.setdefault(int(lane), deque()).append(piece)
 
     def _next_batch(self) -> tuple[int, list[_Piece]] | None:
-        """Return the lane that is full, or whose first rows came first, and rows of it."""
+        """Return the lane that is full, or whose first rows wait longest, and rows of it."""
         with self._changed:
             for lane, pieces in self._lanes.items():
                 self._lanes[lane] = deque(piece for piece in pieces if piece.job in self._jobs)
@@ -266,8 +270,8 @@ class Batcher:
         waiting = [lane for lane, size in sizes.items() if size]
         if not waiting:
             return None
-        first = min(waiting, key=lambda lane: self._lanes[lane][0].job.came)
-        fresh = time.monotonic() - self._lanes[first][0].job.came < self._limits.delay_s
+        first = min(waiting, key=lambda lane: self._lanes[lane][0].since)
+        fresh = time.monotonic() - self._lanes[first][0].since < self._limits.delay_s
         full = [lane for lane in waiting if sizes[lane] >= self._limits.batch]
         lane = full[0] if full and fresh else first
         return lane, self._taken(lane, self._work.count(min(sizes[lane], self._limits.batch)))
@@ -299,7 +303,10 @@ class Batcher:
         seconds = time.monotonic() - began
         self._pace_s += _FRESH * (seconds / done.total() - self._pace_s)
         self._finish(done, None)
-        self._watch(Done(answer, seconds, waits_s))
+        try:
+            self._watch(Done(answer, seconds, waits_s))
+        except Exception:  # noqa: BLE001, RUF100 - whoever watches must not end this thread
+            _log.exception("a batch was not counted")
 
     def _finish(self, done: Mapping[Job, int], failure: Exception | None) -> None:
         """Count the images that are ``done``, and end the jobs that are, or that failed."""

@@ -14,11 +14,16 @@ from advmoe_deploy.serving.online.guard import HEADERS
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.protocol import InferResponse, RefusedError
 from advmoe_deploy.serving.online.service import Service
+from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 # What is counted for a client that left before its body was there.
 _GONE = 499
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
+
+
+# How many small requests are read before others, health among them, have their turn.
+_IN_A_TURN = 16
 
 
 class UnreadError(RefusedError):
@@ -30,6 +35,7 @@ class Infer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._turns = Turns(_IN_A_TURN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -41,6 +47,7 @@ class Infer:
         try:
             self._service.model.require(**scope["path_params"])
             self._service.require_warm()
+            await self._turns.take()
             with self._service.budget.hold() as hold:
                 answer = await self._answer(scope, receive, scope[HEADERS], hold)
             await _send(send, answer)

@@ -17,6 +17,8 @@ from pydantic import (
 
 from advmoe_deploy.serving.online.json_data import JsonError
 
+_MEMBERS = 64  # of an object, more than any client sends
+
 
 def _unicode(value: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in value):
@@ -34,13 +36,15 @@ Text = Annotated[StrictStr, AfterValidator(_unicode)]
 
 
 class _Object(BaseModel):
-    """A JSON object whose null members count as absent."""
+    """A JSON object of few members, the null ones of which count as absent."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > _MEMBERS:  # each would be judged, before the first fault is told
+            raise ValueError(f"Input should have at most {_MEMBERS} members")
         return {key: item for key, item in value.items() if item is not None}
 
 

@@ -84,6 +84,7 @@ def run_app(
 
     server = Server(build_app(service, hosts, on_warm), service.model.limits, drain_s)
     service.is_stopping = lambda: server.stopping
+    server.is_busy = lambda: service.waiting > 0
     server.run_until_stopped(listener)
     if service.failure is not None:
         raise service.failure

@@ -5,10 +5,9 @@ With ``connection.py`` the only module that knows it.
 
 import asyncio
 import contextlib
-import errno
-import functools
 import importlib.util
 import logging
+import math
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from advmoe_deploy.serving.online.accept import Acceptor
 from advmoe_deploy.serving.online.connection import Connection
 from advmoe_deploy.serving.online.limits import Limits
 
@@ -32,12 +32,8 @@ _OWN_DESCRIPTORS = 128
 _BACKLOG = 2048
 # How long the rest of a body may take once the server stops.
 _BODY_GRACE_S = 1.0
-# How long a client may take to read its last answer, beyond the time that a request may wait.
+# How long clients may take to read the last answers.
 _READING_S = 5.0
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_COMPLAIN_EVERY_S = 10.0
-
-_log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -45,21 +41,20 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, limits: Limits, drain_s: float = 0.0) -> None:
         """Take ``app``; between readiness going off and the listener closing lie ``drain_s``."""
-        self._limits, backlog = fitting(limits)
+        self._limits, self._backlog = fitting(limits)
         self._drain_s = drain_s
         self._announced = True
         self.stopping = False
-        make = functools.partial(Connection, limits=self._limits, stopping=lambda: self.stopping)
+        self.is_busy: Callable[[], bool] = lambda: False  # whether something is being computed
         config = uvicorn.Config(
             app,
-            http=cast("Any", make),
+            http=Connection,
             loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
             log_config=None,
             access_log=False,
             server_header=False,
             ws="none",
             lifespan="on",
-            backlog=backlog,
             timeout_keep_alive=cast("Any", limits.keep_alive_s),
         )
         super().__init__(config)
@@ -104,34 +99,47 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin, with one line instead of a flood where descriptors run out."""
-        asyncio.get_running_loop().set_exception_handler(_Complaints())
-        await super().startup(sockets)
+        """Begin to accept connections on ``sockets``, one or more."""
+        await super().startup(sockets=[])
+        self._acceptors = [Acceptor(sock, self._protocol, self._backlog) for sock in sockets or ()]
+
+    def _protocol(self) -> asyncio.Protocol:
+        return Connection(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            limits=self._limits,
+            stopping=lambda: self.stopping,
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Be not ready, wait, close the listener, answer what is under way, close connections."""
         self.stopping = True
         await self._while(lambda: self._announced, self._drain_s)
-        for listener in self.servers:
-            listener.close()
-        for sock in sockets or []:
-            sock.close()
-        began = time.monotonic()
-
-        def draining() -> bool:
-            late = time.monotonic() - began > _BODY_GRACE_S
-            for connection in self._connections():
-                connection.finish()
-                if late:
-                    connection.give_up()
-            return bool(self.server_state.connections)
-
-        await asyncio.sleep(0)  # what has come already is read, and so no longer idle
-        await self._while(draining, self._limits.timeout_s + _READING_S)
+        for acceptor in self._acceptors:
+            acceptor.close()
+        await self._while(self._draining(), math.inf)
         for connection in self._connections():
             connection.transport.abort()
         await self._while(lambda: bool(self.server_state.tasks), _READING_S)
         await self.lifespan.shutdown()
+
+    def _draining(self) -> Callable[[], bool]:
+        """Return what ends connections that owe nothing, and says whether others are left."""
+        began = busy = time.monotonic()
+
+        def draining() -> bool:
+            nonlocal busy
+            now = time.monotonic()
+            for connection in self._connections():
+                connection.finish()
+                if now - began > _BODY_GRACE_S:
+                    connection.give_up()
+            if any(acceptor.beginning for acceptor in self._acceptors) or self.is_busy():
+                busy = now
+            return now - busy < _READING_S and (busy == now or bool(self._connections()))
+
+        return draining
 
     def _connections(self) -> list[Connection]:
         return [cast("Connection", each) for each in self.server_state.connections]
@@ -144,21 +152,6 @@ class Server(uvicorn.Server):
                 if not connection.is_idle:
                     connection.finish()
             await asyncio.sleep(0.02)
-
-
-class _Complaints:
-    """Handler of a loop's errors that says the same thing once in a while only."""
-
-    def __init__(self) -> None:
-        self._last = -_COMPLAIN_EVERY_S
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in _OUT_OF_DESCRIPTORS:
-            loop.default_exception_handler(context)
-        elif (now := time.monotonic()) - self._last >= _COMPLAIN_EVERY_S:
-            self._last = now
-            _log.warning("no connection can be accepted now: %s", error.strerror)
 
 
 def fitting(limits: Limits) -> tuple[Limits, int]:

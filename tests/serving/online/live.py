@@ -55,8 +55,10 @@ def running(
     service = Service(served_model(bundle, limits=limits), runner)
     server = Server(build_app(service, LOOPBACK), limits, drain_s)
     service.is_stopping = lambda: server.stopping
+    server.is_busy = lambda: service.waiting > 0
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

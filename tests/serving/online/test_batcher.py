@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
+from advmoe_deploy.serving.online.batcher import Batcher, Done, OverloadedError
 from advmoe_deploy.serving.online.limits import Limits
 
 SMALL = Limits(max_images=50, batch=8, queue=100, delay_s=0.0)
@@ -169,6 +169,35 @@ def test_what_is_late_is_not_computed() -> None:
     assert [rows for _, rows in work.ran] == [[0]]
 
 
+def test_what_has_begun_is_finished_though_it_takes_long() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        work.open.clear()
+        job = batcher.submit(image(*range(20, 40)), 0.2, alive)
+        while not work.begun.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.3)
+        work.open.set()
+        assert (await job).logits[:, 0].tolist() == [2 * n for n in range(20, 40)]
+
+    within(work, test)
+
+
+def test_a_lane_does_not_wait_for_the_end_of_a_large_request() -> None:
+    work = Doubling(lanes=2)
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        large = batcher.submit(image(*range(20, 116, 2)), 30, alive)  # all of lane 0
+        small = batcher.submit(image(1), 30, alive)
+        work.open.set()
+        await asyncio.gather(first, large, small)
+
+    within(work, test)
+    assert [lane for lane, _ in work.ran].index(1) <= 3
+
+
 def test_a_full_queue_refuses_at_once_until_the_dead_are_gone() -> None:
     work = Doubling()
 
@@ -218,6 +247,21 @@ def test_a_batch_waits_for_those_on_their_way_and_no_longer() -> None:
     limits = Limits(max_images=50, batch=8, queue=100, delay_s=20.0)
     within(work, test, limits=limits, expecting=lambda: coming[0])
     assert work.ran == [(0, [1, 2])]
+
+
+def test_whoever_watches_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        def watch(_: Done) -> None:
+            raise KeyError("blind")
+
+        batcher = Batcher(Doubling(), SMALL, watch=watch)
+        batcher.start()
+        for _ in range(2):
+            assert (await batcher.submit(image(3), 30, alive)).logits.tolist() == [[6]]
+        batcher.close()
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+    assert "a batch was not counted" in caplog.text
 
 
 def test_closing_does_not_wait_for_the_queue() -> None:

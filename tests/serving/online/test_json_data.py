@@ -188,6 +188,22 @@ def test_every_field_has_one_type(
     assert refusal(request(tensor, **fields)).startswith(field)
 
 
+def test_an_object_has_few_members() -> None:
+    for count, allowed in ((64, True), (65, False)):
+        body = request(parameters={f"a{i}": i for i in range(count)})
+        if allowed:
+            assert read_request(body, None, MODEL).wanted == {"logits": False}
+        else:
+            assert refusal(body) == "parameters: Input should have at most 64 members"
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, None), (0, None), (1_500_000, 1.5)])
+def test_the_timeout_is_in_microseconds(given: int | None, seconds: float | None) -> None:
+    assert read_request(request(parameters={"timeout": given}), None, MODEL).timeout_s == seconds
+    for wrong in (-1, 1.5, "1", True):
+        assert refusal(request(parameters={"timeout": wrong})).startswith("parameters.timeout: ")
+
+
 def test_null_is_absent() -> None:
     nulls = {"id": None, "parameters": None, "outputs": None}
     read = read_request(request({"parameters": None}, **nulls), None, MODEL)

@@ -1,0 +1,90 @@
+"""Acceptance of connections: a few in each turn of the event loop, and none lost at the end.
+
+A loop's own server accepts all that wait before it does anything else, and where descriptors run
+out it says so for each of them.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+_AT_ONCE = 16
+_PAUSE_S = 1.0
+_COMPLAIN_EVERY_S = 10.0
+_OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+_log = logging.getLogger(__name__)
+
+
+class Acceptor:
+    """Accepts connections of a listening socket, until it is closed."""
+
+    def __init__(
+        self, listener: socket.socket, make: Callable[[], asyncio.Protocol], backlog: int
+    ) -> None:
+        """Begin for the running event loop; ``make`` returns the protocol of a connection."""
+        self._listener, self._make = listener, make
+        self._loop = asyncio.get_running_loop()
+        self._beginning = set[asyncio.Task[object]]()
+        self._complained = -_COMPLAIN_EVERY_S
+        self._paused: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        listener.listen(backlog)
+        self._resume()
+
+    def close(self) -> None:
+        """Accept who waits, and nobody any more."""
+        self._loop.remove_reader(self._listener)
+        self._listener.listen(0)
+        while self._accept_one():
+            pass
+        if self._paused is not None:
+            self._paused.cancel()
+        self._listener.close()
+
+    @property
+    def beginning(self) -> bool:
+        """Whether a connection was accepted that has no protocol yet."""
+        return bool(self._beginning)
+
+    def _resume(self) -> None:
+        self._paused = None
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_AT_ONCE):
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        except OSError as error:
+            if error.errno not in _OUT_OF_DESCRIPTORS:
+                raise
+            self._pause(error)
+            return False
+        # Else an answer in two pieces waits for an acknowledgement that is sent after 40 ms.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        task = self._loop.create_task(self._begin(connection))
+        self._beginning.add(task)
+        task.add_done_callback(self._beginning.discard)
+        return True
+
+    async def _begin(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make, connection)
+        except OSError:  # it has gone again
+            connection.close()
+
+    def _pause(self, error: OSError) -> None:
+        self._loop.remove_reader(self._listener)
+        self._paused = self._loop.call_later(_PAUSE_S, self._resume)
+        if (now := time.monotonic()) - self._complained >= _COMPLAIN_EVERY_S:
+            self._complained = now
+            _log.warning("no connection can be accepted now: %s", error.strerror)

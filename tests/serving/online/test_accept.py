@@ -1,0 +1,119 @@
+"""Connections are accepted and requests begun a few at a time; none that waits is lost."""
+
+import asyncio
+import itertools
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from advmoe_deploy.serving.online.accept import Acceptor
+from advmoe_deploy.serving.online.turns import Turns
+
+
+def with_acceptor(clients: int, test: Callable[[Acceptor, list[object]], Awaitable[None]]) -> None:
+    """Run ``test`` on an acceptor of a socket at which so many clients wait."""
+    made: list[object] = []
+
+    class Counted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
+    async def run() -> None:
+        acceptor = Acceptor(listener, Counted, backlog=100)
+        await test(acceptor, made)
+        for transport in made:
+            transport.abort()  # type: ignore[attr-defined]
+
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        waiting = [socket.create_connection(listener.getsockname()) for _ in range(clients)]
+        try:
+            asyncio.run(run())
+        finally:
+            for connection in waiting:
+                connection.close()
+
+
+def test_a_crowd_does_not_keep_the_loop_from_others() -> None:
+    async def test(acceptor: Acceptor, made: list[object]) -> None:
+        counts = [0]
+        while counts[-1] < 50:
+            await asyncio.sleep(0)
+            counts.append(len(made))
+        steps = [after - before for before, after in itertools.pairwise(counts)]
+        assert max(steps) <= 16
+        acceptor.close()
+
+    with_acceptor(50, test)
+
+
+def test_who_waits_at_the_end_is_accepted() -> None:
+    async def test(acceptor: Acceptor, made: list[object]) -> None:
+        acceptor.close()
+        while acceptor.beginning:
+            await asyncio.sleep(0)
+        assert len(made) == 40
+
+    with_acceptor(40, test)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_out_of_descriptors_is_said_once_and_passes() -> None:
+    program = """
+import asyncio, resource, socket, sys
+from advmoe_deploy.serving.online.accept import Acceptor
+
+class Echo(asyncio.Protocol):
+    def connection_made(self, transport):
+        transport.write(b"x")
+
+async def main():
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+    acceptor = Acceptor(listener, Echo, backlog=100)
+    print(listener.getsockname()[1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    acceptor.close()
+
+asyncio.run(main())
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], text=True, **pipes) as run:
+        assert run.stdout
+        address = ("127.0.0.1", int(run.stdout.readline()))
+        crowd = [socket.create_connection(address, timeout=30) for _ in range(60)]
+        for connection in crowd[:10]:
+            assert connection.recv(1) == b"x"
+        last = socket.create_connection(address, timeout=30)
+        for connection in crowd:
+            connection.close()
+        assert last.recv(1) == b"x"
+        last.close()
+        _, said = run.communicate("\n", timeout=30)
+    assert said.count("no connection can be accepted now") == 1
+    assert "Traceback" not in said
+
+
+def test_callers_go_on_in_order_and_a_few_in_each_turn() -> None:
+    went: list[tuple[int, int]] = []
+
+    async def run() -> None:
+        turns, now = Turns(3), [0]
+
+        async def caller(number: int) -> None:
+            await turns.take()
+            went.append((now[0], number))
+
+        tasks = [asyncio.create_task(caller(number)) for number in range(11)]
+        tasks[5].cancel()
+        while not all(task.done() for task in tasks):
+            now[0] += 1
+            await asyncio.sleep(0)
+        await turns.take()
+
+    asyncio.run(run())
+    assert [number for _, number in went] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    per_turn = [sum(turn == each for turn, _ in went) for each in {turn for turn, _ in went}]
+    assert max(per_turn) <= 3
