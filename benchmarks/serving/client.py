@@ -1,0 +1,185 @@
+"""Clients of a server: raw HTTP over asyncio, closed loop or at a rate, and a probe of health."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import Event, Process, Queue
+from typing import Any
+
+import numpy as np
+
+HOST = "127.0.0.1"
+
+
+@dataclass
+class Sample:
+    """What came of many requests; ``answers`` counts statuses, and 0 for no answer at all."""
+
+    seconds: float = 0.0
+    answers: Counter[int] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)  # of those with 200
+
+    def summary(self) -> dict[str, Any]:
+        """Return what goes into a result."""
+        ms = 1e3 * np.array(self.latencies_s or [np.nan])
+        p50, p90, p99 = np.percentile(ms, [50, 90, 99]).round(3).tolist()
+        return {
+            "seconds": round(self.seconds, 3),
+            "answers": {str(status): count for status, count in sorted(self.answers.items())},
+            "per_s": round(self.answers[200] / self.seconds, 2),
+            "p50_ms": p50,
+            "p90_ms": p90,
+            "p99_ms": p99,
+        }
+
+
+class Client:
+    """One connection that is kept alive, and opened again where the server closes it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._streams is not None
+
+    async def connect(self) -> None:
+        """Open the connection."""
+        self._streams = await asyncio.open_connection(HOST, self._port)
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Return status and body; 0 where there is no answer."""
+        try:
+            if self._streams is None:
+                await self.connect()
+            assert self._streams
+            reader, writer = self._streams
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            body = await reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError):
+            self.close()
+            return 0, b""
+        if b"connection: close" in head:
+            self.close()
+        return int(head.split(None, 2)[1]), body
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+def binary_request(model: str, images: "np.ndarray[Any, np.dtype[np.float32]]") -> bytes:
+    """Return the text of a request with binary tensors both ways."""
+    tensor = {
+        "name": "images",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "parameters": {"binary_data_size": images.nbytes},
+    }
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    lines = [
+        f"POST /v2/models/{model}/infer HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {len(head) + images.nbytes}",
+        f"Inference-Header-Content-Length: {len(head)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + head + images.tobytes()
+
+
+def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Sample:
+    """Let each of so many clients ask again as soon as it is answered; 503 waits 50 ms."""
+
+    async def one(sample: Sample, until: float) -> None:
+        client = Client(port)
+        while (began := time.perf_counter()) < until:
+            status, _ = await client.ask(request)
+            sample.answers[status] += 1
+            if status == 200:
+                sample.latencies_s.append(time.perf_counter() - began)
+            else:
+                await asyncio.sleep(0.05)
+        client.close()
+
+    async def run() -> Sample:
+        sample, began = Sample(), time.perf_counter()
+        await asyncio.gather(*(one(sample, began + seconds) for _ in range(clients)))
+        sample.seconds = time.perf_counter() - began
+        return sample
+
+    return asyncio.run(run())
+
+
+def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample:
+    """Ask at random times, ``per_s`` on average, however long answers take."""
+
+    async def one(sample: Sample, idle: list[Client], at: float) -> None:
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        client = idle.pop() if idle else Client(port)
+        status, _ = await client.ask(request)
+        sample.answers[status] += 1
+        if status == 200:
+            sample.latencies_s.append(time.perf_counter() - at)
+        idle.append(client)
+
+    async def run() -> Sample:
+        gaps = np.random.default_rng(0).exponential(1 / per_s, int(per_s * seconds))
+        sample, idle, began = Sample(), list[Client](), time.perf_counter() + 0.1
+        await asyncio.gather(*(one(sample, idle, began + at) for at in np.cumsum(gaps)))
+        sample.seconds = time.perf_counter() - began
+        for client in idle:
+            client.close()
+        return sample
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def probed(port: int, pid: int) -> Iterator[dict[str, Any]]:
+    """Yield a dictionary that holds, after the block, health's latencies and the peak memory."""
+    stop, found, result = Event(), Queue(), dict[str, Any]()
+    probe = Process(target=_probe, args=(port, pid, stop, found), daemon=True)
+    probe.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        latencies_s, memory = found.get(timeout=60)
+        probe.join()
+        ms = 1e3 * np.array(latencies_s)
+        result["health_n"] = len(ms)
+        result["health_p99_ms"] = round(float(np.percentile(ms, 99)), 3)
+        result["health_max_ms"] = round(float(ms.max()), 3)
+        result["memory_mib"] = round(memory / 1024, 1)
+
+
+def _probe(port: int, pid: int, stop: Any, found: Any) -> None:
+    request = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def run() -> tuple[list[float], int]:
+        client, latencies_s, memory = Client(port), list[float](), 0
+        while not stop.is_set():
+            began = time.perf_counter()
+            status, _ = await client.ask(request)
+            latencies_s.append(time.perf_counter() - began if status == 200 else float("inf"))
+            memory = max(memory, memory_of(pid))
+            await asyncio.sleep(0.02)
+        return latencies_s, memory
+
+    found.put(asyncio.run(run()))
+
+
+def memory_of(pid: int) -> int:
+    """Return the resident memory of a process in KiB."""
+    with suppress(OSError), open(f"/proc/{pid}/status") as file:  # noqa: PTH123
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+    return 0

@@ -1,0 +1,79 @@
+"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops.
+
+    python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
+
+Clients and server share the machine's cores; leave it alone meanwhile. What must hold of each part
+stands beside the figures. Writes ``benchmarks/results/serving.json``, or what ``--out`` names.
+"""
+
+import argparse
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from advmoe_deploy.bundle import open_bundle
+from advmoe_deploy.profiling.processor import processor_name
+from benchmarks.serving.malformed import malformed
+from benchmarks.serving.overload import overload
+from benchmarks.serving.server import serving
+from benchmarks.serving.speed import bare, same_logits, speed
+from benchmarks.serving.stops import stops
+
+RESULT = Path(__file__).parents[1] / "results" / "serving.json"
+PARTS = ("speed", "overload", "malformed", "stops")
+LIBRARIES = ("fastapi", "httptools", "numpy", "onnxruntime", "starlette", "uvicorn", "uvloop")
+
+
+def main() -> None:
+    """Measure the parts that are wanted and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement")
+    parser.add_argument("--requests", type=int, default=10_000, help="malformed ones")
+    parser.add_argument("--rounds", type=int, default=50, help="servers that are stopped")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    wanted = parser.parse_args()
+    result = measure(wanted)
+    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def measure(wanted: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of every part that is wanted."""
+    bundle, load = open_bundle(wanted.bundle), os.getloadavg()
+    result: dict[str, Any] = {
+        "model": bundle.manifest.model.model_dump(mode="json"),
+        "engine": wanted.engine,
+        "threads": wanted.threads,
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "load_before": load,
+    }
+    options = [f"--engine={wanted.engine}", f"--threads={wanted.threads}"]
+    if "speed" in wanted.parts:
+        alone = bare(bundle, wanted.engine, wanted.threads, min(10.0, wanted.seconds))
+        with serving(wanted.bundle, *options) as running:
+            far = same_logits(running, bundle, wanted.engine)
+            found = speed(running, bundle, alone, wanted.seconds)
+        result["speed"] = {"logits_differ_by": far, "bare": alone, **found}
+    if "overload" in wanted.parts:
+        with serving(wanted.bundle, *options) as running:
+            result["overload"] = overload(running, bundle, wanted.seconds)
+    if "malformed" in wanted.parts:
+        with serving(wanted.bundle, *options) as running:
+            result["malformed"] = malformed(running, bundle, wanted.requests)
+    if "stops" in wanted.parts:
+        result["stops"] = stops(wanted.bundle, bundle, wanted.rounds)
+    return result
+
+
+if __name__ == "__main__":
+    main()

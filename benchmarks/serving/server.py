@@ -1,0 +1,60 @@
+"""The server that is measured, as a process of its own."""
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ADVMOE = [sys.executable, "-m", "advmoe_deploy.cli.app"]
+
+
+@dataclass
+class Running:
+    """A server that is ready."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    model: str
+    log: Path
+    delay_ms: float
+
+    @property
+    def said(self) -> str:
+        """What it wrote to stderr."""
+        return self.log.read_text(errors="replace")
+
+
+def start(bundle: Path, options: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a server; what it says goes to ``log``."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*ADVMOE, "serve", str(bundle), "--port=0", *options],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+        )
+
+
+@contextmanager
+def serving(bundle: Path, *options: str, delay_ms: float = 2.0) -> Iterator[Running]:
+    """Serve ``bundle`` within the block; SIGTERM ends it, with exit code 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = start(bundle, [*options, f"--delay-ms={delay_ms}"], log)
+        try:
+            found = None
+            while found is None:
+                if process.poll() is not None:
+                    raise RuntimeError(log.read_text())
+                found = re.search(r"serving '(.+)' at http://\S+:(\d+)", log.read_text())
+            yield Running(process, int(found[2]), found[1], log, delay_ms)
+            process.send_signal(signal.SIGTERM)
+            if process.wait(timeout=120) != 0:
+                raise RuntimeError(f"exit code {process.returncode}: {log.read_text()}")
+        finally:
+            process.kill()
+            process.wait()
