@@ -24,12 +24,14 @@ def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
     random.seed(0)
     images, pid, port = images_of(bundle, 1), running.process.pid, running.port
     with probed(port, pid) as seen:
-        answers = Counter(_status(port, _random(running.model, images)) for _ in range(count))
+        answers = Counter(
+            status_of(port, random_request(running.model, images)) for _ in range(count)
+        )
     result: dict[str, Any] = {"random": {"answers": _named(answers), **seen}}
     for name, request in costly(running.model, images).items():
         before, began = memory_of(pid), time.perf_counter()
         with probed(port, pid) as seen:
-            status = _status(port, request)
+            status = status_of(port, request)
         result[name] = {
             "mib": round(len(request) / MIB, 2),
             "status": status,
@@ -73,7 +75,8 @@ def _post(model: str, body: bytes) -> bytes:
     return _head(model, f"Content-Length: {len(body)}") + body
 
 
-def _random(model: str, images: np.ndarray) -> bytes:
+def random_request(model: str, images: np.ndarray) -> bytes:
+    """Return a request with junk in its JSON, its body or its head."""
     kind = random.randrange(3)
     message = {
         "id": "7",
@@ -113,7 +116,7 @@ def _changed(message: Any) -> Any:
         place = place[key]
 
 
-def _status(port: int, request: bytes) -> int:
+def status_of(port: int, request: bytes) -> int:
     """Return the status of the answer; 0 where none came although the request had ended."""
     with socket.create_connection((HOST, port), timeout=60) as connection:
         with suppress(OSError):
