@@ -54,7 +54,11 @@ def serve(
     ] = 75.0,
     body_timeout: Annotated[
         float,
-        typer.Option("--body-timeout", min=0, help="Seconds until a request's body is there."),
+        typer.Option(
+            "--body-timeout",
+            min=0,
+            help="Seconds for a request's body to come, and for its answer to be read.",
+        ),
     ] = 30.0,
     drain: Annotated[
         float,

@@ -49,6 +49,7 @@ class Connection(HttpToolsProtocol):
         self._part: str | None = "nothing"  # of the request that is being read
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._head_bytes = self._header_bytes = self._body_bytes = self._chunks = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -61,9 +62,11 @@ class Connection(HttpToolsProtocol):
         self._await_rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the timer as well."""
+        """Let go of the timers as well."""
         super().connection_lost(exc)
         self._over = True
+        if self._unread is not None:
+            self._unread.cancel()
         self._await_rest()
 
     def data_received(self, data: bytes) -> None:
@@ -132,6 +135,18 @@ class Connection(HttpToolsProtocol):
         """End a request: what follows is another one."""
         super().on_message_complete()
         self._part = None
+
+    def pause_writing(self) -> None:
+        """Wait for a client to read, though not for long."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._limits.body_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def finish(self) -> None:
         """Close now if no request is under way, else after the answer, which says so."""

@@ -26,7 +26,7 @@ class Limits:
         keep_alive_s: until a connection without a request is closed. Proxies keep theirs for 60
             and lose a request if the server is the first to close.
         head_s: until the head of a request has to be there.
-        body_s: until its body has to be there.
+        body_s: until its body has to be there, and until an answer has to be read.
     """
 
     max_images: int = 1024

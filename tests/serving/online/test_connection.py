@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle
@@ -14,10 +15,12 @@ from advmoe_deploy.serving.online.limits import Limits
 from tests.serving.online.live import (
     GOOD,
     INFER,
+    ONE,
     Live,
     SlowRunner,
     all_of,
     post,
+    request_for,
     running,
     wait_for,
     wait_until_ready,
@@ -160,6 +163,19 @@ def test_half_a_request_ends_when_its_time_is_over(
         wait_for(lambda: live.service.budget.used == 0)
     status, message = refusal_of(answer[answer.rindex(b"HTTP/1.1") :])
     assert (status, f"the {part} of the request" in message) == (408, True)
+
+
+def test_who_does_not_read_is_let_go(tiny_bundle: Bundle) -> None:
+    runner = SlowRunner()
+    runner.let_go.set()
+    body = json.dumps(request_for(np.repeat(ONE, 64, axis=0))).encode()
+    with running(tiny_bundle, runner, Limits(body_s=0.3)) as live:
+        wait_until_ready(live.address)
+        connection = live.connect()
+        with pytest.raises(ConnectionError):
+            while True:  # each answer of 64 images stays in the line
+                connection.sendall(post(body))
+        wait_for(lambda: not live.server.server_state.connections)
 
 
 def test_a_connection_that_asks_nothing_is_closed(tiny_bundle: Bundle) -> None:
