@@ -13,12 +13,10 @@ from advmoe_deploy.serving.online.connection import GONE
 from advmoe_deploy.serving.online.guard import HEADERS
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.protocol import InferResponse, RefusedError
-from advmoe_deploy.serving.online.service import Service
+from advmoe_deploy.serving.online.service import CLIENT_LEFT, Service
 from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
-# What is counted for a client that left before its body was there.
-_GONE = 499
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
 
 
@@ -56,7 +54,7 @@ class Infer:
             status = error.status
             raise
         except ClientDisconnect:
-            status = _GONE
+            status = CLIENT_LEFT
             raise
         finally:
             self._service.metrics.request(status, time.perf_counter() - began)
@@ -67,14 +65,14 @@ class Infer:
         began, reading = time.perf_counter(), True
         self._service.reading += 1
         try:
-            json_length = _json_length(headers)
+            json_length, is_gone = _json_length(headers), scope.get(GONE, _never)
             body = await self._read(receive, headers, json_length is None, hold)
-            request = await self._service.read(body, json_length)
+            request = await self._service.read(body, json_length, is_gone)
             del body
             hold.shrink(request.images.nbytes)
             reading = False
             self._service.metrics.stage("read", time.perf_counter() - began)
-            return await self._service.answer(request, scope.get(GONE, _never))
+            return await self._service.answer(request, is_gone)
         finally:
             self._service.reading -= reading
 

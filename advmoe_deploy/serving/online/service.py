@@ -30,6 +30,9 @@ _SMALL_BODY = 32 << 10
 _FEW_IMAGES = 64
 _READERS = 2
 
+# The status of a request whose client left before it was read; nobody sees it but the metrics.
+CLIENT_LEFT = 499
+
 T = TypeVar("T")
 
 
@@ -100,11 +103,17 @@ class Service:
         self._batcher.drop_dead()  # their memory is given back a moment later
         return False
 
-    async def read(self, body: bytes | bytearray, json_length: int | None) -> InferRequest:
-        """Return what ``body`` asks."""
-        return await self._run(
-            len(body) <= _SMALL_BODY, lambda: read_request(body, json_length, self.model)
-        )
+    async def read(
+        self, body: bytes | bytearray, json_length: int | None, is_gone: Callable[[], bool]
+    ) -> InferRequest:
+        """Return what ``body`` asks, unless its client has left meanwhile."""
+
+        def read() -> InferRequest:
+            if is_gone():
+                raise RefusedError("the client has left", CLIENT_LEFT)
+            return read_request(body, json_length, self.model)
+
+        return await self._run(len(body) <= _SMALL_BODY, read)
 
     async def answer(self, request: InferRequest, is_gone: Callable[[], bool]) -> InferResponse:
         """Return the response to ``request``, of which ``reading`` counts one until it waits."""
