@@ -3,7 +3,7 @@
 Shapes: N images, R rows of one pathway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,12 +54,19 @@ class Work(Protocol):
         """Return the prediction for rows of one lane."""
 
 
-def work_of(runner: Runner) -> Work:
-    """Return how ``runner`` computes: by pathway where its plan ends in one, else as a whole."""
+# Is told a layer and its routes' scores [R, E], of the experts that are kept.
+WatchScores = Callable[[str, NDArray[np.float32]], None]
+
+
+def work_of(runner: Runner, watch: WatchScores = lambda layer, scores_RE: None) -> Work:
+    """Return how ``runner`` computes: by pathway where its plan ends in one, else as a whole.
+
+    ``watch`` sees the scores of routes that are made by steps of such a plan.
+    """
     # OpenVINO compiles for every size that it meets; TensorRT's runner pads by itself.
     sizes = WARM_BATCHES if runner.name.startswith("openvino") else ()
     if isinstance(runner, PlanRunner) and (step := _last_pathways(runner.plan)):
-        return _Pathways(runner, step, sizes)
+        return _Pathways(runner, step, sizes, watch)
     return _Whole(runner, sizes)
 
 
@@ -85,13 +92,18 @@ class _Whole:
 class _Pathways:
     """A lane for each expert of the last step, which makes the logits."""
 
-    def __init__(self, runner: PlanRunner, step: ExpertsStep, sizes: Sequence[int]) -> None:
-        self._runner, self._step, self._sizes = runner, step, sizes
+    def __init__(
+        self, runner: PlanRunner, step: ExpertsStep, sizes: Sequence[int], watch: WatchScores
+    ) -> None:
+        self._runner, self._step, self._sizes, self._watch = runner, step, sizes, watch
         self._route = runner.plan.route(step.layer)
         self.lanes = len(self._route.kept)
 
     def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
         tensors = self._runner.before_last(images)
+        for step in self._runner.plan.steps:
+            if isinstance(step, RouteStep):
+                self._watch(step.layer, tensors[step.scores])
         made = (name for route in self._runner.routes for name in (route.expert_ids, route.weights))
         kept = {name: tensors[name] for name in (self._step.input, *made)}
         return tensors[self._route.expert_ids][:, 0], Rows(kept)

@@ -58,6 +58,13 @@ class Metrics:
             buckets=_MARGINS,
             **own,
         )
+        self._route_margins = Histogram(
+            "route_margin",
+            "Share of the best expert minus that of the second, where scores are known.",
+            ["layer"],
+            buckets=_MARGINS,
+            **own,
+        )
         self._stages = {name: self._seconds.labels(name) for name in STAGES}
         self._registry.register(_Now(self))
 
@@ -80,6 +87,12 @@ class Metrics:
             self._fresh.append(done.answer)
             if sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER:
                 self._count_answers()
+
+    def scores(self, layer: str, scores_RE: NDArray[np.float32]) -> None:
+        """Count how clear the routes with these scores are."""
+        margins = self._route_margins.labels(layer)
+        for margin in _margins_of(scores_RE):
+            margins.observe(margin)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
@@ -105,7 +118,7 @@ class Metrics:
             answers = joined(fresh)
             for layer, ids in answers.expert_ids.items():
                 self._routes(layer, np.bincount(ids.reshape(-1)).astype(np.float64))
-            for margin in _margins_of(answers):
+            for margin in _margins_of(answers.logits):
                 self._margins.observe(margin)
 
     def _routes(self, layer: str, loads_E: NDArray[np.float64]) -> None:
@@ -134,11 +147,12 @@ class _Now(Collector):
         yield entropy
 
 
-def _margins_of(answer: Prediction) -> list[float]:
-    if answer.logits.shape[1] < 2:
+def _margins_of(scores_NE: NDArray[np.float32]) -> list[float]:
+    """Return by how much the largest softmax exceeds the second, where it is finite."""
+    if scores_NE.shape[1] < 2:
         return []
     with np.errstate(invalid="ignore"):
-        powers_NC = np.exp(answer.logits - answer.logits.max(axis=1, keepdims=True))
-        best_N2 = np.sort(np.partition(powers_NC, -2, axis=1)[:, -2:], axis=1)
-        margins_N = (best_N2[:, 1] - best_N2[:, 0]) / powers_NC.sum(axis=1)
+        powers_NE = np.exp(scores_NE - scores_NE.max(axis=1, keepdims=True))
+        best_N2 = np.sort(np.partition(powers_NE, -2, axis=1)[:, -2:], axis=1)
+        margins_N = (best_N2[:, 1] - best_N2[:, 0]) / powers_NE.sum(axis=1)
     return [float(margin) for margin in margins_N if np.isfinite(margin)]

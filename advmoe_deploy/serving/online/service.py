@@ -48,7 +48,7 @@ class Service:
         self._warm = False
         self.metrics = Metrics(self._now)
         self._batcher = Batcher(
-            work_of(runner),
+            work_of(runner, self.metrics.scores),
             model.limits,
             expecting=lambda: self.reading,
             watch=self.metrics.batch,

@@ -9,6 +9,7 @@ import numpy as np
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.batcher import Done
@@ -48,6 +49,24 @@ def test_requests_routes_and_batches_are_counted(tiny_bundle: Bundle) -> None:
         assert more(name) == 3 * rows
     assert after["advmoe_ready"] == 1
     assert after["advmoe_waiting_images"] == after["advmoe_held_bytes"] == 0
+
+
+def test_an_engine_of_the_plan_tells_how_clear_its_routes_are(tiny_bundle: Bundle) -> None:
+    images = to_float(load_dataset("digits").test.images[:6])
+    with (
+        open_runner(tiny_bundle, "onnxruntime-plan") as runner,
+        running(tiny_bundle, runner) as live,
+    ):
+        wait_until_ready(live.address)
+        assert httpx.post(live.url + INFER, json=request_for(images)).status_code == 200
+        found = figures(httpx.get(live.url + "/metrics").text)
+        assert isinstance(runner, PlanRunner)
+        scores_N2 = runner.before_last(images)["router.scores"]
+    assert found['advmoe_route_margin_count{layer="router"}'] == 1 + 6  # the warm-up's, too
+    difference_N = np.abs(scores_N2[:, 0] - scores_N2[:, 1])
+    sum_of_six = np.tanh(difference_N / 2).sum()  # p - (1 - p) of two
+    assert sum_of_six <= found['advmoe_route_margin_sum{layer="router"}'] + 1e-4
+    assert found['advmoe_route_margin_sum{layer="router"}'] <= sum_of_six + 1 + 1e-4
 
 
 def test_what_clients_send_makes_no_labels(tiny_bundle: Bundle) -> None:
