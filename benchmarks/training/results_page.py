@@ -3,8 +3,8 @@
     python -m benchmarks.training.results_page
 
 A recipe's row is ``benchmarks/results/cifar10/NAME.json``, by ``benchmarks.training.cifar10``;
-before that is measured, ``NAME.train.json``, what its run said of the hold-out. Without either it
-is "not trained".
+before that is measured, ``NAME.train.json``, what its run said of its own test images. Without
+either it is "not trained".
 """
 
 import json
@@ -74,13 +74,13 @@ def cell(found: dict[str, Any], column: str) -> str:
 
 
 def provisional(report: dict[str, Any], title: str, macs: str) -> str:
-    """Return the row of a run of which only its own measurement on the hold-out is known."""
+    """Return the row of a run of which only its own measurement is known."""
     n, steps = report["images"], report["attack"]["steps"]
     names = ("clean_accuracy", "pgd_accuracy", "robust_accuracy")
     clean, pgd, routes = (percent(Share.of(report[name], n)) for name in names)
     used = f"{report['effective_routes']:.2f} of 2" if report["effective_routes"] else ""
-    worst = f"{routes}, PGD-{steps} on its routes too"
-    cells = f"{clean}, hold-out | {pgd}, {steps} steps | not measured | {worst}"
+    worst = f"{routes}, PGD-{steps}, on its routes too"
+    cells = f"{clean}, of n | {pgd} | not measured | {worst}"
     return f"| {title} | {cells} | {n} | {used} | {macs} | {report['seconds'] / 60:.0f} min |"
 
 
