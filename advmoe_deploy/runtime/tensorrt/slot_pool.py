@@ -67,6 +67,7 @@ class SlotPool(Generic[L]):
             if self._is_closed:
                 return
             self._is_closed = True
-            for _ in range(self._count):
-                self._free.get()
+            with self._lending:  # who waits for all gets them or gives up, and gives back the rest
+                for _ in range(self._count):
+                    self._free.get()
             self._free.put(None)

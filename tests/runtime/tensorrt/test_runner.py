@@ -1,11 +1,12 @@
 """The graphs that move rows, and the runner over them, here on ONNX Runtime."""
 
+import itertools
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Event
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,31 @@ def test_who_closes_a_pool_second_waits_for_its_lanes_as_well() -> None:
             wait(closing, timeout=0.1, return_when=FIRST_COMPLETED)
         assert [each.result(10) for each in closing] == [None, None]
     assert events == ["settled", "closed", "closed"]
+
+
+def test_who_waits_for_all_lanes_and_who_closes_the_pool_do_not_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class ExecutionSlot:
+        def settle(self) -> None:
+            pass
+
+    def borrow() -> None:
+        with pool.every_slot() as slots:
+            lent.extend(slots)
+
+    def get() -> ExecutionSlot | None:
+        if next(calls) == 1:  # one lane is lent, the other asked for
+            closing.start()
+            closing.join(0.1)
+        return free()
+
+    pool, lent, calls = SlotPool([ExecutionSlot(), ExecutionSlot()]), [], itertools.count()
+    free = pool._free.get
+    monkeypatch.setattr(pool._free, "get", get)
+    closing, borrowing = (Thread(target=each, daemon=True) for each in (pool.close, borrow))
+    borrowing.start()
+    borrowing.join(5)
+    closing.join(5)
+    assert len(lent) == 2
+    assert not closing.is_alive()
