@@ -26,7 +26,7 @@ from torch import Tensor
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.data.registry import load_test_split
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.base import Classifier
@@ -223,7 +223,7 @@ def main() -> None:
     checkpoint, model = load_checkpoint(arguments.run / "model")
     assert checkpoint.threat is not None
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    test = load_dataset(arguments.data).test
+    test = load_test_split(arguments.data)
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     clean = (predict(model, x) == y).numpy()
     standing = Standing(arguments.run / "attacked.npz", checkpoint.weights_sha256, clean)

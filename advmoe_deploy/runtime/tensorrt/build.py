@@ -59,6 +59,11 @@ _WAYS_OUT: dict[GpuLibrary, str] = {
     "tensorrt": "another --precision, or a newer release",
     "tensorrt-rtx": "another --precision or other compute_capabilities, or a newer release",
 }
+_TO_START: dict[GpuLibrary, str] = {
+    "tensorrt": "it builds only where an NVIDIA GPU and its driver are; elsewhere export with "
+    "--onnx-only",
+    "tensorrt-rtx": "install tensorrt-rtx-cu13-bindings and tensorrt-rtx-cu13-libs of one release",
+}
 
 
 class BuildOptions(Frozen):
@@ -202,8 +207,7 @@ def _builder(library: GpuLibrary) -> Any:
         builder = None
     if builder is None:
         raise BackendUnavailableError(
-            f"{TITLES[library]} cannot start: {heard.reason()}; it builds only where an NVIDIA GPU "
-            "and its driver are; elsewhere export with --onnx-only"
+            f"{TITLES[library]} cannot start: {heard.reason()}; {_TO_START[library]}"
         )
     return builder
 

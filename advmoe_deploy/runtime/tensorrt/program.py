@@ -17,7 +17,7 @@ import numpy as np
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.process import cache_folder
-from advmoe_deploy.reports.devices import Device, RtxDevice
+from advmoe_deploy.reports.devices import Device, GpuLibrary, RtxDevice
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.api import (
     TITLES,
@@ -34,6 +34,10 @@ from advmoe_deploy.runtime.tensorrt.rtx.kernels import Kernels
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
+_TO_LOAD: dict[GpuLibrary, str] = {
+    "tensorrt": "on this machine",
+    "tensorrt-rtx": "with this GPU among compute_capabilities",
+}
 # TensorRT's names of the types that NumPy has too.
 _NUMPY = {
     "FLOAT": np.float32,
@@ -108,7 +112,7 @@ class Program(Closing):
         if engine is None:
             raise BundleError(
                 f"{TITLES[self._library]} {version_text(self._library)} cannot load {self.name}: "
-                f"{heard.reason()}; export it again on this machine"
+                f"{heard.reason()}; export it again {_TO_LOAD[self._library]}"
             )
         self._runtime, self._engine = runtime, engine  # the first has to live as long
         self._kernels: Kernels | None = None
@@ -170,7 +174,7 @@ class Program(Closing):
             else:
                 context = engine.create_execution_context(strategies.USER_MANAGED)
         if context is None:
-            raise BundleError(f"TensorRT cannot run {self.name}: {heard.reason()}")
+            raise BundleError(f"{TITLES[self._library]} cannot run {self.name}: {heard.reason()}")
         # It begins with the first; before TensorRT 10 only an engine's first context does.
         if context.active_optimization_profile != number:
             switch_profile(context, number, self.name, heard)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.visit.training_step --out training_step.json [--dry-run]
 
-Forward and backward of ResNet-18 at 32x32 on random images, forms in turn. What compiles not is
+Forward and backward of ResNet-18 at 32x32 on random images, forms in turn. What does not work is
 left out, with the reason. ``--dry-run`` takes a few steps of a few images on the CPU, uncompiled.
 """
 
