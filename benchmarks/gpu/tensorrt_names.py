@@ -50,6 +50,8 @@ _OF_CUDA = re.compile(
 _SHOW = """
 import importlib, json, os, sys
 sys.setdlopenflags(os.RTLD_LAZY)
+for libraries in ("tensorrt_libs", "tensorrt_rtx_libs"):
+    sys.modules[libraries] = None  # where they are installed they would be a name of the bindings
 module = importlib.import_module({module!r})
 def names(thing):
     left_out = [n for n in [*dir(thing), *dir(int)] if n.startswith("_") and n != "__version__"]
