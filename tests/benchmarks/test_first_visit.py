@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from benchmarks.gpu.main import stages
 from benchmarks.gpu.visit import cuda_layer, host_cuda
-from benchmarks.gpu.visit.prepare import write_pieces, write_stand_in
+from benchmarks.gpu.visit.prepare import CALL_BYTES, PIECE_BYTES, write_pieces, write_stand_in
 
 ROOT = Path(__file__).parents[2]
 VISIT = ROOT / "benchmarks" / "gpu" / "visit"
@@ -123,7 +124,20 @@ def test_steps_are_cut_off_and_what_follows_goes_on(tmp_path: Path) -> None:
         ("late", "skipped"),
     ]
     assert rows[1]["cut_off_s"] == 6
-    assert (out / "stages" / "s.json").read_text() == "measured\n"
+    with tarfile.open(out / "kept.tgz") as kept:  # one file, for few come back
+        measured = kept.extractfile("work/stages/s.json")
+        assert measured is not None
+        assert measured.read() == b"measured\n"
+    assert len(list(out.iterdir())) == 2
+
+
+def test_a_piece_fits_a_call_beside_this_checkout() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    checkout = sum(file.stat().st_size for file in files if file.is_file())
+    assert checkout + PIECE_BYTES <= CALL_BYTES
 
 
 @pytest.mark.parametrize("script", CALLS, ids=lambda script: script.name)

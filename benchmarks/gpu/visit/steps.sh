@@ -18,7 +18,12 @@ left() {
   echo $((visit < call ? visit : call))
 }
 
-keep() { cp -r "$VISIT"/work/*stages "$VISIT"/*.log "$OUT" 2>/dev/null || true; }
+# keep: records of all stages, logs and what a training run says, as one file: few may come back.
+keep() {
+  local part=$VISIT/.kept.$BASHPID
+  (cd "$VISIT" && tar -czf "$part" work/*stages ./*.log run/*.json*) 2>/dev/null || true # those that there are
+  mv "$part" "$OUT/kept.tgz" 2>/dev/null || true
+}
 (while sleep 2; do keep; done) >/dev/null 2>&1 &
 keeper=$!
 trap 'kill $keeper 2>/dev/null; keep' EXIT
