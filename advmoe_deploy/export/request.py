@@ -14,6 +14,7 @@ _OF_RTX = {"compute_capabilities": _FOR_RTX, "weight_streaming": _FOR_RTX}
 _IN_VAIN = "kernels are chosen where the engine runs, so it would change nothing"
 # Why each of TensorRT's options is none for RTX.
 _NOT_OF_RTX = {
+    "batch_min_profile": _IN_VAIN,
     "optimization_level": _IN_VAIN,
     "refittable": "this is compiled only where a GPU is",
     "tactic_sources": _IN_VAIN,

@@ -85,6 +85,7 @@ def test_what_is_read_is_what_was_written() -> None:
     [
         (["tf32=true"], 2, "takes no tf32"),
         (["version_compatible=true"], 2, "takes no version_compatible"),
+        (["batch_min_profile=false"], 2, "takes no batch_min_profile"),
         (["optimization_level=5"], 2, "takes no optimization_level"),
         (["compute_capabilities=ada"], 2, "compute_capabilities"),
         (["unquantised_dtype=fp16"], 2, "goes with --precision int8"),

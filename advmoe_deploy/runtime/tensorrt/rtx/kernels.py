@@ -47,8 +47,10 @@ class Kernels(Closing):
 
     def close(self) -> None:
         """Write the kernels to the file, a convenience only: where it fails, a warning says so."""
+        kernels = self._cache.serialize()
         try:
-            write_atomically(self._file, bytes(memoryview(self._cache.serialize())))
+            if kernels is not None:
+                write_atomically(self._file, bytes(memoryview(kernels)))
         except OSError as error:
             _LOG.warning("kernels are compiled again next time: %s", reason_of(error))
         self._engine = self._config = self._cache = None
