@@ -192,10 +192,10 @@ def require_buildable(
 def _require_lean_runtime() -> None:
     """Refuse before the first build: the runtime that goes into such engines may not be here."""
     name = f"libnvinfer_lean.so.{tensorrt_version()[0]}"
-    if not load_library(name, "tensorrt_libs"):
+    if not any(load_library(name, package) for package in ("tensorrt_lean_libs", "tensorrt_libs")):
         raise BackendUnavailableError(
-            f"version_compatible engines carry {name}, which is not here; install TensorRT "
-            f"{version_text()} whole, or leave version_compatible out"
+            f"version_compatible engines carry {name}, which is not here; run: pip install "
+            f"tensorrt-lean=={version_text()}, or leave version_compatible out"
         )
 
 
