@@ -51,12 +51,8 @@ class Job:
         self.deadline, self.came = deadline, time.monotonic()
         self.routed = 0  # images that a lane has, or had
         self.left = len(images)  # images without an answer
+        self.begun = False  # whether an image is in a batch, or was
         self._prediction: Prediction | None = None
-
-    @property
-    def untouched(self) -> bool:
-        """Whether no image has an answer yet."""
-        return self._prediction is None
 
     def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
         """Take the answers ``part`` to the images with these ``numbers``."""
@@ -195,7 +191,7 @@ class Batcher:
         for job in self._jobs:
             if job.is_gone():
                 dead.append((job, "the client has left"))
-            elif job.deadline < now and job.untouched:
+            elif job.deadline < now and not job.begun:
                 dead.append((job, "its time was over before its turn came"))
         for job, reason in dead:
             self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
@@ -248,10 +244,15 @@ class Batcher:
     def _route(self, slices: list[tuple[Job, NDArray[np.int64]]]) -> None:
         parts = [job.images[numbers[0] : numbers[-1] + 1] for job, numbers in slices]
         try:
-            lanes, rows = self._work.route(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._sort(slices, *self._work.route(images))
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
             self._finish(dict.fromkeys((job for job, _ in slices), 0), error)
-            return
+
+    def _sort(
+        self, slices: list[tuple[Job, NDArray[np.int64]]], lanes: NDArray[np.int64], rows: Rows
+    ) -> None:
+        """Put the rows of the slices into their lanes."""
         at, now = 0, time.monotonic()
         for job, numbers in slices:
             own_lanes, own_rows = lanes[at : at + len(numbers)], rows[at : at + len(numbers)]
@@ -291,7 +292,9 @@ class Batcher:
         began, at, done = time.monotonic(), 0, Counter[Job]()
         for piece in pieces:
             done[piece.job] += len(piece.numbers)
-        waits_s = tuple(began - job.came for job in done if job.untouched)
+        waits_s = tuple(began - job.came for job in done if not job.begun)
+        for job in done:
+            job.begun = True
         try:
             answer = self._work.run(lane, joined_rows([piece.rows for piece in pieces]))
             for piece in pieces:

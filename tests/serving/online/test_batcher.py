@@ -184,6 +184,22 @@ def test_what_has_begun_is_finished_though_it_takes_long() -> None:
     within(work, test)
 
 
+def test_what_is_being_computed_is_finished_though_others_come_after_its_time() -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        work.open.clear()
+        job = batcher.submit(image(*range(20, 28)), 0.2, alive)
+        while not work.begun.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.3)
+        batcher.drop_dead()
+        work.open.set()
+        assert (await job).logits[:, 0].tolist() == [2 * n for n in range(20, 28)]
+
+    within(work, test)
+
+
 def test_a_lane_does_not_wait_for_the_end_of_a_large_request() -> None:
     work = Doubling(lanes=2)
 
@@ -227,6 +243,23 @@ def test_a_failure_is_the_answer_of_its_own_batch_alone() -> None:
             await batcher.submit(image(13), 30, alive)
         answer = await batcher.submit(image(4), 30, alive)
         assert answer.logits.tolist() == [[8]]
+        assert batcher.waiting == 0
+
+    within(work, test)
+
+
+def test_a_failure_of_routing_is_an_answer_and_does_not_end_the_thread() -> None:
+    class Odd(Doubling):
+        def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
+            lanes, rows = super().route(images)
+            return (lanes.astype(object) + 0.5j if 13 in images else lanes), rows
+
+    work = Odd()
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(TypeError):
+            await batcher.submit(image(13), 30, alive)
+        assert (await batcher.submit(image(4), 30, alive)).logits.tolist() == [[8]]
         assert batcher.waiting == 0
 
     within(work, test)
