@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.limits import Limits
 
@@ -46,6 +46,7 @@ class Connection(HttpToolsProtocol):
         self._over = False  # whether nothing that comes is looked at any more
         self._crowded = False
         self._request = 0
+        self._before: RequestResponseCycle | None = None  # the request ahead of the newest one
         self._part: str | None = "nothing"  # of the request that is being read
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
@@ -73,7 +74,6 @@ class Connection(HttpToolsProtocol):
         """Parse what came, within the limits."""
         if self._over:
             return
-        self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
             if self._part == "head":
@@ -92,6 +92,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()  # now, since empty lines may come before a request
         self._request += 1
         self._part = "head"
         self._head_bytes = self._header_bytes = self._body_bytes = self._chunks = 0
@@ -103,7 +104,8 @@ class Connection(HttpToolsProtocol):
             raise self._refused(
                 431, f"more than {_HEADERS} headers, or {_HEAD_BYTES} bytes of them"
             )
-        super().on_header(name, value)
+        if self._part == "head":  # else it is a trailer, which must not pass for a header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin the body of a request and hand the request on."""
@@ -113,8 +115,9 @@ class Connection(HttpToolsProtocol):
             raise self._refused(503, "too many connections are open; try again later")
         if len(self.pipeline) == _PIPELINED:
             raise self._refused(400, f"more than {_PIPELINED} requests are ahead of their answers")
-        self._part = "body"
+        self._before = self.cycle
         super().on_headers_complete()
+        self._part = "body"
         cycle = self.cycle
         cycle.scope[GONE] = lambda: cycle.disconnected  # type: ignore[literal-required]
         if self._stopping():
@@ -189,7 +192,7 @@ class Connection(HttpToolsProtocol):
             self._timer = self.loop.call_later(seconds[awaited[1]], self._late, awaited[1])
 
     def _late(self, part: str) -> None:
-        if part == "nothing" or (part == "body" and self.is_idle):
+        if part == "nothing":
             self._over = True
             self.transport.close()
         else:
@@ -205,12 +208,18 @@ class Connection(HttpToolsProtocol):
         if self._over or self.transport.is_closing():
             return
         self._over = True
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline.popleft()
+            self.cycle = self._before
         cycle = self.cycle
         if not self.is_idle and not cycle.more_body:
             self.finish()  # earlier requests are owed their answers, the last of which says so
             return
-        if self.pipeline or (not self.is_idle and cycle.response_started):
+        if not self.is_idle and cycle.response_started:
             self.transport.abort()
+            return
+        if self.is_idle and self._part == "body":
+            self.transport.close()  # it has its answer
             return
         if not self.is_idle:
             cycle.disconnected = True  # whoever reads the body need not wait

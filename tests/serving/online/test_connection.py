@@ -129,6 +129,32 @@ def test_a_good_request_is_answered_before_what_follows_it_is_refused(live: Live
     assert answer.count(b"HTTP/1.1") == 1
 
 
+def test_a_request_is_not_answered_twice(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(CHUNKED.replace(b"/advmoe/", b"/other/"))
+        answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 404")
+        connection.sendall(b"no chunk\r\n")
+        assert b"HTTP/1.1" not in all_of(connection)
+
+
+def test_trailers_are_no_headers(live: Live) -> None:
+    body = GOOD.partition(b"\r\n\r\n")[2]
+    with live.connect() as connection:
+        trailer = b"0\r\nHost: elsewhere\r\n\r\n"
+        connection.sendall(CHUNKED + b"%x\r\n%b\r\n" % (len(body), body) + trailer)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_empty_lines_do_not_keep_a_connection(tiny_bundle: Bundle) -> None:
+    limits = Limits(keep_alive_s=0.3)
+    with running(tiny_bundle, SlowRunner(), limits) as live, live.connect() as connection:
+        connection.sendall(LIVE)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"\r\n")
+        assert all_of(connection) == b""
+
+
 def test_another_protocol_is_not_spoken(live: Live) -> None:
     with live.connect() as connection:
         upgrade = (

@@ -92,6 +92,25 @@ def test_half_a_request_is_not_waited_for(live: Live, half: bytes) -> None:
     wait_for(lambda: has_ended(live))
 
 
+def test_half_a_request_does_not_cost_the_one_ahead_its_answer(
+    live: Live, slow: SlowRunner
+) -> None:
+    slow.let_go.clear()
+    with live.connect() as connection:
+        connection.sendall(GOOD + post(b"{", length=99))
+        wait_for(lambda: live.service.waiting == 1)
+        (own,) = live.server.server_state.connections
+        wait_for(lambda: bool(own.pipeline))
+        live.server.stop(announced=False)
+        wait_for(lambda: not own.pipeline)
+        slow.let_go.set()
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+    wait_for(lambda: has_ended(live))
+
+
 def test_idle_connections_are_closed(live: Live) -> None:
     with live.connect() as asked, live.connect() as silent:
         asked.sendall(READY)
