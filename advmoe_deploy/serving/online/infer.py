@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.serving.online.connection import GONE
 from advmoe_deploy.serving.online.guard import HEADERS
+from advmoe_deploy.serving.online.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.protocol import InferResponse, RefusedError
 from advmoe_deploy.serving.online.service import CLIENT_LEFT, Service
@@ -66,7 +67,8 @@ class Infer:
         self._service.reading += 1
         try:
             json_length, is_gone = _json_length(headers), scope.get(GONE, _never)
-            body = await self._read(receive, headers, json_length is None, hold)
+            is_json = json_length is None or json_length > MAX_ENVELOPE
+            body = await self._read(receive, headers, is_json, hold)
             request = await self._service.read(body, json_length, is_gone)
             del body
             hold.shrink(request.images.nbytes)

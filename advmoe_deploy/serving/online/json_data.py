@@ -51,6 +51,8 @@ class Numbers:
         Raises:
             JsonError: it is neither, or holds something else than numbers.
         """
+        if self.end - self.start < 2 * math.prod(shape) + 1:  # a digit, and a comma or bracket
+            raise _misfit(shape)  # before room is made for what a short text merely claims
         values = np.empty(math.prod(shape), dtype=np.float32)
         layouts, filled, at = [_flat(shape), _nested(shape)], 0, 0
         for piece, structure in self._pieces():

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from advmoe_deploy.errors import UsageError
 
-# What a request is charged beside its images, times the length of its body: the body itself, and
-# of JSON, whose shortest number is two bytes long, twice as much for the float32 it becomes.
+# What a request is charged until it is read, times the length of its body: the body itself and its
+# images, which are as long again, or twice that of JSON, whose shortest number has two bytes.
 COPIES_OF_BINARY = 2
 COPIES_OF_JSON = 3
 

@@ -59,7 +59,7 @@ class MessageParameters(_Parameters):
     """Parameters of a request; ``timeout`` in microseconds, as Triton's, 0 for none."""
 
     binary_data_output: StrictBool = False
-    timeout: Annotated[StrictInt, Field(ge=0)] | None = None
+    timeout: Annotated[StrictInt, Field(ge=0, lt=1 << 64)] | None = None
 
 
 class TensorParameters(_Parameters):

@@ -178,6 +178,8 @@ def _images(
         raise RefusedError(f"{INPUT} has datatype '{tensor.datatype}'; send FP32 in [0, 1]")
     _check_shape(tensor.shape, model)
     size = tensor.parameters.binary_data_size
+    if size is None and tail:
+        raise RefusedError(f"{len(tail)} bytes follow the JSON; binary_data_size says nothing")
     values = _from_json(tensor, data) if size is None else _from_binary(tensor, size, tail)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):

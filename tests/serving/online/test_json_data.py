@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,20 @@ def refusal(body: bytes) -> str:
     assert len(str(caught.value)) < 500
     assert str(caught.value).isprintable()
     return str(caught.value)
+
+
+def test_a_short_text_makes_no_room_for_the_shape_that_it_claims() -> None:
+    tracemalloc.start()
+    with pytest.raises(JsonError, match="does not fit"):
+        numbers("[1, 2]", [1024, 3, 224, 224])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_bytes_behind_json_data_are_refused() -> None:
+    body = request()
+    with pytest.raises(RefusedError, match="2 bytes follow"):
+        read_request(body + b"xx", len(body), MODEL)
 
 
 def numbers(text: str, shape: list[int]) -> list[float]:

@@ -100,6 +100,18 @@ def test_half_sent_bodies_do_not_hold_more_memory_than_there_is(live: Live) -> N
     wait_for(lambda: live.service.budget.used == 0)
 
 
+def test_json_that_comes_as_the_head_of_nothing_is_charged_as_json(
+    tiny_bundle: Bundle, slow: SlowRunner
+) -> None:
+    slow.let_go.set()
+    with running(tiny_bundle, slow, Limits()) as live:
+        wait_until_ready(live.address)
+        header = "Inference-Header-Content-Length: 150000"
+        live.connect().sendall(post(b"{", header, length=150_000))
+        wait_for(lambda: live.service.budget.used > 0)
+        assert live.service.budget.used == 3 * 150_000
+
+
 def test_the_time_that_a_client_gives_is_kept(live: Live, slow: SlowRunner) -> None:
     first = live.connect()
     first.sendall(GOOD)

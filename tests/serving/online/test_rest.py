@@ -136,6 +136,11 @@ BAD_REQUESTS = {
     "above 1": (request_for(ONE * 255), 400, "scale it"),
     "below 0": (request_for(-ONE), 400, "scale it"),
     "1e300": (request_for(ONE, data=[1e300] * 64), 400, "scale it"),
+    "a time beyond any": (
+        {**request_for(ONE), "parameters": {"timeout": 10**400}},
+        400,
+        "parameters.timeout",
+    ),
     "a huge integer": (request_for(ONE, data=[10**40] * 64), 400, "numbers"),
     "binary without its header": (
         request_for(ONE, data=None, parameters={"binary_data_size": 256}),
