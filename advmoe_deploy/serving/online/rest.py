@@ -46,8 +46,10 @@ def build_app(
         service.start()
         warming = asyncio.create_task(warm_up())
         yield
-        await warming
-        service.close()
+        try:
+            await warming
+        finally:
+            service.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, hosts=hosts)
@@ -84,7 +86,7 @@ def run_app(
 
     server = Server(build_app(service, hosts, on_warm), service.model.limits, drain_s)
     service.is_stopping = lambda: server.stopping
-    server.is_busy = lambda: service.waiting > 0
+    server.is_busy = lambda: service.busy
     server.run_until_stopped(listener)
     if service.failure is not None:
         raise service.failure

@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         self._drain_s = drain_s
         self._announced = True
         self.stopping = False
-        self.is_busy: Callable[[], bool] = lambda: False  # whether something is being computed
+        self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
         config = uvicorn.Config(
             app,
             http=Connection,

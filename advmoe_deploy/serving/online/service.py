@@ -30,7 +30,7 @@ _SMALL_BODY = 32 << 10
 _FEW_IMAGES = 64
 _READERS = 2
 
-# The status of a request whose client left before it was read; nobody sees it but the metrics.
+# The status of a request whose client left before its answer; nobody sees it but the metrics.
 CLIENT_LEFT = 499
 
 T = TypeVar("T")
@@ -64,6 +64,11 @@ class Service:
     def waiting(self) -> int:
         """Images without an answer."""
         return self._batcher.waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being read, computed or written."""
+        return self.waiting > 0 or self.budget.used > 0
 
     def _now(self) -> dict[str, float]:
         return {
@@ -128,7 +133,8 @@ class Service:
         try:
             prediction = await waiting
         except OverloadedError as error:
-            raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
+            status = CLIENT_LEFT if is_gone() else 503
+            raise RefusedError(f"overloaded: {error}", status, retry_s=error.retry_s) from None
         except MachineError as error:
             raise RefusedError(str(error), 503, retry_s=1) from None
         began = time.perf_counter()

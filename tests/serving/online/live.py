@@ -55,7 +55,7 @@ def running(
     service = Service(served_model(bundle, limits=limits), runner)
     server = Server(build_app(service, LOOPBACK), limits, drain_s)
     service.is_stopping = lambda: server.stopping
-    server.is_busy = lambda: service.waiting > 0
+    server.is_busy = lambda: service.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -1,12 +1,16 @@
 """The end of a server: first it is not ready, then it answers what is under way, then it closes."""
 
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online import server, service
+from advmoe_deploy.serving.online.protocol import InferRequest, read_request
 from tests.serving.online.live import (
     GOOD,
     LIMITS,
@@ -77,6 +81,30 @@ def test_what_waits_is_computed_before_the_end(live: Live, slow: SlowRunner) -> 
         answer = all_of(connection)
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close" in answer
+    wait_for(lambda: has_ended(live))
+
+
+def test_what_is_being_read_is_answered_before_the_end(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, let_go = threading.Event(), threading.Event()
+
+    def read(*of: Any) -> InferRequest:
+        begun.set()
+        assert let_go.wait(timeout=30)
+        return read_request(*of)
+
+    monkeypatch.setattr(service, "read_request", read)
+    monkeypatch.setattr(service, "_SMALL_BODY", 0)
+    monkeypatch.setattr(server, "_READING_S", 0.1)
+    with live.connect() as connection:
+        connection.sendall(GOOD)
+        assert begun.wait(timeout=30)
+        live.server.stop(announced=False)
+        wait_for(lambda: is_closed(live))
+        time.sleep(0.3)
+        let_go.set()
+        assert all_of(connection).startswith(b"HTTP/1.1 200")
     wait_for(lambda: has_ended(live))
 
 

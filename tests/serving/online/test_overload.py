@@ -80,6 +80,9 @@ def test_clients_that_left_leave_nothing_to_compute(live: Live, slow: SlowRunner
     assert last.recv(20).startswith(b"HTTP/1.1 200")
     assert slow.batches == [1, 2]
     wait_for(lambda: live.service.budget.used == 0)
+    figures = live.service.metrics.text()
+    assert b'advmoe_requests_total{status="499"} 3.0' in figures
+    assert b'status="503"' not in figures
 
 
 def test_half_sent_bodies_do_not_hold_more_memory_than_there_is(live: Live) -> None:
