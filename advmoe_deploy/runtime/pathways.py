@@ -100,13 +100,22 @@ class _Pathways:
         self.lanes = len(self._route.kept)
 
     def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
-        tensors = self._runner.before_last(images)
+        parts, start = [], 0
+        while start < len(images):
+            stop = start + self.count(len(images) - start)
+            parts.append(self._routed(images[start:stop]))
+            start = stop
+        rows = joined_rows(parts)
+        return rows.tensors[self._route.expert_ids][:, 0], rows
+
+    def _routed(self, images: NDArray[np.float32]) -> Rows:
+        tensors = self._runner.before_last(_padded(images, self._sizes))
         for step in self._runner.plan.steps:
             if isinstance(step, RouteStep):
-                self._watch(step.layer, tensors[step.scores])
+                rows = len(images) * (step.tokens or 1)
+                self._watch(step.layer, tensors[step.scores][:rows])
         made = (name for route in self._runner.routes for name in (route.expert_ids, route.weights))
-        kept = {name: tensors[name] for name in (self._step.input, *made)}
-        return tensors[self._route.expert_ids][:, 0], Rows(kept)
+        return Rows({name: tensors[name] for name in (self._step.input, *made)})[: len(images)]
 
     def count(self, rows: int) -> int:
         return _bucket(rows, self._sizes)[0]

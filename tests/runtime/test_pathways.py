@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows, work_of
+from advmoe_deploy.runtime.plan_runner import PlanRunner
+from advmoe_deploy.runtime.routing import Tensors
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from tests.families import Families
@@ -74,6 +77,28 @@ def test_an_engine_that_compiles_for_sizes_meets_few_of_them(
             64,
         ]
         assert_same(work, runner)
+
+
+def test_routing_meets_few_sizes_as_well(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[int] = []
+    with open_runner(tiny_bundle, "openvino-plan") as runner:
+        assert isinstance(runner, PlanRunner)
+        work = work_of(runner, lambda layer, scores_RE: watched.append(len(scores_RE)))
+        sizes: list[int] = []
+        before_last = runner.before_last
+
+        def counted(images: NDArray[np.float32]) -> Tensors:
+            sizes.append(len(images))
+            return before_last(images)
+
+        monkeypatch.setattr(runner, "before_last", counted)
+        images = np.concatenate([IMAGES] * 3)[:70]
+        lanes, rows = work.route(images)
+        assert (sizes, watched) == ([64, 8], [64, 6])
+        assert len(lanes) == len(rows.tensors["router.weights"]) == 70
+        np.testing.assert_array_equal(lanes, runner.infer(images).expert_ids["router"][:, 0])
 
 
 def test_rows_keep_their_tensors_together() -> None:
