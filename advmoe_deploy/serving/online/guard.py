@@ -25,13 +25,18 @@ class Guard:
         """Hand the request on, or refuse it."""
         if scope["type"] == "http":
             headers = scope[HEADERS] = dict(scope["headers"])
-            if refusal := self._refusal(headers, scope["http_version"]):
+            names = [name for name, _ in scope["headers"]].count(b"host")
+            if refusal := self._refusal(headers, names, scope["http_version"]):
                 status, message = refusal
                 await JSONResponse({"error": message}, status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, headers: dict[bytes, bytes], version: str) -> tuple[int, str] | None:
+    def _refusal(
+        self, headers: dict[bytes, bytes], names: int, version: str
+    ) -> tuple[int, str] | None:
+        if names > 1:
+            return 400, "the request names more than one Host"
         authority = headers.get(b"host")
         if authority is None:
             return (400, "the request names no Host") if version == "1.1" else None

@@ -1,7 +1,7 @@
 """Who may ask: by the name the server is called by, and by the page that sends it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -25,7 +25,7 @@ def address(tiny_bundle: Bundle) -> Iterator[str]:
         yield live.url
 
 
-def status_of(hosts: frozenset[str] | None, headers: dict[str, str]) -> int:
+def status_of(hosts: frozenset[str] | None, headers: Mapping[str, str]) -> int:
     async def ok(_: Any) -> PlainTextResponse:
         return PlainTextResponse("ok")
 
@@ -57,6 +57,12 @@ def status_of(hosts: frozenset[str] | None, headers: dict[str, str]) -> int:
 def test_only_names_of_this_server_are_answered(host: str, status: int) -> None:
     assert status_of(LOOPBACK, {"Host": host}) == status
     assert status_of(None, {"Host": host}) == 200
+
+
+def test_two_names_are_refused() -> None:
+    names = [("Host", "evil.example"), ("Host", "localhost")]
+    for hosts in (LOOPBACK, None):
+        assert status_of(hosts, httpx.Headers(names)) == 400
 
 
 def test_more_names_may_be_allowed() -> None:
