@@ -62,15 +62,15 @@ class Acceptor:
     def _accept_one(self) -> bool:
         try:
             connection, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+        except BlockingIOError:
             return False
+        except ConnectionAbortedError:
+            return True  # it has gone again; others may wait behind it
         except OSError as error:
             if error.errno not in _OUT_OF_DESCRIPTORS:
                 raise
             self._pause(error)
             return False
-        # Else an answer in two pieces waits for an acknowledgement that is sent after 40 ms.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         task = self._loop.create_task(self._begin(connection))
         self._beginning.add(task)
         task.add_done_callback(self._beginning.discard)
@@ -78,6 +78,8 @@ class Acceptor:
 
     async def _begin(self, connection: socket.socket) -> None:
         try:
+            # Else an answer in two pieces waits for an acknowledgement that is sent after 40 ms.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(self._make, connection)
         except OSError:  # it has gone again
             connection.close()

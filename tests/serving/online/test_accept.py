@@ -59,6 +59,40 @@ def test_who_waits_at_the_end_is_accepted() -> None:
     with_acceptor(40, test)
 
 
+def test_who_waits_behind_one_that_has_gone_is_accepted() -> None:
+    class Aborting(socket.socket):
+        aborted = False
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if not self.aborted:
+                self.aborted = True
+                raise ConnectionAbortedError
+            return super().accept()
+
+    async def run() -> int:
+        made: list[asyncio.BaseTransport] = []
+
+        class Counted(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.append(transport)
+
+        acceptor = Acceptor(listener, Counted, backlog=8)
+        acceptor.close()
+        while acceptor.beginning:
+            await asyncio.sleep(0)
+        for transport in made:
+            transport.close()
+        return len(made)
+
+    with Aborting() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        waiting = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        assert asyncio.run(run()) == 3
+        for connection in waiting:
+            connection.close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
 def test_out_of_descriptors_is_said_once_and_passes() -> None:
     program = """
