@@ -43,7 +43,8 @@ def serve(
         typer.Option("--memory", min=1, metavar="MIB", help="For bodies and images that wait."),
     ] = 512,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0, help="Seconds that a request may wait in all.")
+        float,
+        typer.Option("--timeout", min=0, help="Seconds until a request's computation begins."),
     ] = 30.0,
     connections: Annotated[
         int, typer.Option("--connections", min=1, help="Open at once; more are answered 503.")

@@ -107,7 +107,9 @@ class Metrics:
     def entropies(self) -> dict[str, float]:
         """Return by layer the entropy, in bits, of the recent loads of its experts."""
         result = {}
-        for layer, loads_E in self._loads.items():
+        with self._lock:
+            loads = dict(self._loads)
+        for layer, loads_E in loads.items():
             shares_E = loads_E[loads_E > 0] / loads_E.sum()
             result[layer] = float(-(shares_E * np.log2(shares_E)).sum())
         return result

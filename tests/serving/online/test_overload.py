@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.serving.online.limits import Limits
 from tests.serving.online.live import (
     GOOD,
@@ -41,6 +42,12 @@ def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
         slow.let_go.clear()
         yield live
         slow.let_go.set()
+
+
+@pytest.mark.parametrize("field", ["timeout_s", "body_s", "head_s"])
+def test_no_time_at_all_is_no_limit_to_serve_by(field: str) -> None:
+    with pytest.raises(UsageError, match="raise it"):
+        Limits(**{field: 0.0})
 
 
 def images(count: int) -> bytes:
