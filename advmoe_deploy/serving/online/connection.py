@@ -46,7 +46,8 @@ class Connection(HttpToolsProtocol):
         self._over = False  # whether nothing that comes is looked at any more
         self._crowded = False
         self._request = 0
-        self._before: RequestResponseCycle | None = None  # the request ahead of the newest one
+        # The request ahead of the newest one.
+        self._before: RequestResponseCycle = None  # type: ignore[assignment]
         self._part: str | None = "nothing"  # of the request that is being read
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
@@ -138,6 +139,12 @@ class Connection(HttpToolsProtocol):
         """End a request: what follows is another one."""
         super().on_message_complete()
         self._part = None
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, which may have begun already."""
+        super().on_response_complete()
+        if self._part == "head":
+            self._unset_keepalive_if_required()
 
     def pause_writing(self) -> None:
         """Wait for a client to read, though not for long."""

@@ -45,7 +45,9 @@ class Limits:
         if min(self.max_images, self.batch, self.connections) < 1:
             raise UsageError("a limit of images or connections is below 1; raise it")
         if not min(self.timeout_s, self.head_s, self.body_s) > 0:
-            raise UsageError("a limit of time is 0, which nothing keeps; raise it")
+            raise UsageError(
+                "a limit of time is 0, which nothing keeps; raise --timeout or --body-timeout"
+            )
         if self.queue < self.max_images:
             raise UsageError(
                 f"a queue of {self.queue} images has no room for one request of "

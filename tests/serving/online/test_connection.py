@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -153,6 +154,22 @@ def test_empty_lines_do_not_keep_a_connection(tiny_bundle: Bundle) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         connection.sendall(b"\r\n")
         assert all_of(connection) == b""
+
+
+def test_a_request_that_began_ahead_of_an_answer_is_given_its_time(tiny_bundle: Bundle) -> None:
+    runner = SlowRunner()
+    runner.let_go.set()
+    with running(tiny_bundle, runner, Limits(keep_alive_s=0.2)) as live:
+        wait_until_ready(live.address)
+        runner.let_go.clear()
+        with live.connect() as connection:
+            connection.sendall(LIVE + GOOD[:5])
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            connection.sendall(GOOD[5:])
+            wait_for(lambda: live.service.waiting == 1)
+            time.sleep(0.5)
+            runner.let_go.set()
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_another_protocol_is_not_spoken(live: Live) -> None:

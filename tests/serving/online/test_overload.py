@@ -46,7 +46,7 @@ def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
 
 @pytest.mark.parametrize("field", ["timeout_s", "body_s", "head_s"])
 def test_no_time_at_all_is_no_limit_to_serve_by(field: str) -> None:
-    with pytest.raises(UsageError, match="raise it"):
+    with pytest.raises(UsageError, match="raise --timeout"):
         Limits(**{field: 0.0})
 
 
