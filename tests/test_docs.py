@@ -22,7 +22,7 @@ PATH = re.compile(
 
 
 # Pages whose blocks train for half a minute and more; 'make slow' runs them.
-LONG = {"analysis", "gate", "systems", "zoo"}
+LONG = {"analysis", "gate", "quickstart", "systems", "zoo"}
 
 
 def page_to_run(page: Path) -> object:
