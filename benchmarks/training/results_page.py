@@ -67,6 +67,8 @@ def row(name: str, title: str) -> str:
 
 def cell(found: dict[str, Any], column: str) -> str:
     """Return a share; of an AutoAttack that is not done, what its first attacks left."""
+    if column == "robust" and found["attacks_left"]:
+        return f"at most {share(found[column])}, {len(found['attacks_left'])} attacks to come"
     if found[column] is not None:
         return share(found[column])
     so_far = found["autoattack_so_far"]
