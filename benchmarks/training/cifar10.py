@@ -193,7 +193,7 @@ def result_of(
         "recipe": checkpoint.recipe["name"],
         "seed": checkpoint.recipe["seed"],
         "weights_sha256": checkpoint.weights_sha256,
-        "settings": checkpoint.recipe,
+        "settings": checkpoint.recipe | {"data": checkpoint.recipe["data"].partition(":")[0]},
         "test_images": len(standing.clean),
         "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
         "selected_epoch": report["selected_epoch"],

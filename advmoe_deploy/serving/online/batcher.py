@@ -204,11 +204,23 @@ class Batcher:
             self._loop.call_soon_threadsafe(job.end, failure)
 
     def _serve(self) -> None:
-        while self._wait():
-            if slices := self._next_slices():
-                self._route(slices)
-            if taken := self._next_batch():
-                self._compute(*taken)
+        while not self._closing:
+            try:
+                self._turn()
+            except Exception as error:
+                _log.exception("no batch could be made; what waits has failed")
+                with self._changed:
+                    self._lanes.clear()
+                    for job in list(self._jobs):
+                        self._end(job, error)
+
+    def _turn(self) -> None:
+        if not self._wait():
+            return
+        if slices := self._next_slices():
+            self._route(slices)
+        if taken := self._next_batch():
+            self._compute(*taken)
 
     def _wait(self) -> bool:
         """Wait until there is something to do, and a moment longer if more of it is coming."""

@@ -68,7 +68,7 @@ def serve(
         announce: called with the URL once the model is warm and ready.
 
     Raises:
-        UsageError: ``host`` is not loopback, or no address at all.
+        UsageError: ``host`` is not loopback, or no address at all, or ``hosts`` mean nothing there.
         MachineError: the port is in use or forbidden.
         BackendUnavailableError: FastAPI, uvicorn, httptools or the engine is missing.
         KeyboardInterrupt: it was Ctrl-C that stopped it.
@@ -78,6 +78,11 @@ def serve(
         raise UsageError(
             f"host '{host}' is open to other machines and this server has no authentication; "
             "use 127.0.0.1 behind a proxy, or pass --insecure"
+        )
+    if hosts and not private:
+        raise UsageError(
+            f"host '{host}' is no loopback, and there requests may use any name; leave out the "
+            "names that are allowed (--allow-host)"
         )
     rest = _rest()
     model = served_model(bundle, limits=limits)

@@ -309,3 +309,21 @@ def test_closing_does_not_wait_for_the_queue() -> None:
 
     within(work, test)
     assert [rows for _, rows in work.ran] == [[0]]
+
+
+def test_a_failure_between_batches_is_an_answer_and_does_not_end_the_thread() -> None:
+    class Odd(Doubling):
+        def count(self, rows: int) -> int:
+            if rows == 2:
+                raise TypeError("two")
+            return rows
+
+    work = Odd()
+
+    async def test(batcher: Batcher) -> None:
+        with pytest.raises(TypeError, match="two"):
+            await batcher.submit(image(1, 3), 30, alive)
+        assert (await batcher.submit(image(4), 30, alive)).logits.tolist() == [[8]]
+        assert batcher.waiting == 0
+
+    within(work, test)

@@ -338,6 +338,11 @@ def test_only_loopback_without_insecure(tiny_bundle: Bundle, host: str) -> None:
         serve(tiny_bundle, host, 0)
 
 
+def test_names_are_allowed_on_the_loopback_alone(tiny_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="--allow-host"):
+        serve(tiny_bundle, "0.0.0.0", 0, insecure=True, hosts=["cats.example"])
+
+
 def test_a_port_in_use_is_the_machines_fault(tiny_bundle: Bundle, address: str) -> None:
     with pytest.raises(MachineError, match="in use"):
         serve(tiny_bundle, "127.0.0.1", int(address.split(":")[1]))
