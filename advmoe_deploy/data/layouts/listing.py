@@ -33,22 +33,21 @@ class Listing:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a data set looks for: its columns, and the names of its splits, the best first."""
+    """What a data set looks for: its columns, and the names of its splits, the best first.
+
+    With ``is_test_alone`` no training images are wanted: the test images stand in their place.
+    """
 
     images: tuple[str, ...] = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
     labels: tuple[str, ...] = ("label", "labels", "fine_label", "fine_labels", "cls", "target")
     train: tuple[str, ...] = ("train", "training")
     test: tuple[str, ...] = ("test", "valid", "validation", "val", "testing")
+    is_test_alone: bool = False
 
     @property
     def test_alone(self) -> "Wanted":
-        """The same where no training images are wanted: the test images stand in their place."""
-        return replace(self, train=self.test)
-
-    @property
-    def is_test_alone(self) -> bool:
-        """Whether training images are not wanted."""
-        return self.train == self.test
+        """The same where no training images are wanted."""
+        return replace(self, train=self.test, is_test_alone=True)
 
 
 def joined(parts: Sequence[Listing]) -> Listing:
