@@ -30,7 +30,7 @@ from advmoe_deploy.runtime.tensorrt.api import (
     version_text,
 )
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu
-from advmoe_deploy.runtime.tensorrt.rtx.kernels import Kernels
+from advmoe_deploy.runtime.tensorrt.rtx.kernels import SUFFIX, Kernels
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def switch_profile(context: IExecutionContext, number: int, engine: str, heard: 
 def _kernels_file(engine: bytes) -> Path:
     """Return where the kernels that were compiled here for an engine are kept."""
     major, minor = gpu().compute_capability
-    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}.kernels"
+    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}{SUFFIX}"
     return cache_folder() / "tensorrt-rtx" / name
 
 

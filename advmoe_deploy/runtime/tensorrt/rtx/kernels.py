@@ -12,6 +12,9 @@ from advmoe_deploy.files import write_atomically
 from advmoe_deploy.runtime.tensorrt.api import ICudaEngine, IExecutionContext, tensorrt
 
 _LOG = logging.getLogger(__name__)
+SUFFIX = ".kernels"
+# What the kernels of all engines may take on the disk.
+_MOST_BYTES = 1 << 30
 
 
 class Kernels(Closing):
@@ -51,6 +54,25 @@ class Kernels(Closing):
         try:
             if kernels is not None:
                 write_atomically(self._file, bytes(memoryview(kernels)))
+                prune(self._file.parent, _MOST_BYTES)
         except OSError as error:
             _LOG.warning("kernels are compiled again next time: %s", reason_of(error))
         self._engine = self._config = self._cache = None
+
+
+def prune(folder: Path, most_bytes: int) -> None:
+    """Delete kernels, those that were written longest ago, until the others fit ``most_bytes``.
+
+    Raises:
+        OSError: a file cannot be examined or deleted.
+    """
+    newest_first = sorted(
+        ((file.stat(), file) for file in folder.glob(f"*{SUFFIX}")),
+        key=lambda found: found[0].st_mtime_ns,
+        reverse=True,
+    )
+    total = 0
+    for facts, file in newest_first:
+        total += facts.st_size
+        if total > most_bytes:
+            file.unlink(missing_ok=True)
