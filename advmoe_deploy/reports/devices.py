@@ -12,6 +12,10 @@ GpuLibrary = Literal["tensorrt", "tensorrt-rtx"]
 Capability: TypeAlias = tuple[int, int]
 
 
+# Where TensorRT for RTX is told nothing: these, and all from the last on. 9.0 is none of them.
+_RTX_KINDS: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
+
+
 class EngineDevice(Frozen):
     """The GPU and the TensorRT that engines were built for: they run on no other.
 
@@ -63,8 +67,10 @@ class RtxDevice(Frozen):
     """The GPUs that engines were compiled for, wherever that was, by TensorRT for RTX.
 
     ``tensorrt_rtx`` is its version in full; no other loads them. Without ``compute_capabilities``
-    they are those that it chooses: 8.0 and newer. With ``weight_streaming`` weights may stay in the
-    host's memory, as far as those of the GPU do not suffice.
+    they are those that it chooses: 8.0, 8.6, 8.9, 12.0 and newer. With ``weight_streaming`` weights
+    may stay in the host's memory, as far as those of the GPU do not suffice.
+
+    Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
     """
 
     library: ClassVar[GpuLibrary] = "tensorrt-rtx"
@@ -92,12 +98,17 @@ class RtxDevice(Frozen):
 
     @property
     def _kinds(self) -> str:
-        return ", ".join(map(_dotted, self.compute_capabilities)) or "8.0 and newer"
+        named = ", ".join(map(_dotted, self.compute_capabilities or _RTX_KINDS))
+        return named if self.compute_capabilities else f"{named} and newer"
+
+    def _is_for(self, capability: Capability) -> bool:
+        if self.compute_capabilities:
+            return capability in self.compute_capabilities
+        return capability in _RTX_KINDS or capability > _RTX_KINDS[-1]
 
     def mismatch(self, *, gpu: str, compute_capability: Capability, version: str) -> str:
         """Return why engines of this device do not run on that one; nothing if they do."""
-        kinds = self.compute_capabilities
-        if compute_capability not in kinds if kinds else compute_capability < (8, 0):
+        if not self._is_for(compute_capability):
             return (
                 f"compiled for compute capability {self._kinds}, this is "
                 f"{_on(gpu, compute_capability)}"

@@ -36,7 +36,7 @@ from advmoe_deploy.export.tensorrt.graphs import routes_in, tensorrt_plan, with_
 from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.export.tensorrt.rtx import engine_builder
 from advmoe_deploy.export.tensorrt.trtexec import SCRIPT, build_script
-from advmoe_deploy.reports.devices import Device
+from advmoe_deploy.reports.devices import Device, GpuLibrary
 from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.shapes import shapes_of_segments
@@ -74,7 +74,8 @@ class TensorRtBackend:
         self.device: Device | None = None
         folder, suffix = f"engines/trt-onnx-{target.precision}", ".onnx"
         if not target.onnx_only:
-            builder = engine_builder(target.backend, target.build)
+            library: GpuLibrary = "tensorrt" if target.backend == "tensorrt" else "tensorrt-rtx"
+            builder = engine_builder(library, target.build)
             self.writer, self.device = builder, builder.device
             # What engines would answer is tried on engines, if they run here.
             self.maker = builder if target.backend == "tensorrt" else self.maker

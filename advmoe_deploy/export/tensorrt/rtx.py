@@ -13,13 +13,13 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.precision.casts import precision_of
 from advmoe_deploy.export.tensorrt.builders import EngineBuilder, GpuBuilder, OnCpu
+from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.tensorrt.api import INetworkDefinition
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
 from advmoe_deploy.runtime.tensorrt.device import rtx_device
 from advmoe_deploy.runtime.tensorrt.rtx.network import Network, NetworkTensor, describe
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import Backend
 
 _TYPES: dict[int, str] = {TensorProto.FLOAT: "FLOAT", TensorProto.INT64: "INT64"}
 # The operators that choose, and the library's layer for both.
@@ -81,7 +81,7 @@ class RtxCompiler(OnCpu):
         return self._graphs[_hash(content)]
 
 
-def engine_builder(library: Backend, options: BuildOptions) -> EngineBuilder:
+def engine_builder(library: GpuLibrary, options: BuildOptions) -> EngineBuilder:
     """Return what builds engines of a library.
 
     Raises:

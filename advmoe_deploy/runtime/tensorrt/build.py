@@ -82,7 +82,7 @@ class BuildOptions(Frozen):
         batch_min_profile: kernels are chosen for exactly the least shapes as well.
         timing_cache: a file of timings that builds share.
         compute_capabilities: for RTX alone, such as 8.6 and 8.9: of the GPUs to compile for; by
-            default those that it chooses, 8.0 and newer.
+            default those that it chooses: 8.0, 8.6, 8.9, 12.0 and newer.
         weight_streaming: for RTX alone: weights may stay in the host's memory, as far as the GPU's
             does not suffice.
     """

@@ -160,7 +160,8 @@ def test_a_bundle_of_graphs_becomes_one_of_engines(compiled: Bundle) -> None:
         assert file == f"{folder}/{name}.engine"
         assert compiled.manifest.files[file].bytes > 50_000
     assert engines.findings()[:2] == [
-        f"for GPUs of compute capability 8.0 and newer, TensorRT for RTX {device.version}",
+        "for GPUs of compute capability 8.0, 8.6, 8.9, 12.0 and newer, "
+        f"TensorRT for RTX {device.version}",
         "compiled without a GPU; measured in ONNX Runtime instead",
     ]
     assert "`--engine tensorrt-rtx:fp32`:" in (compiled.path / "MODEL_CARD.md").read_text()

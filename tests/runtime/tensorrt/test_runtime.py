@@ -1,5 +1,6 @@
 """What of the TensorRT backend needs no TensorRT: shapes, versions, refusals."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.plan import RouteStep, TensorInfo
-from advmoe_deploy.reports.devices import EngineDevice
+from advmoe_deploy.reports.devices import Capability, EngineDevice, RtxDevice
 from advmoe_deploy.runtime.tensorrt.api import LOG_VARIABLE, Messages, parse_version, probe
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, _not_built
+from advmoe_deploy.runtime.tensorrt.rtx.kernels import prune
 from advmoe_deploy.runtime.tensorrt.shapes import (
     Shapes,
     narrowest,
@@ -136,3 +138,34 @@ def test_engines_are_tied_to_their_device(
     answer = built.mismatch(gpu=gpu, compute_capability=capability, version=tensorrt)
     assert why in answer
     assert bool(why) == bool(answer)
+
+
+@pytest.mark.parametrize(
+    ("named", "here", "version", "why"),
+    [
+        ((), (8, 6), "1.7.1.116", ""),
+        ((), (12, 1), "1.7.1.116", ""),
+        ((), (7, 5), "1.7.1.116", "for compute capability 8.0, 8.6, 8.9, 12.0 and newer, this is"),
+        ((), (9, 0), "1.7.1.116", "this is a GPU (compute capability 9.0)"),
+        ((), (10, 0), "1.7.1.116", "this is a GPU (compute capability 10.0)"),
+        (((8, 9),), (8, 9), "1.7.1.116", ""),
+        (((8, 9),), (12, 0), "1.7.1.116", "for compute capability 8.9, this is a GPU"),
+        ((), (8, 6), "1.8.0.1", "compiled with TensorRT for RTX 1.7.1.116, here is 1.8.0.1"),
+    ],
+)
+def test_compiled_engines_run_on_the_gpus_that_the_library_names(
+    named: tuple[Capability, ...], here: Capability, version: str, why: str
+) -> None:
+    compiled = RtxDevice(tensorrt_rtx="1.7.1.116", compute_capabilities=named)
+    answer = compiled.mismatch(gpu="a GPU", compute_capability=here, version=version)
+    assert why in answer
+    assert bool(why) == bool(answer)
+
+
+def test_of_compiled_kernels_the_last_written_are_kept(tmp_path: Path) -> None:
+    for age, name in enumerate(["new.kernels", "old.kernels", "older.kernels", "other.timings"]):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    prune(tmp_path, 20)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"new.kernels", "old.kernels", "other.timings"}
