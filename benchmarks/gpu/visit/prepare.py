@@ -130,7 +130,7 @@ def write_pieces(folder: Path, out: Path, size: int = PIECE_BYTES) -> list[Path]
         old.unlink()
     command = 'tar -C "$1" -c . | xz -3 -T0 | split -b "$2" -d -a 2 - "$3/piece."'
     shell = ["bash", "-o", "pipefail", "-c", command, "pack", folder, str(size), out]
-    subprocess.run(shell, check=True, timeout=3600)
+    subprocess.run(shell, check=True, timeout=4 * 3600)  # hours where cores are busy
     pieces = sorted(out.glob("piece.*"))
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in pieces]
     (out / "pieces.sha256").write_text("".join(lines))
