@@ -235,7 +235,7 @@ def test_serve_refuses_the_world(capsys: Capture, tiny_bundle: Bundle) -> None:
 def test_serve_without_fastapi_names_the_extra(
     capsys: Capture, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "advmoe_deploy.serving.online.rest", raising=False)
+    monkeypatch.delitem(sys.modules, "advmoe_deploy.serving.online.http.rest", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert run(["serve", str(tiny_bundle.path), "--port", "0"]) == 4
     assert said(capsys).endswith(

@@ -13,14 +13,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows
 from advmoe_deploy.runtime.runner import Prediction
+from advmoe_deploy.serving.online.job import Done, Job, Piece
 from advmoe_deploy.serving.online.limits import Limits
 
 _log = logging.getLogger(__name__)
@@ -35,68 +34,6 @@ class OverloadedError(Exception):
     def __init__(self, message: str, retry_s: float) -> None:
         super().__init__(message)
         self.retry_s = max(1, math.ceil(retry_s))
-
-
-class Job:
-    """One request's images [N, C, H, W] on their way to a prediction."""
-
-    def __init__(
-        self,
-        images: NDArray[np.float32],
-        answer: "asyncio.Future[Prediction]",
-        is_gone: Callable[[], bool],
-        deadline: float,
-    ) -> None:
-        self.images, self.answer, self.is_gone = images, answer, is_gone
-        self.deadline, self.came = deadline, time.monotonic()
-        self.routed = 0  # images that a lane has, or had
-        self.left = len(images)  # images without an answer
-        self.begun = False  # whether an image is in a batch, or was
-        self._prediction: Prediction | None = None
-
-    def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
-        """Take the answers ``part`` to the images with these ``numbers``."""
-        if self._prediction is None:
-            self._prediction = _room_for(len(self.images), part)
-        whole = self._prediction
-        whole.logits[numbers] = part.logits
-        for layer, ids in part.expert_ids.items():
-            whole.expert_ids[layer][numbers] = ids
-            whole.weights[layer][numbers] = part.weights[layer]
-
-    def end(self, failure: Exception | None) -> None:
-        """Hand over the answer or the failure, in the thread of the event loop."""
-        if self.answer.done():
-            return
-        if failure is not None:
-            self.answer.set_exception(failure)
-        elif self._prediction is not None:
-            self.answer.set_result(self._prediction)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A batch that was computed.
-
-    ``waits_s`` has the time in the queue of each request that had not begun before.
-    """
-
-    answer: Prediction
-    seconds: float
-    waits_s: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of one job that share a lane ``since`` some time; ``numbers`` [R] are their places."""
-
-    job: Job
-    numbers: NDArray[np.int64]
-    rows: Rows
-    since: float
-
-    def __getitem__(self, index: slice) -> "_Piece":
-        return _Piece(self.job, self.numbers[index], self.rows[index], self.since)
 
 
 class Batcher:
@@ -124,7 +61,7 @@ class Batcher:
         self._jobs: set[Job] = set()
         self._waiting = 0  # images of jobs without an answer
         self._arrived: deque[Job] = deque()
-        self._lanes: dict[int, deque[_Piece]] = {}
+        self._lanes: dict[int, deque[Piece]] = {}
         self._pace_s = 0.0  # seconds per image
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -271,10 +208,10 @@ class Batcher:
             at += len(numbers)
             for lane in np.unique(own_lanes):
                 own = np.flatnonzero(own_lanes == lane)
-                piece = _Piece(job, numbers[own], own_rows[own], now)
+                piece = Piece(job, numbers[own], own_rows[own], now)
                 self._lanes.setdefault(int(lane), deque()).append(piece)
 
-    def _next_batch(self) -> tuple[int, list[_Piece]] | None:
+    def _next_batch(self) -> tuple[int, list[Piece]] | None:
         """Return the lane that is full, or whose first rows wait longest, and rows of it."""
         with self._changed:
             for lane, pieces in self._lanes.items():
@@ -289,7 +226,7 @@ class Batcher:
         lane = full[0] if full and fresh else first
         return lane, self._taken(lane, self._work.count(min(sizes[lane], self._limits.batch)))
 
-    def _taken(self, lane: int, count: int) -> list[_Piece]:
+    def _taken(self, lane: int, count: int) -> list[Piece]:
         taken, pieces = [], self._lanes[lane]
         while count:
             piece = pieces.popleft()
@@ -300,7 +237,7 @@ class Batcher:
             count -= len(piece.numbers)
         return taken
 
-    def _compute(self, lane: int, pieces: list[_Piece]) -> None:
+    def _compute(self, lane: int, pieces: list[Piece]) -> None:
         began, at, done = time.monotonic(), 0, Counter[Job]()
         for piece in pieces:
             done[piece.job] += len(piece.numbers)
@@ -332,16 +269,3 @@ class Batcher:
                     self._waiting -= count
                     if failure is not None or not job.left:
                         self._end(job, failure)
-
-
-def _room_for(images: int, part: Prediction) -> Prediction:
-    """Return an empty prediction for so many images, of the shapes of ``part``."""
-
-    def room(values: NDArray[Any]) -> NDArray[Any]:
-        return np.empty((images, *values.shape[1:]), values.dtype)
-
-    return Prediction(
-        room(part.logits),
-        {layer: room(ids) for layer, ids in part.expert_ids.items()},
-        {layer: room(weights) for layer, weights in part.weights.items()},
-    )

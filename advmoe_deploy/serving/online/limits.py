@@ -8,6 +8,8 @@ from advmoe_deploy.errors import UsageError
 # images, which are as long again, or twice that of JSON, whose shortest number has two bytes.
 COPIES_OF_BINARY = 2
 COPIES_OF_JSON = 3
+# Connections that wait to be accepted.
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from advmoe_deploy.runtime.runner import Prediction, joined
-from advmoe_deploy.serving.online.batcher import Done
+from advmoe_deploy.serving.online.job import Done
 
 STAGES = ("read", "wait", "write", "all")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

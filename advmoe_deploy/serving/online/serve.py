@@ -11,14 +11,13 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.protocol import ServedModel, served_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_BACKLOG = 128
 # Modules of the extra.
 _NEEDED = {"fastapi", "httptools", "prometheus_client", "starlette", "uvicorn"}
 
@@ -95,7 +94,7 @@ def serve(
 
 def _rest() -> ModuleType:
     try:
-        import advmoe_deploy.serving.online.rest as rest
+        import advmoe_deploy.serving.online.http.rest as rest
     except ImportError as error:
         package = (error.name or "fastapi").split(".")[0]
         if package not in _NEEDED:
@@ -123,7 +122,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)  # now: a second server is refused before it loads anything
+        listener.listen(BACKLOG)  # now: a second server is refused before it loads anything
     except OSError as error:
         listener.close()
         raise _cannot_bind(error, host, port) from None

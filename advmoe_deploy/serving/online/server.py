@@ -20,16 +20,15 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from advmoe_deploy.serving.online.accept import Acceptor
-from advmoe_deploy.serving.online.connection import Connection
-from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.http.accept import Acceptor
+from advmoe_deploy.serving.online.http.connection import Connection
+from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 
 # How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
 # interpreter, which it does several times per answer; Python's own 5 ms make a slow health probe.
 _SWITCH_S = 0.0005
 # Files and sockets that are no client's connection.
 _OWN_DESCRIPTORS = 128
-_BACKLOG = 2048
 # How long the rest of a body may take once the server stops.
 _BODY_GRACE_S = 1.0
 # How long clients may take to read the last answers.
@@ -157,19 +156,19 @@ class Server(uvicorn.Server):
 def fitting(limits: Limits) -> tuple[Limits, int]:
     """Raise the limit of open files; return limits that it has room for, and a backlog."""
     if sys.platform == "win32":
-        return limits, _BACKLOG
+        return limits, BACKLOG
     import resource
 
-    wanted = _OWN_DESCRIPTORS + limits.connections + _BACKLOG
+    wanted = _OWN_DESCRIPTORS + limits.connections + BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return limits, _BACKLOG
+        return limits, BACKLOG
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     room = max(16, wanted - _OWN_DESCRIPTORS)
     connections = min(limits.connections, room * 3 // 4)
-    return replace(limits, connections=connections), min(_BACKLOG, room - connections)
+    return replace(limits, connections=connections), min(BACKLOG, room - connections)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,29 +10,44 @@ import numpy as np
 
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.pathways import work_of
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
 from advmoe_deploy.serving.online.limits import Budget, Hold
 from advmoe_deploy.serving.online.metrics import Metrics
-from advmoe_deploy.serving.online.protocol import (
-    InferRequest,
-    InferResponse,
-    RefusedError,
-    ServedModel,
-    read_request,
-    write_response,
-)
+from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
 
 # Below these a body is read, and an answer written, where the event loop runs: within a
 # millisecond, which is what handing it to another thread and back would cost.
-_SMALL_BODY = 32 << 10
-_FEW_IMAGES = 64
+SMALL_BODY = 32 << 10
+FEW_IMAGES = 64
 _READERS = 2
 
 # The status of a request whose client left before its answer; nobody sees it but the metrics.
 CLIENT_LEFT = 499
 
 T = TypeVar("T")
+
+
+class Arrival:
+    """A request on its way into the queue of ``service``: it counts there until it waits or ends.
+
+    A context manager, to be entered by whoever reads the request.
+    """
+
+    def __init__(self, service: "Service") -> None:
+        self._service, self._here = service, False
+        service.reading += 1
+
+    def end(self) -> None:
+        """Count no more: the request waits, or will not."""
+        self._service.reading -= not self._here
+        self._here = True
+
+    def __enter__(self) -> "Arrival":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
 
 class Service:
@@ -108,44 +122,28 @@ class Service:
         self._batcher.drop_dead()  # their memory is given back a moment later
         return False
 
-    async def read(
-        self, body: bytes | bytearray, json_length: int | None, is_gone: Callable[[], bool]
-    ) -> InferRequest:
-        """Return what ``body`` asks, unless its client has left meanwhile."""
+    async def predict(
+        self, request: InferRequest, is_gone: Callable[[], bool], arrival: Arrival
+    ) -> Prediction:
+        """Return the answer to ``request``, whose ``arrival`` ends with it in the queue.
 
-        def read() -> InferRequest:
-            if is_gone():
-                raise RefusedError("the client has left", CLIENT_LEFT)
-            return read_request(body, json_length, self.model)
-
-        return await self._run(len(body) <= _SMALL_BODY, read)
-
-    async def answer(self, request: InferRequest, is_gone: Callable[[], bool]) -> InferResponse:
-        """Return the response to ``request``, of which ``reading`` counts one until it waits."""
+        Raises:
+            RefusedError: it cannot be computed, or not in time, or its client has left.
+        """
         limit = self.model.limits.timeout_s
         timeout_s = limit if request.timeout_s is None else min(limit, request.timeout_s)
         try:
             waiting = self._batcher.submit(request.images, timeout_s, is_gone)
-        except OverloadedError as error:
-            raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
-        finally:
-            self.reading -= 1
-        try:
-            prediction = await waiting
+            arrival.end()
+            return await waiting
         except OverloadedError as error:
             status = CLIENT_LEFT if is_gone() else 503
             raise RefusedError(f"overloaded: {error}", status, retry_s=error.retry_s) from None
         except MachineError as error:
             raise RefusedError(str(error), 503, retry_s=1) from None
-        began = time.perf_counter()
-        answer = await self._run(
-            len(request.images) <= _FEW_IMAGES,
-            lambda: write_response(prediction, request, self.model),
-        )
-        self.metrics.stage("write", time.perf_counter() - began)
-        return answer
 
-    async def _run(self, here: bool, work: Callable[[], T]) -> T:
+    async def run(self, here: bool, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns, done ``here`` or else in a thread that reads and writes."""
         if here:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.serving.online.http.rest import build_app
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.protocol import served_model
-from advmoe_deploy.serving.online.rest import build_app
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.online.server import Server
 from advmoe_deploy.serving.online.service import Service

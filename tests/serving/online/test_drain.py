@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.serving.online import server, service
-from advmoe_deploy.serving.online.protocol import InferRequest, read_request
+from advmoe_deploy.serving.online import server
+from advmoe_deploy.serving.online.http import infer
+from advmoe_deploy.serving.online.http.body import read_request
+from advmoe_deploy.serving.online.protocol import InferRequest
 from tests.serving.online.live import (
     GOOD,
     LIMITS,
@@ -94,8 +96,8 @@ def test_what_is_being_read_is_answered_before_the_end(
         assert let_go.wait(timeout=30)
         return read_request(*of)
 
-    monkeypatch.setattr(service, "read_request", read)
-    monkeypatch.setattr(service, "_SMALL_BODY", 0)
+    monkeypatch.setattr(infer, "read_request", read)
+    monkeypatch.setattr(infer, "SMALL_BODY", 0)
     monkeypatch.setattr(server, "_READING_S", 0.1)
     with live.connect() as connection:
         connection.sendall(GOOD)

@@ -23,8 +23,9 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import MachineError, UsageError
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.http.body import read_request
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.online.protocol import RefusedError, read_request, served_model
+from advmoe_deploy.serving.online.protocol import RefusedError, served_model
 from advmoe_deploy.serving.online.serve import create_app, serve
 from advmoe_deploy.serving.online.server import Server
 from tests.serving.online.live import (

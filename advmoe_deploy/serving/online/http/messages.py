@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from advmoe_deploy.serving.online.json_data import JsonError
+from advmoe_deploy.serving.online.http.json_data import JsonError
 
 _MEMBERS = 64  # of an object, more than any client sends
 

@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advmoe_deploy.serving.online import json_data
-from advmoe_deploy.serving.online.json_data import MAX_ENVELOPE, JsonError, json_array, split_data
+from advmoe_deploy.serving.online.http import json_data
+from advmoe_deploy.serving.online.http.body import read_request
+from advmoe_deploy.serving.online.http.json_data import (
+    MAX_ENVELOPE,
+    JsonError,
+    json_array,
+    split_data,
+)
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel, read_request
+from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
 
 MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_images=64))
 

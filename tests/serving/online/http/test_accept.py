@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from advmoe_deploy.serving.online.accept import Acceptor
+from advmoe_deploy.serving.online.http.accept import Acceptor
 from advmoe_deploy.serving.online.turns import Turns
 
 
@@ -97,7 +97,7 @@ def test_who_waits_behind_one_that_has_gone_is_accepted() -> None:
 def test_out_of_descriptors_is_said_once_and_passes() -> None:
     program = """
 import asyncio, resource, socket, sys
-from advmoe_deploy.serving.online.accept import Acceptor
+from advmoe_deploy.serving.online.http.accept import Acceptor
 
 class Echo(asyncio.Protocol):
     def connection_made(self, transport):

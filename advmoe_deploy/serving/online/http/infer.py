@@ -4,17 +4,24 @@ It is where the time of a small request goes, so nothing stands between it and t
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from advmoe_deploy.serving.online.connection import GONE
-from advmoe_deploy.serving.online.guard import HEADERS
-from advmoe_deploy.serving.online.json_data import MAX_ENVELOPE
+from advmoe_deploy.serving.online.http.body import InferResponse, read_request, write_response
+from advmoe_deploy.serving.online.http.connection import GONE
+from advmoe_deploy.serving.online.http.guard import HEADERS
+from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
-from advmoe_deploy.serving.online.protocol import InferResponse, RefusedError
-from advmoe_deploy.serving.online.service import CLIENT_LEFT, Service
+from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError
+from advmoe_deploy.serving.online.service import (
+    CLIENT_LEFT,
+    FEW_IMAGES,
+    SMALL_BODY,
+    Arrival,
+    Service,
+)
 from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
@@ -63,20 +70,39 @@ class Infer:
     async def _answer(
         self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], hold: Hold
     ) -> InferResponse:
-        began, reading = time.perf_counter(), True
-        self._service.reading += 1
-        try:
-            json_length, is_gone = _json_length(headers), scope.get(GONE, _never)
-            is_json = json_length is None or json_length > MAX_ENVELOPE
-            body = await self._read(receive, headers, is_json, hold)
-            request = await self._service.read(body, json_length, is_gone)
-            del body
-            hold.shrink(request.images.nbytes)
-            reading = False
-            self._service.metrics.stage("read", time.perf_counter() - began)
-            return await self._service.answer(request, is_gone)
-        finally:
-            self._service.reading -= reading
+        service, is_gone = self._service, scope.get(GONE, _never)
+        with Arrival(service) as arrival:
+            request = await self._request(receive, headers, hold, is_gone)
+            prediction = await service.predict(request, is_gone, arrival)
+        began = time.perf_counter()
+        answer = await service.run(
+            len(request.images) <= FEW_IMAGES,
+            lambda: write_response(prediction, request, service.model),
+        )
+        service.metrics.stage("write", time.perf_counter() - began)
+        return answer
+
+    async def _request(
+        self,
+        receive: Receive,
+        headers: Mapping[bytes, bytes],
+        hold: Hold,
+        is_gone: Callable[[], bool],
+    ) -> InferRequest:
+        began, model = time.perf_counter(), self._service.model
+        json_length = _json_length(headers)
+        is_json = json_length is None or json_length > MAX_ENVELOPE
+        body = await self._read(receive, headers, is_json, hold)
+
+        def read() -> InferRequest:
+            if is_gone():
+                raise RefusedError("the client has left", CLIENT_LEFT)
+            return read_request(body, json_length, model)
+
+        request = await self._service.run(len(body) <= SMALL_BODY, read)
+        hold.shrink(request.images.nbytes)
+        self._service.metrics.stage("read", time.perf_counter() - began)
+        return request
 
     async def _read(
         self, receive: Receive, headers: Mapping[bytes, bytes], is_json: bool, hold: Hold

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from advmoe_deploy.serving.online.guard import Guard
-from advmoe_deploy.serving.online.infer import Infer, UnreadError
+from advmoe_deploy.serving.online.http.guard import Guard
+from advmoe_deploy.serving.online.http.infer import Infer, UnreadError
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.protocol import SERVER, VERSION, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Server

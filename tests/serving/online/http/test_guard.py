@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.guard import Guard
+from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from tests.serving.online.live import INFER, LIMITS, running
 

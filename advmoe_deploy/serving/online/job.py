@@ -1,0 +1,88 @@
+"""Requests on their way through the batcher: a job each, cut into pieces that share a lane."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from advmoe_deploy.runtime.pathways import Rows
+from advmoe_deploy.runtime.runner import Prediction
+
+
+class Job:
+    """One request's images [N, C, H, W] on their way to a prediction."""
+
+    def __init__(
+        self,
+        images: NDArray[np.float32],
+        answer: "asyncio.Future[Prediction]",
+        is_gone: Callable[[], bool],
+        deadline: float,
+    ) -> None:
+        self.images, self.answer, self.is_gone = images, answer, is_gone
+        self.deadline, self.came = deadline, time.monotonic()
+        self.routed = 0  # images that a lane has, or had
+        self.left = len(images)  # images without an answer
+        self.begun = False  # whether an image is in a batch, or was
+        self._prediction: Prediction | None = None
+
+    def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
+        """Take the answers ``part`` to the images with these ``numbers``."""
+        if self._prediction is None:
+            self._prediction = _room_for(len(self.images), part)
+        whole = self._prediction
+        whole.logits[numbers] = part.logits
+        for layer, ids in part.expert_ids.items():
+            whole.expert_ids[layer][numbers] = ids
+            whole.weights[layer][numbers] = part.weights[layer]
+
+    def end(self, failure: Exception | None) -> None:
+        """Hand over the answer or the failure, in the thread of the event loop."""
+        if self.answer.done():
+            return
+        if failure is not None:
+            self.answer.set_exception(failure)
+        elif self._prediction is not None:
+            self.answer.set_result(self._prediction)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that was computed.
+
+    ``waits_s`` has the time in the queue of each request that had not begun before.
+    """
+
+    answer: Prediction
+    seconds: float
+    waits_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one job that share a lane ``since`` some time; ``numbers`` [R] are their places."""
+
+    job: Job
+    numbers: NDArray[np.int64]
+    rows: Rows
+    since: float
+
+    def __getitem__(self, index: slice) -> "Piece":
+        return Piece(self.job, self.numbers[index], self.rows[index], self.since)
+
+
+def _room_for(images: int, part: Prediction) -> Prediction:
+    """Return an empty prediction for so many images, of the shapes of ``part``."""
+
+    def room(values: NDArray[Any]) -> NDArray[Any]:
+        return np.empty((images, *values.shape[1:]), values.dtype)
+
+    return Prediction(
+        room(part.logits),
+        {layer: room(ids) for layer, ids in part.expert_ids.items()},
+        {layer: room(weights) for layer, weights in part.weights.items()},
+    )
