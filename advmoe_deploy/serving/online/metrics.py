@@ -4,13 +4,13 @@ With ``prometheus_client``, known to this module alone.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from advmoe_deploy.runtime.runner import Prediction, joined
@@ -28,7 +28,7 @@ _TOGETHER = 256
 
 
 class Metrics:
-    """What a server did since it began."""
+    """What one model did since the server began."""
 
     def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
         """Begin with nothing; ``gauges`` are asked for whenever somebody reads the figures."""
@@ -94,11 +94,11 @@ class Metrics:
         for margin in _margins_of(scores_RE):
             margins.observe(margin)
 
-    def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
+    def families(self) -> list[Metric]:
+        """Return everything, as it is now."""
         with self._lock:
             self._count_answers()
-        return generate_latest(self._registry)
+        return list(self._registry.collect())
 
     def now(self) -> dict[str, float]:
         """Return what there is at this moment."""
@@ -132,15 +132,56 @@ class Metrics:
         self._loads[layer] = before_E * np.exp(-loads_E.sum() / _WINDOW) + loads_E
 
 
+def figures_text(
+    parts: Sequence[tuple[dict[str, str], Metrics]], now: dict[str, float], unknown: int
+) -> bytes:
+    """Return the figures of models, each under its own labels, in Prometheus' text format.
+
+    Args:
+        parts: labels of a model, and its figures.
+        now: gauges that are of no model.
+        unknown: how many requests asked for a model that there is not.
+    """
+    families: dict[str, Metric] = {name: _gauge(name, value) for name, value in now.items()}
+    families["unknown"] = CounterMetricFamily(
+        "advmoe_unknown_model_requests", "Inference requests for no model here.", unknown
+    )
+    for labels, metrics in parts:
+        for family in metrics.families():
+            known = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            known.samples += [
+                sample._replace(labels={**sample.labels, **labels}) for sample in family.samples
+            ]
+    registry = CollectorRegistry()
+    registry.register(_Given(list(families.values())))
+    return generate_latest(registry)
+
+
+def _gauge(name: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"advmoe_{name}", f"{name.replace('_', ' ')} now.", value)
+
+
+class _Given(Collector):
+    """Families that were put together elsewhere."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
 class _Now(Collector):
     """Gauges, as they are when somebody asks."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         for name, value in self._metrics.now().items():
-            yield GaugeMetricFamily(f"advmoe_{name}", f"{name.replace('_', ' ')} now.", value)
+            yield _gauge(name, value)
         entropy = GaugeMetricFamily(
             "advmoe_route_entropy_bits", "Entropy of the recent loads of experts.", labels=["layer"]
         )

@@ -1,5 +1,6 @@
 """Open Inference Protocol, version 2, as values: what every transport checks and answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,31 +50,28 @@ class ServedModel:
     image_shape: tuple[int, int, int]
     outputs: dict[str, tuple[str, tuple[int, ...]]]
     limits: Limits = field(default_factory=Limits)
+    version: str = VERSION
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the model metadata response."""
+    def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
+        """Return the model metadata response; ``versions`` are those of its name."""
         outputs = [
             {"name": name, "datatype": dtype, "shape": [-1, *shape]}
             for name, (dtype, shape) in self.outputs.items()
         ]
         return {
             "name": self.name,
-            "versions": [VERSION],
+            "versions": [*versions],
             "platform": "advmoe-deploy",
             "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *self.image_shape]}],
             "outputs": outputs,
         }
 
-    def require(self, name: str, version: str = VERSION) -> None:
-        """Raise :class:`RefusedError` (404) if another model or version is meant."""
-        if name != self.name:
-            raise RefusedError(f"unknown model '{name}'; this server has '{self.name}'", 404)
-        if version != VERSION:
-            raise RefusedError(f"unknown version '{version}' of '{name}'; it has '{VERSION}'", 404)
-
 
 def served_model(
-    bundle: Bundle, name: str | None = None, limits: Limits | None = None
+    bundle: Bundle,
+    name: str | None = None,
+    limits: Limits | None = None,
+    version: str = VERSION,
 ) -> ServedModel:
     """Return how ``bundle`` is offered; by default under the name of its model family."""
     spec = bundle.manifest.model
@@ -81,7 +79,7 @@ def served_model(
     for route in bundle.manifest.plan.routes:
         shape = tuple(int(size) for size in route.shape[1:])
         outputs |= {route.expert_ids: ("INT64", shape), route.weights: ("FP32", shape)}
-    return ServedModel(name or spec.family, spec.image_shape, outputs, limits or Limits())
+    return ServedModel(name or spec.family, spec.image_shape, outputs, limits or Limits(), version)
 
 
 @dataclass(frozen=True)

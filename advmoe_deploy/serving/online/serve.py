@@ -34,8 +34,10 @@ def create_app(
         BackendUnavailableError: FastAPI, uvicorn or httptools is not installed.
     """
     rest = _rest()
-    service = rest.Service(served_model(bundle, name, limits), runner)
-    app: FastAPI = rest.build_app(service, LOOPBACK)
+    model = served_model(bundle, name, limits)
+    models = rest.Models(model.limits)
+    models.add(model, runner)
+    app: FastAPI = rest.build_app(models, LOOPBACK)
     return app
 
 
@@ -88,8 +90,9 @@ def serve(
     names = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)} if private else None
     with _listen(host, port) as listener, open_runner(bundle, engine, threads=threads) as runner:
         url = _url(host, listener.getsockname()[1])
-        service = rest.Service(model, runner)
-        rest.run_app(service, listener, lambda: announce(url, model), hosts=names, drain_s=drain_s)
+        models = rest.Models(model.limits)
+        models.add(model, runner)
+        rest.run_app(models, listener, lambda: announce(url, model), hosts=names, drain_s=drain_s)
 
 
 def _rest() -> ModuleType:

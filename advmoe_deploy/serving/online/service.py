@@ -1,4 +1,4 @@
-"""One model online: its queue, its memory, and whether it is ready."""
+"""One model online: its queue, and whether it is warm."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
-from advmoe_deploy.serving.online.limits import Budget, Hold
+from advmoe_deploy.serving.online.limits import Budget
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
 
@@ -50,16 +50,27 @@ class Arrival:
         self.end()
 
 
-class Service:
-    """One model, the thread that runs it, and others that read large bodies meanwhile."""
+class Shared:
+    """What the models of a server share: memory, and threads that read and write much."""
 
-    def __init__(self, model: ServedModel, runner: Runner) -> None:
+    def __init__(self, memory: int) -> None:
+        self.budget = Budget(memory)
+        self.threads = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+
+    def close(self) -> None:
+        """End the threads."""
+        self.threads.shutdown(wait=True, cancel_futures=True)
+
+
+class Service:
+    """One model and the thread that runs it; what is ``shared`` belongs to whoever made it."""
+
+    def __init__(self, model: ServedModel, runner: Runner, shared: Shared) -> None:
         self.model = model
-        self.failure: BaseException | None = None
-        self.is_stopping: Callable[[], bool] = lambda: False
-        self.budget = Budget(model.limits.memory)
+        self.warm = False
+        self.budget = shared.budget
         self.reading = 0  # requests on their way into the queue
-        self._warm = False
+        self._shared = shared
         self.metrics = Metrics(self._now)
         self._batcher = Batcher(
             work_of(runner, self.metrics.scores),
@@ -67,28 +78,16 @@ class Service:
             expecting=lambda: self.reading,
             watch=self.metrics.batch,
         )
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests should come here."""
-        return self._warm and not self.is_stopping()
 
     @property
     def waiting(self) -> int:
         """Images without an answer."""
         return self._batcher.waiting
 
-    @property
-    def busy(self) -> bool:
-        """Whether a request is being read, computed or written."""
-        return self.waiting > 0 or self.budget.used > 0
-
     def _now(self) -> dict[str, float]:
         return {
-            "ready": float(self.ready),
+            "model_warm": float(self.warm),
             "waiting_images": float(self.waiting),
-            "held_bytes": float(self.budget.used),
             "requests_being_read": float(self.reading),
         }
 
@@ -97,30 +96,23 @@ class Service:
         self._batcher.start()
 
     async def warm_up(self) -> None:
-        """Run one image through the model; ``ready`` or ``failure`` says how it went."""
+        """Run one image through the model, or raise what its engine raises."""
         image = np.zeros((1, *self.model.image_shape), dtype=np.float32)
-        try:
-            await self._batcher.submit(image, math.inf, lambda: False)
-            self._warm = True
-        except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
-            self.failure = error
+        await self._batcher.submit(image, math.inf, lambda: False)
+        self.warm = True
 
     def close(self) -> None:
-        """Wait for the running batch and end the threads."""
+        """Wait for the running batch and end the thread."""
         self._batcher.close()
-        self._readers.shutdown(wait=True, cancel_futures=True)
 
     def require_warm(self) -> None:
         """Raise :class:`RefusedError` (503) before the warm-up has ended."""
-        if not self._warm:
+        if not self.warm:
             raise RefusedError("the model is not ready; ask /v2/health/ready", 503, retry_s=1)
 
-    def reserve(self, hold: Hold, count: int) -> bool:
-        """Return whether ``hold`` may grow to ``count`` bytes, and let it."""
-        if hold.grow(count):
-            return True
-        self._batcher.drop_dead()  # their memory is given back a moment later
-        return False
+    def drop_dead(self) -> None:
+        """Let go of the requests whose clients have left or whose time is over."""
+        self._batcher.drop_dead()
 
     async def predict(
         self, request: InferRequest, is_gone: Callable[[], bool], arrival: Arrival
@@ -146,4 +138,4 @@ class Service:
         """Return what ``work`` returns, done ``here`` or else in a thread that reads and writes."""
         if here:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        return await asyncio.get_running_loop().run_in_executor(self._shared.threads, work)

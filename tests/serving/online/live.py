@@ -17,6 +17,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.serving.online.http.rest import build_app
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.online.server import Server
@@ -52,10 +53,11 @@ def running(
     bundle: Bundle, runner: Runner, limits: Limits = LIMITS, drain_s: float = 0.0
 ) -> Iterator[Live]:
     """Serve ``runner`` on a free port of the loopback until the block ends or it is stopped."""
-    service = Service(served_model(bundle, limits=limits), runner)
-    server = Server(build_app(service, LOOPBACK), limits, drain_s)
-    service.is_stopping = lambda: server.stopping
-    server.is_busy = lambda: service.busy
+    models = Models(limits)
+    service = models.add(served_model(bundle, limits=limits), runner)
+    server = Server(build_app(models, LOOPBACK), limits, drain_s)
+    models.is_stopping = lambda: server.stopping
+    server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

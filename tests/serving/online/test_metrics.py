@@ -12,14 +12,16 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.batcher import Done
-from advmoe_deploy.serving.online.metrics import Metrics
+from advmoe_deploy.serving.online.job import Done
+from advmoe_deploy.serving.online.metrics import Metrics, figures_text
 from tests.serving.online.live import INFER, request_for, running, wait_until_ready
 
 
 def figures(text: str) -> dict[str, float]:
     lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in lines}
+    own = re.compile(r'(?:model="advmoe"|version="1"),?')
+    names = (own.sub("", name).replace(",}", "}").replace("{}", "") for name, _ in lines)
+    return dict(zip(names, (float(value) for _, value in lines), strict=True))
 
 
 def test_requests_routes_and_batches_are_counted(tiny_bundle: Bundle) -> None:
@@ -74,10 +76,12 @@ def test_what_clients_send_makes_no_labels(tiny_bundle: Bundle) -> None:
         wait_until_ready(live.address)
         for name in ("a", "b%0A", "c" * 900):
             httpx.post(f"{live.url}/v2/models/{name}/infer", content=b"")
+        httpx.post(live.url + INFER, content=b"")
         text = httpx.get(live.url + "/metrics").text
     labels = set(re.findall(r'(\w+)="', text))
-    assert labels == {"status", "stage", "expert", "layer", "le"}
-    assert set(re.findall(r'status="(\w+)"', text)) == {"404"}
+    assert labels == {"model", "version", "status", "stage", "expert", "layer", "le"}
+    assert set(re.findall(r'status="(\w+)"', text)) == {"400"}
+    assert figures(text)["advmoe_unknown_model_requests_total"] == 3
 
 
 def test_entropy_and_margins_by_hand() -> None:
@@ -85,7 +89,7 @@ def test_entropy_and_margins_by_hand() -> None:
     even = np.array([[0], [1], [2], [3]])
     logits = np.log(np.array([[0.7, 0.2, 0.1]] * 4, np.float32))
     metrics.batch(Done(Prediction(logits, {"r": even}, {"r": even}), 0.1, (0.5,)))
-    found = figures(metrics.text().decode())
+    found = figures(figures_text([({}, metrics)], {}, 0).decode())
     assert math.isclose(found['advmoe_route_entropy_bits{layer="r"}'], 2.0)
     assert math.isclose(found["advmoe_class_margin_sum"], 4 * 0.5, rel_tol=1e-5)
     assert found['advmoe_request_seconds_sum{stage="wait"}'] == 0.5
@@ -95,4 +99,6 @@ def test_entropy_and_margins_by_hand() -> None:
     assert metrics.entropies()["r"] < 0.1
     nothing = Prediction(np.full((1, 3), np.nan, np.float32), {}, {})
     metrics.batch(Done(nothing, 0.1, ()))
-    assert figures(metrics.text().decode())["advmoe_class_margin_count"] == 8004
+    assert (
+        figures(figures_text([({}, metrics)], {}, 0).decode())["advmoe_class_margin_count"] == 8004
+    )

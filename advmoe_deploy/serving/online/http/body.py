@@ -23,7 +23,6 @@ from advmoe_deploy.serving.online.http.json_data import (
 from advmoe_deploy.serving.online.http.messages import Message, Tensor, message_from_json
 from advmoe_deploy.serving.online.protocol import (
     INPUT,
-    VERSION,
     InferRequest,
     RefusedError,
     ServedModel,
@@ -83,7 +82,7 @@ def write_response(
             raw += array.tobytes()
         else:
             outputs.append(f'{head}, "data": {json_array(array.ravel())}}}')
-    message: dict[str, Any] = {"model_name": model.name, "model_version": VERSION}
+    message: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request.id is not None:
         message["id"] = request.id
     text = f'{json.dumps(message)[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode()

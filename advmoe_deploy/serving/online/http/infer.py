@@ -14,6 +14,7 @@ from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
+from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError
 from advmoe_deploy.serving.online.service import (
     CLIENT_LEFT,
@@ -39,8 +40,8 @@ class UnreadError(RefusedError):
 class Infer:
     """Reads a body within the limits, has it answered, and writes the answer."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self._turns = Turns(_IN_A_TURN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,12 +51,12 @@ class Infer:
             RefusedError: it is not answered, and why.
         """
         began, status = time.perf_counter(), 500
+        await self._turns.take()
+        service = self._models.find(**scope["path_params"])
         try:
-            self._service.model.require(**scope["path_params"])
-            self._service.require_warm()
-            await self._turns.take()
-            with self._service.budget.hold() as hold:
-                answer = await self._answer(scope, receive, scope[HEADERS], hold)
+            service.require_warm()
+            with service.budget.hold() as hold:
+                answer = await self._answer(service, scope, receive, hold)
             await _send(send, answer)
             status = 200
         except RefusedError as error:
@@ -65,14 +66,14 @@ class Infer:
             status = CLIENT_LEFT
             raise
         finally:
-            self._service.metrics.request(status, time.perf_counter() - began)
+            service.metrics.request(status, time.perf_counter() - began)
 
     async def _answer(
-        self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], hold: Hold
+        self, service: Service, scope: Scope, receive: Receive, hold: Hold
     ) -> InferResponse:
-        service, is_gone = self._service, scope.get(GONE, _never)
+        is_gone = scope.get(GONE, _never)
         with Arrival(service) as arrival:
-            request = await self._request(receive, headers, hold, is_gone)
+            request = await self._request(service, receive, scope[HEADERS], hold, is_gone)
             prediction = await service.predict(request, is_gone, arrival)
         began = time.perf_counter()
         answer = await service.run(
@@ -84,12 +85,13 @@ class Infer:
 
     async def _request(
         self,
+        service: Service,
         receive: Receive,
         headers: Mapping[bytes, bytes],
         hold: Hold,
         is_gone: Callable[[], bool],
     ) -> InferRequest:
-        began, model = time.perf_counter(), self._service.model
+        began = time.perf_counter()
         json_length = _json_length(headers)
         is_json = json_length is None or json_length > MAX_ENVELOPE
         body = await self._read(receive, headers, is_json, hold)
@@ -97,17 +99,17 @@ class Infer:
         def read() -> InferRequest:
             if is_gone():
                 raise RefusedError("the client has left", CLIENT_LEFT)
-            return read_request(body, json_length, model)
+            return read_request(body, json_length, service.model)
 
-        request = await self._service.run(len(body) <= SMALL_BODY, read)
+        request = await service.run(len(body) <= SMALL_BODY, read)
         hold.shrink(request.images.nbytes)
-        self._service.metrics.stage("read", time.perf_counter() - began)
+        service.metrics.stage("read", time.perf_counter() - began)
         return request
 
     async def _read(
         self, receive: Receive, headers: Mapping[bytes, bytes], is_json: bool, hold: Hold
     ) -> bytes | bytearray:
-        limit = self._service.model.limits.max_body
+        limit = self._models.limits.max_body
         encoding = headers.get(b"content-encoding", b"identity")
         if encoding != b"identity":
             name = encoding.decode("latin-1")
@@ -133,7 +135,7 @@ class Infer:
             raise UnreadError(
                 f"the body exceeds the limit of {limit} bytes; send fewer images", 413
             )
-        if not self._service.reserve(hold, copies * length):
+        if not self._models.reserve(hold, copies * length):
             raise UnreadError("overloaded: other requests hold the memory", 503, retry_s=1)
 
 

@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.http.infer import Infer, UnreadError
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
-from advmoe_deploy.serving.online.protocol import SERVER, VERSION, RefusedError, short_line
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Server
-from advmoe_deploy.serving.online.service import Service
 
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
@@ -26,45 +26,45 @@ _LINGER_BYTES = 256 << 20
 
 
 def build_app(
-    service: Service, hosts: frozenset[str] | None, on_warm: Callable[[], None] | None = None
+    models: Models, hosts: frozenset[str] | None, on_warm: Callable[[], None] | None = None
 ) -> FastAPI:
     """Return the application.
 
     Args:
-        service: what answers.
+        models: what answers.
         hosts: names that a request may call this server; ``None`` is any.
         on_warm: called when the warm-up has ended, well or not.
     """
 
     async def warm_up() -> None:
-        await service.warm_up()
+        await models.warm_up()
         if on_warm is not None:
             on_warm()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        models.start()
         warming = asyncio.create_task(warm_up())
         yield
         try:
             await warming
         finally:
-            service.close()
+            models.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, hosts=hosts)
     _add_errors(app)
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     for prefix in prefixes:  # first, as they are asked for most
-        app.router.routes.append(Route(f"{prefix}/infer", Infer(service), methods=["POST"]))
-    _add_health(app, service)
+        app.router.routes.append(Route(f"{prefix}/infer", Infer(models), methods=["POST"]))
+    _add_health(app, models)
     for prefix in prefixes:
-        _add_model(app, service, prefix)
+        _add_model(app, models, prefix)
     return app
 
 
 def run_app(
-    service: Service,
+    models: Models,
     listener: socket.socket,
     announce: Callable[[], None],
     *,
@@ -79,20 +79,20 @@ def run_app(
     """
 
     def on_warm() -> None:
-        if service.failure is not None:
+        if models.failure is not None:
             server.stop(announced=False)
         elif not server.stopping:
             announce()
 
-    server = Server(build_app(service, hosts, on_warm), service.model.limits, drain_s)
-    service.is_stopping = lambda: server.stopping
-    server.is_busy = lambda: service.busy
+    server = Server(build_app(models, hosts, on_warm), models.limits, drain_s)
+    models.is_stopping = lambda: server.stopping
+    server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)
-    if service.failure is not None:
-        raise service.failure
+    if models.failure is not None:
+        raise models.failure
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, models: Models) -> None:
     @app.api_route("/v2", methods=_PROBED)
     async def server() -> dict[str, Any]:
         return SERVER
@@ -103,25 +103,22 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.api_route("/v2/health/ready", methods=_PROBED)
     async def ready() -> JSONResponse:
-        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+        return JSONResponse({"ready": models.ready}, 200 if models.ready else 503)
 
     @app.api_route("/metrics", methods=_PROBED)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(models.figures(), media_type=CONTENT_TYPE)
 
 
-def _add_model(app: FastAPI, service: Service, prefix: str) -> None:
-    model = service.model
-
+def _add_model(app: FastAPI, models: Models, prefix: str) -> None:
     @app.api_route(prefix, methods=_PROBED)
-    async def metadata(name: str, version: str = VERSION) -> dict[str, Any]:
-        model.require(name, version)
-        return model.metadata()
+    async def metadata(name: str, version: str = "") -> dict[str, Any]:
+        return models.find(name, version).model.metadata(models.versions(name))
 
     @app.api_route(f"{prefix}/ready", methods=_PROBED)
-    async def ready(name: str, version: str = VERSION) -> JSONResponse:
-        model.require(name, version)
-        return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+    async def ready(name: str, version: str = "") -> JSONResponse:
+        is_ready = models.is_ready(models.find(name, version))
+        return JSONResponse({"name": name, "ready": is_ready}, 200 if is_ready else 503)
 
 
 class _Refusal(JSONResponse):

@@ -1,0 +1,121 @@
+"""Models of one server, by name and version: a queue each, and memory that they share."""
+
+from collections.abc import Callable
+
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.serving.online.limits import Hold, Limits
+from advmoe_deploy.serving.online.metrics import figures_text
+from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
+from advmoe_deploy.serving.online.service import Service, Shared
+
+
+class Models:
+    """What a server has on offer, for one event loop.
+
+    Attributes:
+        is_stopping: whether the server is; none is ready then.
+        failure: what ended the warm-up of one of them.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        """Begin with none; ``limits.memory`` is for all of them, the queue for each."""
+        self.limits = limits
+        self.failure: BaseException | None = None
+        self.is_stopping: Callable[[], bool] = lambda: False
+        self.shared = Shared(limits.memory)
+        self._services: dict[str, dict[str, Service]] = {}
+        self._unknown = 0  # requests for models that there are not
+
+    def add(self, model: ServedModel, runner: Runner) -> Service:
+        """Offer ``model``, which ``runner`` computes, and return its service.
+
+        Raises:
+            UsageError: there is one of this name and version.
+        """
+        versions = self._services.setdefault(model.name, {})
+        if model.version in versions:
+            raise UsageError(
+                f"two bundles are '{model.name}' version {model.version}; "
+                "tell them apart by NAME=BUNDLE or NAME:VERSION=BUNDLE"
+            )
+        versions[model.version] = Service(model, runner, self.shared)
+        return versions[model.version]
+
+    def find(self, name: str, version: str = "") -> Service:
+        """Return the service of a model, of its latest version unless one is asked for.
+
+        Raises:
+            RefusedError: there is none (404).
+        """
+        versions = self._services.get(name, {})
+        found = versions.get(version or max(versions, key=int, default=""))
+        if found is None:
+            self._unknown += 1
+            raise RefusedError(self._unknown_model(name, version), 404)
+        return found
+
+    def _unknown_model(self, name: str, version: str) -> str:
+        if name not in self._services:
+            known = ", ".join(f"'{name}'" for name in self._services)
+            return f"unknown model '{name}'; this server has {known}"
+        known = ", ".join(f"'{version}'" for version in self.versions(name))
+        return f"unknown version '{version}' of '{name}'; it has {known}"
+
+    def all(self) -> list[Service]:
+        """Return every service, versions of a name together."""
+        return [service for versions in self._services.values() for service in versions.values()]
+
+    def versions(self, name: str) -> list[str]:
+        """Return the versions of ``name``, the latest last."""
+        return sorted(self._services[name], key=int)
+
+    def is_ready(self, service: Service) -> bool:
+        """Return whether requests to ``service`` should come here."""
+        return service.warm and not self.is_stopping()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should come here, to whatever model."""
+        return all(map(self.is_ready, self.all()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being read, computed or written."""
+        return self.shared.budget.used > 0 or any(each.waiting for each in self.all())
+
+    def reserve(self, hold: Hold, count: int) -> bool:
+        """Return whether ``hold`` may grow to ``count`` bytes, and let it."""
+        if hold.grow(count):
+            return True
+        for service in self.all():
+            service.drop_dead()  # their memory is given back a moment later
+        return False
+
+    def start(self) -> None:
+        """Begin to compute for the running event loop."""
+        for service in self.all():
+            service.start()
+
+    async def warm_up(self) -> None:
+        """Warm up one model after the other; ``ready`` or ``failure`` says how it went."""
+        try:
+            for service in self.all():
+                await service.warm_up()
+        except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
+            self.failure = error
+
+    def close(self) -> None:
+        """Wait for the running batches and end the threads."""
+        for service in self.all():
+            service.close()
+        self.shared.close()
+
+    def figures(self) -> bytes:
+        """Return the figures of all models in Prometheus' text format."""
+        parts = [
+            ({"model": each.model.name, "version": each.model.version}, each.metrics)
+            for each in self.all()
+        ]
+        now = {"ready": float(self.ready), "held_bytes": float(self.shared.budget.used)}
+        return figures_text(parts, now, self._unknown)
