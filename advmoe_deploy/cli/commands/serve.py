@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import BundlePath, Engine, Json, Threads
+from advmoe_deploy.cli.options import Engine, Json, Threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 
 def serve(
-    bundle: BundlePath,
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE...",
+            help="What 'advmoe export' wrote, by path or name; several with a name each, as "
+            "NAME=BUNDLE or NAME:VERSION=BUNDLE, such as cats:2=cats-bundle. Where a request "
+            "names no version, the latest answers.",
+        ),
+    ],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 8000,
     insecure: Annotated[
@@ -77,7 +85,8 @@ def serve(
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.serving.online.limits import COPIES_OF_JSON, Limits
-        from advmoe_deploy.serving.online.serve import serve as serve_bundle
+        from advmoe_deploy.serving.online.offers import Offer, split_offer
+        from advmoe_deploy.serving.online.serve import serve as serve_bundles
 
         limits = Limits(
             max_images=min(queue, Limits.max_images),
@@ -91,8 +100,9 @@ def serve(
             keep_alive_s=keep_alive,
             body_s=body_timeout,
         )
-        serve_bundle(
-            open_bundle(bundle),
+        places = [split_offer(text) for text in bundles]
+        serve_bundles(
+            [Offer(open_bundle(place), name, version) for name, version, place in places],
             host,
             port,
             insecure=insecure,
@@ -101,11 +111,22 @@ def serve(
             limits=limits,
             hosts=allow_host or (),
             drain_s=drain,
-            announce=lambda url, model: _announce(ui, url, model),
+            announce=lambda url, models: _announce(ui, url, models),
         )
 
 
-def _announce(ui: Session, url: str, model: "ServedModel") -> None:
-    value = {"url": url, "model": model.name, "infer": f"{url}/v2/models/{model.name}/infer"}
-    ui.progress.note(f"serving '{model.name}' at {url}; Ctrl-C or SIGTERM stops it")
-    ui.show(value, lambda: f"POST {value['infer']}")
+def _announce(ui: Session, url: str, models: "list[ServedModel]") -> None:
+    several = len({model.name for model in models}) < len(models)
+    offered = [
+        {
+            "model": model.name,
+            "version": model.version,
+            "infer": f"{url}/v2/models/{model.name}/"
+            + (f"versions/{model.version}/infer" if several else "infer"),
+        }
+        for model in models
+    ]
+    names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
+    ui.progress.note(f"serving {names} at {url}; Ctrl-C or SIGTERM stops it")
+    value = {"url": url, **offered[0], "models": offered}
+    ui.show(value, lambda: "\n".join(f"POST {each['infer']}" for each in offered))

@@ -4,6 +4,7 @@ With ``prometheus_client``, known to this module alone.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ class Metrics:
         self._lock = threading.Lock()
         self._fresh: list[Prediction] = []
         self._loads: dict[str, NDArray[np.float64]] = {}
+        self._ended = {True: [0.0, 0.0], False: [0.0, 0.0]}  # requests and seconds, by success
+        self.last_s = 0.0  # when the last batch ended, since the epoch
         own: dict[str, Any] = {"registry": self._registry, "namespace": "advmoe"}
         self._requests = Counter("requests", "Inference requests.", ["status"], **own)
         self._seconds = Histogram(
@@ -71,6 +74,9 @@ class Metrics:
     def request(self, status: int, seconds: float) -> None:
         """Count a request that ended with ``status``."""
         self._requests.labels(str(status)).inc()
+        ended = self._ended[status == 200]
+        ended[0] += 1
+        ended[1] += seconds
         self.stage("all", seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
@@ -79,6 +85,7 @@ class Metrics:
 
     def batch(self, done: Done) -> None:
         """Count a batch, its routes and margins."""
+        self.last_s = time.time()
         self._compute.observe(done.seconds)
         self._batches.observe(len(done.answer.logits))
         for wait_s in done.waits_s:
@@ -93,6 +100,20 @@ class Metrics:
         margins = self._route_margins.labels(layer)
         for margin in _margins_of(scores_RE):
             margins.observe(margin)
+
+    def totals(self) -> dict[str, float]:
+        """Return counts and sums of times: of each stage, of batches, of ``success``, ``fail``."""
+        totals = {}
+        for succeeded, (count, seconds) in self._ended.items():
+            name = "success" if succeeded else "fail"
+            totals |= {f"{name}_count": count, f"{name}_sum": seconds}
+        for histogram in (self._seconds, self._compute, self._batches):
+            for sample in next(iter(histogram.collect())).samples:
+                name = sample.name.removeprefix("advmoe_")
+                if stage := sample.labels.get("stage"):
+                    name = name.replace("request_seconds", stage)
+                totals[name] = sample.value
+        return totals
 
     def families(self) -> list[Metric]:
         """Return everything, as it is now."""

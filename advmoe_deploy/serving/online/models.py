@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.limits import Hold, Limits
 from advmoe_deploy.serving.online.metrics import figures_text
@@ -28,19 +27,10 @@ class Models:
         self._unknown = 0  # requests for models that there are not
 
     def add(self, model: ServedModel, runner: Runner) -> Service:
-        """Offer ``model``, which ``runner`` computes, and return its service.
-
-        Raises:
-            UsageError: there is one of this name and version.
-        """
-        versions = self._services.setdefault(model.name, {})
-        if model.version in versions:
-            raise UsageError(
-                f"two bundles are '{model.name}' version {model.version}; "
-                "tell them apart by NAME=BUNDLE or NAME:VERSION=BUNDLE"
-            )
-        versions[model.version] = Service(model, runner, self.shared)
-        return versions[model.version]
+        """Offer ``model``, which ``runner`` computes, and return its service."""
+        service = Service(model, runner, self.shared)
+        self._services.setdefault(model.name, {})[model.version] = service
+        return service
 
     def find(self, name: str, version: str = "") -> Service:
         """Return the service of a model, of its latest version unless one is asked for.
@@ -66,6 +56,10 @@ class Models:
         """Return every service, versions of a name together."""
         return [service for versions in self._services.values() for service in versions.values()]
 
+    def of(self, name: str) -> list[Service]:
+        """Return the services of all versions of ``name``, the latest last."""
+        return [self._services[name][version] for version in self.versions(name)]
+
     def versions(self, name: str) -> list[str]:
         """Return the versions of ``name``, the latest last."""
         return sorted(self._services[name], key=int)
@@ -73,6 +67,19 @@ class Models:
     def is_ready(self, service: Service) -> bool:
         """Return whether requests to ``service`` should come here."""
         return service.warm and not self.is_stopping()
+
+    def index(self) -> list[dict[str, str]]:
+        """Return name, version and state of each model."""
+        states = {True: "READY", False: "UNAVAILABLE"}
+        return [
+            {
+                "name": each.model.name,
+                "version": each.model.version,
+                "state": states[self.is_ready(each)],
+                "reason": "" if self.is_ready(each) else "it is starting or stopping",
+            }
+            for each in self.all()
+        ]
 
     @property
     def ready(self) -> bool:

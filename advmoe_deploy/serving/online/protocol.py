@@ -19,7 +19,7 @@ _MESSAGE_LENGTH = 400
 SERVER = {
     "name": "advmoe-deploy",
     "version": __version__,
-    "extensions": ["binary_tensor_data"],
+    "extensions": ["binary_tensor_data", "model_configuration", "statistics"],
 }
 
 

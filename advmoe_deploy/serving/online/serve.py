@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
+from advmoe_deploy.serving.online.offers import Offer, require_apart
 from advmoe_deploy.serving.online.protocol import ServedModel, served_model
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def create_app(
 
 
 def serve(
-    bundle: Bundle,
+    offers: Sequence[Offer],
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
@@ -52,24 +54,25 @@ def serve(
     limits: Limits | None = None,
     hosts: Sequence[str] = (),
     drain_s: float = 1.0,
-    announce: Callable[[str, ServedModel], None] = lambda url, model: None,
+    announce: Callable[[str, list[ServedModel]], None] = lambda url, models: None,
 ) -> None:
-    """Serve ``bundle`` until SIGTERM; then finish what is under way and return.
+    """Serve bundles until SIGTERM; then finish what is under way and return.
 
     Args:
-        bundle: an opened bundle.
+        offers: opened bundles; where a request asks for no version, the latest answers.
         host: address to listen on.
         port: 0 takes any free one.
         insecure: allow a ``host`` that other machines can reach: there is no authentication yet.
-        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
-        threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
-        limits: on requests and on all of them together.
+        engine: of each bundle, a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
+        threads: of each engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
+        limits: on requests and on all of them together; the queue is each model's own.
         hosts: by which other names requests may call a server on the loopback, such as a proxy's.
         drain_s: seconds after SIGTERM in which the server is not ready, and still takes requests.
-        announce: called with the URL once the model is warm and ready.
+        announce: called with the URL once all models are warm and ready.
 
     Raises:
-        UsageError: ``host`` is not loopback, or no address at all, or ``hosts`` mean nothing there.
+        UsageError: two offers have a name and version in common; ``host`` is not loopback, or no
+            address at all; or ``hosts`` mean nothing there.
         MachineError: the port is in use or forbidden.
         BackendUnavailableError: FastAPI, uvicorn, httptools or the engine is missing.
         KeyboardInterrupt: it was Ctrl-C that stopped it.
@@ -86,13 +89,17 @@ def serve(
             "names that are allowed (--allow-host)"
         )
     rest = _rest()
-    model = served_model(bundle, limits=limits)
+    limits = limits or Limits()
+    served = [served_model(each.bundle, each.name, limits, each.version) for each in offers]
+    require_apart(served)
     names = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)} if private else None
-    with _listen(host, port) as listener, open_runner(bundle, engine, threads=threads) as runner:
+    with _listen(host, port) as listener, ExitStack() as stack:
         url = _url(host, listener.getsockname()[1])
-        models = rest.Models(model.limits)
-        models.add(model, runner)
-        rest.run_app(models, listener, lambda: announce(url, model), hosts=names, drain_s=drain_s)
+        models = rest.Models(limits)
+        for model, offer in zip(served, offers, strict=True):
+            runner = stack.enter_context(open_runner(offer.bundle, engine, threads=threads))
+            models.add(model, runner)
+        rest.run_app(models, listener, lambda: announce(url, served), hosts=names, drain_s=drain_s)
 
 
 def _rest() -> ModuleType:

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,8 +20,11 @@ from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Server
+from advmoe_deploy.serving.online.service import Service
+from advmoe_deploy.serving.online.triton import model_config, model_statistics
 
 _PROBED = ["GET", "HEAD"]
+_INDEX_BYTES = 4096
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 << 20
 
@@ -105,6 +109,15 @@ def _add_health(app: FastAPI, models: Models) -> None:
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": models.ready}, 200 if models.ready else 503)
 
+    @app.post("/v2/repository/index")
+    async def index(request: Request) -> list[dict[str, str]]:
+        wants_ready = await _wants_ready(request)
+        return [each for each in models.index() if each["state"] == "READY" or not wants_ready]
+
+    @app.api_route("/v2/models/stats", methods=_PROBED)
+    async def statistics() -> dict[str, Any]:
+        return _statistics(models.all())
+
     @app.api_route("/metrics", methods=_PROBED)
     async def metrics() -> Response:
         return Response(models.figures(), media_type=CONTENT_TYPE)
@@ -115,10 +128,39 @@ def _add_model(app: FastAPI, models: Models, prefix: str) -> None:
     async def metadata(name: str, version: str = "") -> dict[str, Any]:
         return models.find(name, version).model.metadata(models.versions(name))
 
+    @app.api_route(f"{prefix}/config", methods=_PROBED)
+    async def config(name: str, version: str = "") -> dict[str, Any]:
+        return model_config(models.find(name, version).model)
+
+    @app.api_route(f"{prefix}/stats", methods=_PROBED)
+    async def statistics(name: str, version: str = "") -> dict[str, Any]:
+        found = models.find(name, version)
+        return _statistics([found] if version else models.of(name))
+
     @app.api_route(f"{prefix}/ready", methods=_PROBED)
     async def ready(name: str, version: str = "") -> JSONResponse:
         is_ready = models.is_ready(models.find(name, version))
         return JSONResponse({"name": name, "ready": is_ready}, 200 if is_ready else 503)
+
+
+def _statistics(services: Sequence[Service]) -> dict[str, Any]:
+    return {"model_stats": [model_statistics(each.model, each.metrics) for each in services]}
+
+
+async def _wants_ready(request: Request) -> bool:
+    """Return whether the body, JSON or nothing, asks for what is ready alone."""
+    text = b""
+    async for piece in request.stream():
+        text += piece
+        if len(text) > _INDEX_BYTES:
+            raise UnreadError(f"the body exceeds the limit of {_INDEX_BYTES} bytes", 413)
+    try:
+        asked = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict) or not isinstance(ready := asked.get("ready", False), bool):
+        raise RefusedError('the body is no JSON object such as {"ready": true}')
+    return ready
 
 
 class _Refusal(JSONResponse):

@@ -25,6 +25,7 @@ from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.http.body import read_request
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.offers import Offer
 from advmoe_deploy.serving.online.protocol import RefusedError, served_model
 from advmoe_deploy.serving.online.serve import create_app, serve
 from advmoe_deploy.serving.online.server import Server
@@ -336,16 +337,16 @@ def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle)
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
 def test_only_loopback_without_insecure(tiny_bundle: Bundle, host: str) -> None:
     with pytest.raises(UsageError, match="--insecure"):
-        serve(tiny_bundle, host, 0)
+        serve([Offer(tiny_bundle)], host, 0)
 
 
 def test_names_are_allowed_on_the_loopback_alone(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="--allow-host"):
-        serve(tiny_bundle, "0.0.0.0", 0, insecure=True, hosts=["cats.example"])
+        serve([Offer(tiny_bundle)], "0.0.0.0", 0, insecure=True, hosts=["cats.example"])
 
 
 def test_a_port_in_use_is_the_machines_fault(tiny_bundle: Bundle, address: str) -> None:
     with pytest.raises(MachineError, match="in use"):
-        serve(tiny_bundle, "127.0.0.1", int(address.split(":")[1]))
+        serve([Offer(tiny_bundle)], "127.0.0.1", int(address.split(":")[1]))
     with pytest.raises(UsageError, match="outside 0"):
-        serve(tiny_bundle, "127.0.0.1", 70_000)
+        serve([Offer(tiny_bundle)], "127.0.0.1", 70_000)
