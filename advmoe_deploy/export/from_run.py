@@ -33,7 +33,6 @@ from advmoe_deploy.export.checks.every_expert import (
     require_segments,
     unvisited_experts,
 )
-from advmoe_deploy.export.checks.golden import golden_rows, write_golden
 from advmoe_deploy.export.checks.images import absolute_source, labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.graph.stitch import graph_from_plan
@@ -57,6 +56,7 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.answers import Answers, Images
 from advmoe_deploy.parity.batches import batch_complaint, require_any_batch, steady_images
 from advmoe_deploy.parity.compare import compare_answers, predictions_of, require_parity
+from advmoe_deploy.parity.golden import golden_rows, write_golden
 from advmoe_deploy.parity.reference import Reference, reference_answers
 from advmoe_deploy.parity.tolerance import tolerance_for
 from advmoe_deploy.progress import Progress, Silent, task

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.gate import AccuracyGate, Examples
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.golden import golden_rows
 from advmoe_deploy.parity.reference import Reference
 from advmoe_deploy.specs import ThreatModel
 

@@ -14,11 +14,11 @@ from advmoe_deploy.errors import (
     DataError,
     UsageError,
 )
-from advmoe_deploy.export.checks.golden import golden_rows
 from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.answers import Answers, RouteAnswers
+from advmoe_deploy.parity.golden import golden_rows
 from advmoe_deploy.runtime.select import open_runner
 from tests.conftest import TINY, write_run
 

@@ -25,7 +25,6 @@ from advmoe_deploy.bundle import (
     seal_again,
 )
 from advmoe_deploy.errors import BundleError
-from advmoe_deploy.export.checks.golden import read_golden
 from advmoe_deploy.export.model_card import card_with_engines
 from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu
@@ -51,6 +50,7 @@ from advmoe_deploy.export.tensorrt.row_graphs import row_graphs
 from advmoe_deploy.export.tensorrt.rtx import engine_builder
 from advmoe_deploy.files import refuse_existing, staged_directory
 from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.golden import read_golden
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import PrecisionReport

@@ -103,7 +103,7 @@ class Metrics:
 
     def totals(self) -> dict[str, float]:
         """Return counts and sums of times: of each stage, of batches, of ``success``, ``fail``."""
-        totals = {}
+        totals: dict[str, float] = {}
         for succeeded, (count, seconds) in self._ended.items():
             name = "success" if succeeded else "fail"
             totals |= {f"{name}_count": count, f"{name}_sum": seconds}

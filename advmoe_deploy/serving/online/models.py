@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.serving.online.golden import Golden
 from advmoe_deploy.serving.online.limits import Hold, Limits
 from advmoe_deploy.serving.online.metrics import figures_text
 from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
@@ -26,9 +27,12 @@ class Models:
         self._services: dict[str, dict[str, Service]] = {}
         self._unknown = 0  # requests for models that there are not
 
-    def add(self, model: ServedModel, runner: Runner) -> Service:
-        """Offer ``model``, which ``runner`` computes, and return its service."""
-        service = Service(model, runner, self.shared)
+    def add(self, model: ServedModel, runner: Runner, golden: Golden | None = None) -> Service:
+        """Offer ``model``, which ``runner`` computes, and return its service.
+
+        It is ready once it has answered ``golden`` images as it should, or else any image.
+        """
+        service = Service(model, runner, self.shared, golden)
         self._services.setdefault(model.name, {})[model.version] = service
         return service
 

@@ -12,6 +12,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.golden import golden_of
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.offers import Offer, require_apart
 from advmoe_deploy.serving.online.protocol import ServedModel, served_model
@@ -38,7 +39,7 @@ def create_app(
     rest = _rest()
     model = served_model(bundle, name, limits)
     models = rest.Models(model.limits)
-    models.add(model, runner)
+    models.add(model, runner, golden_of(bundle))
     app: FastAPI = rest.build_app(models, LOOPBACK)
     return app
 
@@ -75,6 +76,7 @@ def serve(
             address at all; or ``hosts`` mean nothing there.
         MachineError: the port is in use or forbidden.
         BackendUnavailableError: FastAPI, uvicorn, httptools or the engine is missing.
+        CheckFailedError: an engine does not answer the golden images as the bundle says.
         KeyboardInterrupt: it was Ctrl-C that stopped it.
     """
     private = _is_loopback(host)
@@ -98,7 +100,7 @@ def serve(
         models = rest.Models(limits)
         for model, offer in zip(served, offers, strict=True):
             runner = stack.enter_context(open_runner(offer.bundle, engine, threads=threads))
-            models.add(model, runner)
+            models.add(model, runner, golden_of(offer.bundle))
         rest.run_app(models, listener, lambda: announce(url, served), hosts=names, drain_s=drain_s)
 
 

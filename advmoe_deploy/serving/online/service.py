@@ -4,14 +4,17 @@ import asyncio
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.pathways import work_of
-from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
+from advmoe_deploy.serving.online.golden import Golden
 from advmoe_deploy.serving.online.limits import Budget
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
@@ -65,8 +68,10 @@ class Shared:
 class Service:
     """One model and the thread that runs it; what is ``shared`` belongs to whoever made it."""
 
-    def __init__(self, model: ServedModel, runner: Runner, shared: Shared) -> None:
-        self.model = model
+    def __init__(
+        self, model: ServedModel, runner: Runner, shared: Shared, golden: Golden | None = None
+    ) -> None:
+        self.model, self._runner, self._golden = model, runner, golden
         self.warm = False
         self.budget = shared.budget
         self.reading = 0  # requests on their way into the queue
@@ -96,10 +101,25 @@ class Service:
         self._batcher.start()
 
     async def warm_up(self) -> None:
-        """Run one image through the model, or raise what its engine raises."""
-        image = np.zeros((1, *self.model.image_shape), dtype=np.float32)
-        await self._batcher.submit(image, math.inf, lambda: False)
+        """Run the golden images, or else one, through queue and engine.
+
+        Raises:
+            CheckFailedError: the answers to golden images are not those of the bundle.
+            Exception: whatever the engine raises.
+        """
+        if self._golden is None:
+            await self._computed(np.zeros((1, *self.model.image_shape), dtype=np.float32))
+        else:
+            answer = await self._computed(self._golden.images)
+            await self.run(False, partial(self._golden.require, answer, self._runner))
+            self._golden = None  # its images have served
         self.warm = True
+
+    async def _computed(self, images: NDArray[np.float32]) -> Prediction:
+        at_once = min(self.model.limits.batch, self.model.limits.queue)
+        parts = np.split(images, range(at_once, len(images), at_once))
+        waiting = [await self._batcher.submit(each, math.inf, lambda: False) for each in parts]
+        return joined(waiting)
 
     def close(self) -> None:
         """Wait for the running batch and end the thread."""

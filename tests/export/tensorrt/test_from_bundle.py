@@ -16,7 +16,6 @@ from advmoe_deploy.bundle import GOLDEN, Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
-from advmoe_deploy.export.checks.golden import read_golden
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.gate import AccuracyGate, Examples, Findings, Limits, run_gate
@@ -24,6 +23,7 @@ from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_set, experts_of
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.parity.golden import read_golden
 from advmoe_deploy.profiling.profile import _raised
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
