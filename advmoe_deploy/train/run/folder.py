@@ -157,7 +157,7 @@ class RunFolder:
         if len(epochs) == 1:
             way_out = "train again"
         try:
-            state = _read_state(directory)
+            state = _read_state(directory, epochs[-1])
             _, model = load_checkpoint(directory)
             return state, model, load_file(directory / RESUME)
         except (CheckpointError, SafetensorError, FileNotFoundError) as error:
@@ -257,7 +257,7 @@ def _validated(kind: type[_Value], file: Path) -> _Value:
         raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
 
 
-def _read_state(directory: Path) -> RunState:
+def _read_state(directory: Path, epoch: int) -> RunState:
     file = directory / STATE
     try:
         state = RunState.model_validate(json.loads(file.read_bytes()))
@@ -265,8 +265,16 @@ def _read_state(directory: Path) -> RunState:
         raise CheckpointError(f"{file} is missing") from None
     except ValidationError as error:
         raise CheckpointError(f"{file}: {one_line(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error})") from None
+    recorded = [record.epoch for record in state.history]
+    if state.epoch != epoch or recorded != [*range(1, epoch + 1)]:
+        raise CheckpointError(
+            f"{file}: epoch={state.epoch} and {len(recorded)} in its history are "
+            f"not the {epoch} of its folder"
+        )
+    if not 0 <= state.best_epoch <= epoch:
+        raise CheckpointError(f"{file}: best_epoch={state.best_epoch} is outside 0..{epoch}")
     resume = directory / RESUME
     if not resume.is_file():
         raise CheckpointError(f"{resume} is missing")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH
-from advmoe_deploy.errors import DivergedError
+from advmoe_deploy.errors import CheckpointError, DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
@@ -86,7 +86,11 @@ class TrainedWeights:
         return tensors | self.learner.scale.tensors()
 
     def restore(self, epoch: int, evaluated: Classifier, tensors: dict[str, Tensor]) -> None:
-        """Take up the weights and the optimizers of the checkpoint after ``epoch``, from 0."""
+        """Take up the weights and the optimizers of the checkpoint after ``epoch``, from 0.
+
+        Raises:
+            CheckpointError: the optimizers' state is not that of this model.
+        """
         self.begin_epoch(epoch)
         state = evaluated.state_dict()
         if self.average is not None:
@@ -100,6 +104,7 @@ class TrainedWeights:
         for name, parameter, optimizer in _optimized(self.learner):
             buffer = tensors.get(f"{_MOMENTUM}{name}")
             if buffer is not None:
+                _require_shape(name, parameter, buffer)
                 _put_momentum(optimizer, parameter, buffer)
 
     def _begin(self, config: TrainConfig) -> None:
@@ -170,6 +175,15 @@ def _optimized(learner: Learner) -> list[tuple[str, nn.Parameter, torch.optim.Op
         for group, optimizer in learner.optimizers.items()
         for name, parameter in learner.groups[group].items()
     ]
+
+
+def _require_shape(name: str, parameter: nn.Parameter, buffer: Tensor) -> None:
+    """Refuse what would be spread over the parameter in silence."""
+    if buffer.shape != parameter.shape:
+        raise CheckpointError(
+            f"cannot resume: the momentum of {name} has shape {[*buffer.shape]}, the weight "
+            f"{[*parameter.shape]}; delete the newest checkpoint, or train again"
+        )
 
 
 def _put_momentum(
