@@ -224,14 +224,26 @@ def reason_of(error: OSError, doing: Doing | None = None) -> str:
     return texts[-1] if (doing or _doing(error)) == "write" else texts[0]
 
 
+def printable(text: str) -> str:
+    r"""Return ``text`` with every control character, but for line breaks, spelled as ``\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+_MOST_FAULTS = 5
+
+
 def one_line(error: ValidationError) -> str:
-    """Return what ``error`` says, in one line that names each field."""
+    """Return what ``error`` says, in one line that names each field, of many the first few."""
     parts = []
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:_MOST_FAULTS]:
         field = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{field}: {message}" if field else message)
-    return "; ".join(parts)
+        parts.append(f"{field:.200}: {message}" if field else message)
+    if error.error_count() > _MOST_FAULTS:
+        parts.append(f"and {error.error_count() - _MOST_FAULTS:,} more")
+    return printable("; ".join(parts))  # a stranger's file may have named the fields
 
 
 def machine_error(error: OSError | MemoryError) -> MachineError | None:

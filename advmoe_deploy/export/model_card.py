@@ -6,6 +6,7 @@ from advmoe_deploy.bundle import MODEL, EngineSet
 from advmoe_deploy.export.passes.report import PassReport, declined
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Macs, ParityReport
+from advmoe_deploy.reports.text import in_markdown
 from advmoe_deploy.specs import ModelSpec
 
 if TYPE_CHECKING:  # engines are added to a card where there is no PyTorch
@@ -57,7 +58,7 @@ def denormals_note(count: int) -> str:
 
 def _title(checkpoint: "Checkpoint") -> str:
     spec = checkpoint.model
-    names = ", ".join(checkpoint.class_names)
+    names = ", ".join(map(in_markdown, checkpoint.class_names))
     shape = ", ".join(str(size) for size in spec.image_shape)
     return (
         f"# {spec.backbone}, {spec.family}\n\n{what_it_is(spec)} `{MODEL}` takes `images`, float32 "

@@ -8,6 +8,7 @@ from advmoe_deploy.export.model_card import (
     threat_section,
     what_it_is,
 )
+from advmoe_deploy.reports.text import in_markdown
 from advmoe_deploy.zoo.record import Evaluation, ModelRecord, Share
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def accuracy(share: Share) -> str:
 def _title(name: str, checkpoint: "Checkpoint") -> str:
     return (
         f"# {name}\n\n{what_it_is(checkpoint.model)}\n\n"
-        f"Classes: {', '.join(checkpoint.class_names)}."
+        f"Classes: {', '.join(map(in_markdown, checkpoint.class_names))}."
     )
 
 

@@ -12,6 +12,7 @@ from advmoe_deploy.analysis.routing_change import AttackEffect, LayerChange
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.analysis.smoothing import SmoothingReport
 from advmoe_deploy.cli.pages.plots import DENSE, EXPERT_COLOURS, INK, MOE, PALE, UNFUSED
+from advmoe_deploy.reports.text import in_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,11 @@ def draw_by_class(axes: Axes, use: LayerUse, class_names: Sequence[str]) -> None
     picture = axes.imshow(table, aspect="auto", cmap="Greens", vmin=0, vmax=100)
     axes.set_xticks(range(use.experts), [str(e) for e in range(use.experts)])
     every = max(1, -(-len(class_names) // 40))  # of many classes, every second or third name
-    axes.set_yticks(range(0, len(class_names), every), list(class_names)[::every], fontsize=9)
+    axes.set_yticks(
+        range(0, len(class_names), every),
+        [in_plot(name) for name in class_names[::every]],
+        fontsize=9,
+    )
     axes.set(xlabel="expert", ylabel="class")
     axes.set_title(f"Experts by class: {use.layer}")
     if use.experts <= _MOST_LABELS and len(table) <= 20:

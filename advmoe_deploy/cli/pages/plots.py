@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from advmoe_deploy.errors import missing_extra
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports import LatencyReport, LatencyRow
+from advmoe_deploy.reports.text import in_plot
 from advmoe_deploy.verify.curve import CurvePoint
 
 if TYPE_CHECKING:
@@ -176,10 +177,11 @@ def draw_expert_load(
 ) -> None:
     """Draw one stacked bar per class."""
     left = [0.0] * len(load_CE)
+    names = [in_plot(name) for name in class_names]
     for expert in range(len(load_CE[0])):
         shares = [100 * row[expert] / max(1, sum(row)) for row in load_CE]
         colour = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
-        axes.barh(class_names, shares, left=left, color=colour, label=f"expert {expert}")
+        axes.barh(names, shares, left=left, color=colour, label=f"expert {expert}")
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="images, %", ylabel="class")

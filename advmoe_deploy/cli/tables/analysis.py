@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.certificate import Radii
 from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.cli.tables.escape import escape
 
 _MOST_LAYERS = 8
 

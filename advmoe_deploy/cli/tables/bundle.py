@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, EngineSet
+from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import (

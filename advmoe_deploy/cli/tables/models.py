@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 
 from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
+from advmoe_deploy.cli.tables.escape import escape
 
 _COLUMNS = ("models", "from", "data", "network", "MACs", "clean", "robust", "epsilon", "size")
 _NO_MODELS = "none yet: advmoe add RUN --name NAME"

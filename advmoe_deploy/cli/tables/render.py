@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from advmoe_deploy.errors import printable
 from advmoe_deploy.progress import Progress
 
 _PLAIN_WIDTH = 120
@@ -80,7 +81,7 @@ class PlainProgress:
 
     def note(self, message: str) -> None:
         """Print the message."""
-        self._write(message)
+        self._write(printable(message))
 
     def _print(self, task: str) -> None:
         done, total = self._tasks[task]
@@ -127,7 +128,7 @@ class RichProgress:
 
     def note(self, message: str) -> None:
         """Print the message above the bars."""
-        self._console.print(message, markup=False, highlight=False)
+        self._console.print(printable(message), markup=False, highlight=False)
 
     def close(self) -> None:
         """End the display, whatever still runs."""

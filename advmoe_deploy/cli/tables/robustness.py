@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 
 from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
+from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
 from advmoe_deploy.verify.examples.gate import GateReport

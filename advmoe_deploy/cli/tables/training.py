@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 
 from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
+from advmoe_deploy.cli.tables.escape import escape
 
 if TYPE_CHECKING:
     from advmoe_deploy.train.run.loop import TrainReport
