@@ -14,6 +14,7 @@ from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as open_bundle_at
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
+from advmoe_deploy.sealing.signature import require_signature
 from advmoe_deploy.zoo.resolve import place_for, require_bundle, resolve
 
 if TYPE_CHECKING:
@@ -138,14 +139,9 @@ def load_model(run: StrPath) -> Classifier:
         InputError: the model is missing, damaged or of another version.
         MachineError: the hub cannot be reached.
     """
-    found = resolve(run)
-    if (found / MANIFEST).is_file():
-        from advmoe_deploy.models.stored import reference_model
+    from advmoe_deploy.models.stored import open_stored
 
-        return reference_model(open_bundle_at(found))
-    from advmoe_deploy.models.checkpoint import load_checkpoint
-
-    return load_checkpoint(found / "model")[1]
+    return open_stored(resolve(run)).model
 
 
 def export(
@@ -224,17 +220,18 @@ def export(
     )
 
 
-def open_bundle(path: StrPath) -> Bundle:
+def open_bundle(path: StrPath, *, signed_by: StrPath | None = None) -> Bundle:
     """Return the bundle at ``path`` after checking the hash of every file.
 
-    Args:
-        path: a bundle; or its name, ``zoo:NAME`` or ``hub:USER/NAME``, as for :func:`load_model`.
+    ``path`` may be a name, as for :func:`load_model`; ``signed_by`` is the public key of whoever
+    must have signed the bundle.
 
     Raises:
-        BundleError: something is missing, changed or of another version, or this is a run.
+        InputError: something is missing, changed, not listed, not signed or of another version.
         UsageError: no bundle has that name.
     """
-    return open_bundle_at(require_bundle(path, resolve(path)))
+    bundle = open_bundle_at(require_bundle(path, resolve(path)))
+    return require_signature(bundle, Path(signed_by)) if signed_by else bundle
 
 
 def open_runner(

@@ -3,6 +3,7 @@
     manifest.json          plan, spec, decoding, parity, and the SHA-256 of every file below
     manifest.sha256        guards the manifest itself, against accident; not against an attacker;
                            for the instant in which a card is replaced, the old and the new of both
+    manifest.sig           its signature, if it was signed (sealing/signature.py)
     model.onnx             the whole model in one graph
     segments/              one dense graph per segment of the plan
     engines/               BACKEND-PRECISION/: graphs or engines written for a backend, a precision
@@ -11,7 +12,9 @@
     MODEL_CARD.md          what this model is, for people
     golden.npz             inputs and the reference's answers, routes by layer
 
-Opening a bundle checks every hash before any of its files is handed out.
+Opening a bundle checks every hash before any of its files is handed out, and refuses links and
+files that are not listed. What is loaded later is read once and hashed as it is handed out, so that
+it does not matter who writes to the folder meanwhile.
 """
 
 import hashlib
@@ -21,16 +24,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from advmoe_deploy import __version__
 from advmoe_deploy.decoding import ModelDecoding
 from advmoe_deploy.errors import BundleError, one_line, reading
-from advmoe_deploy.files import sha256_of
+from advmoe_deploy.files import flush_to_disk, sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
 from advmoe_deploy.reports.devices import Device, RtxDevice
+from advmoe_deploy.sealing.files import Sealed, is_plain, read_regular, require_alone
+from advmoe_deploy.sealing.graphs import self_contained
 from advmoe_deploy.specs import (
     Backend,
     ClassNames,
@@ -44,6 +49,7 @@ from advmoe_deploy.specs import (
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
+SIGNATURE = "manifest.sig"
 MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 GOLDEN = "golden.npz"
@@ -157,23 +163,66 @@ class BundleManifest(Frozen):
     versions: dict[str, str]
     files: dict[str, FileRecord]
 
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            if not is_plain(name):
+                raise ValueError(
+                    f"{name[:80]!a} may lead outside the bundle, or is no plain name; do not use "
+                    "this bundle"
+                )
+        return files
+
 
 class Bundle:
     """A bundle on disk whose every file has the hash its manifest says."""
 
-    def __init__(self, path: Path, manifest: BundleManifest) -> None:
+    def __init__(
+        self, path: Path, manifest: BundleManifest, manifest_file: bytes | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        # What stood in the file when it was hashed and parsed: what a signature has to be of.
+        self.manifest_text = manifest_file or manifest_text(manifest)
 
     def file(self, name: str) -> Path:
-        """Return the path of a listed file.
+        """Return the path of a listed file, for people; :meth:`read` is for what is loaded.
 
         Raises:
             BundleError: the manifest does not list ``name``.
         """
+        self._record(name)
+        return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a listed file, read once: these bytes are the ones that are hashed.
+
+        Raises:
+            BundleError: the manifest does not list ``name``, or it is not what was exported.
+        """
+        record = self._record(name)
+        with reading(self.path / name):
+            content = read_regular(self.path / name, record.bytes)
+        if content is None or hashlib.sha256(content).hexdigest() != record.sha256:
+            raise _changed(self.path, name)
+        return content
+
+    def sealed(self, name: str) -> Sealed:
+        """Return a listed file for whoever loads it later."""
+        return Sealed(self.file(name), lambda: self.read(name))
+
+    def graph(self, name: str) -> Sealed:
+        """Return a listed ONNX graph for whoever loads it later; its data come with it."""
+        return Sealed(self.file(name), lambda: self_contained(self.read(name), name, self._beside))
+
+    def _beside(self, name: str) -> bytes | None:
+        return self.read(name) if self.has(name) else None
+
+    def _record(self, name: str) -> FileRecord:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}; export it again")
-        return self.path / name
+        return self.manifest.files[name]
 
     def has(self, name: str) -> bool:
         """Return whether the manifest lists ``name``."""
@@ -198,12 +247,14 @@ def open_bundle(path: Path) -> Bundle:
     """Return the bundle at ``path`` after checking the hash of the manifest and of every file.
 
     Raises:
-        BundleError: something is missing, changed or of another version.
+        BundleError: something is missing, changed, not listed, a link, or of another version.
     """
-    manifest, hashes = _read_manifest(path)
+    text, hashes = _read_manifest(path)
+    manifest = _parse_manifest(path, text)
+    require_alone(path, {*manifest.files, MANIFEST, MANIFEST_HASH, SIGNATURE})
     for name, record in manifest.files.items():
         _check_file(path, name, record, hashes)
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, text)
 
 
 def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
@@ -226,7 +277,7 @@ def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
     (path / MANIFEST).write_bytes(text)
     (path / MANIFEST_HASH).write_bytes(hash_line(MANIFEST, text))
     for name in [*files, MANIFEST, MANIFEST_HASH]:
-        _flush_to_disk(path / name)
+        flush_to_disk(path / name)
     return manifest
 
 
@@ -247,8 +298,8 @@ def hash_line(name: str, content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode("ascii")
 
 
-def _read_manifest(path: Path) -> tuple[BundleManifest, list[bytes]]:
-    """Return the manifest, and the lines that guard it."""
+def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
+    """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
         raise BundleError(f"{path} is no directory; name a bundle that 'advmoe export' wrote")
     file = path / MANIFEST
@@ -260,7 +311,7 @@ def _read_manifest(path: Path) -> tuple[BundleManifest, list[bytes]]:
         hashes = (path / MANIFEST_HASH).read_bytes().splitlines(keepends=True)
     if hash_line(MANIFEST, text) not in hashes:
         raise _changed(path, f"{MANIFEST} or {MANIFEST_HASH}")
-    return _parse_manifest(path, text), hashes
+    return text, hashes
 
 
 def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
@@ -275,7 +326,7 @@ def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
         return BundleManifest.model_validate(fields)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {one_line(error)}; export it again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} is not JSON ({error}); export it again") from None
 
 
@@ -297,8 +348,3 @@ def _changed(path: Path, name: str) -> BundleError:
         f"{path}: {name} is not what was exported (SHA-256 differs); "
         "copy the bundle again or export it again"
     )
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -8,6 +8,7 @@ from advmoe_deploy.bundle import (
     CARD,
     MANIFEST,
     MANIFEST_HASH,
+    SIGNATURE,
     Bundle,
     FileRecord,
     hash_line,
@@ -25,13 +26,18 @@ def replace_card(bundle: Bundle, card: str) -> Bundle:
     happens, ``kill -9`` included, the bundle opens afterwards, with the old card or the new one.
 
     Raises:
-        BundleError: the bundle has changed since it was opened.
+        BundleError: the bundle has changed since it was opened, or is signed.
         OSError: it cannot be written, and is as it was: no permission, or the disk is full.
     """
     now = open_bundle(bundle.path)
     if now.identity != bundle.identity:
         raise BundleError(
             f"{bundle.path} is another bundle than the one that was opened; try again"
+        )
+    if (bundle.path / SIGNATURE).exists():
+        raise BundleError(
+            f"{bundle.path} is signed, and another card would end that; delete {SIGNATURE} first, "
+            "and sign it again"
         )
     content = card.encode()
     record = FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))

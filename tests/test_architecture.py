@@ -27,6 +27,7 @@ LAYERS = [
         "card",
         "pruning",
         "reports",
+        "sealing",
         "process",
         "progress",
         "settings",

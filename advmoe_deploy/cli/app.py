@@ -20,6 +20,7 @@ from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
 from advmoe_deploy.cli.commands.models.add import add
 from advmoe_deploy.cli.commands.models.push import push
+from advmoe_deploy.cli.commands.models.sign import sign
 from advmoe_deploy.cli.commands.predict import predict
 from advmoe_deploy.cli.commands.profile import profile
 from advmoe_deploy.cli.commands.report import report
@@ -36,6 +37,7 @@ from advmoe_deploy.cli.failures import (
     watched_interrupts,
 )
 from advmoe_deploy.cli.session import forget_shown, print_json_error
+from advmoe_deploy.errors import printable
 
 app = typer.Typer(
     name="advmoe",
@@ -63,6 +65,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "analyze": analyze,
     "serve": serve,
     "predict": predict,
+    "sign": sign,
     "inspect": inspect,
     "list": list_names,
     "add": add,
@@ -118,7 +121,7 @@ def _invoke(arguments: list[str]) -> int:
 
 def _complain(error: BaseException, *, as_json: bool) -> int:
     code, message = describe(error)
-    message = one_line(message)
+    message = printable(one_line(message))
     try:
         print(f"advmoe: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
         if as_json:

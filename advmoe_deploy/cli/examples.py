@@ -47,7 +47,12 @@ EXAMPLES = {
         "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",
         "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
     ),
-    "serve": ("advmoe serve bundle --port 8000", "advmoe serve cats:1=old cats:2=new"),
+    "serve": (
+        "advmoe serve bundle --port 8000",
+        "advmoe serve cats:1=old cats:2=new",
+        "advmoe serve bundle --require-signature key.pub",
+    ),
+    "sign": ("advmoe sign bundle --key key.pem",),
     "predict": (
         "advmoe predict bundle --input photos/ --output answers.jsonl",
         "advmoe predict bundle --input 'photos/**/*.png' --output answers.parquet --top-k 3",

@@ -24,6 +24,7 @@ OPTIONAL = {
     "huggingface_hub": ("huggingface_hub", "hub"),
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),
+    "model_signing": ("model-signing", "sign"),
 }
 REQUIRED = ("numpy", "onnx", "pillow", "pydantic", "rich", "safetensors", "typer")
 

@@ -49,6 +49,15 @@ BundlePath = Annotated[
     Path,
     typer.Argument(readable=False, metavar="BUNDLE", help=f"What 'advmoe export' wrote{NAMED}"),
 ]
+SignedBy = Annotated[
+    Path | None,
+    typer.Option(
+        "--require-signature",
+        readable=False,
+        metavar="KEY.pub",
+        help="Refuse a bundle that 'advmoe sign' did not sign with the key of this public one.",
+    ),
+]
 
 Results = Annotated[
     list[Path] | None,

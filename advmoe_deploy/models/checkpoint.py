@@ -4,6 +4,7 @@ checkpoint.json        spec, threat model, recipe, metrics, and the weights' SHA
 weights.safetensors    the state dict
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from advmoe_deploy.decoding import ModelDecoding
@@ -65,11 +66,13 @@ def load_checkpoint(directory: Path) -> tuple[Checkpoint, Classifier]:
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{weights} is missing; train again or copy the run again")
-    if sha256_of(weights) != checkpoint.weights_sha256:
+    with reading(weights):
+        content = weights.read_bytes()  # once: what is loaded is what was hashed
+    if hashlib.sha256(content).hexdigest() != checkpoint.weights_sha256:
         raise CheckpointError(
             f"{weights} is truncated or changed (SHA-256 differs); copy the run again"
         )
-    return checkpoint, model_from_weights(checkpoint.model, weights)
+    return checkpoint, model_from_weights(checkpoint.model, content, weights)
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -87,15 +90,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         return Checkpoint.model_validate(fields)
     except ValidationError as error:
         raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}); copy the run again") from None
 
 
-def model_from_weights(spec: ModelSpec, weights: Path) -> Classifier:
-    """Return the network of ``spec`` with the weights of a safetensors file, in eval mode."""
+def model_from_weights(spec: ModelSpec, content: bytes, weights: Path) -> Classifier:
+    """Return the network of ``spec`` with the ``content`` of a safetensors file, in eval mode."""
     try:
-        with reading(weights):
-            state = load_file(weights)
+        state = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from None
     require_finite(state, str(weights))

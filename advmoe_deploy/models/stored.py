@@ -64,7 +64,8 @@ def reference_model(bundle: Bundle) -> Classifier:
             f"{bundle.path} was exported without its reference weights, which the attacks need; "
             "export it again without --no-reference"
         )
-    return model_from_weights(bundle.manifest.model, bundle.file(REFERENCE))
+    content = bundle.read(REFERENCE)
+    return model_from_weights(bundle.manifest.model, content, bundle.file(REFERENCE))
 
 
 def fingerprint_in(provenance: Mapping[str, object]) -> Fingerprint | None:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.sealing.golden import golden_arrays
 
 GOLDEN_IMAGES = 64
 _OF_A_ROUTE = ("scores", "expert_ids", "weights")
@@ -43,14 +45,18 @@ def write_golden(file: Path, images: Images, answers: Answers) -> None:
     np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_golden(file: Path, layers: Iterable[str]) -> tuple[Images, Answers]:
-    """Return what :func:`write_golden` wrote, with the routes of ``layers``."""
-    with np.load(file) as arrays:
-        routes = {
-            layer: RouteAnswers(*(_by_row(arrays[f"{layer}.{name}"]) for name in _OF_A_ROUTE))
-            for layer in layers
-        }
-        return arrays["images"], Answers(arrays["logits"], routes)
+def read_golden(bundle: Bundle, layers: Iterable[str]) -> tuple[Images, Answers]:
+    """Return what :func:`write_golden` wrote, with the routes of ``layers``.
+
+    Raises:
+        BundleError: the file is not what was exported, or holds something else.
+    """
+    arrays = golden_arrays(bundle)
+    routes = {
+        layer: RouteAnswers(*(_by_row(arrays[f"{layer}.{name}"]) for name in _OF_A_ROUTE))
+        for layer in layers
+    }
+    return arrays["images"], Answers(arrays["logits"], routes)
 
 
 def _by_row(values: NDArray[Any]) -> NDArray[Any]:

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy import __version__
-from advmoe_deploy.bundle import GOLDEN, Bundle
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.profiling.baselines import BASELINES
@@ -29,6 +28,8 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
+from advmoe_deploy.sealing.files import Sealed
+from advmoe_deploy.sealing.golden import golden_arrays
 
 Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
@@ -166,8 +167,8 @@ def _check_request(
 def _golden(bundle: Bundle) -> tuple[Images, dict[str, NDArray[np.int64]]]:
     """Return the golden images and where each layer sends them."""
     layers = [route.layer for route in bundle.manifest.plan.routes]
-    with np.load(bundle.file(GOLDEN)) as golden:
-        return golden["images"], {layer: golden[f"{layer}.expert_ids"] for layer in layers}
+    golden = golden_arrays(bundle)
+    return golden["images"], {layer: golden[f"{layer}.expert_ids"] for layer in layers}
 
 
 def _open_subjects(
@@ -194,7 +195,7 @@ def _open_subjects(
         if not bundle.has(file):
             left_out.append(name)
             continue
-        baseline = stack.enter_context(_baseline(bundle, bundle.file(file), name, threads))
+        baseline = stack.enter_context(_baseline(bundle, bundle.graph(file), name, threads))
         subjects.append(_Subject(name, "onnxruntime", baseline, cost[name]))
     if left_out:
         settings["left_out"] = f"{', '.join(left_out)}: the bundle has no such graph"
@@ -212,7 +213,7 @@ def _raised(bundle: Bundle, runner: Runner) -> dict[str, list[str]]:
     return raised
 
 
-def _baseline(bundle: Bundle, file: Path, name: str, threads: int) -> GraphRunner:
+def _baseline(bundle: Bundle, file: Sealed, name: str, threads: int) -> GraphRunner:
     manifest = bundle.manifest
     routes = manifest.plan.routes if name == "unfused" else ()
     return GraphRunner(file, manifest.model.image_shape, routes=routes, threads=threads)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.sealing.files import Sealed
 
 
 class Engine(Protocol):
@@ -28,10 +29,25 @@ class Engine(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-# A serialised graph, or its file, already verified.
-Source = bytes | Path
+# A serialised graph, a file of ours that holds it, or a file of a bundle.
+Source = bytes | Path | Sealed
 # From the name of a segment and its graph to an engine.
 OpenEngine = Callable[[str, Source], Engine]
+
+
+def content_of(source: Source) -> bytes:
+    """Return the serialised graph; of a bundle's file it is what was hashed.
+
+    Runtimes get bytes, never a path: one that knows a path opens other files beside it.
+    """
+    if isinstance(source, bytes):
+        return source
+    return source.read_bytes() if isinstance(source, Path) else source.read()
+
+
+def name_of(source: Source) -> str:
+    """Return what to call the graph in a message."""
+    return "the graph" if isinstance(source, bytes) else str(source)
 
 
 def require_threads(threads: int) -> None:

@@ -8,7 +8,7 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.bundle import FORMATS, GOLDEN, MODEL, Bundle, EngineSet
+from advmoe_deploy.bundle import FORMATS, MODEL, Bundle, EngineSet
 from advmoe_deploy.errors import BundleError, unknown_name
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.engine import Engine, OpenEngine, Source, require_threads
@@ -18,6 +18,7 @@ from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.load import open_tensorrt
+from advmoe_deploy.sealing.golden import golden_arrays
 from advmoe_deploy.specs import Backend, ComputeDtype, Precision
 
 # Batch sizes run once at load: OpenVINO compiles for each size it meets for the first time.
@@ -88,7 +89,7 @@ def _ort_graph(
     manifest = bundle.manifest
     shape, routes = manifest.model.image_shape, manifest.plan.routes
     return GraphRunner(
-        bundle.file(MODEL), shape, routes=routes, threads=threads, provider=provider, name=name
+        bundle.graph(MODEL), shape, routes=routes, threads=threads, provider=provider, name=name
     )
 
 
@@ -118,11 +119,11 @@ def _tensorrt(
 def _plan_runner(bundle: Bundle, backend: Backend, precision: Precision, threads: int) -> Runner:
     """Return a runner of the bundle's own plan, one engine per segment."""
     plan = bundle.manifest.plan
-    files = {s.name: bundle.file(s.file) for s in plan.segments}
+    files = {s.name: bundle.graph(s.file) for s in plan.segments}
     compute_dtypes: dict[str, ComputeDtype] = {}
     if precision != "fp32":
         chosen = _require_set(bundle, backend, precision)
-        files |= {name: bundle.file(file) for name, file in chosen.files.items()}
+        files |= {name: bundle.graph(file) for name, file in chosen.files.items()}
         compute_dtypes = compute_dtypes_of(chosen.segments)
     return PlanRunner(
         plan,
@@ -146,7 +147,7 @@ def _set_runner(
     chosen = _require_set(bundle, backend, precision)
     return PlanRunner(
         chosen.plan,
-        {s.name: bundle.file(s.file) for s in chosen.plan.segments},
+        {s.name: bundle.graph(s.file) for s in chosen.plan.segments},
         bundle.manifest.model.image_shape,
         routes=bundle.manifest.plan.routes,
         open_engine=engine_opener(backend, chosen.compute_dtypes, threads, provider),
@@ -205,8 +206,7 @@ def _warm(
     """
     with ExitStack() as stack:
         stack.enter_context(runner)
-        with np.load(bundle.file(GOLDEN)) as golden:
-            images = golden["images"]
+        images = golden_arrays(bundle)["images"]
         for batch in WARM_BATCHES * rounds:
             run(np.resize(images, (batch, *images.shape[1:])))
         stack.pop_all()  # it stays open, unless something went wrong

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH
+from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE
 from advmoe_deploy.errors import BundleError, CheckpointError, InputError, UsageError, naming
 from advmoe_deploy.files import sha256_of, staged_directory
 from advmoe_deploy.process import cache_folder
@@ -66,7 +66,7 @@ def _files_of(asked: Repository, folder: Path) -> list[str]:
             raise BundleError(f"{asked}: {MANIFEST} lists no files; ask its owner")
         for name in listed:
             _require_harmless(asked, name)
-        return [MANIFEST, MANIFEST_HASH, *listed]
+        return [MANIFEST, MANIFEST_HASH, SIGNATURE, *listed]
     if (folder / RUN_MARKER).is_file():
         return [RUN_MARKER, _WEIGHTS, RECORD, CARD]
     raise InputError(

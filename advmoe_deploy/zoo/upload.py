@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE, Bundle, open_bundle
 from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import staged_directory
@@ -113,7 +113,9 @@ def _of_bundle(bundle: Bundle, name: str, how: Packing) -> Upload:
             )
     head = _head(name, manifest.model, data.partition(":")[0], evaluations, how.licence)
     card = bundle.file(CARD).read_bytes() if bundle.has(CARD) else b""
-    files = {each: bundle.path / each for each in (MANIFEST, MANIFEST_HASH, *manifest.files)}
+    signature = [SIGNATURE] if (bundle.path / SIGNATURE).is_file() else []
+    names = (MANIFEST, MANIFEST_HASH, *signature, *manifest.files)
+    files = {each: bundle.path / each for each in names}
     return Upload("bundle", {**files, README: head.encode() + card})
 
 

@@ -20,7 +20,7 @@ from advmoe_deploy.bundle import (
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
-from advmoe_deploy.models.checkpoint import model_from_weights
+from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
 from advmoe_deploy.specs import Precision, build_spec
@@ -212,7 +212,7 @@ def test_suites(suite: Suite) -> None:
 
 
 def test_accuracy_falls_along_the_curve(tiny_bundle: Bundle) -> None:
-    model = model_from_weights(tiny_bundle.manifest.model, tiny_bundle.file(REFERENCE))
+    model = reference_model(tiny_bundle)
     points = robustness_curve(model, load_dataset("digits").test, (0.0, 0.05, 0.5), steps=5)
     accuracies = [point.accuracy for point in points]
     assert accuracies == sorted(accuracies, reverse=True)

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import BundlePath, Engine, Json, OnError, Overwrite, Threads
+from advmoe_deploy.cli.options import (
+    BundlePath,
+    Engine,
+    Json,
+    OnError,
+    Overwrite,
+    SignedBy,
+    Threads,
+)
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.process import use_threads
@@ -24,6 +32,7 @@ def predict(
         ),
     ] = None,
     engine: Engine = "onnxruntime",
+    require_signature: SignedBy = None,
     threads: Threads = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per inference.")] = 64,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Also list the best K classes.")] = 0,
@@ -44,7 +53,7 @@ def predict(
         from advmoe_deploy.serving.batch import classify_files
 
         report = classify_files(
-            open_bundle(bundle),
+            open_bundle(bundle, signed_by=require_signature),
             source,
             output,
             engine=engine,

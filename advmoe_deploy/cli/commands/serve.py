@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Engine, Json, Threads
+from advmoe_deploy.cli.options import Engine, Json, SignedBy, Threads
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
@@ -74,6 +74,7 @@ def serve(
         typer.Option("--drain", min=0, help="Seconds from SIGTERM to closing the port, not ready."),
     ] = 1.0,
     engine: Engine = "onnxruntime",
+    require_signature: SignedBy = None,
     threads: Threads = 0,
     files: Annotated[str | None, typer.Option("--input", "--output", hidden=True)] = None,
     as_json: Json = False,
@@ -102,7 +103,10 @@ def serve(
         )
         places = [split_offer(text) for text in bundles]
         serve_bundles(
-            [Offer(open_bundle(place), name, version) for name, version, place in places],
+            [
+                Offer(open_bundle(place, signed_by=require_signature), name, version)
+                for name, version, place in places
+            ],
             host,
             port,
             insecure=insecure,

@@ -12,6 +12,7 @@ from advmoe_deploy.cli.options import (
     Data,
     Engine,
     Json,
+    SignedBy,
     Suite,
     Threads,
     use_torch_threads,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def verify(
     bundle: BundlePath,
     engine: Engine = "onnxruntime",
+    require_signature: SignedBy = None,
     data: Data = None,
     class_map: ClassMap = None,
     attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
@@ -84,7 +86,7 @@ def verify(
         measured: list[AttackOutcome] = []
         with ui.keeping(measured, lambda: tables.attack_outcomes(measured, engine)):
             report = verify_bundle(
-                open_bundle(bundle),
+                open_bundle(bundle, signed_by=require_signature),
                 engine=engine,
                 data=data,
                 class_map=read_class_map(class_map),

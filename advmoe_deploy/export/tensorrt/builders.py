@@ -23,7 +23,7 @@ from advmoe_deploy.parity.batches import require_any_batch
 from advmoe_deploy.parity.compare import require_parity
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.reports.devices import Device, GpuLibrary
-from advmoe_deploy.runtime.engine import Engine, Source
+from advmoe_deploy.runtime.engine import Engine, Source, content_of
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine, timing_cache_file
@@ -86,7 +86,7 @@ class OnCpu:
 
     def open(self, engine: Source) -> Engine:
         """Return an engine that answers as the graph's own will."""
-        content = engine if isinstance(engine, bytes) else engine.read_bytes()
+        content = content_of(engine)
         return OrtEngine(for_cpu(ModelProto.FromString(content)).SerializeToString())
 
     def runner(

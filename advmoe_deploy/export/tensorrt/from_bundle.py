@@ -159,9 +159,12 @@ class _Building:
         self.set, self.builder, self.batch = graphs, builder, build.batch
         self.folder = engine_folder(graphs.precision, builder.device)
         self.plan = plan_in(graphs.plan, self.folder, SUFFIX)
-        self.graphs = {s.name: onnx.load_model(source.file(s.file)) for s in graphs.plan.segments}
+        self.graphs = {
+            s.name: onnx.load_model_from_string(source.graph(s.file).read())
+            for s in graphs.plan.segments
+        }
         layers = [route.layer for route in self.plan.routes]
-        examples = Examples(*read_golden(source.file(GOLDEN), layers))
+        examples = Examples(*read_golden(source, layers))
         parity = source.manifest.parity
         changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
         limits = Limits(predictions=max(Limits().predictions, changed), sample=True)
@@ -226,7 +229,8 @@ def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> dict[s
     files = {n: record for n, record in listed if n != CARD and not n.startswith(folders)}
     for name in files:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source.path / name, staged / name)
+        (staged / name).write_bytes(source.read(name))
+        shutil.copymode(source.path / name, staged / name)  # a script can be run
     return files
 
 

@@ -14,7 +14,7 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.precision.casts import precision_of
 from advmoe_deploy.export.tensorrt.builders import EngineBuilder, GpuBuilder, OnCpu
 from advmoe_deploy.reports.devices import GpuLibrary
-from advmoe_deploy.runtime.engine import Engine, Source
+from advmoe_deploy.runtime.engine import Engine, Source, content_of
 from advmoe_deploy.runtime.tensorrt.api import INetworkDefinition
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
 from advmoe_deploy.runtime.tensorrt.device import rtx_device
@@ -75,7 +75,7 @@ class RtxCompiler(OnCpu):
         return super().open(self._graph_of(engine))
 
     def _graph_of(self, engine: Source) -> bytes:
-        content = engine if isinstance(engine, bytes) else engine.read_bytes()
+        content = content_of(engine)
         if _hash(content) not in self._graphs:
             raise CheckFailedError(f"{engine!s:.200} is not what was compiled; export again")
         return self._graphs[_hash(content)]

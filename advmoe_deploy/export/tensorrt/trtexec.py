@@ -22,7 +22,7 @@ _HEAD = """\
 set -euo pipefail
 cd "$(dirname "$0")"
 trtexec=${{TRTEXEC:-trtexec}}
-out=${{OUT:-.}}
+out=${{OUT:?say where the engines go, outside of the bundle, which takes no other files}}
 mkdir -p "$out"
 typed() {{ if [[ ${{WEAK:-}} ]]; then echo "$@"; else echo --stronglyTyped; fi; }}
 strong() {{ if [[ ! ${{WEAK:-}} ]]; then echo "$@"; fi; }}

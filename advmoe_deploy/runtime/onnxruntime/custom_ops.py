@@ -4,18 +4,20 @@ The library is the one that came in the wheel, else it is compiled once into the
 there is none and the bodies run; whoever asks is told which, and why.
 """
 
+import atexit
+import hashlib
 import json
-import mmap
 import os
 import shutil
 import stat
+import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError, reason_of
-from advmoe_deploy.files import sha256_of
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
@@ -37,13 +39,16 @@ class CustomOps:
     form: Literal["kernels", "bodies"]
     reason: str
     library: Path | None = None
+    # What to load: a private copy of the library, made while its hash was taken.
+    loaded: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.form}: {self.reason}"
 
     def as_json(self) -> dict[str, str | None]:
         """Return the fields as JSON has them."""
-        return {**asdict(self), "library": str(self.library) if self.library else None}
+        library = str(self.library) if self.library else None
+        return {"form": self.form, "reason": self.reason, "library": library}
 
 
 def find_custom_ops(wanted: str | None = None) -> CustomOps:
@@ -71,27 +76,18 @@ def find_custom_ops(wanted: str | None = None) -> CustomOps:
     return found
 
 
-def uses_custom_ops(model: bytes | Path) -> bool:
-    """Return whether the serialised graph, or the file, names the custom operators' domain."""
-    name = DOMAIN.encode()
-    if isinstance(model, bytes):
-        return name in model
-    if not model.is_file() or not model.stat().st_size:
-        return False
-    with (
-        model.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return content.rfind(name) >= 0  # functions stand at the end
+def uses_custom_ops(model: bytes) -> bool:
+    """Return whether the serialised graph names the custom operators' domain."""
+    return model.rfind(DOMAIN.encode()) >= 0  # functions stand at the end
 
 
 def _find() -> CustomOps:
     if (FOLDER / RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
-        return CustomOps("kernels", "prebuilt in the package", _checked(FOLDER))
+        return CustomOps("kernels", "prebuilt in the package", *_checked(FOLDER))
     try:
         cached = cache_folder() / f"kernels-{source_hash()[:32]}"
         if cached.is_dir():
-            return CustomOps("kernels", "compiled earlier, in the cache", _checked_cache(cached))
+            return CustomOps("kernels", "compiled earlier, in the cache", *_checked_cache(cached))
         compiler = find_compiler()
         if compiler is None:
             return CustomOps("bodies", "no library in the package and no C compiler (cc, or CC)")
@@ -99,7 +95,7 @@ def _find() -> CustomOps:
     except (OSError, RuntimeError) as error:  # a home that is unknown or closed to us included
         reason = reason_of(error) if isinstance(error, OSError) else error
         return CustomOps("bodies", f"the kernels could not be compiled: {reason}")
-    return CustomOps("kernels", f"compiled by {compiler}", _checked_cache(cached))
+    return CustomOps("kernels", f"compiled by {compiler}", *_checked_cache(cached))
 
 
 def _compile(compiler: str, cached: Path) -> None:
@@ -117,8 +113,8 @@ def _compile(compiler: str, cached: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checked_cache(cached: Path) -> Path:
-    """Return the library in ``cached``, which nobody else can have written or replaced."""
+def _checked_cache(cached: Path) -> tuple[Path, str]:
+    """Do as :func:`_checked` with what nobody else can have written or replaced."""
     _require_private(cached.parent, 0o022)
     _require_private(cached, 0o077)
     return _checked(cached)
@@ -133,19 +129,58 @@ def _require_private(directory: Path, closed: int) -> None:
         )
 
 
-def _checked(directory: Path) -> Path:
-    """Return the library in ``directory``, whose hash is the recorded one."""
+def _checked(directory: Path) -> tuple[Path, str]:
+    """Return the library in ``directory``, whose hash is the recorded one, and what to load."""
     library = directory / LIBRARY
     try:
-        same = sha256_of(library) == _record(directory).get("library_sha256")
+        content = library.read_bytes()
     except FileNotFoundError:
-        same = False
-    if not same:
+        content = b""
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != _record(directory).get("library_sha256"):
         raise InputError(
             f"{library} is not the library that was compiled (its SHA-256 differs); delete "
             f"{directory}, or set {VARIABLE}=bodies"
         )
-    return library
+    return library, _private_copy(digest, content)
+
+
+_copies: dict[str, str] = {}
+_copying = Lock()
+
+
+def _private_copy(digest: str, content: bytes) -> str:
+    """Return the path of a copy that nobody can change any more, one per process and content.
+
+    On Linux that is sealed memory; elsewhere a file in a folder closed to others, until exit.
+    """
+    with _copying:
+        if digest not in _copies:
+            _copies[digest] = _sealed_memory(content) or _private_file(content)
+        return _copies[digest]
+
+
+def _sealed_memory(content: bytes) -> str | None:
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.memfd_create(LIBRARY, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:  # the kernel was told to give none
+        return None
+    with open(descriptor, "wb", closefd=False) as file:  # it stays open as long as the process
+        file.write(content)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _private_file(content: bytes) -> str:
+    folder = Path(tempfile.mkdtemp(prefix="advmoe-kernels-"))  # 0700
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / LIBRARY).write_bytes(content)
+    return str(folder / LIBRARY)
 
 
 def _record(directory: Path) -> dict[str, object]:

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.process import default_threads, without_telemetry
 from advmoe_deploy.runtime.denormals import flush_denormals
-from advmoe_deploy.runtime.engine import require_threads
+from advmoe_deploy.runtime.engine import Source, content_of, name_of, require_threads
 from advmoe_deploy.runtime.onnxruntime.custom_ops import (
     VARIABLE,
     CustomOps,
@@ -58,7 +57,7 @@ class OrtEngine(Closing):
 
     def __init__(
         self,
-        model: bytes | Path,
+        model: Source,
         *,
         threads: int = 0,
         custom_ops: str | None = None,
@@ -67,7 +66,7 @@ class OrtEngine(Closing):
         """Load a graph.
 
         Args:
-            model: the serialised graph, or its file, already verified by the bundle.
+            model: the serialised graph, or its file.
             threads: inside one operator; 0 is :func:`~advmoe_deploy.process.default_threads`.
             custom_ops: which form of our operators runs, see
                 :func:`~advmoe_deploy.runtime.onnxruntime.custom_ops.find_custom_ops`.
@@ -91,22 +90,24 @@ class OrtEngine(Closing):
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        source = model if isinstance(model, bytes) else str(model)
+        # Its other format may name files too.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        content = content_of(model)
         self.custom_ops: CustomOps | None = None
-        if uses_custom_ops(model):
+        if uses_custom_ops(content):
             self.custom_ops = find_custom_ops(custom_ops if provider == CPU else "bodies")
             _register(options, self.custom_ops)
         try:
             # Of a provider that it cannot load it prints at length.
             with nullcontext() if provider == CPU else redirect_stdout(sys.stderr):
-                session = runtime.InferenceSession(source, options, providers=_PROVIDERS[provider])
+                session = runtime.InferenceSession(content, options, providers=_PROVIDERS[provider])
         except Exception as error:
             _refuse_out_of_memory(error)
             if type(error).__name__ not in _LOAD_ERRORS:
                 raise
-            where = "the graph" if isinstance(model, bytes) else str(model)
             reason = str(error).splitlines()[0]
-            raise BundleError(f"ONNX Runtime cannot load {where}: {reason}") from None
+            raise BundleError(f"ONNX Runtime cannot load {name_of(model)}: {reason}") from None
+        session._model_bytes = None  # which it keeps for good, beside the weights it made of them
         if session.get_providers()[0] != provider:
             raise BackendUnavailableError(
                 f"ONNX Runtime cannot load its {provider}: libraries of CUDA, cuDNN or TensorRT "
@@ -153,10 +154,10 @@ def _require_provider(runtime: Any, provider: Provider) -> None:
 
 def _register(options: Any, custom_ops: CustomOps) -> None:
     """Add the kernels to a session's options, if they are what runs."""
-    if custom_ops.library is None:
+    if custom_ops.loaded is None:
         return
     try:
-        options.register_custom_ops_library(str(custom_ops.library))
+        options.register_custom_ops_library(custom_ops.loaded)
     except Exception as error:
         if type(error).__name__ not in _LOAD_ERRORS:
             raise

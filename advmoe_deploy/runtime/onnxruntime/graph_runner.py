@@ -1,12 +1,11 @@
 """Runner of one ONNX graph that routes inside, on ONNX Runtime."""
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.plan import RouteStep
+from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.images import checked_images
 from advmoe_deploy.runtime.onnxruntime.custom_ops import CustomOps
 from advmoe_deploy.runtime.onnxruntime.engine import CPU, OrtEngine, Provider, rounds_to_tf32
@@ -19,7 +18,7 @@ class GraphRunner(Closing):
 
     def __init__(
         self,
-        model: bytes | Path,
+        model: Source,
         image_shape: tuple[int, int, int],
         *,
         routes: tuple[RouteStep, ...] = (),

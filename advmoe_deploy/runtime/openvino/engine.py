@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
@@ -17,7 +16,7 @@ from advmoe_deploy.errors import (
     missing_extra,
 )
 from advmoe_deploy.process import default_threads, without_telemetry
-from advmoe_deploy.runtime.engine import require_threads
+from advmoe_deploy.runtime.engine import Source, content_of, name_of, require_threads
 from advmoe_deploy.specs import ComputeDtype, Precision
 
 # What OpenVINO calls them: the capability a device must list, and the hint for a graph.
@@ -39,12 +38,12 @@ class OpenVinoEngine(Closing):
     """
 
     def __init__(
-        self, model: bytes | Path, *, compute_dtype: ComputeDtype = "fp32", threads: int = 0
+        self, model: Source, *, compute_dtype: ComputeDtype = "fp32", threads: int = 0
     ) -> None:
         """Load and compile a graph.
 
         Args:
-            model: the serialised graph, or its file, already verified by the bundle.
+            model: the serialised graph, or its file.
             compute_dtype: the precision of everything that is not between Q/DQ pairs.
             threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
 
@@ -59,7 +58,7 @@ class OpenVinoEngine(Closing):
         core = _core()
         try:
             compiled = core.compile_model(
-                core.read_model(model if isinstance(model, bytes) else str(model)),
+                core.read_model(content_of(model)),
                 "CPU",
                 {
                     "INFERENCE_PRECISION_HINT": _HINT[compute_dtype],
@@ -71,8 +70,7 @@ class OpenVinoEngine(Closing):
             )
         except (RuntimeError, MemoryError) as error:
             _refuse_out_of_memory(error)
-            where = "the graph" if isinstance(model, bytes) else str(model)
-            raise BundleError(f"OpenVINO cannot load {where}: {_reason(error)}") from None
+            raise BundleError(f"OpenVINO cannot load {name_of(model)}: {_reason(error)}") from None
         _require_hint(compiled, compute_dtype)
         self.output_names: tuple[str, ...] = tuple(o.get_any_name() for o in compiled.outputs)
         # As many requests as run side by side: more would only hold more memory.

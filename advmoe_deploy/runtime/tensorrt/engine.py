@@ -5,13 +5,13 @@ Written against the documented interface; not run on a GPU yet.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.reports.devices import Device
+from advmoe_deploy.runtime.engine import Source
 from advmoe_deploy.runtime.tensorrt.cuda import wait_for_default_stream
 from advmoe_deploy.runtime.tensorrt.program import Program
 from advmoe_deploy.runtime.tensorrt.slot import DeviceArray, SingleSlot
@@ -24,13 +24,11 @@ class TensorRtEngine(Closing):
     Batches are padded up to few sizes, each of which has a CUDA graph of its own once met twice.
     """
 
-    def __init__(
-        self, source: bytes | Path, *, device: Device | None = None, contexts: int = 2
-    ) -> None:
+    def __init__(self, source: Source, *, device: Device | None = None, contexts: int = 2) -> None:
         """Load an engine.
 
         Args:
-            source: the serialised engine, or its file, already verified by the bundle.
+            source: the serialised engine, or its file.
             device: what it was built for, where that is known.
             contexts: how many runs may be under way at once; more wait.
 

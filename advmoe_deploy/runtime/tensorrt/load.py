@@ -54,7 +54,7 @@ def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> 
         )
     return runner_of_engines(
         engines.plan,
-        {name: bundle.file(file) for name, file in graph_files(engines.plan).items()},
+        {name: bundle.sealed(file) for name, file in graph_files(engines.plan).items()},
         bundle.manifest.model.image_shape,
         device=device,
         precision=engines.precision,

@@ -18,7 +18,7 @@ from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports.devices import Device, GpuLibrary, RtxDevice
-from advmoe_deploy.runtime.engine import Source
+from advmoe_deploy.runtime.engine import Source, content_of, name_of
 from advmoe_deploy.runtime.tensorrt.api import (
     TITLES,
     Heard,
@@ -90,7 +90,7 @@ class Program(Closing):
         """Load an engine.
 
         Args:
-            source: the serialised engine, or its file, already verified by the bundle.
+            source: the serialised engine, or its file.
             device: what it was built for, where that is known.
 
         Raises:
@@ -103,11 +103,11 @@ class Program(Closing):
         if device is not None:
             require_device(device)
         heard = listen()
-        self.name = "the engine" if isinstance(source, bytes) else str(source)
+        self.name = "the engine" if isinstance(source, bytes) else name_of(source)
         runtime = trt.Runtime(logger(self._library))
         if device is not None and device.version_compatible:
             runtime.engine_host_code_allowed = True
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = content_of(source)
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(

@@ -70,4 +70,4 @@ class Golden:
 def golden_of(bundle: Bundle) -> Golden:
     """Return the golden images of ``bundle``."""
     layers = [route.layer for route in bundle.manifest.plan.routes]
-    return Golden(bundle, *read_golden(bundle.file(GOLDEN), layers))
+    return Golden(bundle, *read_golden(bundle, layers))

@@ -206,13 +206,13 @@ def test_a_file_that_changes_meanwhile_is_noticed(graphs: Bundle, tmp_path: Path
 
 
 def test_golden_routes_are_read_as_they_were_written(graphs: Bundle) -> None:
-    images, answers = read_golden(graphs.file(GOLDEN), ["router"])
+    images, answers = read_golden(graphs, ["router"])
     assert len(images) == len(answers.logits) == len(answers.routes["router"].expert_ids)
     assert answers.routes["router"].margins.min() >= 0
 
 
 def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) -> None:
-    examples = Examples(*read_golden(graphs.file(GOLDEN), ["router"]))
+    examples = Examples(*read_golden(graphs, ["router"]))
     plan = graphs.manifest.engines[0].plan
     files = {name: graphs.file(file) for name, file in graph_files(plan).items()}
     with CpuBuilder().runner(plan, files, (1, 8, 8), "fp32") as runner:
@@ -237,7 +237,7 @@ def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) ->
 
 def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> None:
     _, model = load_checkpoint(tiny_run / "model")
-    examples = Examples(*read_golden(graphs.file(GOLDEN), ["router"]))
+    examples = Examples(*read_golden(graphs, ["router"]))
     threat = ThreatModel(epsilon=0.02)
     gate = with_accuracy(AccuracyGate(examples, GOLDEN), model, load_dataset("digits"), threat)
     plan, maker = graphs.manifest.engines[0].plan, OnCpu(BATCH)

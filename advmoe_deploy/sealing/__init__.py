@@ -1,0 +1,1 @@
+"""Sealed folders: they hold what is listed, and what is loaded is what was hashed."""
