@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.bundle import GOLDEN, Bundle
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.parity.answers import Answers
 from advmoe_deploy.parity.compare import compare_answers
