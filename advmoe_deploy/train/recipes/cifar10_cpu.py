@@ -15,7 +15,7 @@ _CIFAR10 = IMAGES["cifar10"]
 def cifar10_advmoe() -> TrainConfig:
     """Return AdvMoE of the paper's size, whose experts agree as in ``digits-advmoe-agreeing``.
 
-    The first 12 epochs train one pathway, the last three two of them behind the router.
+    The first 13 epochs train one pathway, the last two train two of them behind the router.
     """
     return TrainConfig(
         name="cifar10-advmoe-cpu",
@@ -27,7 +27,7 @@ def cifar10_advmoe() -> TrainConfig:
         method="advmoe",
         loss="n-fgsm",
         epochs=15,
-        shared_start=0.8,
+        shared_start=0.87,
         test_images=500,
         lr=0.2,
         router_lr=0.01,
@@ -68,7 +68,7 @@ RECIPES = {
     "cifar10-advmoe-cpu": Recipe(
         make=cifar10_advmoe,
         summary="AdvMoE, two experts of half width, in hours on a CPU",
-        measured="on the hold-out clean 73.0 %, PGD-10 43.3 %, on its routes too 39.0 % (one seed)",
+        measured="on the hold-out clean 73.8 %, PGD-10 43.8 %, on its routes too 38.6 % (one seed)",
     ),
     "cifar10-at-moe-cpu": Recipe(
         make=cifar10_at_moe,
@@ -81,5 +81,6 @@ RECIPES = {
     "cifar10-s-dense-cpu": Recipe(
         make=cifar10_s_dense,
         summary="AT S-Dense: half width, no experts, in hours on a CPU",
+        measured="on the hold-out clean 74.5 %, PGD-10 44.5 % (one seed)",
     ),
 }
