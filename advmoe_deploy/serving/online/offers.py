@@ -46,6 +46,8 @@ def split_offer(text: str) -> tuple[str | None, str, str]:
     name, version, place = found["name"], found["version"], found["place"]
     if not _NAME.fullmatch(name):
         raise UsageError(f"name '{name}' is none of letters, digits, '.', '_' and '-'; change it")
+    if name == "stats":
+        raise UsageError("/v2/models/stats has the statistics of all models; choose another name")
     if version is not None and not _VERSION.fullmatch(version):
         raise UsageError(f"version '{version}' of '{name}' is no number from 1 on; change it")
     if not place:
