@@ -200,7 +200,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(graphs: Bundle, tmp_path: Path
     shutil.copytree(graphs.path, copy)
     source = open_bundle(copy)
     (copy / "model.onnx").write_bytes(b"another")
-    with pytest.raises(BundleError, match=r"model\.onnx changed meanwhile"):
+    with pytest.raises(BundleError, match=r"model\.onnx is not what was exported"):
         build_from_bundle(source, tmp_path / "out", build=BUILD, builder=CpuBuilder())
     assert_nothing_left(tmp_path / "out")
 
