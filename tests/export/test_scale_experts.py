@@ -131,7 +131,12 @@ def test_a_scale_that_goes_wrong_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(logits_of(parts, model_of()), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+_LARGE = {"DenseNet", "ResNet-50", "bottleneck experts", "wide ResNet"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in _LARGE else f for f in FAMILIES]
+)
 def test_nothing_is_left_to_fold(families: Families, family: str) -> None:
     """No node of a segment reads constants alone."""
     _, bundle = families[family]
