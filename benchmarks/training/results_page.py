@@ -81,7 +81,8 @@ def provisional(report: dict[str, Any], title: str, macs: str) -> str:
     names = ("clean_accuracy", "pgd_accuracy", "robust_accuracy")
     clean, pgd, routes = (percent(Share.of(report[name], n)) for name in names)
     used = f"{report['effective_routes']:.2f} of 2" if report["effective_routes"] else ""
-    worst = f"{routes}, PGD-{steps}, on its routes too"
+    by = ", on its routes too" if used else ""
+    worst = f"{routes}, PGD-{steps}{by}"
     cells = f"{clean}, of n | {pgd} | not measured | {worst}"
     return f"| {title} | {cells} | {n} | {used} | {macs} | {report['seconds'] / 60:.0f} min |"
 
