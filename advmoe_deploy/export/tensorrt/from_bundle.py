@@ -21,7 +21,6 @@ from advmoe_deploy.bundle import (
     Bundle,
     BundleManifest,
     EngineSet,
-    FileRecord,
     seal_again,
 )
 from advmoe_deploy.errors import BundleError
@@ -107,14 +106,11 @@ def build_from_bundle(
         staged_directory(out, overwrite=overwrite) as staged,
         task(progress, "build", len(wanted)),
     ):
-        copied = _copy(source, staged, left_out)
+        _copy(source, staged, left_out)
         for each in wanted:
             engines.append(_Building(source, each, builder, build).written_to(staged))
             progress.advance("build")
         manifest = _sealed(staged, source, tuple(engines), builder.device)
-        changed = [name for name, hashed in copied.items() if manifest.files[name] != hashed]
-        if changed:
-            raise BundleError(f"{source.path}: {changed[0]} changed meanwhile; build again")
     return Bundle(out, manifest)
 
 
@@ -222,16 +218,15 @@ def answers_of_experts(
     return expected
 
 
-def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> dict[str, FileRecord]:
-    """Copy ``source``, but for ``left_out`` and the card; return what was copied."""
+def _copy(source: Bundle, staged: Path, left_out: Sequence[EngineSet]) -> None:
+    """Copy what was hashed of ``source``, but for ``left_out`` and the card."""
     folders = tuple(f"{Path(e.plan.segments[0].file).parent.as_posix()}/" for e in left_out)
-    listed = source.manifest.files.items()
-    files = {n: record for n, record in listed if n != CARD and not n.startswith(folders)}
-    for name in files:
+    for name in source.manifest.files:
+        if name == CARD or name.startswith(folders):
+            continue
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).write_bytes(source.read(name))
         shutil.copymode(source.path / name, staged / name)  # a script can be run
-    return files
 
 
 def _sealed(
