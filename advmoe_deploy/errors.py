@@ -87,11 +87,10 @@ class MachineError(AdvMoEError):
     exit_code = 5
 
 
-def missing_extra(package: str, extra: str) -> BackendUnavailableError:
-    """Return the error that says which extra brings ``package``."""
-    return BackendUnavailableError(
-        f"{package} is not installed; run: pip install 'advmoe-deploy[{extra}]'"
-    )
+def missing_extra(package: str, *extras: str) -> BackendUnavailableError:
+    """Return the error that says which extra brings ``package``, or each of which."""
+    ways = " or ".join(f"'advmoe-deploy[{extra}]'" for extra in extras)
+    return BackendUnavailableError(f"{package} is not installed; run: pip install {ways}")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

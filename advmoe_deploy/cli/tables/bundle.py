@@ -1,6 +1,7 @@
 """Tables of bundles and of what was measured on them; render.py draws them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -31,9 +32,16 @@ def export_report(bundle: Bundle) -> RenderableType:
         *_engine_rows(bundle.manifest.engines),
     ]
     built = [each for each in bundle.manifest.engines if each.is_built]
-    engines = [f" --engine {each.name}" for each in built[:1]]
-    hint = f"next: advmoe verify {bundle.path}{''.join(engines)}"
-    return Group(facts(str(bundle.path), rows), escape(hint))
+    return Group(facts(str(bundle.path), rows), escape(_next(bundle, built[:1])))
+
+
+def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
+    """Return the command that attacks the engines, and what it takes beyond what is here."""
+    lacks = [] if find_spec("torch") else ["PyTorch"]
+    lacks += ["a GPU they are compiled for"] * any(e.backend == "tensorrt-rtx" for e in engines)
+    where = f", with {' and '.join(lacks)}" if lacks else ""
+    options = "".join(f" --engine {each.name}" for each in engines)
+    return f"next{where}: advmoe verify {bundle.path}{options}"
 
 
 def robust_report(report: RobustReport) -> RenderableType:

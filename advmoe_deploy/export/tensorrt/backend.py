@@ -119,7 +119,7 @@ class TensorRtBackend:
         for name, graph in graphs.items():
             write_model(graph, staged / self.folder / f"{name}.onnx")
         script = staged / self.folder / SCRIPT
-        text = build_script(self.shapes, lowered.precisions, self.target.build)
+        text = build_script(self.shapes, graphs, lowered.precisions, self.target.build)
         script.write_text(text, encoding="utf-8")
         script.chmod(0o755)
 

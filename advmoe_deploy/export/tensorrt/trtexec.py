@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from onnx import GraphProto, ModelProto, TensorProto, helper
+
 from advmoe_deploy.runtime.tensorrt.build import TACTIC_SOURCES, BuildOptions
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import Precision
@@ -16,7 +18,9 @@ _HEAD = """\
 #   TRTEXEC=/usr/src/tensorrt/bin/trtexec OUT=/where/engines/go ./build.sh
 #
 # Precision is in the graphs (float16 or bfloat16 tensors, Q/DQ pairs), and TensorRT 10 and newer
-# take it from there. For TensorRT 8.6 set WEAK=1: flags allow it then, and there is no bf16.
+# take it from there. For TensorRT 8.6 set WEAK=1: flags allow it then, and there is no bf16. A flag
+# concerns a whole engine: a graph with layers to be held to float32, as those that lead to scores,
+# gets none and is float32 throughout.
 # Shapes are least, best and largest: batch {batch}; an expert gets any number of the rows.
 # A second profile is for exactly the least; WEAK=1 leaves it out.
 set -euo pipefail
@@ -32,6 +36,7 @@ _WEAK: dict[Precision, str] = {"fp32": "", "fp16": "--fp16", "bf16": "--bf16", "
 
 def build_script(
     shapes: Mapping[str, Mapping[str, Shapes]],
+    graphs: Mapping[str, ModelProto],
     precisions: Mapping[str, Precision],
     options: BuildOptions,
 ) -> str:
@@ -39,15 +44,34 @@ def build_script(
 
     Those that ``precisions`` does not name are fp32.
     """
+
+    def line(name: str) -> str:
+        precision = precisions.get(name, "fp32")
+        exact = precision == "fp16" and computes_in_float32(graphs[name].graph)
+        flag = "" if exact else _WEAK[precision]
+        return f"# {name}: {precision}\n{_call(name, shapes[name], flag, options)}"
+
     batch = f"{options.batch.min}, {options.batch.opt}, {options.batch.max}"
-    lines = [_line(n, each, precisions.get(n, "fp32"), options) for n, each in shapes.items()]
-    return "\n".join([_HEAD.format(batch=batch), *lines]) + "\n"
+    return "\n".join([_HEAD.format(batch=batch), *map(line, shapes)]) + "\n"
 
 
-def _line(
-    name: str, shapes: Mapping[str, Shapes], precision: Precision, options: BuildOptions
-) -> str:
-    """Return the call of trtexec for one graph, in one line."""
+def computes_in_float32(graph: GraphProto) -> bool:
+    """Return whether anything but casts, and what asks for shapes, reads float32 of ``graph``.
+
+    That is inputs and what is cast to it; one reader of these suffices.
+    """
+    exact = {e.name for e in graph.input if e.type.tensor_type.elem_type == TensorProto.FLOAT}
+    for node in graph.node:
+        if node.op_type == "Cast":
+            (to,) = (helper.get_attribute_value(a) for a in node.attribute if a.name == "to")
+            exact.update(node.output if to == TensorProto.FLOAT else ())
+        elif node.op_type != "Shape" and not exact.isdisjoint(node.input):
+            return True
+    return False
+
+
+def _call(name: str, shapes: Mapping[str, Shapes], weak: str, options: BuildOptions) -> str:
+    """Return the call of trtexec for one graph, in one line; ``weak`` is its flag of precision."""
     first, *more = options.profiles(shapes)
     words = [
         '"$trtexec"',
@@ -56,12 +80,12 @@ def _line(
         *(["$(strong --profile=0)"] if more else []),
         _sizes(first),
         *(f"$(strong --profile={n} {_sizes(each)})" for n, each in enumerate(more, start=1)),
-        f"$(typed {_WEAK[precision]})".replace(" )", ")"),
+        f"$(typed {weak})".replace(" )", ")"),
         *_flags(options),
         '--timingCacheFile="$out"/timings',
         "--skipInference",
     ]
-    return f"# {name}: {precision}\n{' '.join(words)}"
+    return " ".join(words)
 
 
 def _sizes(shapes: Mapping[str, Shapes]) -> str:

@@ -108,7 +108,7 @@ def _cudart() -> Any:
     try:
         from cuda.bindings import runtime as cudart
     except ModuleNotFoundError:
-        raise missing_extra("cuda-bindings", "gpu") from None
+        raise missing_extra("cuda-bindings", "gpu", "rtx") from None
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise BackendUnavailableError(

@@ -228,6 +228,8 @@ def test_the_script_calls_trtexec_once_per_graph(bundle_of_graphs: Path, tmp_pat
     subprocess.run([folder / "build.sh"], env={**environment, "WEAK": "1"}, check=True, timeout=60)
     (expert,) = [c for c in record.read_text().splitlines() if "--onnx=router.expert-1.onnx" in c]
     assert "--fp16 --noTF32" in expert
+    (router,) = [c for c in record.read_text().splitlines() if "--onnx=router.onnx" in c]
+    assert "--fp16" not in router  # close scores would change places
     assert "--stronglyTyped" not in expert
     assert "--profile" not in expert
     assert expert.count("Shapes=") == 3
@@ -238,9 +240,9 @@ def test_the_script_tries_no_other_libraries_than_those_named() -> None:
     named = BuildOptions(tactic_sources=("JIT_CONVOLUTIONS", "CUDNN"))
     assert (
         "--tacticSources=-CUBLAS,-CUBLAS_LT,+CUDNN,-EDGE_MASK_CONVOLUTIONS,+JIT_CONVOLUTIONS "
-        in build_script(shapes, {}, named)
+        in build_script(shapes, {}, {}, named)
     )
-    assert "--tacticSources" not in build_script(shapes, {}, BuildOptions())
+    assert "--tacticSources" not in build_script(shapes, {}, {}, BuildOptions())
 
 
 def test_what_is_built_elsewhere_is_not_rounded_here() -> None:

@@ -94,7 +94,8 @@ except BackendUnavailableError as error:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == (
-        "cuda-bindings is not installed; run: pip install 'advmoe-deploy[gpu]'\n"
+        "cuda-bindings is not installed; run: pip install 'advmoe-deploy[gpu]' or "
+        "'advmoe-deploy[rtx]'\n"
     )
 
 
