@@ -22,6 +22,7 @@ EXAMPLES = {
         "advmoe export runs/digits-advmoe --format trt --precision fp16 --onnx-only",
         "advmoe export bundle --format trt --out bundle-for-this-gpu",
         "advmoe export zoo:NAME --format onnx",
+        "advmoe export bundle --format triton --out models --mount /models",
     ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",

@@ -17,6 +17,7 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import Session, session
+from advmoe_deploy.cli.triton_options import Device, MaxBatch, Mount, write_triton
 from advmoe_deploy.specs import Precision
 
 
@@ -29,7 +30,7 @@ def export(
             help=f"What 'advmoe train' wrote; for trt, trt-rtx also a bundle of --onnx-only{NAMED}",
         ),
     ],
-    to: Annotated[str, typer.Option("--format", help="onnx, openvino, trt or trt-rtx.")],
+    to: Annotated[str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx or triton.")],
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,13 +61,21 @@ def export(
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
     ] = False,
+    mount: Mount = None,
+    device: Device = None,
+    max_batch: MaxBatch = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Export a trained model to a bundle, checked against the model before it is written."""
+    """Export a trained model to a bundle, checked against the model before it is written.
+
+    Format triton makes a model repository for NVIDIA's server, of a bundle.
+    """
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
     with session(as_json) as ui:
+        if write_triton(ui, run, out, to, mount, device, max_batch, overwrite=overwrite):
+            return
         from advmoe_deploy import api
         from advmoe_deploy.data.matching import read_class_map
 

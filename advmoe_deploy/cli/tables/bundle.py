@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -42,6 +43,14 @@ def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
     where = f", with {' and '.join(lacks)}" if lacks else ""
     options = "".join(f" --engine {each.name}" for each in engines)
     return f"next{where}: advmoe verify {bundle.path}{options}"
+
+
+def repository_report(out: Path, models: Sequence[str]) -> RenderableType:
+    """Return where a model repository is, its models, and how a server is given it."""
+    rows = [("whole", models[0]), ("routed by the server", models[1])]
+    rows += [("asked by it", ", ".join(models[2:]))]
+    hint = f"next, where Triton is: tritonserver --model-repository={out}"
+    return Group(facts(str(out), rows), escape(hint))
 
 
 def robust_report(report: RobustReport) -> RenderableType:

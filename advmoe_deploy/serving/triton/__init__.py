@@ -1,0 +1,1 @@
+"""What runs inside of NVIDIA's Triton Inference Server."""

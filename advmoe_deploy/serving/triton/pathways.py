@@ -1,0 +1,91 @@
+"""Model for Triton's Python backend: routes, and asks other models of the server for each segment.
+
+Requests that Triton brings together are one batch: it is routed once, and the experts of a layer
+are asked side by side, each for its own rows, which Triton may again join with those of others.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as triton
+from numpy.typing import NDArray
+
+from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment
+from advmoe_deploy.runtime.dispatch import combined, dispatch
+from advmoe_deploy.runtime.routing import Tensors, route
+
+
+class TritonPythonModel:
+    """The name and the methods that the backend looks for."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Read the plan, and which model runs each of its segments."""
+        file = Path(args["model_repository"], args["model_version"], "plan.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        self.plan = Plan.model_validate(content["plan"])
+        self.models: Mapping[str, str] = content["models"]
+
+    async def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer requests, in their order; if one cannot be answered, none of the batch is."""
+        (name,) = self.plan.inputs
+        given = [triton.get_input_tensor_by_name(each, name).as_numpy() for each in requests]
+        try:
+            tensors = await self._infer({name: np.concatenate(given)})
+        except triton.TritonModelException as error:
+            failed = triton.TritonError(str(error))
+            return [triton.InferenceResponse(error=failed) for _ in requests]
+        ends = np.cumsum([len(images) for images in given])
+        return [
+            triton.InferenceResponse(
+                [triton.Tensor(n, tensors[n][end - len(images) : end]) for n in self.plan.outputs]
+            )
+            for images, end in zip(given, ends, strict=True)
+        ]
+
+    async def _infer(self, tensors: Tensors) -> Tensors:
+        for step in self.plan.steps:
+            match step:
+                case RunStep():
+                    segment = self.plan.segment(step.segment)
+                    ends = {tensor.name: tensors[tensor.name] for tensor in segment.inputs}
+                    tensors |= await self._ask(segment, ends)
+                case RouteStep():
+                    tensors |= route(step, tensors[step.scores])
+                case ExpertsStep():
+                    tensors[step.output] = await self._experts(step, tensors)
+        return tensors
+
+    async def _experts(self, step: ExpertsStep, tensors: Tensors) -> NDArray[Any]:
+        """Return the weighted answers in the rows' order; who has no rows is not asked."""
+        x, route_ = tensors[step.input], self.plan.route(step.layer)
+        given = dispatch(tensors[route_.expert_ids])
+        segments = dict(zip(route_.kept, step.segments, strict=True))
+        chosen = [(self.plan.segment(segments[e]), x[rows]) for e, rows in given.rows()]
+        asked = [self._ask(s, {s.inputs[0].name: rows}) for s, rows in chosen]
+        answers = [
+            answer[segment.outputs[0].name]
+            for (segment, _), answer in zip(chosen, await asyncio.gather(*asked), strict=True)
+        ]
+        parts = dict(zip(given.choices, answers, strict=True))
+        return combined(route_, given, parts, tensors[route_.weights])
+
+    async def _ask(self, segment: Segment, ends: Tensors) -> Tensors:
+        """Return what the model of ``segment`` answers.
+
+        Raises:
+            TritonModelException: it answers with an error.
+        """
+        names = [tensor.name for tensor in segment.outputs]
+        request = triton.InferenceRequest(
+            model_name=self.models[segment.name],
+            requested_output_names=names,
+            inputs=[triton.Tensor(name, np.ascontiguousarray(x)) for name, x in ends.items()],
+        )
+        response = await request.async_exec()
+        if response.has_error():
+            raise triton.TritonModelException(f"{segment.name}: {response.error().message()}")
+        return {n: triton.get_output_tensor_by_name(response, n).as_numpy() for n in names}
