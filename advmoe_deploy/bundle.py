@@ -19,22 +19,25 @@ it does not matter who writes to the folder meanwhile.
 
 import hashlib
 import json
-import os
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from advmoe_deploy import __version__
 from advmoe_deploy.decoding import ModelDecoding
 from advmoe_deploy.errors import BundleError, one_line, reading
-from advmoe_deploy.files import flush_to_disk, sha256_of
+from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
 from advmoe_deploy.reports.devices import Device, RtxDevice
-from advmoe_deploy.sealing.files import Sealed, is_plain, read_regular, require_alone
+from advmoe_deploy.sealing.files import (
+    Sealed,
+    is_plain,
+    read_at_most,
+    read_regular,
+    require_alone,
+)
 from advmoe_deploy.sealing.graphs import self_contained
 from advmoe_deploy.specs import (
     Backend,
@@ -54,6 +57,8 @@ MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 GOLDEN = "golden.npz"
 CARD = "MODEL_CARD.md"
+# Bytes; of what is read before any hash is known.
+_MOST_OF_MANIFEST, _MOST_OF_HASHES, _MOST_OF_CARD = 64 << 20, 4096, 16 << 20
 # What ``export --format`` calls the backends.
 FORMATS: dict[Backend, str] = {
     "onnxruntime": "onnx",
@@ -257,37 +262,6 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest, text)
 
 
-def seal_bundle(path: Path, **fields: Any) -> BundleManifest:
-    """Hash every file under ``path``, write the manifest and its hash last, and return it."""
-    files = {
-        file.relative_to(path).as_posix(): FileRecord(
-            sha256=sha256_of(file), bytes=file.stat().st_size
-        )
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-    manifest = BundleManifest(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        producer=f"advmoe-deploy {__version__}",
-        files=files,
-        **fields,
-    )
-    text = manifest_text(manifest)
-    (path / MANIFEST).write_bytes(text)
-    (path / MANIFEST_HASH).write_bytes(hash_line(MANIFEST, text))
-    for name in [*files, MANIFEST, MANIFEST_HASH]:
-        flush_to_disk(path / name)
-    return manifest
-
-
-def seal_again(path: Path, manifest: BundleManifest, **changed: Any) -> BundleManifest:
-    """Seal what was copied to ``path`` and ``changed``: the fields that are not ``manifest``'s."""
-    own = {"schema_version", "created", "producer", "files"}
-    fields = {name: getattr(manifest, name) for name in BundleManifest.model_fields}
-    return seal_bundle(path, **{n: v for n, v in (fields | changed).items() if n not in own})
-
-
 def manifest_text(manifest: BundleManifest) -> bytes:
     """Return what stands in the file of ``manifest``."""
     return (manifest.model_dump_json(indent=2) + "\n").encode()
@@ -302,13 +276,15 @@ def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
     """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
         raise BundleError(f"{path} is no directory; name a bundle that 'advmoe export' wrote")
-    file = path / MANIFEST
-    if not file.is_file() or not (path / MANIFEST_HASH).is_file():
-        raise BundleError(f"{path} has no {MANIFEST} with its {MANIFEST_HASH}; export it again")
-    with reading(file):
-        text = file.read_bytes()  # once: what is parsed is what was hashed
-    with reading(path / MANIFEST_HASH):
-        hashes = (path / MANIFEST_HASH).read_bytes().splitlines(keepends=True)
+    with reading(path):
+        text = read_at_most(path / MANIFEST, _MOST_OF_MANIFEST)  # once: what is parsed was hashed
+        guard = read_at_most(path / MANIFEST_HASH, _MOST_OF_HASHES)
+    if text is None or guard is None:
+        raise BundleError(
+            f"{path} has no {MANIFEST} with its {MANIFEST_HASH}, or they are no files of such; "
+            "export it again"
+        )
+    hashes = guard.splitlines(keepends=True)
     if hash_line(MANIFEST, text) not in hashes:
         raise _changed(path, f"{MANIFEST} or {MANIFEST_HASH}")
     return text, hashes
@@ -332,14 +308,14 @@ def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
 
 def _check_file(path: Path, name: str, record: FileRecord, hashes: list[bytes]) -> None:
     file = path / name
-    # A link anywhere on the way leads elsewhere.
-    if Path(name).is_absolute() or os.path.realpath(file) != str(path.resolve() / name):
-        raise BundleError(f"{path}: {name} points outside the bundle; do not use this bundle")
     if not file.is_file():
         raise BundleError(f"{path}: {name} is missing; copy the bundle again or export it again")
     same = file.stat().st_size == record.bytes and sha256_of(file) == record.sha256
     # The new card of card.py, whose manifest was about to follow, is as good.
-    if not same and (name != CARD or hash_line(CARD, file.read_bytes()) not in hashes):
+    if same:
+        return
+    card = read_at_most(file, _MOST_OF_CARD) if name == CARD else None
+    if card is None or hash_line(CARD, card) not in hashes:
         raise _changed(path, name)
 
 

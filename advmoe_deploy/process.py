@@ -6,10 +6,13 @@ inherit them.
 
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from advmoe_deploy.errors import InputError
 
 _TELEMETRY_OFF = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # OpenVINO's has no variable: without this package OpenVINO falls back to a stub of its own.
@@ -55,6 +58,29 @@ def cache_folder() -> Path:
         RuntimeError: nothing says where the home is.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advmoe-deploy"
+
+
+def private_folder(folder: Path) -> Path:
+    """Return a folder for code that is loaded later, made if need be: nobody else may write to it.
+
+    Raises:
+        InputError: it is open to others, or not the user's own.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_private(folder.parent, 0o022)
+    require_private(folder, 0o077)
+    return folder
+
+
+def require_private(folder: Path, closed: int) -> None:
+    """Raise :class:`InputError` unless ``folder`` is the user's own, its mode ``closed`` to others.
+
+    A link to a folder is none.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & closed:
+        raise InputError(f"{folder} is open to others, so no code is loaded from it; delete it")
 
 
 def use_threads(threads: int, *, processes: int = 1) -> None:

@@ -61,10 +61,11 @@ def write_triton(
     from advmoe_deploy import api
     from advmoe_deploy.cli.tables import bundle as tables
     from advmoe_deploy.export.triton.repository import write_repository
+    from advmoe_deploy.zoo.resolve import place_for
 
     bundle = api.open_bundle(source)
     beside = bundle.path.resolve().with_name(f"{bundle.path.resolve().name}-triton")
-    out = out or api.place_for(source, bundle.path, "triton", beside)
+    out = out or place_for(source, bundle.path, "triton", beside)
     models = write_repository(
         bundle,
         out,

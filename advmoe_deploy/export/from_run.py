@@ -23,7 +23,6 @@ from advmoe_deploy.bundle import (
     REFERENCE,
     Bundle,
     EngineSet,
-    seal_bundle,
 )
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
@@ -68,6 +67,7 @@ from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.api import version_text
+from advmoe_deploy.sealing.seal import seal_bundle
 from advmoe_deploy.specs import Precision
 
 UNFUSED = "baselines/unfused.onnx"

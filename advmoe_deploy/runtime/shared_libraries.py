@@ -22,7 +22,7 @@ def package_folders(package: str) -> list[Path]:
 
 def _is_loadable(library: str) -> bool:
     try:
-        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(library)
     except OSError:
         return False
     return True

@@ -1,5 +1,6 @@
 """Files of a sealed folder: named plainly, alone there, and read once."""
 
+import errno
 import os
 import re
 import stat
@@ -10,10 +11,15 @@ from pathlib import Path, PurePosixPath
 from advmoe_deploy.errors import BundleError, reading
 
 # What a process that was killed while it replaced one of them leaves behind; never read.
-_HALF_WRITTEN = re.compile(r"\.(MODEL_CARD\.md|manifest\.json|manifest\.sha256)\.partial-[\w.-]+")
+_HALF_WRITTEN = re.compile(
+    r"\.(MODEL_CARD\.md|manifest\.json|manifest\.sha256|manifest\.sig)\.partial-[\w.-]+"
+)
 
 
-_LONGEST = 200  # of a name with its folders; file systems take 255 bytes a part
+_LONGEST = 200  # of a name with its folders
+_LONGEST_PART = 255  # bytes that file systems take
+# What opening says of a link, a folder or a socket in the place of a file, or if there is nothing.
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.ENXIO}
 
 
 @dataclass(frozen=True)
@@ -43,38 +49,45 @@ def is_plain(name: str) -> bool:
         and "\\" not in name
         and not PurePosixPath(name).is_absolute()
         and not {"", ".", ".."} & set(name.split("/"))
+        and all(len(os.fsencode(part)) <= _LONGEST_PART for part in name.split("/"))
     )
 
 
 def require_alone(folder: Path, listed: Collection[str]) -> None:
-    """Refuse a file or a link below ``folder`` that is not ``listed``.
+    """Refuse what lies below ``folder`` and is not ``listed``: a file, a link, a folder of none.
 
     Raises:
-        BundleError: there is one; the message names the first that was found.
+        BundleError: there is such a thing; the message names the first that was found.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    with reading(folder):
-        for where, folders, files in os.walk(folder, onerror=fail):
-            links = [name for name in folders if Path(where, name).is_symlink()]
-            for name in sorted([*files, *links]):
-                found = Path(where, name).relative_to(folder).as_posix()
-                if Path(where, name).is_symlink():
+    folders = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    waiting = [folder]
+    while waiting:
+        with reading(folder), os.scandir(waiting.pop()) as entries:
+            for entry in sorted(entries, key=lambda each: each.name):
+                name = Path(entry.path).relative_to(folder).as_posix()
+                if entry.is_symlink():
                     raise BundleError(
-                        f"{folder}: {found!r} is a link and may point outside the bundle; put what "
+                        f"{folder}: {name!r} is a link and may point outside the bundle; put what "
                         "it leads to there, or do not use this bundle"
                     )
-                if found not in listed and not _HALF_WRITTEN.fullmatch(found):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder and name in folders:
+                    waiting.append(Path(entry.path))
+                elif is_folder or (name not in listed and not _HALF_WRITTEN.fullmatch(name)):
                     raise BundleError(
-                        f"{folder}: {found!r} is not listed in its manifest, so no hash covers it; "
+                        f"{folder}: {name!r} is not listed in its manifest, so no hash covers it; "
                         "move it out of the folder, or do not use this bundle"
                     )
 
 
 def read_regular(file: Path, size: int) -> bytes | None:
-    """Return the content of a regular file of ``size`` bytes; ``None`` if it is anything else.
+    """Return the content of a regular file of ``size`` bytes; ``None`` if it is anything else."""
+    content = read_at_most(file, size)
+    return content if content is not None and len(content) == size else None
+
+
+def read_at_most(file: Path, most: int) -> bytes | None:
+    """Return the content of a regular file of ``most`` bytes or fewer, ``None`` of anything else.
 
     A link is not followed, and a pipe that nobody writes to is not waited for.
     """
@@ -83,13 +96,13 @@ def read_regular(file: Path, size: int) -> bytes | None:
         flags |= getattr(os, name, 0)
     try:
         opened = open(file, "rb", opener=lambda path, _: os.open(path, flags))  # noqa: SIM115
-    except PermissionError:
-        raise
-    except OSError:  # a link, a folder, a socket, or gone
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return None
     with opened:
         found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
             return None
-        content = opened.read(size)
-    return content if len(content) == size else None
+        content = opened.read(most + 1)
+    return content if len(content) <= most else None

@@ -4,6 +4,7 @@ Shapes: N images of C channels, H rows and W columns.
 """
 
 import math
+import tokenize
 import zipfile
 from io import BytesIO
 from typing import Any
@@ -19,10 +20,18 @@ _HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _SUFFIX = ".npy"
+# What NumPy and zipfile raise of headers that were made up.
+_HOSTILE = (
+    *(ValueError, KeyError, OSError, RuntimeError, MemoryError, OverflowError, EOFError),
+    *(SyntaxError, TypeError, zipfile.BadZipFile, tokenize.TokenError),
+)
 
 
 def golden_arrays(bundle: Bundle) -> dict[str, NDArray[Any]]:
-    """Return the arrays of the bundle's golden file by name; ``images`` [N, C, H, W] is checked.
+    """Return the arrays of the bundle's golden file by name, checked to be what its model has.
+
+    They are ``images`` [N, C, H, W], ``logits`` [N, classes] and of each routed layer ``scores``,
+    ``expert_ids`` and ``weights``.
 
     Raises:
         BundleError: there is none, it is not what was exported, or it holds something else.
@@ -31,7 +40,8 @@ def golden_arrays(bundle: Bundle) -> dict[str, NDArray[Any]]:
     try:
         arrays = read_arrays(content)
         shape = arrays["images"].shape
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        _require_answers(bundle, arrays, shape[:1])
+    except _HOSTILE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BundleError(
             f"{bundle.path / GOLDEN} cannot be read: {reason}; export the bundle again"
@@ -45,6 +55,25 @@ def golden_arrays(bundle: Bundle) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def _require_answers(
+    bundle: Bundle, arrays: dict[str, NDArray[Any]], images: tuple[int, ...]
+) -> None:
+    """Raise :class:`ValueError` or :class:`KeyError` where what the model answered is not there."""
+    model, float32 = bundle.manifest.model, np.dtype(np.float32)
+    expected: dict[str, tuple[np.dtype[Any], int, tuple[int, ...]]]
+    expected = {"images": (float32, 4, ()), "logits": (float32, 2, (*images, model.num_classes))}
+    for route in bundle.manifest.plan.routes:
+        rows = images if route.tokens is None else (*images, route.tokens)
+        chosen = (*rows, route.top_k)
+        expected[f"{route.layer}.scores"] = float32, len(chosen), rows
+        expected[f"{route.layer}.weights"] = float32, len(chosen), chosen
+        expected[f"{route.layer}.expert_ids"] = np.dtype(np.int64), len(chosen), chosen
+    for name, (dtype, axes, sizes) in expected.items():
+        found = arrays[name]
+        if found.dtype != dtype or found.ndim != axes or found.shape[: len(sizes)] != sizes:
+            raise ValueError(f"'{name}' is {found.dtype} of shape {[*found.shape]}")
+
+
 def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
     """Return the numeric arrays of an uncompressed .npz; they take no more memory than the file.
 
@@ -55,6 +84,8 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
     with zipfile.ZipFile(BytesIO(content)) as archive:
         members = archive.infolist()
         stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+        if any(m.flag_bits & 1 for m in members):
+            raise ValueError("it is encrypted")
         if not stored or sum(m.file_size for m in members) > len(content):
             raise ValueError("it is compressed, and might need any amount of memory")
         return {m.filename.removesuffix(_SUFFIX): _array(archive.read(m)) for m in members}

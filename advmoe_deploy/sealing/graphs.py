@@ -10,6 +10,8 @@ from advmoe_deploy.sealing.files import is_plain
 # Words without which no graph names a file: the key of a tensor's data, and the operator that
 # holds an engine. Only what has one of them is parsed here.
 _WORDS = (b"location", b"EPContext")
+# What protobuf can write of a graph.
+_MOST_BYTES = (1 << 31) - 1
 
 # From a name in the bundle to the content of that file, or to None where it is not listed.
 ReadListed = Callable[[str], bytes | None]
@@ -33,8 +35,8 @@ def self_contained(content: bytes, name: str, read: ReadListed) -> bytes:
     from google.protobuf.message import DecodeError, EncodeError
 
     try:
-        model = onnx.load_model_from_string(content)
-        changed = [_filled(each, name, read) for each in _messages(model)]
+        model, data = onnx.load_model_from_string(content), _Data(name, read)
+        changed = [_filled(each, name, data) for each in _messages(model)]
         return model.SerializeToString() if any(changed) else content
     except (DecodeError, EncodeError, ValueError) as error:
         raise BundleError(f"{name} cannot be read: {error}; export the bundle again") from None
@@ -49,7 +51,37 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(each)
 
 
-def _filled(message: Any, name: str, read: ReadListed) -> bool:
+class _Data:
+    """The files that a graph's tensors lie in, each read once, and how much of them was given."""
+
+    def __init__(self, graph: str, read: ReadListed) -> None:
+        self.graph, self._read = graph, read
+        self._files: dict[str, bytes | None] = {}
+        self._given = 0
+
+    def file(self, location: str) -> bytes | None:
+        """Return the file that a graph calls ``location``, ``None`` if it is not listed."""
+        if location not in self._files:
+            where = (PurePosixPath(self.graph).parent / location).as_posix()
+            self._files[location] = self._read(where) if is_plain(location) else None
+        return self._files[location]
+
+    def part(self, content: bytes, begin: int, length: int) -> bytes:
+        """Return a part of a file.
+
+        Raises:
+            BundleError: all parts are more than the files, or than a graph can hold.
+        """
+        self._given += length
+        if self._given > min(_MOST_BYTES, sum(len(each or b"") for each in self._files.values())):
+            raise BundleError(
+                f"{self.graph}: its tensors are more than the files they lie in, or than 2 GiB; do "
+                "not use this bundle, or export it again"
+            )
+        return content[begin : begin + length]
+
+
+def _filled(message: Any, name: str, data: _Data) -> bool:
     """Return whether ``message`` is a tensor whose data were elsewhere; they are in it now."""
     kind = message.DESCRIPTOR.name
     if kind == "NodeProto" and message.op_type == "EPContext":
@@ -59,22 +91,20 @@ def _filled(message: Any, name: str, read: ReadListed) -> bool:
         return False
     fields = {entry.key: entry.value for entry in message.external_data}
     location = fields.get("location", "")
-    data = None
-    if is_plain(location):
-        data = read((PurePosixPath(name).parent / location).as_posix())
-    if data is None:
+    content = data.file(location)
+    if content is None:
         raise BundleError(
             f"{name}: the data of {message.name!r} are in {location!r}, which the manifest does "
             "not list; do not use this bundle, or export it again"
         )
     begin = _number(fields.get("offset", "0"))
-    length = _number(fields.get("length", str(len(data) - (begin or 0))))
-    if begin is None or length is None or begin + length > len(data):
+    length = _number(fields.get("length", str(len(content) - (begin or 0))))
+    if begin is None or length is None or begin + length > len(content):
         raise BundleError(
             f"{name}: the data of {message.name!r} are outside the file {location!r}; "
             "export it again"
         )
-    message.raw_data = data[begin : begin + length]
+    message.raw_data = data.part(content, begin, length)
     message.ClearField("external_data")
     message.ClearField("data_location")
     return True

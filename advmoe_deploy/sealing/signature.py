@@ -6,7 +6,6 @@ library.
 Source: OpenSSF Model Signing specification 1.0, https://github.com/sigstore/model-transparency.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,9 +13,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from advmoe_deploy.bundle import MANIFEST, SIGNATURE, Bundle
+from advmoe_deploy.bundle import CARD, MANIFEST, SIGNATURE, Bundle
 from advmoe_deploy.errors import BundleError, InputError, missing_extra, reading
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.files import remove_abandoned, write_atomically
+from advmoe_deploy.sealing.files import read_at_most
+
+_MOST_BYTES = 1 << 20
 
 
 def sign_bundle(bundle: Bundle, private_key: Path) -> Path:
@@ -36,6 +38,7 @@ def sign_bundle(bundle: Bundle, private_key: Path) -> Path:
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
         config.sign(folder, signature)
         target = bundle.path / SIGNATURE
+        remove_abandoned(bundle.path, SIGNATURE)
         write_atomically(target, signature.read_bytes())
     return target
 
@@ -46,7 +49,7 @@ def require_signature(bundle: Bundle, public_key: Path) -> Bundle:
     What is checked is the manifest as it was opened, not the file, which may be another by now.
 
     Raises:
-        BundleError: there is no signature, or it is of another manifest or by another key.
+        BundleError: there is no signature, or it is of another manifest or card, or by another key.
         InputError: the key cannot be read, or is of another kind.
         BackendUnavailableError: ``model-signing`` is not installed.
     """
@@ -54,13 +57,16 @@ def require_signature(bundle: Bundle, public_key: Path) -> Bundle:
     file = bundle.path / SIGNATURE
     with _of_key(public_key, "public"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    if not file.is_file():
+    with reading(file):
+        content = read_at_most(file, _MOST_BYTES)
+    if content is None:
         raise BundleError(
             f"{bundle.path} has no {SIGNATURE}; sign it with 'advmoe sign', or do not use it"
         )
+    if bundle.has(CARD):
+        bundle.read(CARD)  # which may be newer than the manifest, where nobody has signed
     with _laid_out(bundle) as (folder, signature):
-        with reading(file):
-            shutil.copyfile(file, signature)
+        signature.write_bytes(content)
         try:
             with redirect_stdout(StringIO()):  # a warning on signatures of old releases
                 config.verify(folder, signature)

@@ -45,7 +45,7 @@ def _copies() -> Record:
         there, other = (stack.enter_context(DeviceBuffer(_GIB)) for _ in range(2))
         pinned = stack.enter_context(PinnedBuffer(_GIB))
         stream = stack.enter_context(Stream())
-        start, end = (stack.enter_context(Event()) for _ in range(2))
+        start, end = (stack.enter_context(Event(timed=True)) for _ in range(2))
 
         def gib_per_s(copy: Callable[[], None]) -> list[float]:
             speeds = []

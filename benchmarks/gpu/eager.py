@@ -111,16 +111,28 @@ def _reference(work: Work, model: str) -> Record:
     }
 
 
-def eager_and_compiled(work: Work) -> Iterator[Part]:
-    """Time the papers' masked layer, eager and compiled, and the dense network, in torch."""
+def eager(work: Work) -> Iterator[Part]:
+    """Time the papers' masked layer, the grouped one and the dense network in torch."""
+    yield from _rows(work, with_compiled=False)
+
+
+def compiled(work: Work) -> Iterator[Part]:
+    """Time them beside what ``torch.compile`` makes of them, which takes its time."""
+    yield from _rows(work, with_compiled=True)
+
+
+def _rows(work: Work, *, with_compiled: bool) -> Iterator[Part]:
     for model in work.models:
         for precision in work.precisions:
             for batch in work.batches:
                 name = f"{model} {precision} batch {batch}"
-                yield name, partial(_torch_row, work, model, precision, batch)
+                row = partial(_torch_row, work, model, precision, batch)
+                yield name, partial(row, with_compiled=with_compiled)
 
 
-def _torch_row(work: Work, model: str, precision: str, batch: int) -> Record:
+def _torch_row(
+    work: Work, model: str, precision: str, batch: int, *, with_compiled: bool
+) -> Record:
     import torch
 
     from advmoe_deploy.bundle import open_bundle
@@ -137,11 +149,10 @@ def _torch_row(work: Work, model: str, precision: str, batch: int) -> Record:
     moe = reference_model(open_bundle(work.bundle(model))).to("cuda", dtype)
     dense = untrained_model(MODELS[model].dense(), fitting).to("cuda", dtype)
     masked = Routes(execution="masked")
-    compiled = {
-        "masked compiled": torch.compile(lambda x: moe(x, masked)),
-        "dense compiled": torch.compile(dense),
-    }
-    forms = {"masked": lambda x: moe(x, masked), "grouped": moe, "dense": dense, **compiled}
+    forms = {"masked": lambda x: moe(x, masked), "grouped": moe, "dense": dense}
+    if with_compiled:
+        forms["masked compiled"] = torch.compile(forms["masked"])
+        forms["dense compiled"] = torch.compile(dense)
     forms = {
         name: form
         for name, form in forms.items()

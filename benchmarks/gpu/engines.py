@@ -114,7 +114,8 @@ def build_one(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(engine)
-    return {"seconds": round(time.perf_counter() - started, 2), "bytes": len(engine)}
+    seconds = round(time.perf_counter() - started, 2)
+    return {"seconds": seconds, "bytes": len(engine), "level": work.level}
 
 
 def tactics() -> tuple[str, ...] | None:

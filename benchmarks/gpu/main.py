@@ -5,11 +5,12 @@
 
 Stages leave what they make in DIR and what they measure in DIR/stages, part by part, so that a
 later call, or another interpreter, goes on where one was cut off: ``export``, ``reference``,
-``torch`` and ``verify`` need PyTorch, ``build``, ``parity``, ``latency``, ``parts`` and
-``one_engine`` TensorRT and no PyTorch, ``router_tail`` TensorRT 10.9 and Triton, ``onnxruntime``
-its GPU build. ``verify`` lets TensorRT answer in another interpreter where ``--tensorrt-python``
-names one. What fails or lacks something says why in its record, and the others go on. Whatever was
-measured so far is joined in ``benchmarks/results/gpu_trt.json`` after each stage.
+``torch``, ``compiled`` and ``verify`` need PyTorch, ``build``, ``parity``, ``latency``, ``parts``
+and ``one_engine`` TensorRT and no PyTorch, ``router_tail`` TensorRT 10.9 and Triton,
+``onnxruntime`` its GPU build. ``verify`` lets TensorRT answer in another interpreter where
+``--tensorrt-python`` names one. What fails or lacks something says why in its record, and the
+others go on. Whatever was measured so far is joined in ``benchmarks/results/gpu_trt.json`` after
+each stage.
 
 ``--dry-run`` needs no GPU: it exports, runs the graphs that TensorRT would build in ONNX Runtime on
 the CPU, through the same dispatch, and lists the engines to be built.
@@ -112,14 +113,15 @@ def stages() -> dict[str, Stage]:
         "one_engine": whole.one_engine,
         "router_tail": router.router_tail,
         "onnxruntime": engines.onnxruntime,
-        "torch": of_torch.eager_and_compiled,
+        "torch": of_torch.eager,
+        "compiled": of_torch.compiled,
         "router_kernel": of_torch.router_kernel,
         "verify": of_torch.verify,
     }
 
 
 # Those that a dry run leaves out.
-NEED_GPU = ("router_tail", "torch", "router_kernel", "verify")
+NEED_GPU = ("router_tail", "torch", "compiled", "router_kernel", "verify")
 _MOST_BEGUN = 2
 
 
@@ -127,12 +129,7 @@ def write_result(work: Work, out: Path) -> None:
     """Join what all stages have measured so far."""
     files = sorted(work.records.glob("*.json"))
     measured = {file.stem: json.loads(file.read_text()) for file in files}
-    asked = {
-        "data": work.data.partition(":")[0],
-        "batches": work.batches,
-        "optimization_level": work.level,
-        "dry_run": work.dry,
-    }
+    asked = {"data": work.data.partition(":")[0], "dry_run": work.dry}
     result = {**asked, "bounds": bounds(measured), "stages": measured}
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
 

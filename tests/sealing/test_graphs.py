@@ -49,6 +49,19 @@ def refusal(bundle: Path, engine: str = "onnxruntime") -> str:
     return str(caught.value)
 
 
+def test_one_file_is_not_given_to_many_tensors(copied: Path) -> None:
+    data = bytes(4 << 20)
+    tensors = [TensorProto(name=f"t{n}", dims=[1 << 20], data_type=1) for n in range(50)]
+    for tensor in tensors:
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=DATA)
+    graph = onnx.load_model(copied / MODEL)
+    graph.graph.initializer.extend(tensors)
+    put(copied, MODEL, graph.SerializeToString())
+    put(copied, DATA, data)
+    assert "more than the files they lie in" in refusal(copied)
+
+
 @pytest.mark.parametrize(
     ("engine", "graph"), [("onnxruntime", MODEL), ("openvino", OPENVINO_GRAPH)]
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.sealing.golden import golden_arrays
@@ -53,6 +53,24 @@ def test_a_pipe_is_refused(copied: Path) -> None:
     refused(copied, "'pipe' is not listed")
 
 
+def test_folders_of_nothing_are_refused_however_deep(copied: Path) -> None:
+    here = copied
+    for _ in range(200):
+        here = here / "a"
+        here.mkdir()
+    refused(copied, "'a' is not listed")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MANIFEST_HASH])
+def test_a_manifest_that_is_too_large_or_no_file_is_not_read(copied: Path, name: str) -> None:
+    with (copied / name).open("ab") as file:
+        file.truncate(1 << 30)  # of which the disk holds nothing
+    refused(copied, "has no manifest.json with its manifest.sha256")
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    refused(copied, "has no manifest.json with its manifest.sha256")
+
+
 def test_what_a_killed_change_of_the_card_leaves_is_no_harm(copied: Path) -> None:
     (copied / ".MODEL_CARD.md.partial-host-123-0123abcd").write_bytes(b"# half")
     open_bundle(copied)
@@ -72,6 +90,7 @@ def test_what_a_killed_change_of_the_card_leaves_is_no_harm(copied: Path) -> Non
         "a\n",
         "\ud800",
         "a" * 5000,
+        "é" * 150,
     ],
 )
 def test_a_name_that_is_no_plain_name_is_refused(copied: Path, name: str) -> None:
@@ -145,6 +164,38 @@ def _of(**arrays: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def _golden(**arrays: np.ndarray | np.float32) -> bytes:
+    """Return what a bundle has, two images of it, but for ``arrays``."""
+    ids = np.zeros((2, 1), np.int64)
+    routes = {
+        "scores": np.zeros((2, 2), np.float32),
+        "expert_ids": ids,
+        "weights": np.ones((2, 1), np.float32),
+    }
+    own = {"images": np.zeros((2, 1, 8, 8), np.float32), "logits": np.zeros((2, 10), np.float32)}
+    return _of(**{**own, **{f"router.{n}": each for n, each in routes.items()}, **arrays})
+
+
+def _header(text: bytes) -> bytes:
+    """Return a file whose one array has ``text`` for a header."""
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("images.npy", content)
+    return file.getvalue()
+
+
+def _encrypted() -> bytes:
+    """Return a file that says of itself that a password is needed."""
+    content = bytearray(_golden())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + offset] |= 1
+            at = content.find(mark, at + 1)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -152,12 +203,23 @@ def _of(**arrays: np.ndarray) -> bytes:
         (_compressed, "it is compressed"),
         (lambda: _claims((3 << 28, 1)), "has 4 bytes"),
         (lambda: _claims((-1, -1)), "has 4 bytes"),
-        (lambda: _of(images=np.zeros((2, 3, 9, 9), np.float32)), "and the model takes"),
-        (lambda: _of(images=np.zeros((0, 1, 8, 8), np.float32)), "and the model takes"),
+        (lambda: _golden(images=np.zeros((2, 3, 9, 9), np.float32)), "and the model takes"),
+        (lambda: _golden(images=np.zeros((0, 1, 8, 8), np.float32)), "cannot be read"),
         (lambda: _of(logits=np.zeros(3)), "images"),
+        (lambda: _of(images=np.zeros((2, 1, 8, 8), np.float32)), "logits"),
+        (lambda: _golden(logits=np.zeros((3, 10), np.float32)), r"'logits' is .*\[3, 10\]"),
+        (lambda: _golden(logits=np.zeros(2, np.float32)), r"'logits' is .*\[2\]"),
+        (lambda: _golden(images=np.zeros((2, 1, 8, 8))), "'images' is float64"),
+        (lambda: _golden(**{"router.scores": np.float32(1)}), r"'router.scores' is .*\[\]"),
+        (
+            lambda: _golden(**{"router.expert_ids": np.zeros((2, 1))}),
+            "'router.expert_ids' is float",
+        ),
+        (lambda: _header(b"(" * 60), "cannot be read"),
+        (lambda: _header(b"-" * 60 + b"1"), "cannot be read"),
+        (_encrypted, "it is encrypted"),
         (lambda: b"PK\x03\x04 nothing", "not a zip file"),
     ],
-    ids=["objects", "bomb", "claim", "negative", "shape", "none", "missing", "no zip"],
 )
 def test_golden_images_of_another_form_are_refused(
     copied: Path, content: Callable[[], bytes], reason: str

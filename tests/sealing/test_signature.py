@@ -1,6 +1,8 @@
 """A signed bundle is the one that was signed, by the one who holds the key."""
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy.bundle import MANIFEST, SIGNATURE, Bundle, open_bundle
+from advmoe_deploy.bundle import (
+    CARD,
+    MANIFEST,
+    MANIFEST_HASH,
+    SIGNATURE,
+    Bundle,
+    hash_line,
+    open_bundle,
+)
 from advmoe_deploy.card import replace_card
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import AdvMoEError, BundleError, InputError
@@ -67,15 +77,50 @@ def test_a_signed_bundle_is_accepted_and_can_be_signed_again(signed: Path, keys:
     require_signature(open_bundle(signed), keys / "key.pub")
 
 
-def test_no_changed_file_is_accepted(signed: Path, keys: Path) -> None:
-    for file in sorted(f for f in signed.rglob("*") if f.is_file() and f.name != SIGNATURE):
-        content = file.read_bytes()
+def test_no_changed_file_is_accepted_though_every_hash_fits(signed: Path, keys: Path) -> None:
+    sealed = {n: (signed / n).read_bytes() for n in (MANIFEST, MANIFEST_HASH)}
+    for name in open_bundle(signed).manifest.files:
+        content = (signed / name).read_bytes()
         changed = bytearray(content)
         changed[len(content) // 2] ^= 1
-        file.write_bytes(changed)
-        refusal(signed, keys / "key.pub")
-        file.write_bytes(content)
+        put(signed, name, bytes(changed))
+        assert "is not a signature of this bundle" in refusal(signed, keys / "key.pub")
+        for other, text in {**sealed, name: content}.items():
+            (signed / other).write_bytes(text)
     require_signature(open_bundle(signed), keys / "key.pub")
+
+
+def test_a_card_that_only_a_line_of_the_hashes_vouches_for_is_refused(
+    signed: Path, keys: Path
+) -> None:
+    card = b"# the most robust model there is"
+    (signed / CARD).write_bytes(card)
+    hashes = signed / MANIFEST_HASH
+    hashes.write_bytes(hashes.read_bytes() + hash_line(CARD, card))
+    open_bundle(signed)  # as in the instant in which a card is replaced
+    assert "MODEL_CARD.md is not what was exported" in refusal(signed, keys / "key.pub")
+
+
+def test_a_bundle_opens_while_it_is_signed_and_after_that_was_killed(
+    signed: Path, keys: Path
+) -> None:
+    left = signed / f".manifest.sig.partial-{platform.node()}-999999999-0123abcd"
+    left.write_bytes(b"half")
+    sign_bundle(open_bundle(signed), keys / "key.pem")
+    assert not left.exists()
+    require_signature(open_bundle(signed), keys / "key.pub")
+
+
+def test_a_signature_that_is_no_file_or_too_large_is_none(signed: Path, keys: Path) -> None:
+    opened, file = open_bundle(signed), signed / SIGNATURE
+    with file.open("ab") as signature:
+        signature.truncate(1 << 30)
+    with pytest.raises(BundleError, match=r"has no manifest\.sig"):
+        require_signature(opened, keys / "key.pub")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BundleError, match=r"has no manifest\.sig"):
+        require_signature(opened, keys / "key.pub")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "MODEL_CARD.md", "new.onnx"])

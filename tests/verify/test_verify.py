@@ -15,7 +15,6 @@ from advmoe_deploy.bundle import (
     REFERENCE,
     Bundle,
     open_bundle,
-    seal_bundle,
 )
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
@@ -23,6 +22,7 @@ from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
+from advmoe_deploy.sealing.seal import seal_bundle
 from advmoe_deploy.specs import Precision, build_spec
 from advmoe_deploy.verify import trial as trial_module
 from advmoe_deploy.verify.curve import robustness_curve

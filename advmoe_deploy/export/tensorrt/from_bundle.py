@@ -21,7 +21,6 @@ from advmoe_deploy.bundle import (
     Bundle,
     BundleManifest,
     EngineSet,
-    seal_again,
 )
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.export.model_card import card_with_engines
@@ -57,6 +56,7 @@ from advmoe_deploy.reports.devices import Device, GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, require_buildable
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes, shapes_of_segments
+from advmoe_deploy.sealing.seal import seal_again
 from advmoe_deploy.specs import Precision
 
 # Images that every expert is checked on.
@@ -233,7 +233,7 @@ def _sealed(
     staged: Path, source: Bundle, engines: tuple[EngineSet, ...], device: Device
 ) -> BundleManifest:
     """Write the card anew, with ``engines``, and seal everything."""
-    card = source.file(CARD).read_text(encoding="utf-8")
+    card = source.read(CARD).decode()
     (staged / CARD).write_text(card_with_engines(card, engines), encoding="utf-8")
     versions = {**source.manifest.versions, device.library: device.version}
     return seal_again(staged, source.manifest, engines=engines, versions=versions)

@@ -66,7 +66,6 @@ class RtxCompiler(OnCpu):
             library="tensorrt-rtx",
             inspect=inspect,
         )
-        require_names(name, model, engine)
         self._graphs[_hash(engine)] = graph
         return engine
 
@@ -110,17 +109,6 @@ def require_as_written(name: str, graph: ModelProto, network: Network) -> None:
         scores = (network.made | network.inputs).get(node.input[0])
         if scores is None or scores.dtype != "FLOAT":
             raise _misread(name, f"{node.input[0]} as {scores}", "float32")
-
-
-def require_names(name: str, graph: ModelProto, engine: bytes) -> None:
-    """Check that an engine has every input and output of its graph.
-
-    Raises:
-        CheckFailedError: one is missing.
-    """
-    ends = [end.name for end in (*graph.graph.input, *graph.graph.output)]
-    if missing := [end for end in ends if end.encode() not in engine]:
-        raise CheckFailedError(f"the engine of {name} lacks {', '.join(missing)}")
 
 
 def _declared(value: ValueInfoProto) -> NetworkTensor:

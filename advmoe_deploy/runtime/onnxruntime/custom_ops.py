@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from threading import Lock
 from typing import Literal
 
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError, reason_of
-from advmoe_deploy.process import cache_folder
+from advmoe_deploy.process import cache_folder, require_private
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     FOLDER,
     LIBRARY,
@@ -115,18 +114,12 @@ def _compile(compiler: str, cached: Path) -> None:
 
 def _checked_cache(cached: Path) -> tuple[Path, str]:
     """Do as :func:`_checked` with what nobody else can have written or replaced."""
-    _require_private(cached.parent, 0o022)
-    _require_private(cached, 0o077)
+    try:
+        require_private(cached.parent, 0o022)
+        require_private(cached, 0o077)
+    except InputError as error:
+        raise InputError(f"{error}, or set {VARIABLE}=bodies") from None
     return _checked(cached)
-
-
-def _require_private(directory: Path, closed: int) -> None:
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & closed:
-        raise InputError(
-            f"{directory} is open to others, so its library is not loaded; delete it, or set "
-            f"{VARIABLE}=bodies"
-        )
 
 
 def _checked(directory: Path) -> tuple[Path, str]:

@@ -113,6 +113,7 @@ class OrtEngine(Closing):
                 f"ONNX Runtime cannot load its {provider}: libraries of CUDA, cuDNN or TensorRT "
                 "are missing or of another version; 'advmoe doctor' lists what is here"
             )
+        session.disable_fallback()  # to the CPU, under the name of the GPU
         self._session: Any = session
         self.output_names: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
@@ -131,6 +132,8 @@ class OrtEngine(Closing):
             values = session.run(None, dict(inputs))
         except Exception as error:
             _refuse_out_of_memory(error)
+            if type(error).__name__ == "EPFail":  # what CUDA says when it fails
+                raise MachineError(f"the GPU failed: {str(error).splitlines()[0]}") from None
             raise
         return dict(zip(self.output_names, values, strict=True))
 

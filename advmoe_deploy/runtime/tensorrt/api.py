@@ -127,10 +127,13 @@ class Messages(Closing):
 
     def keep(self, severity: str, message: str) -> None:
         """Take what was said, one of TensorRT's names being its severity."""
+        heard = severity in (*_ERRORS, "WARNING")
+        if not heard and self._file is None:
+            return
         text = " ".join(message.split())
         if self._file is not None:
             self._file.write(f"{severity} {text}\n")
-        if severity in (*_ERRORS, "WARNING"):
+        if heard:
             self._count += 1
             self._kept.append((self._count, severity, text))
 
@@ -157,13 +160,15 @@ class Heard:
 
     def reason(self) -> str:
         """Return every error in order, once each; where there is none, every warning."""
-        said = self.messages.after(self.start)
-        errors = [text for severity, text in said if severity in _ERRORS]
-        return "; ".join(dict.fromkeys(errors or [t for _, t in said])) or "it gives no reason"
+        return "; ".join(dict.fromkeys(self._told())) or "it gives no reason"
 
     def mentions(self, *words: str) -> bool:
-        """Return whether an error or a warning has one of these in it."""
-        return any(word in text for _, text in self.messages.after(self.start) for word in words)
+        """Return whether what :meth:`reason` tells has one of these in it."""
+        return any(word in text for text in self._told() for word in words)
+
+    def _told(self) -> list[str]:
+        said = self.messages.after(self.start)
+        return [t for severity, t in said if severity in _ERRORS] or [t for _, t in said]
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from typing_extensions import Self
 
 from advmoe_deploy.errors import (
@@ -57,7 +57,8 @@ _OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "insufficient memory", "bad_al
 _MIB = 1 << 20
 _WAYS_OUT: dict[GpuLibrary, str] = {
     "tensorrt": "another --precision, or a newer release",
-    "tensorrt-rtx": "another --precision or other compute_capabilities, or a newer release",
+    "tensorrt-rtx": "another --precision, other compute_capabilities, a larger workspace_mib where "
+    "one is set, or a newer release",
 }
 _TO_START: dict[GpuLibrary, str] = {
     "tensorrt": "it builds only where an NVIDIA GPU and its driver are; elsewhere export with "
@@ -99,6 +100,11 @@ class BuildOptions(Frozen):
     timing_cache: Path | None = None
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     weight_streaming: bool = False
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _each_once(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(dict.fromkeys(given), key=float))
 
     def profiles(self, shapes: Mapping[str, Shapes]) -> list[Mapping[str, Shapes]]:
         """Return the shapes of each optimization profile for inputs of ``shapes``."""

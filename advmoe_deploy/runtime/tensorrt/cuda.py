@@ -229,11 +229,12 @@ class Stream(Closing):
 
 
 class Event(Closing):
-    """A point in a stream that others can wait for, and that time is taken at."""
+    """A point in a stream that others can wait for and, ``timed``, that time is taken at."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = False) -> None:
         cudart = _cudart()
-        self.raw = check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDefault))
+        kind = cudart.cudaEventDefault if timed else cudart.cudaEventDisableTiming
+        self.raw = check(cudart.cudaEventCreateWithFlags(kind))
 
     def record(self, stream: Stream) -> None:
         """Put it behind everything queued on ``stream``."""
@@ -241,7 +242,7 @@ class Event(Closing):
         check(cudart.cudaEventRecord(self.raw, stream._stream))
 
     def ms_since(self, earlier: "Event") -> float:
-        """Return the milliseconds between two events that have happened."""
+        """Return the milliseconds between two timed events that have happened."""
         cudart = _cudart()
         return float(check(cudart.cudaEventElapsedTime(earlier.raw, self.raw)))
 

@@ -4,19 +4,20 @@ Written against the documented interface, on the names that TensorRT 8.6, 10 and
 not run on a GPU yet.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from advmoe_deploy.closing import Closing
-from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, BundleError
-from advmoe_deploy.process import cache_folder
+from advmoe_deploy.errors import (
+    AdvMoEError,
+    BackendUnavailableError,
+    BundleError,
+)
 from advmoe_deploy.reports.devices import Device, GpuLibrary, RtxDevice
 from advmoe_deploy.runtime.engine import Source, content_of, name_of
 from advmoe_deploy.runtime.tensorrt.api import (
@@ -30,13 +31,13 @@ from advmoe_deploy.runtime.tensorrt.api import (
     version_text,
 )
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Graph, Stream, gpu
-from advmoe_deploy.runtime.tensorrt.rtx.kernels import SUFFIX, Kernels
+from advmoe_deploy.runtime.tensorrt.rtx.kernels import Kernels, kernels_file
 from advmoe_deploy.runtime.tensorrt.shapes import narrowest
 
 _LOG = logging.getLogger(__name__)
 _TO_LOAD: dict[GpuLibrary, str] = {
     "tensorrt": "on this machine",
-    "tensorrt-rtx": "with this GPU among compute_capabilities",
+    "tensorrt-rtx": "for this GPU, if it is one that RTX compiles for, else with --format trt",
 }
 # TensorRT's names of the types that NumPy has too.
 _NUMPY = {
@@ -79,7 +80,7 @@ def require_device(device: Device) -> None:
     )
     if reason:
         raise BackendUnavailableError(
-            f"these engines do not run here: {reason}; export again on this machine"
+            f"these engines do not run here: {reason}; export again {_TO_LOAD[device.library]}"
         )
 
 
@@ -116,9 +117,11 @@ class Program(Closing):
             )
         self._runtime, self._engine = runtime, engine  # the first has to live as long
         self._kernels: Kernels | None = None
+        self.can_capture = True
         if isinstance(device, RtxDevice):
             streaming = device.weight_streaming
-            self._kernels = Kernels(engine, _kernels_file(data), weight_streaming=streaming)
+            self._kernels = Kernels(engine, kernels_file(data), weight_streaming=streaming)
+            self.can_capture = not streaming
         self._lock = Lock()
         self.tensors = {name: self._tensor(trt, name) for name in self._names()}
         self._profiles = [
@@ -223,13 +226,6 @@ def switch_profile(context: IExecutionContext, number: int, engine: str, heard: 
         stream.wait()
 
 
-def _kernels_file(engine: bytes) -> Path:
-    """Return where the kernels that were compiled here for an engine are kept."""
-    major, minor = gpu().compute_capability
-    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}{SUFFIX}"
-    return cache_folder() / "tensorrt-rtx" / name
-
-
 def numpy_type(trt: Any, kind: Any, owner: str) -> np.dtype[Any]:
     """Return NumPy's type for a type of TensorRT's.
 
@@ -257,12 +253,12 @@ class Work(Closing):
     first time they run uncaptured: only then has TensorRT prepared all it needs.
     """
 
-    def __init__(self, contexts: Sequence[IExecutionContext]) -> None:
-        """Take over contexts, bound by :func:`bound_context`."""
+    def __init__(self, contexts: Sequence[IExecutionContext], *, can_capture: bool = True) -> None:
+        """Take over contexts, bound by :func:`bound_context`; a run of some takes memory."""
         self._contexts = list(contexts)
         self._graph: Graph | None = None
         self._runs = 0
-        self._can_capture = True
+        self._can_capture = can_capture
 
     def start(self, stream: Stream) -> None:
         """Queue it on ``stream``.

@@ -92,8 +92,8 @@ class TensorRtSlot(Closing):
         with ExitStack() as stack:
             self._streams = [stack.enter_context(Stream()) for _ in range(streams)]
             self._events = [stack.enter_context(Event()) for _ in range(streams)]
-            self._begun = stack.enter_context(Event())
-            self._fetched = [stack.enter_context(Event()) for _ in range(streams)]
+            self._begun = stack.enter_context(Event(timed=True))
+            self._fetched = [stack.enter_context(Event(timed=True)) for _ in range(streams)]
             self._buffers = {
                 name: stack.enter_context(DeviceBuffer(stored.bytes))
                 for name, stored in tensors.items()
@@ -196,7 +196,9 @@ class TensorRtSlot(Closing):
         key = (stream, *((c.graph, *c.inputs.items(), *c.outputs.items()) for c in calls))
         work = self._works.get(key)
         if work is None:
-            self._works[key] = work = Work([self._context(call, stream) for call in calls])
+            contexts = [self._context(call, stream) for call in calls]
+            can_capture = all(self._programs[call.graph].can_capture for call in calls)
+            self._works[key] = work = Work(contexts, can_capture=can_capture)
             if len(self._works) > _MOST_PREPARED:
                 self.settle()  # the one that goes may be under way
                 self._works.popitem(last=False)[1].close()
@@ -278,7 +280,7 @@ class SingleSlot(TensorRtSlot):
         self.start_on(inputs)
         call, _, _ = self._call(inputs)
         work, (stream,), milliseconds = self.start(call), self._streams, []
-        with Event() as begun, Event() as done:
+        with Event(timed=True) as begun, Event(timed=True) as done:
             for turn in range(rounds + 3):  # the first ones prepare
                 begun.record(stream)
                 for _ in range(_RUNS_PER_ROUND):

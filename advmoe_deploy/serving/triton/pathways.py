@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as triton
 from numpy.typing import NDArray
 
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment
@@ -24,6 +23,9 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read the plan, and which model runs each of its segments."""
+        import triton_python_backend_utils as triton  # which is there inside of Triton alone
+
+        self.triton = triton
         file = Path(args["model_repository"], args["model_version"], "plan.json")
         content = json.loads(file.read_text(encoding="utf-8"))
         self.plan = Plan.model_validate(content["plan"])
@@ -32,16 +34,19 @@ class TritonPythonModel:
     async def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, in their order; if one cannot be answered, none of the batch is."""
         (name,) = self.plan.inputs
-        given = [triton.get_input_tensor_by_name(each, name).as_numpy() for each in requests]
+        given = [self.triton.get_input_tensor_by_name(each, name).as_numpy() for each in requests]
         try:
             tensors = await self._infer({name: np.concatenate(given)})
-        except triton.TritonModelException as error:
-            failed = triton.TritonError(str(error))
-            return [triton.InferenceResponse(error=failed) for _ in requests]
+        except self.triton.TritonModelException as error:
+            failed = self.triton.TritonError(str(error))
+            return [self.triton.InferenceResponse(error=failed) for _ in requests]
         ends = np.cumsum([len(images) for images in given])
         return [
-            triton.InferenceResponse(
-                [triton.Tensor(n, tensors[n][end - len(images) : end]) for n in self.plan.outputs]
+            self.triton.InferenceResponse(
+                [
+                    self.triton.Tensor(n, tensors[n][end - len(images) : end])
+                    for n in self.plan.outputs
+                ]
             )
             for images, end in zip(given, ends, strict=True)
         ]
@@ -80,12 +85,12 @@ class TritonPythonModel:
             TritonModelException: it answers with an error.
         """
         names = [tensor.name for tensor in segment.outputs]
-        request = triton.InferenceRequest(
+        request = self.triton.InferenceRequest(
             model_name=self.models[segment.name],
             requested_output_names=names,
-            inputs=[triton.Tensor(name, np.ascontiguousarray(x)) for name, x in ends.items()],
+            inputs=[self.triton.Tensor(name, np.ascontiguousarray(x)) for name, x in ends.items()],
         )
         response = await request.async_exec()
         if response.has_error():
-            raise triton.TritonModelException(f"{segment.name}: {response.error().message()}")
-        return {n: triton.get_output_tensor_by_name(response, n).as_numpy() for n in names}
+            raise self.triton.TritonModelException(f"{segment.name}: {response.error().message()}")
+        return {n: self.triton.get_output_tensor_by_name(response, n).as_numpy() for n in names}

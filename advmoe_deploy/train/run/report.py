@@ -5,6 +5,7 @@ from importlib import metadata
 
 from pydantic import Field
 
+from advmoe_deploy import __version__
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 from advmoe_deploy.train.fields import Loss, Method
 
@@ -82,5 +83,6 @@ class TrainReport(Frozen):
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what a run gives."""
-    packages = ("advmoe-deploy", "torch", "lightning-fabric", "numpy", "pillow")
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    packages = ("torch", "lightning-fabric", "numpy", "pillow")
+    ours = {"python": platform.python_version(), "advmoe-deploy": __version__}
+    return ours | {package: metadata.version(package) for package in packages}

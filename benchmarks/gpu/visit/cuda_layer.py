@@ -39,7 +39,7 @@ class Bench(ExitStack):
         self.stream = self.enter_context(Stream())
         self.pinned = self.enter_context(PinnedBuffer(4 * _COUNT))
         self.there = self.enter_context(DeviceBuffer(4 * _COUNT))
-        self.begun, self.done = (self.enter_context(Event()) for _ in range(2))
+        self.begun, self.done = (self.enter_context(Event(timed=True)) for _ in range(2))
         self.values = self.pinned.array((_COUNT,), _FLOAT)
 
     def up(self) -> None:

@@ -43,6 +43,7 @@ class cudaDeviceAttr(IntEnum):
 cudaHostAllocDefault = 0
 cudaStreamNonBlocking = 1
 cudaEventDefault = 0
+cudaEventDisableTiming = 2
 _OK = cudaError_t.cudaSuccess
 _INVALID = cudaError_t.cudaErrorInvalidValue
 Work = Callable[[], Any]

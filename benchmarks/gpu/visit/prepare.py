@@ -4,8 +4,8 @@
 
 Run beforehand, where pip works, on Linux with a C compiler, binutils and xz. OUT gets ``1/`` (test
 images, small packages), ``tensorrt/``, ``onnxruntime/`` and ``training/`` (pieces of 46 MiB, and
-``pieces.sha256``). The machine is taken to have Python 3.12 with PyTorch, onnx, safetensors,
-typer and rich; ``--python`` says another version.
+``pieces.sha256``). The machine is taken to have Python 3.12 with PyTorch, onnx, onnxruntime (for
+the CPU), safetensors, typer and rich; ``--python`` says another version.
 
 TensorRT is 8.6.0, the last whose builder is a wheel on PyPI, with a CPython 3.10 of its own
 (``--python310``, a prefix that may be moved, such as pyenv's).

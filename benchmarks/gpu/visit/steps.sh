@@ -3,7 +3,8 @@
 #   VISIT    where calls meet, outside the checkout
 #   PACK     what benchmarks/gpu/visit/prepare.py made, or the part of it that this call carries
 #   DRY      anything: do on a CPU what needs no GPU
-#   SECONDS_OF_VISIT, SECONDS_OF_CALL   the machine is gone so long after the first call began, a call is ended
+#   SECONDS_OF_VISIT, SECONDS_OF_CALL   the machine is gone so long after the first call began (of 900, starting it took
+#                                       some 120), a call is ended
 : "${OUT:?name an empty folder in OUT}"
 set -uo pipefail
 export VISIT=${VISIT:-/tmp/advmoe-visit} PACK=${PACK:-pack} PYTHON=${PYTHON:-python3}
@@ -14,7 +15,7 @@ export PYTHONPATH=$PWD:$VISIT/site/$("$PYTHON" -c 'import sys; print("%d.%d" % s
 
 # left: seconds until the visit ends, or the call where that is sooner.
 left() {
-  local visit=$(($(cat "$VISIT/began") + ${SECONDS_OF_VISIT:-840} - $(date +%s))) call=$((${SECONDS_OF_CALL:-585} - SECONDS))
+  local visit=$(($(cat "$VISIT/began") + ${SECONDS_OF_VISIT:-750} - $(date +%s))) call=$((${SECONDS_OF_CALL:-585} - SECONDS))
   echo $((visit < call ? visit : call))
 }
 

@@ -24,8 +24,10 @@ from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.rtx import RtxCompiler, require_as_written
 from advmoe_deploy.reports.devices import RtxDevice
+from advmoe_deploy.runtime.tensorrt.api import logger, tensorrt
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
+from advmoe_deploy.runtime.tensorrt.rtx import targets
 from advmoe_deploy.runtime.tensorrt.rtx.network import Network, NetworkTensor
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
 from advmoe_deploy.specs import BatchProfile, Precision
@@ -193,6 +195,26 @@ def test_it_is_compiled_for_the_gpus_that_are_named(tmp_path: Path) -> None:
     files = {file.name for file in (tmp_path / "engines").rglob("*sm86-sm120-*/*.engine")}
     assert files == {f"{name}.engine" for name in graph_files(engines.plan)}
     assert engines.parity.route_agreement >= 0.999
+
+
+@needs_rtx
+def test_the_builder_is_told_what_is_asked_for() -> None:
+    trt = tensorrt("tensorrt-rtx")
+    builder = trt.Builder(logger("tensorrt-rtx"))
+    config = builder.create_builder_config()
+    targets.configure(config, ("8.6", "12.0"), weight_streaming=True)
+    told = [config.get_compute_capability(index) for index in range(2)]
+    assert told == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM120]
+    assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config = builder.create_builder_config()
+    targets.configure(config, (), weight_streaming=False)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert not config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+
+
+def test_a_gpu_is_compiled_for_once() -> None:
+    options = BuildOptions(compute_capabilities=("12.0", "8.6", "8.6"))
+    assert options.compute_capabilities == ("8.6", "12.0")
 
 
 @needs_rtx

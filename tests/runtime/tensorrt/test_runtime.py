@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from advmoe_deploy.plan import RouteStep, TensorInfo
 from advmoe_deploy.reports.devices import Capability, EngineDevice, RtxDevice
 from advmoe_deploy.runtime.tensorrt.api import LOG_VARIABLE, Messages, parse_version, probe
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions, _not_built
+from advmoe_deploy.runtime.tensorrt.rtx import kernels
 from advmoe_deploy.runtime.tensorrt.rtx.kernels import prune
 from advmoe_deploy.runtime.tensorrt.shapes import (
     Shapes,
@@ -160,6 +162,22 @@ def test_compiled_engines_run_on_the_gpus_that_the_library_names(
     answer = compiled.mismatch(gpu="a GPU", compute_capability=here, version=version)
     assert why in answer
     assert bool(why) == bool(answer)
+
+
+def test_kernels_are_code_that_nobody_else_may_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "gpu", lambda: SimpleNamespace(compute_capability=(8, 6)))
+    file = kernels.kernels_file(b"engine")
+    assert file is not None
+    assert file.is_relative_to(tmp_path / "advmoe-deploy" / "tensorrt-rtx")
+    file.parent.chmod(0o770)
+    assert kernels.kernels_file(b"engine") is None
+    assert "is open to others" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent / "file"))
+    (file.parent / "file").touch()
+    assert kernels.kernels_file(b"engine") is None  # a convenience, which an engine runs without
 
 
 def test_of_compiled_kernels_the_last_written_are_kept(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, Bundle, open_bundle, seal_again
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, Bundle, open_bundle
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.sealing.seal import seal_again
 from advmoe_deploy.serving.online.golden import golden_of
 
 

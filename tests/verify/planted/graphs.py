@@ -9,7 +9,8 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, MODEL, Bundle, open_bundle, seal_again
+from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, MODEL, Bundle, open_bundle
+from advmoe_deploy.sealing.seal import seal_again
 
 Edit = Callable[[ModelProto], None]
 IMAGES, LOGITS, IDS = "images", "logits", "router.expert_ids"

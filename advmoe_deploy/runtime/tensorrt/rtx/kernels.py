@@ -3,13 +3,16 @@
 Written against the documented interface; not run on a GPU yet.
 """
 
+import hashlib
 import logging
 from pathlib import Path
 
 from advmoe_deploy.closing import Closing
-from advmoe_deploy.errors import reason_of
+from advmoe_deploy.errors import BackendUnavailableError, InputError, reason_of
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.process import cache_folder, private_folder
 from advmoe_deploy.runtime.tensorrt.api import ICudaEngine, IExecutionContext, tensorrt
+from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
 _LOG = logging.getLogger(__name__)
 SUFFIX = ".kernels"
@@ -24,10 +27,14 @@ class Kernels(Closing):
     would hold on to these.
     """
 
-    def __init__(self, engine: ICudaEngine, file: Path, *, weight_streaming: bool) -> None:
+    def __init__(self, engine: ICudaEngine, file: Path | None, *, weight_streaming: bool) -> None:
         """Begin with the kernels in ``file``, unless those are of another GPU, driver or release.
 
-        With ``weight_streaming`` the library says which weights stay in the host's memory.
+        With ``weight_streaming`` the library says which weights stay in the host's memory. Without
+        a file, or if it cannot be read, kernels are compiled anew.
+
+        Raises:
+            BackendUnavailableError: the library takes no cache.
         """
         trt = tensorrt("tensorrt-rtx")
         if weight_streaming:
@@ -39,9 +46,10 @@ class Kernels(Closing):
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         self._cache = config.create_runtime_cache()
-        if file.is_file():
-            self._cache.deserialize(file.read_bytes())
-        config.set_runtime_cache(self._cache)
+        if kept := _read(file):
+            self._cache.deserialize(kept)
+        if not config.set_runtime_cache(self._cache):
+            raise BackendUnavailableError("TensorRT for RTX takes no cache of compiled kernels")
         self._engine, self._config, self._file = engine, config, file
 
     def context(self) -> IExecutionContext:
@@ -52,12 +60,38 @@ class Kernels(Closing):
         """Write the kernels to the file, a convenience only: where it fails, a warning says so."""
         kernels = self._cache.serialize()
         try:
-            if kernels is not None:
+            if kernels is not None and self._file is not None:
                 write_atomically(self._file, bytes(memoryview(kernels)))
                 prune(self._file.parent, _MOST_BYTES)
         except OSError as error:
             _LOG.warning("kernels are compiled again next time: %s", reason_of(error))
         self._engine = self._config = self._cache = None
+
+
+def _read(file: Path | None) -> bytes:
+    """Return what a file of kernels has, nothing if there is none that can be used."""
+    try:
+        return file.read_bytes() if file is not None and file.is_file() else b""
+    except OSError as error:
+        _LOG.warning("kernels are compiled again: %s", reason_of(error))
+        return b""
+
+
+def kernels_file(engine: bytes) -> Path | None:
+    """Return where the kernels that were compiled here for an engine are kept.
+
+    They are code: the folder has to be closed to others. Without one they are not kept.
+    """
+    major, minor = gpu().compute_capability
+    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}{SUFFIX}"
+    try:
+        return private_folder(cache_folder() / "tensorrt-rtx") / name
+    except OSError as error:
+        reason = reason_of(error)
+    except (RuntimeError, InputError) as error:  # no home, or a folder that others can write to
+        reason = str(error)
+    _LOG.warning("compiled kernels are not kept: %s", reason)
+    return None
 
 
 def prune(folder: Path, most_bytes: int) -> None:

@@ -23,8 +23,9 @@ def configure(
     wanted = chosen(capabilities)
     if wanted:
         config.num_compute_capabilities = len(wanted)
-    for index, target in enumerate(wanted):
-        config.set_compute_capability(target, index)
+    for index, (target, name) in enumerate(zip(wanted, capabilities, strict=True)):
+        if not config.set_compute_capability(target, index):
+            raise BackendUnavailableError(f"TensorRT for RTX does not compile for {name} here")
 
 
 def chosen(capabilities: Sequence[str]) -> list[Any]:
