@@ -5,8 +5,8 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from advmoe_deploy.data.upright import upright
 from advmoe_deploy.decoding import FORMATS, Decoding
 from advmoe_deploy.errors import DataError, MachineError, reason_of
 
@@ -36,15 +37,12 @@ _DAMAGE = (
     zlib.error,
 )
 _MODES = {1: "L", 3: "RGB"}
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_GREY = ("1", "L", "LA")  # of equal channels, so that one is scaled for all three
+# Rows cost memory of their own, 8 bytes and more, however short they are.
+_MOST_ROWS = 1 << 22
+# Images of more pixels are decoded one at a time, however many threads ask.
+_LARGE = 1 << 24
+_large_images = threading.Lock()
 # Filters of warnings belong to the process, so one thread at a time may change them.
 _warning_filters = threading.Lock()
 
@@ -85,10 +83,13 @@ def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:
 
     Raises:
         DataError: no image of the formats that are read, damaged, truncated, above ``max_pixels``,
-            or of pixels without a range.
+            of more than 4,194,304 rows, or of pixels without a range.
         MachineError: the memory does not suffice.
     """
     formats = [name for name in known_formats() if name in decoding.formats]
+    mode = _MODES.get(decoding.channels)
+    if mode is None:
+        raise DataError(f"{where}: an image has 1 or 3 channels, the model {decoding.channels}")
     try:
         with _opened(file, formats) as image:
             width, height = image.size
@@ -96,8 +97,13 @@ def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:
                 raise DataError(
                     f"{where}: {width} x {height} pixels exceed the limit of {decoding.max_pixels}"
                 )
-            image.load()
-            pixels = np.asarray(_scaled(_upright(image, where, decoding), decoding))
+            if height > _MOST_ROWS:
+                raise DataError(
+                    f"{where}: {height} rows exceed the limit of {_MOST_ROWS}; cut it into pieces"
+                )
+            with _large_images if width * height > _LARGE else nullcontext():
+                image.load()
+                pixels = np.asarray(_in_mode(mode, _scaled(_upright(image, where, mode), decoding)))
     except UnidentifiedImageError:
         kinds = f"{', '.join(formats[:-1])} or {formats[-1]}"
         raise DataError(f"{where}: not a {kinds} image") from None
@@ -124,21 +130,20 @@ def _opened(file: BinaryIO, formats: list[str]) -> Image.Image:
         return Image.open(file, formats=formats)
 
 
-def _upright(image: Image.Image, where: str, decoding: Decoding) -> Image.Image:
-    """Return a loaded image with the channels of ``decoding``, turned as a camera noted."""
-    mode = _MODES.get(decoding.channels)
-    if mode is None:
-        raise DataError(f"{where}: an image has 1 or 3 channels, the model {decoding.channels}")
-    turn = _UPRIGHT.get(_orientation(image))
+def _upright(image: Image.Image, where: str, mode: str) -> Image.Image:
+    """Return a loaded image turned as a camera noted, in ``mode`` or, if it is grey, in L."""
+    if image.mode.startswith(("I", "F")):
+        return upright(image, _orientation(image), "L", _eight_bits(image, where))
+    seen = "L" if image.mode in _GREY else mode
+    return upright(image, _orientation(image), seen, lambda part: _in_mode(seen, part))
+
+
+def _in_mode(mode: str, image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # which Pillow warns about if it is not asked for
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, where)
     if image.mode not in (mode, "RGB"):
         image = image.convert("RGB")
-    if image.mode != mode:
-        image = image.convert(mode)
-    return image if turn is None else image.transpose(turn)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -150,17 +155,19 @@ def _orientation(image: Image.Image) -> int:
             return 1
 
 
-def _eight_bits(image: Image.Image, where: str) -> Image.Image:
-    """Return grey of up to 16 bits as 8; Pillow's own conversion clips at 255."""
+def _eight_bits(image: Image.Image, where: str) -> Callable[[Image.Image], Image.Image]:
+    """Return what makes grey of up to 16 bits 8; Pillow's own conversion clips at 255."""
     tags = getattr(image, "tag_v2", None)
     if image.mode == "F" or (image.mode == "I" and tags):
         raise DataError(f"{where}: 32-bit or signed pixels have no known range; save 8 or 16 bits")
-    bits = tags[ExifTags.Base.BitsPerSample][0] if tags else 16
-    most = 2**bits - 1
-    grey = (np.asarray(image).astype(np.uint32) * 255 + most // 2) // most
-    if tags and tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-        grey = 255 - grey  # white is zero
-    return Image.fromarray(grey.astype(np.uint8))
+    most = 2 ** (tags[ExifTags.Base.BitsPerSample][0] if tags else 16) - 1
+    white_is_zero = tags and tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+    def converted(part: Image.Image) -> Image.Image:
+        grey = (np.asarray(part).astype(np.uint32) * 255 + most // 2) // most
+        return Image.fromarray((255 - grey if white_is_zero else grey).astype(np.uint8))
+
+    return converted
 
 
 def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
