@@ -3,9 +3,12 @@
 The first line says what the job is, every other line is a row.
 """
 
+import errno
 import fcntl
 import io
 import json
+import os
+import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +27,7 @@ class Journal(Closing):
         """Open the journal at ``path``, made if need be; without a path it lives in memory.
 
         Raises:
-            UsageError: another process uses it.
+            UsageError: another process uses it, or a link or another kind of file is there.
         """
         self.path = path
         self.count = 0
@@ -106,13 +109,29 @@ def continued(path: Path | None, job: Row) -> tuple[Journal, list[Row]]:
 def _locked(path: Path) -> BinaryIO:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
+        file = _opened(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UsageError(f"another process is writing {path}; wait for it or stop it") from None
     return file
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file of our own: what somebody planted there may lead to one that must not change."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{path} is a link, where a journal is to be; remove it") from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise UsageError(f"{path} is no file of its own, where a journal is to be; remove it")
+    return os.fdopen(descriptor, "a+b")
 
 
 def _line(row: Row) -> bytes:

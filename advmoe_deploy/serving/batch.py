@@ -22,6 +22,7 @@ from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.inputs import Listing, list_inputs
+from advmoe_deploy.serving.names import readable, shown
 from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.serving.search import Skipped
@@ -88,10 +89,10 @@ def classify_files(
     columns = _columns(bundle, batch, top_k)
     writer_for(output)
     inputs = list_inputs(source)
-    shown = [_printable(path) for path in inputs]
+    names = [shown(path) for path in inputs]
     job = _job(bundle, inputs, engine=engine, top_k=top_k, batch=batch)
     journal, done = open_journal(
-        output, job, shown, batch=batch, resume=resume, overwrite=overwrite
+        output, job, names, batch=batch, resume=resume, overwrite=overwrite
     )
     errors = _errors(done)
     with journal, _keeping_what_is_done(journal, len(inputs), progress):
@@ -100,7 +101,7 @@ def classify_files(
                 decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
                 decoding = bundle.manifest.decoding
                 inference = _Inference(runner, columns, decoding, decoders, progress)
-                errors = inference.run(journal, inputs, shown, batch, errors)
+                errors = inference.run(journal, inputs, names, batch, errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
     seconds = time.perf_counter() - started
@@ -145,7 +146,7 @@ class _Inference:
         self._said_resized = False
 
     def run(
-        self, journal: Journal, inputs: Listing, shown: Sequence[str], batch: int, errors: int
+        self, journal: Journal, inputs: Listing, names: Sequence[str], batch: int, errors: int
     ) -> int:
         """Append the rows that ``journal`` lacks; return how many have errors, of all."""
         with task(self._progress, "classify", len(inputs)):
@@ -153,8 +154,7 @@ class _Inference:
             windows = _decoded_ahead(inputs, journal.count, self._decoding, batch, self._decoders)
             with closing(windows):
                 for window in windows:
-                    names = shown[journal.count : journal.count + len(window)]
-                    rows = self._rows(names, window)
+                    rows = self._rows(names[journal.count :][: len(window)], window)
                     journal.append(*rows)
                     errors += _errors(rows)
                     self._progress.advance("classify", len(window), errors=errors)
@@ -231,21 +231,8 @@ def _decoded_ahead(
 
 def _decode(path: str, errors: Mapping[str, str], decoding: Decoding) -> Decoded:
     if path in errors:
-        return _printable(errors[path])
+        return readable(errors[path])
     try:
         return decode_file(Path(path), decoding)
     except (DataError, MachineError) as error:
-        return _printable(str(error).removeprefix(f"{Path(path)}: "))
-
-
-def _printable(path: str) -> str:
-    r"""Return ``path`` as UTF-8 text; bytes that are none become escapes such as ``\xff``.
-
-    A file name may be no UTF-8, a Parquet string must be, and two names may not become one: the
-    backslashes of such a name are doubled.
-    """
-    raw = os.fsencode(path)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+        return readable(str(error).removeprefix(f"{Path(path)}: "))

@@ -3,16 +3,16 @@
 import importlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra, writing
-from advmoe_deploy.files import flush_to_disk
 from advmoe_deploy.journal import Row
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.runner import Prediction
@@ -69,7 +69,7 @@ class RowFormat:
         }
 
 
-def writer_for(output: Path) -> Callable[[Path, Iterable[bytes], RowFormat], None]:
+def writer_for(output: Path) -> Callable[[BinaryIO, Iterable[bytes], RowFormat], None]:
     """Return what writes JSON lines into a file of the kind that ``output`` names.
 
     Raises:
@@ -89,23 +89,26 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
     """Write JSON ``lines`` to ``output``, which appears only when it is whole."""
     write = writer_for(output)
     partial = output.with_name(f".{output.name}.writing")
+    with writing(partial):
+        partial.unlink(missing_ok=True)  # of a run that was killed
     try:
-        write(partial, lines, columns)
-        flush_to_disk(partial)
+        with writing(partial), partial.open("xb") as file:  # new, so no link leads elsewhere
+            write(file, lines, columns)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_jsonl(target: Path, lines: Iterable[bytes], _: RowFormat) -> None:
-    with writing(target), target.open("wb") as file:
-        file.writelines(lines)
+def _write_jsonl(file: BinaryIO, lines: Iterable[bytes], _: RowFormat) -> None:
+    file.writelines(lines)
 
 
-def _write_parquet(target: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
+def _write_parquet(file: BinaryIO, lines: Iterable[bytes], columns: RowFormat) -> None:
     arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
     schema, rows = _schema(arrow, columns), map(json.loads, lines)
-    with writing(target), parquet.ParquetWriter(target, schema) as writer:
+    with parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
             writer.write_table(arrow.Table.from_pylist(group, schema=schema))
 

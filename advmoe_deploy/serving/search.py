@@ -5,7 +5,7 @@ import itertools
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from advmoe_deploy.decoding import SUFFIXES
@@ -22,6 +22,9 @@ _MATCHED_FOLDER = "a folder that the pattern matches"
 
 # What file_error() says of a folder.
 IS_FOLDER = "a folder, not an image"
+
+# A path, and whether a link leads to it.
+_Place = tuple[Path, bool]
 
 
 class Skipped(Frozen):
@@ -47,7 +50,7 @@ class Search:
 
     def images(self, root: Path) -> None:
         """Find the images below ``root``; links are followed, hidden names are not."""
-        for folder, linked in self._folders(root, linked=False):
+        for folder, linked in self._folders([(root, False)]):
             for entry in self._entries(folder):
                 path = folder / entry.name
                 if entry.name.startswith("."):
@@ -59,21 +62,24 @@ class Search:
                 else:
                     self._skipped[str(path)] = _NO_IMAGE
 
-    def match(self, folder: Path, parts: Sequence[str], *, linked: bool = False) -> None:
+    def match(self, folder: Path, parts: Sequence[str]) -> None:
         """Find what the ``parts`` of a pattern match below ``folder``, whatever its suffix.
 
-        A part that is the name of something there stands for that, whatever characters it has.
+        A part that is the name of something there stands for that, whatever characters it has. For
+        each part a real folder is looked into once, however many links lead to it.
         """
-        if not parts:
-            self._found[str(folder)] = linked and self._found.get(str(folder), True)
-        elif parts[0] == "**":
-            rest = list(itertools.dropwhile("**".__eq__, parts))
-            for below, by_link in self._folders(folder, linked=linked):
-                self.match(below, rest or ["*"], linked=by_link)
-        elif os.path.lexists(path := folder / parts[0]):
-            self.match(path, parts[1:], linked=linked or path.is_symlink())
-        else:
-            self._match_names(folder, parts, linked)
+        places: list[_Place] = [(folder, False)]
+        if parts and parts[-1] == "**":
+            parts = [*parts, "*"]
+        for part, repeated in itertools.groupby(parts):
+            if part == "**":
+                places = list(self._folders([p for p in places if file_error(p[0]) == IS_FOLDER]))
+            else:
+                for _ in repeated:
+                    below = (found for place in places for found in self._named(place, part))
+                    places = self._once(below)
+        for path, linked in places:
+            self._found[str(path)] = linked
 
     def files(self) -> tuple[list[str], dict[str, str]]:
         """Return the files, and of other paths that were meant why they cannot be read.
@@ -105,22 +111,41 @@ class Search:
             for reason, paths in sorted(by_reason.items())
         )
 
-    def _match_names(self, folder: Path, parts: Sequence[str], linked: bool) -> None:
+    def _named(self, place: _Place, part: str) -> Iterator[_Place]:
+        """Yield what has the name ``part`` in a folder, or else what matches it."""
+        folder, linked = place
+        if os.path.lexists(path := folder / part):
+            yield path, linked or path.is_symlink()
+            return
         for entry in self._entries(folder):
             path = folder / entry.name
-            if not fnmatch.fnmatchcase(entry.name, parts[0]):
+            if not fnmatch.fnmatchcase(entry.name, part):
                 continue
-            if entry.name.startswith(".") and not parts[0].startswith("."):
+            if entry.name.startswith(".") and not part.startswith("."):
                 self._skipped[str(path)] = _HIDDEN
             else:
-                self.match(path, parts[1:], linked=linked or entry.is_symlink())
+                yield path, linked or entry.is_symlink()
 
-    def _folders(self, root: Path, *, linked: bool) -> Iterator[tuple[Path, bool]]:
-        """Yield each real folder from ``root`` on once, and whether a link leads to it.
+    def _once(self, places: Iterable[_Place]) -> list[_Place]:
+        """Return ``places`` with each real folder once, by its own name where it has one there."""
+        kept, seen = [], set()
+        for path, linked in sorted(places, key=lambda place: place[1]):
+            if file_error(path) == IS_FOLDER:
+                known = _identity(path)
+                if known in seen:
+                    self._skipped[str(path)] = _KNOWN_FOLDER
+                    continue
+                seen.add(known)
+            kept.append((path, linked))
+        return kept
+
+    def _folders(self, roots: Sequence[_Place]) -> Iterator[_Place]:
+        """Yield each real folder from ``roots`` on once.
 
         Folders behind links come last, so that a folder goes by its own name where it has one.
         """
-        waiting, links = deque([(root, linked)]), deque[tuple[Path, bool]]()
+        waiting = deque(place for place in roots if not place[1])
+        links = deque(place for place in roots if place[1])
         seen = set()
         while waiting or links:
             folder, by_link = (waiting or links).popleft()

@@ -1,7 +1,9 @@
 """Batch inference: a row for every input, whole or absent, resumable."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
+from advmoe_deploy.serving.names import shown
 from advmoe_deploy.serving.resume import open_journal
 
 
@@ -113,6 +116,7 @@ def test_a_name_that_is_no_utf8_still_has_a_row(tiny_bundle: Bundle, tmp_path: P
 
 def test_names_of_any_bytes_are_told_apart(tiny_bundle: Bundle, tmp_path: Path) -> None:
     names = [b"\xff.png", b"\xfe.png", b"\xff\\xff.png", b"a\\b.png", b'new\nline "q".png', "ж.png"]
+    names.append(b"\\xff.png")  # which is UTF-8, and looks like the first
     (tmp_path / "in").mkdir()
     for name in map(os.fsdecode, names):
         Image.new("L", (8, 8)).save(tmp_path / "in" / name, "PNG")
@@ -121,8 +125,56 @@ def test_names_of_any_bytes_are_told_apart(tiny_bundle: Bundle, tmp_path: Path) 
     rows = rows_of(tmp_path / "a.jsonl")
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == rows
     assert sorted(Path(row["path"]).name for row in rows) == sorted(
-        ["\\xff.png", "\\xfe.png", "\\xff\\\\xff.png", "a\\b.png", 'new\nline "q".png', "ж.png"]
+        [
+            "\\xff.png",
+            "\\xfe.png",
+            "\\xff\\\\xff.png",
+            "a\\b.png",
+            'new\nline "q".png',
+            "ж.png",
+            "\\\\xff.png",
+        ]
     )
+
+
+def test_no_two_names_are_shown_alike() -> None:
+    pieces = [b"\\", b"x", b"2", b"3", b"#", b"\xff", b"f"]
+    names = {b"".join(some) for n in range(1, 6) for some in itertools.product(pieces, repeat=n)}
+    found = {shown(os.fsdecode(name)) for name in names}
+    assert len(found) == len(names)
+    assert not any(re.search(r"#[0-9]+\Z", name) for name in found)
+    assert shown("a.png") == "a.png"
+    assert shown("a\\b#1.png") == "a\\b#1.png"
+
+
+def test_what_was_planted_beside_the_output_is_not_followed(
+    tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for suffix in ("jsonl", "parquet"):
+        output, partial = tmp_path / f"a.{suffix}", tmp_path / f".a.{suffix}.writing"
+        partial.symlink_to(precious)
+        classify_files(tiny_bundle, str(folder), output)
+        assert not partial.is_symlink()
+        assert output.is_file()
+        journal = tmp_path / f".b.{suffix}.partial.jsonl"
+        for plant in (journal.symlink_to, journal.hardlink_to):
+            for options in ({}, {"overwrite": True}, {"resume": True}):
+                journal.unlink(missing_ok=True)
+                plant(precious)
+                with pytest.raises(UsageError, match=r"remove it|--resume"):
+                    classify_files(tiny_bundle, str(folder), tmp_path / f"b.{suffix}", **options)
+        journal.unlink()
+        journal.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UsageError, match="is a link, where a journal is to be; remove it"):
+            classify_files(tiny_bundle, str(folder), tmp_path / f"b.{suffix}")
+        journal.unlink()
+        os.mkfifo(journal)
+        with pytest.raises(UsageError, match="no file of its own"):
+            classify_files(tiny_bundle, str(folder), tmp_path / f"b.{suffix}", overwrite=True)
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_what_has_no_answer_is_a_row_or_counted(

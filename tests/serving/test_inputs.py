@@ -79,6 +79,19 @@ def test_a_pattern_gives_a_file_behind_a_loop_once(root: Path) -> None:
     assert names(root, root / "**" / "**" / "a.p*") == ["real/a.png"]
 
 
+def test_a_pattern_looks_into_each_folder_once(tmp_path: Path) -> None:
+    touch(tmp_path / "real" / "a.png", tmp_path / "b.png")
+    for link in ("again", "once-more"):
+        (tmp_path / link).symlink_to(".")
+        (tmp_path / "real" / link).symlink_to("..")
+    (found,) = names(tmp_path, "/".join([str(tmp_path), *["*"] * 30, "a.png"]))
+    assert found.endswith("/real/a.png")
+    assert found.count("/") == 30
+    assert names(tmp_path, tmp_path / "*" / "*.png") == ["again/b.png", "real/a.png"]
+    found = names(tmp_path, "/".join([str(tmp_path), *["**/*"] * 30, "*.png"]))
+    assert [Path(path).name for path in found] == ["b.png", "a.png"]
+
+
 def test_a_file_is_read_once_and_by_its_own_name(root: Path) -> None:
     (root / "A.png").symlink_to("real/a.png")
     (root / "C.png").symlink_to(root.parent / "elsewhere" / "b.png")
