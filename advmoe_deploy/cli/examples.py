@@ -57,6 +57,9 @@ EXAMPLES = {
     "predict": (
         "advmoe predict bundle --input photos/ --output answers.jsonl",
         "advmoe predict bundle --input 'photos/**/*.png' --output answers.parquet --top-k 3",
+        "advmoe predict bundle --input 'shards/*.tar' --output answers.parquet --max-errors 100",
+        "advmoe predict bundle --input test-00000-of-00001.parquet --output answers.jsonl",
+        "find photos -name '*.jpg' | advmoe predict bundle --input - --output answers.jsonl",
         "advmoe predict bundle --input list.txt --output answers.jsonl --resume",
     ),
     "inspect": ("advmoe inspect bundle", "advmoe inspect hub:USER/NAME --json"),

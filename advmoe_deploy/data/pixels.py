@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from advmoe_deploy.data.decode import decode
+from advmoe_deploy.data.decode import DecodedImage, decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.process import cache_folder, default_threads, usable_cpus
@@ -33,13 +33,18 @@ def read_bytes(data: Any, where: str, decoding: Decoding, *, exact: bool) -> Pix
     """
     if not isinstance(data, bytes):
         raise DataError(f"{where}: holds no encoded image")
-    image = decode(io.BytesIO(data), where, decoding)
+    image = decode_bytes(data, where, decoding)
     if exact and image.original != (decoding.size, decoding.size):
         width, height = image.original
         raise DataError(
             f"{where}: {width} x {height} pixels, not {decoding.size} x {decoding.size}"
         )
     return image.pixels
+
+
+def decode_bytes(data: bytes, where: str, decoding: Decoding) -> DecodedImage:
+    """Return the image that ``data`` encode, which ``where`` names; see :func:`decode`."""
+    return decode(io.BytesIO(data), where, decoding)
 
 
 def stacked(

@@ -1,37 +1,25 @@
 """Batch inference: one row per input, unreadable ones included, resumable after kill -9."""
 
-import hashlib
-import os
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.decode import DecodedImage, decode_file
-from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, MachineError, UsageError
+from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.inputs import Listing, list_inputs
-from advmoe_deploy.serving.names import readable, shown
+from advmoe_deploy.serving.classify import Classifier, Window, count_errors
+from advmoe_deploy.serving.inputs import open_inputs
+from advmoe_deploy.serving.parts import Inputs
 from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.serving.search import Skipped
 from advmoe_deploy.specs import Frozen
 
 _MOST_DECODERS = 4
-_BATCHES_AHEAD = 2
-
-Decoded = DecodedImage | str
 
 
 class BatchReport(Frozen):
@@ -59,6 +47,7 @@ def classify_files(
     threads: int = 0,
     batch: int = 64,
     top_k: int = 0,
+    max_errors: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -67,7 +56,8 @@ def classify_files(
 
     Args:
         bundle: an opened bundle.
-        source: a folder, a pattern, an image, or a .txt list; see :func:`list_inputs`.
+        source: a folder, a pattern, a file, a .txt list, or - for a list on standard input; files
+            are images, .tar shards or .parquet tables; see :func:`open_inputs`.
         output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
             a hidden ``.partial.jsonl`` beside it.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
@@ -75,6 +65,8 @@ def classify_files(
             :func:`~advmoe_deploy.process.default_threads`.
         batch: images per inference.
         top_k: how many classes the column ``top_k`` lists; 0 leaves it out.
+        max_errors: how many inputs may have no answer; one more ends the run, and its rows are
+            kept for ``resume``. ``None`` sets no limit.
         resume: continue an interrupted run, if there is one.
         overwrite: replace an existing output, or an interrupted run.
         progress: who listens.
@@ -82,26 +74,38 @@ def classify_files(
     Raises:
         UsageError: the output is in the way or of an unknown kind, or the run to resume is of
             another bundle, other inputs or other settings.
-        DataError: ``source`` gives no input at all. An unreadable image is a row, not an error.
+        DataError: ``source`` gives no input at all, or more than ``max_errors`` cannot be read. An
+            unreadable image is a row, not an error.
     """
     started = time.perf_counter()
     progress = progress or Silent()
     columns = _columns(bundle, batch, top_k)
+    if max_errors is not None and max_errors < 0:
+        raise UsageError(f"max_errors={max_errors} is below 0; pass --max-errors 0 for none")
     writer_for(output)
-    inputs = list_inputs(source)
-    names = [shown(path) for path in inputs]
-    job = _job(bundle, inputs, engine=engine, top_k=top_k, batch=batch)
+    inputs = open_inputs(source)
+    job: Row = {
+        "bundle": bundle.identity,
+        "inputs": inputs.digest(),
+        "engine": engine,
+        "top_k": top_k,
+        "batch": batch,
+    }
     journal, done = open_journal(
-        output, job, names, batch=batch, resume=resume, overwrite=overwrite
+        output, job, inputs.names(), len(inputs), batch=batch, resume=resume, overwrite=overwrite
     )
-    errors = _errors(done)
+    errors = count_errors(done)
     with journal, _keeping_what_is_done(journal, len(inputs), progress):
+        _require_few(errors, journal, max_errors)
         if len(done) < len(inputs):
-            with open_runner(bundle, engine, threads=threads) as runner:
-                decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
-                decoding = bundle.manifest.decoding
-                inference = _Inference(runner, columns, decoding, decoders, progress)
-                errors = inference.run(journal, inputs, names, batch, errors)
+            windows = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
+            with closing(windows), task(progress, "classify", len(inputs)):
+                progress.advance("classify", journal.count, errors=errors)
+                for window in _saying_resized(windows, bundle.manifest.decoding.size, progress):
+                    journal.append(*window.rows)
+                    errors += window.errors
+                    progress.advance("classify", len(window.rows), errors=errors)
+                    _require_few(errors, journal, max_errors)
         write_rows(output, journal.lines(), columns)
         journal.discard()
     seconds = time.perf_counter() - started
@@ -114,6 +118,43 @@ def classify_files(
         images_per_s=(journal.count - len(done)) / seconds,
         skipped=inputs.skipped,
     )
+
+
+def _windows(
+    bundle: Bundle,
+    inputs: Inputs,
+    columns: RowFormat,
+    engine: str,
+    threads: int,
+    batch: int,
+    start: int,
+) -> Generator[Window, None, None]:
+    decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
+    with open_runner(bundle, engine, threads=threads) as runner:
+        classifier = Classifier(runner, columns, bundle.manifest.decoding, decoders)
+        yield from classifier.windows(inputs, start, len(inputs), batch)
+
+
+def _saying_resized(windows: Iterator[Window], size: int, progress: Progress) -> Iterator[Window]:
+    said = False
+    for window in windows:
+        if window.resized and not said:
+            said = True
+            width, height = window.resized
+            progress.note(
+                f"some images are not {size} x {size} (the first: {width} x {height}); their "
+                "central square is cut out and resized, as in training"
+            )
+        yield window
+
+
+def _require_few(errors: int, journal: Journal, max_errors: int | None) -> None:
+    if max_errors is not None and errors > max_errors:
+        raise DataError(
+            f"{errors} of the first {journal.count} inputs could not be read, more than "
+            f"--max-errors {max_errors}; the column error of {journal.path} says why, and --resume "
+            "with a higher limit goes on"
+        )
 
 
 @contextmanager
@@ -129,66 +170,6 @@ def _keeping_what_is_done(journal: Journal, total: int, progress: Progress) -> I
         raise
 
 
-class _Inference:
-    """Inference on batches of decoded files, the next of which are decoded meanwhile."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        columns: RowFormat,
-        decoding: Decoding,
-        decoders: int,
-        progress: Progress,
-    ) -> None:
-        self._runner, self._columns, self._decoding = runner, columns, decoding
-        self._decoders = decoders
-        self._progress = progress
-        self._said_resized = False
-
-    def run(
-        self, journal: Journal, inputs: Listing, names: Sequence[str], batch: int, errors: int
-    ) -> int:
-        """Append the rows that ``journal`` lacks; return how many have errors, of all."""
-        with task(self._progress, "classify", len(inputs)):
-            self._progress.advance("classify", journal.count, errors=errors)
-            windows = _decoded_ahead(inputs, journal.count, self._decoding, batch, self._decoders)
-            with closing(windows):
-                for window in windows:
-                    rows = self._rows(names[journal.count :][: len(window)], window)
-                    journal.append(*rows)
-                    errors += _errors(rows)
-                    self._progress.advance("classify", len(window), errors=errors)
-        return errors
-
-    def _rows(self, names: Sequence[str], window: Sequence[Decoded]) -> list[Row]:
-        images = [(i, item) for i, item in enumerate(window) if isinstance(item, DecodedImage)]
-        rows = [
-            self._columns.unreadable(name, item if isinstance(item, str) else "")
-            for name, item in zip(names, window, strict=True)
-        ]
-        if images:
-            self._say_resized([image for _, image in images])
-            prediction = self._runner.infer(to_float(np.stack([i.pixels for _, i in images])))
-            answers = self._columns.answered([names[i] for i, _ in images], prediction)
-            for (i, _), answer in zip(images, answers, strict=True):
-                rows[i] = answer
-        return rows
-
-    def _say_resized(self, images: Sequence[DecodedImage]) -> None:
-        size = self._decoding.size
-        other = next((image.original for image in images if image.original != (size, size)), None)
-        if other and not self._said_resized:
-            self._said_resized = True
-            self._progress.note(
-                f"some images are not {size} x {size} (the first: {other[0]} x {other[1]}); their "
-                "central square is cut out and resized, as in training"
-            )
-
-
-def _errors(rows: Sequence[Row]) -> int:
-    return sum(row["error"] is not None for row in rows)
-
-
 def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     names = bundle.manifest.class_names
     if batch < 1:
@@ -196,43 +177,3 @@ def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
     if not 0 <= top_k <= len(names):
         raise UsageError(f"top_k={top_k} is outside 0..{len(names)}, the number of classes")
     return RowFormat(class_names=names, routes=bundle.manifest.plan.routes, top_k=top_k)
-
-
-def _job(bundle: Bundle, inputs: Listing, **options: str | int) -> Row:
-    digest = hashlib.sha256()
-    for path in inputs:
-        digest.update(os.fsencode(path) + b"\0")
-    for path, error in sorted(inputs.errors.items()):
-        digest.update(os.fsencode(f"{path}\0{error}\0"))
-    return {
-        "bundle": bundle.identity,
-        "inputs": digest.hexdigest(),
-        **options,
-    }
-
-
-def _decoded_ahead(
-    inputs: Listing, start: int, decoding: Decoding, batch: int, decoders: int
-) -> Generator[list[Decoded], None, None]:
-    """Yield decoded batches from ``start`` on while a small pool works on the following ones."""
-    waiting: deque[list[Future[Decoded]]] = deque()
-    pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-    try:
-        for first in range(start, len(inputs), batch):
-            window = inputs[first : first + batch]
-            waiting.append([pool.submit(_decode, path, inputs.errors, decoding) for path in window])
-            if len(waiting) > _BATCHES_AHEAD:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _decode(path: str, errors: Mapping[str, str], decoding: Decoding) -> Decoded:
-    if path in errors:
-        return readable(errors[path])
-    try:
-        return decode_file(Path(path), decoding)
-    except (DataError, MachineError) as error:
-        return readable(str(error).removeprefix(f"{Path(path)}: "))

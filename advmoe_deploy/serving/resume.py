@@ -1,6 +1,6 @@
 """Resume of an unfinished batch job, from the journal that an interrupted run left."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from advmoe_deploy.errors import UsageError
@@ -9,9 +9,18 @@ from advmoe_deploy.journal import Journal, Row
 
 
 def open_journal(
-    output: Path, job: Row, paths: Sequence[str], *, batch: int, resume: bool, overwrite: bool
+    output: Path,
+    job: Row,
+    names: Iterable[str],
+    count: int,
+    *,
+    batch: int,
+    resume: bool,
+    overwrite: bool,
 ) -> tuple[Journal, list[Row]]:
     """Return the journal beside ``output``, locked, and the rows that are in it already.
+
+    The inputs of ``job`` are ``count``, and their rows have ``names``.
 
     Raises:
         UsageError: something is in the way, or the journal is of another job or in use.
@@ -21,7 +30,7 @@ def open_journal(
     journal = Journal(path)
     try:
         if resume:
-            return journal, _resumed(journal, job, paths, batch)
+            return journal, _resumed(journal, job, names, count, batch)
         journal.begin(job)
     except BaseException:
         journal.close()
@@ -29,8 +38,8 @@ def open_journal(
     return journal, []
 
 
-def _resumed(journal: Journal, job: Row, paths: Sequence[str], batch: int) -> list[Row]:
-    """Keep the rows that ``job`` has for the first ``paths``, and return them.
+def _resumed(journal: Journal, job: Row, names: Iterable[str], count: int, batch: int) -> list[Row]:
+    """Keep the rows that ``job`` has for the first ``names``, and return them.
 
     Whole batches only, unless all rows are there: then every batch holds the images that it would
     have held without the interruption, and answers agree to the last bit.
@@ -44,12 +53,12 @@ def _resumed(journal: Journal, job: Row, paths: Sequence[str], batch: int) -> li
             f"{journal.path} was begun with another {', '.join(other)}; "
             "pass --overwrite without --resume to start again"
         )
-    rows = journal.rows()[: len(paths)]
+    rows = journal.rows()[:count]
     own = [
-        row.get("path") == path and "error" in row for row, path in zip(rows, paths, strict=False)
+        row.get("path") == name and "error" in row for row, name in zip(rows, names, strict=False)
     ]
     whole = own.index(False) if False in own else len(own)
-    journal.keep(whole if whole == len(paths) else whole // batch * batch)
+    journal.keep(whole if whole == count else whole // batch * batch)
     return rows[: journal.count]
 
 

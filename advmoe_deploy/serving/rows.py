@@ -80,7 +80,7 @@ def writer_for(output: Path) -> Callable[[BinaryIO, Iterable[bytes], RowFormat],
         case ".jsonl":
             return _write_jsonl
         case ".parquet":
-            _pyarrow("pyarrow")
+            arrow_module("pyarrow")
             return _write_parquet
     raise UsageError(f"output '{output}' ends in neither .jsonl nor .parquet; rename it")
 
@@ -106,7 +106,7 @@ def _write_jsonl(file: BinaryIO, lines: Iterable[bytes], _: RowFormat) -> None:
 
 
 def _write_parquet(file: BinaryIO, lines: Iterable[bytes], columns: RowFormat) -> None:
-    arrow, parquet = _pyarrow("pyarrow"), _pyarrow("pyarrow.parquet")
+    arrow, parquet = arrow_module("pyarrow"), arrow_module("pyarrow.parquet")
     schema, rows = _schema(arrow, columns), map(json.loads, lines)
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
@@ -136,7 +136,12 @@ def _schema(arrow: Any, columns: RowFormat) -> Any:
     )
 
 
-def _pyarrow(module: str) -> Any:
+def arrow_module(module: str) -> Any:
+    """Return pyarrow, or a module of it.
+
+    Raises:
+        BackendUnavailableError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:

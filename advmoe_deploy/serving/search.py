@@ -14,8 +14,12 @@ from advmoe_deploy.specs import Frozen
 
 _EXAMPLES = 5
 
-_HIDDEN = "hidden"
-_NO_IMAGE = "not an image by its suffix"
+# Files that hold images, by suffix.
+SHARDS = (".tar", ".parquet")
+
+HIDDEN = "hidden"
+NO_IMAGE = "not an image by its suffix"
+_BESIDE_IMAGES = "a shard beside images, to be named if it is an input"
 _KNOWN_FILE = "a link to a file that is read already"
 _KNOWN_FOLDER = "a link to a folder that is read already"
 _MATCHED_FOLDER = "a folder that the pattern matches"
@@ -39,6 +43,27 @@ class Skipped(Frozen):
         named = ", ".join(map(repr, self.examples))  # which escapes what a terminal would obey
         return f"{self.count} skipped, {self.reason}: {named}{more}"
 
+    @staticmethod
+    def exemplify(examples: list[str], name: str) -> None:
+        """Add ``name`` to ``examples`` if it is one of the first few."""
+        if len(examples) < _EXAMPLES:
+            examples.append(name)
+
+
+def merged(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
+    """Return ``skipped`` with each reason once."""
+    by_reason: dict[str, list[Skipped]] = {}
+    for one in skipped:
+        by_reason.setdefault(one.reason, []).append(one)
+    return tuple(
+        Skipped(
+            reason=reason,
+            count=sum(one.count for one in found),
+            examples=tuple(itertools.chain(*(one.examples for one in found)))[:_EXAMPLES],
+        )
+        for reason, found in sorted(by_reason.items())
+    )
+
 
 class Search:
     """Files found so far, paths that could not be read, and what was passed over."""
@@ -49,18 +74,25 @@ class Search:
         self._skipped: dict[str, str] = {}
 
     def images(self, root: Path) -> None:
-        """Find the images below ``root``; links are followed, hidden names are not."""
+        """Find the images below ``root``, or else shards; links are followed, hidden names not."""
+        shards: dict[str, bool] = {}
         for folder, linked in self._folders([(root, False)]):
             for entry in self._entries(folder):
                 path = folder / entry.name
                 if entry.name.startswith("."):
-                    self._skipped[str(path)] = _HIDDEN
+                    self._skipped[str(path)] = HIDDEN
                 elif self._is_folder(entry, path):
                     continue
                 elif path.suffix.lower() in SUFFIXES or _leads_nowhere(path):
                     self._found[str(path)] = linked or entry.is_symlink()
+                elif path.suffix.lower() in SHARDS:
+                    shards[str(path)] = linked or entry.is_symlink()
                 else:
-                    self._skipped[str(path)] = _NO_IMAGE
+                    self._skipped[str(path)] = NO_IMAGE
+        if self._found:
+            self._skipped.update(dict.fromkeys(shards, _BESIDE_IMAGES))
+        else:
+            self._found = shards
 
     def match(self, folder: Path, parts: Sequence[str]) -> None:
         """Find what the ``parts`` of a pattern match below ``folder``, whatever its suffix.
@@ -122,7 +154,7 @@ class Search:
             if not fnmatch.fnmatchcase(entry.name, part):
                 continue
             if entry.name.startswith(".") and not part.startswith("."):
-                self._skipped[str(path)] = _HIDDEN
+                self._skipped[str(path)] = HIDDEN
             else:
                 yield path, linked or entry.is_symlink()
 
@@ -160,7 +192,7 @@ class Search:
                 if not self._is_folder(entry, path):
                     continue
                 if entry.name.startswith("."):
-                    self._skipped[str(path)] = _HIDDEN
+                    self._skipped[str(path)] = HIDDEN
                 elif entry.is_symlink():
                     links.append((path, True))
                 else:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from data.packed import write_table, write_tar
 from PIL import Image
 
 from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, open_bundle
@@ -333,30 +334,40 @@ def test_a_journal_in_use_is_not_touched(tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
     options: dict[str, Any] = {"batch": 1, "resume": False, "overwrite": True}
     with (
-        open_journal(output, {"bundle": "b"}, ["x"], **options)[0],
+        open_journal(output, {"bundle": "b"}, ["x"], 1, **options)[0],
         pytest.raises(UsageError, match="another process"),
     ):
-        open_journal(output, {"bundle": "b"}, ["x"], **options)
+        open_journal(output, {"bundle": "b"}, ["x"], 1, **options)
 
 
 def test_kill_9_loses_one_batch_at_most(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in folder.iterdir()) * 200)
+    images = [path.read_bytes() for path in sorted(folder.iterdir())]
+    named = [(f"{i}.png", image) for i, image in enumerate(images * 60)]
+    packed = [
+        write_tar(tmp_path / "a.tar", named),
+        write_table(tmp_path / "b.parquet", images * 60),
+    ]
+    lines = [*folder.iterdir()] * 80 + packed
+    (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in lines))
     whole, output = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     source = str(tmp_path / "list.txt")
-    classify_files(tiny_bundle, source, whole, batch=4)
+    report = classify_files(tiny_bundle, source, whole, batch=4)
+    assert (report.images, report.errors) == (4400, 400)
     command = ["predict", str(tiny_bundle.path), "--input", source, "--output", str(output)]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "advmoe_deploy.cli.app", *command, "--batch", "4"]
-    )
-    journal = tmp_path / ".a.jsonl.partial.jsonl"
-    deadline = time.monotonic() + 60
-    while not journal.exists() or journal.stat().st_size < 20_000:
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not output.exists()
+    command += ["--batch", "4", "--resume"]
+    journal, kept = tmp_path / ".a.jsonl.partial.jsonl", 0
+    for size in (whole.stat().st_size // 3, whole.stat().st_size * 4 // 5):
+        run = subprocess.Popen([sys.executable, "-m", "advmoe_deploy.cli.app", *command])
+        deadline = time.monotonic() + 60
+        while not journal.exists() or journal.stat().st_size < size:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not output.exists()
+        assert journal.read_bytes().count(b"\n") > kept
+        kept = journal.read_bytes().count(b"\n")
     report = classify_files(tiny_bundle, source, output, batch=4, resume=True)
-    assert 0 < report.resumed < 4400
+    assert kept - 4 <= report.resumed + 1 < 4400
     assert output.read_bytes() == whole.read_bytes()

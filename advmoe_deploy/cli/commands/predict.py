@@ -23,7 +23,12 @@ def predict(
     bundle: BundlePath,
     source: Annotated[
         str | None,
-        typer.Option("--input", metavar="DIR|GLOB|FILE", help="Images, or a .txt list of paths."),
+        typer.Option(
+            "--input",
+            metavar="DIR|GLOB|FILE|-",
+            help="Images, .tar shards (WebDataset), .parquet tables, or a .txt list of such files; "
+            "- reads the list from standard input.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -41,6 +46,16 @@ def predict(
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="Exit 0 or 3 if some inputs are unreadable.")
     ] = OnError.keep,
+    max_errors: Annotated[
+        int | None,
+        typer.Option(
+            "--max-errors",
+            min=0,
+            metavar="N",
+            help="Stop with exit code 3 at more than N unreadable inputs; the rows are kept for "
+            "--resume. Without it there is no limit.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Classify files: one row per input, unreadable ones included."""
@@ -60,6 +75,7 @@ def predict(
             threads=threads,
             batch=batch,
             top_k=top_k,
+            max_errors=max_errors,
             resume=resume,
             overwrite=overwrite,
             progress=ui.progress,
