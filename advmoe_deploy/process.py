@@ -14,7 +14,11 @@ from pathlib import Path
 
 from advmoe_deploy.errors import InputError
 
-_TELEMETRY_OFF = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_TELEMETRY_OFF = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 # OpenVINO's has no variable: without this package OpenVINO falls back to a stub of its own.
 _OPENVINO_TELEMETRY = "openvino_telemetry"
 # libgomp, LLVM's and Intel's OpenMP, OpenBLAS: by default their threads spin for the next loop,

@@ -61,6 +61,7 @@ EXAMPLES = {
         "advmoe predict bundle --input test-00000-of-00001.parquet --output answers.jsonl",
         "find photos -name '*.jpg' | advmoe predict bundle --input - --output answers.jsonl",
         "advmoe predict bundle --input list.txt --output answers.jsonl --resume",
+        "RAY_ADDRESS=head:6379 advmoe predict bundle --input '/d/*.tar' --output a.jsonl --on ray",
     ),
     "inspect": ("advmoe inspect bundle", "advmoe inspect hub:USER/NAME --json"),
     "list": ("advmoe list", "advmoe list recipes", "advmoe list models --json"),

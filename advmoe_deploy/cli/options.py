@@ -80,6 +80,13 @@ class OnError(str, Enum):
     fail = "fail"
 
 
+class Place(str, Enum):
+    """Where a batch job runs."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Suite(str, Enum):
     """How hard ``verify`` attacks."""
 

@@ -4,22 +4,25 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.errors import DataError, UsageError, unknown_name
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.classify import Classifier, Window, count_errors
+from advmoe_deploy.serving.classify import MOST_DECODERS, Classifier, Window, count_errors
 from advmoe_deploy.serving.inputs import open_inputs
 from advmoe_deploy.serving.parts import Inputs
 from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.serving.search import Skipped
+from advmoe_deploy.serving.spread import SpreadJob, windows_by_ray
 from advmoe_deploy.specs import Frozen
 
-_MOST_DECODERS = 4
+# Where a job runs.
+Place = Literal["local", "ray"]
 
 
 class BatchReport(Frozen):
@@ -48,6 +51,7 @@ def classify_files(
     batch: int = 64,
     top_k: int = 0,
     max_errors: int | None = None,
+    on: Place = "local",
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -62,11 +66,14 @@ def classify_files(
             a hidden ``.partial.jsonl`` beside it.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
         threads: of the engine, and at most of the decoding; 0 is
-            :func:`~advmoe_deploy.process.default_threads`.
+            :func:`~advmoe_deploy.process.default_threads`, and one for each of Ray's workers.
         batch: images per inference.
         top_k: how many classes the column ``top_k`` lists; 0 leaves it out.
         max_errors: how many inputs may have no answer; one more ends the run, and its rows are
             kept for ``resume``. ``None`` sets no limit.
+        on: ``local``, in this process, or ``ray``, by many; see
+            :func:`~advmoe_deploy.serving.spread.windows_by_ray`. The rows are the same, and either
+            resumes what the other began.
         resume: continue an interrupted run, if there is one.
         overwrite: replace an existing output, or an interrupted run.
         progress: who listens.
@@ -82,6 +89,8 @@ def classify_files(
     columns = _columns(bundle, batch, top_k)
     if max_errors is not None and max_errors < 0:
         raise UsageError(f"max_errors={max_errors} is below 0; pass --max-errors 0 for none")
+    if on not in get_args(Place):
+        raise unknown_name("place", on, get_args(Place))
     writer_for(output)
     inputs = open_inputs(source)
     job: Row = {
@@ -98,7 +107,11 @@ def classify_files(
     with journal, _keeping_what_is_done(journal, len(inputs), progress):
         _require_few(errors, journal, max_errors)
         if len(done) < len(inputs):
-            windows = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
+            if on == "ray":
+                spread = SpreadJob.of(bundle, columns, engine, threads, batch)
+                windows = windows_by_ray(spread, inputs, journal.count)
+            else:
+                windows = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
             with closing(windows), task(progress, "classify", len(inputs)):
                 progress.advance("classify", journal.count, errors=errors)
                 for window in _saying_resized(windows, bundle.manifest.decoding.size, progress):
@@ -129,7 +142,7 @@ def _windows(
     batch: int,
     start: int,
 ) -> Generator[Window, None, None]:
-    decoders = min(_MOST_DECODERS, threads or default_threads() or usable_cpus())
+    decoders = min(MOST_DECODERS, threads or default_threads() or usable_cpus())
     with open_runner(bundle, engine, threads=threads) as runner:
         classifier = Classifier(runner, columns, bundle.manifest.decoding, decoders)
         yield from classifier.windows(inputs, start, len(inputs), batch)

@@ -17,6 +17,7 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.parts import Decoded, Inputs
 from advmoe_deploy.serving.rows import RowFormat
 
+MOST_DECODERS = 4
 _BATCHES_AHEAD = 2
 
 

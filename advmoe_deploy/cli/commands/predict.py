@@ -11,6 +11,7 @@ from advmoe_deploy.cli.options import (
     Json,
     OnError,
     Overwrite,
+    Place,
     SignedBy,
     Threads,
 )
@@ -56,6 +57,14 @@ def predict(
             "--resume. Without it there is no limit.",
         ),
     ] = None,
+    on: Annotated[
+        Place,
+        typer.Option(
+            "--on",
+            help="Run in this process, or by Ray on many (extra 'ray'): on the cluster of "
+            "RAY_ADDRESS, else on this machine, with --threads each (1). The rows are the same.",
+        ),
+    ] = Place.local,
     as_json: Json = False,
 ) -> None:
     """Classify files: one row per input, unreadable ones included."""
@@ -76,6 +85,7 @@ def predict(
             batch=batch,
             top_k=top_k,
             max_errors=max_errors,
+            on=on.value,
             resume=resume,
             overwrite=overwrite,
             progress=ui.progress,
