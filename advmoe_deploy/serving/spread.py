@@ -6,6 +6,7 @@ without, or the reverse. The span of a worker that dies is done again by another
 """
 
 import os
+import secrets
 import socket
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -27,6 +28,7 @@ from advmoe_deploy.serving.rows import RowFormat
 _BATCHES_PER_SPAN = 16
 _TRIES = 3
 _ADDRESS = "RAY_ADDRESS"
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _SECONDS_TO_ANSWER = 10
 
 
@@ -140,9 +142,10 @@ def _begin(ray: Any, threads: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get(_ADDRESS)
     if not address:
-        # Its processes listen to this machine only.
-        quiet |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-        quiet["num_cpus"] = max(threads, usable_cpus())
+        quiet |= {"include_dashboard": False, "num_cpus": max(threads, usable_cpus())}
+        # Ray listens on every interface, and without a token of ours keeps one for all to read.
+        if not any(name in os.environ for name in _TOKENS):
+            os.environ[_TOKENS[0]] = secrets.token_hex(32)
     try:
         if address:
             _require_answer(address)
