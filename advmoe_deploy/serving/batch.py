@@ -1,7 +1,7 @@
 """Batch inference: one row per input, unreadable ones included, resumable after kill -9."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -109,16 +109,12 @@ def classify_files(
         if len(done) < len(inputs):
             if on == "ray":
                 spread = SpreadJob.of(bundle, columns, engine, threads, batch)
-                windows = windows_by_ray(spread, inputs, journal.count)
+                opened = windows_by_ray(spread, inputs, journal.count)
             else:
-                windows = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
-            with closing(windows), task(progress, "classify", len(inputs)):
-                progress.advance("classify", journal.count, errors=errors)
-                for window in _saying_resized(windows, bundle.manifest.decoding.size, progress):
-                    journal.append(*window.rows)
-                    errors += window.errors
-                    progress.advance("classify", len(window.rows), errors=errors)
-                    _require_few(errors, journal, max_errors)
+                opened = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
+            with opened as windows:
+                said = _saying_resized(windows, bundle.manifest.decoding.size, progress)
+                errors = _append(said, journal, len(inputs), errors, max_errors, progress)
         write_rows(output, journal.lines(), columns)
         journal.discard()
     seconds = time.perf_counter() - started
@@ -133,6 +129,26 @@ def classify_files(
     )
 
 
+def _append(
+    windows: Iterator[Window],
+    journal: Journal,
+    total: int,
+    errors: int,
+    max_errors: int | None,
+    progress: Progress,
+) -> int:
+    """Append all rows to ``journal``; return how many have errors, with the ``errors`` before."""
+    with task(progress, "classify", total):
+        progress.advance("classify", journal.count, errors=errors)
+        for window in windows:
+            journal.append(*window.rows)
+            errors += window.errors
+            progress.advance("classify", len(window.rows), errors=errors)
+            _require_few(errors, journal, max_errors)
+    return errors
+
+
+@contextmanager
 def _windows(
     bundle: Bundle,
     inputs: Inputs,
@@ -141,11 +157,12 @@ def _windows(
     threads: int,
     batch: int,
     start: int,
-) -> Generator[Window, None, None]:
+) -> Iterator[Iterator[Window]]:
     decoders = min(MOST_DECODERS, threads or default_threads() or usable_cpus())
     with open_runner(bundle, engine, threads=threads) as runner:
         classifier = Classifier(runner, columns, bundle.manifest.decoding, decoders)
-        yield from classifier.windows(inputs, start, len(inputs), batch)
+        with closing(classifier.windows(inputs, start, len(inputs), batch)) as windows:
+            yield windows
 
 
 def _saying_resized(windows: Iterator[Window], size: int, progress: Progress) -> Iterator[Window]:

@@ -10,7 +10,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,11 +56,12 @@ class SpreadJob:
         return cls(folder, bundle.identity, cwd, columns, engine, threads or 1, batch)
 
 
-def windows_by_ray(job: SpreadJob, inputs: Inputs, start: int) -> Generator[Window, None, None]:
-    """Yield the rows of the inputs from ``start`` on, a batch at a time and in order.
+@contextmanager
+def windows_by_ray(job: SpreadJob, inputs: Inputs, start: int) -> Iterator[Iterator[Window]]:
+    """Yield what yields the rows of the inputs from ``start`` on, a batch at a time and in order.
 
     ``$RAY_ADDRESS`` names a cluster, all machines of which see the bundle and the inputs under the
-    same paths; without it, Ray starts on this machine and ends with the generator.
+    same paths; without it, Ray starts on this machine and ends with the block.
 
     Raises:
         BackendUnavailableError: Ray is not installed.
@@ -68,19 +69,29 @@ def windows_by_ray(job: SpreadJob, inputs: Inputs, start: int) -> Generator[Wind
         MachineError: Ray does not start, or workers kept dying.
     """
     ray = _ray()
-    with _cluster(ray, job.threads) as cpus:
-        work = ray.remote(num_cpus=job.threads, max_retries=_TRIES)(_work)
-        shared = ray.put(inputs)
-        span = job.batch * _BATCHES_PER_SPAN
-        most = 2 * max(1, cpus // job.threads)
-        waiting: deque[Any] = deque()
-        for first in range(start, len(inputs), span):
-            # In a list a reference stays one, and a worker fetches the inputs once for all spans.
-            waiting.append(work.remote(job, [shared], first, min(first + span, len(inputs))))
-            if len(waiting) == most:
-                yield from _result(ray, waiting.popleft())
-        while waiting:
+    with (
+        _cluster(ray, job.threads) as cpus,
+        closing(_spans(ray, job, inputs, start, cpus // job.threads)) as windows,
+    ):
+        yield windows
+
+
+def _spans(
+    ray: Any, job: SpreadJob, inputs: Inputs, start: int, workers: int
+) -> Generator[Window, None, None]:
+    """Yield the rows of one span after the other; each worker has one, and one waits for it."""
+    most = 2 * max(1, workers)
+    work = ray.remote(num_cpus=job.threads, max_retries=_TRIES)(_work)
+    shared = ray.put(inputs)
+    span = job.batch * _BATCHES_PER_SPAN
+    waiting: deque[Any] = deque()
+    for first in range(start, len(inputs), span):
+        # In a list a reference stays one, and a worker fetches the inputs once for all spans.
+        waiting.append(work.remote(job, [shared], first, min(first + span, len(inputs))))
+        if len(waiting) == most:
             yield from _result(ray, waiting.popleft())
+    while waiting:
+        yield from _result(ray, waiting.popleft())
 
 
 def _result(ray: Any, reference: Any) -> list[Window]:

@@ -151,7 +151,8 @@ bundle = open_bundle(Path(sys.argv[1]))
 columns = RowFormat(bundle.manifest.class_names, bundle.manifest.plan.routes)
 job = SpreadJob.of(bundle, columns, "onnxruntime", 1, 2)
 try:
-    list(windows_by_ray(job, Inputs((Poison(("a.png",)),)), 0))
+    with windows_by_ray(job, Inputs((Poison(("a.png",)),)), 0) as windows:
+        list(windows)
 except MachineError as error:
     print(error)
 """
