@@ -21,6 +21,8 @@ from advmoe_deploy.serving.rows import arrow_module
 
 _BYTES_AT_ONCE = 16 << 20
 _ROWS_AT_ONCE = 64
+# Times; image files are compressed already.
+_MOST_COMPRESSED = 200
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ class Table:
 
     def _read(self, group: int) -> Iterator[bytes | None]:
         with _opened(self.path) as file:
-            rows = max(1, file.metadata.row_group(group).num_rows)
+            # Of the columns by themselves pyarrow's metadata ends the process if they are damaged.
             size = max(1, file.metadata.row_group(group).total_byte_size)
-            at_once = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE * rows // size))
+            if size > max(_BYTES_AT_ONCE, _MOST_COMPRESSED * self.size):
+                raise ValueError(f"{size} bytes in a file of {self.size}; images do not shrink so")
+            at_once = max(1, _BYTES_AT_ONCE * self.groups[group] // size)
             for batch in file.iter_batches(
-                at_once, row_groups=[group], columns=[self.column], use_threads=False
+                min(_ROWS_AT_ONCE, at_once),
+                row_groups=[group],
+                columns=[self.column],
+                use_threads=False,
             ):
                 for value in batch.column(0).to_pylist():
                     yield value["bytes"] if isinstance(value, dict) else value

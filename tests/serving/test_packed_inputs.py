@@ -230,6 +230,14 @@ def test_rows_without_an_image_and_broken_pages_are_errors(tmp_path: Path) -> No
     ] == ([True] * 4 + [False] * 4)
 
 
+def test_a_page_that_becomes_gigabytes_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    zeros = arrow.table({"image": arrow.array([bytes(40 << 20)], arrow.binary())})
+    parquet.write_table(zeros, file, compression="zstd", use_dictionary=False)
+    assert file.stat().st_size < 100_000
+    assert "images do not shrink so" in reasons(file)[f"{file}#0"]
+
+
 def test_columns_of_images_are_told_by_name_or_because_they_are_alone(tmp_path: Path) -> None:
     image, file = digits(1)[0], tmp_path / "a.parquet"
     for columns in (
