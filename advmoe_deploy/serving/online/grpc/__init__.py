@@ -1,0 +1,1 @@
+"""gRPC service of the Open Inference Protocol."""
