@@ -20,6 +20,8 @@ OPTIONAL = {
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
     "httptools": ("httptools", "serve"),
+    "grpc": ("grpcio", "serve"),
+    "tritonclient": ("tritonclient", "serve"),
     "prometheus_client": ("prometheus-client", "serve"),
     "huggingface_hub": ("huggingface_hub", "hub"),
     "jinja2": ("jinja2", "report"),

@@ -25,6 +25,14 @@ def serve(
     ],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            "--grpc-port",
+            help="Port of the same protocol over gRPC, usually 8001; 0 takes any free one. Without "
+            "it there is no gRPC.",
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let other machines in, without authentication.")
     ] = False,
@@ -115,11 +123,12 @@ def serve(
             limits=limits,
             hosts=allow_host or (),
             drain_s=drain,
-            announce=lambda url, models: _announce(ui, url, models),
+            grpc_port=grpc_port,
+            announce=lambda url, grpc, models: _announce(ui, url, grpc, models),
         )
 
 
-def _announce(ui: Session, url: str, models: "list[ServedModel]") -> None:
+def _announce(ui: Session, url: str, grpc: str | None, models: "list[ServedModel]") -> None:
     several = len({model.name for model in models}) < len(models)
     offered = [
         {
@@ -131,6 +140,8 @@ def _announce(ui: Session, url: str, models: "list[ServedModel]") -> None:
         for model in models
     ]
     names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
-    ui.progress.note(f"serving {names} at {url}; Ctrl-C or SIGTERM stops it")
-    value = {"url": url, **offered[0], "models": offered}
-    ui.show(value, lambda: "\n".join(f"POST {each['infer']}" for each in offered))
+    where = url if grpc is None else f"{url} and by gRPC at {grpc}"
+    ui.progress.note(f"serving {names} at {where}; Ctrl-C or SIGTERM stops it")
+    value = {"url": url, "grpc": grpc, **offered[0], "models": offered}
+    lines = [f"POST {each['infer']}" for each in offered] + [f"gRPC {grpc}"] * (grpc is not None)
+    ui.show(value, lambda: "\n".join(lines))

@@ -1,1 +1,1 @@
-"""Serving online: the Open Inference Protocol, version 2, over REST."""
+"""Serving online: the Open Inference Protocol, version 2, over REST and gRPC."""

@@ -64,6 +64,17 @@ class Models:
         """Return the services of all versions of ``name``, the latest last."""
         return [self._services[name][version] for version in self.versions(name)]
 
+    def chosen(self, name: str = "", version: str = "") -> list[Service]:
+        """Return one version of a model, or all of them, or every model where no name is given.
+
+        Raises:
+            RefusedError: there is none (404).
+        """
+        if not name:
+            return self.all()
+        found = self.find(name, version)
+        return [found] if version else self.of(name)
+
     def versions(self, name: str) -> list[str]:
         """Return the versions of ``name``, the latest last."""
         return sorted(self._services[name], key=int)
@@ -72,8 +83,8 @@ class Models:
         """Return whether requests to ``service`` should come here."""
         return service.warm and not self.is_stopping()
 
-    def index(self) -> list[dict[str, str]]:
-        """Return name, version and state of each model."""
+    def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
+        """Return name, version and state of each model, or of those alone that are ready."""
         states = {True: "READY", False: "UNAVAILABLE"}
         return [
             {
@@ -83,6 +94,7 @@ class Models:
                 "reason": "" if self.is_ready(each) else "it is starting or stopping",
             }
             for each in self.all()
+            if self.is_ready(each) or not ready_only
         ]
 
     @property

@@ -35,6 +35,13 @@ class RefusedError(UsageError):
         self.retry_s = retry_s
 
 
+class NotReadyError(RefusedError):
+    """A request to a server that is starting or stopping; another one may answer it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 503, retry_s=1)
+
+
 def short_line(text: str) -> str:
     """Return the beginning of ``text``, with escapes for what is not printable."""
     rest = len(text) - _MESSAGE_LENGTH

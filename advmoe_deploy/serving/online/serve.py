@@ -3,8 +3,8 @@
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-# Modules of the extra.
-_NEEDED = {"fastapi", "httptools", "prometheus_client", "starlette", "uvicorn"}
+# Modules of the extra, and the packages that bring them.
+_NEEDED = {
+    "fastapi": "fastapi",
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "httptools": "httptools",
+    "prometheus_client": "prometheus-client",
+    "starlette": "starlette",
+    "tritonclient": "tritonclient[grpc]",
+    "uvicorn": "uvicorn",
+}
 
 
 def create_app(
@@ -55,7 +64,8 @@ def serve(
     limits: Limits | None = None,
     hosts: Sequence[str] = (),
     drain_s: float = 1.0,
-    announce: Callable[[str, list[ServedModel]], None] = lambda url, models: None,
+    grpc_port: int | None = None,
+    announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
 ) -> None:
     """Serve bundles until SIGTERM; then finish what is under way and return.
 
@@ -69,13 +79,14 @@ def serve(
         limits: on requests and on all of them together; the queue is each model's own.
         hosts: by which other names requests may call a server on the loopback, such as a proxy's.
         drain_s: seconds after SIGTERM in which the server is not ready, and still takes requests.
-        announce: called with the URL once all models are warm and ready.
+        grpc_port: of the same protocol over gRPC, which is off by default; 0 takes any free one.
+        announce: called with the URL, and the address of gRPC, once all models are ready.
 
     Raises:
         UsageError: two offers have a name and version in common; ``host`` is not loopback, or no
             address at all; or ``hosts`` mean nothing there.
-        MachineError: the port is in use or forbidden.
-        BackendUnavailableError: FastAPI, uvicorn, httptools or the engine is missing.
+        MachineError: a port is in use or forbidden.
+        BackendUnavailableError: FastAPI, uvicorn, httptools, grpcio or the engine is missing.
         CheckFailedError: an engine does not answer the golden images as the bundle says.
         KeyboardInterrupt: it was Ctrl-C that stopped it.
     """
@@ -98,21 +109,45 @@ def serve(
     with _listen(host, port) as listener, ExitStack() as stack:
         url = _url(host, listener.getsockname()[1])
         models = rest.Models(limits)
+        beside = None
+        if grpc_port is not None:  # taken now, as well
+            reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
+            beside = _grpc().GrpcServer(models, reserved)
         for model, offer in zip(served, offers, strict=True):
             runner = stack.enter_context(open_runner(offer.bundle, engine, threads=threads))
             models.add(model, runner, golden_of(offer.bundle))
-        rest.run_app(models, listener, lambda: announce(url, served), hosts=names, drain_s=drain_s)
+        rest.run_app(
+            models,
+            listener,
+            lambda: announce(url, beside and beside.address, served),
+            hosts=names,
+            drain_s=drain_s,
+            beside=beside,
+        )
 
 
 def _rest() -> ModuleType:
-    try:
+    with _extra():
         import advmoe_deploy.serving.online.http.rest as rest
-    except ImportError as error:
-        package = (error.name or "fastapi").split(".")[0]
-        if package not in _NEEDED:
-            raise
-        raise missing_extra(package.replace("_", "-"), "serve") from None
     return rest
+
+
+def _grpc() -> ModuleType:
+    with _extra():
+        import advmoe_deploy.serving.online.grpc.server as server
+    return server
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say which extra brings a module that the block could not import."""
+    try:
+        yield
+    except ImportError as error:
+        package = _NEEDED.get((error.name or "").split(".")[0])
+        if package is None:
+            raise
+        raise missing_extra(package, "serve") from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -122,9 +157,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, option: str = "--port") -> socket.socket:
     if not 0 <= port <= 65535:
-        raise UsageError(f"port {port} is outside 0..65535")
+        raise UsageError(f"{option} {port} is outside 0..65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -137,16 +172,17 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # now: a second server is refused before it loads anything
     except OSError as error:
         listener.close()
-        raise _cannot_bind(error, host, port) from None
+        raise _cannot_bind(error, host, port, option) from None
     return listener
 
 
-def _cannot_bind(error: OSError, host: str, port: int) -> UsageError | MachineError:
+def _cannot_bind(error: OSError, host: str, port: int, option: str) -> UsageError | MachineError:
     if error.errno == errno.EADDRNOTAVAIL:
         return UsageError(f"host '{host}' is no address of this machine; use 127.0.0.1")
     if error.errno == errno.EADDRINUSE:
-        return MachineError(f"port {port} of {host} is in use; choose another --port")
-    return MachineError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port")
+        return MachineError(f"port {port} of {host} is in use; choose another {option}")
+    reason = f"cannot listen on {host}:{port} ({error.strerror})"
+    return MachineError(f"{reason}; choose another {option}")
 
 
 def _url(host: str, port: int) -> str:

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from advmoe_deploy.errors import MachineError
 from advmoe_deploy.serving.online.http.accept import Acceptor
 from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
@@ -35,13 +36,33 @@ _BODY_GRACE_S = 1.0
 _READING_S = 5.0
 
 
+class Beside(Protocol):
+    """Another port, which begins and ends with the server."""
+
+    async def start(self) -> None:
+        """Begin to answer, or raise :class:`MachineError`."""
+
+    def refuse(self) -> None:
+        """Take nothing new."""
+
+    async def close(self, in_hurry: Callable[[], bool]) -> None:
+        """Answer what is under way, unless there is hurry, and close."""
+
+
 class Server(uvicorn.Server):
     """A server that drains; :meth:`stop` may be called from a signal handler, or another thread."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, drain_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        drain_s: float = 0.0,
+        beside: Beside | None = None,
+    ) -> None:
         """Take ``app``; between readiness going off and the listener closing lie ``drain_s``."""
         self._limits, self._backlog = fitting(limits)
-        self._drain_s = drain_s
+        self._drain_s, self._beside = drain_s, beside
+        self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
         self.stopping = False
         self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
@@ -101,6 +122,12 @@ class Server(uvicorn.Server):
         """Begin to accept connections on ``sockets``, one or more."""
         await super().startup(sockets=[])
         self._acceptors = [Acceptor(sock, self._protocol, self._backlog) for sock in sockets or ()]
+        if self._beside is not None and self.started:
+            try:
+                await self._beside.start()
+            except MachineError as error:
+                self._beside, self.failure = None, error
+                self.stop(announced=False)
 
     def _protocol(self) -> asyncio.Protocol:
         return Connection(
@@ -115,9 +142,13 @@ class Server(uvicorn.Server):
         """Be not ready, wait, close the listener, answer what is under way, close connections."""
         self.stopping = True
         await self._while(lambda: self._announced, self._drain_s)
+        if self._beside is not None:
+            self._beside.refuse()
         for acceptor in self._acceptors:
             acceptor.close()
         await self._while(self._draining(), math.inf)
+        if self._beside is not None:
+            await self._beside.close(lambda: self.force_exit)
         for connection in self._connections():
             connection.transport.abort()
         await self._while(lambda: bool(self.server_state.tasks), _READING_S)

@@ -17,7 +17,12 @@ from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
 from advmoe_deploy.serving.online.golden import Golden
 from advmoe_deploy.serving.online.limits import Budget
 from advmoe_deploy.serving.online.metrics import Metrics
-from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
+from advmoe_deploy.serving.online.protocol import (
+    InferRequest,
+    NotReadyError,
+    RefusedError,
+    ServedModel,
+)
 
 # Below these a body is read, and an answer written, where the event loop runs: within a
 # millisecond, which is what handing it to another thread and back would cost.
@@ -126,9 +131,9 @@ class Service:
         self._batcher.close()
 
     def require_warm(self) -> None:
-        """Raise :class:`RefusedError` (503) before the warm-up has ended."""
+        """Raise :class:`NotReadyError` before the warm-up has ended."""
         if not self.warm:
-            raise RefusedError("the model is not ready; ask /v2/health/ready", 503, retry_s=1)
+            raise NotReadyError("the model is not ready; ask /v2/health/ready")
 
     def drop_dead(self) -> None:
         """Let go of the requests whose clients have left or whose time is over."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.serving.online.grpc.server import GrpcServer
 from advmoe_deploy.serving.online.http.rest import build_app
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
@@ -35,6 +36,7 @@ class Live:
     address: str
     server: Server
     service: Service
+    grpc: str  # the address of gRPC
     connections: list[socket.socket] = field(default_factory=list)
 
     @property
@@ -55,7 +57,9 @@ def running(
     """Serve ``runner`` on a free port of the loopback until the block ends or it is stopped."""
     models = Models(limits)
     service = models.add(served_model(bundle, limits=limits), runner)
-    server = Server(build_app(models, LOOPBACK), limits, drain_s)
+    reserved = socket.create_server(("127.0.0.1", 0))
+    beside = GrpcServer(models, reserved)
+    server = Server(build_app(models, LOOPBACK), limits, drain_s, beside)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
@@ -64,9 +68,9 @@ def running(
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        while not server.started:
+        while reserved.fileno() >= 0 or not server.started:
             time.sleep(0.01)
-        live = Live(address, server, service)
+        live = Live(address, server, service, beside.address)
         try:
             yield live
         finally:

@@ -19,7 +19,7 @@ from advmoe_deploy.serving.online.http.infer import Infer, UnreadError
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
-from advmoe_deploy.serving.online.server import Server
+from advmoe_deploy.serving.online.server import Beside, Server
 from advmoe_deploy.serving.online.service import Service
 from advmoe_deploy.serving.online.triton import model_config, model_statistics
 
@@ -74,10 +74,12 @@ def run_app(
     *,
     hosts: frozenset[str] | None,
     drain_s: float,
+    beside: Beside | None = None,
 ) -> None:
-    """Serve on ``listener`` until SIGTERM or Ctrl-C, then drain.
+    """Serve on ``listener``, and what is ``beside`` it, until SIGTERM or Ctrl-C, then drain.
 
     Raises:
+        MachineError: what is beside it could not begin.
         Exception: whatever the warm-up raised.
         KeyboardInterrupt: it was Ctrl-C.
     """
@@ -88,12 +90,12 @@ def run_app(
         elif not server.stopping:
             announce()
 
-    server = Server(build_app(models, hosts, on_warm), models.limits, drain_s)
+    server = Server(build_app(models, hosts, on_warm), models.limits, drain_s, beside)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)
-    if models.failure is not None:
-        raise models.failure
+    if failure := server.failure or models.failure:
+        raise failure
 
 
 def _add_health(app: FastAPI, models: Models) -> None:
@@ -111,12 +113,11 @@ def _add_health(app: FastAPI, models: Models) -> None:
 
     @app.post("/v2/repository/index")
     async def index(request: Request) -> list[dict[str, str]]:
-        wants_ready = await _wants_ready(request)
-        return [each for each in models.index() if each["state"] == "READY" or not wants_ready]
+        return models.index(ready_only=await _wants_ready(request))
 
     @app.api_route("/v2/models/stats", methods=_PROBED)
     async def statistics() -> dict[str, Any]:
-        return _statistics(models.all())
+        return _statistics(models.chosen())
 
     @app.api_route("/metrics", methods=_PROBED)
     async def metrics() -> Response:
@@ -134,8 +135,7 @@ def _add_model(app: FastAPI, models: Models, prefix: str) -> None:
 
     @app.api_route(f"{prefix}/stats", methods=_PROBED)
     async def statistics(name: str, version: str = "") -> dict[str, Any]:
-        found = models.find(name, version)
-        return _statistics([found] if version else models.of(name))
+        return _statistics(models.chosen(name, version))
 
     @app.api_route(f"{prefix}/ready", methods=_PROBED)
     async def ready(name: str, version: str = "") -> JSONResponse:

@@ -1,0 +1,150 @@
+"""Calls of the service ``GRPCInferenceService``, by name, and the status of what is refused."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from tritonclient.grpc import service_pb2
+
+from advmoe_deploy.serving.online.grpc.gate import Gate
+from advmoe_deploy.serving.online.grpc.infer import Infer
+from advmoe_deploy.serving.online.grpc.messages import parsed
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import SERVER, NotReadyError, RefusedError
+from advmoe_deploy.serving.online.service import CLIENT_LEFT
+from advmoe_deploy.serving.online.triton import model_config, model_statistics
+
+_log = logging.getLogger(__name__)
+
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+# Bytes of a request that holds no tensors, and how many of them are read at once.
+_SHORT = 4096
+_FEW = 4
+# By the status that HTTP has for it.
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CLIENT_LEFT: grpc.StatusCode.CANCELLED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+Call = Callable[[Any], Awaitable[bytes]]
+
+
+class Calls:
+    """Answers calls; ``open`` of them are under way, the last came at ``last_s`` (monotonic)."""
+
+    def __init__(self, models: Models, longest: int) -> None:
+        """Answer for ``models``; no message is longer than ``longest`` bytes."""
+        limits = models.limits
+        self.refusing, self.open, self.last_s = False, 0, 0.0
+        self._infer = Gate(max(2, limits.memory // longest), limits.body_s)
+        self._short = Gate(_FEW, limits.body_s)
+        self._calls: dict[str, Call] = {
+            "ServerLive": _fixed(lambda: service_pb2.ServerLiveResponse(live=True)),
+            "ServerReady": _fixed(lambda: service_pb2.ServerReadyResponse(ready=models.ready)),
+            "ModelInfer": Infer(models, self._infer),
+        }
+        for name, answer in _answers(models).items():
+            kind = service_pb2.DESCRIPTOR.message_types_by_name[f"{name}Request"]._concrete_class  # noqa: SLF001, RUF100
+            self._calls[name] = partial(self._answer, kind, answer)
+
+    def handlers(self) -> dict[str, Any]:
+        """Return a handler of gRPC's for each method of the service, offered or not."""
+        # Requests are read as streams, so that a message is asked for only when it has its turn.
+        return {
+            method.name: grpc.stream_unary_rpc_method_handler(partial(self._handle, method.name))
+            for method in SERVICE.methods
+        }
+
+    def close(self) -> None:
+        """Read no more messages."""
+        for gate in (self._infer, self._short):
+            gate.close()
+
+    async def _handle(self, name: str, _: Any, context: Any) -> bytes:
+        self.open += 1
+        self.last_s = time.monotonic()
+        try:
+            if self.refusing:
+                raise NotReadyError("the server is stopping; ask again elsewhere")
+            return await self._calls.get(name, self._unknown)(context)
+        except RefusedError as error:
+            return await _refuse(context, error)
+        except Exception:
+            _log.exception("a call of %s failed", name)
+            failed = RefusedError("internal error; the server's log says more", 500)
+            return await _refuse(context, failed)
+        finally:
+            self.open -= 1
+
+    async def _unknown(self, _: Any) -> bytes:
+        offered = ", ".join(sorted(self._calls))
+        raise RefusedError(f"this call is not offered; there are {offered}", 501)
+
+    async def _answer(self, kind: Any, answer: Callable[[Any], Any], context: Any) -> bytes:
+        message = await self._short.read(context)
+        if len(message) > _SHORT:
+            raise RefusedError(f"the message exceeds the limit of {_SHORT} bytes")
+        return bytes(answer(parsed(kind, message)).SerializeToString())
+
+
+def _answers(models: Models) -> dict[str, Callable[[Any], Any]]:
+    """Return what answers a request without tensors, by the name of its call."""
+
+    def ready(asked: Any) -> Any:
+        found = models.find(asked.name, asked.version)
+        return service_pb2.ModelReadyResponse(ready=models.is_ready(found))
+
+    def server(_: Any) -> Any:
+        return ParseDict(SERVER, service_pb2.ServerMetadataResponse())
+
+    def metadata(asked: Any) -> Any:
+        found = models.find(asked.name, asked.version).model.metadata(models.versions(asked.name))
+        return ParseDict(found, service_pb2.ModelMetadataResponse())
+
+    def config(asked: Any) -> Any:
+        found = {"config": model_config(models.find(asked.name, asked.version).model)}
+        return ParseDict(found, service_pb2.ModelConfigResponse())
+
+    def statistics(asked: Any) -> Any:
+        found = models.chosen(asked.name, asked.version)
+        stats = {"model_stats": [model_statistics(each.model, each.metrics) for each in found]}
+        return ParseDict(stats, service_pb2.ModelStatisticsResponse())
+
+    def index(asked: Any) -> Any:
+        found = {"models": models.index(ready_only=asked.ready)}
+        return ParseDict(found, service_pb2.RepositoryIndexResponse())
+
+    return {
+        "ModelReady": ready,
+        "ServerMetadata": server,
+        "ModelMetadata": metadata,
+        "ModelConfig": config,
+        "ModelStatistics": statistics,
+        "RepositoryIndex": index,
+    }
+
+
+def _fixed(answer: Callable[[], Any]) -> Call:
+    """Return a call that is answered unread, whatever else is being read."""
+
+    async def call(_: Any) -> bytes:
+        return bytes(answer().SerializeToString())
+
+    return call
+
+
+async def _refuse(context: Any, error: RefusedError) -> bytes:
+    code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
+    if isinstance(error, NotReadyError):
+        code = grpc.StatusCode.UNAVAILABLE
+    metadata = () if error.retry_s is None else (("retry-after", str(error.retry_s)),)
+    await context.abort(code, str(error), metadata)
+    raise AssertionError("abort raises")

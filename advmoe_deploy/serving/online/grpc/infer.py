@@ -1,0 +1,85 @@
+"""The call that answers inference requests over gRPC."""
+
+import asyncio
+import time
+from typing import Any
+
+from advmoe_deploy.serving.online.grpc.gate import Gate
+from advmoe_deploy.serving.online.grpc.messages import (
+    Asked,
+    asked_of,
+    read_request,
+    write_response,
+)
+from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, Hold
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import RefusedError
+from advmoe_deploy.serving.online.service import (
+    CLIENT_LEFT,
+    FEW_IMAGES,
+    SMALL_BODY,
+    Arrival,
+    Service,
+)
+from advmoe_deploy.serving.online.turns import Turns
+
+# How many small requests are read before others, health among them, have their turn.
+_IN_A_TURN = 16
+
+
+class Infer:
+    """Reads a message within the limits, has it answered, and writes the answer."""
+
+    def __init__(self, models: Models, gate: Gate) -> None:
+        self._models, self._gate = models, gate
+        self._turns = Turns(_IN_A_TURN)
+
+    async def __call__(self, context: Any) -> bytes:
+        """Answer one call.
+
+        Raises:
+            RefusedError: it is not answered, and why.
+        """
+        await self._turns.take()
+        began, status = time.perf_counter(), 500
+        asked = asked_of(await self._gate.read(context))
+        service = self._models.find(asked.message.model_name, asked.message.model_version)
+        try:
+            service.require_warm()
+            with service.budget.hold() as hold:
+                answer = await self._answer(service, asked, hold, context, began)
+            status = 200
+        except RefusedError as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        finally:
+            service.metrics.request(status, time.perf_counter() - began)
+        return answer
+
+    async def _answer(
+        self, service: Service, asked: Asked, hold: Hold, context: Any, began: float
+    ) -> bytes:
+        if not self._models.reserve(hold, COPIES_OF_BINARY * asked.size):
+            raise RefusedError("overloaded: other requests hold the memory", 503, retry_s=1)
+        with Arrival(service) as arrival:
+            request = await service.run(
+                asked.size <= SMALL_BODY,
+                lambda: read_request(asked, service.model, context.time_remaining()),
+            )
+            asked.clear()
+            hold.shrink(request.images.nbytes)
+            service.metrics.stage("read", time.perf_counter() - began)
+            # A call whose client has left, or whose deadline is over, is cancelled by the library.
+            call = asyncio.current_task()
+            assert call is not None
+            prediction = await service.predict(request, call.done, arrival)
+        began = time.perf_counter()
+        answer = await service.run(
+            len(request.images) <= FEW_IMAGES,
+            lambda: write_response(prediction, request, service.model),
+        )
+        service.metrics.stage("write", time.perf_counter() - began)
+        return answer

@@ -1,0 +1,98 @@
+"""gRPC server: its options, its port, and an end that loses no call."""
+
+import asyncio
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+
+# The library would write lines of its own about whatever a stranger sends.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc.aio
+
+from advmoe_deploy.errors import MachineError
+from advmoe_deploy.serving.online.grpc.calls import SERVICE, Calls
+from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.models import Models
+
+_STREAMS = 256  # calls on one connection; a client waits with more
+_WINDOW = 64 << 10  # bytes of a message that come before it is asked for
+_METADATA = 32 << 10
+# How long the rest of a message may take once the server stops.
+_MESSAGE_GRACE_S = 1.0
+# Calls on their way are lost when the library stops, so it waits for a pause this long, until then.
+_QUIET_S, _RESTLESS_S = 0.3, 3.0
+# How long clients may take to read the last answers.
+_READING_S = 5.0
+
+
+class GrpcServer:
+    """Answers for ``models`` beside the HTTP server, in the same event loop."""
+
+    def __init__(self, models: Models, reserved: socket.socket) -> None:
+        """Take the address that ``reserved`` holds until :meth:`start`."""
+        self._models, self._reserved = models, reserved
+        host, port = reserved.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def start(self) -> None:
+        """Begin to answer.
+
+        Raises:
+            MachineError: the port was taken in the moment in which it was free.
+        """
+        longest = longest_message(self._models)
+        self._calls = Calls(self._models, longest)
+        self._server = grpc.aio.server(
+            options=_options(self._models.limits, longest),
+            maximum_concurrent_rpcs=self._models.limits.connections,
+        )
+        handlers = grpc.method_handlers_generic_handler(SERVICE.full_name, self._calls.handlers())
+        self._server.add_generic_rpc_handlers((handlers,))
+        self._reserved.close()
+        try:
+            self._server.add_insecure_port(self.address)
+        except RuntimeError:
+            raise MachineError(f"{self.address} is in use; choose another --grpc-port") from None
+        await self._server.start()
+
+    def refuse(self) -> None:
+        """Take no new calls; what is under way is answered, messages that come soon included."""
+        self._calls.refusing = True
+        asyncio.get_running_loop().call_later(_MESSAGE_GRACE_S, self._calls.close)
+
+    async def close(self, in_hurry: Callable[[], bool]) -> None:
+        """Wait for the calls under way, unless there is hurry, and close the port."""
+        began = time.monotonic()
+        while not in_hurry() and (self._calls.open or self._is_restless(began)):
+            await asyncio.sleep(0.02)
+        await self._server.stop(None if in_hurry() else _READING_S)
+
+    def _is_restless(self, began: float) -> bool:
+        now = time.monotonic()
+        return now - began < _RESTLESS_S and now - max(began, self._calls.last_s) < _QUIET_S
+
+
+def longest_message(models: Models) -> int:
+    """Return how many bytes a message may have: what the largest request of any model needs."""
+    pixels = max((math.prod(each.model.image_shape) for each in models.all()), default=0)
+    needed = 4 * pixels * models.limits.max_images + MAX_ENVELOPE
+    return min(models.limits.max_body, needed)
+
+
+def _options(limits: Limits, longest: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # else two servers share a port without a word
+        ("grpc.max_receive_message_length", longest),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_metadata_size", _METADATA),
+        ("grpc.absolute_max_metadata_size", _METADATA),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW),
+        ("grpc.server_handshake_timeout_ms", round(1000 * limits.head_s)),
+        ("grpc.max_connection_idle_ms", round(1000 * limits.keep_alive_s)),
+    ]
