@@ -51,6 +51,7 @@ EXAMPLES = {
     "serve": (
         "advmoe serve bundle --port 8000",
         "advmoe serve bundle --grpc-port 8001",
+        "advmoe serve bundle --host 0.0.0.0 --token-file token",
         "advmoe serve cats:1=old cats:2=new",
         "advmoe serve bundle --require-signature key.pub",
     ),

@@ -229,7 +229,10 @@ def test_targets_that_cannot_be(capsys: Capture, tiny_bundle: Bundle, folder: Pa
 
 def test_serve_refuses_the_world(capsys: Capture, tiny_bundle: Bundle) -> None:
     assert run(["serve", str(tiny_bundle.path), "--host", "0.0.0.0"]) == 2
-    assert "--insecure" in said(capsys)
+    assert "(--token-file), use 127.0.0.1 behind a proxy" in said(capsys)
+    only = ["serve", str(tiny_bundle.path), "--tls-cert", "cert.pem"]
+    assert run(only) == 2
+    assert "give --tls-cert and --tls-key" in said(capsys)
 
 
 def test_serve_without_fastapi_names_the_extra(

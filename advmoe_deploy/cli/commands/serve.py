@@ -1,5 +1,6 @@
 """The command ``serve``."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,8 +35,29 @@ def serve(
         ),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Let other machines in, without authentication.")
+        bool, typer.Option("--insecure", help="Let other machines in, without a token.")
     ] = False,
+    token_file: Annotated[
+        str | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="A file, closed to others, with the token that requests have to show as "
+            "'Authorization: Bearer TOKEN', over gRPC as well; health is told without.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="PEM",
+            help="Certificate chain; both ports then speak TLS alone. With --tls-key.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        str | None,
+        typer.Option("--tls-key", metavar="PEM", help="Key of the certificate, unencrypted."),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,6 +115,8 @@ def serve(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
+        from advmoe_deploy.serving.online.access.tls import read_tls
+        from advmoe_deploy.serving.online.access.token import read_token
         from advmoe_deploy.serving.online.limits import COPIES_OF_JSON, Limits
         from advmoe_deploy.serving.online.offers import Offer, split_offer
         from advmoe_deploy.serving.online.serve import serve as serve_bundles
@@ -109,6 +133,8 @@ def serve(
             keep_alive_s=keep_alive,
             body_s=body_timeout,
         )
+        if (tls_cert is None) != (tls_key is None):
+            raise UsageError("a certificate and its key go together; give --tls-cert and --tls-key")
         places = [split_offer(text) for text in bundles]
         serve_bundles(
             [
@@ -124,6 +150,8 @@ def serve(
             hosts=allow_host or (),
             drain_s=drain,
             grpc_port=grpc_port,
+            token=None if token_file is None else read_token(Path(token_file)),
+            tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,
             announce=lambda url, grpc, models: _announce(ui, url, grpc, models),
         )
 

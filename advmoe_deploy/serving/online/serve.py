@@ -12,6 +12,8 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.access.tls import Tls
+from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.golden import golden_of
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.offers import Offer, require_apart
@@ -65,6 +67,8 @@ def serve(
     hosts: Sequence[str] = (),
     drain_s: float = 1.0,
     grpc_port: int | None = None,
+    token: Token | None = None,
+    tls: Tls | None = None,
     announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
 ) -> None:
     """Serve bundles until SIGTERM; then finish what is under way and return.
@@ -73,28 +77,30 @@ def serve(
         offers: opened bundles; where a request asks for no version, the latest answers.
         host: address to listen on.
         port: 0 takes any free one.
-        insecure: allow a ``host`` that other machines can reach: there is no authentication yet.
+        insecure: allow a ``host`` that other machines can reach without a ``token``.
         engine: of each bundle, a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
         threads: of each engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
         limits: on requests and on all of them together; the queue is each model's own.
         hosts: by which other names requests may call a server on the loopback, such as a proxy's.
         drain_s: seconds after SIGTERM in which the server is not ready, and still takes requests.
         grpc_port: of the same protocol over gRPC, which is off by default; 0 takes any free one.
+        token: what requests have to show, but for those that ask for the server's health.
+        tls: of both ports.
         announce: called with the URL, and the address of gRPC, once all models are ready.
 
     Raises:
-        UsageError: two offers have a name and version in common; ``host`` is not loopback, or no
-            address at all; or ``hosts`` mean nothing there.
+        UsageError: two offers have a name and version in common; ``host`` is not loopback and
+            there is no ``token``, or it is no address at all; or ``hosts`` mean nothing there.
         MachineError: a port is in use or forbidden.
         BackendUnavailableError: FastAPI, uvicorn, httptools, grpcio or the engine is missing.
         CheckFailedError: an engine does not answer the golden images as the bundle says.
         KeyboardInterrupt: it was Ctrl-C that stopped it.
     """
     private = _is_loopback(host)
-    if not private and not insecure:
+    if not private and token is None and not insecure:
         raise UsageError(
-            f"host '{host}' is open to other machines and this server has no authentication; "
-            "use 127.0.0.1 behind a proxy, or pass --insecure"
+            f"host '{host}' is open to other machines; let in who shows a token (--token-file), "
+            "use 127.0.0.1 behind a proxy, or let everybody in (--insecure)"
         )
     if hosts and not private:
         raise UsageError(
@@ -107,12 +113,12 @@ def serve(
     require_apart(served)
     names = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)} if private else None
     with _listen(host, port) as listener, ExitStack() as stack:
-        url = _url(host, listener.getsockname()[1])
+        url = _url(host, listener.getsockname()[1], tls is not None)
         models = rest.Models(limits)
         beside = None
         if grpc_port is not None:  # taken now, as well
             reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
-            beside = _grpc().GrpcServer(models, reserved)
+            beside = _grpc().GrpcServer(models, reserved, token, tls)
         for model, offer in zip(served, offers, strict=True):
             runner = stack.enter_context(open_runner(offer.bundle, engine, threads=threads))
             models.add(model, runner, golden_of(offer.bundle))
@@ -123,6 +129,8 @@ def serve(
             hosts=names,
             drain_s=drain_s,
             beside=beside,
+            token=token,
+            tls=tls,
         )
 
 
@@ -185,5 +193,6 @@ def _cannot_bind(error: OSError, host: str, port: int, option: str) -> UsageErro
     return MachineError(f"{reason}; choose another {option}")
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, secure: bool) -> str:
+    scheme = "https" if secure else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -10,6 +10,7 @@ import logging
 import math
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from advmoe_deploy.errors import MachineError
-from advmoe_deploy.serving.online.http.accept import Acceptor
+from advmoe_deploy.serving.online.http.accept import Acceptor, Handshakes
 from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 
@@ -58,10 +59,11 @@ class Server(uvicorn.Server):
         limits: Limits,
         drain_s: float = 0.0,
         beside: Beside | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Take ``app``; between readiness going off and the listener closing lie ``drain_s``."""
         self._limits, self._backlog = fitting(limits)
-        self._drain_s, self._beside = drain_s, beside
+        self._drain_s, self._beside, self._tls = drain_s, beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
         self.stopping = False
@@ -121,7 +123,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections on ``sockets``, one or more."""
         await super().startup(sockets=[])
-        self._acceptors = [Acceptor(sock, self._protocol, self._backlog) for sock in sockets or ()]
+        most, seconds = self._limits.connections, self._limits.head_s
+        handshakes = None if self._tls is None else Handshakes(self._tls, most, seconds)
+        self._acceptors = [
+            Acceptor(sock, self._protocol, self._backlog, handshakes) for sock in sockets or ()
+        ]
         if self._beside is not None and self.started:
             try:
                 await self._beside.start()
@@ -165,6 +171,9 @@ class Server(uvicorn.Server):
                 connection.finish()
                 if now - began > _BODY_GRACE_S:
                     connection.give_up()
+            for acceptor in self._acceptors:
+                if now - began > _BODY_GRACE_S:
+                    acceptor.give_up()
             if any(acceptor.beginning for acceptor in self._acceptors) or self.is_busy():
                 busy = now
             return now - busy < _READING_S and (busy == now or bool(self._connections()))

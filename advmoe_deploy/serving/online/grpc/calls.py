@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2
 
+from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
 from advmoe_deploy.serving.online.grpc.gate import Gate
 from advmoe_deploy.serving.online.grpc.infer import Infer
 from advmoe_deploy.serving.online.grpc.messages import parsed
@@ -24,9 +25,12 @@ SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Bytes of a request that holds no tensors, and how many of them are read at once.
 _SHORT = 4096
 _FEW = 4
+# Who looks whether a server lives has no token.
+_OPEN = {"ServerLive", "ServerReady"}
 # By the status that HTTP has for it.
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
     CLIENT_LEFT: grpc.StatusCode.CANCELLED,
@@ -40,9 +44,12 @@ Call = Callable[[Any], Awaitable[bytes]]
 class Calls:
     """Answers calls; ``open`` of them are under way, the last came at ``last_s`` (monotonic)."""
 
-    def __init__(self, models: Models, longest: int) -> None:
-        """Answer for ``models``; no message is longer than ``longest`` bytes."""
-        limits = models.limits
+    def __init__(self, models: Models, longest: int, token: Token | None = None) -> None:
+        """Answer for ``models``; no message is longer than ``longest`` bytes.
+
+        With a ``token``, calls have to show it, but for those that ask for the server's health.
+        """
+        limits, self._token = models.limits, token
         self.refusing, self.open, self.last_s = False, 0, 0.0
         self._infer = Gate(max(2, limits.memory // longest), limits.body_s)
         self._short = Gate(_FEW, limits.body_s)
@@ -74,6 +81,7 @@ class Calls:
         try:
             if self.refusing:
                 raise NotReadyError("the server is stopping; ask again elsewhere")
+            self._require_token(name, context)
             return await self._calls.get(name, self._unknown)(context)
         except RefusedError as error:
             return await _refuse(context, error)
@@ -83,6 +91,13 @@ class Calls:
             return await _refuse(context, failed)
         finally:
             self.open -= 1
+
+    def _require_token(self, name: str, context: Any) -> None:
+        if self._token is None or name in _OPEN:
+            return
+        shown = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if not self._token.admits(shown.encode()):
+            raise RefusedError(HOW_TO_ENTER, 401)
 
     async def _unknown(self, _: Any) -> bytes:
         offered = ", ".join(sorted(self._calls))

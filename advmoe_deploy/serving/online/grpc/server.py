@@ -13,6 +13,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc.aio
 
 from advmoe_deploy.errors import MachineError
+from advmoe_deploy.serving.online.access.tls import Tls
+from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.grpc.calls import SERVICE, Calls
 from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import Limits
@@ -32,9 +34,15 @@ _READING_S = 5.0
 class GrpcServer:
     """Answers for ``models`` beside the HTTP server, in the same event loop."""
 
-    def __init__(self, models: Models, reserved: socket.socket) -> None:
+    def __init__(
+        self,
+        models: Models,
+        reserved: socket.socket,
+        token: Token | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         """Take the address that ``reserved`` holds until :meth:`start`."""
-        self._models, self._reserved = models, reserved
+        self._models, self._reserved, self._token, self._tls = models, reserved, token, tls
         host, port = reserved.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -45,7 +53,7 @@ class GrpcServer:
             MachineError: the port was taken in the moment in which it was free.
         """
         longest = longest_message(self._models)
-        self._calls = Calls(self._models, longest)
+        self._calls = Calls(self._models, longest, self._token)
         self._server = grpc.aio.server(
             options=_options(self._models.limits, longest),
             maximum_concurrent_rpcs=self._models.limits.connections,
@@ -54,10 +62,17 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers((handlers,))
         self._reserved.close()
         try:
-            self._server.add_insecure_port(self.address)
+            self._add_port()
         except RuntimeError:
             raise MachineError(f"{self.address} is in use; choose another --grpc-port") from None
         await self._server.start()
+
+    def _add_port(self) -> None:
+        if self._tls is None:
+            self._server.add_insecure_port(self.address)
+        else:
+            credentials = grpc.ssl_server_credentials([(self._tls.key, self._tls.chain)])
+            self._server.add_secure_port(self.address, credentials)
 
     def refuse(self) -> None:
         """Take no new calls; what is under way is answered, messages that come soon included."""

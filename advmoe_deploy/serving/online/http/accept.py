@@ -8,25 +8,44 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 _AT_ONCE = 16
 _PAUSE_S = 1.0
+_FAREWELL_S = 1.0
+_CAN_HURRY = sys.version_info >= (3, 11)
 _COMPLAIN_EVERY_S = 10.0
 _OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Handshakes:
+    """How connections become those of TLS: so many at once, in so many seconds each."""
+
+    context: ssl.SSLContext
+    most: int
+    seconds: float
+
+
 class Acceptor:
     """Accepts connections of a listening socket, until it is closed."""
 
     def __init__(
-        self, listener: socket.socket, make: Callable[[], asyncio.Protocol], backlog: int
+        self,
+        listener: socket.socket,
+        make: Callable[[], asyncio.Protocol],
+        backlog: int,
+        handshakes: Handshakes | None = None,
     ) -> None:
         """Begin for the running event loop; ``make`` returns the protocol of a connection."""
-        self._listener, self._make = listener, make
+        self._listener, self._make, self._handshakes = listener, make, handshakes
         self._loop = asyncio.get_running_loop()
         self._beginning = set[asyncio.Task[object]]()
         self._complained = -_COMPLAIN_EVERY_S
@@ -44,6 +63,11 @@ class Acceptor:
         if self._paused is not None:
             self._paused.cancel()
         self._listener.close()
+
+    def give_up(self) -> None:
+        """Close connections that have not begun."""
+        for task in self._beginning:
+            task.cancel()
 
     @property
     def beginning(self) -> bool:
@@ -71,6 +95,9 @@ class Acceptor:
                 raise
             self._pause(error)
             return False
+        if self._handshakes is not None and len(self._beginning) >= self._handshakes.most:
+            connection.close()
+            return True
         task = self._loop.create_task(self._begin(connection))
         self._beginning.add(task)
         task.add_done_callback(self._beginning.discard)
@@ -80,9 +107,19 @@ class Acceptor:
         try:
             # Else an answer in two pieces waits for an acknowledgement that is sent after 40 ms.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(self._make, connection)
-        except OSError:  # it has gone again
+            await self._loop.connect_accepted_socket(self._make, connection, **self._secure())
+        except (OSError, asyncio.CancelledError):  # it has gone again, speaks no TLS, or is late
             connection.close()
+
+    def _secure(self) -> dict[str, Any]:
+        if self._handshakes is None:
+            return {}
+        secure: dict[str, Any] = {
+            "ssl": self._handshakes.context,
+            "ssl_handshake_timeout": self._handshakes.seconds,
+        }
+        # The end of a connection is told to clients that may not listen.
+        return secure | ({"ssl_shutdown_timeout": _FAREWELL_S} if _CAN_HURRY else {})
 
     def _pause(self, error: OSError) -> None:
         self._loop.remove_reader(self._listener)

@@ -1,12 +1,19 @@
-"""Guard against requests that a web page makes some browser send: by host and by origin."""
+"""Guard against requests of strangers, and those that a web page makes some browser send.
+
+The former show no token, the latter tell by their host or origin.
+"""
 
 import re
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
+
 # The key in the scope of a request under which its headers are, as a dictionary of bytes.
 HEADERS = "advmoe.headers"
+# Who looks whether a server lives has no token.
+_OPEN = {"/v2/health/live", "/v2/health/ready"}
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
 
 
@@ -17,9 +24,14 @@ class Guard:
     form or text here says so by its origin.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
-        """Take the names; ``None`` is any, for a server that other machines reach."""
-        self._app, self._hosts = app, hosts
+    def __init__(
+        self, app: ASGIApp, hosts: frozenset[str] | None, token: Token | None = None
+    ) -> None:
+        """Take the names; ``None`` is any, for a server that other machines reach.
+
+        With a ``token``, requests have to show it, but for those that ask for the server's health.
+        """
+        self._app, self._hosts, self._token = app, hosts, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on, or refuse it."""
@@ -30,6 +42,11 @@ class Guard:
                 status, message = refusal
                 await JSONResponse({"error": message}, status)(scope, receive, send)
                 return
+            if self._token is not None and scope["path"] not in _OPEN:
+                shown = headers.get(b"authorization")
+                if not self._token.admits(shown):
+                    await _unauthorised(shown is not None)(scope, receive, send)
+                    return
         await self._app(scope, receive, send)
 
     def _refusal(
@@ -48,6 +65,11 @@ class Guard:
         if headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"}:
             return 403, "requests from pages of another site are refused"
         return None
+
+
+def _unauthorised(has_shown: bool) -> JSONResponse:
+    challenge = "Bearer" + ' error="invalid_token"' * has_shown
+    return JSONResponse({"error": HOW_TO_ENTER}, 401, headers={"WWW-Authenticate": challenge})
 
 
 def _name_of(authority: bytes) -> str | None:

@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from advmoe_deploy.serving.online.access.tls import Tls
+from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.http.infer import Infer, UnreadError
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
@@ -30,7 +32,10 @@ _LINGER_BYTES = 256 << 20
 
 
 def build_app(
-    models: Models, hosts: frozenset[str] | None, on_warm: Callable[[], None] | None = None
+    models: Models,
+    hosts: frozenset[str] | None,
+    on_warm: Callable[[], None] | None = None,
+    token: Token | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -38,6 +43,7 @@ def build_app(
         models: what answers.
         hosts: names that a request may call this server; ``None`` is any.
         on_warm: called when the warm-up has ended, well or not.
+        token: what requests have to show.
     """
 
     async def warm_up() -> None:
@@ -56,7 +62,7 @@ def build_app(
             models.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, hosts=hosts)
+    app.add_middleware(Guard, hosts=hosts, token=token)
     _add_errors(app)
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     for prefix in prefixes:  # first, as they are asked for most
@@ -75,6 +81,8 @@ def run_app(
     hosts: frozenset[str] | None,
     drain_s: float,
     beside: Beside | None = None,
+    token: Token | None = None,
+    tls: Tls | None = None,
 ) -> None:
     """Serve on ``listener``, and what is ``beside`` it, until SIGTERM or Ctrl-C, then drain.
 
@@ -90,7 +98,8 @@ def run_app(
         elif not server.stopping:
             announce()
 
-    server = Server(build_app(models, hosts, on_warm), models.limits, drain_s, beside)
+    app = build_app(models, hosts, on_warm, token)
+    server = Server(app, models.limits, drain_s, beside, None if tls is None else tls.context)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)
