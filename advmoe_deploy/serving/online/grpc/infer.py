@@ -62,14 +62,14 @@ class Infer:
     async def _answer(
         self, service: Service, asked: Asked, hold: Hold, context: Any, began: float
     ) -> bytes:
-        if not self._models.reserve(hold, COPIES_OF_BINARY * asked.size):
-            raise RefusedError("overloaded: other requests hold the memory", 503, retry_s=1)
+        self._reserve(hold, COPIES_OF_BINARY * asked.size)
         with Arrival(service) as arrival:
             request = await service.run(
                 asked.size <= SMALL_BODY,
                 lambda: read_request(asked, service.model, context.time_remaining()),
             )
             asked.clear()
+            self._reserve(hold, request.images.nbytes)
             hold.shrink(request.images.nbytes)
             service.metrics.stage("read", time.perf_counter() - began)
             # A call whose client has left, or whose deadline is over, is cancelled by the library.
@@ -83,3 +83,7 @@ class Infer:
         )
         service.metrics.stage("write", time.perf_counter() - began)
         return answer
+
+    def _reserve(self, hold: Hold, count: int) -> None:
+        if not self._models.reserve(hold, count):
+            raise RefusedError("overloaded: other requests hold the memory", 503, retry_s=1)

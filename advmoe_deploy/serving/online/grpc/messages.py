@@ -3,8 +3,6 @@
 The messages are those of NVIDIA's client, ``tritonclient``.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +17,15 @@ from advmoe_deploy.serving.online.protocol import (
     InferRequest,
     RefusedError,
     ServedModel,
+    Wanted,
+    bytes_of,
     check_tensor,
     images_from_bytes,
     in_range,
     output_of,
     require_input,
     require_output,
+    tensor_bytes,
 )
 
 _SHARED_MEMORY = "shared_memory_region"
@@ -78,13 +79,16 @@ def read_request(asked: Asked, model: ServedModel, remaining_s: float | None) ->
             raise RefusedError("shared memory is not offered; send tensors in the request")
     require_input([tensor.name for tensor in message.inputs])
     (tensor,) = message.inputs
-    shape = list(tensor.shape)
-    check_tensor(tensor.datatype, shape, model)
-    images = in_range(images_from_bytes(_numbers(asked.parts, 4 * math.prod(shape)), shape))
+    datatype, shape = tensor.datatype, list(tensor.shape)
+    check_tensor(datatype, shape, model)
+    if datatype != "FP32" and asked.parts.contents[0] is not None:
+        raise RefusedError(f"{INPUT} has datatype {datatype}; send it in raw_input_contents")
+    numbers = _numbers(asked.parts, bytes_of(datatype, shape))
+    images = in_range(images_from_bytes(numbers, datatype, shape))
     times = (_timeout_s(message), remaining_s)
     return InferRequest(
         images,
-        dict.fromkeys(_wanted(message, model), True),
+        _wanted(message, model),
         message.id,
         min((each for each in times if each is not None), default=None),
     )
@@ -95,10 +99,10 @@ def write_response(prediction: Prediction, request: InferRequest, model: ServedM
     response = service_pb2.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id
     )
-    for name in request.wanted:
-        array = output_of(prediction, name, model)
-        response.outputs.add(name=name, datatype=model.outputs[name][0], shape=array.shape)
-        response.raw_output_contents.append(array.tobytes())
+    for name, wanted in request.wanted.items():
+        datatype, array = output_of(prediction, name, wanted, model)
+        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        response.raw_output_contents.append(tensor_bytes(array))
     return bytes(response.SerializeToString())
 
 
@@ -116,18 +120,23 @@ def _numbers(parts: Cut, needed: int) -> memoryview:
 
 def _timeout_s(message: Any) -> float | None:
     """Return the parameter ``timeout``, which is in microseconds, as Triton's; 0 is none."""
-    if "timeout" not in message.parameters:
-        return None
-    parameter = message.parameters["timeout"]
-    kind = parameter.WhichOneof("parameter_choice")
-    if kind not in {"int64_param", "uint64_param"} or getattr(parameter, kind) < 0:
-        raise RefusedError("the parameter timeout must be a number of microseconds")
-    return getattr(parameter, kind) / 1e6 or None
+    return _whole(message.parameters, "timeout") / 1e6 or None
 
 
-def _wanted(message: Any, model: ServedModel) -> Iterable[str]:
+def _wanted(message: Any, model: ServedModel) -> dict[str, Wanted]:
+    wanted = {}
     for output in message.outputs:
-        require_output(output.name, model)
-        if "classification" in output.parameters:
-            raise RefusedError("the classification extension is not supported; ask for logits")
-    return [output.name for output in message.outputs] or model.outputs
+        classes = _whole(output.parameters, "classification")
+        require_output(output.name, classes, model)
+        wanted[output.name] = Wanted(True, classes)
+    return wanted or dict.fromkeys(model.outputs, Wanted(True))
+
+
+def _whole(parameters: Any, name: str) -> int:
+    """Return a parameter that is a whole number from 0 on; 0 if it is not there."""
+    if name not in parameters:
+        return 0
+    kind = parameters[name].WhichOneof("parameter_choice")
+    if kind not in {"int64_param", "uint64_param"} or getattr(parameters[name], kind) < 0:
+        raise RefusedError(f"the parameter {name} must be a whole number, from 0 on")
+    return int(getattr(parameters[name], kind))

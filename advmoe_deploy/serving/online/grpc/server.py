@@ -110,4 +110,6 @@ def _options(limits: Limits, longest: int) -> list[tuple[str, int]]:
         ("grpc.http2.lookahead_bytes", _WINDOW),
         ("grpc.server_handshake_timeout_ms", round(1000 * limits.head_s)),
         ("grpc.max_connection_idle_ms", round(1000 * limits.keep_alive_s)),
+        ("grpc.keepalive_time_ms", 60_000),  # else clients that are cut off stay for hours
+        ("grpc.keepalive_timeout_ms", 20_000),
     ]

@@ -70,7 +70,7 @@ def _cut_input(result: Cut, walk: "_Walk", view: memoryview, tensor: _Field) -> 
             continue
         for part in walk.fields(each.value, _bytes_end(each)):
             if part.number != _FP32 or part.kind != _BYTES or found:
-                raise WireError("contents must be fp32_contents alone, packed, in one piece")
+                raise WireError("contents must be fp32_contents alone, packed; or send them raw")
             numbers, found = view[part.value : part.end], True
     result.contents.append(numbers)
     result.envelope += bytes([_INPUTS << 3 | _BYTES]) + _varint(len(rest)) + rest

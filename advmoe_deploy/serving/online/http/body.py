@@ -5,7 +5,6 @@ tensors after it.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +25,29 @@ from advmoe_deploy.serving.online.protocol import (
     InferRequest,
     RefusedError,
     ServedModel,
+    Wanted,
+    bytes_of,
     check_tensor,
     images_from_bytes,
+    images_from_numbers,
     in_range,
     output_of,
     require_input,
     require_output,
+    tensor_bytes,
 )
 
 
 @dataclass(frozen=True)
 class InferResponse:
-    """A body; ``json_length`` bytes of it are JSON where binary tensors follow, else ``None``."""
+    """A body; ``json_length`` bytes of it are JSON where binary tensors follow, else ``None``.
+
+    Its ``encoding``, if any, was put around the whole.
+    """
 
     body: bytes
     json_length: int | None
+    encoding: bytes | None = None
 
 
 def read_request(
@@ -73,20 +80,21 @@ def write_response(
 ) -> InferResponse:
     """Return the response that carries what ``request`` wanted of ``prediction``."""
     outputs, raw = [], bytearray()
-    for name, binary in request.wanted.items():
-        dtype = model.outputs[name][0]
-        array = output_of(prediction, name, model)
+    for name, wanted in request.wanted.items():
+        dtype, array = output_of(prediction, name, wanted, model)
         head = json.dumps({"name": name, "datatype": dtype, "shape": list(array.shape)})[:-1]
-        if binary:
-            outputs.append(f'{head}, "parameters": {{"binary_data_size": {array.nbytes}}}}}')
-            raw += array.tobytes()
+        if wanted.binary:
+            tensor = tensor_bytes(array)
+            outputs.append(f'{head}, "parameters": {{"binary_data_size": {len(tensor)}}}}}')
+            raw += tensor
         else:
             outputs.append(f'{head}, "data": {json_array(array.ravel())}}}')
     message: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request.id is not None:
         message["id"] = request.id
     text = f'{json.dumps(message)[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode()
-    return InferResponse(text + raw, len(text) if any(request.wanted.values()) else None)
+    binary = any(wanted.binary for wanted in request.wanted.values())
+    return InferResponse(text + raw, len(text) if binary else None)
 
 
 def _images(
@@ -106,30 +114,28 @@ def _from_json(tensor: Tensor, data: Numbers | None) -> NDArray[np.float32]:
         raise RefusedError(f"{INPUT} has neither data nor binary_data_size")
     if data is None or not stands_for_data(tensor.data):
         raise RefusedError(f"the data of {INPUT} must be one array of numbers")
-    return data.read(tensor.shape)
+    return images_from_numbers(data.read(tensor.shape), tensor.datatype, tensor.shape)
 
 
 def _from_binary(tensor: Tensor, size: int, tail: memoryview | None) -> NDArray[np.float32]:
     if tail is None:
         raise RefusedError("binary tensors need the header Inference-Header-Content-Length")
-    needed = 4 * math.prod(tensor.shape)
+    needed = bytes_of(tensor.datatype, tensor.shape)
     if tensor.data is not None or size != len(tail) or len(tail) != needed:
         raise RefusedError(
             f"{INPUT} of shape {tensor.shape} needs {needed} bytes; "
             f"binary_data_size says {size}, the body has {len(tail)}"
         )
-    return images_from_bytes(tail, tensor.shape)
+    return images_from_bytes(tail, tensor.datatype, tensor.shape)
 
 
-def _wanted(message: Message, model: ServedModel) -> dict[str, bool]:
+def _wanted(message: Message, model: ServedModel) -> dict[str, Wanted]:
     binary = message.parameters.binary_data_output
     if not message.outputs:
-        return dict.fromkeys(model.outputs, binary)
+        return dict.fromkeys(model.outputs, Wanted(binary))
     wanted = {}
     for output in message.outputs:
-        require_output(output.name, model)
-        if output.parameters.classification is not None:
-            raise RefusedError("the classification extension is not supported; ask for logits")
-        own = output.parameters.binary_data
-        wanted[output.name] = binary if own is None else own
+        classes, own = output.parameters.classification or 0, output.parameters.binary_data
+        require_output(output.name, classes, model)
+        wanted[output.name] = Wanted(binary if own is None else own, classes)
     return wanted

@@ -3,19 +3,23 @@
 It is where the time of a small request goes, so nothing stands between it and the connection.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.body import InferResponse, read_request, write_response
 from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
+from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError, packed, wants_gzip
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError
+from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
 from advmoe_deploy.serving.online.service import (
     CLIENT_LEFT,
     FEW_IMAGES,
@@ -27,14 +31,10 @@ from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
-
+_NO_MEMORY = "overloaded: other requests hold the memory"
 
 # How many small requests are read before others, health among them, have their turn.
 _IN_A_TURN = 16
-
-
-class UnreadError(RefusedError):
-    """A request refused before its body was read to the end."""
 
 
 class Infer:
@@ -78,7 +78,7 @@ class Infer:
         began = time.perf_counter()
         answer = await service.run(
             len(request.images) <= FEW_IMAGES,
-            lambda: write_response(prediction, request, service.model),
+            lambda: _written(prediction, request, service.model, scope[HEADERS]),
         )
         service.metrics.stage("write", time.perf_counter() - began)
         return answer
@@ -102,6 +102,8 @@ class Infer:
             return read_request(body, json_length, service.model)
 
         request = await service.run(len(body) <= SMALL_BODY, read)
+        if not self._models.reserve(hold, request.images.nbytes):  # of UINT8 there is more now
+            raise RefusedError(_NO_MEMORY, 503, retry_s=1)
         hold.shrink(request.images.nbytes)
         service.metrics.stage("read", time.perf_counter() - began)
         return request
@@ -110,10 +112,7 @@ class Infer:
         self, receive: Receive, headers: Mapping[bytes, bytes], is_json: bool, hold: Hold
     ) -> bytes | bytearray:
         limit = self._models.limits.max_body
-        encoding = headers.get(b"content-encoding", b"identity")
-        if encoding != b"identity":
-            name = encoding.decode("latin-1")
-            raise UnreadError(f"content-encoding '{name}' is not supported; send it plain", 415)
+        unpacker = _unpacker(headers)
         copies = COPIES_OF_JSON if is_json else COPIES_OF_BINARY
         self._admit(int(headers.get(b"content-length", 0)), limit, copies, hold)
         body = bytearray()
@@ -122,12 +121,20 @@ class Infer:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             piece: bytes = message["body"]
-            if not body and not message["more_body"]:
+            if unpacker is not None:
+                for part in unpacker.parts(piece):
+                    body += part
+                    self._admit(len(body), limit, copies, hold)
+                    await asyncio.sleep(0)
+            elif not body and not message["more_body"]:
                 self._admit(len(piece), limit, copies, hold)
                 return piece
-            body += piece
-            self._admit(len(body), limit, copies, hold)
+            else:
+                body += piece
+                self._admit(len(body), limit, copies, hold)
             if not message["more_body"]:
+                if unpacker is not None:
+                    unpacker.finish()
                 return body
 
     def _admit(self, length: int, limit: int, copies: int, hold: Hold) -> None:
@@ -136,11 +143,28 @@ class Infer:
                 f"the body exceeds the limit of {limit} bytes; send fewer images", 413
             )
         if not self._models.reserve(hold, copies * length):
-            raise UnreadError("overloaded: other requests hold the memory", 503, retry_s=1)
+            raise UnreadError(_NO_MEMORY, 503, retry_s=1)
 
 
 def _never() -> bool:
     return False
+
+
+def _unpacker(headers: Mapping[bytes, bytes]) -> Unpacker | None:
+    encoding = headers.get(b"content-encoding", b"identity").lower()
+    return None if encoding == b"identity" else Unpacker(encoding)
+
+
+def _written(
+    prediction: Prediction,
+    request: InferRequest,
+    model: ServedModel,
+    headers: Mapping[bytes, bytes],
+) -> InferResponse:
+    answer = write_response(prediction, request, model)
+    if not wants_gzip(headers.get(b"accept-encoding", b""), len(answer.body)):
+        return answer
+    return replace(answer, body=packed(answer.body), encoding=b"gzip")
 
 
 def _json_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -160,5 +184,7 @@ async def _send(send: Send, answer: InferResponse) -> None:
     else:
         headers.append((b"content-type", b"application/octet-stream"))
         headers.append((_JSON_LENGTH_KEY, b"%d" % answer.json_length))
+    if answer.encoding is not None:
+        headers.append((b"content-encoding", answer.encoding))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.http.guard import Guard
-from advmoe_deploy.serving.online.http.infer import Infer, UnreadError
+from advmoe_deploy.serving.online.http.infer import Infer
+from advmoe_deploy.serving.online.http.packing import UnreadError
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line

@@ -184,12 +184,12 @@ def without() -> Any:
         (message(shape=[1 << 40, 1, 8, 8]), "exceed the limit of 1024"),
         (message(shape=[2, 1, 8, 8]), "needs 512 bytes; it has 256"),
         (message(ONE * np.nan), "not finite"),
-        (message(ONE * 3), r"ranges over \[1.5, 1.5\]"),
+        (message(ONE * 3), "ranges over [1.5, 1.5]"),
         (both(), "there 2 times"),
         (twice(), "exactly one"),
         (without(), "there 0 times"),
-        (with_parameter("request", "timeout", string_param="soon"), "microseconds"),
-        (with_parameter("request", "timeout", int64_param=-1), "microseconds"),
+        (with_parameter("request", "timeout", string_param="soon"), "timeout must be a whole"),
+        (with_parameter("request", "timeout", int64_param=-1), "timeout must be a whole"),
         (with_parameter("input", "shared_memory_region", string_param="x"), "shared memory"),
         (with_parameter("output", "shared_memory_region", string_param="x"), "shared memory"),
         (b"\x0a\x02\xff\xff", "no ModelInferRequest"),
@@ -201,7 +201,7 @@ def test_what_does_not_fit_has_a_reason(
 ) -> None:
     code, details = status_of(call, request_)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
-    assert reason.replace("\\", "") in details
+    assert reason in details
     assert "\n" not in details
 
 

@@ -1,5 +1,6 @@
 """More calls than can be answered, calls that nobody waits for, and the end of the server."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,3 +211,12 @@ def test_in_a_hurry_nothing_is_waited_for(
     slow.let_go.set()
     assert failed_or_cancelled(waiting) or waiting.result()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_says_nothing_is_not_kept(tiny_bundle: Bundle, slow: SlowRunner) -> None:
+    limits = Limits(head_s=0.5, keep_alive_s=0.5)
+    with running(tiny_bundle, slow, limits) as live:
+        host, port = live.grpc.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as silent:
+            while silent.recv(1 << 12):  # settings of HTTP/2, and then the end
+                pass

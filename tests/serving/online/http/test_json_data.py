@@ -17,7 +17,7 @@ from advmoe_deploy.serving.online.http.json_data import (
     split_data,
 )
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
+from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel, Wanted
 
 MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_images=64))
 
@@ -213,7 +213,7 @@ def test_an_object_has_few_members() -> None:
     for count, allowed in ((64, True), (65, False)):
         body = request(parameters={f"a{i}": i for i in range(count)})
         if allowed:
-            assert read_request(body, None, MODEL).wanted == {"logits": False}
+            assert read_request(body, None, MODEL).wanted == {"logits": Wanted(False)}
         else:
             assert refusal(body) == "parameters: Input should have at most 64 members"
 
@@ -228,12 +228,12 @@ def test_the_timeout_is_in_microseconds(given: int | None, seconds: float | None
 def test_null_is_absent() -> None:
     nulls = {"id": None, "parameters": None, "outputs": None}
     read = read_request(request({"parameters": None}, **nulls), None, MODEL)
-    assert (read.id, read.wanted) == (None, {"logits": False})
+    assert (read.id, read.wanted) == (None, {"logits": Wanted(False)})
     parameters = {"binary_data": None, "classification": None, "mine": None}
     outputs = [{"name": "logits", "parameters": parameters}]
     for binary in (True, None):
         body = request(outputs=outputs, parameters={"binary_data_output": binary})
-        assert read_request(body, None, MODEL).wanted == {"logits": bool(binary)}
+        assert read_request(body, None, MODEL).wanted == {"logits": Wanted(bool(binary))}
     assert "neither data" in refusal(
         request({"parameters": {"binary_data_size": None}, "data": None})
     )
@@ -242,7 +242,7 @@ def test_null_is_absent() -> None:
 def test_an_output_overrules_the_request() -> None:
     outputs = [{"name": "logits", "parameters": {"binary_data": False}}]
     body = request(outputs=outputs, parameters={"binary_data_output": True, "priority": 1})
-    assert read_request(body, None, MODEL).wanted == {"logits": False}
+    assert read_request(body, None, MODEL).wanted == {"logits": Wanted(False)}
 
 
 LONG = "x\n" * 50_000
