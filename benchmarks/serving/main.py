@@ -1,4 +1,4 @@
-"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops.
+"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops, gRPC.
 
     python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
 
@@ -18,13 +18,23 @@ from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.profiling.processor import processor_name
 from benchmarks.serving.malformed import malformed
 from benchmarks.serving.overload import overload
+from benchmarks.serving.rpc import rpc
 from benchmarks.serving.server import serving
 from benchmarks.serving.speed import bare, same_logits, speed
 from benchmarks.serving.stops import stops
 
 RESULT = Path(__file__).parents[1] / "results" / "serving.json"
-PARTS = ("speed", "overload", "malformed", "stops")
-LIBRARIES = ("fastapi", "httptools", "numpy", "onnxruntime", "starlette", "uvicorn", "uvloop")
+PARTS = ("speed", "overload", "malformed", "stops", "grpc")
+LIBRARIES = (
+    "fastapi",
+    "grpcio",
+    "httptools",
+    "numpy",
+    "onnxruntime",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+)
 
 
 def main() -> None:
@@ -72,6 +82,9 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             result["malformed"] = malformed(running, bundle, wanted.requests)
     if "stops" in wanted.parts:
         result["stops"] = stops(wanted.bundle, bundle, wanted.rounds)
+    if "grpc" in wanted.parts:
+        with serving(wanted.bundle, *options, "--grpc-port=0") as running:
+            result["grpc"] = rpc(running, bundle, wanted.engine, wanted.seconds, wanted.requests)
     return result
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+_READY = r"serving '(.+)' at http://\S+:(\d+)(?: and by gRPC at \S+:(\d+))?;"
 ADVMOE = [sys.executable, "-m", "advmoe_deploy.cli.app"]
 
 
@@ -22,6 +23,7 @@ class Running:
     model: str
     log: Path
     delay_ms: float
+    grpc: int | None  # its port, where there is gRPC
 
     @property
     def said(self) -> str:
@@ -50,8 +52,9 @@ def serving(bundle: Path, *options: str, delay_ms: float = 2.0) -> Iterator[Runn
             while found is None:
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text())
-                found = re.search(r"serving '(.+)' at http://\S+:(\d+)", log.read_text())
-            yield Running(process, int(found[2]), found[1], log, delay_ms)
+                found = re.search(_READY, log.read_text())
+            rpc = None if found[3] is None else int(found[3])
+            yield Running(process, int(found[2]), found[1], log, delay_ms, rpc)
             process.send_signal(signal.SIGTERM)
             if process.wait(timeout=120) != 0:
                 raise RuntimeError(f"exit code {process.returncode}: {log.read_text()}")
