@@ -32,6 +32,7 @@ def read_tls(certificate: Path, key: Path) -> Tls:
     with reading(key):
         key_pem = key.read_bytes()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(certificate, key, password)

@@ -13,8 +13,13 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.grpc.server import GrpcServer
+from advmoe_deploy.serving.online.http.rest import run_app
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import served_model
 from tests.serving.online.live import ONE, Live, SlowRunner, running, wait_for, wait_until_ready
 
 LIMITS = Limits(max_images=8, max_body=1 << 16, queue=10, batch=4, memory=1 << 18, body_s=1.0)
@@ -220,3 +225,14 @@ def test_who_says_nothing_is_not_kept(tiny_bundle: Bundle, slow: SlowRunner) -> 
         with socket.create_connection((host, int(port)), timeout=30) as silent:
             while silent.recv(1 << 12):  # settings of HTTP/2, and then the end
                 pass
+
+
+def test_a_port_that_was_taken_meanwhile_ends_the_server(
+    tiny_bundle: Bundle, slow: SlowRunner
+) -> None:
+    models = Models(LIMITS)
+    models.add(served_model(tiny_bundle, limits=LIMITS), slow)
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("", 0)) as own:
+        beside = GrpcServer(models, other.dup())  # which leaves the port to the other when closed
+        with pytest.raises(MachineError, match="choose another --grpc-port"):
+            run_app(models, own, lambda: None, hosts=None, drain_s=0.0, beside=beside)
