@@ -11,3 +11,5 @@ prepare()  # here, before any module of the command can load a library that read
 if sys.argv[1:2] == ["serve"]:
     # A server that is told to stop ends well at any moment. Until it serves, nothing is under way.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(signal, "SIGHUP"):  # which loads bundles again, and none is loaded yet
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops, gRPC.
+"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops, gRPC, reload.
 
     python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
 
@@ -18,13 +18,14 @@ from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.profiling.processor import processor_name
 from benchmarks.serving.malformed import malformed
 from benchmarks.serving.overload import overload
+from benchmarks.serving.reload import reloads
 from benchmarks.serving.rpc import rpc
 from benchmarks.serving.server import serving
 from benchmarks.serving.speed import bare, same_logits, speed
 from benchmarks.serving.stops import stops
 
 RESULT = Path(__file__).parents[1] / "results" / "serving.json"
-PARTS = ("speed", "overload", "malformed", "stops", "grpc")
+PARTS = ("speed", "overload", "malformed", "stops", "grpc", "reload")
 LIBRARIES = (
     "fastapi",
     "grpcio",
@@ -44,11 +45,16 @@ def main() -> None:
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement")
-    parser.add_argument("--requests", type=int, default=10_000, help="malformed ones")
+    parser.add_argument(
+        "--requests", type=int, default=10_000, help="malformed, or meanwhile reloaded"
+    )
     parser.add_argument("--rounds", type=int, default=50, help="servers that are stopped")
+    parser.add_argument("--other", type=Path, help="the bundle that 'reload' takes turns with")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULT)
     wanted = parser.parse_args()
+    if "reload" in wanted.parts and wanted.other is None:
+        parser.error("'reload' needs --other: a bundle of the same image shape")
     result = measure(wanted)
     wanted.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -85,6 +91,9 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     if "grpc" in wanted.parts:
         with serving(wanted.bundle, *options, "--grpc-port=0") as running:
             result["grpc"] = rpc(running, bundle, wanted.engine, wanted.seconds, wanted.requests)
+    if "reload" in wanted.parts:
+        pair = (bundle, open_bundle(wanted.other))
+        result["reload"] = reloads(pair, wanted.engine, wanted.requests, *options)
     return result
 
 

@@ -1,5 +1,6 @@
 """The command ``serve``."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,14 @@ def serve(
         float,
         typer.Option("--drain", min=0, help="Seconds from SIGTERM to closing the port, not ready."),
     ] = 1.0,
+    allow_reload: Annotated[
+        bool,
+        typer.Option(
+            "--allow-reload",
+            help="Let a request (POST /v2/repository/models/NAME/load) have NAME's bundles loaded "
+            "again, as SIGHUP does for all of them.",
+        ),
+    ] = False,
     engine: Engine = "onnxruntime",
     require_signature: SignedBy = None,
     threads: Threads = 0,
@@ -135,12 +144,14 @@ def serve(
         )
         if (tls_cert is None) != (tls_key is None):
             raise UsageError("a certificate and its key go together; give --tls-cert and --tls-key")
+
+        def offered(name: str | None, version: str, place: str) -> Offer:
+            again = partial(open_bundle, place, signed_by=require_signature)
+            return Offer(again(), name, version, again)
+
         places = [split_offer(text) for text in bundles]
         serve_bundles(
-            [
-                Offer(open_bundle(place, signed_by=require_signature), name, version)
-                for name, version, place in places
-            ],
+            [offered(*each) for each in places],
             host,
             port,
             insecure=insecure,
@@ -152,6 +163,8 @@ def serve(
             grpc_port=grpc_port,
             token=None if token_file is None else read_token(Path(token_file)),
             tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,
+            allow_reload=allow_reload,
+            tell=ui.progress.note,
             announce=lambda url, grpc, models: _announce(ui, url, grpc, models),
         )
 

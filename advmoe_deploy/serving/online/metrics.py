@@ -5,7 +5,7 @@ With ``prometheus_client``, known to this module alone.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ _TOGETHER = 256
 
 
 class Metrics:
-    """What one model did since the server began."""
+    """What one model did since it was loaded."""
 
     def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
         """Begin with nothing; ``gauges`` are asked for whenever somebody reads the figures."""
@@ -154,7 +154,10 @@ class Metrics:
 
 
 def figures_text(
-    parts: Sequence[tuple[dict[str, str], Metrics]], now: dict[str, float], unknown: int
+    parts: Sequence[tuple[dict[str, str], Metrics]],
+    now: dict[str, float],
+    unknown: int,
+    reloads: Mapping[str, int] | None = None,
 ) -> bytes:
     """Return the figures of models, each under its own labels, in Prometheus' text format.
 
@@ -162,11 +165,18 @@ def figures_text(
         parts: labels of a model, and its figures.
         now: gauges that are of no model.
         unknown: how many requests asked for a model that there is not.
+        reloads: how many attempts to load models again came to which end.
     """
     families: dict[str, Metric] = {name: _gauge(name, value) for name, value in now.items()}
     families["unknown"] = CounterMetricFamily(
         "advmoe_unknown_model_requests", "Inference requests for no model here.", unknown
     )
+    ends = CounterMetricFamily(
+        "advmoe_reloads", "Attempts to load a model's bundles again.", labels=["outcome"]
+    )
+    for outcome, count in (reloads or {}).items():
+        ends.add_metric([outcome], count)
+    families["reloads"] = ends
     for labels, metrics in parts:
         for family in metrics.families():
             known = families.setdefault(

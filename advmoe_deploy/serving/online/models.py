@@ -1,6 +1,7 @@
 """Models of one server, by name and version: a queue each, and memory that they share."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.golden import Golden
@@ -9,6 +10,9 @@ from advmoe_deploy.serving.online.metrics import figures_text
 from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
 from advmoe_deploy.serving.online.service import Service, Shared
 
+# What becomes of a model's name that is to be loaded again.
+OUTCOMES = ("loaded", "unchanged", "failed")
+
 
 class Models:
     """What a server has on offer, for one event loop.
@@ -16,6 +20,7 @@ class Models:
     Attributes:
         is_stopping: whether the server is; none is ready then.
         failure: what ended the warm-up of one of them.
+        reloads: how many attempts to load a name again had which of the ``OUTCOMES``.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -25,16 +30,54 @@ class Models:
         self.is_stopping: Callable[[], bool] = lambda: False
         self.shared = Shared(limits.memory)
         self._services: dict[str, dict[str, Service]] = {}
+        self._others: list[Service] = []  # that are being loaded, or still have requests
+        self.reloads = Counter(dict.fromkeys(OUTCOMES, 0))
         self._unknown = 0  # requests for models that there are not
 
-    def add(self, model: ServedModel, runner: Runner, golden: Golden | None = None) -> Service:
+    def add(
+        self,
+        model: ServedModel,
+        runner: Runner,
+        golden: Golden | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> Service:
         """Offer ``model``, which ``runner`` computes, and return its service.
 
         It is ready once it has answered ``golden`` images as it should, or else any image.
         """
-        service = Service(model, runner, self.shared, golden)
-        self._services.setdefault(model.name, {})[model.version] = service
+        service = self.service(model, runner, golden, release)
+        self.replace([service])
         return service
+
+    def service(
+        self,
+        model: ServedModel,
+        runner: Runner,
+        golden: Golden | None,
+        release: Callable[[], None],
+    ) -> Service:
+        """Return a service that nobody is sent to before :meth:`replace`."""
+        self._others.append(Service(model, runner, self.shared, golden, release))
+        return self._others[-1]
+
+    def replace(self, services: Sequence[Service]) -> list[Service]:
+        """Let ``services`` answer from now on, and return those whose places they took.
+
+        They answer what they have begun, until somebody closes and :meth:`forget` s them.
+        """
+        replaced = []
+        for service in services:
+            self._others.remove(service)
+            versions = self._services.setdefault(service.model.name, {})
+            if before := versions.get(service.model.version):
+                replaced.append(before)
+            versions[service.model.version] = service
+        self._others += replaced
+        return replaced
+
+    def forget(self, service: Service) -> None:
+        """Let go of a service that answers no more."""
+        self._others.remove(service)
 
     def find(self, name: str, version: str = "") -> Service:
         """Return the service of a model, of its latest version unless one is asked for.
@@ -59,6 +102,11 @@ class Models:
     def all(self) -> list[Service]:
         """Return every service, versions of a name together."""
         return [service for versions in self._services.values() for service in versions.values()]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all models."""
+        return [*self._services]
 
     def of(self, name: str) -> list[Service]:
         """Return the services of all versions of ``name``, the latest last."""
@@ -97,6 +145,9 @@ class Models:
             if self.is_ready(each) or not ready_only
         ]
 
+    def _living(self) -> list[Service]:
+        return [*self.all(), *self._others]
+
     @property
     def ready(self) -> bool:
         """Whether requests should come here, to whatever model."""
@@ -105,13 +156,13 @@ class Models:
     @property
     def busy(self) -> bool:
         """Whether a request is being read, computed or written."""
-        return self.shared.budget.used > 0 or any(each.waiting for each in self.all())
+        return self.shared.budget.used > 0 or not all(each.idle for each in self._living())
 
     def reserve(self, hold: Hold, count: int) -> bool:
         """Return whether ``hold`` may grow to ``count`` bytes, and let it."""
         if hold.grow(count):
             return True
-        for service in self.all():
+        for service in self._living():
             service.drop_dead()  # their memory is given back a moment later
         return False
 
@@ -130,7 +181,7 @@ class Models:
 
     def close(self) -> None:
         """Wait for the running batches and end the threads."""
-        for service in self.all():
+        for service in self._living():
             service.close()
         self.shared.close()
 
@@ -141,4 +192,4 @@ class Models:
             for each in self.all()
         ]
         now = {"ready": float(self.ready), "held_bytes": float(self.shared.budget.used)}
-        return figures_text(parts, now, self._unknown)
+        return figures_text(parts, now, self._unknown, self.reloads)

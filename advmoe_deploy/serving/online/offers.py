@@ -1,10 +1,10 @@
 """What a server is told to offer: bundles, with the names and versions they get."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.serving.online.protocol import VERSION, ServedModel
 
@@ -15,11 +15,23 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class Offer:
-    """A bundle, its name (that of its model family by default) and its version, a number."""
+    """A bundle, its name (that of its model family by default) and its version, a number.
+
+    ``again`` opens what lies at the bundle's place later; by default the bundle at its path.
+    """
 
     bundle: Bundle
     name: str | None = None
     version: str = VERSION
+    again: Callable[[], Bundle] | None = None
+
+    def reopen(self) -> Bundle:
+        """Return the bundle at the same place, as it is now.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return open_bundle(self.bundle.path) if self.again is None else self.again()
 
 
 def require_apart(models: Sequence[ServedModel]) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.limits import Limits
@@ -62,12 +63,15 @@ def short_line(text: str) -> str:
 class ServedModel:
     """Name, tensors and limits of a model on offer; ``outputs`` maps names to (dtype, shape).
 
-    ``labels`` are the names of its classes, if they have names.
+    ``labels`` are the names of its classes, if they have names; ``identity`` and ``decoding`` are
+    those of its bundle.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     outputs: dict[str, tuple[str, tuple[int, ...]]]
+    identity: str
+    decoding: Decoding
     limits: Limits = field(default_factory=Limits)
     version: str = VERSION
     labels: tuple[str, ...] = ()
@@ -94,14 +98,22 @@ def served_model(
     version: str = VERSION,
 ) -> ServedModel:
     """Return how ``bundle`` is offered; by default under the name of its model family."""
-    spec = bundle.manifest.model
+    manifest = bundle.manifest
+    spec = manifest.model
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {LOGITS: ("FP32", (spec.num_classes,))}
-    for route in bundle.manifest.plan.routes:
+    for route in manifest.plan.routes:
         shape = tuple(int(size) for size in route.shape[1:])
         outputs |= {route.expert_ids: ("INT64", shape), route.weights: ("FP32", shape)}
-    labels = tuple(bundle.manifest.class_names)
-    name = name or spec.family
-    return ServedModel(name, spec.image_shape, outputs, limits or Limits(), version, labels)
+    return ServedModel(
+        name or spec.family,
+        spec.image_shape,
+        outputs,
+        bundle.identity,
+        manifest.decoding,
+        limits or Limits(),
+        version,
+        manifest.class_names,
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.golden import golden_of
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.offers import Offer, require_apart
+from advmoe_deploy.serving.online.operations.signals import hangups
 from advmoe_deploy.serving.online.protocol import ServedModel, served_model
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def serve(
     grpc_port: int | None = None,
     token: Token | None = None,
     tls: Tls | None = None,
+    allow_reload: bool = False,
     announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Serve bundles until SIGTERM; then finish what is under way and return.
 
@@ -86,11 +89,14 @@ def serve(
         grpc_port: of the same protocol over gRPC, which is off by default; 0 takes any free one.
         token: what requests have to show, but for those that ask for the server's health.
         tls: of both ports.
+        allow_reload: let requests have bundles loaded again, as SIGHUP does in any case.
         announce: called with the URL, and the address of gRPC, once all models are ready.
+        tell: called with a line for each name that was loaded again.
 
     Raises:
         UsageError: two offers have a name and version in common; ``host`` is not loopback and
-            there is no ``token``, or it is no address at all; or ``hosts`` mean nothing there.
+            there is no ``token``, or it is no address at all; or ``hosts`` or ``allow_reload`` are
+            not for it.
         MachineError: a port is in use or forbidden.
         BackendUnavailableError: FastAPI, uvicorn, httptools, grpcio or the engine is missing.
         CheckFailedError: an engine does not answer the golden images as the bundle says.
@@ -107,6 +113,11 @@ def serve(
             f"host '{host}' is no loopback, and there requests may use any name; leave out the "
             "names that are allowed (--allow-host)"
         )
+    if allow_reload and not private and token is None:
+        raise UsageError(
+            f"host '{host}' is open to other machines, and whoever reaches it could have bundles "
+            "loaded; ask for a token (--token-file), or leave out --allow-reload and send SIGHUP"
+        )
     rest = _rest()
     limits = limits or Limits()
     served = [served_model(each.bundle, each.name, limits, each.version) for each in offers]
@@ -115,13 +126,21 @@ def serve(
     with _listen(host, port) as listener, ExitStack() as stack:
         url = _url(host, listener.getsockname()[1], tls is not None)
         models = rest.Models(limits)
+        stack.callback(models.close)
+
+        def opened(bundle: Bundle) -> Runner:
+            return open_runner(bundle, engine, threads=threads)
+
+        own = {(m.name, m.version): offer for m, offer in zip(served, offers, strict=True)}
+        reloader = rest.Reloader(models, own, opened, tell)
+        stack.enter_context(hangups(reloader.ask))
         beside = None
         if grpc_port is not None:  # taken now, as well
             reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
             beside = _grpc().GrpcServer(models, reserved, token, tls)
         for model, offer in zip(served, offers, strict=True):
-            runner = stack.enter_context(open_runner(offer.bundle, engine, threads=threads))
-            models.add(model, runner, golden_of(offer.bundle))
+            runner = opened(offer.bundle)
+            models.add(model, runner, golden_of(offer.bundle), runner.close)
         rest.run_app(
             models,
             listener,
@@ -131,6 +150,8 @@ def serve(
             beside=beside,
             token=token,
             tls=tls,
+            reloader=reloader,
+            allow_reload=allow_reload,
         )
 
 

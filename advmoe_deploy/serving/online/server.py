@@ -12,9 +12,8 @@ import signal
 import socket
 import ssl
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -25,6 +24,7 @@ from advmoe_deploy.errors import MachineError
 from advmoe_deploy.serving.online.http.accept import Acceptor, Handshakes
 from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
+from advmoe_deploy.serving.online.operations.signals import handling
 
 # How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
 # interpreter, which it does several times per answer; Python's own 5 ms make a slow health probe.
@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
                 self.abandon()
 
         handlers = {signal.SIGTERM: lambda *_: self.stop(), signal.SIGINT: interrupt}
-        with _handling(handlers), _short_turns():
+        with handling(handlers), _short_turns():
             self.run(sockets=[listener])
         if interrupts:
             raise KeyboardInterrupt
@@ -209,20 +209,6 @@ def fitting(limits: Limits) -> tuple[Limits, int]:
     room = max(16, wanted - _OWN_DESCRIPTORS)
     connections = min(limits.connections, room * 3 // 4)
     return replace(limits, connections=connections), min(BACKLOG, room - connections)
-
-
-@contextlib.contextmanager
-def _handling(handlers: Mapping[signal.Signals, Callable[..., None]]) -> Iterator[None]:
-    """Handle signals within the block, where that is possible at all: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

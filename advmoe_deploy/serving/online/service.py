@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
@@ -74,9 +75,17 @@ class Service:
     """One model and the thread that runs it; what is ``shared`` belongs to whoever made it."""
 
     def __init__(
-        self, model: ServedModel, runner: Runner, shared: Shared, golden: Golden | None = None
+        self,
+        model: ServedModel,
+        runner: Runner,
+        shared: Shared,
+        golden: Golden | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
+        """Take what answers ``model``; ``release`` is called once it will compute no more."""
         self.model, self._runner, self._golden = model, runner, golden
+        self._release = ExitStack()
+        self._release.callback(release)
         self.warm = False
         self.budget = shared.budget
         self.reading = 0  # requests on their way into the queue
@@ -93,6 +102,11 @@ class Service:
     def waiting(self) -> int:
         """Images without an answer."""
         return self._batcher.waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in the queue, nor on its way there."""
+        return not self.reading and not self.waiting
 
     def _now(self) -> dict[str, float]:
         return {
@@ -127,8 +141,9 @@ class Service:
         return joined(waiting)
 
     def close(self) -> None:
-        """Wait for the running batch and end the thread."""
+        """Wait for the running batch, end the thread and release the runner."""
         self._batcher.close()
+        self._release.close()
 
     def require_warm(self) -> None:
         """Raise :class:`NotReadyError` before the warm-up has ended."""

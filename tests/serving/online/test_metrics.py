@@ -79,7 +79,7 @@ def test_what_clients_send_makes_no_labels(tiny_bundle: Bundle) -> None:
         httpx.post(live.url + INFER, content=b"")
         text = httpx.get(live.url + "/metrics").text
     labels = set(re.findall(r'(\w+)="', text))
-    assert labels == {"model", "version", "status", "stage", "expert", "layer", "le"}
+    assert labels == {"model", "version", "status", "stage", "expert", "layer", "le", "outcome"}
     assert set(re.findall(r'status="(\w+)"', text)) == {"400"}
     assert figures(text)["advmoe_unknown_model_requests_total"] == 3
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -19,15 +18,16 @@ from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.http.infer import Infer
 from advmoe_deploy.serving.online.http.packing import UnreadError
+from advmoe_deploy.serving.online.http.repository import add_repository
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Beside, Server
 from advmoe_deploy.serving.online.service import Service
 from advmoe_deploy.serving.online.triton import model_config, model_statistics
 
 _PROBED = ["GET", "HEAD"]
-_INDEX_BYTES = 4096
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 << 20
 
@@ -37,6 +37,9 @@ def build_app(
     hosts: frozenset[str] | None,
     on_warm: Callable[[], None] | None = None,
     token: Token | None = None,
+    *,
+    reloader: Reloader | None = None,
+    allow_reload: bool = False,
 ) -> FastAPI:
     """Return the application.
 
@@ -45,10 +48,14 @@ def build_app(
         hosts: names that a request may call this server; ``None`` is any.
         on_warm: called when the warm-up has ended, well or not.
         token: what requests have to show.
+        reloader: what loads their bundles again when it is asked.
+        allow_reload: whether a request may ask it.
     """
 
     async def warm_up() -> None:
         await models.warm_up()
+        if reloader is not None and models.failure is None:
+            reloader.start()
         if on_warm is not None:
             on_warm()
 
@@ -59,6 +66,8 @@ def build_app(
         yield
         try:
             await warming
+            if reloader is not None:
+                await reloader.end()
         finally:
             models.close()
 
@@ -69,6 +78,7 @@ def build_app(
     for prefix in prefixes:  # first, as they are asked for most
         app.router.routes.append(Route(f"{prefix}/infer", Infer(models), methods=["POST"]))
     _add_health(app, models)
+    add_repository(app, models, reloader if allow_reload else None)
     for prefix in prefixes:
         _add_model(app, models, prefix)
     return app
@@ -84,6 +94,8 @@ def run_app(
     beside: Beside | None = None,
     token: Token | None = None,
     tls: Tls | None = None,
+    reloader: Reloader | None = None,
+    allow_reload: bool = False,
 ) -> None:
     """Serve on ``listener``, and what is ``beside`` it, until SIGTERM or Ctrl-C, then drain.
 
@@ -99,7 +111,7 @@ def run_app(
         elif not server.stopping:
             announce()
 
-    app = build_app(models, hosts, on_warm, token)
+    app = build_app(models, hosts, on_warm, token, reloader=reloader, allow_reload=allow_reload)
     server = Server(app, models.limits, drain_s, beside, None if tls is None else tls.context)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
@@ -120,10 +132,6 @@ def _add_health(app: FastAPI, models: Models) -> None:
     @app.api_route("/v2/health/ready", methods=_PROBED)
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": models.ready}, 200 if models.ready else 503)
-
-    @app.post("/v2/repository/index")
-    async def index(request: Request) -> list[dict[str, str]]:
-        return models.index(ready_only=await _wants_ready(request))
 
     @app.api_route("/v2/models/stats", methods=_PROBED)
     async def statistics() -> dict[str, Any]:
@@ -155,22 +163,6 @@ def _add_model(app: FastAPI, models: Models, prefix: str) -> None:
 
 def _statistics(services: Sequence[Service]) -> dict[str, Any]:
     return {"model_stats": [model_statistics(each.model, each.metrics) for each in services]}
-
-
-async def _wants_ready(request: Request) -> bool:
-    """Return whether the body, JSON or nothing, asks for what is ready alone."""
-    text = b""
-    async for piece in request.stream():
-        text += piece
-        if len(text) > _INDEX_BYTES:
-            raise UnreadError(f"the body exceeds the limit of {_INDEX_BYTES} bytes", 413)
-    try:
-        asked = json.loads(text or b"{}")
-    except (ValueError, RecursionError):
-        asked = None
-    if not isinstance(asked, dict) or not isinstance(ready := asked.get("ready", False), bool):
-        raise RefusedError('the body is no JSON object such as {"ready": true}')
-    return ready
 
 
 class _Refusal(JSONResponse):

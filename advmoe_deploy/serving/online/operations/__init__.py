@@ -1,0 +1,1 @@
+"""Operations of a running server: signals, and bundles that are loaded again."""
