@@ -78,8 +78,15 @@ def decode_file(path: Path, decoding: Decoding) -> DecodedImage:
         raise DataError(f"{path}: {reason_of(error, 'read')}") from None
 
 
-def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:
+def decode(
+    file: BinaryIO,
+    where: str,
+    decoding: Decoding,
+    admit: Callable[[int], None] = lambda pixels: None,
+) -> DecodedImage:
     """Return the image in ``file``, which ``where`` names, as ``decoding`` says.
+
+    ``admit`` is told how many pixels the file has before any is decoded; what it raises is raised.
 
     Raises:
         DataError: no image of the formats that are read, damaged, truncated, above ``max_pixels``,
@@ -93,6 +100,7 @@ def decode(file: BinaryIO, where: str, decoding: Decoding) -> DecodedImage:
     try:
         with _opened(file, formats) as image:
             width, height = image.size
+            admit(width * height)
             if width * height > decoding.max_pixels:
                 raise DataError(
                     f"{where}: {width} x {height} pixels exceed the limit of {decoding.max_pixels}"

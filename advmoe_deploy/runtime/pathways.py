@@ -3,7 +3,7 @@
 Shapes: N images, R rows of one pathway.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.runner import Prediction, Runner, prediction_of
+from advmoe_deploy.runtime.routing import share_margins
+from advmoe_deploy.runtime.runner import Prediction, Runner, margins_of, prediction_of
 from advmoe_deploy.runtime.select import WARM_BATCHES
 
 # A batch is padded to the next size that is prepared if so much of it are rows, else cut.
@@ -54,19 +55,12 @@ class Work(Protocol):
         """Return the prediction for rows of one lane."""
 
 
-# Is told a layer and its routes' scores [R, E], of the experts that are kept.
-WatchScores = Callable[[str, NDArray[np.float32]], None]
-
-
-def work_of(runner: Runner, watch: WatchScores = lambda layer, scores_RE: None) -> Work:
-    """Return how ``runner`` computes: by pathway where its plan ends in one, else as a whole.
-
-    ``watch`` sees the scores of routes that are made by steps of such a plan.
-    """
+def work_of(runner: Runner) -> Work:
+    """Return how ``runner`` computes: by pathway where its plan ends in one, else as a whole."""
     # OpenVINO compiles for every size that it meets; TensorRT's runner pads by itself.
     sizes = WARM_BATCHES if runner.name.startswith("openvino") else ()
     if isinstance(runner, PlanRunner) and (step := _last_pathways(runner.plan)):
-        return _Pathways(runner, step, sizes, watch)
+        return _Pathways(runner, step, sizes)
     return _Whole(runner, sizes)
 
 
@@ -92,10 +86,8 @@ class _Whole:
 class _Pathways:
     """A lane for each expert of the last step, which makes the logits."""
 
-    def __init__(
-        self, runner: PlanRunner, step: ExpertsStep, sizes: Sequence[int], watch: WatchScores
-    ) -> None:
-        self._runner, self._step, self._sizes, self._watch = runner, step, sizes, watch
+    def __init__(self, runner: PlanRunner, step: ExpertsStep, sizes: Sequence[int]) -> None:
+        self._runner, self._step, self._sizes = runner, step, sizes
         self._route = runner.plan.route(step.layer)
         self.lanes = len(self._route.kept)
 
@@ -110,11 +102,13 @@ class _Pathways:
 
     def _routed(self, images: NDArray[np.float32]) -> Rows:
         tensors = self._runner.before_last(_padded(images, self._sizes))
+        made = [name for route in self._runner.routes for name in (route.expert_ids, route.weights)]
         for step in self._runner.plan.steps:
-            if isinstance(step, RouteStep):
-                rows = len(images) * (step.tokens or 1)
-                self._watch(step.layer, tensors[step.scores][:rows])
-        made = (name for route in self._runner.routes for name in (route.expert_ids, route.weights))
+            if isinstance(step, RouteStep) and tensors[step.scores].shape[1] > 1:
+                margins_R = share_margins(tensors[step.scores])
+                shape = (-1, *(int(size) for size in step.shape[1:-1]))
+                tensors[margins_of(step)] = margins_R.reshape(shape)
+                made.append(margins_of(step))
         return Rows({name: tensors[name] for name in (self._step.input, *made)})[: len(images)]
 
     def count(self, rows: int) -> int:

@@ -27,6 +27,15 @@ def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
     return {step.expert_ids: ids_RK.reshape(shape), step.weights: weights_RK.reshape(shape)}
 
 
+def share_margins(scores_RE: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return by how much the largest softmax exceeds the second [R]; not finite where none is."""
+    with np.errstate(invalid="ignore"):
+        powers_RE = np.exp(scores_RE - scores_RE.max(axis=1, keepdims=True))
+        best_R2 = np.sort(np.partition(powers_RE, -2, axis=1)[:, -2:], axis=1)
+        margins_R: NDArray[np.float32] = (best_R2[:, 1] - best_R2[:, 0]) / powers_RE.sum(axis=1)
+    return margins_R
+
+
 def weights_of(
     step: RouteStep, scores_RE: NDArray[np.float32], ids_RK: NDArray[np.int64]
 ) -> NDArray[np.float32]:

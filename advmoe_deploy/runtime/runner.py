@@ -18,17 +18,23 @@ from advmoe_deploy.specs import Precision
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits float32 [N, C], and for each routed layer the ids int64 [N, K] and weights [N, K]."""
+    """Logits float32 [N, C], and for each routed layer the ids int64 [N, K] and weights [N, K].
+
+    ``margins`` [N], or [N, T] of tokens, say by how much the best expert's share exceeds the
+    second's, of the layers whose scores are known outside of a graph.
+    """
 
     logits: NDArray[np.float32]
     expert_ids: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    margins: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __getitem__(self, images: slice) -> "Prediction":
         return Prediction(
             self.logits[images],
             {layer: ids[images] for layer, ids in self.expert_ids.items()},
             {layer: weights[images] for layer, weights in self.weights.items()},
+            {layer: margins[images] for layer, margins in self.margins.items()},
         )
 
 
@@ -63,6 +69,11 @@ def is_exact(runner: Runner) -> bool:
     return runner.precision == "fp32" and not runner.tf32
 
 
+def margins_of(route: RouteStep) -> str:
+    """Return what the margins of a route are called among tensors, where there are such."""
+    return f"{route.layer}.margins"
+
+
 def prediction_of(
     routes: tuple[RouteStep, ...], tensors: dict[str, NDArray[Any]], images: int
 ) -> Prediction:
@@ -80,6 +91,7 @@ def prediction_of(
         logits=tensors["logits"],
         expert_ids={route.layer: tensors[route.expert_ids] for route in routes},
         weights={route.layer: tensors[route.weights] for route in routes},
+        margins={r.layer: tensors[margins_of(r)] for r in routes if margins_of(r) in tensors},
     )
 
 
@@ -90,4 +102,5 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
         np.concatenate([part.logits for part in parts]),
         {n: np.concatenate([part.expert_ids[n] for part in parts]) for n in first.expert_ids},
         {n: np.concatenate([part.weights[n] for part in parts]) for n in first.weights},
+        {n: np.concatenate([part.margins[n] for part in parts]) for n in first.margins},
     )

@@ -82,10 +82,9 @@ def test_an_engine_that_compiles_for_sizes_meets_few_of_them(
 def test_routing_meets_few_sizes_as_well(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched: list[int] = []
     with open_runner(tiny_bundle, "openvino-plan") as runner:
         assert isinstance(runner, PlanRunner)
-        work = work_of(runner, lambda layer, scores_RE: watched.append(len(scores_RE)))
+        work = work_of(runner)
         sizes: list[int] = []
         before_last = runner.before_last
 
@@ -96,7 +95,8 @@ def test_routing_meets_few_sizes_as_well(
         monkeypatch.setattr(runner, "before_last", counted)
         images = np.concatenate([IMAGES] * 3)[:70]
         lanes, rows = work.route(images)
-        assert (sizes, watched) == ([64, 8], [64, 6])
+        assert sizes == [64, 8]
+        assert rows.tensors["router.margins"].shape == (70,)
         assert len(lanes) == len(rows.tensors["router.weights"]) == 70
         np.testing.assert_array_equal(lanes, runner.infer(images).expert_ids["router"][:, 0])
 

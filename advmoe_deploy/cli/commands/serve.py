@@ -112,6 +112,10 @@ def serve(
             "again, as SIGHUP does for all of them.",
         ),
     ] = False,
+    page: Annotated[
+        bool,
+        typer.Option("--page/--no-page", help="A web page at / that takes an image, or none."),
+    ] = True,
     engine: Engine = "onnxruntime",
     require_signature: SignedBy = None,
     threads: Threads = 0,
@@ -164,6 +168,7 @@ def serve(
             token=None if token_file is None else read_token(Path(token_file)),
             tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,
             allow_reload=allow_reload,
+            page=page,
             tell=ui.progress.note,
             announce=lambda url, grpc, models: _announce(ui, url, grpc, models),
         )

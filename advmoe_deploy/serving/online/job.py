@@ -39,6 +39,8 @@ class Job:
         for layer, ids in part.expert_ids.items():
             whole.expert_ids[layer][numbers] = ids
             whole.weights[layer][numbers] = part.weights[layer]
+        for layer, margins in part.margins.items():
+            whole.margins[layer][numbers] = margins
 
     def end(self, failure: Exception | None) -> None:
         """Hand over the answer or the failure, in the thread of the event loop."""
@@ -85,4 +87,5 @@ def _room_for(images: int, part: Prediction) -> Prediction:
         room(part.logits),
         {layer: room(ids) for layer, ids in part.expert_ids.items()},
         {layer: room(weights) for layer, weights in part.weights.items()},
+        {layer: room(margins) for layer, margins in part.margins.items()},
     )

@@ -8,6 +8,9 @@ from advmoe_deploy.errors import UsageError
 # images, which are as long again, or twice that of JSON, whose shortest number has two bytes.
 COPIES_OF_BINARY = 2
 COPIES_OF_JSON = 3
+# What an image file is charged for each of its pixels while it is decoded: four bytes of them as
+# they are in the file, and as many in the colours of the model.
+BYTES_OF_PIXEL = 8
 # Connections that wait to be accepted.
 BACKLOG = 2048
 
@@ -42,6 +45,11 @@ class Limits:
     keep_alive_s: float = 75.0
     head_s: float = 10.0
     body_s: float = 30.0
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of one image file: half of the memory is for it, at most."""
+        return self.memory // (2 * BYTES_OF_PIXEL)
 
     def __post_init__(self) -> None:
         if min(self.max_images, self.batch, self.connections) < 1:

@@ -14,10 +14,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from advmoe_deploy.runtime.routing import share_margins
 from advmoe_deploy.runtime.runner import Prediction, joined
 from advmoe_deploy.serving.online.job import Done
 
-STAGES = ("read", "wait", "write", "all")
+STAGES = ("read", "decode", "wait", "write", "all")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -44,8 +45,8 @@ class Metrics:
         self._requests = Counter("requests", "Inference requests.", ["status"], **own)
         self._seconds = Histogram(
             "request_seconds",
-            "Time of a request: read (body and its numbers), wait (in the queue), write (the "
-            "answer's text), all.",
+            "Time of a request: read (body and its numbers), decode (an image file), wait (in the "
+            "queue), write (the answer's text), all.",
             ["stage"],
             buckets=_SECONDS,
             **own,
@@ -95,12 +96,6 @@ class Metrics:
             if sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER:
                 self._count_answers()
 
-    def scores(self, layer: str, scores_RE: NDArray[np.float32]) -> None:
-        """Count how clear the routes with these scores are."""
-        margins = self._route_margins.labels(layer)
-        for margin in _margins_of(scores_RE):
-            margins.observe(margin)
-
     def totals(self) -> dict[str, float]:
         """Return counts and sums of times: of each stage, of batches, of ``success``, ``fail``."""
         totals: dict[str, float] = {}
@@ -141,8 +136,13 @@ class Metrics:
             answers = joined(fresh)
             for layer, ids in answers.expert_ids.items():
                 self._routes(layer, np.bincount(ids.reshape(-1)).astype(np.float64))
-            for margin in _margins_of(answers.logits):
-                self._margins.observe(margin)
+            for layer, margins in answers.margins.items():
+                observed = self._route_margins.labels(layer)
+                for margin in _finite(margins):
+                    observed.observe(margin)
+            if answers.logits.shape[1] > 1:
+                for margin in _finite(share_margins(answers.logits)):
+                    self._margins.observe(margin)
 
     def _routes(self, layer: str, loads_E: NDArray[np.float64]) -> None:
         for expert in np.flatnonzero(loads_E):
@@ -221,12 +221,5 @@ class _Now(Collector):
         yield entropy
 
 
-def _margins_of(scores_NE: NDArray[np.float32]) -> list[float]:
-    """Return by how much the largest softmax exceeds the second, where it is finite."""
-    if scores_NE.shape[1] < 2:
-        return []
-    with np.errstate(invalid="ignore"):
-        powers_NE = np.exp(scores_NE - scores_NE.max(axis=1, keepdims=True))
-        best_N2 = np.sort(np.partition(powers_NE, -2, axis=1)[:, -2:], axis=1)
-        margins_N = (best_N2[:, 1] - best_N2[:, 0]) / powers_NE.sum(axis=1)
-    return [float(margin) for margin in margins_N if np.isfinite(margin)]
+def _finite(values: NDArray[np.float32]) -> list[float]:
+    return [float(value) for value in values.reshape(-1) if np.isfinite(value)]

@@ -71,6 +71,7 @@ def serve(
     token: Token | None = None,
     tls: Tls | None = None,
     allow_reload: bool = False,
+    page: bool = True,
     announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -90,6 +91,7 @@ def serve(
         token: what requests have to show, but for those that ask for the server's health.
         tls: of both ports.
         allow_reload: let requests have bundles loaded again, as SIGHUP does in any case.
+        page: whether there is a web page at ``/``.
         announce: called with the URL, and the address of gRPC, once all models are ready.
         tell: called with a line for each name that was loaded again.
 
@@ -152,6 +154,7 @@ def serve(
             tls=tls,
             reloader=reloader,
             allow_reload=allow_reload,
+            page=page,
         )
 
 

@@ -92,7 +92,7 @@ class Service:
         self._shared = shared
         self.metrics = Metrics(self._now)
         self._batcher = Batcher(
-            work_of(runner, self.metrics.scores),
+            work_of(runner),
             model.limits,
             expecting=lambda: self.reading,
             watch=self.metrics.batch,

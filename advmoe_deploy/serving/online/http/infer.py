@@ -3,12 +3,10 @@
 It is where the time of a small request goes, so nothing stands between it and the connection.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.runtime.runner import Prediction
@@ -16,7 +14,8 @@ from advmoe_deploy.serving.online.http.body import InferResponse, read_request, 
 from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
-from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError, packed, wants_gzip
+from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
+from advmoe_deploy.serving.online.http.reading import NO_MEMORY, counted, never, read_body
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
@@ -31,7 +30,6 @@ from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
-_NO_MEMORY = "overloaded: other requests hold the memory"
 
 # How many small requests are read before others, health among them, have their turn.
 _IN_A_TURN = 16
@@ -50,28 +48,19 @@ class Infer:
         Raises:
             RefusedError: it is not answered, and why.
         """
-        began, status = time.perf_counter(), 500
+        began = time.perf_counter()
         await self._turns.take()
         service = self._models.find(**scope["path_params"])
-        try:
+        with counted(service, began):
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold)
             await _send(send, answer)
-            status = 200
-        except RefusedError as error:
-            status = error.status
-            raise
-        except ClientDisconnect:
-            status = CLIENT_LEFT
-            raise
-        finally:
-            service.metrics.request(status, time.perf_counter() - began)
 
     async def _answer(
         self, service: Service, scope: Scope, receive: Receive, hold: Hold
     ) -> InferResponse:
-        is_gone = scope.get(GONE, _never)
+        is_gone = scope.get(GONE, never)
         with Arrival(service) as arrival:
             request = await self._request(service, receive, scope[HEADERS], hold, is_gone)
             prediction = await service.predict(request, is_gone, arrival)
@@ -94,7 +83,8 @@ class Infer:
         began = time.perf_counter()
         json_length = _json_length(headers)
         is_json = json_length is None or json_length > MAX_ENVELOPE
-        body = await self._read(receive, headers, is_json, hold)
+        copies = COPIES_OF_JSON if is_json else COPIES_OF_BINARY
+        body = await read_body(self._models, receive, headers, copies, hold)
 
         def read() -> InferRequest:
             if is_gone():
@@ -103,56 +93,10 @@ class Infer:
 
         request = await service.run(len(body) <= SMALL_BODY, read)
         if not self._models.reserve(hold, request.images.nbytes):  # of UINT8 there is more now
-            raise RefusedError(_NO_MEMORY, 503, retry_s=1)
+            raise RefusedError(NO_MEMORY, 503, retry_s=1)
         hold.shrink(request.images.nbytes)
         service.metrics.stage("read", time.perf_counter() - began)
         return request
-
-    async def _read(
-        self, receive: Receive, headers: Mapping[bytes, bytes], is_json: bool, hold: Hold
-    ) -> bytes | bytearray:
-        limit = self._models.limits.max_body
-        unpacker = _unpacker(headers)
-        copies = COPIES_OF_JSON if is_json else COPIES_OF_BINARY
-        self._admit(int(headers.get(b"content-length", 0)), limit, copies, hold)
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            piece: bytes = message["body"]
-            if unpacker is not None:
-                for part in unpacker.parts(piece):
-                    body += part
-                    self._admit(len(body), limit, copies, hold)
-                    await asyncio.sleep(0)
-            elif not body and not message["more_body"]:
-                self._admit(len(piece), limit, copies, hold)
-                return piece
-            else:
-                body += piece
-                self._admit(len(body), limit, copies, hold)
-            if not message["more_body"]:
-                if unpacker is not None:
-                    unpacker.finish()
-                return body
-
-    def _admit(self, length: int, limit: int, copies: int, hold: Hold) -> None:
-        if length > limit:
-            raise UnreadError(
-                f"the body exceeds the limit of {limit} bytes; send fewer images", 413
-            )
-        if not self._models.reserve(hold, copies * length):
-            raise UnreadError(_NO_MEMORY, 503, retry_s=1)
-
-
-def _never() -> bool:
-    return False
-
-
-def _unpacker(headers: Mapping[bytes, bytes]) -> Unpacker | None:
-    encoding = headers.get(b"content-encoding", b"identity").lower()
-    return None if encoding == b"identity" else Unpacker(encoding)
 
 
 def _written(

@@ -16,8 +16,11 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.http.guard import Guard
+from advmoe_deploy.serving.online.http.image import Image
 from advmoe_deploy.serving.online.http.infer import Infer
+from advmoe_deploy.serving.online.http.openapi import add_description
 from advmoe_deploy.serving.online.http.packing import UnreadError
+from advmoe_deploy.serving.online.http.page import add_page
 from advmoe_deploy.serving.online.http.repository import add_repository
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
@@ -40,6 +43,7 @@ def build_app(
     *,
     reloader: Reloader | None = None,
     allow_reload: bool = False,
+    page: bool = True,
 ) -> FastAPI:
     """Return the application.
 
@@ -50,6 +54,7 @@ def build_app(
         token: what requests have to show.
         reloader: what loads their bundles again when it is asked.
         allow_reload: whether a request may ask it.
+        page: whether there is a web page at ``/``.
     """
 
     async def warm_up() -> None:
@@ -77,7 +82,11 @@ def build_app(
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     for prefix in prefixes:  # first, as they are asked for most
         app.router.routes.append(Route(f"{prefix}/infer", Infer(models), methods=["POST"]))
+        app.router.routes.append(Route(f"{prefix}/image", Image(models), methods=["POST"]))
     _add_health(app, models)
+    add_description(app)
+    if page:
+        add_page(app)
     add_repository(app, models, reloader if allow_reload else None)
     for prefix in prefixes:
         _add_model(app, models, prefix)
@@ -96,6 +105,7 @@ def run_app(
     tls: Tls | None = None,
     reloader: Reloader | None = None,
     allow_reload: bool = False,
+    page: bool = True,
 ) -> None:
     """Serve on ``listener``, and what is ``beside`` it, until SIGTERM or Ctrl-C, then drain.
 
@@ -111,7 +121,9 @@ def run_app(
         elif not server.stopping:
             announce()
 
-    app = build_app(models, hosts, on_warm, token, reloader=reloader, allow_reload=allow_reload)
+    app = build_app(
+        models, hosts, on_warm, token, reloader=reloader, allow_reload=allow_reload, page=page
+    )
     server = Server(app, models.limits, drain_s, beside, None if tls is None else tls.context)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy

@@ -1,0 +1,88 @@
+"""Bodies of requests, read within the limits; and requests, counted by how they end."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
+from advmoe_deploy.serving.online.limits import Hold
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import RefusedError
+from advmoe_deploy.serving.online.service import CLIENT_LEFT, Service
+
+NO_MEMORY = "overloaded: other requests hold the memory"
+
+
+@contextmanager
+def counted(service: Service, began: float) -> Iterator[None]:
+    """Count the request that the block answers, which ``began`` by the performance counter."""
+    status = 500
+    try:
+        yield
+        status = 200
+    except RefusedError as error:
+        status = error.status
+        raise
+    except ClientDisconnect:
+        status = CLIENT_LEFT
+        raise
+    finally:
+        service.metrics.request(status, time.perf_counter() - began)
+
+
+def never() -> bool:
+    """Return that a client is not known to have left."""
+    return False
+
+
+async def read_body(
+    models: Models, receive: Receive, headers: Mapping[bytes, bytes], copies: int, hold: Hold
+) -> bytes | bytearray:
+    """Return the body, unpacked, for which ``hold`` is charged ``copies`` times its length.
+
+    Raises:
+        UnreadError: its encoding is unknown (415), it is too long (413), or the memory is taken
+            (503).
+        RefusedError: it cannot be unpacked.
+        ClientDisconnect: its client has left.
+    """
+    unpacker = _unpacker(headers)
+    _admit(models, int(headers.get(b"content-length", 0)), copies, hold)
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message["body"]
+        if unpacker is not None:
+            for part in unpacker.parts(piece):
+                body += part
+                _admit(models, len(body), copies, hold)
+                await asyncio.sleep(0)
+        elif not body and not message["more_body"]:
+            _admit(models, len(piece), copies, hold)
+            return piece
+        else:
+            body += piece
+            _admit(models, len(body), copies, hold)
+        if not message["more_body"]:
+            if unpacker is not None:
+                unpacker.finish()
+            return body
+
+
+def _admit(models: Models, length: int, copies: int, hold: Hold) -> None:
+    limit = models.limits.max_body
+    if length > limit:
+        raise UnreadError(f"the body exceeds the limit of {limit} bytes; send fewer images", 413)
+    if not models.reserve(hold, copies * length):
+        raise UnreadError(NO_MEMORY, 503, retry_s=1)
+
+
+def _unpacker(headers: Mapping[bytes, bytes]) -> Unpacker | None:
+    encoding = headers.get(b"content-encoding", b"identity").lower()
+    return None if encoding == b"identity" else Unpacker(encoding)

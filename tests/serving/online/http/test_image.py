@@ -1,0 +1,151 @@
+"""Image files as requests: what predict says of a file, and one line for what is none."""
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.decode import decode
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.limits import Limits
+from tests.serving.online.live import Live, running, wait_until_ready
+
+PATH = "/v2/models/advmoe/image"
+LIMITS = Limits(max_images=4, max_body=1 << 20, memory=8 << 20)  # 524,288 pixels
+KINDS = {"PNG": "image/png", "JPEG": "image/jpeg; q=1", "WEBP": "IMAGE/WEBP", "BMP": None}
+
+
+def encoded(kind: str, width: int = 20, height: int = 30) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "onnxruntime-plan"])
+def live(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> Iterator[Live]:
+    with (
+        open_runner(tiny_bundle, request.param) as runner,
+        running(tiny_bundle, runner, LIMITS) as live,
+    ):
+        wait_until_ready(live.address)
+        yield live
+
+
+def post(
+    live: Live, content: bytes, kind: str | None = "image/png", query: str = ""
+) -> httpx.Response:
+    headers = {} if kind is None else {"Content-Type": kind}
+    return httpx.post(live.url + PATH + query, content=content, headers=headers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_answered_as_by_the_bundles_own_decoder(
+    live: Live, tiny_bundle: Bundle, kind: str
+) -> None:
+    content = encoded(kind)
+    answer = post(live, content, KINDS[kind])
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    image = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
+    with open_runner(tiny_bundle) as runner:
+        prediction = runner.infer(to_float(image.pixels[None]))
+    (logits,) = prediction.logits.astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum()
+    order = np.argsort(-logits)
+    assert told["label_id"] == order[0]
+    assert told["label"] == tiny_bundle.manifest.class_names[order[0]]
+    assert [each["label_id"] for each in told["top"]] == order[:5].tolist()
+    np.testing.assert_allclose(
+        [each["probability"] for each in told["top"]], shares[order[:5]], rtol=1e-4
+    )
+    assert told["logit_margin"] == pytest.approx(logits[order[0]] - logits[order[1]], rel=1e-3)
+    (route,) = told["routes"]
+    assert route["layer"] == "router"
+    assert route["expert_ids"] == prediction.expert_ids["router"][0].tolist()
+    assert told["image"] == {"width": 20, "height": 30}
+    assert set(told["timing_ms"]) == {"read", "decode", "answer"}
+    assert live.service.budget.used == 0
+
+
+def test_the_margin_of_a_route_is_told_where_scores_are_known(tiny_bundle: Bundle) -> None:
+    content = encoded("PNG", 8, 8)
+    image = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
+    with open_runner(tiny_bundle, "onnxruntime-plan") as runner:
+        (scores,) = runner.before_last(to_float(image.pixels[None]))["router.scores"]  # type: ignore[attr-defined]
+        with running(tiny_bundle, runner, LIMITS) as live:
+            wait_until_ready(live.address)
+            (route,) = post(live, content).json()["routes"]
+    assert route["margin"] == pytest.approx(np.tanh(abs(scores[0] - scores[1]) / 2), rel=1e-4)
+
+
+@pytest.mark.parametrize(("query", "status"), [("?top=1", 200), ("?top=10", 200), ("?top=11", 400)])
+def test_as_many_classes_as_were_asked_for(live: Live, query: str, status: int) -> None:
+    answer = post(live, encoded("PNG"), query=query)
+    assert answer.status_code == status
+    if status == 200:
+        assert len(answer.json()["top"]) == int(query[5:])
+    else:
+        assert answer.json()["error"] == "top is '11'; it must be a number from 1 to 10"
+    for bad in ("?top=", "?top=0", "?top=-1", "?top=x", "?top=%F0%9F%98%80", "?top=99999999999"):
+        assert post(live, encoded("PNG"), query=bad).status_code == 400
+
+
+BAD: dict[str, tuple[bytes, str | None, int, str]] = {
+    "nothing": (b"", "image/png", 400, "not a PNG"),
+    "text": (b"hello", "image/png", 400, "not a PNG"),
+    "cut": (encoded("PNG")[:200], "image/png", 400, "damaged image"),
+    "vector": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml", 400, "not a PNG"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0", None, 400, "not a PNG"),
+    "form": (encoded("PNG"), "application/x-www-form-urlencoded", 415, "send the file's bytes as"),
+    "json": (b"{}", "application/json", 415, "content-type 'application/json' is no image"),
+    "pixels": (encoded("PNG", 800, 700)[:900], "image/png", 413, "560000 pixels; the server takes"),
+    "bytes": (b"\0" * ((1 << 20) + 1), "image/png", 413, "exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_image_is_refused_in_one_line(
+    live: Live, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content, kind, status, reason = BAD[name]
+    answer = post(live, content, kind)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert reason in error
+    assert "\n" not in error
+    assert live.service.budget.used == 0
+    assert post(live, encoded("PNG")).status_code == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_the_pixels_of_a_file_are_charged_before_they_are_decoded(
+    live: Live, tmp_path: Path
+) -> None:
+    content = encoded("JPEG", 700, 700)  # 3.9 of 8 MB
+    assert post(live, content).status_code == 200
+    released, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with live.service.budget.hold() as share:
+            assert share.grow(5 << 20)
+            held.set()
+            released.wait(timeout=30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(timeout=30)
+    answer = post(live, content)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert post(live, encoded("PNG")).status_code == 200  # there is room for a small one
+    released.set()
+    other.join()
+    assert post(live, content).status_code == 200
