@@ -11,6 +11,7 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
 from advmoe_deploy.parity.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.reports import LayerParity, ParityReport
+from advmoe_deploy.runtime.routing import share_margins
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 
 # Best scores nearer than this are a close call, unless rounding takes scores further.
@@ -71,6 +72,7 @@ def compare_answers(
         route_agreement=_agreement(layers),
         margin=margin,
         layers=tuple(layers),
+        class_margin_deciles=deciles_of(reference.logits),
     )
 
 
@@ -90,8 +92,21 @@ def _compare_layer(
         close_flips=int((clean_R & ~clear_R & ~same_R).sum()),
         smallest_margin=_smallest(margins_R),
         expert_load=expected.expert_load,
+        margin_deciles=deciles_of(expected.scores),
     )
     return layer, same_R
+
+
+def deciles_of(scores_RE: NDArray[np.float32]) -> tuple[float, ...]:
+    """Return the nine deciles of the rows' margins: largest softmax less the second.
+
+    None where there is but one score a row, or no row of finite margin.
+    """
+    margins_R = share_margins(scores_RE)
+    finite_R = margins_R[np.isfinite(margins_R)]
+    if not len(finite_R):
+        return ()
+    return tuple(np.quantile(finite_R, np.arange(1, 10) / 10).astype(float).tolist())
 
 
 def _weight_difference(

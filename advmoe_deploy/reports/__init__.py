@@ -30,7 +30,9 @@ class LayerParity(Frozen):
     that everything differs. They are ``close_calls`` where the last score chosen and the first not
     chosen are within the margin, and are expected to agree elsewhere: ``flips`` are those that do
     not, ``close_flips`` the close calls that went the other way. ``expert_load`` counts the rows of
-    the reference by expert, each once for every expert it goes to.
+    the reference by expert, each once for every expert it goes to; ``margin_deciles`` are the nine
+    of its rows' margins, the best expert's share (softmax of the scores) less the second's. Bundles
+    written before there were such have none, nor have layers of one expert.
     """
 
     layer: str
@@ -40,6 +42,7 @@ class LayerParity(Frozen):
     close_flips: int
     smallest_margin: float | None
     expert_load: tuple[int, ...]
+    margin_deciles: tuple[float, ...] = ()
 
 
 class ParityReport(Frozen):
@@ -55,6 +58,7 @@ class ParityReport(Frozen):
     ``rounding``, the distance of the torch model from itself in float64, is of that size.
     ``non_finite`` counts images with NaN or infinity in the
     logits of either side or in the reference's scores. ``data`` says where the images come from.
+    ``class_margin_deciles`` are of the reference's best class less its second, in probability.
     """
 
     images: int
@@ -69,6 +73,7 @@ class ParityReport(Frozen):
     route_agreement: float
     margin: float
     layers: tuple[LayerParity, ...]
+    class_margin_deciles: tuple[float, ...] = ()
 
     @property
     def route_flips(self) -> int:

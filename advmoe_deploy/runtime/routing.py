@@ -28,11 +28,17 @@ def route(step: RouteStep, scores_RE: NDArray[np.float32]) -> Tensors:
 
 
 def share_margins(scores_RE: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return by how much the largest softmax exceeds the second [R]; not finite where none is."""
+    """Return by how much the largest softmax exceeds the second [R]; not finite where none is.
+
+    Of one score a row there is no second, and nothing is returned.
+    """
+    if scores_RE.shape[1] < 2:
+        return np.zeros(0, np.float32)
     with np.errstate(invalid="ignore"):
         powers_RE = np.exp(scores_RE - scores_RE.max(axis=1, keepdims=True))
-        best_R2 = np.sort(np.partition(powers_RE, -2, axis=1)[:, -2:], axis=1)
-        margins_R: NDArray[np.float32] = (best_R2[:, 1] - best_R2[:, 0]) / powers_RE.sum(axis=1)
+        ordered_RE = np.partition(powers_RE, -2, axis=1)  # so that the last two are the largest
+        lead_R = ordered_RE[:, -1] - ordered_RE[:, -2]
+        margins_R: NDArray[np.float32] = lead_R / powers_RE.sum(axis=1)
     return margins_R
 
 

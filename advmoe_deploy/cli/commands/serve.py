@@ -116,6 +116,15 @@ def serve(
         bool,
         typer.Option("--page/--no-page", help="A web page at / that takes an image, or none."),
     ] = True,
+    monitor_window: Annotated[
+        int,
+        typer.Option(
+            "--monitor-window",
+            min=0,
+            help="Images whose routes and margins are held together against what the export "
+            "recorded; 0 for none.",
+        ),
+    ] = 512,
     engine: Engine = "onnxruntime",
     require_signature: SignedBy = None,
     threads: Threads = 0,
@@ -145,6 +154,7 @@ def serve(
             connections=connections,
             keep_alive_s=keep_alive,
             body_s=body_timeout,
+            window=monitor_window,
         )
         if (tls_cert is None) != (tls_key is None):
             raise UsageError("a certificate and its key go together; give --tls-cert and --tls-key")

@@ -32,6 +32,7 @@ class Limits:
             and lose a request if the server is the first to close.
         head_s: until the head of a request has to be there.
         body_s: until its body has to be there, and until an answer has to be read.
+        window: images that the route monitor judges together; 0 judges none.
     """
 
     max_images: int = 1024
@@ -45,6 +46,7 @@ class Limits:
     keep_alive_s: float = 75.0
     head_s: float = 10.0
     body_s: float = 30.0
+    window: int = 512
 
     @property
     def max_pixels(self) -> int:

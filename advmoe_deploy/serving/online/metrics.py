@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from advmoe_deploy.runtime.routing import share_margins
 from advmoe_deploy.runtime.runner import Prediction, joined
 from advmoe_deploy.serving.online.job import Done
+from advmoe_deploy.serving.online.operations.monitor import CLASSES, Drift, Monitor
 
 STAGES = ("read", "decode", "wait", "write", "all")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -32,8 +33,11 @@ _TOGETHER = 256
 class Metrics:
     """What one model did since it was loaded."""
 
-    def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self, gauges: Callable[[], dict[str, float]], monitor: Monitor | None = None
+    ) -> None:
         """Begin with nothing; ``gauges`` are asked for whenever somebody reads the figures."""
+        self._monitor = monitor
         self._registry = CollectorRegistry()
         self._gauges = gauges
         self._lock = threading.Lock()
@@ -130,19 +134,26 @@ class Metrics:
             result[layer] = float(-(shares_E * np.log2(shares_E)).sum())
         return result
 
+    def monitored(self) -> tuple[list[Drift], int]:
+        """Return the drifts of the monitor's last whole window, and how many there were."""
+        with self._lock:
+            return (
+                ([], 0) if self._monitor is None else (self._monitor.drifts, self._monitor.windows)
+            )
+
     def _count_answers(self) -> None:
         fresh, self._fresh = self._fresh, []
         if fresh:
             answers = joined(fresh)
             for layer, ids in answers.expert_ids.items():
                 self._routes(layer, np.bincount(ids.reshape(-1)).astype(np.float64))
-            for layer, margins in answers.margins.items():
-                observed = self._route_margins.labels(layer)
-                for margin in _finite(margins):
-                    observed.observe(margin)
-            if answers.logits.shape[1] > 1:
-                for margin in _finite(share_margins(answers.logits)):
-                    self._margins.observe(margin)
+            margins = {**answers.margins, CLASSES: share_margins(answers.logits)}
+            for layer, values in margins.items():
+                own = self._margins if layer == CLASSES else self._route_margins.labels(layer)
+                for margin in _finite(values):
+                    own.observe(margin)
+            if self._monitor is not None:
+                self._monitor.add(len(answers.logits), answers.expert_ids, margins)
 
     def _routes(self, layer: str, loads_E: NDArray[np.float64]) -> None:
         for expert in np.flatnonzero(loads_E):
@@ -219,6 +230,28 @@ class _Now(Collector):
         for layer, bits in self._metrics.entropies().items():
             entropy.add_metric([layer], bits)
         yield entropy
+        yield from _drift_families(*self._metrics.monitored())
+
+
+def _drift_families(drifts: Sequence[Drift], windows: int) -> Iterator[Metric]:
+    """Yield what the route monitor found in its last window."""
+    names = ["layer", "of"]
+    drift = GaugeMetricFamily(
+        "advmoe_route_drift",
+        "How far the last window was from what the export recorded: a total variation; of entropy "
+        "bits.",
+        labels=names,
+    )
+    alert = GaugeMetricFamily(
+        "advmoe_route_alert", "Whether that is more than chance explains.", labels=names
+    )
+    for each in drifts:
+        drift.add_metric([each.layer, each.of], each.value)
+        if each.of != "entropy":
+            alert.add_metric([each.layer, each.of], float(each.is_alarming))
+    yield drift
+    yield alert
+    yield CounterMetricFamily("advmoe_route_windows", "Windows of the route monitor.", windows)
 
 
 def _finite(values: NDArray[np.float32]) -> list[float]:

@@ -12,6 +12,7 @@ from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.limits import Limits
 
@@ -64,7 +65,7 @@ class ServedModel:
     """Name, tensors and limits of a model on offer; ``outputs`` maps names to (dtype, shape).
 
     ``labels`` are the names of its classes, if they have names; ``identity`` and ``decoding`` are
-    those of its bundle.
+    those of its bundle, whose export ``recorded`` how its images were routed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ServedModel:
     outputs: dict[str, tuple[str, tuple[int, ...]]]
     identity: str
     decoding: Decoding
+    recorded: ParityReport
     limits: Limits = field(default_factory=Limits)
     version: str = VERSION
     labels: tuple[str, ...] = ()
@@ -110,6 +112,7 @@ def served_model(
         outputs,
         bundle.identity,
         manifest.decoding,
+        manifest.parity,
         limits or Limits(),
         version,
         manifest.class_names,

@@ -18,6 +18,7 @@ from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
 from advmoe_deploy.serving.online.golden import Golden
 from advmoe_deploy.serving.online.limits import Budget
 from advmoe_deploy.serving.online.metrics import Metrics
+from advmoe_deploy.serving.online.operations.monitor import Monitor
 from advmoe_deploy.serving.online.protocol import (
     InferRequest,
     NotReadyError,
@@ -90,7 +91,7 @@ class Service:
         self.budget = shared.budget
         self.reading = 0  # requests on their way into the queue
         self._shared = shared
-        self.metrics = Metrics(self._now)
+        self.metrics = Metrics(self._now, Monitor(model.recorded, model.limits.window))
         self._batcher = Batcher(
             work_of(runner),
             model.limits,
