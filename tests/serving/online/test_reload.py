@@ -1,5 +1,6 @@
 """Bundles that change while they are served: wholly the old answer, or wholly the new."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,16 @@ import tritonclient.http as triton
 
 from advmoe_deploy.bundle import MODEL, Bundle, open_bundle
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
+from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, served_model
 from advmoe_deploy.serving.online.serve import serve
+from advmoe_deploy.serving.online.service import Arrival
 from tests.conftest import TINY, write_run
-from tests.serving.online.live import request_for, wait_for
+from tests.serving.online.live import LIMITS, SlowRunner, request_for, wait_for
 
 SERVE = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0"]
 IMAGES = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
@@ -208,3 +214,86 @@ def test_a_terminal_that_closes_ends_the_server(tiny_bundle: Bundle) -> None:
 def test_what_lies_at_the_path_is_opened_again(tiny_bundle: Bundle) -> None:
     assert Offer(tiny_bundle).reopen().identity == tiny_bundle.identity
     assert Offer(tiny_bundle, again=lambda: open_bundle(tiny_bundle.path)).reopen()
+
+
+def reloader_of(
+    bundle: Bundle, *versions: str, runner: Runner, then: Callable[[], Bundle]
+) -> tuple[Reloader, Models, threading.Event]:
+    """Return models that ``runner`` answers; what lies at their paths comes from ``then``."""
+    models, released = Models(LIMITS), threading.Event()
+    offers = {}
+    for version in versions:
+        model = served_model(bundle, "cats", LIMITS, version)
+        models.add(model, runner, release=released.set)
+        offers["cats", version] = Offer(bundle, "cats", version, then)
+    return Reloader(models, offers, open_runner), models, released
+
+
+def test_what_is_under_way_ends_with_what_it_began_with(
+    tiny_bundle: Bundle, other_bundle: Bundle
+) -> None:
+    slow = SlowRunner()
+
+    async def run() -> None:
+        reloader, models, released = reloader_of(
+            tiny_bundle, "1", runner=slow, then=lambda: other_bundle
+        )
+        models.start()
+        slow.let_go.set()
+        await models.warm_up()
+        slow.let_go.clear()
+        old = models.find("cats")
+        with Arrival(old) as arrival:
+            request = InferRequest(IMAGES, {})
+            asked = asyncio.create_task(old.predict(request, lambda: False, arrival))
+            await asyncio.sleep(0)
+            (fresh,) = await reloader.reload("cats")
+        assert models.find("cats") is fresh
+        with Arrival(fresh) as arrival:
+            answer = await fresh.predict(request, lambda: False, arrival)
+        np.testing.assert_allclose(answer.logits, logits_of(other_bundle), atol=1e-4)
+        assert models.busy
+        assert not released.is_set()
+        slow.let_go.set()
+        assert (await asked).logits.max() == 0  # the slow one's answer
+        await reloader.end()
+        assert released.is_set()
+        assert not models.busy
+        models.close()
+
+    asyncio.run(run())
+
+
+def test_of_a_name_all_versions_change_or_none(tiny_bundle: Bundle, other_bundle: Bundle) -> None:
+    slow = SlowRunner()
+    slow.let_go.set()
+    found = iter([other_bundle, None])
+
+    def then() -> Bundle:
+        bundle = next(found)
+        if bundle is None:
+            raise RuntimeError("no\nsuch disk")
+        return bundle
+
+    async def run() -> None:
+        reloader, models, _ = reloader_of(tiny_bundle, "1", "2", runner=slow, then=then)
+        models.start()
+        await models.warm_up()
+        before = models.all()
+        with pytest.raises(RefusedError, match=r"RuntimeError: no.*such disk") as refused:
+            await reloader.reload("cats")
+        assert refused.value.status == 409
+        assert "\n" not in str(refused.value)
+        assert models.all() == before
+        assert models.reloads == {"loaded": 0, "unchanged": 0, "failed": 1}
+        models.is_stopping = lambda: True
+        nonlocal found
+        found = iter([other_bundle, other_bundle])
+        with pytest.raises(RefusedError, match="the server is stopping") as refused:
+            await reloader.reload("cats")
+        assert refused.value.status == 503
+        await reloader.end()
+        assert models.all() == before
+        models.close()
+
+    asyncio.run(run())
