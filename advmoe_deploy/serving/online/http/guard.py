@@ -12,8 +12,8 @@ from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
 
 # The key in the scope of a request under which its headers are, as a dictionary of bytes.
 HEADERS = "advmoe.headers"
-# Who looks whether a server lives has no token.
-_OPEN = {"/v2/health/live", "/v2/health/ready"}
+# Who looks whether a server lives has no token; the page for people asks them for it.
+_OPEN = {"/v2/health/live", "/v2/health/ready", "/"}
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
 
 

@@ -128,6 +128,7 @@ _SCHEMAS: dict[str, Schema] = {
 _JSON, _BYTES = "application/json", "application/octet-stream"
 _STATUSES = {
     "400": "The request is malformed.",
+    "401": "It shows no token, or another.",
     "403": "It comes from a page elsewhere, or is not allowed here.",
     "404": "There is no such model or version.",
     "408": "It took too long to come.",
@@ -145,7 +146,7 @@ def _operation(
     """Return an operation that answers JSON of the schema ``answer``."""
     media = {} if not answer else {"content": {_JSON: {"schema": _schema(answer)}}}
     responses: Schema = {"200": {"description": "The answer.", **media}}
-    for status in (400, 403, 408, 421, *errors):
+    for status in (400, 401, 403, 408, 421, *errors):
         responses[str(status)] = {
             "description": _STATUSES[str(status)],
             "content": {_JSON: {"schema": _schema("Error")}},

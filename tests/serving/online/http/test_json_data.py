@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from advmoe_deploy.decoding import Decoding
+from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.serving.online.http import json_data
 from advmoe_deploy.serving.online.http.body import read_request
 from advmoe_deploy.serving.online.http.json_data import (
@@ -19,7 +21,15 @@ from advmoe_deploy.serving.online.http.json_data import (
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel, Wanted
 
-MODEL = ServedModel("m", (1, 1, 2), {"logits": ("FP32", (2,))}, Limits(max_images=64))
+MODEL = ServedModel(
+    "m",
+    (1, 1, 2),
+    {"logits": ("FP32", (2,))},
+    identity="",
+    decoding=Decoding.of(2, 1),
+    recorded=ParityReport.model_construct(),
+    limits=Limits(max_images=64),
+)
 
 
 def request(tensor: dict[str, Any] | None = None, **fields: Any) -> bytes:

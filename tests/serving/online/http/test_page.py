@@ -114,3 +114,30 @@ def test_the_page_can_be_left_out(tiny_bundle: Bundle) -> None:
         assert httpx.get(url + "/").status_code == 404
         process.terminate()
         assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_page_asks_for_the_token(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    command = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0"]
+    with subprocess.Popen(
+        [*command, f"--token-file={secret}", str(tiny_bundle.path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1].split("/v2")[0]
+        with browsing(tmp_path / "profile") as browser:
+            browser.open(url + "/")
+            assert "show the token of this server" in browser.run(dropped(png()))
+            said = browser.run(
+                'document.getElementById("problem").hidden = true;'
+                'document.getElementById("token").value = "0123456789abcdef";'
+                'document.querySelector("#enter button").click();' + dropped(png())
+            )
+            assert "as seen here" in said
+            assert "Token" not in said  # it is asked for no more
+        process.terminate()
+        assert process.wait(timeout=60) == 0
