@@ -1,4 +1,4 @@
-"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops, gRPC, reload.
+"""Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops and more.
 
     python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
 
