@@ -4,10 +4,12 @@
 
 The figures that the monitor watches (load, margin of routes, margin of classes) are recorded over
 hold-out images; test images, clean and attacked, are judged against them. AUROC 0.5 is a coin.
-Of single images: by low margins, and by how far both margins are from their median. Of windows: by
-the largest drift, where all images are attacked, or one of four. Intervals, 95 %, are a bootstrap
-over test images. The attack that knows the monitor keeps the clean image's experts and margins
-while it fools the model. Writes ``benchmarks/results/route_monitor.json``.
+Of single images: by low margins, and by how far both margins are from their median; all of them,
+those that an attack turned, and, for comparison, the clean selves of those, which are easier to
+turn than most. Of windows: by the largest drift, where all images are attacked, or one of four.
+Intervals, 95 %, are a bootstrap over test images. The attack that knows the monitor keeps the clean
+image's experts and margins while it fools the model. Writes
+``benchmarks/results/route_monitor.json``.
 
 Shapes: N images, K classes, E experts, B bins.
 """
@@ -167,6 +169,7 @@ def _judged(
         result[f"image: {name}"] = {
             "all": interval(one, other, draws),
             "turned": interval(one, other[fooled], draws) if fooled.any() else None,
+            "their clean selves": interval(one, one[fooled], draws) if fooled.any() else None,
         }
     for share in SHARES:
         areas = window_areas(
