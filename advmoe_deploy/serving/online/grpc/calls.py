@@ -84,13 +84,15 @@ class Calls:
             self._require_token(name, context)
             return await self._calls.get(name, self._unknown)(context)
         except RefusedError as error:
-            return await _refuse(context, error)
+            end = _end_of(error)
         except Exception:
             _log.exception("a call of %s failed", name)
-            failed = RefusedError("internal error; the server's log says more", 500)
-            return await _refuse(context, failed)
+            end = _end_of(RefusedError("internal error; the server's log says more", 500))
         finally:
             self.open -= 1
+        # Out here, since what is raised would keep the request: by its context, in a circle.
+        await context.abort(*end)
+        raise AssertionError("abort raises")
 
     def _require_token(self, name: str, context: Any) -> None:
         if self._token is None or name in _OPEN:
@@ -156,10 +158,10 @@ def _fixed(answer: Callable[[], Any]) -> Call:
     return call
 
 
-async def _refuse(context: Any, error: RefusedError) -> bytes:
+def _end_of(error: RefusedError) -> tuple[Any, str, tuple[tuple[str, str], ...]]:
+    """Return code, details and trailing metadata of a call that is refused."""
     code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
     if isinstance(error, NotReadyError):
         code = grpc.StatusCode.UNAVAILABLE
     metadata = () if error.retry_s is None else (("retry-after", str(error.retry_s)),)
-    await context.abort(code, str(error), metadata)
-    raise AssertionError("abort raises")
+    return code, str(error), metadata

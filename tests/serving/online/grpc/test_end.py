@@ -1,5 +1,6 @@
 """More calls than can be answered, calls that nobody waits for, and the end of the server."""
 
+import gc
 import socket
 import threading
 import time
@@ -15,12 +16,22 @@ from tritonclient.grpc import service_pb2
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.grpc.messages import Asked
 from advmoe_deploy.serving.online.grpc.server import GrpcServer
+from advmoe_deploy.serving.online.grpc.wire import Cut
 from advmoe_deploy.serving.online.http.rest import run_app
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
-from tests.serving.online.live import ONE, Live, SlowRunner, running, wait_for, wait_until_ready
+from tests.serving.online.live import (
+    ONE,
+    Live,
+    SlowRunner,
+    all_of,
+    running,
+    wait_for,
+    wait_until_ready,
+)
 
 LIMITS = Limits(max_images=8, max_body=1 << 16, queue=10, batch=4, memory=1 << 18, body_s=1.0)
 SERVICE = "/inference.GRPCInferenceService"
@@ -223,8 +234,7 @@ def test_who_says_nothing_is_not_kept(tiny_bundle: Bundle, slow: SlowRunner) -> 
     with running(tiny_bundle, slow, limits) as live:
         host, port = live.grpc.split(":")
         with socket.create_connection((host, int(port)), timeout=30) as silent:
-            while silent.recv(1 << 12):  # settings of HTTP/2, and then the end
-                pass
+            all_of(silent)  # settings of HTTP/2, and the end, which is waited for
 
 
 def test_a_port_that_was_taken_meanwhile_ends_the_server(
@@ -236,3 +246,18 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(
         beside = GrpcServer(models, other.dup())  # which leaves the port to the other when closed
         with pytest.raises(MachineError, match="choose another --grpc-port"):
             run_app(models, own, lambda: None, hosts=None, drain_s=0.0, beside=beside)
+
+
+def test_what_was_refused_is_not_kept(live: Live, channel: grpc.Channel) -> None:
+    """Not even until circles are collected, which knows nothing of how large a message was."""
+    request = service_pb2.ModelInferRequest.FromString(message())
+    request.inputs[0].name = "pixels"
+    gc.collect()
+    gc.disable()
+    try:
+        for wrong in (request.SerializeToString(), message()[:-1]):
+            refused = failed(channel.unary_unary(INFER), wrong, timeout=60)
+            assert refused.code() == grpc.StatusCode.INVALID_ARGUMENT
+        wait_for(lambda: not any(type(each) in (Asked, Cut) for each in gc.get_objects()))
+    finally:
+        gc.enable()
