@@ -64,6 +64,8 @@ class GrpcServer:
         try:
             self._add_port()
         except RuntimeError:
+            await self._server.start()  # what never began cannot be stopped, and would stay
+            await self._server.stop(None)
             raise MachineError(f"{self.address} is in use; choose another --grpc-port") from None
         await self._server.start()
 
