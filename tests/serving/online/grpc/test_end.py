@@ -2,6 +2,8 @@
 
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,15 +16,10 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.grpc.messages import Asked
-from advmoe_deploy.serving.online.grpc.server import GrpcServer
 from advmoe_deploy.serving.online.grpc.wire import Cut
-from advmoe_deploy.serving.online.http.rest import run_app
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import served_model
 from tests.serving.online.live import (
     ONE,
     Live,
@@ -237,15 +234,36 @@ def test_who_says_nothing_is_not_kept(tiny_bundle: Bundle, slow: SlowRunner) -> 
             all_of(silent)  # settings of HTTP/2, and the end, which is waited for
 
 
-def test_a_port_that_was_taken_meanwhile_ends_the_server(
-    tiny_bundle: Bundle, slow: SlowRunner
-) -> None:
-    models = Models(LIMITS)
-    models.add(served_model(tiny_bundle, limits=LIMITS), slow)
-    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("", 0)) as own:
-        beside = GrpcServer(models, other.dup())  # which leaves the port to the other when closed
-        with pytest.raises(MachineError, match="choose another --grpc-port"):
+TAKEN = """
+import socket, sys
+from pathlib import Path
+from advmoe_deploy.bundle import open_bundle
+from advmoe_deploy.errors import MachineError
+from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.grpc.server import GrpcServer
+from advmoe_deploy.serving.online.http.rest import run_app
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import served_model
+
+bundle, models = open_bundle(Path(sys.argv[1])), Models(Limits())
+with open_runner(bundle) as runner, socket.create_server(("127.0.0.1", 0)) as other:
+    models.add(served_model(bundle), runner)
+    beside = GrpcServer(models, other.dup())  # which leaves the port to the other when closed
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        try:
             run_app(models, own, lambda: None, hosts=None, drain_s=0.0, beside=beside)
+        except MachineError as error:
+            print(error)
+"""
+
+
+def test_a_port_that_was_taken_meanwhile_ends_the_server(tiny_bundle: Bundle) -> None:
+    """In a process of its own, which leaves nothing behind but the line."""
+    command = [sys.executable, "-c", TAKEN, str(tiny_bundle.path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "is in use; choose another --grpc-port" in run.stdout
+    assert run.stderr == ""
 
 
 def test_what_was_refused_is_not_kept(live: Live, channel: grpc.Channel) -> None:
