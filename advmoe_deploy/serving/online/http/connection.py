@@ -17,8 +17,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from advmoe_deploy.serving.online.limits import Limits
 
 _HEAD_BYTES = 32 << 10
+_LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
 _HEADERS = 100
 _PIPELINED = 8
+# Bytes of their bodies beyond which nothing more is read. Until then it is, since who has left
+# is noticed by reading alone.
+_PIPELINED_BYTES = 64 << 10
 # A body in chunks of a byte each costs a hundred times a body in one piece.
 _SMALL_CHUNKS = 1000
 _SMALLEST_CHUNK = 64  # bytes, on average
@@ -28,6 +32,8 @@ _LINGER_S = 2.0
 _TOLD = 128
 # The key in the scope of a request under which a function says whether its client has left.
 GONE = "advmoe.gone"
+# The key under which is the status by which the connection itself refused the rest of a request.
+REFUSED = "advmoe.refused"
 
 
 class _RefusedError(Exception):
@@ -46,13 +52,15 @@ class Connection(HttpToolsProtocol):
         self._over = False  # whether nothing that comes is looked at any more
         self._crowded = False
         self._request = 0
+        self._running: RequestResponseCycle | None = None
         # The request ahead of the newest one.
         self._before: RequestResponseCycle = None  # type: ignore[assignment]
         self._part: str | None = "nothing"  # of the request that is being read
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._head_bytes = self._header_bytes = self._body_bytes = self._chunks = 0
+        self._head_bytes = self._body_bytes = self._chunks = 0
+        self._parsed = self._unparsed = 0  # bytes of whole headers and bodies, and those since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many already."""
@@ -64,7 +72,12 @@ class Connection(HttpToolsProtocol):
         self._await_rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the timers as well."""
+        """Tell all requests that nobody waits for their answers, and let go of the timers."""
+        for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
         self._over = True
         if self._unread is not None:
@@ -75,20 +88,38 @@ class Connection(HttpToolsProtocol):
         """Parse what came, within the limits."""
         if self._over:
             return
+        before = self._parsed
         try:
-            self.parser.feed_data(data)
-            if self._part == "head":
-                self._head_bytes += len(data)
-                if self._head_bytes > _HEAD_BYTES:
-                    self._refuse(431, f"the head of the request exceeds {_HEAD_BYTES} bytes")
-        except httptools.HttpParserUpgrade:
-            self.finish()  # HTTP/1.1 is all there is, and what follows would be another protocol
-            self._over = True
+            self._parse(data)
+            parsed = self._parsed - before
+            self._unparsed = max(0, len(data) - parsed) if parsed else self._unparsed + len(data)
+            if self._head_bytes + self._unparsed > _HEAD_BYTES:
+                self._refuse(431, _LONG_HEAD)
         except httptools.HttpParserError as error:
             told = isinstance(error, httptools.HttpParserCallbackError)  # of our own code
             reason = "" if told else f": {error}"
             self._refuse(*(self._refusal or (400, f"this is no HTTP/1.1 request{reason}")))
         self._await_rest()
+        ahead = sum(len(cycle.body) for cycle, _ in self.pipeline)
+        if 0 < len(self.pipeline) < _PIPELINED and ahead <= _PIPELINED_BYTES:
+            self.flow.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse(self._without_upgrade() + data[upgrade.args[0] :])
+
+    def _without_upgrade(self) -> bytes:
+        """Return the head of the request without its wish for another protocol.
+
+        A server may ignore the wish (RFC 9110, section 7.8); the parser takes what follows it for
+        that protocol, and would not find the body.
+        """
+        version = self.parser.get_http_version().encode()
+        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)
+        kept = (b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade")
+        return b"".join((first, *kept, b"\r\n"))
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -96,22 +127,34 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # now, since empty lines may come before a request
         self._request += 1
         self._part = "head"
-        self._head_bytes = self._header_bytes = self._body_bytes = self._chunks = 0
+        self._head_bytes = self._body_bytes = self._chunks = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the address, if it is not too long."""
+        self._count_head(len(url))
+        super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header, if there are not too many."""
-        self._header_bytes += len(name) + len(value)
-        if len(self.headers) == _HEADERS or self._header_bytes > _HEAD_BYTES:
-            raise self._refused(
-                431, f"more than {_HEADERS} headers, or {_HEAD_BYTES} bytes of them"
-            )
+        self._count_head(len(name) + len(value) + len(b": \r\n"))
+        if len(self.headers) == _HEADERS:
+            raise self._refused(431, f"the request has more than {_HEADERS} headers")
         if self._part == "head":  # else it is a trailer, which must not pass for a header
             super().on_header(name, value)
 
+    def _count_head(self, length: int) -> None:
+        self._parsed += length
+        self._head_bytes += length
+        if self._head_bytes > _HEAD_BYTES:
+            raise self._refused(431, _LONG_HEAD)
+
     def on_headers_complete(self) -> None:
         """Begin the body of a request and hand the request on."""
-        if self.parser.get_http_version() not in {"1.0", "1.1"}:
+        is_tunnel = self.parser.get_method() == b"CONNECT"
+        if self.parser.get_http_version() not in {"1.0", "1.1"} or is_tunnel:
             raise self._refused(400, "this is no HTTP/1.1 request")
+        if self.parser.should_upgrade():
+            return  # the parser stops here, and the head is read again
         if self._crowded:
             raise self._refused(503, "too many connections are open; try again later")
         if len(self.pipeline) == _PIPELINED:
@@ -127,18 +170,25 @@ class Connection(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
         self._chunks += 1
+        self._parsed += len(b"0\r\n\r\n")
         if self._chunks > _SMALL_CHUNKS and self._body_bytes < _SMALLEST_CHUNK * self._chunks:
             raise self._refused(400, f"the chunks are shorter than {_SMALLEST_CHUNK} bytes")
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
         self._body_bytes += len(body)
+        self._parsed += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End a request: what follows is another one."""
-        super().on_message_complete()
-        self._part = None
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._part = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, which may have begun already."""
@@ -229,6 +279,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()  # it has its answer
             return
         if not self.is_idle:
+            cycle.scope[REFUSED] = status  # type: ignore[literal-required]
             cycle.disconnected = True  # whoever reads the body need not wait
             cycle.message_event.set()
         self.transport.write(_answer(status, message))

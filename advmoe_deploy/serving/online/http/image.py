@@ -48,7 +48,7 @@ class Image:
         """
         began = time.perf_counter()
         service = self._models.find(**scope["path_params"])
-        with counted(service, began):
+        with counted(service, began, scope):
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold, began)

@@ -51,7 +51,7 @@ class Infer:
         began = time.perf_counter()
         await self._turns.take()
         service = self._models.find(**scope["path_params"])
-        with counted(service, began):
+        with counted(service, began, scope):
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold)

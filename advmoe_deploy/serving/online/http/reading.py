@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
+from advmoe_deploy.serving.online.http.connection import REFUSED
 from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
 from advmoe_deploy.serving.online.models import Models
@@ -18,7 +19,7 @@ NO_MEMORY = "overloaded: other requests hold the memory"
 
 
 @contextmanager
-def counted(service: Service, began: float) -> Iterator[None]:
+def counted(service: Service, began: float, scope: Scope) -> Iterator[None]:
     """Count the request that the block answers, which ``began`` by the performance counter."""
     status = 500
     try:
@@ -28,7 +29,7 @@ def counted(service: Service, began: float) -> Iterator[None]:
         status = error.status
         raise
     except ClientDisconnect:
-        status = CLIENT_LEFT
+        status = scope.get(REFUSED, CLIENT_LEFT)
         raise
     finally:
         service.metrics.request(status, time.perf_counter() - began)

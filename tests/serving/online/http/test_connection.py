@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import httpx
 import numpy as np
 import pytest
 
@@ -75,6 +76,12 @@ ODD = {
     "long headers": (START + b"a: %s\r\n" % (b"b" * 9000) * 4, 431, "32768 bytes"),
     "an endless header": (START + b"a: " + b"b" * 90_000, 431, "32768 bytes"),
     "an endless path": (b"GET /" + b"x" * 90_000, 431, "32768 bytes"),
+    "an endless trailer": (CHUNKED + b"0\r\na: " + b"b" * 900_000, 431, "32768 bytes"),
+    "endless trailers": (CHUNKED + b"0\r\n" + b"a: b\r\n" * 90_000, 431, "32768 bytes"),
+    "an endless line of a chunk": (CHUNKED + b"1;" + b"a" * 900_000, 431, "32768 bytes"),
+    "a long path": (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 431, "32768"),
+    "a long header": (START + b"a: " + b"b" * 40_000 + b"\r\n\r\n", 431, "32768 bytes"),
+    "a long header behind others": (LIVE[:-2] + b"a: b\r\n" * 90 + b"a" * 90_000, 431, "32768"),
     "tiny chunks": (CHUNKED + b"1\r\nx\r\n" * 5000, 400, "shorter than 64 bytes"),
 }
 
@@ -172,17 +179,6 @@ def test_a_request_that_began_ahead_of_an_answer_is_given_its_time(tiny_bundle: 
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
 
 
-def test_another_protocol_is_not_spoken(live: Live) -> None:
-    with live.connect() as connection:
-        upgrade = (
-            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n"
-        )
-        connection.sendall(LIVE[:-2] + upgrade)
-        answer = all_of(connection)
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert answer.endswith(b'connection: close\r\n\r\n{"live":true}')
-
-
 @pytest.mark.parametrize(
     ("sent", "part"),
     [
@@ -204,6 +200,9 @@ def test_half_a_request_ends_when_its_time_is_over(
             connection.sendall(sent)
             answer = all_of(connection)
         wait_for(lambda: live.service.budget.used == 0)
+        figures = httpx.get(live.url + "/metrics").text
+    assert ('status="408"' in figures) == (part == "body")
+    assert 'status="499"' not in figures
     status, message = refusal_of(answer[answer.rindex(b"HTTP/1.1") :])
     assert (status, f"the {part} of the request" in message) == (408, True)
 
