@@ -177,11 +177,14 @@ def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is caught")
-@pytest.mark.parametrize("after_s", [0.0, 0.4, 1.5])
+@pytest.mark.parametrize(
+    ("options", "after_s"), [([], 0.0), ([], 0.4), ([], 1.5), (["--debug"], 0.4)]
+)
 def test_sigterm_while_it_starts_ends_well(
-    tiny_bundle: Bundle, tmp_path: Path, after_s: float
+    tiny_bundle: Bundle, tmp_path: Path, options: list[str], after_s: float
 ) -> None:
-    with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
+    arguments = [*options, "serve", str(tiny_bundle.path), "--port", "0"]
+    with started(*arguments, cwd=tmp_path) as process:
         while not catches(process, signal.SIGTERM):
             time.sleep(0.001)
         time.sleep(after_s)
