@@ -20,7 +20,19 @@ _PAUSE_S = 1.0
 _FAREWELL_S = 1.0
 _CAN_HURRY = sys.version_info >= (3, 11)
 _COMPLAIN_EVERY_S = 10.0
-_OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+# Of a connection that has gone before it was accepted: Linux passes on what its network said.
+_GONE = {
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP,
+    errno.EPROTO,
+    errno.ETIMEDOUT,
+    getattr(errno, "ENONET", errno.ENETDOWN),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -88,12 +100,10 @@ class Acceptor:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return False
-        except ConnectionAbortedError:
-            return True  # it has gone again; others may wait behind it
         except OSError as error:
-            if error.errno not in _OUT_OF_DESCRIPTORS:
-                raise
-            self._pause(error)
+            if error.errno in _GONE:
+                return True  # others may wait behind it
+            self._pause(error)  # no descriptors are left, mostly
             return False
         if self._handshakes is not None and len(self._beginning) >= self._handshakes.most:
             connection.close()

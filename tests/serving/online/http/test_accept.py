@@ -1,6 +1,7 @@
 """Connections are accepted and requests begun a few at a time; none that waits is lost."""
 
 import asyncio
+import errno
 import itertools
 import socket
 import subprocess
@@ -59,14 +60,15 @@ def test_who_waits_at_the_end_is_accepted() -> None:
     with_acceptor(40, test)
 
 
-def test_who_waits_behind_one_that_has_gone_is_accepted() -> None:
+@pytest.mark.parametrize("name", ["ECONNABORTED", "ENETDOWN", "EPROTO", "EHOSTUNREACH"])
+def test_who_waits_behind_one_that_has_gone_is_accepted(name: str) -> None:
     class Aborting(socket.socket):
         aborted = False
 
         def accept(self) -> tuple[socket.socket, object]:
             if not self.aborted:
                 self.aborted = True
-                raise ConnectionAbortedError
+                raise OSError(getattr(errno, name), name)
             return super().accept()
 
     async def run() -> int:
