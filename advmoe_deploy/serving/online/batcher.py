@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,14 @@ _log = logging.getLogger(__name__)
 
 # How much a batch weighs in the estimate of the pace.
 _FRESH = 0.2
+
+
+class _Slice(NamedTuple):
+    """Images of one job that are routed together; ``numbers`` are their places in it."""
+
+    job: Job
+    numbers: NDArray[np.int64]
+    images: NDArray[np.float32]
 
 
 class OverloadedError(Exception):
@@ -44,7 +53,7 @@ class Batcher:
         work: Work,
         limits: Limits,
         *,
-        expecting: Callable[[], int] = lambda: 0,
+        expecting: Callable[[], bool] = lambda: False,
         watch: Callable[[Done], None] = lambda done: None,
     ) -> None:
         """Begin with an empty queue.
@@ -52,7 +61,7 @@ class Batcher:
         Args:
             work: what routes and computes.
             limits: on the queue and its batches.
-            expecting: how many requests are being read, so that waiting for them may pay.
+            expecting: whether requests are about to come, so that waiting for them may pay.
             watch: called after each batch, in the thread that computed it.
         """
         self._work, self._limits = work, limits
@@ -132,11 +141,15 @@ class Batcher:
                 dead.append((job, "its time was over before its turn came"))
         for job, reason in dead:
             self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
+        if dead:  # else they would stay until the running batch has ended
+            self._arrived = deque(job for job in self._arrived if job in self._jobs)
 
     def _end(self, job: Job, failure: Exception | None = None) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
             self._waiting -= job.left
+            if failure is not None:
+                job.release()  # rows of it may stay in a lane for a while
             assert self._loop is not None
             self._loop.call_soon_threadsafe(job.end, failure)
 
@@ -170,40 +183,38 @@ class Batcher:
             return not self._closing
 
     def _is_worth_waiting(self) -> bool:
-        more = self._waiting < self._limits.batch and self._expecting() > 0
-        return more and not self._closing
+        more = self._waiting < self._limits.batch and not self._closing
+        return more and self._expecting()
 
-    def _next_slices(self) -> list[tuple[Job, NDArray[np.int64]]]:
+    def _next_slices(self) -> list[_Slice]:
         """Return slices of jobs in turns, so many that each lane could be full."""
         inside = sum(len(piece.numbers) for lane in self._lanes.values() for piece in lane)
-        room, slices = self._limits.batch * self._work.lanes - inside, []
+        room, slices = self._limits.batch * self._work.lanes - inside, list[_Slice]()
         with self._changed:
             while self._arrived and room > 0:
                 job = self._arrived.popleft()
                 if job not in self._jobs:
                     continue
-                stop = min(job.routed + min(room, self._limits.batch), len(job.images))
-                slices.append((job, np.arange(job.routed, stop)))
-                room -= stop - job.routed
+                start, stop = job.routed, min(job.routed + min(room, self._limits.batch), job.size)
+                slices.append(_Slice(job, np.arange(start, stop), job.images[start:stop]))
+                room -= stop - start
                 job.routed = stop
-                if stop < len(job.images):
+                if stop < job.size:
                     self._arrived.append(job)
         return slices
 
-    def _route(self, slices: list[tuple[Job, NDArray[np.int64]]]) -> None:
-        parts = [job.images[numbers[0] : numbers[-1] + 1] for job, numbers in slices]
+    def _route(self, slices: list[_Slice]) -> None:
+        parts = [each.images for each in slices]
         try:
             images = parts[0] if len(parts) == 1 else np.concatenate(parts)
             self._sort(slices, *self._work.route(images))
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
-            self._finish(dict.fromkeys((job for job, _ in slices), 0), error)
+            self._finish(dict.fromkeys((each.job for each in slices), 0), error)
 
-    def _sort(
-        self, slices: list[tuple[Job, NDArray[np.int64]]], lanes: NDArray[np.int64], rows: Rows
-    ) -> None:
+    def _sort(self, slices: list[_Slice], lanes: NDArray[np.int64], rows: Rows) -> None:
         """Put the rows of the slices into their lanes."""
         at, now = 0, time.monotonic()
-        for job, numbers in slices:
+        for job, numbers, _ in slices:
             own_lanes, own_rows = lanes[at : at + len(numbers)], rows[at : at + len(numbers)]
             at += len(numbers)
             for lane in np.unique(own_lanes):

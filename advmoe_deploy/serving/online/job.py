@@ -24,23 +24,28 @@ class Job:
         deadline: float,
     ) -> None:
         self.images, self.answer, self.is_gone = images, answer, is_gone
+        self.size = len(images)
         self.deadline, self.came = deadline, time.monotonic()
         self.routed = 0  # images that a lane has, or had
-        self.left = len(images)  # images without an answer
+        self.left = self.size  # images without an answer
         self.begun = False  # whether an image is in a batch, or was
         self._prediction: Prediction | None = None
 
     def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
         """Take the answers ``part`` to the images with these ``numbers``."""
-        if self._prediction is None:
-            self._prediction = _room_for(len(self.images), part)
         whole = self._prediction
+        if whole is None:
+            whole = self._prediction = _room_for(self.size, part)
         whole.logits[numbers] = part.logits
         for layer, ids in part.expert_ids.items():
             whole.expert_ids[layer][numbers] = ids
             whole.weights[layer][numbers] = part.weights[layer]
         for layer, margins in part.margins.items():
             whole.margins[layer][numbers] = margins
+
+    def release(self) -> None:
+        """Let go of the images and of the answers to some of them: nobody asks for the rest."""
+        self.images, self._prediction = self.images[:0].copy(), None
 
     def end(self, failure: Exception | None) -> None:
         """Hand over the answer or the failure, in the thread of the event loop."""

@@ -32,7 +32,7 @@ class Models:
         self._services: dict[str, dict[str, Service]] = {}
         self._others: list[Service] = []  # that are being loaded, or still have requests
         self.reloads = Counter(dict.fromkeys(OUTCOMES, 0))
-        self._unknown = 0  # requests for models that there are not
+        self._unknown = 0  # inference requests for models that there are not
 
     def add(
         self,
@@ -79,8 +79,10 @@ class Models:
         """Let go of a service that answers no more."""
         self._others.remove(service)
 
-    def find(self, name: str, version: str = "") -> Service:
+    def find(self, name: str, version: str = "", *, to_infer: bool = False) -> Service:
         """Return the service of a model, of its latest version unless one is asked for.
+
+        Those who ask ``to_infer`` are counted if there is none.
 
         Raises:
             RefusedError: there is none (404).
@@ -88,7 +90,7 @@ class Models:
         versions = self._services.get(name, {})
         found = versions.get(version or max(versions, key=int, default=""))
         if found is None:
-            self._unknown += 1
+            self._unknown += to_infer
             raise RefusedError(self._unknown_model(name, version), 404)
         return found
 
@@ -175,9 +177,10 @@ class Models:
         """Warm up one model after the other; ``ready`` or ``failure`` says how it went."""
         try:
             for service in self.all():
-                await service.warm_up()
+                await service.warm_up(self.is_stopping)
         except Exception as error:  # noqa: BLE001, RUF100 - kept for whoever started the server
-            self.failure = error
+            if not self.is_stopping():  # else nobody will ask this model anything
+                self.failure = error
 
     def close(self) -> None:
         """Wait for the running batches and end the threads."""

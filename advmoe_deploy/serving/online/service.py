@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -9,7 +10,6 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.pathways import work_of
@@ -45,13 +45,17 @@ class Arrival:
     """
 
     def __init__(self, service: "Service") -> None:
-        self._service, self._here = service, False
-        service.reading += 1
+        self.service = service
+        self.heard = time.monotonic()  # when the last piece came; infinity once all is here
+        service.arrivals.add(self)
+
+    def hear(self, *, more: bool) -> None:
+        """Note that a piece of the body came, and whether there are ``more``."""
+        self.heard = time.monotonic() if more else math.inf
 
     def end(self) -> None:
         """Count no more: the request waits, or will not."""
-        self._service.reading -= not self._here
-        self._here = True
+        self.service.arrivals.discard(self)
 
     def __enter__(self) -> "Arrival":
         return self
@@ -89,13 +93,13 @@ class Service:
         self._release.callback(release)
         self.warm = False
         self.budget = shared.budget
-        self.reading = 0  # requests on their way into the queue
+        self.arrivals = set[Arrival]()
         self._shared = shared
         self.metrics = Metrics(self._now, Monitor(model.recorded, model.limits.window))
         self._batcher = Batcher(
             work_of(runner),
             model.limits,
-            expecting=lambda: self.reading,
+            expecting=lambda: self.expecting,
             watch=self.metrics.batch,
         )
 
@@ -109,6 +113,18 @@ class Service:
         """Whether no request is in the queue, nor on its way there."""
         return not self.reading and not self.waiting
 
+    @property
+    def reading(self) -> int:
+        """Requests on their way into the queue."""
+        return len(self.arrivals)
+
+    @property
+    def expecting(self) -> bool:
+        """Whether one of them is here, or a piece of it came so lately that the rest may follow."""
+        since = time.monotonic() - self.model.limits.delay_s
+        # The thread that computes asks, and a copy is made in one go.
+        return any(each.heard >= since for each in list(self.arrivals))
+
     def _now(self) -> dict[str, float]:
         return {
             "model_warm": float(self.warm),
@@ -120,26 +136,27 @@ class Service:
         """Begin to compute for the running event loop."""
         self._batcher.start()
 
-    async def warm_up(self) -> None:
-        """Run the golden images, or else one, through queue and engine.
+    async def warm_up(self, is_stopping: Callable[[], bool]) -> None:
+        """Run the golden images, or else one, through queue and engine, batch by batch.
+
+        It is not warm afterwards if the server is stopping.
 
         Raises:
             CheckFailedError: the answers to golden images are not those of the bundle.
             Exception: whatever the engine raises.
         """
-        if self._golden is None:
-            await self._computed(np.zeros((1, *self.model.image_shape), dtype=np.float32))
-        else:
-            answer = await self._computed(self._golden.images)
-            await self.run(False, partial(self._golden.require, answer, self._runner))
+        golden, one = self._golden, np.zeros((1, *self.model.image_shape), dtype=np.float32)
+        images = one if golden is None else golden.images
+        at_once = min(self.model.limits.batch, self.model.limits.queue)
+        answers = list[Prediction]()
+        for part in np.split(images, range(at_once, len(images), at_once)):
+            if is_stopping():
+                return
+            answers.append(await self._batcher.submit(part, math.inf, lambda: False))
+        if golden is not None:
+            await self.run(False, partial(golden.require, joined(answers), self._runner))
             self._golden = None  # its images have served
         self.warm = True
-
-    async def _computed(self, images: NDArray[np.float32]) -> Prediction:
-        at_once = min(self.model.limits.batch, self.model.limits.queue)
-        parts = np.split(images, range(at_once, len(images), at_once))
-        waiting = [await self._batcher.submit(each, math.inf, lambda: False) for each in parts]
-        return joined(waiting)
 
     def close(self) -> None:
         """Wait for the running batch, end the thread and release the runner."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -57,7 +58,7 @@ def alive() -> bool:
 
 @contextmanager
 def batching(
-    work: Doubling, limits: Limits = SMALL, expecting: Callable[[], int] = lambda: 0
+    work: Doubling, limits: Limits = SMALL, expecting: Callable[[], bool] = lambda: False
 ) -> Iterator[Batcher]:
     batcher = Batcher(work, limits, expecting=expecting)
     batcher.start()
@@ -152,6 +153,36 @@ def test_the_work_of_clients_that_left_is_not_done() -> None:
 
     within(work, test)
     assert [rows for _, rows in work.ran] == [[0], [7]]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_clients_that_left_leave_no_images_while_a_batch_runs(begun: bool) -> None:
+    work = Doubling()
+
+    async def test(batcher: Batcher) -> None:
+        gone = threading.Event()
+        images = image(*range(20, 60))
+        seen = weakref.ref(images)
+        if begun:
+            work.open.clear()
+        else:
+            first = await held(batcher, work)
+        left = batcher.submit(images, 30, gone.is_set)
+        del images
+        while begun and not work.begun.is_set():
+            await asyncio.sleep(0.001)
+        assert seen() is not None
+        gone.set()
+        batcher.drop_dead()
+        assert seen() is None
+        work.open.set()
+        with pytest.raises(OverloadedError, match="left"):
+            await left
+        if not begun:
+            await first
+
+    within(work, test)
+    assert [rows for _, rows in work.ran] == [list(range(20, 28)) if begun else [0]]
 
 
 def test_what_is_late_is_not_computed() -> None:
@@ -266,14 +297,14 @@ def test_a_failure_of_routing_is_an_answer_and_does_not_end_the_thread() -> None
 
 
 def test_a_batch_waits_for_those_on_their_way_and_no_longer() -> None:
-    coming = [1]
+    coming = [True]
     work = Doubling()
 
     async def test(batcher: Batcher) -> None:
         first = batcher.submit(image(1), 30, alive)
         await asyncio.sleep(0.05)
         assert not work.ran
-        coming[0] = 0
+        coming[0] = False
         second = batcher.submit(image(2), 30, alive)
         await asyncio.gather(first, second)
 

@@ -1,7 +1,9 @@
 """Several bundles and versions behind one server, and what it tells of them."""
 
+import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -10,11 +12,15 @@ import pytest
 import tritonclient.http as triton
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.golden import golden_of
+from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer, split_offer
+from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import serve
-from tests.serving.online.live import ONE, request_for
+from tests.serving.online.live import ONE, SlowRunner, request_for
 
 COMMAND = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0"]
 
@@ -47,6 +53,8 @@ def test_the_latest_version_answers_where_none_is_asked_for(url: str, tiny_bundl
         answer = httpx.post(f"{url}/v2/models/{path}/infer", json=request_for(ONE))
         assert answer.status_code == 404
     assert "it has '1'" in answer.json()["error"]
+    for path in ("/v2/models/birds", "/v2/models/cats/versions/3/ready"):
+        assert httpx.get(url + path).status_code == 404  # which is no inference
     figures = httpx.get(f"{url}/metrics").text
     for name, version in (("cats", "10"), ("cats", "2"), ("dogs", "1")):
         assert f'{{model="{name}",status="200",version="{version}"}} 1.0' in figures
@@ -78,6 +86,49 @@ def test_stock_clients_learn_what_there_is(url: str) -> None:
         was, is_now = (each["inference_stats"][part] for each in (before, after))
         assert is_now["count"] - was["count"] == more
         assert is_now["ns"] > was["ns"]
+
+
+def warmed_up(
+    bundle: Bundle, runners: list[SlowRunner], batch: int, *, golden: bool, stops: bool
+) -> Models:
+    """Return models that were warmed up, or stopped during the first batch of all."""
+    limits, stopping = Limits(batch=batch), threading.Event()
+
+    async def run() -> Models:
+        models = Models(limits)
+        models.is_stopping = stopping.is_set
+        for version, runner in enumerate(runners, 1):
+            model = served_model(bundle, limits=limits, version=str(version))
+            models.add(model, runner, golden_of(bundle) if golden else None)
+        models.start()
+        warming = asyncio.create_task(models.warm_up())
+        while not runners[0].batches:
+            await asyncio.sleep(0.001)
+        if stops:
+            stopping.set()
+        for runner in runners:
+            runner.let_go.set()
+        await warming
+        models.close()
+        return models
+
+    return asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+@pytest.mark.parametrize("golden", [False, True])
+def test_a_server_that_stops_warms_nothing_more_up(tiny_bundle: Bundle, golden: bool) -> None:
+    runners = [SlowRunner(), SlowRunner()]
+    models = warmed_up(tiny_bundle, runners, 4, golden=golden, stops=True)
+    assert [each.batches for each in runners] == [[4 if golden else 1], []]
+    assert models.failure is None
+    assert not models.ready
+
+
+def test_wrong_answers_while_it_stops_are_no_failure(tiny_bundle: Bundle) -> None:
+    models = warmed_up(tiny_bundle, [SlowRunner()], 64, golden=True, stops=False)
+    assert isinstance(models.failure, CheckFailedError)
+    models = warmed_up(tiny_bundle, [SlowRunner()], 64, golden=True, stops=True)
+    assert models.failure is None
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ class Infer:
         await self._turns.take()
         began, status = time.perf_counter(), 500
         asked = asked_of(await self._gate.read(context))
-        service = self._models.find(asked.message.model_name, asked.message.model_version)
+        service = self._models.find(
+            asked.message.model_name, asked.message.model_version, to_infer=True
+        )
         try:
             service.require_warm()
             with service.budget.hold() as hold:
@@ -64,6 +66,7 @@ class Infer:
     ) -> bytes:
         self._reserve(hold, COPIES_OF_BINARY * asked.size)
         with Arrival(service) as arrival:
+            arrival.hear(more=False)
             request = await service.run(
                 asked.size <= SMALL_BODY,
                 lambda: read_request(asked, service.model, context.time_remaining()),

@@ -47,7 +47,7 @@ class Image:
             RefusedError: it is not answered, and why.
         """
         began = time.perf_counter()
-        service = self._models.find(**scope["path_params"])
+        service = self._models.find(**scope["path_params"], to_infer=True)
         with counted(service, began, scope):
             service.require_warm()
             with service.budget.hold() as hold:
@@ -61,7 +61,7 @@ class Image:
         _require_image(headers)
         top = _top(scope["query_string"], len(service.model.labels))
         with Arrival(service) as arrival:
-            body = await read_body(self._models, receive, headers, 1, hold)
+            body = await read_body(self._models, receive, headers, 1, hold, arrival)
             read = time.perf_counter()
             images, size = await self._decoded(service, body, hold, is_gone)
             decoded = time.perf_counter()

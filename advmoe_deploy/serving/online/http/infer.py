@@ -50,7 +50,7 @@ class Infer:
         """
         began = time.perf_counter()
         await self._turns.take()
-        service = self._models.find(**scope["path_params"])
+        service = self._models.find(**scope["path_params"], to_infer=True)
         with counted(service, began, scope):
             service.require_warm()
             with service.budget.hold() as hold:
@@ -62,7 +62,7 @@ class Infer:
     ) -> InferResponse:
         is_gone = scope.get(GONE, never)
         with Arrival(service) as arrival:
-            request = await self._request(service, receive, scope[HEADERS], hold, is_gone)
+            request = await self._request(arrival, receive, scope[HEADERS], hold, is_gone)
             prediction = await service.predict(request, is_gone, arrival)
         began = time.perf_counter()
         answer = await service.run(
@@ -74,17 +74,17 @@ class Infer:
 
     async def _request(
         self,
-        service: Service,
+        arrival: Arrival,
         receive: Receive,
         headers: Mapping[bytes, bytes],
         hold: Hold,
         is_gone: Callable[[], bool],
     ) -> InferRequest:
-        began = time.perf_counter()
+        began, service = time.perf_counter(), arrival.service
         json_length = _json_length(headers)
         is_json = json_length is None or json_length > MAX_ENVELOPE
         copies = COPIES_OF_JSON if is_json else COPIES_OF_BINARY
-        body = await read_body(self._models, receive, headers, copies, hold)
+        body = await read_body(self._models, receive, headers, copies, hold, arrival)
 
         def read() -> InferRequest:
             if is_gone():

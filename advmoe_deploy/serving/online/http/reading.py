@@ -13,7 +13,7 @@ from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import RefusedError
-from advmoe_deploy.serving.online.service import CLIENT_LEFT, Service
+from advmoe_deploy.serving.online.service import CLIENT_LEFT, Arrival, Service
 
 NO_MEMORY = "overloaded: other requests hold the memory"
 
@@ -41,7 +41,7 @@ def never() -> bool:
 
 
 async def read_body(
-    models: Models, receive: Receive, headers: Mapping[bytes, bytes], copies: int, hold: Hold
+    models: Models, receive: Receive, headers: Mapping[bytes, bytes], copies: int, hold: Hold, arrival: Arrival
 ) -> bytes | bytearray:
     """Return the body, unpacked, for which ``hold`` is charged ``copies`` times its length.
 
@@ -58,6 +58,7 @@ async def read_body(
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
+        arrival.hear(more=message["more_body"])
         piece: bytes = message["body"]
         if unpacker is not None:
             for part in unpacker.parts(piece):
