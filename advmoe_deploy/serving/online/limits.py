@@ -15,6 +15,10 @@ BYTES_OF_PIXEL = 8
 BACKLOG = 2048
 
 
+_MOST = 2**31 - 1
+_DAY_S = 86_400.0
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes in images and bytes, times in seconds.
@@ -54,11 +58,20 @@ class Limits:
         return self.memory // (2 * BYTES_OF_PIXEL)
 
     def __post_init__(self) -> None:
-        if min(self.max_images, self.batch, self.connections) < 1:
-            raise UsageError("a limit of images or connections is below 1; raise it")
+        counts = (self.max_images, self.batch, self.queue, self.connections)
+        if min(counts) < 1 or max(counts) > _MOST:
+            raise UsageError(
+                f"a limit of images or connections is not from 1 to {_MOST}; change it"
+            )
         if not min(self.timeout_s, self.head_s, self.body_s) > 0:
             raise UsageError(
                 "a limit of time is 0, which nothing keeps; raise --timeout or --body-timeout"
+            )
+        times = (self.delay_s, self.timeout_s, self.keep_alive_s, self.head_s, self.body_s)
+        if not all(0 <= seconds <= _DAY_S for seconds in times):
+            raise UsageError(
+                "a limit of time is not from 0 to a day; change --delay-ms, --timeout, "
+                "--keep-alive or --body-timeout"
             )
         if self.queue < self.max_images:
             raise UsageError(

@@ -1,6 +1,7 @@
 """More than the server can do: it says so at once, holds little, and is soon free again."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +49,24 @@ def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
 def test_no_time_at_all_is_no_limit_to_serve_by(field: str) -> None:
     with pytest.raises(UsageError, match="raise --timeout"):
         Limits(**{field: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("delay_s", math.inf, "--delay-ms"),
+        ("delay_s", math.nan, "--delay-ms"),
+        ("delay_s", -0.001, "--delay-ms"),
+        ("keep_alive_s", 1e300, "--keep-alive"),
+        ("body_s", math.inf, "--body-timeout"),
+        ("queue", 10**30, "images or connections"),
+        ("queue", 0, "images or connections"),
+        ("connections", 10**30, "images or connections"),
+    ],
+)
+def test_limits_beyond_what_can_be_kept_are_refused(field: str, value: float, flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        Limits(**{field: value})  # type: ignore[arg-type]
 
 
 def images(count: int) -> bytes:
@@ -108,6 +127,22 @@ def test_half_sent_bodies_do_not_hold_more_memory_than_there_is(live: Live) -> N
     for connection in claims:
         connection.close()
     wait_for(lambda: live.service.budget.used == 0)
+
+
+def test_half_a_body_is_expected_for_a_moment_and_a_whole_one_until_it_waits(
+    live: Live, slow: SlowRunner
+) -> None:
+    with live.connect() as half:
+        half.sendall(post(b"{", length=9))
+        wait_for(lambda: live.service.reading == 1)
+        (arrival,) = live.service.arrivals
+        assert arrival.heard < math.inf
+        wait_for(lambda: not live.service.expecting)
+        assert live.service.reading == 1
+        arrival.hear(more=False)
+        assert live.service.expecting
+    wait_for(lambda: live.service.reading == 0)
+    assert not live.service.expecting
 
 
 def test_json_that_comes_as_the_head_of_nothing_is_charged_as_json(
