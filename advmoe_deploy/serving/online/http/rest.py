@@ -76,7 +76,13 @@ def build_app(
         finally:
             models.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # to an address made of what the client calls this server
+    )
     app.add_middleware(Guard, hosts=hosts, token=token)
     _add_errors(app)
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")

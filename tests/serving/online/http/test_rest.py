@@ -199,12 +199,17 @@ def test_values_that_are_not_finite_are_refused(client: httpx.Client, value: str
 
 
 def test_unknown_places_are_404(client: httpx.Client) -> None:
-    for path in ("/v2/models/other", "/v2/models/advmoe/versions/2", "/v1"):
+    for path in ("/v2/models/other", "/v2/models/advmoe/versions/2", "/v1", "/v2/health/live/"):
         answer = client.get(path)
         assert (answer.status_code, list(answer.json())) == (404, ["error"])
     assert client.post("/v2/models/other/infer", json=request_for(ONE)).status_code == 404
     assert client.get(INFER).status_code == 405
     assert client.post(INFER, content=b"x", headers={"content-encoding": "br"}).status_code == 415
+
+
+def test_an_encoding_that_changes_nothing_is_taken(client: httpx.Client) -> None:
+    headers = {"content-encoding": "Identity"}
+    assert client.post(INFER, json=request_for(ONE), headers=headers).status_code == 200
 
 
 def test_a_body_without_a_length_is_limited_too(client: httpx.Client) -> None:
