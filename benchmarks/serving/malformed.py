@@ -3,8 +3,10 @@
 import json
 import random
 import socket
+import struct
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +30,10 @@ def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
             status_of(port, random_request(running.model, images)) for _ in range(count)
         )
     result: dict[str, Any] = {"random": {"answers": _named(answers), **seen}}
+    with probed(port, pid) as seen:
+        for _ in range(count // 4):
+            hurried(port, [random_request(running.model, images) for _ in range(4)])
+    result["hurried"] = seen
     for name, request in costly(running.model, images).items():
         before, began = memory_of(pid), time.perf_counter()
         with probed(port, pid) as seen:
@@ -46,7 +52,7 @@ def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
 def costly(model: str, images: np.ndarray) -> dict[str, bytes]:
     """Return requests that cost a careless server seconds or gigabytes each."""
     tensor = {"name": "images", "datatype": "FP32", "shape": list(images.shape), "data": [0.5]}
-    chunks = _head(model, "Transfer-Encoding: chunked") + b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n"
+    chunked, wordy = _head(model, "Transfer-Encoding: chunked"), b"a" * (16 * MIB)
     long = "x" * (16 * MIB)
 
     def of(**changes: Any) -> bytes:
@@ -61,7 +67,12 @@ def costly(model: str, images: np.ndarray) -> dict[str, bytes]:
         "deep": _post(model, b"[" * (16 * MIB)),
         "deep data": _post(model, b'{"inputs":[{"data":' + b"[" * (16 * MIB)),
         "endless number": _post(model, b'{"inputs":[{"data":[0.' + b"5" * (16 * MIB) + b"]}]}"),
-        "chunks of one byte": chunks,
+        "chunks of one byte": chunked + b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n",
+        "endless trailer": chunked + b"0\r\na: " + wordy,
+        "trailers": chunked + b"0\r\n" + b"a: b\r\n" * MIB + b"\r\n",
+        "endless line of a chunk": chunked + b"1;" + wordy,
+        "long path": b"GET /" + wordy + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "long header": _head(model, "a: " + long),
         "60 MiB of spaces": _post(model, b" " * (60 * MIB)),
     }
 
@@ -114,6 +125,22 @@ def _changed(message: Any) -> Any:
             place[key] = random.choice(JUNK)
             return message
         place = place[key]
+
+
+def hurried(port: int, requests: Sequence[bytes]) -> None:
+    """Send ``requests`` ahead of their answers, the last one perhaps in part, and leave.
+
+    At random the client reads some of the answers before, and resets the connection or closes it.
+    """
+    with socket.create_connection((HOST, port), timeout=60) as connection:
+        if random.random() < 0.5:
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        sent = b"".join(requests)
+        with suppress(OSError):
+            connection.sendall(sent[: random.randint(len(sent) // 2, len(sent))])
+            if random.random() < 0.5:
+                connection.recv(random.choice([1, 4096]))
 
 
 def status_of(port: int, request: bytes) -> int:
