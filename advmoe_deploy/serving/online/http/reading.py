@@ -41,7 +41,12 @@ def never() -> bool:
 
 
 async def read_body(
-    models: Models, receive: Receive, headers: Mapping[bytes, bytes], copies: int, hold: Hold, arrival: Arrival
+    models: Models,
+    receive: Receive,
+    headers: Mapping[bytes, bytes],
+    copies: int,
+    hold: Hold,
+    arrival: Arrival,
 ) -> bytes | bytearray:
     """Return the body, unpacked, for which ``hold`` is charged ``copies`` times its length.
 
