@@ -111,7 +111,7 @@ class Reloader:
             offered = served_model(bundle, name, model.limits, model.version)
             fresh.append(self._models.service(offered, runner, golden, runner.close))
             fresh[-1].start()
-            await fresh[-1].warm_up()
+            await fresh[-1].warm_up(self._models.is_stopping)
         if self._models.is_stopping():
             raise RefusedError("the server is stopping", 503)
 
