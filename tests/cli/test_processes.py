@@ -177,14 +177,11 @@ def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is caught")
-@pytest.mark.parametrize(
-    ("options", "after_s"), [([], 0.0), ([], 0.4), ([], 1.5), (["--debug"], 0.4)]
-)
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 1.5])
 def test_sigterm_while_it_starts_ends_well(
-    tiny_bundle: Bundle, tmp_path: Path, options: list[str], after_s: float
+    tiny_bundle: Bundle, tmp_path: Path, after_s: float
 ) -> None:
-    arguments = [*options, "serve", str(tiny_bundle.path), "--port", "0"]
-    with started(*arguments, cwd=tmp_path) as process:
+    with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
         while not catches(process, signal.SIGTERM):
             time.sleep(0.001)
         time.sleep(after_s)
@@ -192,6 +189,22 @@ def test_sigterm_while_it_starts_ends_well(
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["serve"], 0), (["--debug", "serve"], 0), (["predict", "serve"], -signal.SIGTERM)],
+)
+def test_sigterm_is_handled_from_the_first_import_on_by_a_server_alone(
+    arguments: list[str], code: int
+) -> None:
+    program = (
+        "import os, signal, advmoe_deploy.cli\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "signal.pause()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], timeout=60, check=False)
+    assert done.returncode == code
 
 
 def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> None:
