@@ -154,7 +154,7 @@ def test_answers_are_packed_for_who_accepts_it(live: Live, accepted: str, packs:
 
 
 def packed_request(images: NDArray[np.float32]) -> bytes:
-    return gzip.compress(json.dumps(request_for(images)).encode())
+    return gzip.compress(json.dumps(request_for(images)).encode(), mtime=0)
 
 
 @pytest.mark.parametrize(
