@@ -276,8 +276,9 @@ def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
     """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
         raise BundleError(f"{path} is no directory; name a bundle that 'advmoe export' wrote")
-    with reading(path):
+    with reading(path / MANIFEST):
         text = read_at_most(path / MANIFEST, _MOST_OF_MANIFEST)  # once: what is parsed was hashed
+    with reading(path / MANIFEST_HASH):
         guard = read_at_most(path / MANIFEST_HASH, _MOST_OF_HASHES)
     if text is None or guard is None:
         raise BundleError(

@@ -32,9 +32,12 @@ class TensorInfo(Frozen):
 
 
 class Segment(Frozen):
-    """A dense graph: a file of the bundle, its inputs and its outputs."""
+    """A dense graph: a file of the bundle, its inputs and its outputs.
 
-    name: str
+    Names become those of files and folders, so they lead nowhere.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]

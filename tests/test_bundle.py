@@ -1,6 +1,7 @@
 """A bundle is whole or it is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,16 +114,16 @@ def test_a_link_to_the_bundle_itself_is_fine(tiny_bundle: Bundle, tmp_path: Path
 def test_the_manifest_that_is_hashed_is_the_one_that_is_read(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.open
+    real = os.open
     (copied / "another").write_bytes(b"{}")
 
-    def swapping(path: Path, *args: object, **options: object) -> object:
-        file = real(path, *args, **options)
-        if path.name == MANIFEST:
+    def swapping(path: Path, flags: int) -> int:
+        opened = real(path, flags)
+        if Path(path).name == MANIFEST:
             (copied / "another").replace(path)
-        return file
+        return opened
 
-    monkeypatch.setattr(Path, "open", swapping)
+    monkeypatch.setattr(os, "open", swapping)
     assert open_bundle(copied).manifest.schema_version == SCHEMA_VERSION
 
 

@@ -1,5 +1,6 @@
 """The options of ``export --format triton``, and its work."""
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -44,13 +45,14 @@ def write_triton(
     mount: str | None,
     device: Kind | None,
     max_batch: int | None,
+    others: Mapping[str, object],
     *,
     overwrite: bool,
 ) -> bool:
     """Write the repository of a bundle; return whether ``to`` asks for that.
 
     Raises:
-        UsageError: options are given that concern it alone, and another format.
+        UsageError: options are given that concern it alone, and another format, or ``others``.
     """
     if to != FORMAT:
         if {mount, device, max_batch} != {None}:
@@ -58,6 +60,8 @@ def write_triton(
                 "--mount, --device and --max-batch go with --format triton; leave them out"
             )
         return False
+    if given := [name for name, value in others.items() if value]:
+        raise UsageError(f"{given[0]} does not go with --format triton; leave it out")
     from advmoe_deploy import api
     from advmoe_deploy.cli.tables import bundle as tables
     from advmoe_deploy.export.triton.repository import write_repository

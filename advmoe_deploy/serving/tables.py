@@ -121,12 +121,15 @@ def _image_column(schema: Any) -> str:
 def _leaf(field: Any) -> str | None:
     """Return the path of what holds the bytes of a column of images, if it can be one."""
     types = arrow_module("pyarrow.types")
-    if types.is_binary(field.type) or types.is_large_binary(field.type):
+
+    def is_bytes(type_: Any) -> bool:
+        return bool(types.is_binary(type_) or types.is_large_binary(type_))
+
+    if is_bytes(field.type):
         return str(field.name)
-    inner = (
-        [part for part in field.type if part.name == "bytes"] if types.is_struct(field.type) else []
-    )
-    return f"{field.name}.bytes" if inner and _leaf(inner[0]) else None
+    parts = field.type if types.is_struct(field.type) else ()
+    inside = any(part.name == "bytes" and is_bytes(part.type) for part in parts)
+    return f"{field.name}.bytes" if inside else None
 
 
 def _image(value: bytes | str | None, name: str, decoding: Decoding) -> Decoded:

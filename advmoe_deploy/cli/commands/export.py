@@ -74,7 +74,11 @@ def export(
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
     with session(as_json) as ui:
-        if write_triton(ui, run, out, to, mount, device, max_batch, overwrite=overwrite):
+        others = {"--precision": precision, "--data": data, "--class-map": class_map}
+        others |= {"--no-reference": not reference, "--onnx-only": onnx_only}
+        others |= {"--prune-unused": prune_unused, "--build-config": build_config}
+        others |= {"--set-build": set_build}
+        if write_triton(ui, run, out, to, mount, device, max_batch, others, overwrite=overwrite):
             return
         from advmoe_deploy import api
         from advmoe_deploy.data.matching import read_class_map

@@ -139,4 +139,4 @@ def _write_sums(root: Path) -> None:
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(root).as_posix()}\n"
         for file in files
     ]
-    (root / SUMS).write_text("".join(lines), encoding="ascii")
+    (root / SUMS).write_text("".join(lines), encoding="utf-8")

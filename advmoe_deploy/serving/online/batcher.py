@@ -97,11 +97,13 @@ class Batcher:
             is_gone: whether nobody waits for the answer any more; asked before each batch.
 
         Raises:
-            OverloadedError: the queue is full, or so long that the time would run out.
+            OverloadedError: the queue is full, so long that the time would run out, or closed.
         """
         answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
         job = Job(images, answer, is_gone, time.monotonic() + timeout_s)
         with self._changed:
+            if self._closing:
+                raise OverloadedError("it computes no more", 1.0)
             if self._refusal(len(images), timeout_s):
                 self._drop_dead()
                 if reason := self._refusal(len(images), timeout_s):

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import onnx
 import pytest
+from pydantic import ValidationError
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
@@ -131,11 +132,19 @@ def test_what_is_wrong_is_said(
     assert "go with --format triton" in complaint(
         str(tiny_run), "--format", "onnx", "--out", str(out), "--mount", "/models"
     )
+    assert "--precision does not go" in complaint(bundle, *options, "--precision", "fp16")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis").touch()
     words = [bundle, "--format", "triton", "--out", str(tmp_path / "other"), "--overwrite"]
     assert "not replaced" in complaint(*words)
     assert (tmp_path / "other" / "thesis").exists()
+
+
+@pytest.mark.parametrize("name", ["x/../../../out", "..", "a b", "é", "a\n"])
+def test_a_segment_is_called_as_a_folder_can_be(tiny_bundle: Bundle, name: str) -> None:
+    segment = tiny_bundle.manifest.plan.segments[0]
+    with pytest.raises(ValidationError, match="String should match pattern"):
+        type(segment).model_validate(segment.model_dump() | {"name": name})
 
 
 def test_what_changed_after_it_was_hashed_is_not_copied(

@@ -165,3 +165,10 @@ def test_a_server_tells_of_drift(tiny_bundle: Bundle) -> None:
         assert set(told(clean).values()) == {0.0}
         assert max(told(np.repeat(clean[:1], 400, axis=0)).values()) == 1.0
         assert set(told(np.resize(clean, (600, 1, 8, 8))).values()) == {0.0}
+
+
+def test_margins_that_are_all_but_one_have_no_figure() -> None:
+    sure = report().model_copy(update={"class_margin_deciles": (*DECILES[:5], *[1.0] * 4)})
+    monitor = Monitor(sure, 8)
+    monitor.add(8, {}, {CLASSES: np.ones(8, np.float32)})
+    assert not [drift for drift in monitor.drifts if drift.layer == CLASSES]

@@ -241,6 +241,7 @@ def test_what_is_under_way_ends_with_what_it_began_with(
         models.start()
         slow.let_go.set()
         await models.warm_up()
+        reloader.start()
         slow.let_go.clear()
         old = models.find("cats")
         with Arrival(old) as arrival:
@@ -279,6 +280,7 @@ def test_of_a_name_all_versions_change_or_none(tiny_bundle: Bundle, other_bundle
         reloader, models, _ = reloader_of(tiny_bundle, "1", "2", runner=slow, then=then)
         models.start()
         await models.warm_up()
+        reloader.start()
         before = models.all()
         with pytest.raises(RefusedError, match=r"RuntimeError: no.*such disk") as refused:
             await reloader.reload("cats")
@@ -294,6 +296,20 @@ def test_of_a_name_all_versions_change_or_none(tiny_bundle: Bundle, other_bundle
         assert refused.value.status == 503
         await reloader.end()
         assert models.all() == before
+        models.close()
+
+    asyncio.run(run())
+
+
+def test_nothing_is_loaded_before_the_models_are_warm(tiny_bundle: Bundle) -> None:
+    async def run() -> None:
+        reloader, models, _ = reloader_of(
+            tiny_bundle, "1", runner=SlowRunner(), then=lambda: tiny_bundle
+        )
+        with pytest.raises(RefusedError, match="starting or stopping") as refused:
+            await reloader.reload("cats")
+        assert refused.value.status == 503
+        await reloader.end()
         models.close()
 
     asyncio.run(run())

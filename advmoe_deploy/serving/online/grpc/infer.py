@@ -67,11 +67,13 @@ class Infer:
         self._reserve(hold, COPIES_OF_BINARY * asked.size)
         with Arrival(service) as arrival:
             arrival.hear(more=False)
-            request = await service.run(
-                asked.size <= SMALL_BODY,
-                lambda: read_request(asked, service.model, context.time_remaining()),
-            )
-            asked.clear()
+            try:
+                request = await service.run(
+                    asked.size <= SMALL_BODY,
+                    lambda: read_request(asked, service.model, context.time_remaining()),
+                )
+            finally:  # a reader's thread may hold on to it after the call was cancelled
+                asked.clear()
             self._reserve(hold, request.images.nbytes)
             hold.shrink(request.images.nbytes)
             service.metrics.stage("read", time.perf_counter() - began)

@@ -106,6 +106,7 @@ def _options(limits: Limits, longest: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", longest),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_metadata_size", _METADATA),
         ("grpc.absolute_max_metadata_size", _METADATA),
         ("grpc.http2.bdp_probe", 0),

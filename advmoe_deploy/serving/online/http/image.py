@@ -61,9 +61,7 @@ class Image:
         _require_image(headers)
         top = _top(scope["query_string"], len(service.model.labels))
         with Arrival(service) as arrival:
-            body = await read_body(self._models, receive, headers, 1, hold, arrival)
-            read = time.perf_counter()
-            images, size = await self._decoded(service, body, hold, is_gone)
+            images, size, read = await self._request(arrival, receive, headers, hold, is_gone)
             decoded = time.perf_counter()
             prediction = await service.predict(InferRequest(images, {}), is_gone, arrival)
         answered = time.perf_counter()
@@ -76,6 +74,19 @@ class Image:
             "timing_ms": {name: round(1e3 * seconds, 3) for name, seconds in times.items()},
         }
 
+    async def _request(
+        self,
+        arrival: Arrival,
+        receive: Receive,
+        headers: Mapping[bytes, bytes],
+        hold: Hold,
+        is_gone: Callable[[], bool],
+    ) -> tuple[NDArray[np.float32], tuple[int, int], float]:
+        """Return the one image, its file's size, and when that was read; the file is let go of."""
+        body = await read_body(self._models, receive, headers, 1, hold, arrival)
+        read = time.perf_counter()
+        return *await self._decoded(arrival.service, body, hold, is_gone), read
+
     async def _decoded(
         self,
         service: Service,
@@ -87,7 +98,7 @@ class Image:
         loop = asyncio.get_running_loop()
 
         async def reserve(pixels: int) -> bool:
-            return self._models.reserve(hold, len(body) + BYTES_OF_PIXEL * pixels)
+            return self._models.reserve(hold, 2 * len(body) + BYTES_OF_PIXEL * pixels)
 
         def admit(pixels: int) -> None:
             limit = service.model.limits.max_pixels

@@ -19,7 +19,7 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.golden import Golden, golden_of
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
-from advmoe_deploy.serving.online.protocol import RefusedError, served_model
+from advmoe_deploy.serving.online.protocol import NotReadyError, RefusedError, served_model
 from advmoe_deploy.serving.online.service import Service
 
 _log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class Reloader:
             RefusedError: one of them cannot be loaded or answers otherwise than it should (409), or
                 the server stops (503); all of them serve as before.
         """
+        if self._loop is None:
+            raise NotReadyError("the server is starting or stopping; ask /v2/health/ready")
         async with self._one:
             fresh: list[Service] = []
             try:
@@ -89,7 +91,7 @@ class Reloader:
             except BaseException as error:
                 for service in fresh:
                     self._keep(self._close(service))
-                self._models.reloads["failed"] += 1
+                self._models.reloads["failed"] += not self._models.is_stopping()
                 raise self._refusal(name, error) from None
             for old in self._models.replace(fresh):
                 self._keep(self._retire(old))
