@@ -74,10 +74,10 @@ def export(
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
     with session(as_json) as ui:
-        others = {"--precision": precision, "--data": data, "--class-map": class_map}
-        others |= {"--no-reference": not reference, "--onnx-only": onnx_only}
-        others |= {"--prune-unused": prune_unused, "--build-config": build_config}
-        others |= {"--set-build": set_build}
+        others: dict[str, object] = {"--precision": precision, "--data": data}
+        others |= {"--class-map": class_map, "--no-reference": not reference}
+        others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
+        others |= {"--build-config": build_config, "--set-build": set_build}
         if write_triton(ui, run, out, to, mount, device, max_batch, others, overwrite=overwrite):
             return
         from advmoe_deploy import api

@@ -167,7 +167,7 @@ def _of_deciles(layer: str, of: str, deciles: tuple[float, ...]) -> list[_Figure
 
     There is none where deciles are one another's equals, as of shares that are 1 to every digit.
     """
-    if len({*np.float32(deciles).tolist()}) < len(deciles):
+    if len({*np.array(deciles, np.float32).tolist()}) < len(deciles):
         return []
     even_B = np.full(len(deciles) + 1, 1 / (len(deciles) + 1))
     return [_Figure(layer, of, even_B, np.array(deciles, np.float32))] if deciles else []
