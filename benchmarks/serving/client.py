@@ -167,7 +167,7 @@ def _probe(port: int, pid: int, stop: Any, found: Any) -> None:
 
     async def run() -> tuple[list[float], int]:
         client, latencies_s, memory = Client(port), list[float](), 0
-        while not stop.is_set():
+        while not latencies_s or not stop.is_set():  # once at least, however short the block
             began = time.perf_counter()
             status, _ = await client.ask(request)
             latencies_s.append(time.perf_counter() - began if status == 200 else float("inf"))
