@@ -7,7 +7,7 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.golden import Golden
 from advmoe_deploy.serving.online.limits import Hold, Limits
 from advmoe_deploy.serving.online.metrics import figures_text
-from advmoe_deploy.serving.online.protocol import RefusedError, ServedModel
+from advmoe_deploy.serving.online.protocol import NO_MEMORY, RefusedError, ServedModel
 from advmoe_deploy.serving.online.service import Service, Shared
 
 # What becomes of a model's name that is to be loaded again.
@@ -159,6 +159,15 @@ class Models:
     def busy(self) -> bool:
         """Whether a request is being read, computed or written."""
         return self.shared.budget.used > 0 or not all(each.idle for each in self._living())
+
+    def charge(self, hold: Hold, count: int) -> None:
+        """Let ``hold`` grow to ``count`` bytes.
+
+        Raises:
+            RefusedError: other requests hold the memory (503).
+        """
+        if not self.reserve(hold, count):
+            raise RefusedError(NO_MEMORY, 503, retry_s=1)
 
     def reserve(self, hold: Hold, count: int) -> bool:
         """Return whether ``hold`` may grow to ``count`` bytes, and let it."""

@@ -34,6 +34,9 @@ _UINT8_ONE = np.float32(255)
 LOGITS = "logits"
 
 
+NO_MEMORY = "overloaded: other requests hold the memory"
+
+
 class RefusedError(UsageError):
     """A request that is not answered; ``status`` is its HTTP status, ``retry_s`` when to retry.
 

@@ -3,11 +3,14 @@
 import asyncio
 from collections import deque
 
+# How many small requests are read before others, health among them, have their turn.
+_EACH = 16
+
 
 class Turns:
     """Lets so many callers go on in each turn of the loop; between turns it looks at sockets."""
 
-    def __init__(self, each: int) -> None:
+    def __init__(self, each: int = _EACH) -> None:
         """Let ``each`` callers go on in a turn."""
         self._each = self._left = each
         self._waiting: deque[asyncio.Future[None]] = deque()

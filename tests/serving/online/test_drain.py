@@ -29,13 +29,6 @@ READY = b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
-def slow() -> SlowRunner:
-    runner = SlowRunner()
-    runner.let_go.set()
-    return runner
-
-
-@pytest.fixture
 def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
     with running(tiny_bundle, slow, LIMITS, drain_s=600) as live:
         wait_until_ready(live.address)

@@ -23,16 +23,13 @@ from advmoe_deploy.serving.online.service import (
 )
 from advmoe_deploy.serving.online.turns import Turns
 
-# How many small requests are read before others, health among them, have their turn.
-_IN_A_TURN = 16
-
 
 class Infer:
     """Reads a message within the limits, has it answered, and writes the answer."""
 
     def __init__(self, models: Models, gate: Gate) -> None:
         self._models, self._gate = models, gate
-        self._turns = Turns(_IN_A_TURN)
+        self._turns = Turns()
 
     async def __call__(self, context: Any) -> bytes:
         """Answer one call.
@@ -64,7 +61,7 @@ class Infer:
     async def _answer(
         self, service: Service, asked: Asked, hold: Hold, context: Any, began: float
     ) -> bytes:
-        self._reserve(hold, COPIES_OF_BINARY * asked.size)
+        self._models.charge(hold, COPIES_OF_BINARY * asked.size)
         with Arrival(service) as arrival:
             arrival.hear(more=False)
             try:
@@ -74,7 +71,7 @@ class Infer:
                 )
             finally:  # a reader's thread may hold on to it after the call was cancelled
                 asked.clear()
-            self._reserve(hold, request.images.nbytes)
+            self._models.charge(hold, request.images.nbytes)
             hold.shrink(request.images.nbytes)
             service.metrics.stage("read", time.perf_counter() - began)
             # A call whose client has left, or whose deadline is over, is cancelled by the library.
@@ -88,7 +85,3 @@ class Infer:
         )
         service.metrics.stage("write", time.perf_counter() - began)
         return answer
-
-    def _reserve(self, hold: Hold, count: int) -> None:
-        if not self._models.reserve(hold, count):
-            raise RefusedError("overloaded: other requests hold the memory", 503, retry_s=1)

@@ -22,7 +22,7 @@ from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.packing import UnreadError
-from advmoe_deploy.serving.online.http.reading import NO_MEMORY, counted, never, read_body
+from advmoe_deploy.serving.online.http.reading import counted, never, read_body
 from advmoe_deploy.serving.online.limits import BYTES_OF_PIXEL, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
@@ -97,8 +97,8 @@ class Image:
         """Return the one image [1, C, H, W] in ``body``, and width and height of its file."""
         loop = asyncio.get_running_loop()
 
-        async def reserve(pixels: int) -> bool:
-            return self._models.reserve(hold, 2 * len(body) + BYTES_OF_PIXEL * pixels)
+        async def charge(pixels: int) -> None:
+            self._models.charge(hold, 2 * len(body) + BYTES_OF_PIXEL * pixels)
 
         def admit(pixels: int) -> None:
             limit = service.model.limits.max_pixels
@@ -106,9 +106,7 @@ class Image:
                 raise RefusedError(
                     f"the image has {pixels} pixels; the server takes {limit} (--memory)", 413
                 )
-            asked = asyncio.run_coroutine_threadsafe(reserve(pixels), loop)
-            if not asked.result(timeout=_LOOP_S):
-                raise RefusedError(NO_MEMORY, 503, retry_s=1)
+            asyncio.run_coroutine_threadsafe(charge(pixels), loop).result(timeout=_LOOP_S)
 
         def work() -> tuple[NDArray[np.float32], tuple[int, int]]:
             if is_gone():

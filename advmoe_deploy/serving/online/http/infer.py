@@ -15,7 +15,7 @@ from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
-from advmoe_deploy.serving.online.http.reading import NO_MEMORY, counted, never, read_body
+from advmoe_deploy.serving.online.http.reading import counted, never, read_body
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
@@ -31,16 +31,13 @@ from advmoe_deploy.serving.online.turns import Turns
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
 
-# How many small requests are read before others, health among them, have their turn.
-_IN_A_TURN = 16
-
 
 class Infer:
     """Reads a body within the limits, has it answered, and writes the answer."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._turns = Turns(_IN_A_TURN)
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -92,8 +89,7 @@ class Infer:
             return read_request(body, json_length, service.model)
 
         request = await service.run(len(body) <= SMALL_BODY, read)
-        if not self._models.reserve(hold, request.images.nbytes):  # of UINT8 there is more now
-            raise RefusedError(NO_MEMORY, 503, retry_s=1)
+        self._models.charge(hold, request.images.nbytes)  # of UINT8 there is more now
         hold.shrink(request.images.nbytes)
         service.metrics.stage("read", time.perf_counter() - began)
         return request

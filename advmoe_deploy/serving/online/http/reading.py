@@ -12,10 +12,8 @@ from advmoe_deploy.serving.online.http.connection import REFUSED
 from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import RefusedError
+from advmoe_deploy.serving.online.protocol import NO_MEMORY, RefusedError
 from advmoe_deploy.serving.online.service import CLIENT_LEFT, Arrival, Service
-
-NO_MEMORY = "overloaded: other requests hold the memory"
 
 
 @contextmanager

@@ -37,13 +37,6 @@ INFER = f"{SERVICE}/ModelInfer"
 
 
 @pytest.fixture
-def slow() -> SlowRunner:
-    runner = SlowRunner()
-    runner.let_go.set()
-    return runner
-
-
-@pytest.fixture
 def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
     with running(tiny_bundle, slow, LIMITS, drain_s=600) as live:
         wait_until_ready(live.address)
@@ -229,6 +222,7 @@ def test_in_a_hurry_nothing_is_waited_for(
 def test_who_says_nothing_is_not_kept(tiny_bundle: Bundle, slow: SlowRunner) -> None:
     limits = Limits(head_s=0.5, keep_alive_s=0.5)
     with running(tiny_bundle, slow, limits) as live:
+        wait_until_ready(live.address)
         host, port = live.grpc.split(":")
         with socket.create_connection((host, int(port)), timeout=30) as silent:
             all_of(silent)  # settings of HTTP/2, and the end, which is waited for

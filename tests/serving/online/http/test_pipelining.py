@@ -30,13 +30,6 @@ MANY = json.dumps(request_for(np.repeat(ONE, 64, axis=0))).encode()
 
 
 @pytest.fixture
-def slow() -> SlowRunner:
-    runner = SlowRunner()
-    runner.let_go.set()
-    return runner
-
-
-@pytest.fixture
 def live(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
     with running(tiny_bundle, slow, LIMITS) as live:
         wait_until_ready(live.address)
