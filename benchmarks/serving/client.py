@@ -1,7 +1,10 @@
 """Clients of a server: raw HTTP over asyncio, closed loop or at a rate, and a probe of health."""
 
 import asyncio
+import errno
 import json
+import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +25,16 @@ class Sample:
     seconds: float = 0.0
     answers: Counter[int] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)  # of those with 200
+    unanswered: Counter[str] = field(default_factory=Counter)  # why, of those with 0
+    late_s: float = 0.0  # by how much the client itself fell behind its own times, at most
+
+    def count(self, status: int, client: "Client", seconds: float) -> None:
+        """Take in the answer that ``client`` had after so long."""
+        self.answers[status] += 1
+        if status == 200:
+            self.latencies_s.append(seconds)
+        if status == 0:
+            self.unanswered[client.failure] += 1
 
     def summary(self) -> dict[str, Any]:
         """Return what goes into a result."""
@@ -30,6 +43,8 @@ class Sample:
         return {
             "seconds": round(self.seconds, 3),
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
+            **({"unanswered": dict(self.unanswered)} if self.unanswered else {}),
+            **({"client_late_ms": round(1e3 * self.late_s, 3)} if self.late_s else {}),
             "per_s": round(self.answers[200] / self.seconds, 2),
             "p50_ms": p50,
             "p90_ms": p90,
@@ -43,6 +58,7 @@ class Client:
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.failure = ""  # why the last request had no answer
 
     @property
     def connected(self) -> bool:
@@ -64,7 +80,8 @@ class Client:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
             body = await reader.readexactly(length)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError) as error:
+            self.failure = f"{'connected' if self._streams else 'connecting'}: {_why(error)}"
             self.close()
             return 0, b""
         if b"connection: close" in head:
@@ -76,6 +93,17 @@ class Client:
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+
+
+def _why(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    return errno.errorcode.get(number or 0, type(error).__name__)
+
+
+def many_descriptors() -> None:
+    """Let this process hold as many connections as the system allows it."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def binary_request(model: str, images: "np.ndarray[Any, np.dtype[np.float32]]") -> bytes:
@@ -103,10 +131,8 @@ def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Samp
         client = Client(port)
         while (began := time.perf_counter()) < until:
             status, _ = await client.ask(request)
-            sample.answers[status] += 1
-            if status == 200:
-                sample.latencies_s.append(time.perf_counter() - began)
-            else:
+            sample.count(status, client, time.perf_counter() - began)
+            if status != 200:
                 await asyncio.sleep(0.05)
         client.close()
 
@@ -124,11 +150,10 @@ def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample
 
     async def one(sample: Sample, idle: list[Client], at: float) -> None:
         await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        sample.late_s = max(sample.late_s, time.perf_counter() - at)
         client = idle.pop() if idle else Client(port)
         status, _ = await client.ask(request)
-        sample.answers[status] += 1
-        if status == 200:
-            sample.latencies_s.append(time.perf_counter() - at)
+        sample.count(status, client, time.perf_counter() - at)
         idle.append(client)
 
     async def run() -> Sample:
@@ -163,6 +188,8 @@ def probed(port: int, pid: int) -> Iterator[dict[str, Any]]:
 
 
 def _probe(port: int, pid: int, stop: Any, found: Any) -> None:
+    with suppress(PermissionError):  # ahead of the clients, so that it waits for the server alone
+        os.nice(-10)
     request = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
     async def run() -> tuple[list[float], int]:

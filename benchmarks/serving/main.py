@@ -2,8 +2,10 @@
 
     python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
 
-Clients and server share the machine's cores; leave it alone meanwhile. What must hold of each part
-stands beside the figures. Writes ``benchmarks/results/serving.json``, or what ``--out`` names.
+Clients and server share the machine's cores, or have their own with ``--apart``, as where clients
+are other machines: the server, and the bare runner that it is compared with, on the first half.
+Leave the machine alone meanwhile. What must hold of each part stands beside the figures. Writes
+``benchmarks/results/serving.json``, or what ``--out`` names.
 """
 
 import argparse
@@ -16,11 +18,12 @@ from typing import Any
 
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.profiling.processor import processor_name
+from benchmarks.serving.client import many_descriptors
 from benchmarks.serving.malformed import malformed
 from benchmarks.serving.overload import overload
 from benchmarks.serving.reload import reloads
 from benchmarks.serving.rpc import rpc
-from benchmarks.serving.server import serving
+from benchmarks.serving.server import on_cores, serving
 from benchmarks.serving.speed import bare, same_logits, speed
 from benchmarks.serving.stops import stops
 
@@ -50,11 +53,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=50, help="servers that are stopped")
     parser.add_argument("--other", type=Path, help="the bundle that 'reload' takes turns with")
+    parser.add_argument("--apart", action="store_true", help="clients on cores of their own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULT)
     wanted = parser.parse_args()
     if "reload" in wanted.parts and wanted.other is None:
         parser.error("'reload' needs --other: a bundle of the same image shape")
+    many_descriptors()
     result = measure(wanted)
     wanted.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -63,37 +68,46 @@ def main() -> None:
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of every part that is wanted."""
     bundle, load = open_bundle(wanted.bundle), os.getloadavg()
+    cores = sorted(os.sched_getaffinity(0))
+    ours, theirs = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
+    if wanted.apart:
+        os.sched_setaffinity(0, theirs)
+    else:
+        ours = set(cores)
     result: dict[str, Any] = {
         "model": bundle.manifest.model.model_dump(mode="json"),
         "engine": wanted.engine,
         "threads": wanted.threads,
         "processor": processor_name(),
-        "cores": os.cpu_count(),
+        "cores": len(cores),
+        "cores_of_the_server": len(ours),
+        "clients_on_other_cores": wanted.apart,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "load_before": load,
     }
     options = [f"--engine={wanted.engine}", f"--threads={wanted.threads}"]
     if "speed" in wanted.parts:
-        alone = bare(bundle, wanted.engine, wanted.threads, min(10.0, wanted.seconds))
-        with serving(wanted.bundle, *options) as running:
+        with on_cores(ours):
+            alone = bare(bundle, wanted.engine, wanted.threads, min(10.0, wanted.seconds))
+        with serving(wanted.bundle, *options, cores=ours) as running:
             far = same_logits(running, bundle, wanted.engine)
             found = speed(running, bundle, alone, wanted.seconds)
         result["speed"] = {"logits_differ_by": far, "bare": alone, **found}
     if "overload" in wanted.parts:
-        with serving(wanted.bundle, *options) as running:
+        with serving(wanted.bundle, *options, cores=ours) as running:
             result["overload"] = overload(running, bundle, wanted.seconds)
     if "malformed" in wanted.parts:
-        with serving(wanted.bundle, *options) as running:
+        with serving(wanted.bundle, *options, cores=ours) as running:
             result["malformed"] = malformed(running, bundle, wanted.requests)
     if "stops" in wanted.parts:
-        result["stops"] = stops(wanted.bundle, bundle, wanted.rounds)
+        result["stops"] = stops(wanted.bundle, bundle, wanted.rounds, ours)
     if "grpc" in wanted.parts:
-        with serving(wanted.bundle, *options, "--grpc-port=0") as running:
+        with serving(wanted.bundle, *options, "--grpc-port=0", cores=ours) as running:
             result["grpc"] = rpc(running, bundle, wanted.engine, wanted.seconds, wanted.requests)
     if "reload" in wanted.parts:
         pair = (bundle, open_bundle(wanted.other))
-        result["reload"] = reloads(pair, wanted.engine, wanted.requests, *options)
+        result["reload"] = reloads(pair, wanted.engine, wanted.requests, ours, *options)
     return result
 
 

@@ -21,7 +21,7 @@ IMAGES = 4  # of a request, each of which has to be of one and the same bundle
 
 
 def reloads(
-    bundles: tuple[Bundle, Bundle], engine: str, requests: int, *options: str
+    bundles: tuple[Bundle, Bundle], engine: str, requests: int, cores: set[int], *options: str
 ) -> dict[str, Any]:
     """Return what came of ``requests`` while the one bundle took the place of the other."""
     images = images_of(bundles[0], IMAGES)
@@ -31,7 +31,7 @@ def reloads(
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "bundle"
         link.symlink_to(bundles[0].path.absolute())
-        with serving(link, *options) as running:
+        with serving(link, *options, cores=cores) as running:
             request = binary_request(running.model, images)
             before = memory_of(running.process.pid)
             with probed(running.port, running.process.pid) as health:

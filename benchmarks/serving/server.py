@@ -1,5 +1,6 @@
 """The server that is measured, as a process of its own."""
 
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,17 @@ from pathlib import Path
 
 _READY = r"serving '(.+)' at http://\S+:(\d+)(?: and by gRPC at \S+:(\d+))?;"
 ADVMOE = [sys.executable, "-m", "advmoe_deploy.cli.app"]
+
+
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Let what starts within the block, processes and threads, run on ``cores`` alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @dataclass
@@ -42,11 +54,14 @@ def start(bundle: Path, options: list[str], log: Path) -> subprocess.Popen[bytes
 
 
 @contextmanager
-def serving(bundle: Path, *options: str, delay_ms: float = 2.0) -> Iterator[Running]:
-    """Serve ``bundle`` within the block; SIGTERM ends it, with exit code 0."""
+def serving(
+    bundle: Path, *options: str, delay_ms: float = 2.0, cores: set[int] | None = None
+) -> Iterator[Running]:
+    """Serve ``bundle`` within the block, on ``cores``; SIGTERM ends it, with exit code 0."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        process = start(bundle, [*options, f"--delay-ms={delay_ms}"], log)
+        with on_cores(cores or set()):
+            process = start(bundle, [*options, f"--delay-ms={delay_ms}"], log)
         try:
             found = None
             while found is None:

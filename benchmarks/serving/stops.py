@@ -13,39 +13,44 @@ from typing import Any
 
 from advmoe_deploy.bundle import Bundle
 from benchmarks.serving.client import HOST, Client, binary_request
-from benchmarks.serving.server import start
+from benchmarks.serving.server import on_cores, start
 from benchmarks.serving.speed import images_of
 
 CLIENTS = 8
 
 
-def stops(bundle_path: Path, bundle: Bundle, rounds: int) -> dict[str, Any]:
+def stops(bundle_path: Path, bundle: Bundle, rounds: int, cores: set[int]) -> dict[str, Any]:
     """Return how so many servers ended that were stopped at random moments."""
     random.seed(0)
     request = binary_request(bundle.manifest.model.family, images_of(bundle, 1))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         began = time.perf_counter()
-        process = start(bundle_path, [], log)
+        with on_cores(cores):
+            process = start(bundle_path, [], log)
         _port_of(process, log)
         ready_s = time.perf_counter() - began
         _end(process)
         ends = [
-            asyncio.run(_stopped(bundle_path, log, request, random.uniform(0.0, 2 * ready_s)))
+            asyncio.run(_stopped(bundle_path, log, request, random.uniform(0, 2 * ready_s), cores))
             for _ in range(rounds)
         ]
     return {
         "rounds": rounds,
         "seconds_to_ready": round(ready_s, 2),
         "while_starting": sum(not end["served"] for end in ends),
-        "exit_codes": sorted({end["code"] for end in ends}),
+        "exit_codes": dict(Counter(str(end["code"]) for end in ends)),
+        "not_0": [{key: end[key] for key in ("code", "after_s")} for end in ends if end["code"]],
         "answers": dict(sum((end["answers"] for end in ends), Counter())),
         "tracebacks": sum(end["traceback"] for end in ends),
     }
 
 
-async def _stopped(bundle: Path, log: Path, request: bytes, after_s: float) -> dict[str, Any]:
-    process = start(bundle, ["--drain=0.5"], log)
+async def _stopped(
+    bundle: Path, log: Path, request: bytes, after_s: float, cores: set[int]
+) -> dict[str, Any]:
+    with on_cores(cores):
+        process = start(bundle, ["--drain=0.5"], log)
     at = time.perf_counter() + after_s
     answers: Counter[str] = Counter()
     asking: list[asyncio.Task[None]] = []
@@ -59,6 +64,7 @@ async def _stopped(bundle: Path, log: Path, request: bytes, after_s: float) -> d
     await asyncio.gather(*asking)
     said = log.read_text()
     return {
+        "after_s": round(after_s, 3),
         "answers": answers,
         "served": bool(asking),
         "code": process.returncode,
