@@ -48,27 +48,39 @@ def decode_bytes(data: bytes, where: str, decoding: Decoding) -> DecodedImage:
 
 
 def stacked(
-    read: Callable[[int], Pixels], rows: Sequence[int], decoding: Decoding, key: Callable[[], str]
+    read: Callable[[int], Pixels],
+    rows: Sequence[int],
+    decoding: Decoding,
+    key: Callable[[], str],
+    *,
+    threads: int = 0,
 ) -> Pixels:
     """Return ``read(row)`` of each row, decoded by ``decoding``, as uint8 [N, C, H, W].
 
     A result above 4 GiB is kept in a file under ``$ADVMOE_CACHE`` (by default
     ``~/.cache/advmoe-deploy/images``), named by a hash of ``key()`` and of how they are decoded,
     and found there the next time: the key must tell these files, in this order, from all others.
+    Decoding takes ``threads``; 0: OMP_NUM_THREADS, else the usable CPUs.
     """
     shape = (len(rows), decoding.channels, decoding.size, decoding.size)
     if int(np.prod(shape)) <= IN_MEMORY_BYTES:
         images = np.empty(shape, np.uint8)
-        _fill(images, read, rows)
+        _fill(images, read, rows, threads)
         return images
     # Another Pillow may bring another JPEG decoder.
     decoder = f"{decoding.model_dump_json()} Pillow {PIL.__version__}"
     return _cached(read, rows, shape, f"{decoder} {key()}")
 
 
-def _fill(images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int]) -> None:
+def _fill(
+    images: Pixels, read: Callable[[int], Pixels], rows: Sequence[int], threads: int = 0
+) -> None:
+    if threads == 1:
+        for index, row in enumerate(rows):
+            images[index] = read(row)
+        return
     # Pillow decodes outside Python's lock.
-    with ThreadPoolExecutor(default_threads() or usable_cpus()) as pool:
+    with ThreadPoolExecutor(threads or default_threads() or usable_cpus()) as pool:
         for index, pixels in enumerate(pool.map(read, rows)):
             images[index] = pixels
 
