@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.errors import CheckpointError, DivergedError
+from advmoe_deploy.models.backbones.layers import RoutedConv2d
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
@@ -194,9 +195,21 @@ def _put_momentum(
 
 
 def place(fabric: Fabric, model: Classifier, *, channels_last: bool) -> Classifier:
-    """Return ``model`` on the device of ``fabric``, in the memory layout asked for."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    """Return ``model`` on the device of ``fabric``, in the memory layout asked for.
+
+    Models with strided 1x1 convolutions of fewer than 16 channels keep channels first: the backward
+    pass of oneDNN writes past its memory there (uxlfoundation/oneDNN, issue 6035).
+    """
+    last = channels_last and not any(map(_is_narrow_shortcut, model.modules()))
+    layout = torch.channels_last if last else torch.contiguous_format
     return model.to(device=fabric.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _is_narrow_shortcut(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Conv2d, RoutedConv2d)):
+        return False
+    stride = module.stride if isinstance(module.stride, int) else max(module.stride)
+    return stride > 1 and module.weight.shape[2:] == (1, 1) and module.weight.shape[1] < 16
 
 
 def _require_finite(model: nn.Module) -> None:
