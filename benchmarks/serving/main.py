@@ -5,7 +5,7 @@
 Clients and server share the machine's cores, or have their own with ``--apart``, as where clients
 are other machines: the server, and the bare runner that it is compared with, on the first half.
 Leave the machine alone meanwhile. What must hold of each part stands beside the figures. Writes
-``benchmarks/results/serving.json``, or what ``--out`` names.
+``benchmarks/results/serving/digits.json``, or what ``--out`` names.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.serving.server import on_cores, serving
 from benchmarks.serving.speed import bare, same_logits, speed
 from benchmarks.serving.stops import stops
 
-RESULT = Path(__file__).parents[1] / "results" / "serving.json"
+RESULT = Path(__file__).parents[1] / "results" / "serving" / "digits.json"
 PARTS = ("speed", "overload", "malformed", "stops", "grpc", "reload")
 LIBRARIES = (
     "fastapi",

@@ -9,7 +9,7 @@ those that an attack turned, and, for comparison, the clean selves of those, whi
 turn than most. Of windows: by the largest drift, where all images are attacked, or one of four.
 Intervals, 95 %, are a bootstrap over test images. The attack that knows the monitor keeps the clean
 image's experts and margins while it fools the model. Writes
-``benchmarks/results/route_monitor.json``.
+``benchmarks/results/serving/route_monitor.json``.
 
 Shapes: N images, K classes, E experts, B bins.
 """
@@ -47,7 +47,7 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 from benchmarks.serving.knowing import knowing_attack
 from benchmarks.serving.roc import interval, picked, window_areas
 
-RESULT = Path(__file__).parents[1] / "results" / "route_monitor.json"
+RESULT = Path(__file__).parents[1] / "results" / "serving" / "route_monitor.json"
 WINDOW = 64  # images: a few hundred test images fill several
 SHARES = (1.0, 0.25)
 ATTACKS = {
