@@ -12,6 +12,8 @@ from pathlib import Path
 
 from advmoe_deploy.errors import UsageError, naming, reading, writing
 
+SUMS = "SHA256SUMS"
+
 
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of the file at ``path``."""
@@ -20,6 +22,13 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_sums(root: Path) -> None:
+    """Write ``root/SHA256SUMS``, of all files below it, for ``sha256sum --check``."""
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    lines = [f"{sha256_of(file)}  {file.relative_to(root).as_posix()}\n" for file in files]
+    (root / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -23,6 +23,7 @@ EXAMPLES = {
         "advmoe export bundle --format trt --out bundle-for-this-gpu",
         "advmoe export zoo:NAME --format onnx",
         "advmoe export bundle --format triton --out models --mount /models",
+        "advmoe export bundle --format web --out site",
     ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",

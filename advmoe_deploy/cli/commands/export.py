@@ -18,6 +18,7 @@ from advmoe_deploy.cli.options import (
 )
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.cli.triton_options import Device, MaxBatch, Mount, write_triton
+from advmoe_deploy.cli.web_options import Epsilon, Images, Runtime, write_web
 from advmoe_deploy.specs import Precision
 
 
@@ -30,7 +31,9 @@ def export(
             help=f"What 'advmoe train' wrote; for trt, trt-rtx also a bundle of --onnx-only{NAMED}",
         ),
     ],
-    to: Annotated[str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx or triton.")],
+    to: Annotated[
+        str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx, triton or web.")
+    ],
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,21 +67,28 @@ def export(
     mount: Mount = None,
     device: Device = None,
     max_batch: MaxBatch = None,
+    images: Images = None,
+    epsilon: Epsilon = None,
+    runtime: Runtime = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written.
 
-    Format triton makes a model repository for NVIDIA's server, of a bundle.
+    Format triton makes a model repository for NVIDIA's server, of a bundle; format web a page that
+    runs it in the browser.
     """
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
     with session(as_json) as ui:
-        others: dict[str, object] = {"--precision": precision, "--data": data}
-        others |= {"--class-map": class_map, "--no-reference": not reference}
+        others: dict[str, object] = {"--precision": precision, "--no-reference": not reference}
         others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         others |= {"--build-config": build_config, "--set-build": set_build}
-        if write_triton(ui, run, out, to, mount, device, max_batch, others, overwrite=overwrite):
+        web = {"--images": images, "--epsilon": epsilon, "--runtime": runtime}
+        no_data = {**others, "--data": data, "--class-map": class_map, **web}
+        if write_triton(ui, run, out, to, mount, device, max_batch, no_data, overwrite=overwrite):
+            return
+        if write_web(ui, run, out, to, data, class_map, web, others, overwrite=overwrite):
             return
         from advmoe_deploy import api
         from advmoe_deploy.data.matching import read_class_map

@@ -53,6 +53,19 @@ def repository_report(out: Path, models: Sequence[str]) -> RenderableType:
     return Group(facts(str(out), rows), escape(hint))
 
 
+def site_report(out: Path, shown: Mapping[str, Any], sizes: Mapping[str, int]) -> RenderableType:
+    """Return where a page is, what is shown on it, its size, and how to look at it."""
+    models = [f"{each['name']} ({sizes[each['file']] / 1e6:.1f} MB)" for each in shown["models"]]
+    rows = [
+        ("networks", ", ".join(models)),
+        ("images", f"{len(shown['labels'])} of {shown['data']}; {shown['attack']}"),
+        ("runtime", f"ONNX Runtime Web {shown['versions']['onnxruntime_web']}"),
+        ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
+    ]
+    hint = f"next: python -m http.server --bind 127.0.0.1 --directory {out}"
+    return Group(facts(str(out), rows), escape(hint))
+
+
 def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon

@@ -145,7 +145,7 @@ _WEIGHTED_COMBINE = """
 
 def with_bodies(model: ModelProto) -> ModelProto:
     """Return ``model`` itself, given the bodies of the custom operators it uses and no other."""
-    used = {node.op_type for node in _nodes(model.graph) if node.domain == DOMAIN}
+    used = {node.op_type for node in nodes_of(model.graph) if node.domain == DOMAIN}
     del model.functions[:]
     model.functions.extend(body for name, body in bodies().items() if name in used)
     if used and all(entry.domain != DOMAIN for entry in model.opset_import):
@@ -179,9 +179,10 @@ def _routers() -> Iterable[str]:
             yield f"{name} {attributes} ({given}) => (ids, weights{made}) {{ {scores} {weights} }}"
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+def nodes_of(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+    """Yield the nodes of ``graph``, and those of the branches and bodies in them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+                yield from nodes_of(attribute.g)

@@ -6,7 +6,6 @@ and asks one model for each segment (``NAME.SEGMENT``), so that experts batch, s
 each on their own. ``SHA256SUMS`` at the top is for ``sha256sum --check``, as Triton hashes nothing.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path, PurePosixPath
@@ -14,11 +13,10 @@ from pathlib import Path, PurePosixPath
 from advmoe_deploy.bundle import MODEL, Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.triton.config import Device, ModelConfig
-from advmoe_deploy.files import refuse_existing, staged_directory
+from advmoe_deploy.files import SUMS, refuse_existing, staged_directory, write_sums
 from advmoe_deploy.plan import Plan, Segment, TensorInfo
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops, uses_custom_ops
 
-SUMS = "SHA256SUMS"
 PLAN = "plan.json"
 VERSION = "1"
 # The program that the Python backend runs; the package has to be installed there.
@@ -60,7 +58,7 @@ def write_repository(
         models = _Models(bundle, staged, PurePosixPath(mount), device, max_batch)
         names = [models.write_whole(), models.write_pathways()]
         names += [models.write_segment(each) for each in models.plan.segments]
-        _write_sums(staged)
+        write_sums(staged)
     return names
 
 
@@ -131,12 +129,3 @@ class _Models:
         config = ModelConfig(name, backend, inputs, outputs, device, max_batch, custom_ops)
         (self.root / name / "config.pbtxt").write_text(config.text(), encoding="utf-8")
         return name
-
-
-def _write_sums(root: Path) -> None:
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    lines = [
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(root).as_posix()}\n"
-        for file in files
-    ]
-    (root / SUMS).write_text("".join(lines), encoding="utf-8")

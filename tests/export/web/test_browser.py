@@ -1,0 +1,119 @@
+"""The page in a headless Chromium, on the real ONNX Runtime Web."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.export.web.runtime import RELEASE
+from advmoe_deploy.export.web.site import write_site
+from benchmarks.serving.web import ISOLATED, checked, served
+from tests.families import Families
+from tests.serving.online.browser import CHROMIUM, Browser, browsing
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
+    pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed"),
+]
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
+IMAGES, ATTACKS = 10, 6
+
+
+@pytest.fixture(scope="module")
+def hostile(trained_bundle: Bundle) -> Bundle:
+    """A bundle all of whose classes are called by a piece of HTML."""
+    names = tuple(f"{HOSTILE} {i}" for i in range(10))
+    manifest = trained_bundle.manifest.model_copy(update={"class_names": names})
+    return Bundle(trained_bundle.path, manifest)
+
+
+@pytest.fixture(scope="module")
+def site(hostile: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_site(hostile, tmp_path_factory.mktemp("web") / "site", images=IMAGES).path
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    with browsing(tmp_path / "profile") as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("headers", [{}, ISOLATED], ids=["plain", "isolated"])
+def test_logits_are_the_native_ones(site: Path, browser: Browser, headers: dict[str, str]) -> None:
+    with served(site, headers) as url:
+        found = checked(browser, url, rounds=2)
+    assert found["samples"] == IMAGES * ATTACKS
+    assert found["compared"] >= found["samples"] - found["other_routes"] > 0
+    assert found["largest_difference"] < 1e-4
+    assert found["margin_of_other_routes"] < 1e-3
+    assert found["other_classes"] == 0
+    assert found["onnxruntime_web"] == RELEASE.version
+    assert list(found["times"]) == ["MoE", "dense", "s-dense"]
+    assert all(each["n"] == 2 and each["median_ms"] > 0 for each in found["times"].values())
+    assert (found["threads"] > 1) == bool(headers)
+    assert browser.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["conv experts", "block experts", "token experts", "dense ViT"])
+def test_every_kind_of_expert_runs(
+    families: Families, family: str, browser: Browser, tmp_path: Path
+) -> None:
+    _, bundle = families[family]
+    made = write_site(bundle, tmp_path / "s", data="digits", images=3)
+    with served(made.path) as url:
+        found = checked(browser, url, rounds=2)
+    assert found["compared"] > 0
+    assert found["largest_difference"] < 1e-4
+    assert found["margin_of_other_routes"] < 1e-3
+    assert browser.complaints == []
+
+
+SHOWN = """
+for (let i = 0; i < 1000 && !document.querySelector("#classes div"); i++) {
+  await new Promise((done) => setTimeout(done, 20));
+}
+"""
+MOVED = """
+const at = (id) => document.getElementById(id), level = at("level"), time = at("time");
+document.querySelectorAll("#strip button")[3].click();
+time.textContent = "";
+level.value = 5;
+level.dispatchEvent(new Event("input"));
+for (let i = 0; i < 500 && !time.textContent; i++) {
+  await new Promise((done) => setTimeout(done, 20));
+}
+return document.body.innerText;
+"""
+TIMED = """
+const start = document.getElementById("start");
+start.click();
+for (let i = 0; i < 3000 && start.disabled; i++) await new Promise((done) => setTimeout(done, 20));
+return [...document.querySelectorAll("#times tr")].map((row) => row.cells[0].textContent);
+"""
+
+
+def test_the_slider_attacks(site: Path, browser: Browser, tmp_path: Path) -> None:
+    with served(site) as url:
+        browser.open(f"{url}/")
+        browser.run(SHOWN)
+        assert browser.run("return document.getElementById('strength').textContent") == "none"
+        text = browser.run(MOVED)
+        assert "every pixel by at most" in text
+        assert f"{HOSTILE} 3" in text
+        assert "Experts" in text
+        assert browser.run("return document.querySelectorAll('img').length") == 0
+        assert browser.run("return document.title") == "Mixture of experts under attack"
+        assert browser.run(TIMED) == ["MoE", "dense", "s-dense"]
+        browser(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True},
+        )
+        assert browser.run("return document.documentElement.scrollWidth") <= 400
+        browser.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as shot:
+        assert len(shot.convert("RGB").getcolors(1 << 20) or []) > 20  # it is not blank
+    assert browser.complaints == []
