@@ -34,7 +34,8 @@ def browser_graph(bundle: Bundle) -> bytes:
         raise BundleError(
             f"{bundle.path / MODEL} cannot be read: {error}; export the bundle again"
         ) from None
-    graph = _standard(_with_scores(model, bundle.manifest.plan), bundle).SerializeToString()
+    standard = _standard(_with_scores(model, bundle.manifest.plan), bundle)
+    graph: bytes = standard.SerializeToString()
     _require_golden(graph, bundle)
     return graph
 

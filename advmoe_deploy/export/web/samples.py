@@ -65,7 +65,9 @@ def attacked_samples(
     source = data or str(manifest.training.get("data", ""))
     known = fingerprint_in(manifest.training)
     trained = Trained(manifest.model, manifest.class_names, manifest.decoding, known)
-    x_NCHW, labels_N = matching_test_images(source, trained, _AMONG, class_map=class_map)
+    x_NCHW, labels_N = matching_test_images(
+        source, trained, max(_AMONG, count), class_map=class_map
+    )
     rows_S = _in_turn(labels_N)[:count]
     attack = AttackSpec(
         name="pgd",
@@ -90,11 +92,11 @@ def attacked_samples(
 def _in_turn(labels_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the images in such an order that classes take turns."""
     seen: Counter[int] = Counter()
-    rounds = []
-    for label in labels_N.tolist():
-        rounds.append(seen[label])
+    rounds_N = np.zeros_like(labels_N)
+    for image, label in enumerate(labels_N.tolist()):
+        rounds_N[image] = seen[label]
         seen[label] += 1
-    return np.lexsort((labels_N, rounds))
+    return np.lexsort((labels_N, rounds_N))
 
 
 def _attacked(

@@ -6,7 +6,10 @@ const same = (a, b) => a.length === b.length && a.every((value, i) => value === 
 
 async function differences(site, model, samples) {
   const expected = await readJson("expected.json");
-  const found = {samples: samples.count, compared: 0, largest_difference: 0, other_classes: 0, other_routes: 0, margin_of_other_routes: 0};
+  const found = {
+    samples: samples.count, compared: 0, not_finite: 0, largest_difference: 0,
+    other_classes: 0, other_routes: 0, margin_of_other_routes: 0,
+  };
   for (let i = 0; i < samples.count; i++) {
     const answer = await model.answer(samples.at(i), site);
     const other = answer.routes.filter(({layer, ids}) => !same(ids, expected.expert_ids[layer][i]));
@@ -15,10 +18,13 @@ async function differences(site, model, samples) {
       found.margin_of_other_routes = Math.max(found.margin_of_other_routes, other[0].margin ?? 1);
       continue;
     }
-    found.compared += 1;
     const apart = answer.logits.map((logit, k) => Math.abs(logit - expected.logits[i][k]));
-    // Not Math.max, to which a logit that is no number would be none.
-    for (const each of apart) if (!(each <= found.largest_difference)) found.largest_difference = each;
+    if (!apart.every(Number.isFinite)) {
+      found.not_finite += 1;
+      continue;
+    }
+    found.compared += 1;
+    found.largest_difference = Math.max(found.largest_difference, ...apart);
     found.other_classes += best(answer.logits) !== best(expected.logits[i]);
   }
   return found;

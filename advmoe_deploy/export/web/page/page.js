@@ -10,8 +10,8 @@ const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const ms = (time) => time.toPrecision(3);
 
 function counted(macs) {
-  const [size, unit] = [[1e9, "G"], [1e6, "M"], [1e3, "K"]].find(([size]) => macs >= size / 10) || [1, ""];
-  return `${(macs / size).toPrecision(3)} ${unit}`;
+  const [size, unit] = [[1e9, "G"], [1e6, "M"], [1e3, "K"]].find(([size]) => macs >= size) || [1, ""];
+  return `${Number((macs / size).toPrecision(3))} ${unit}`;
 }
 
 function make(tag, kind = "", text = "") {
