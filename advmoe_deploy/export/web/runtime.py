@@ -157,4 +157,5 @@ def _way(release: Release) -> str:
 def _complaint(stderr: str) -> str:
     """Return what npm said, in one line."""
     lines = [line.partition("npm error")[2].strip() for line in stderr.splitlines()]
-    return ", ".join(line for line in lines if line)[:200] or "it gave no reason"
+    said = [line for line in lines if line and not line.startswith("at ")]
+    return ", ".join(said)[:200] or "it gave no reason"
