@@ -69,16 +69,8 @@ def attacked_samples(
         source, trained, max(_AMONG, count), class_map=class_map
     )
     rows_S = _in_turn(labels_N)[:count]
-    attack = AttackSpec(
-        name="pgd",
-        steps=_STEPS,
-        target="pathway" if model.rules else "model",
-        loss="margin",
-        momentum=0.75,
-        decay=True,
-    )
     epsilons_A = tuple(min(1.0, share * threat.epsilon) for share in SHARES)
-    images_SACHW = _attacked(model, x_NCHW[rows_S], labels_N[rows_S], epsilons_A, attack, progress)
+    images_SACHW = _attacked(model, x_NCHW[rows_S], labels_N[rows_S], epsilons_A, progress)
     aim = "on routes and pathways" if model.rules else "on the network"
     return Samples(
         images_SACHW,
@@ -104,9 +96,16 @@ def _attacked(
     x_SCHW: NDArray[np.float32],
     labels_S: NDArray[np.int64],
     epsilons_A: tuple[float, ...],
-    attack: AttackSpec,
     progress: Progress,
 ) -> NDArray[np.float32]:
+    attack = AttackSpec(
+        name="pgd",
+        steps=_STEPS,
+        target="pathway" if model.rules else "model",
+        loss="margin",
+        momentum=0.75,
+        decay=True,
+    )
     clean, labels = torch.from_numpy(x_SCHW), torch.from_numpy(labels_S)
     found = [clean]
     with task(progress, "attack", len(epsilons_A) - 1):

@@ -22,6 +22,7 @@ from advmoe_deploy.export.web.runtime import RELEASE, Release, runtime_files
 from advmoe_deploy.export.web.samples import Samples, attacked_samples
 from advmoe_deploy.files import refuse_existing, staged_directory, write_sums
 from advmoe_deploy.parity.compare import predictions_of
+from advmoe_deploy.plan import Plan
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.select import open_runner
@@ -112,10 +113,7 @@ def _facts(
     bundle: Bundle, models: Mapping[str, bytes], samples: Samples, release: Release
 ) -> dict[str, Any]:
     manifest = bundle.manifest
-    spec, macs, plan = manifest.model, manifest.macs, manifest.plan
-    cost = {"dense": macs.dense, "s-dense": macs.s_dense}
-    scores = scores_in(models[MODEL], plan)
-    baselines = [name.removesuffix(".onnx") for name in models if name != MODEL]
+    spec = manifest.model
     return {
         "family": spec.family,
         "backbone": spec.backbone,
@@ -125,19 +123,8 @@ def _facts(
         "epsilons": samples.epsilons_A,
         "attack": samples.attack,
         "data": samples.source,
-        "routes": [
-            {
-                "layer": route.layer,
-                "experts": route.kept,
-                "tokens": route.tokens,
-                "scores": route.scores if route.scores in scores else None,
-            }
-            for route in plan.routes
-        ],
-        "models": [
-            {"name": "MoE" if plan.routes else "dense", "file": MODEL, "macs": macs.executed},
-            *({"name": n, "file": f"{n}.onnx", "macs": cost[n]} for n in baselines),
-        ],
+        "routes": _routes(manifest.plan, scores_in(models[MODEL], manifest.plan)),
+        "models": [_model(bundle, file) for file in models],
         "bundle": bundle.identity,
         "versions": {
             "advmoe_deploy": __version__,
@@ -145,6 +132,25 @@ def _facts(
             "onnxruntime_web": release.version,
         },
     }
+
+
+def _routes(plan: Plan, scores: set[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": route.layer,
+            "experts": route.kept,
+            "tokens": route.tokens,
+            "scores": route.scores if route.scores in scores else None,
+        }
+        for route in plan.routes
+    ]
+
+
+def _model(bundle: Bundle, file: str) -> dict[str, Any]:
+    macs, own = bundle.manifest.macs, "MoE" if bundle.manifest.plan.routes else "dense"
+    cost = {MODEL: macs.executed, "dense.onnx": macs.dense, "s-dense.onnx": macs.s_dense}
+    name = own if file == MODEL else file.removesuffix(".onnx")
+    return {"name": name, "file": file, "macs": cost[file]}
 
 
 def _expected(bundle: Bundle, samples: Samples) -> dict[str, Any]:
