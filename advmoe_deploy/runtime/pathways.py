@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep
 from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.routing import share_margins
+from advmoe_deploy.runtime.routing import Tensors, share_margins
 from advmoe_deploy.runtime.runner import Prediction, Runner, margins_of, prediction_of
 from advmoe_deploy.runtime.select import WARM_BATCHES
 
@@ -103,13 +103,8 @@ class _Pathways:
     def _routed(self, images: NDArray[np.float32]) -> Rows:
         tensors = self._runner.before_last(_padded(images, self._sizes))
         made = [name for route in self._runner.routes for name in (route.expert_ids, route.weights)]
-        for step in self._runner.plan.steps:
-            if isinstance(step, RouteStep) and tensors[step.scores].shape[1] > 1:
-                margins_R = share_margins(tensors[step.scores])
-                shape = (-1, *(int(size) for size in step.shape[1:-1]))
-                tensors[margins_of(step)] = margins_R.reshape(shape)
-                made.append(margins_of(step))
-        return Rows({name: tensors[name] for name in (self._step.input, *made)})[: len(images)]
+        kept = {name: tensors[name] for name in (self._step.input, *made)}
+        return Rows(kept | plan_margins(self._runner.plan, tensors))[: len(images)]
 
     def count(self, rows: int) -> int:
         return _bucket(rows, self._sizes)[0]
@@ -120,6 +115,19 @@ class _Pathways:
         if self._route.weighting != "one":
             answer = answer * rows.tensors[self._route.weights]
         return prediction_of(self._runner.routes, {**rows.tensors, "logits": answer}, len(x))
+
+
+def plan_margins(plan: Plan, tensors: Tensors) -> Tensors:
+    """Return the margins of a plan's routing steps, as a :class:`Prediction` has them, by name.
+
+    A step over one expert has none.
+    """
+    made = {}
+    for step in plan.steps:
+        if isinstance(step, RouteStep) and tensors[step.scores].shape[1] > 1:
+            shape = (-1, *(int(size) for size in step.shape[1:-1]))
+            made[margins_of(step)] = share_margins(tensors[step.scores]).reshape(shape)
+    return made
 
 
 def _last_pathways(plan: Plan) -> ExpertsStep | None:

@@ -4,18 +4,16 @@ Requests that Triton brings together are one batch: it is routed once, and the e
 are asked side by side, each for its own rows, which Triton may again join with those of others.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment
-from advmoe_deploy.runtime.dispatch import combined, dispatch
-from advmoe_deploy.runtime.routing import Tensors, route
+from advmoe_deploy.plan import Plan, Segment
+from advmoe_deploy.runtime.plan_walk import walk
+from advmoe_deploy.runtime.routing import Tensors
 
 
 class TritonPythonModel:
@@ -36,7 +34,7 @@ class TritonPythonModel:
         (name,) = self.plan.inputs
         given = [self.triton.get_input_tensor_by_name(each, name).as_numpy() for each in requests]
         try:
-            tensors = await self._infer({name: np.concatenate(given)})
+            tensors = await walk(self.plan, np.concatenate(given), self._ask)
         except self.triton.TritonModelException as error:
             failed = self.triton.TritonError(str(error))
             return [self.triton.InferenceResponse(error=failed) for _ in requests]
@@ -50,33 +48,6 @@ class TritonPythonModel:
             )
             for images, end in zip(given, ends, strict=True)
         ]
-
-    async def _infer(self, tensors: Tensors) -> Tensors:
-        for step in self.plan.steps:
-            match step:
-                case RunStep():
-                    segment = self.plan.segment(step.segment)
-                    ends = {tensor.name: tensors[tensor.name] for tensor in segment.inputs}
-                    tensors |= await self._ask(segment, ends)
-                case RouteStep():
-                    tensors |= route(step, tensors[step.scores])
-                case ExpertsStep():
-                    tensors[step.output] = await self._experts(step, tensors)
-        return tensors
-
-    async def _experts(self, step: ExpertsStep, tensors: Tensors) -> NDArray[Any]:
-        """Return the weighted answers in the rows' order; who has no rows is not asked."""
-        x, route_ = tensors[step.input], self.plan.route(step.layer)
-        given = dispatch(tensors[route_.expert_ids])
-        segments = dict(zip(route_.kept, step.segments, strict=True))
-        chosen = [(self.plan.segment(segments[e]), x[rows]) for e, rows in given.rows()]
-        asked = [self._ask(s, {s.inputs[0].name: rows}) for s, rows in chosen]
-        answers = [
-            answer[segment.outputs[0].name]
-            for (segment, _), answer in zip(chosen, await asyncio.gather(*asked), strict=True)
-        ]
-        parts = dict(zip(given.choices, answers, strict=True))
-        return combined(route_, given, parts, tensors[route_.weights])
 
     async def _ask(self, segment: Segment, ends: Tensors) -> Tensors:
         """Return what the model of ``segment`` answers.
