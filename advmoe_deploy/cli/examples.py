@@ -24,6 +24,7 @@ EXAMPLES = {
         "advmoe export zoo:NAME --format onnx",
         "advmoe export bundle --format triton --out models --mount /models",
         "advmoe export bundle --format web --out site",
+        "advmoe export bundle --format kserve --storage-uri s3://models/cats --image HOST/advmoe:1",
     ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",

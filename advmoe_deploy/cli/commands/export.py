@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
+from advmoe_deploy.cli.kserve_options import Image, Server, StorageUri, write_kserve
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -32,7 +33,7 @@ def export(
         ),
     ],
     to: Annotated[
-        str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx, triton or web.")
+        str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx, triton, web or kserve.")
     ],
     precision: Annotated[
         list[str] | None,
@@ -69,14 +70,17 @@ def export(
     max_batch: MaxBatch = None,
     images: Images = None,
     epsilon: Epsilon = None,
+    storage_uri: StorageUri = None,
+    image: Image = None,
+    server: Server = None,
     runtime: Runtime = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Export a trained model to a bundle, checked against the model before it is written.
 
-    Format triton makes a model repository for NVIDIA's server, of a bundle; format web a page that
-    runs it in the browser.
+    Of a bundle, format triton makes a model repository for NVIDIA's server, web a page that runs it
+    in the browser, and kserve the manifests of a service on Kubernetes.
     """
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
@@ -89,6 +93,9 @@ def export(
         if write_triton(ui, run, out, to, mount, device, max_batch, no_data, overwrite=overwrite):
             return
         if write_web(ui, run, out, to, data, class_map, web, others, overwrite=overwrite):
+            return
+        own = (storage_uri, image, server)
+        if write_kserve(ui, run, out, to, *own, others, overwrite=overwrite):
             return
         from advmoe_deploy import api
         from advmoe_deploy.data.matching import read_class_map

@@ -66,6 +66,14 @@ def site_report(out: Path, shown: Mapping[str, Any], sizes: Mapping[str, int]) -
     return Group(facts(str(out), rows), escape(hint))
 
 
+def manifests_report(out: Path, name: str, bundle: Bundle) -> RenderableType:
+    """Return where manifests are, what of, and how a cluster is given them."""
+    rows = [("service and model", name), ("bundle", f"SHA-256 {bundle.identity}")]
+    return Group(
+        facts(str(out), rows), escape(f"next, where the cluster is: kubectl apply -f {out}")
+    )
+
+
 def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon

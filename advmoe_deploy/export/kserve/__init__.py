@@ -1,0 +1,1 @@
+"""Manifests for KServe on Kubernetes."""
