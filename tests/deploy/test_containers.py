@@ -1,0 +1,160 @@
+"""Dockerfile and compose file, which nothing here can build: what they name is there."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from jsonschema import validate
+
+from advmoe_deploy.cli.app import app
+from advmoe_deploy.export.kserve import manifests
+from advmoe_deploy.serving.online.http.guard import _OPEN
+from advmoe_deploy.serving.online.offers import split_offer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE, COMPOSE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "compose.yaml"
+# The schema of the Compose Specification, compose-spec.json of its repository.
+SCHEMA = os.environ.get("ADVMOE_COMPOSE_SCHEMA", "")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions and what follows each, comments left out."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [
+        (word, rest.strip())
+        for word, _, rest in (s.partition(" ") for s in text.splitlines())
+        if word
+    ]
+
+
+def values_of(word: str) -> list[str]:
+    return [rest for each, rest in instructions() if each == word]
+
+
+def served(arguments: list[str]) -> dict[str, Any]:
+    """Return what ``advmoe serve`` makes of its arguments."""
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    given: dict[str, Any] = command.make_context("serve", [*arguments]).params
+    return given
+
+
+@pytest.mark.parametrize("file", [DOCKERFILE, COMPOSE])
+def test_the_first_line_says_that_nobody_tried(file: Path) -> None:
+    assert re.match("# Never (built|run) here", file.read_text())
+
+
+def test_what_is_copied_is_there_and_not_ignored() -> None:
+    kept = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    ]
+    copied = [rest.split()[:-1] for rest in values_of("COPY") if "--from" not in rest]
+    names = [name for each in copied for name in each]
+    assert "advmoe_deploy" in names
+    assert sorted(names) == sorted(kept)
+    assert all((ROOT / name).exists() for name in names)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_what_a_build_reads_is_copied_and_the_extras_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = next(rest.split() for rest in values_of("COPY") if "pyproject.toml" in rest)
+    assert {project["readme"], *project["license-files"], "setup.py"} <= {*named}
+    (extras,) = re.findall(r"'\.\[([a-z,]+)\]'", DOCKERFILE.read_text())
+    assert {*extras.split(",")} <= project["optional-dependencies"].keys()
+
+
+def test_the_program_is_ours_and_no_user_is_root() -> None:
+    (start,), (user,) = values_of("ENTRYPOINT"), values_of("USER")
+    assert json.loads(start) == ["advmoe", "serve"]
+    uid = manifests._USERS["advmoe"]
+    assert user == f"{uid}:{uid}"
+    assert f"--uid {uid} " in DOCKERFILE.read_text()
+    last = [word for word, _ in instructions()].index("USER")
+    assert "RUN" not in [word for word, _ in instructions()[last:]]
+
+
+def test_health_is_asked_where_it_is_told_without_a_token() -> None:
+    (check,) = values_of("HEALTHCHECK")
+    program = json.loads(check[check.index("[") :])
+    assert program[:2] == ["python", "-c"]
+    ast.parse(program[2])
+    (port, path) = re.findall(r"http://127\.0\.0\.1:(\d+)(/[\w/]+)", program[2])[0]
+    assert path in _OPEN
+    assert int(port) == served(["b"])["port"]
+    assert port in values_of("EXPOSE")[0].split()
+
+
+def test_the_example_of_docker_is_one_that_serve_takes() -> None:
+    comment = "\n".join(
+        line[1:].strip() for line in DOCKERFILE.read_text().splitlines() if line.startswith("#")
+    )
+    words = shlex.split(comment[comment.index("docker run") :].replace("\\\n", " "))
+    given = served(words[words.index("advmoe-deploy:local") + 1 :])
+    assert given["token_file"] == "/run/token"
+    assert f"./token:{given['token_file']}:ro" in words
+    assert f"./bundle:{given['bundles'][0]}:ro" in words
+
+
+def test_services_fit_together() -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    services = compose["services"]
+    server = services["server"]
+    given = served(server["command"])
+    assert split_offer(given["bundles"][0])[2] == server["volumes"][0]["target"]
+    assert given["token_file"] == f"/run/secrets/{server['secrets'][0]}"
+    inside = {int(port.rpartition(":")[2]) for port in server["ports"]}
+    assert inside == {given["port"], given["grpc_port"]}
+    assert int(server["stop_grace_period"].rstrip("s")) > given["drain"] + given["timeout"]
+    assert (ROOT / server["build"]["dockerfile"]).is_file()
+    scrape = yaml.safe_load(compose["configs"]["prometheus"]["content"])["scrape_configs"][0]
+    assert scrape["static_configs"][0]["targets"] == [f"server:{given['port']}"]
+    assert scrape["authorization"]["credentials_file"] == given["token_file"]
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["cap_drop"] == ["ALL"]
+        for volume in service["volumes"]:
+            if volume["type"] == "bind" and "$" not in volume["source"]:
+                assert (ROOT / volume["source"]).is_file()
+        assert {*service["secrets"]} <= compose["secrets"].keys()
+        assert {each["source"] for each in service.get("configs", ())} <= compose["configs"].keys()
+        assert re.search(r":[^:]+$", service["image"])
+
+
+def test_grafana_and_prometheus_find_what_is_mounted() -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    mounted = {
+        volume["target"]
+        for service in compose["services"].values()
+        for volume in service["volumes"]
+        if volume["type"] == "bind"
+    }
+    contents = {name: yaml.safe_load(each["content"]) for name, each in compose["configs"].items()}
+    (rules,) = contents["prometheus"]["rule_files"]
+    (provider,) = contents["dashboards"]["providers"]
+    assert rules in mounted
+    assert provider["options"]["path"] in {str(Path(place).parent) for place in mounted}
+    (source,) = contents["datasource"]["datasources"]
+    assert source["type"] == "prometheus"
+    assert source["url"].startswith("http://prometheus:")
+
+
+@pytest.mark.skipif(not SCHEMA, reason="ADVMOE_COMPOSE_SCHEMA names no compose-spec.json")
+def test_the_compose_specification_has_every_field() -> None:
+    schema = json.loads(Path(SCHEMA).read_text())
+    compose = yaml.safe_load(COMPOSE.read_text())
+    validate(compose, schema)
+    compose["services"]["server"]["comand"] = compose["services"]["server"].pop("command")
+    with pytest.raises(Exception, match="comand"):
+        validate(compose, schema)
