@@ -2,20 +2,23 @@
 
 import ast
 import json
-import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
-from jsonschema import validate
 
 from advmoe_deploy.cli.app import app
 from advmoe_deploy.export.kserve import manifests
+from advmoe_deploy.runtime.onnxruntime.kernels.build import find_compiler
 from advmoe_deploy.serving.online.http.guard import _OPEN
 from advmoe_deploy.serving.online.offers import split_offer
 
@@ -24,8 +27,6 @@ if sys.version_info >= (3, 11):
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE, COMPOSE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "compose.yaml"
-# The schema of the Compose Specification, compose-spec.json of its repository.
-SCHEMA = os.environ.get("ADVMOE_COMPOSE_SCHEMA", "")
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -150,11 +151,35 @@ def test_grafana_and_prometheus_find_what_is_mounted() -> None:
     assert source["url"].startswith("http://prometheus:")
 
 
-@pytest.mark.skipif(not SCHEMA, reason="ADVMOE_COMPOSE_SCHEMA names no compose-spec.json")
+@pytest.mark.skipif(find_spec("compose_spec") is None, reason="compose_spec is not installed")
 def test_the_compose_specification_has_every_field() -> None:
-    schema = json.loads(Path(SCHEMA).read_text())
-    compose = yaml.safe_load(COMPOSE.read_text())
-    validate(compose, schema)
-    compose["services"]["server"]["comand"] = compose["services"]["server"].pop("command")
-    with pytest.raises(Exception, match="comand"):
-        validate(compose, schema)
+    from compose_spec import PyCompose
+
+    text = re.sub(r"\$\{BUNDLE:[^}]*\}", "/srv/bundle", COMPOSE.read_text())
+    assert PyCompose.from_yaml(text).service_names() == ["server", "prometheus", "grafana"]
+    with pytest.raises(Exception, match="cap_dorp"):
+        PyCompose.from_yaml(text.replace("cap_drop", "cap_dorp"))
+
+
+@pytest.mark.slow
+def test_what_is_copied_makes_a_wheel_with_all_that_a_server_needs(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    for rest in values_of("COPY"):
+        for name in () if "--from" in rest else rest.split()[:-1]:
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, source)
+    words = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [sys.executable, *words, "--wheel-dir", tmp_path, source],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "advmoe_deploy/serving/online/http/page.html" in names
+    assert any(name.endswith("advmoe_ops.so") for name in names) or find_compiler() is None

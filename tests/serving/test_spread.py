@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
 from advmoe_deploy.serving.batch import classify_files
+from tests.serving.processes import children
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or sys.platform != "linux",
@@ -35,22 +36,6 @@ def source(tmp_path: Path) -> str:
     write_table(tmp_path / "c.parquet", images * 37, rows_per_group=300)
     (tmp_path / "list.txt").write_text("a.png\n" * 19 + "gone.png\nb.tar\nc.parquet\n")
     return "list.txt"
-
-
-def children(pid: int) -> Iterator[int]:
-    """Yield all processes that a process began, and those that they began."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    waiting = [pid]
-    while waiting:
-        found = parents.get(waiting.pop(), [])
-        waiting += found
-        yield from found
 
 
 def a_worker(driver: int) -> int | None:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
+from tests.families import Families
+from tests.serving.processes import children
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,7 +67,7 @@ def deployed(bundle: Path, settings: dict[str, Any], *damaged: Path) -> Iterator
                 assert line, (Path(folder) / "driver.log").read_text()[-3000:]
                 if line.startswith("{"):
                     lines.append(json.loads(line))
-            yield f"127.0.0.1:{port}", lines
+            yield f"127.0.0.1:{port}", [*lines, {"pid": driver.pid}]
         finally:
             driver.communicate(timeout=120)
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,8 +113,8 @@ def test_it_answers_what_the_runner_answers(tiny_bundle: Bundle) -> None:
     with deployed(tiny_bundle.path, settings) as (address, said):
         assert "unknown deployment 'rooter'" in said[0]["refused"]
         assert "options of deployment 'router'" in said[1]["refused"]
-        assert said[-1]["status"] == "RUNNING"
-        assert said[-1]["replicas"] == {
+        assert said[-2]["status"] == "RUNNING"
+        assert said[-2]["replicas"] == {
             "server": {"RUNNING": 1},
             "router": {"RUNNING": 1},
             "router.expert-0": {"RUNNING": 2},
@@ -126,6 +129,7 @@ def test_it_answers_what_the_runner_answers(tiny_bundle: Bundle) -> None:
                 np.testing.assert_array_equal(found["ids"], expected.expert_ids["router"])
         refused(f"http://{address}")
         overloaded(f"http://{address}")
+        killed(f"http://{address}", said[-1]["pid"])
 
 
 def overloaded(url: str) -> None:
@@ -140,6 +144,45 @@ def overloaded(url: str) -> None:
     assert {each.status_code for each in answers} == {200, 503}
     assert all("retry-after" in each.headers for each in answers if each.status_code == 503)
     assert asked(0).status_code == 200
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
+
+
+def killed(url: str, driver: int) -> None:
+    """Check that requests are refused or answered while an expert is gone, and it comes back."""
+    body = json.dumps(request_for(IMAGES))
+    before = httpx.post(url + INFER, content=body, timeout=60).json()
+    (pid,) = [pid for pid in children(driver) if b"router.expert-1" in command_of(pid)]
+    os.kill(pid, signal.SIGKILL)
+    statuses = []
+    while not statuses or statuses[-1] != 200:
+        answer = httpx.post(url + INFER, content=body, timeout=60)
+        statuses.append(answer.status_code)
+        assert len(statuses) < 1000
+    assert {*statuses} <= {200, 503}
+    assert answer.json() == before
+
+
+@pytest.mark.parametrize("family", ["token experts"])
+def test_experts_of_tokens_answer_as_well(families: Families, family: str) -> None:
+    _, bundle = families[family]
+    address_of = f"/v2/models/{bundle.manifest.model.family}/infer"
+    with deployed(bundle.path, {"batch": 4}) as (address, said):
+        assert said[-2]["status"] == "RUNNING"
+        with open_runner(bundle, "onnxruntime-plan", threads=1) as runner:
+            for count in (1, 9):
+                expected = runner.infer(IMAGES[:count])
+                body = request_for(IMAGES[:count])
+                answer = httpx.post(f"http://{address}{address_of}", json=body, timeout=60).json()
+                found = {o["name"]: np.reshape(o["data"], o["shape"]) for o in answer["outputs"]}
+                np.testing.assert_allclose(found["logits"], expected.logits, atol=1e-5)
+                for layer, ids in expected.expert_ids.items():
+                    np.testing.assert_array_equal(found[f"{layer}.expert_ids"], ids)
 
 
 def refused(url: str) -> None:
@@ -172,9 +215,9 @@ def test_a_bundle_that_changed_is_never_healthy(tiny_bundle: Bundle, tmp_path: P
     shutil.copytree(tiny_bundle.path, place)
     file = Bundle(place, tiny_bundle.manifest).file(tiny_bundle.manifest.plan.segments[-1].file)
     with deployed(place, {}, file) as (address, said):
-        assert "failed" in said[-2]
-        assert said[-1]["status"] == "DEPLOY_FAILED"
-        assert any("SHA-256 differs" in message for message in said[-1]["messages"])
-        assert not any("RUNNING" in states for states in said[-1]["replicas"].values())
-        with pytest.raises(httpx.TimeoutException):  # Ray keeps requests until replicas begin
-            httpx.get(f"http://{address}/v2/health/ready", timeout=2)
+        assert "failed" in said[-3]
+        assert said[-2]["status"] == "DEPLOY_FAILED"
+        assert any("SHA-256 differs" in message for message in said[-2]["messages"])
+        assert not any("RUNNING" in states for states in said[-2]["replicas"].values())
+        with contextlib.suppress(httpx.TimeoutException):  # or Ray lets requests wait for replicas
+            assert httpx.get(f"http://{address}/v2/health/ready", timeout=2).status_code >= 400
