@@ -1,4 +1,4 @@
-"""Ray Serve application of one bundle, over REST: the server, the router, and one for each expert.
+"""Ray Serve application of one bundle: deployments of the server, the router, and each expert.
 
     serve run advmoe_deploy.serving.ray_serve.app:build bundle=/srv/cats
 
@@ -33,6 +33,7 @@ from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
+from advmoe_deploy.serving.ray_serve.grpc import METHODS, GrpcCalls, method
 from advmoe_deploy.serving.ray_serve.replicas import Origin, checked_engines
 from advmoe_deploy.serving.ray_serve.settings import (
     ANY_HOST,
@@ -107,7 +108,7 @@ def _deployment(serve: Any, kind: type, name: str, settings: Settings) -> Any:
 
 
 class Server:
-    """Replica that answers requests: the REST service of ``advmoe serve``, whose engine is Ray."""
+    """Replica that answers requests: the services of ``advmoe serve``, whose engine is Ray."""
 
     def __init__(self, origin: Origin, router: Any, settings: Settings, limits: Limits) -> None:
         self._bundle, self._router, self._settings = origin.open(), router, settings
@@ -122,15 +123,20 @@ class Server:
         runner = Remote(bundle, self._router, settings.batch, settings.timeout)
         self._models.add(served_model(bundle, settings.name, self._models.limits), runner)
         hosts = LOOPBACK | {name.lower() for name in settings.hosts}
-        token = settings.token_file and read_token(settings.token_file)
+        token = read_token(settings.token_file) if settings.token_file else None
+        self.grpc = GrpcCalls(self._models, token, open_to_all=settings.insecure)
         return build_app(
-            self._models, None if ANY_HOST in hosts else hosts, token=token or None, page=False
+            self._models, None if ANY_HOST in hosts else hosts, token=token, page=False
         )
 
     def check_health(self) -> None:
         """Raise what ended the warm-up, if anything did: Ray Serve begins another replica then."""
         if self._models.failure is not None:
             raise self._models.failure
+
+
+for _name in METHODS:
+    setattr(Server, _name, method(_name))
 
 
 class Router:

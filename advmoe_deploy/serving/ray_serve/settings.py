@@ -34,7 +34,8 @@ class Settings(Frozen):
         hosts: by which names requests may call the server beside those of the loopback; ``*`` is
             any, which needs a token or ``insecure``.
         token_file: a file, closed to others, with the token that requests have to show.
-        insecure: let everybody in who reaches the server, without a token.
+        insecure: let everybody in who reaches the server, without a token. Over gRPC, which Ray
+            offers on every interface if at all, nobody else comes in without one.
         deployments: options of Ray Serve by name of deployment, such as
             ``{"router.expert-0": {"num_replicas": 2}}``.
     """

@@ -1,6 +1,6 @@
 """Program that deploys on a Ray of its own until its input ends; it says what became of it.
 
-    python driver.py BUNDLE PORT FOLDER SETTINGS [DAMAGED]
+    python driver.py BUNDLE PORT GRPC_PORT FOLDER SETTINGS [DAMAGED]
 
 ``DAMAGED`` is a file in which a byte changes once the application was built, before it is deployed.
 """
@@ -16,7 +16,8 @@ from ray.serve.schema import ServeDeploySchema
 from advmoe_deploy.errors import AdvMoEError
 from advmoe_deploy.serving.ray_serve.app import application
 
-bundle, port, folder, settings, *damaged = sys.argv[1:]
+bundle, port, grpc_port, folder, settings, *damaged = sys.argv[1:]
+SERVICE = "advmoe_deploy.serving.ray_serve.grpc.add_service"
 
 
 def said(value: dict[str, object]) -> None:
@@ -38,7 +39,10 @@ try:
             application(bundle, **wrong)
         except AdvMoEError as error:
             said({"refused": str(error)})
-    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": int(port)},
+        grpc_options={"port": int(grpc_port), "grpc_servicer_functions": [SERVICE]},
+    )
     app = application(bundle, **json.loads(settings))
     for file in map(Path, damaged):
         content = file.read_bytes()

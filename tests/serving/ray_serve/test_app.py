@@ -39,14 +39,28 @@ IMAGES = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
 INFER = "/v2/models/advmoe/infer"
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextlib.contextmanager
 def deployed(bundle: Path, settings: dict[str, Any], *damaged: Path) -> Iterator[tuple[str, Any]]:
     """Deploy, and yield the address and what the driver said, a line each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, grpc_port = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="advmoe-rs-")  # short, for Ray's sockets lie in it
-    command = [sys.executable, DRIVER, bundle, port, folder, json.dumps(settings), *damaged]
+    command = [
+        sys.executable,
+        DRIVER,
+        bundle,
+        port,
+        grpc_port,
+        folder,
+        json.dumps(settings),
+        *damaged,
+    ]
     root = Path(__file__).parents[3]
     environment = os.environ | {
         "HOME": folder,
@@ -67,13 +81,54 @@ def deployed(bundle: Path, settings: dict[str, Any], *damaged: Path) -> Iterator
                 assert line, (Path(folder) / "driver.log").read_text()[-3000:]
                 if line.startswith("{"):
                     lines.append(json.loads(line))
-            yield f"127.0.0.1:{port}", [*lines, {"pid": driver.pid}]
+            yield (
+                f"127.0.0.1:{port}",
+                [*lines, {"pid": driver.pid, "grpc": f"127.0.0.1:{grpc_port}"}],
+            )
         finally:
             driver.communicate(timeout=120)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def by_client(address: str, images: np.ndarray[Any, Any]) -> dict[str, list[Any]]:
+BY_GRPC = """
+import json, sys, numpy as np, tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+images = np.array(json.loads(sys.stdin.read()), np.float32)
+client, found = grpc.InferenceServerClient(sys.argv[1]), {}
+def asked(model, images):
+    given = grpc.InferInput("images", images.shape, "FP32")
+    given.set_data_from_numpy(images)
+    try:
+        return client.infer(model, [given]).as_numpy("logits").tolist()
+    except InferenceServerException as error:
+        return f"{error.status()} {error.message()}"
+found["answer"] = asked("advmoe", images)
+found["unknown"] = asked("dogs", images)
+found["flat"] = asked("advmoe", images.reshape(len(images), -1))
+if "answer" in sys.argv[2:]:
+    assert client.is_server_ready() and client.is_model_ready("advmoe")
+    assert client.get_model_metadata("advmoe").inputs[0].shape == [-1, 1, 8, 8]
+    assert client.get_model_config("advmoe").config.max_batch_size == 64
+print(json.dumps(found))
+"""
+
+
+def by_grpc(address: str, images: np.ndarray[Any, Any], *words: str) -> dict[str, Any]:
+    """Return what NVIDIA's client is answered to good and bad requests."""
+    return told(BY_GRPC, images, address, *words)
+
+
+def told(code: str, images: np.ndarray[Any, Any], *words: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *words],
+        input=json.dumps(images.tolist()), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def by_client(address: str, images: np.ndarray[Any, Any]) -> dict[str, Any]:
     """Return logits and ids as NVIDIA's client gets them, binary and as JSON."""
     code = (
         "import json, sys, numpy as np, tritonclient.http as http\n"
@@ -89,13 +144,7 @@ def by_client(address: str, images: np.ndarray[Any, Any]) -> dict[str, list[Any]
         "    found['ids'] = answer.as_numpy('router.expert_ids').tolist()\n"
         "print(json.dumps(found))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, address],
-        input=json.dumps(images.tolist()), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[Any]] = json.loads(done.stdout)
-    return found
+    return told(code, images, address)
 
 
 def request_for(images: np.ndarray[Any, Any], **changes: Any) -> dict[str, Any]:
@@ -108,6 +157,7 @@ def test_it_answers_what_the_runner_answers(tiny_bundle: Bundle) -> None:
         "batch": 4,
         "at_once": 8,
         "queue": 64,
+        "insecure": True,
         "deployments": {"router.expert-0": {"num_replicas": 2}},
     }
     with deployed(tiny_bundle.path, settings) as (address, said):
@@ -127,6 +177,10 @@ def test_it_answers_what_the_runner_answers(tiny_bundle: Bundle) -> None:
                 for kind in ("True", "False"):
                     np.testing.assert_allclose(found[kind], expected.logits, atol=1e-6)
                 np.testing.assert_array_equal(found["ids"], expected.expert_ids["router"])
+                over_grpc = by_grpc(said[-1]["grpc"], IMAGES[:count], "answer")
+                np.testing.assert_allclose(over_grpc["answer"], expected.logits, atol=1e-6)
+        assert over_grpc["unknown"].startswith("StatusCode.NOT_FOUND unknown model 'dogs'")
+        assert over_grpc["flat"].startswith("StatusCode.INVALID_ARGUMENT images has shape [9, 64]")
         refused(f"http://{address}")
         overloaded(f"http://{address}")
         killed(f"http://{address}", said[-1]["pid"])
@@ -174,6 +228,8 @@ def test_experts_of_tokens_answer_as_well(families: Families, family: str) -> No
     address_of = f"/v2/models/{bundle.manifest.model.family}/infer"
     with deployed(bundle.path, {"batch": 4}) as (address, said):
         assert said[-2]["status"] == "RUNNING"
+        for answer in by_grpc(said[-1]["grpc"], IMAGES).values():  # nobody said who may come
+            assert answer.startswith("StatusCode.UNAUTHENTICATED Ray's port is open")
         with open_runner(bundle, "onnxruntime-plan", threads=1) as runner:
             for count in (1, 9):
                 expected = runner.infer(IMAGES[:count])
