@@ -2,6 +2,8 @@
 
 import pytest
 
+from advmoe_deploy.bundle import Bundle
+from tests.conftest import TINY, write_run
 from tests.serving.online.live import SlowRunner
 
 
@@ -11,3 +13,12 @@ def slow() -> SlowRunner:
     runner = SlowRunner()
     runner.let_go.set()
     return runner
+
+
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The export of another model of the same shape as the tiny one."""
+    from advmoe_deploy.export.from_run import export_run
+
+    folder = tmp_path_factory.mktemp("other")
+    return export_run(write_run(folder / "run", TINY, seed=1), folder / "bundle")

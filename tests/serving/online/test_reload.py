@@ -1,7 +1,6 @@
 """Bundles that change while they are served: wholly the old answer, or wholly the new."""
 
 import asyncio
-import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,6 @@ from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, served_model
 from advmoe_deploy.serving.online.serve import serve
 from advmoe_deploy.serving.online.service import Arrival
-from tests.conftest import TINY, write_run
 from tests.serving.online.live import LIMITS, SlowRunner, request_for, wait_for
 
 SERVE = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0"]
@@ -67,15 +65,6 @@ class Served:
         assert answer.status_code == 200, answer.text
         (data,) = (each["data"] for each in answer.json()["outputs"] if each["name"] == "logits")
         return np.array(data, np.float32).reshape(len(IMAGES), -1)
-
-
-@pytest.fixture(scope="module")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The export of another model of the same shape."""
-    from advmoe_deploy.export.from_run import export_run
-
-    folder = tmp_path_factory.mktemp("other")
-    return export_run(write_run(folder / "run", TINY, seed=1), folder / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -191,24 +180,6 @@ def test_requests_load_nothing_unless_they_may(tiny_bundle: Bundle) -> None:
         assert process.wait(timeout=60) == 0
     with pytest.raises(UsageError, match="or leave out --allow-reload"):
         serve([Offer(tiny_bundle)], "0.0.0.0", insecure=True, allow_reload=True)
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
-def test_a_terminal_that_closes_ends_the_server(tiny_bundle: Bundle) -> None:
-    outer, inner = os.openpty()
-    command = [*SERVE, str(tiny_bundle.path)]
-    with subprocess.Popen(
-        command, stdin=inner, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        os.close(inner)
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[1].split("/v2")[0]
-        process.send_signal(signal.SIGHUP)  # the terminal is there: somebody wants a reload
-        unchanged = 'advmoe_reloads_total{outcome="unchanged"} 1.0'
-        wait_for(lambda: unchanged in httpx.get(url + "/metrics").text)
-        os.close(outer)
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=60) == 0
 
 
 def test_what_lies_at_the_path_is_opened_again(tiny_bundle: Bundle) -> None:

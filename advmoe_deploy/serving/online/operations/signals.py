@@ -1,5 +1,6 @@
 """Signals of a server's process, which only its main thread can handle."""
 
+import errno
 import os
 import signal
 import threading
@@ -24,16 +25,26 @@ def handling(handlers: Mapping[signal.Signals, Callable[..., None]]) -> Iterator
 def hangups(ask: Callable[[], None]) -> AbstractContextManager[None]:
     """Call ``ask`` at each SIGHUP within the block; where the terminal has gone, end as by SIGTERM.
 
-    A terminal that is closed sends the same signal as an operator does.
+    A terminal that is closed sends the same signal as an operator does. Where SIGHUP was ignored
+    before, as ``nohup`` has it, the terminal may go.
     """
     if not hasattr(signal, "SIGHUP"):  # Windows
         return handling({})
-    began_at_terminal = os.isatty(0)
+    needs_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
 
     def hung_up(*_: object) -> None:
-        if began_at_terminal and not os.isatty(0):
+        if needs_terminal and not _has_terminal():
             signal.raise_signal(signal.SIGTERM)
         else:
             ask()
 
     return handling({signal.SIGHUP: hung_up})
+
+
+def _has_terminal() -> bool:
+    """Return whether a terminal controls the process, wherever its standard streams lead."""
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+    except OSError as error:
+        return error.errno in {errno.EMFILE, errno.ENFILE}  # which say nothing of a terminal
+    return True
