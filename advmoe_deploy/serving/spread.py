@@ -10,9 +10,9 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +134,39 @@ def _fetched(reference: Any) -> Inputs:
 @contextmanager
 def _cluster(ray: Any, threads: int) -> Iterator[int]:
     """Yield the CPUs of the cluster, which ends with the block if it was begun here."""
-    begun_here = not ray.is_initialized()
-    if begun_here:
-        _begin(ray, threads)
-    try:
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_own_token())
+            _begin(ray, threads)
+            stack.callback(ray.shutdown)
         cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         if max(cpus, default=0) < threads:
             raise UsageError(
                 f"--threads {threads}: no machine of the cluster has as many CPUs; pass fewer"
             )
         yield sum(cpus)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Let the Ray that begins within the block have a token, unless it is told one, or where it is.
+
+    It listens on every interface, and without a token of ours keeps one for all to read.
+    """
+    if os.environ.get(_ADDRESS) or any(name in os.environ for name in _TOKENS):
+        yield
+        return
+    os.environ[_TOKENS[0]] = _secret()
+    try:
+        yield
     finally:
-        if begun_here:
-            ray.shutdown()
+        os.environ.pop(_TOKENS[0], None)
+
+
+@cache
+def _secret() -> str:
+    """Return the token of this process, which Ray reads once and keeps."""
+    return secrets.token_hex(32)
 
 
 def _begin(ray: Any, threads: int) -> None:
@@ -154,9 +174,6 @@ def _begin(ray: Any, threads: int) -> None:
     address = os.environ.get(_ADDRESS)
     if not address:
         quiet |= {"include_dashboard": False, "num_cpus": max(threads, usable_cpus())}
-        # Ray listens on every interface, and without a token of ours keeps one for all to read.
-        if not any(name in os.environ for name in _TOKENS):
-            os.environ[_TOKENS[0]] = secrets.token_hex(32)
     try:
         if address:
             _require_answer(address)

@@ -16,6 +16,7 @@ from data.packed import digits, write_table, write_tar
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
+from advmoe_deploy.serving import spread
 from advmoe_deploy.serving.batch import classify_files
 from tests.serving.processes import children
 
@@ -172,6 +173,51 @@ def test_what_ends_a_worker_ends_the_run_in_one_line(
         assert ran.returncode == code, ran.stderr
         assert text in ran.stderr.replace("\n", " ")
         assert "Traceback" not in ran.stderr
+
+
+TWICE = """
+import os, sys
+from pathlib import Path
+from advmoe_deploy.bundle import open_bundle
+from advmoe_deploy.serving.batch import classify_files
+
+bundle = open_bundle(Path(sys.argv[1]))
+for name in ("a", "b"):
+    report = classify_files(bundle, "a.png", Path(name + ".jsonl"), on="ray")
+    print(report.images, [key for key in os.environ if "TOKEN" in key])
+"""
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_run_leaves_no_token_behind(tiny_bundle: Bundle, source: str, tmp_path: Path) -> None:
+    """In one process twice, since Ray reads its token once."""
+    command = [sys.executable, "-c", TWICE, str(tiny_bundle.path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    ran = subprocess.run(
+        command, cwd=tmp_path, env={**environment, "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    assert ran.stdout.splitlines()[-2:] == ["1 []"] * 2
+
+
+def test_the_token_is_there_for_the_run_alone_and_not_where_there_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(KeyError), spread._own_token():
+        first = os.environ["RAY_AUTH_TOKEN"]
+        raise KeyError
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    with spread._own_token():
+        assert os.environ["RAY_AUTH_TOKEN"] == first  # which Ray has read
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        with monkeypatch.context() as context:
+            context.setenv(name, "mine")
+            with spread._own_token():
+                assert os.environ.get("RAY_AUTH_TOKEN", "mine") == "mine"
+            assert os.environ[name] == "mine"
 
 
 def test_without_ray_the_extra_is_named(
