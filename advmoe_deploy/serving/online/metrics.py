@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from advmoe_deploy.runtime.routing import share_margins
@@ -60,19 +65,8 @@ class Metrics:
         self._experts = Counter(
             "expert_rows", "Images or tokens sent to an expert.", ["layer", "expert"], **own
         )
-        self._margins = Histogram(
-            "class_margin",
-            "Probability of the best class minus that of the second.",
-            buckets=_MARGINS,
-            **own,
-        )
-        self._route_margins = Histogram(
-            "route_margin",
-            "Share of the best expert minus that of the second, where scores are known.",
-            ["layer"],
-            buckets=_MARGINS,
-            **own,
-        )
+        self._margins = Margins()
+        self._registry.register(self._margins)
         self._stages = {name: self._seconds.labels(name) for name in STAGES}
         self._registry.register(_Now(self))
 
@@ -97,8 +91,9 @@ class Metrics:
             self.stage("wait", wait_s)
         with self._lock:
             self._fresh.append(done.answer)
-            if sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER:
-                self._count_answers()
+            many = sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER
+        if many:
+            self._count_answers()
 
     def totals(self) -> dict[str, float]:
         """Return counts and sums of times: of each stage, of batches, of ``success``, ``fail``."""
@@ -116,8 +111,7 @@ class Metrics:
 
     def families(self) -> list[Metric]:
         """Return everything, as it is now."""
-        with self._lock:
-            self._count_answers()
+        self._count_answers()
         return list(self._registry.collect())
 
     def now(self) -> dict[str, float]:
@@ -142,16 +136,19 @@ class Metrics:
             )
 
     def _count_answers(self) -> None:
-        fresh, self._fresh = self._fresh, []
-        if fresh:
-            answers = joined(fresh)
-            for layer, ids in answers.expert_ids.items():
-                self._routes(layer, np.bincount(ids.reshape(-1)).astype(np.float64))
-            margins = {**answers.margins, CLASSES: share_margins(answers.logits)}
-            for layer, values in margins.items():
-                own = self._margins if layer == CLASSES else self._route_margins.labels(layer)
-                for margin in _finite(values):
-                    own.observe(margin)
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        if not fresh:
+            return
+        answers = joined(fresh)
+        loads = {layer: np.bincount(ids.reshape(-1)) for layer, ids in answers.expert_ids.items()}
+        margins = {**answers.margins, CLASSES: share_margins(answers.logits)}
+        found = {layer: binned(values) for layer, values in margins.items()}
+        with self._lock:  # for which the event loop may wait
+            for layer, loads_E in loads.items():
+                self._routes(layer, loads_E.astype(np.float64))
+            for layer, (counts_B, total) in found.items():
+                self._margins.add(layer, counts_B, total)
             if self._monitor is not None:
                 self._monitor.add(len(answers.logits), answers.expert_ids, margins)
 
@@ -199,6 +196,44 @@ def figures_text(
     registry = CollectorRegistry()
     registry.register(_Given(list(families.values())))
     return generate_latest(registry)
+
+
+def binned(values: NDArray[np.float32]) -> tuple[NDArray[np.int64], float]:
+    """Return how many finite ``values`` lie in each bin of margins [B], and their sum."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    bins = np.searchsorted(_MARGINS, finite)  # the first whose upper bound is not less
+    return np.bincount(bins, minlength=len(_MARGINS) + 1), float(finite.sum())
+
+
+class Margins(Collector):
+    """Histograms by layer, to which many values are added at once: of tokens there are many."""
+
+    def __init__(self) -> None:
+        self._of = {CLASSES: binned(np.zeros(0, np.float32))}
+
+    def add(self, layer: str, counts_B: NDArray[np.int64], total: float) -> None:
+        """Count margins of ``layer`` that were :func:`binned`."""
+        before_B, sum_before = self._of.get(layer, (0, 0.0))
+        self._of[layer] = counts_B + before_B, total + sum_before
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histogram of the classes, and that of the routes."""
+        classes = HistogramMetricFamily(
+            "advmoe_class_margin", "Probability of the best class minus that of the second."
+        )
+        routes = HistogramMetricFamily(
+            "advmoe_route_margin",
+            "Share of the best expert minus that of the second, where scores are known.",
+            labels=["layer"],
+        )
+        bounds = [*map(str, _MARGINS), "+Inf"]
+        for layer, (counts_B, total) in list(self._of.items()):
+            buckets = list(zip(bounds, np.cumsum(counts_B).tolist(), strict=True))
+            if layer == CLASSES:
+                classes.add_metric([], buckets, total)
+            else:
+                routes.add_metric([layer], buckets, total)
+        yield from (classes, routes)
 
 
 def _gauge(name: str, value: float) -> Metric:
@@ -252,7 +287,3 @@ def _drift_families(drifts: Sequence[Drift], windows: int) -> Iterator[Metric]:
     yield drift
     yield alert
     yield CounterMetricFamily("advmoe_route_windows", "Windows of the route monitor.", windows)
-
-
-def _finite(values: NDArray[np.float32]) -> list[float]:
-    return [float(value) for value in values.reshape(-1) if np.isfinite(value)]

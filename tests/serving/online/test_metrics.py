@@ -5,6 +5,7 @@ import re
 
 import httpx
 import numpy as np
+from prometheus_client import CollectorRegistry, Histogram
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
@@ -82,6 +83,36 @@ def test_what_clients_send_makes_no_labels(tiny_bundle: Bundle) -> None:
     assert labels == {"model", "version", "status", "stage", "expert", "layer", "le", "outcome"}
     assert set(re.findall(r'status="(\w+)"', text)) == {"400"}
     assert figures(text)["advmoe_unknown_model_requests_total"] == 3
+
+
+def test_margins_are_counted_at_once_as_they_would_be_one_by_one() -> None:
+    """Of tokens too, on the very bounds of the bins, and where some are no numbers."""
+    random = np.random.default_rng(0)
+    bounds = [i / 10 for i in range(11)]
+    odd = [*bounds, *np.nextafter(bounds, 2), *np.nextafter(bounds, -1), np.nan, np.inf, -np.inf]
+    values_N = np.concatenate([random.random(5000), odd, np.float32(odd)]).astype(np.float32)
+    registry = CollectorRegistry()
+    expected = Histogram("expected", "", buckets=bounds[1:], registry=registry)
+    for value in values_N[np.isfinite(values_N)]:
+        expected.observe(float(value))
+    metrics = Metrics(dict)
+    parts_NT = np.array_split(values_N.reshape(-1, 4), 3)
+    for part_NT in parts_NT:
+        ids = np.zeros((len(part_NT), 1), np.int64)
+        logits = np.zeros((len(part_NT), 2), np.float32)
+        margins = {"r": part_NT}
+        metrics.batch(Done(Prediction(logits, {"r": ids}, {"r": ids}, margins), 0.1, ()))
+    found = figures(figures_text([({}, metrics)], {}, 0).decode())
+    for sample in next(iter(expected.collect())).samples:
+        if sample.name.endswith("_bucket"):
+            bound = sample.labels["le"]
+            assert found[f'advmoe_route_margin_bucket{{layer="r",le="{bound}"}}'] == sample.value
+        elif sample.name.endswith("_count"):
+            assert found['advmoe_route_margin_count{layer="r"}'] == sample.value
+        elif sample.name.endswith("_sum"):
+            total = found['advmoe_route_margin_sum{layer="r"}']
+            assert math.isclose(total, sample.value, rel_tol=1e-9)
+    assert found['advmoe_class_margin_bucket{le="0.1"}'] == sum(map(len, parts_NT))
 
 
 def test_entropy_and_margins_by_hand() -> None:
