@@ -42,6 +42,13 @@ def share_margins(scores_RE: NDArray[np.float32]) -> NDArray[np.float32]:
     return margins_R
 
 
+def softmax(scores_RE: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the shares [R, E]; not finite where the scores of a row are not."""
+    with np.errstate(invalid="ignore"):
+        powers_RE = np.exp(scores_RE.astype(np.float64) - scores_RE.max(axis=1, keepdims=True))
+        return np.asarray(powers_RE / powers_RE.sum(axis=1, keepdims=True))
+
+
 def weights_of(
     step: RouteStep, scores_RE: NDArray[np.float32], ids_RK: NDArray[np.int64]
 ) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from advmoe_deploy.errors import UsageError, missing_extra, writing
 from advmoe_deploy.journal import Row
 from advmoe_deploy.plan import RouteStep
+from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction
 
 _ROWS_PER_GROUP = 4096
@@ -40,7 +41,7 @@ class RowFormat:
 
     def answered(self, paths: Sequence[str], prediction: Prediction) -> list[Row]:
         """Return one row per image of ``prediction``, in its order."""
-        probabilities_NC = _softmax(prediction.logits)
+        probabilities_NC = softmax(prediction.logits)
         return [
             self._row(
                 path, probabilities_NC[i], {k: v[i] for k, v in prediction.expert_ids.items()}
@@ -146,10 +147,3 @@ def arrow_module(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise missing_extra("pyarrow", "serve") from None
-
-
-def _softmax(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):
-        shifted_NC = logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True)
-        powers_NC = np.exp(shifted_NC)
-        return np.asarray(powers_NC / powers_NC.sum(axis=1, keepdims=True))

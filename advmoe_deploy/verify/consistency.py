@@ -25,6 +25,7 @@ from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import relative_distances, tolerance_for
 from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.specs import Precision
 from advmoe_deploy.verify.batches import (
@@ -201,14 +202,8 @@ def total_variation(
     logits_NC: NDArray[np.float32], other_NC: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Return how far apart the softmax of two rows of logits are, in [0, 1], float64 [N]."""
-    ours_NC, theirs_NC = (_probabilities(each) for each in (logits_NC, other_NC))
+    ours_NC, theirs_NC = (softmax(each) for each in (logits_NC, other_NC))
     return np.asarray(np.abs(ours_NC - theirs_NC).sum(axis=1) / 2)
-
-
-def _probabilities(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted_NC = logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True)
-    odds_NC = np.exp(shifted_NC)
-    return np.asarray(odds_NC / odds_NC.sum(axis=1, keepdims=True))
 
 
 def _from_files(
