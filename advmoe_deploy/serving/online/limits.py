@@ -114,9 +114,16 @@ class Hold:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self.bytes = 0
+        self._over = False
 
     def grow(self, count: int) -> bool:
-        """Raise the share to ``count`` bytes if there are as many; it never shrinks."""
+        """Raise the share to ``count`` bytes if there are as many; it never shrinks.
+
+        Raises:
+            RuntimeError: the block has ended, so nobody would give them back.
+        """
+        if self._over:
+            raise RuntimeError("the request has ended, and its share was given back")
         more = max(0, count - self.bytes)
         if not self._budget._take(more):  # noqa: SLF001, RUF100 - two halves of one thing
             return False
@@ -133,4 +140,5 @@ class Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over = True
         self.shrink(0)

@@ -1,7 +1,8 @@
 """Models of one server, by name and version: a queue each, and memory that they share."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.golden import Golden
@@ -21,6 +22,7 @@ class Models:
         is_stopping: whether the server is; none is ready then.
         failure: what ended the warm-up of one of them.
         reloads: how many attempts to load a name again had which of the ``OUTCOMES``.
+        longest: bytes of images that every port takes in one request; set with the ports.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -28,10 +30,12 @@ class Models:
         self.limits = limits
         self.failure: BaseException | None = None
         self.is_stopping: Callable[[], bool] = lambda: False
-        self.shared = Shared(limits.memory)
+        self.shared = Shared(limits)
         self._services: dict[str, dict[str, Service]] = {}
         self._others: list[Service] = []  # that are being loaded, or still have requests
         self.reloads = Counter(dict.fromkeys(OUTCOMES, 0))
+        self.longest = limits.max_body
+        self._loading = 0  # names that are being loaded again
         self._unknown = 0  # inference requests for models that there are not
 
     def add(
@@ -74,6 +78,27 @@ class Models:
             versions[service.model.version] = service
         self._others += replaced
         return replaced
+
+    def require_room(self, model: ServedModel) -> None:
+        """Raise :class:`RefusedError` (409) if an open port is too small for ``model``'s requests.
+
+        That of gRPC was opened for the models there were, and its limit stays.
+        """
+        if model.longest > self.longest:
+            raise RefusedError(
+                f"its requests have up to {model.longest} bytes, and the port of gRPC was opened "
+                f"for {self.longest}; start the server again with this bundle",
+                409,
+            )
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Be busy within the block: a name is being loaded again."""
+        self._loading += 1
+        try:
+            yield
+        finally:
+            self._loading -= 1
 
     def forget(self, service: Service) -> None:
         """Let go of a service that answers no more."""
@@ -157,8 +182,9 @@ class Models:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is being read, computed or written."""
-        return self.shared.budget.used > 0 or not all(each.idle for each in self._living())
+        """Whether a request is being read, computed or written, or a name is being loaded."""
+        idle = all(each.idle for each in self._living())
+        return self.shared.budget.used > 0 or self._loading > 0 or not idle
 
     def charge(self, hold: Hold, count: int) -> None:
         """Let ``hold`` grow to ``count`` bytes.

@@ -35,6 +35,8 @@ LOGITS = "logits"
 
 
 NO_MEMORY = "overloaded: other requests hold the memory"
+# The status of a request whose client left before its answer; nobody sees it but the metrics.
+CLIENT_LEFT = 499
 
 
 class RefusedError(UsageError):
@@ -47,6 +49,13 @@ class RefusedError(UsageError):
         super().__init__(short_line(message))
         self.status = status
         self.retry_s = retry_s
+
+
+class ClientLeftError(RefusedError):
+    """A request whose client left before its answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has left", CLIENT_LEFT)
 
 
 class NotReadyError(RefusedError):
@@ -80,6 +89,12 @@ class ServedModel:
     limits: Limits = field(default_factory=Limits)
     version: str = VERSION
     labels: tuple[str, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the images of the largest request that it answers, as float32."""
+        most = 4 * math.prod(self.image_shape) * self.limits.max_images
+        return min(self.limits.max_body, most)
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
         """Return the model metadata response; ``versions`` are those of its name."""

@@ -139,7 +139,8 @@ def serve(
         beside = None
         if grpc_port is not None:  # taken now, as well
             reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
-            beside = _grpc().GrpcServer(models, reserved, token, tls)
+            on_request = reloader if allow_reload else None
+            beside = _grpc().GrpcServer(models, reserved, token, tls, on_request)
         for model, offer in zip(served, offers, strict=True):
             runner = opened(offer.bundle)
             models.add(model, runner, golden_of(offer.bundle), runner.close)

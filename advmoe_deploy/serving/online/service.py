@@ -3,9 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -16,24 +16,24 @@ from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
 from advmoe_deploy.serving.online.golden import Golden
-from advmoe_deploy.serving.online.limits import Budget
+from advmoe_deploy.serving.online.limits import Budget, Limits
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.operations.monitor import Monitor
 from advmoe_deploy.serving.online.protocol import (
+    CLIENT_LEFT,
+    ClientLeftError,
     InferRequest,
     NotReadyError,
     RefusedError,
     ServedModel,
 )
+from advmoe_deploy.serving.online.workers import Workers
 
 # Below these a body is read, and an answer written, where the event loop runs: within a
 # millisecond, which is what handing it to another thread and back would cost.
 SMALL_BODY = 32 << 10
 FEW_IMAGES = 64
 _READERS = 2
-
-# The status of a request whose client left before its answer; nobody sees it but the metrics.
-CLIENT_LEFT = 499
 
 T = TypeVar("T")
 
@@ -65,14 +65,19 @@ class Arrival:
 
 
 class Shared:
-    """What the models of a server share: memory, and threads that read and write much."""
+    """What the models of a server share: memory, and threads.
 
-    def __init__(self, memory: int) -> None:
-        self.budget = Budget(memory)
+    Those for large bodies have no limit but the memory; images are small until they are decoded.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.budget = Budget(limits.memory)
         self.threads = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self.decoders = Workers(limits.queue)
 
     def close(self) -> None:
         """End the threads."""
+        self.decoders.close()
         self.threads.shutdown(wait=True, cancel_futures=True)
 
 
@@ -117,6 +122,11 @@ class Service:
     def reading(self) -> int:
         """Requests on their way into the queue."""
         return len(self.arrivals)
+
+    @property
+    def decoding(self) -> int:
+        """Images of all models whose files are being decoded, or wait for that."""
+        return self._shared.decoders.waiting
 
     @property
     def expecting(self) -> bool:
@@ -185,12 +195,43 @@ class Service:
         try:
             waiting = self._batcher.submit(request.images, timeout_s, is_gone)
             arrival.end()
-            return await waiting
+            prediction = await waiting
         except OverloadedError as error:
-            status = CLIENT_LEFT if is_gone() else 503
-            raise RefusedError(f"overloaded: {error}", status, retry_s=error.retry_s) from None
+            if is_gone():
+                raise ClientLeftError from None
+            raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
         except MachineError as error:
             raise RefusedError(str(error), 503, retry_s=1) from None
+        if is_gone():
+            raise ClientLeftError
+        return prediction
+
+    async def decode(self, work: Callable[[], T], is_gone: Callable[[], bool]) -> T:
+        """Return what ``work`` returns, which decodes an image file, in a thread for that.
+
+        Raises:
+            RefusedError: too many wait for that, or for too long (503), or the client has left.
+        """
+        return await self._shared.decoders.run(work, self.model.limits.timeout_s, is_gone)
+
+    @contextmanager
+    def counted(self, began: float, left: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """Count the request that the block answers, which ``began`` by the performance counter.
+
+        ``left`` returns the status of one whose client has left, and 0 while it is there.
+        """
+        status = 500
+        try:
+            yield
+            status = 200
+        except RefusedError as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        finally:
+            self.metrics.request(left() or status, time.perf_counter() - began)
 
     async def run(self, here: bool, work: Callable[[], T]) -> T:
         """Return what ``work`` returns, done ``here`` or else in a thread that reads and writes."""

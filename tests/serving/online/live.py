@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.runner import Prediction, Runner
+from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.grpc.server import GrpcServer
 from advmoe_deploy.serving.online.http.rest import build_app
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.offers import Offer
+from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.online.server import Server
@@ -52,14 +55,25 @@ class Live:
 
 @contextlib.contextmanager
 def running(
-    bundle: Bundle, runner: Runner, limits: Limits = LIMITS, drain_s: float = 0.0
+    bundle: Bundle,
+    runner: Runner,
+    limits: Limits = LIMITS,
+    drain_s: float = 0.0,
+    again: Callable[[], Bundle] | None = None,
+    opened: Callable[[Bundle], Runner] = open_runner,
 ) -> Iterator[Live]:
-    """Serve ``runner`` on a free port of the loopback until the block ends or it is stopped."""
+    """Serve ``runner`` on a free port of the loopback until the block ends or it is stopped.
+
+    Requests may have loaded what ``again`` returns, if given, as ``opened``.
+    """
     models = Models(limits)
     service = models.add(served_model(bundle, limits=limits), runner)
+    offers = {(service.model.name, service.model.version): Offer(bundle, again=again)}
+    reloader = None if again is None else Reloader(models, offers, opened)
     reserved = socket.create_server(("127.0.0.1", 0))
-    beside = GrpcServer(models, reserved)
-    server = Server(build_app(models, LOOPBACK), limits, drain_s, beside)
+    beside = GrpcServer(models, reserved, reloader=reloader)
+    app = build_app(models, LOOPBACK, reloader=reloader, allow_reload=again is not None)
+    server = Server(app, limits, drain_s, beside)
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:

@@ -12,7 +12,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.limits import Budget, Limits
 from tests.serving.online.live import (
     GOOD,
     INFER,
@@ -109,6 +109,40 @@ def test_clients_that_left_leave_nothing_to_compute(live: Live, slow: SlowRunner
     figures = httpx.get(live.url + "/metrics").content
     assert b'advmoe_requests_total{model="advmoe",status="499",version="1"} 3.0' in figures
     assert b'status="503"' not in figures
+
+
+def test_who_leaves_while_its_batch_runs_is_not_counted_as_answered(
+    live: Live, slow: SlowRunner
+) -> None:
+    leaves = live.connect()
+    leaves.sendall(GOOD)
+    wait_for(lambda: slow.batches == [1])
+    leaves.close()
+    wait_for(lambda: not live.server.server_state.connections)
+    slow.let_go.set()
+    wait_for(lambda: live.service.idle and not live.service.budget.used)
+    assert httpx.post(live.url + INFER, json=request_for(ONE)).status_code == 200
+    counted = [
+        line.partition("{")[2]
+        for line in httpx.get(live.url + "/metrics").text.splitlines()
+        if line.startswith("advmoe_requests_total")
+    ]
+    assert sorted(counted) == [
+        f'model="advmoe",status="{status}",version="1"}} 1.0' for status in (200, 499)
+    ]
+    statistics = httpx.get(live.url + "/v2/models/stats").json()["model_stats"][0]
+    assert statistics["inference_stats"]["fail"]["count"] == 1
+
+
+def test_a_share_of_the_memory_ends_with_its_request() -> None:
+    budget = Budget(100)
+    with budget.hold() as hold:
+        assert hold.grow(60)
+        assert not hold.grow(101)
+    assert budget.used == 0
+    with pytest.raises(RuntimeError, match="was given back"):
+        hold.grow(1)
+    assert budget.used == 0
 
 
 def test_half_sent_bodies_do_not_hold_more_memory_than_there_is(live: Live) -> None:

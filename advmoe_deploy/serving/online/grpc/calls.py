@@ -11,13 +11,22 @@ from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2
 
 from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
+from advmoe_deploy.serving.online.extensions import model_config, model_statistics
 from advmoe_deploy.serving.online.grpc.gate import Gate
 from advmoe_deploy.serving.online.grpc.infer import Infer
 from advmoe_deploy.serving.online.grpc.messages import parsed
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import SERVER, NotReadyError, RefusedError
-from advmoe_deploy.serving.online.service import CLIENT_LEFT
-from advmoe_deploy.serving.online.triton import model_config, model_statistics
+from advmoe_deploy.serving.online.operations.reload import (
+    Reloader,
+    load_on_request,
+    refuse_unload,
+)
+from advmoe_deploy.serving.online.protocol import (
+    CLIENT_LEFT,
+    SERVER,
+    NotReadyError,
+    RefusedError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -31,23 +40,34 @@ _OPEN = {"ServerLive", "ServerReady"}
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
     CLIENT_LEFT: grpc.StatusCode.CANCELLED,
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 Call = Callable[[Any], Awaitable[bytes]]
+# From a parsed request to a response.
+Answer = Callable[[Any], Awaitable[Any]]
 
 
 class Calls:
     """Answers calls; ``open`` of them are under way, the last came at ``last_s`` (monotonic)."""
 
-    def __init__(self, models: Models, longest: int, token: Token | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        longest: int,
+        token: Token | None = None,
+        reloader: Reloader | None = None,
+    ) -> None:
         """Answer for ``models``; no message is longer than ``longest`` bytes.
 
         With a ``token``, calls have to show it, but for those that ask for the server's health.
+        With a ``reloader``, they may have bundles loaded again.
         """
         limits, self._token = models.limits, token
         self.refusing, self.open, self.last_s = False, 0, 0.0
@@ -58,7 +78,7 @@ class Calls:
             "ServerReady": _fixed(lambda: service_pb2.ServerReadyResponse(ready=models.ready)),
             "ModelInfer": Infer(models, self._infer),
         }
-        for name, answer in _answers(models).items():
+        for name, answer in (_answers(models) | _repository(models, reloader)).items():
             kind = service_pb2.DESCRIPTOR.message_types_by_name[f"{name}Request"]._concrete_class  # noqa: SLF001, RUF100
             self._calls[name] = partial(self._answer, kind, answer)
 
@@ -105,39 +125,35 @@ class Calls:
         offered = ", ".join(sorted(self._calls))
         raise RefusedError(f"this call is not offered; there are {offered}", 501)
 
-    async def _answer(self, kind: Any, answer: Callable[[Any], Any], context: Any) -> bytes:
+    async def _answer(self, kind: Any, answer: Answer, context: Any) -> bytes:
         message = await self._short.read(context)
         if len(message) > _SHORT:
             raise RefusedError(f"the message exceeds the limit of {_SHORT} bytes")
-        return bytes(answer(parsed(kind, message)).SerializeToString())
+        return bytes((await answer(parsed(kind, message))).SerializeToString())
 
 
-def _answers(models: Models) -> dict[str, Callable[[Any], Any]]:
+def _answers(models: Models) -> dict[str, Answer]:
     """Return what answers a request without tensors, by the name of its call."""
 
-    def ready(asked: Any) -> Any:
+    async def ready(asked: Any) -> Any:
         found = models.find(asked.name, asked.version)
         return service_pb2.ModelReadyResponse(ready=models.is_ready(found))
 
-    def server(_: Any) -> Any:
+    async def server(_: Any) -> Any:
         return ParseDict(SERVER, service_pb2.ServerMetadataResponse())
 
-    def metadata(asked: Any) -> Any:
+    async def metadata(asked: Any) -> Any:
         found = models.find(asked.name, asked.version).model.metadata(models.versions(asked.name))
         return ParseDict(found, service_pb2.ModelMetadataResponse())
 
-    def config(asked: Any) -> Any:
+    async def config(asked: Any) -> Any:
         found = {"config": model_config(models.find(asked.name, asked.version).model)}
         return ParseDict(found, service_pb2.ModelConfigResponse())
 
-    def statistics(asked: Any) -> Any:
+    async def statistics(asked: Any) -> Any:
         found = models.chosen(asked.name, asked.version)
         stats = {"model_stats": [model_statistics(each.model, each.metrics) for each in found]}
         return ParseDict(stats, service_pb2.ModelStatisticsResponse())
-
-    def index(asked: Any) -> Any:
-        found = {"models": models.index(ready_only=asked.ready)}
-        return ParseDict(found, service_pb2.RepositoryIndexResponse())
 
     return {
         "ModelReady": ready,
@@ -145,8 +161,24 @@ def _answers(models: Models) -> dict[str, Callable[[Any], Any]]:
         "ModelMetadata": metadata,
         "ModelConfig": config,
         "ModelStatistics": statistics,
-        "RepositoryIndex": index,
     }
+
+
+def _repository(models: Models, reloader: Reloader | None) -> dict[str, Answer]:
+    """Return what answers the calls of the model repository extension, by name."""
+
+    async def index(asked: Any) -> Any:
+        found = {"models": models.index(ready_only=asked.ready)}
+        return ParseDict(found, service_pb2.RepositoryIndexResponse())
+
+    async def load(asked: Any) -> Any:
+        await load_on_request(models, reloader, asked.model_name, asked.parameters)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def unload(_: Any) -> Any:
+        refuse_unload()
+
+    return {"RepositoryIndex": index, "RepositoryModelLoad": load, "RepositoryModelUnload": unload}
 
 
 def _fixed(answer: Callable[[], Any]) -> Call:

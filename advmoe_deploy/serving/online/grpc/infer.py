@@ -13,14 +13,7 @@ from advmoe_deploy.serving.online.grpc.messages import (
 )
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import RefusedError
-from advmoe_deploy.serving.online.service import (
-    CLIENT_LEFT,
-    FEW_IMAGES,
-    SMALL_BODY,
-    Arrival,
-    Service,
-)
+from advmoe_deploy.serving.online.service import FEW_IMAGES, SMALL_BODY, Arrival, Service
 from advmoe_deploy.serving.online.turns import Turns
 
 
@@ -38,25 +31,15 @@ class Infer:
             RefusedError: it is not answered, and why.
         """
         await self._turns.take()
-        began, status = time.perf_counter(), 500
+        began = time.perf_counter()
         asked = asked_of(await self._gate.read(context))
         service = self._models.find(
             asked.message.model_name, asked.message.model_version, to_infer=True
         )
-        try:
+        with service.counted(began):
             service.require_warm()
             with service.budget.hold() as hold:
-                answer = await self._answer(service, asked, hold, context, began)
-            status = 200
-        except RefusedError as error:
-            status = error.status
-            raise
-        except asyncio.CancelledError:
-            status = CLIENT_LEFT
-            raise
-        finally:
-            service.metrics.request(status, time.perf_counter() - began)
-        return answer
+                return await self._answer(service, asked, hold, context, began)
 
     async def _answer(
         self, service: Service, asked: Asked, hold: Hold, context: Any, began: float

@@ -1,7 +1,6 @@
 """gRPC server: its options, its port, and an end that loses no call."""
 
 import asyncio
-import math
 import os
 import socket
 import time
@@ -19,6 +18,7 @@ from advmoe_deploy.serving.online.grpc.calls import SERVICE, Calls
 from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.operations.reload import Reloader
 
 _STREAMS = 256  # calls on one connection; a client waits with more
 _WINDOW = 64 << 10  # bytes of a message that come before it is asked for
@@ -40,9 +40,14 @@ class GrpcServer:
         reserved: socket.socket,
         token: Token | None = None,
         tls: Tls | None = None,
+        reloader: Reloader | None = None,
     ) -> None:
-        """Take the address that ``reserved`` holds until :meth:`start`."""
+        """Take the address that ``reserved`` holds until :meth:`start`.
+
+        With a ``reloader``, calls may have bundles loaded again.
+        """
         self._models, self._reserved, self._token, self._tls = models, reserved, token, tls
+        self._reloader = reloader
         host, port = reserved.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -52,8 +57,9 @@ class GrpcServer:
         Raises:
             MachineError: the port was taken in the moment in which it was free.
         """
-        longest = longest_message(self._models)
-        self._calls = Calls(self._models, longest, self._token)
+        self._models.longest = max((each.model.longest for each in self._models.all()), default=0)
+        longest = min(self._models.limits.max_body, self._models.longest + MAX_ENVELOPE)
+        self._calls = Calls(self._models, longest, self._token, self._reloader)
         self._server = grpc.aio.server(
             options=_options(self._models.limits, longest),
             maximum_concurrent_rpcs=self._models.limits.connections,
@@ -91,13 +97,6 @@ class GrpcServer:
     def _is_restless(self, began: float) -> bool:
         now = time.monotonic()
         return now - began < _RESTLESS_S and now - max(began, self._calls.last_s) < _QUIET_S
-
-
-def longest_message(models: Models) -> int:
-    """Return how many bytes a message may have: what the largest request of any model needs."""
-    pixels = max((math.prod(each.model.image_shape) for each in models.all()), default=0)
-    needed = 4 * pixels * models.limits.max_images + MAX_ENVELOPE
-    return min(models.limits.max_body, needed)
 
 
 def _options(limits: Limits, longest: int) -> list[tuple[str, int]]:

@@ -18,15 +18,16 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.decode import decode
 from advmoe_deploy.errors import DataError, MachineError
+from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.packing import UnreadError
-from advmoe_deploy.serving.online.http.reading import counted, never, read_body
+from advmoe_deploy.serving.online.http.reading import left, never, read_body
 from advmoe_deploy.serving.online.limits import BYTES_OF_PIXEL, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
-from advmoe_deploy.serving.online.service import CLIENT_LEFT, Arrival, Service
+from advmoe_deploy.serving.online.service import Arrival, Service
 
 TOP = 5  # classes of an answer unless the request says how many
 _PLAIN_BYTES = "application/octet-stream"
@@ -48,7 +49,7 @@ class Image:
         """
         began = time.perf_counter()
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with counted(service, began, scope):
+        with service.counted(began, lambda: left(scope)):
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold, began)
@@ -63,7 +64,9 @@ class Image:
         with Arrival(service) as arrival:
             images, size, read = await self._request(arrival, receive, headers, hold, is_gone)
             decoded = time.perf_counter()
-            prediction = await service.predict(InferRequest(images, {}), is_gone, arrival)
+            rest_s = max(0.0, service.model.limits.timeout_s - (decoded - read))
+            request = InferRequest(images, {}, timeout_s=rest_s)
+            prediction = await service.predict(request, is_gone, arrival)
         answered = time.perf_counter()
         service.metrics.stage("read", read - began)
         service.metrics.stage("decode", decoded - read)
@@ -109,13 +112,11 @@ class Image:
             asyncio.run_coroutine_threadsafe(charge(pixels), loop).result(timeout=_LOOP_S)
 
         def work() -> tuple[NDArray[np.float32], tuple[int, int]]:
-            if is_gone():
-                raise RefusedError("the client has left", CLIENT_LEFT)
             image = decode(io.BytesIO(body), "the image", service.model.decoding, admit)
             return to_float(image.pixels[None]), image.original
 
         try:
-            images, size = await service.run(False, work)
+            images, size = await service.decode(work, is_gone)
         except DataError as error:
             raise RefusedError(str(error)) from None
         except MachineError as error:
@@ -133,8 +134,7 @@ def described(prediction: Prediction, model: ServedModel, top: int) -> dict[str,
     logits_C = prediction.logits[0].astype(np.float64)
     if not np.isfinite(logits_C).all():
         raise RefusedError("the model's logits are not finite", 500)
-    shares_C = np.exp(logits_C - logits_C.max())
-    shares_C /= shares_C.sum()
+    (shares_C,) = softmax(prediction.logits[:1])
     order_C = np.argsort(-logits_C, kind="stable")
     classes = [
         {

@@ -15,17 +15,16 @@ from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
-from advmoe_deploy.serving.online.http.reading import counted, never, read_body
+from advmoe_deploy.serving.online.http.reading import left, never, read_body
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
-from advmoe_deploy.serving.online.service import (
-    CLIENT_LEFT,
-    FEW_IMAGES,
-    SMALL_BODY,
-    Arrival,
-    Service,
+from advmoe_deploy.serving.online.protocol import (
+    ClientLeftError,
+    InferRequest,
+    RefusedError,
+    ServedModel,
 )
+from advmoe_deploy.serving.online.service import FEW_IMAGES, SMALL_BODY, Arrival, Service
 from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
@@ -48,7 +47,7 @@ class Infer:
         began = time.perf_counter()
         await self._turns.take()
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with counted(service, began, scope):
+        with service.counted(began, lambda: left(scope)):
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold)
@@ -85,7 +84,7 @@ class Infer:
 
         def read() -> InferRequest:
             if is_gone():
-                raise RefusedError("the client has left", CLIENT_LEFT)
+                raise ClientLeftError
             return read_request(body, json_length, service.model)
 
         request = await service.run(len(body) <= SMALL_BODY, read)

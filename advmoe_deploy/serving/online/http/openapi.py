@@ -136,6 +136,7 @@ _STATUSES = {
     "413": "It is too large.",
     "415": "Its content is of a type that is not read.",
     "421": "The server is not called by that Host.",
+    "501": "It is not offered.",
     "503": "Not ready, or overloaded: Retry-After says when to try again.",
 }
 
@@ -230,6 +231,14 @@ def _paths() -> dict[str, dict[str, Any]]:
                 "Loaded",
                 *(404, 409, 413, 503),
                 body=anything,
+                parameters=[_parameter("name")],
+            )
+        },
+        "/v2/repository/models/{name}/unload": {
+            "post": _operation(
+                "Refused: a server answers for what it was started with.",
+                "",
+                501,
                 parameters=[_parameter("name")],
             )
         },

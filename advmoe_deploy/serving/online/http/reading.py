@@ -1,36 +1,21 @@
-"""Bodies of requests, read within the limits; and requests, counted by how they end."""
+"""Bodies of requests, read within the limits."""
 
 import asyncio
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from advmoe_deploy.serving.online.http.connection import REFUSED
+from advmoe_deploy.serving.online.http.connection import GONE, REFUSED
 from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import NO_MEMORY, RefusedError
-from advmoe_deploy.serving.online.service import CLIENT_LEFT, Arrival, Service
+from advmoe_deploy.serving.online.protocol import CLIENT_LEFT, NO_MEMORY, ClientLeftError
+from advmoe_deploy.serving.online.service import Arrival
 
 
-@contextmanager
-def counted(service: Service, began: float, scope: Scope) -> Iterator[None]:
-    """Count the request that the block answers, which ``began`` by the performance counter."""
-    status = 500
-    try:
-        yield
-        status = 200
-    except RefusedError as error:
-        status = error.status
-        raise
-    except ClientDisconnect:
-        status = scope.get(REFUSED, CLIENT_LEFT)
-        raise
-    finally:
-        service.metrics.request(status, time.perf_counter() - began)
+def left(scope: Scope) -> int:
+    """Return under which status a request counts whose client has left; 0 while it is there."""
+    return scope.get(REFUSED, CLIENT_LEFT) if scope.get(GONE, never)() else 0
 
 
 def never() -> bool:
@@ -51,8 +36,7 @@ async def read_body(
     Raises:
         UnreadError: its encoding is unknown (415), it is too long (413), or the memory is taken
             (503).
-        RefusedError: it cannot be unpacked.
-        ClientDisconnect: its client has left.
+        RefusedError: it cannot be unpacked, or its client has left.
     """
     unpacker = _unpacker(headers)
     _admit(models, int(headers.get(b"content-length", 0)), copies, hold)
@@ -60,7 +44,7 @@ async def read_body(
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+            raise ClientLeftError
         arrival.hear(more=message["more_body"])
         piece: bytes = message["body"]
         if unpacker is not None:

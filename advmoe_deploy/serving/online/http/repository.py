@@ -7,7 +7,11 @@ from fastapi import FastAPI, Request
 
 from advmoe_deploy.serving.online.http.packing import UnreadError
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.operations.reload import (
+    Reloader,
+    load_on_request,
+    refuse_unload,
+)
 from advmoe_deploy.serving.online.protocol import RefusedError
 
 _BODY_BYTES = 4096
@@ -25,12 +29,9 @@ def add_repository(app: FastAPI, models: Models, reloader: Reloader | None) -> N
 
     @app.post("/v2/repository/models/{name}/load")
     async def load(name: str, request: Request) -> dict[str, Any]:
-        if reloader is None:
-            raise RefusedError("models are not loaded by request here; see --allow-reload", 403)
-        if (await _object(request)).get("parameters"):
-            raise RefusedError("parameters are not supported: what lies at the bundle's path loads")
-        models.find(name)
-        changed = {each.model.version for each in await reloader.reload(name)}
+        parameters = (await _object(request)).get("parameters")
+        fresh = await load_on_request(models, reloader, name, parameters)
+        changed = {each.model.version for each in fresh}
         versions = [
             {
                 "version": each.model.version,
@@ -40,6 +41,10 @@ def add_repository(app: FastAPI, models: Models, reloader: Reloader | None) -> N
             for each in models.of(name)
         ]
         return {"name": name, "versions": versions}
+
+    @app.post("/v2/repository/models/{name}/unload")
+    async def unload(name: str) -> None:  # noqa: ARG001, RUF100 - part of the address
+        refuse_unload()
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
+from advmoe_deploy.serving.online.extensions import model_config, model_statistics
 from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.http.image import Image
 from advmoe_deploy.serving.online.http.infer import Infer
@@ -28,7 +29,6 @@ from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Beside, Server
 from advmoe_deploy.serving.online.service import Service
-from advmoe_deploy.serving.online.triton import model_config, model_statistics
 
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
@@ -71,9 +71,9 @@ def build_app(
         yield
         try:
             await warming
+        finally:
             if reloader is not None:
                 await reloader.end()
-        finally:
             models.close()
 
     app = FastAPI(

@@ -4,6 +4,8 @@ What lies at a bundle's path is opened (every hash, and the signature where one 
 and held against its golden images beside what serves meanwhile. Then the new services take the
 places of the old in one step of the event loop. A request holds the service it began with, so each
 answer is wholly of the one or of the other; the old one ends when its last request has left it.
+
+Whoever asked for it may leave: what was begun comes to its end, and the server's end waits for it.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import AdvMoEError
@@ -53,7 +55,7 @@ class Reloader:
         self._open_runner, self._tell = open_runner, tell
         self._one = asyncio.Lock()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="reload")
-        self._tasks = set[asyncio.Task[None]]()
+        self._tasks = set[asyncio.Task[Any]]()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked = False
 
@@ -84,36 +86,57 @@ class Reloader:
         """
         if self._loop is None:
             raise NotReadyError("the server is starting or stopping; ask /v2/health/ready")
-        async with self._one:
-            fresh: list[Service] = []
-            try:
-                await self._load(name, fresh)
-            except BaseException as error:
-                for service in fresh:
-                    self._keep(self._close(service))
-                self._models.reloads["failed"] += not self._models.is_stopping()
-                raise self._refusal(name, error) from None
-            for old in self._models.replace(fresh):
-                self._keep(self._retire(old))
-            self._models.reloads["loaded" if fresh else "unchanged"] += 1
-            versions = ", ".join(service.model.version for service in fresh)
-            self._tell(
-                f"loaded '{name}' again: " + (f"version {versions}" if fresh else "as it was")
-            )
-            return fresh
+        loading = self._keep(self._reload(name))
+        loading.add_done_callback(_seen)
+        return await asyncio.shield(loading)
+
+    async def _reload(self, name: str) -> list[Service]:
+        with self._models.loading():
+            async with self._one:
+                fresh = await self._swapped(name)
+        self._say(name, fresh)
+        return fresh
+
+    async def _swapped(self, name: str) -> list[Service]:
+        fresh: list[Service] = []
+        try:
+            await self._load(name, fresh)
+        except BaseException as error:
+            for service in fresh:
+                self._keep(self._close(service))
+            self._models.reloads["failed"] += not self._models.is_stopping()
+            raise self._refusal(name, error) from None
+        for old in self._models.replace(fresh):
+            self._keep(self._retire(old))
+        self._models.reloads["loaded" if fresh else "unchanged"] += 1
+        return fresh
+
+    def _say(self, name: str, fresh: list[Service]) -> None:
+        versions = ", ".join(service.model.version for service in fresh)
+        line = f"loaded '{name}' again: " + (f"version {versions}" if fresh else "as it was")
+        try:
+            self._tell(line)
+        except Exception:  # noqa: BLE001, RUF100 - it is loaded, whoever could not hear of it
+            _log.exception("%s; nobody could be told", line)
 
     async def _load(self, name: str, fresh: list[Service]) -> None:
         """Append to ``fresh`` a warm service for each version of ``name`` whose bundle changed."""
         for serving in self._models.of(name):
+            self._require_going_on()
             model = serving.model
             bundle = await self._thread(self._offers[name, model.version].reopen)
             if bundle.identity == model.identity:
                 continue
-            runner, golden = await self._thread(partial(self._open, bundle))
             offered = served_model(bundle, name, model.limits, model.version)
+            self._models.require_room(offered)
+            self._require_going_on()
+            runner, golden = await self._thread(partial(self._open, bundle))
             fresh.append(self._models.service(offered, runner, golden, runner.close))
             fresh[-1].start()
             await fresh[-1].warm_up(self._models.is_stopping)
+        self._require_going_on()
+
+    def _require_going_on(self) -> None:
         if self._models.is_stopping():
             raise RefusedError("the server is stopping", 503)
 
@@ -152,10 +175,42 @@ class Reloader:
         await self._thread(service.close)
         self._models.forget(service)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+async def load_on_request(
+    models: Models, reloader: Reloader | None, name: str, parameters: object
+) -> list[Service]:
+    """Load ``name`` again because a request of the repository extension says so.
+
+    Raises:
+        RefusedError: there is no ``reloader``, as requests may not load (403), there is no such
+            model (404), there are ``parameters``, or it was not loaded (see
+            :meth:`Reloader.reload`).
+    """
+    if reloader is None:
+        raise RefusedError("models are not loaded by request here; see --allow-reload", 403)
+    if parameters:
+        raise RefusedError("parameters are not supported: what lies at the bundle's path loads")
+    models.find(name)
+    return await reloader.reload(name)
+
+
+def refuse_unload() -> NoReturn:
+    """Raise :class:`RefusedError` (501): a server answers for the models it was started with."""
+    raise RefusedError(
+        "no model is unloaded while the server runs; start it again without the bundle", 501
+    )
+
+
+def _seen(loading: "asyncio.Task[Any]") -> None:
+    """Take note of a failure that was logged, though whoever asked has left."""
+    if not loading.cancelled():
+        loading.exception()

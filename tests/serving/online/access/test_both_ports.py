@@ -103,7 +103,7 @@ def test_others_learn_that_the_server_lives_and_nothing_else(
         metadata = tuple(headers.items())
         for name in ("ServerLive", "ServerReady"):
             assert channel.unary_unary(f"{service}/{name}")(b"", metadata=metadata) == b"\x08\x01"
-        for name in ("ModelInfer", "ServerMetadata", "ModelStreamInfer"):
+        for name in ("ModelInfer", "ServerMetadata", "ModelStreamInfer", "RepositoryModelLoad"):
             with pytest.raises(grpc.RpcError) as caught:
                 channel.unary_unary(f"{service}/{name}")(b"", metadata=metadata)
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED

@@ -212,7 +212,7 @@ def test_what_is_not_there_is_told(addresses: tuple[str, str]) -> None:
         code, details = status_of(channel.unary_unary(INFER), unknown)
         assert code == grpc.StatusCode.NOT_FOUND
         assert "'birds\\n\\x1b'; this server has 'advmoe', 'cats'" in details
-        for name in ("ModelStreamInfer", "SystemSharedMemoryStatus", "RepositoryModelLoad"):
+        for name in ("ModelStreamInfer", "SystemSharedMemoryStatus", "TraceSetting"):
             stream = channel.stream_unary(f"/inference.GRPCInferenceService/{name}")
             code, details = status_of(lambda each, ask=stream: ask(iter([each])), b"")
             assert code == grpc.StatusCode.UNIMPLEMENTED

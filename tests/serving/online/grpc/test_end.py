@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
@@ -129,6 +130,20 @@ def test_what_nobody_waits_for_is_not_computed(
     assert ask(message(2), timeout=60)
     assert slow.batches == [1, 2]
     wait_for(lambda: live.service.budget.used == 0)
+
+
+def test_who_leaves_while_its_batch_runs_is_not_counted_as_answered(
+    live: Live, channel: grpc.Channel, slow: SlowRunner
+) -> None:
+    slow.let_go.clear()
+    leaves = channel.unary_unary(INFER).future(message(), timeout=60)
+    wait_for(lambda: slow.batches == [1])
+    leaves.cancel()
+    wait_for(lambda: live.service.budget.used == 0)
+    slow.let_go.set()
+    figures = httpx.get(live.url + "/metrics").text
+    assert 'advmoe_requests_total{model="advmoe",status="499",version="1"} 1.0' in figures
+    assert 'status="200"' not in figures
 
 
 def failed_or_cancelled(waiting: Any) -> bool:

@@ -4,6 +4,7 @@ import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -12,10 +13,20 @@ from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.decode import decode
+from advmoe_deploy.data.decode import DecodedImage, decode
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online.http import image
 from advmoe_deploy.serving.online.limits import Limits
-from tests.serving.online.live import Live, running, wait_until_ready
+from tests.serving.online.live import (
+    INFER,
+    ONE,
+    Live,
+    SlowRunner,
+    request_for,
+    running,
+    wait_for,
+    wait_until_ready,
+)
 
 PATH = "/v2/models/advmoe/image"
 LIMITS = Limits(max_images=4, max_body=1 << 20, memory=8 << 20)  # 524,288 pixels
@@ -54,9 +65,9 @@ def test_a_file_is_answered_as_by_the_bundles_own_decoder(
     answer = post(live, content, KINDS[kind])
     assert answer.status_code == 200, answer.text
     told = answer.json()
-    image = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
+    decoded = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
     with open_runner(tiny_bundle) as runner:
-        prediction = runner.infer(to_float(image.pixels[None]))
+        prediction = runner.infer(to_float(decoded.pixels[None]))
     (logits,) = prediction.logits.astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum()
     order = np.argsort(-logits)
@@ -77,9 +88,9 @@ def test_a_file_is_answered_as_by_the_bundles_own_decoder(
 
 def test_the_margin_of_a_route_is_told_where_scores_are_known(tiny_bundle: Bundle) -> None:
     content = encoded("PNG", 8, 8)
-    image = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
+    decoded = decode(io.BytesIO(content), "x", tiny_bundle.manifest.decoding)
     with open_runner(tiny_bundle, "onnxruntime-plan") as runner:
-        (scores,) = runner.before_last(to_float(image.pixels[None]))["router.scores"]  # type: ignore[attr-defined]
+        (scores,) = runner.before_last(to_float(decoded.pixels[None]))["router.scores"]  # type: ignore[attr-defined]
         with running(tiny_bundle, runner, LIMITS) as live:
             wait_until_ready(live.address)
             (route,) = post(live, content).json()["routes"]
@@ -124,6 +135,48 @@ def test_what_is_no_image_is_refused_in_one_line(
     assert live.service.budget.used == 0
     assert post(live, encoded("PNG")).status_code == 200
     assert capfd.readouterr().err == ""
+
+
+def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone_never_begun(
+    tiny_bundle: Bundle, slow: SlowRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four images may wait; two decoders are kept busy, and one of those who wait leaves."""
+    begun, let_go = [], threading.Event()
+
+    def late(*of: Any) -> DecodedImage:
+        begun.append(1)
+        assert let_go.wait(timeout=60)
+        return decode(*of)
+
+    monkeypatch.setattr(image, "decode", late)
+    content = encoded("PNG")
+    request = (
+        f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    ).encode() + content
+    limits = Limits(max_images=4, max_body=1 << 20, memory=8 << 20, queue=4)
+    with running(tiny_bundle, slow, limits) as live:
+        wait_until_ready(live.address)
+        waiting = [live.connect() for _ in range(4)]
+        for connection in waiting:
+            connection.sendall(request)
+        wait_for(lambda: live.service.decoding == 4 and len(begun) == 2)
+        refused = post(live, content)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "4 images wait to be decoded" in refused.json()["error"]
+        tensors = httpx.post(live.url + INFER, json=request_for(ONE))
+        assert tensors.status_code == 200  # which decoders keep from nothing
+        waiting.pop().close()
+        wait_for(lambda: len(live.server.server_state.connections) == 3)
+        let_go.set()
+        for connection in waiting:
+            assert connection.recv(20).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: live.service.decoding == 0)
+        assert len(begun) == 3
+        figures = httpx.get(live.url + "/metrics").text
+    for status, count in {200: 4, 499: 1, 503: 1}.items():
+        assert f'{{model="advmoe",status="{status}",version="1"}} {count}.0' in figures
 
 
 def test_the_pixels_of_a_file_are_charged_before_they_are_decoded(

@@ -79,6 +79,7 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v2/repository/index", {}),
     ("POST", "/v2/repository/index", {"content": b"["}),
     ("POST", "/v2/repository/models/{name}/load", {}),
+    ("POST", "/v2/repository/models/{name}/unload", {}),
     *(
         (method, f"/v2/models/{{name}}{version}{rest}", more)
         for version in ("", "/versions/{version}")

@@ -1,4 +1,4 @@
-"""What Triton tells of a model beyond the protocol: its configuration, and its statistics."""
+"""The protocol's extensions ``model_configuration`` and ``statistics``, in Triton's words."""
 
 from typing import Any
 
