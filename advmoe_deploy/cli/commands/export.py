@@ -7,7 +7,6 @@ import typer
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
-from advmoe_deploy.cli.kserve_options import Image, Server, StorageUri, write_kserve
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -18,8 +17,11 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import Session, session
-from advmoe_deploy.cli.triton_options import Device, MaxBatch, Mount, write_triton
-from advmoe_deploy.cli.web_options import Epsilon, Images, Runtime, write_web
+from advmoe_deploy.cli.targets.kserve import Image, Server, StorageUri
+from advmoe_deploy.cli.targets.source import Source
+from advmoe_deploy.cli.targets.triton import Device, MaxBatch, Mount
+from advmoe_deploy.cli.targets.web import Epsilon, Images, Runtime
+from advmoe_deploy.cli.targets.write import write_target
 from advmoe_deploy.specs import Precision
 
 
@@ -88,14 +90,13 @@ def export(
         others: dict[str, object] = {"--precision": precision, "--no-reference": not reference}
         others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         others |= {"--build-config": build_config, "--set-build": set_build}
-        web = {"--images": images, "--epsilon": epsilon, "--runtime": runtime}
-        no_data = {**others, "--data": data, "--class-map": class_map, **web}
-        if write_triton(ui, run, out, to, mount, device, max_batch, no_data, overwrite=overwrite):
-            return
-        if write_web(ui, run, out, to, data, class_map, web, others, overwrite=overwrite):
-            return
-        own = (storage_uri, image, server)
-        if write_kserve(ui, run, out, to, *own, others, overwrite=overwrite):
+        others |= {"--data": data, "--class-map": class_map}
+        own: dict[str, dict[str, object]] = {
+            "triton": {"--mount": mount, "--device": device, "--max-batch": max_batch},
+            "web": {"--images": images, "--epsilon": epsilon, "--runtime": runtime},
+            "kserve": {"--storage-uri": storage_uri, "--image": image, "--server": server},
+        }
+        if write_target(ui, to, Source(run, out, overwrite), own, others):
             return
         from advmoe_deploy import api
         from advmoe_deploy.data.matching import read_class_map

@@ -1,16 +1,13 @@
 """The options of ``export --format kserve``, and its work."""
 
-from collections.abc import Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from advmoe_deploy.cli.session import Session
+from advmoe_deploy.cli.targets.source import Source
 from advmoe_deploy.errors import UsageError
-
-FORMAT = "kserve"
 
 
 class Kind(str, Enum):
@@ -45,53 +42,35 @@ Server = Annotated[
 ]
 
 
-def write_kserve(
+def write(
     ui: Session,
-    source: Path,
-    out: Path | None,
-    to: str,
-    storage_uri: str | None,
-    image: str | None,
-    server: Kind | None,
-    others: Mapping[str, object],
+    source: Source,
     *,
-    overwrite: bool,
-) -> bool:
-    """Write the manifests of a bundle; return whether ``to`` asks for that.
+    storage_uri: str | None = None,
+    image: str | None = None,
+    server: Kind = Kind.advmoe,
+) -> None:
+    """Write the manifests of a bundle and say how a cluster is given them.
 
     Raises:
-        UsageError: options are given that concern it alone, and another format, or ``others``; or
-            one is missing.
+        UsageError: an option is missing.
     """
-    if to != FORMAT:
-        if {storage_uri, image, server} != {None}:
-            raise UsageError(
-                "--storage-uri, --image and --server go with --format kserve; leave them out"
-            )
-        return False
-    if given := [name for name, value in others.items() if value]:
-        raise UsageError(f"{given[0]} does not go with --format kserve; leave it out")
     if storage_uri is None or image is None:
         raise UsageError("--format kserve needs --storage-uri and --image; its help has examples")
-    from advmoe_deploy import api
     from advmoe_deploy.cli.tables import bundle as tables
     from advmoe_deploy.export.kserve.manifests import kubernetes_name, write_manifests
-    from advmoe_deploy.zoo.resolve import name_of, place_for
+    from advmoe_deploy.zoo.resolve import name_of
 
-    bundle = api.open_bundle(source)
-    name = kubernetes_name(name_of(source))
-    place = bundle.path.resolve()
-    beside = place.with_name(f"{place.name}-kserve.yaml")
-    out = out or place_for(source, bundle.path, "kserve.yaml", beside)
+    bundle = source.opened()
+    name, out = kubernetes_name(name_of(source.path)), source.place(bundle, "kserve.yaml")
     write_manifests(
         bundle,
         out,
         name=name,
         storage_uri=storage_uri,
         image=image,
-        runtime=(server or Kind.advmoe).value,
-        overwrite=overwrite,
+        runtime=server.value,
+        overwrite=source.overwrite,
     )
     value = {"manifests": str(out), "name": name, "bundle": bundle.identity}
     ui.show(value, lambda: tables.manifests_report(out, name, bundle))
-    return True

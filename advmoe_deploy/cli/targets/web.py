@@ -1,15 +1,13 @@
 """The options of ``export --format web``, and its work."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from advmoe_deploy.cli.session import Session
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.cli.targets.source import Source
 
-FORMAT = "web"
 _IMAGES = 20
 
 Images = Annotated[
@@ -38,46 +36,28 @@ Runtime = Annotated[
 ]
 
 
-def write_web(
+def write(
     ui: Session,
-    source: Path,
-    out: Path | None,
-    to: str,
-    data: str | None,
-    class_map: str | None,
-    own: Mapping[str, Any],
-    others: Mapping[str, object],
+    source: Source,
     *,
-    overwrite: bool,
-) -> bool:
-    """Write the page of a bundle; return whether ``to`` asks for that.
-
-    Raises:
-        UsageError: ``own`` options are given with another format, or ``others`` with this one.
-    """
-    if to != FORMAT:
-        if any(value is not None for value in own.values()):
-            raise UsageError(f"{', '.join(own)} go with --format {FORMAT}; leave them out")
-        return False
-    if given := [name for name, value in others.items() if value]:
-        raise UsageError(f"{given[0]} does not go with --format {FORMAT}; leave it out")
-    from advmoe_deploy import api
+    data: str | None = None,
+    class_map: str | None = None,
+    **own: Any,
+) -> None:
+    """Write the page of a bundle and say how to look at it."""
     from advmoe_deploy.cli.tables import bundle as tables
     from advmoe_deploy.data.matching import read_class_map
     from advmoe_deploy.export.web.site import write_site
-    from advmoe_deploy.zoo.resolve import place_for
 
-    bundle = api.open_bundle(source)
-    beside = bundle.path.resolve().with_name(f"{bundle.path.resolve().name}-web")
+    bundle = source.opened()
     site = write_site(
         bundle,
-        out or place_for(source, bundle.path, "web", beside),
+        source.place(bundle, "web"),
         data=data,
         class_map=read_class_map(class_map),
-        overwrite=overwrite,
+        overwrite=source.overwrite,
         progress=ui.progress,
-        **{name.removeprefix("--"): value for name, value in own.items() if value is not None},
+        **own,
     )
     value = {"site": str(site.path), "bytes": dict(site.sizes), **site.facts}
     ui.show(value, lambda: tables.site_report(site.path, site.facts, site.sizes))
-    return True

@@ -1,0 +1,1 @@
+"""What ``export`` makes of a bundle: a module for each format, with its options and its work."""
