@@ -8,41 +8,25 @@ turns with small ones, slice by slice.
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.online.job import Done, Job, Piece
+from advmoe_deploy.serving.online.job import Done, Job, OverloadedError, Piece, Slice
 from advmoe_deploy.serving.online.limits import Limits
 
 _log = logging.getLogger(__name__)
 
 # How much a batch weighs in the estimate of the pace.
 _FRESH = 0.2
-
-
-class _Slice(NamedTuple):
-    """Images of one job that are routed together; ``numbers`` are their places in it."""
-
-    job: Job
-    numbers: NDArray[np.int64]
-    images: NDArray[np.float32]
-
-
-class OverloadedError(Exception):
-    """The request cannot be computed in time; ``retry_s`` is when it is worth another try."""
-
-    def __init__(self, message: str, retry_s: float) -> None:
-        super().__init__(message)
-        self.retry_s = max(1, math.ceil(retry_s))
+# How long no dead jobs are looked for, as a multiple of what that took; unless jobs are few.
+_REST, _FEW = 10.0, 256
 
 
 class Batcher:
@@ -67,7 +51,9 @@ class Batcher:
         self._work, self._limits = work, limits
         self._expecting, self._watch = expecting, watch
         self._changed = threading.Condition()
-        self._jobs: set[Job] = set()
+        self._jobs: dict[Job, None] = {}  # the oldest first
+        self._ended: list[tuple[Job, Exception | None]] = []  # not handed over yet
+        self._next_sweep = 0.0
         self._waiting = 0  # images of jobs without an answer
         self._arrived: deque[Job] = deque()
         self._lanes: dict[int, deque[Piece]] = {}
@@ -105,10 +91,10 @@ class Batcher:
             if self._closing:
                 raise OverloadedError("it computes no more", 1.0)
             if self._refusal(len(images), timeout_s):
-                self._drop_dead()
+                self._sweep()
                 if reason := self._refusal(len(images), timeout_s):
                     raise OverloadedError(reason, self._waiting * self._pace_s)
-            self._jobs.add(job)
+            self._jobs[job] = None
             self._waiting += len(images)
             self._arrived.append(job)
             self._changed.notify()
@@ -117,7 +103,7 @@ class Batcher:
     def drop_dead(self) -> None:
         """Let go of the jobs whose clients have left or whose time is over."""
         with self._changed:
-            self._drop_dead()
+            self._sweep()
 
     def close(self) -> None:
         """Wait for the running batch and end the thread; what waits is not computed."""
@@ -133,27 +119,39 @@ class Batcher:
             return f"{self._waiting} images wait already, of {self._limits.queue} at most"
         return f"its turn would come in {wait_s:.1f} s only" if wait_s > timeout_s else ""
 
+    def _sweep(self) -> None:
+        """Drop the dead, unless that was done so lately that it would be a tenth of all work.
+
+        Each request that is refused asks for it, and goes through all that wait.
+        """
+        began = time.monotonic()
+        if len(self._jobs) < _FEW or began >= self._next_sweep:
+            self._drop_dead()
+            ended = time.monotonic()
+            self._next_sweep = ended + _REST * (ended - began)
+
     def _drop_dead(self) -> None:
-        now = time.monotonic()
-        dead = []
-        for job in self._jobs:
-            if job.is_gone():
-                dead.append((job, "the client has left"))
-            elif job.deadline < now and not job.begun:
-                dead.append((job, "its time was over before its turn came"))
+        dead = [(job, reason) for job in self._jobs if (reason := job.dead())]
         for job, reason in dead:
             self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
         if dead:  # else they would stay until the running batch has ended
             self._arrived = deque(job for job in self._arrived if job in self._jobs)
+            self._hand_over()
 
     def _end(self, job: Job, failure: Exception | None = None) -> None:
         if job in self._jobs:
-            self._jobs.remove(job)
+            del self._jobs[job]
             self._waiting -= job.left
             if failure is not None:
                 job.release()  # rows of it may stay in a lane for a while
+            self._ended.append((job, failure))
+
+    def _hand_over(self) -> None:
+        """Tell the event loop what has ended: all of a batch at once, since each call wakes it."""
+        ended, self._ended = self._ended, []
+        if ended:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(job.end, failure)
+            self._loop.call_soon_threadsafe(_end_all, ended)
 
     def _serve(self) -> None:
         while not self._closing:
@@ -165,6 +163,7 @@ class Batcher:
                     self._lanes.clear()
                     for job in list(self._jobs):
                         self._end(job, error)
+                    self._hand_over()
 
     def _turn(self) -> None:
         if not self._wait():
@@ -178,8 +177,8 @@ class Batcher:
         """Wait until there is something to do, and a moment longer if more of it is coming."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._jobs)
-            self._drop_dead()
-            until = min((job.came for job in self._jobs), default=0.0) + self._limits.delay_s
+            self._sweep()
+            until = next((job.came for job in self._jobs), 0.0) + self._limits.delay_s
             while (rest := until - time.monotonic()) > 0 and self._is_worth_waiting():
                 self._changed.wait(rest)
             return not self._closing
@@ -188,24 +187,27 @@ class Batcher:
         more = self._waiting < self._limits.batch and not self._closing
         return more and self._expecting()
 
-    def _next_slices(self) -> list[_Slice]:
+    def _next_slices(self) -> list[Slice]:
         """Return slices of jobs in turns, so many that each lane could be full."""
         inside = sum(len(piece.numbers) for lane in self._lanes.values() for piece in lane)
-        room, slices = self._limits.batch * self._work.lanes - inside, list[_Slice]()
+        room, slices = self._limits.batch * self._work.lanes - inside, list[Slice]()
         with self._changed:
             while self._arrived and room > 0:
                 job = self._arrived.popleft()
+                if reason := job.dead():
+                    self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
                 if job not in self._jobs:
                     continue
                 start, stop = job.routed, min(job.routed + min(room, self._limits.batch), job.size)
-                slices.append(_Slice(job, np.arange(start, stop), job.images[start:stop]))
+                slices.append(Slice(job, np.arange(start, stop), job.images[start:stop]))
                 room -= stop - start
                 job.routed = stop
                 if stop < job.size:
                     self._arrived.append(job)
+            self._hand_over()
         return slices
 
-    def _route(self, slices: list[_Slice]) -> None:
+    def _route(self, slices: list[Slice]) -> None:
         parts = [each.images for each in slices]
         try:
             images = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -213,7 +215,7 @@ class Batcher:
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
             self._finish(dict.fromkeys((each.job for each in slices), 0), error)
 
-    def _sort(self, slices: list[_Slice], lanes: NDArray[np.int64], rows: Rows) -> None:
+    def _sort(self, slices: list[Slice], lanes: NDArray[np.int64], rows: Rows) -> None:
         """Put the rows of the slices into their lanes."""
         at, now = 0, time.monotonic()
         for job, numbers, _ in slices:
@@ -282,3 +284,9 @@ class Batcher:
                     self._waiting -= count
                     if failure is not None or not job.left:
                         self._end(job, failure)
+            self._hand_over()
+
+
+def _end_all(ended: list[tuple[Job, Exception | None]]) -> None:
+    for job, failure in ended:
+        job.end(failure)

@@ -1,16 +1,25 @@
 """Requests on their way through the batcher: a job each, cut into pieces that share a lane."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows
 from advmoe_deploy.runtime.runner import Prediction
+
+
+class OverloadedError(Exception):
+    """The request cannot be computed in time; ``retry_s`` is when it is worth another try."""
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = max(1, math.ceil(retry_s))
 
 
 class Job:
@@ -30,6 +39,13 @@ class Job:
         self.left = self.size  # images without an answer
         self.begun = False  # whether an image is in a batch, or was
         self._prediction: Prediction | None = None
+
+    def dead(self) -> str:
+        """Return why it is not to be computed, or nothing if it is."""
+        if self.is_gone():
+            return "the client has left"
+        late = self.deadline < time.monotonic() and not self.begun
+        return "its time was over before its turn came" if late else ""
 
     def put(self, numbers: NDArray[np.int64], part: Prediction) -> None:
         """Take the answers ``part`` to the images with these ``numbers``."""
@@ -55,6 +71,14 @@ class Job:
             self.answer.set_exception(failure)
         elif self._prediction is not None:
             self.answer.set_result(self._prediction)
+
+
+class Slice(NamedTuple):
+    """Images of one job that are routed together; ``numbers`` are their places in it."""
+
+    job: Job
+    numbers: NDArray[np.int64]
+    images: NDArray[np.float32]
 
 
 @dataclass(frozen=True)

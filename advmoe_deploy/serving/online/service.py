@@ -14,8 +14,9 @@ import numpy as np
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
-from advmoe_deploy.serving.online.batcher import Batcher, OverloadedError
+from advmoe_deploy.serving.online.batcher import Batcher
 from advmoe_deploy.serving.online.golden import Golden
+from advmoe_deploy.serving.online.job import OverloadedError
 from advmoe_deploy.serving.online.limits import Budget, Limits
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.operations.monitor import Monitor
@@ -27,6 +28,7 @@ from advmoe_deploy.serving.online.protocol import (
     RefusedError,
     ServedModel,
 )
+from advmoe_deploy.serving.online.turns import Turns
 from advmoe_deploy.serving.online.workers import Workers
 
 # Below these a body is read, and an answer written, where the event loop runs: within a
@@ -74,6 +76,7 @@ class Shared:
         self.budget = Budget(limits.memory)
         self.threads = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self.decoders = Workers(limits.queue)
+        self.answers = Turns()
 
     def close(self) -> None:
         """End the threads."""
@@ -197,11 +200,14 @@ class Service:
             arrival.end()
             prediction = await waiting
         except OverloadedError as error:
+            await self._shared.answers.take()
             if is_gone():
                 raise ClientLeftError from None
             raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
         except MachineError as error:
             raise RefusedError(str(error), 503, retry_s=1) from None
+        # A batch ends for all its requests at once, and several of small ones in a moment.
+        await self._shared.answers.take()
         if is_gone():
             raise ClientLeftError
         return prediction

@@ -2,40 +2,50 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
-# How many small requests are read before others, health among them, have their turn.
+# How many requests are begun, and how many answers written, before others, health among them, have
+# their turn.
 _EACH = 16
 
 
 class Turns:
-    """Lets so many callers go on in each turn of the loop; between turns it looks at sockets."""
+    """Lets so many pieces of work go on in each turn of the loop; between turns it reads."""
 
     def __init__(self, each: int = _EACH) -> None:
-        """Let ``each`` callers go on in a turn."""
+        """Let ``each`` pieces go on in a turn."""
         self._each = self._left = each
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()
         self._renewing = False
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Call ``work`` in this turn if it has room, else in a later one, in order."""
+        if not self._renewing:
+            self._renewing = True
+            asyncio.get_running_loop().call_soon(self._renew)
+        if self._left and not self._waiting:
+            self._left -= 1
+            work()
+        else:
+            self._waiting.append(work)
 
     async def take(self) -> None:
         """Return in this turn if it has room, else in a later one, in order."""
-        loop = asyncio.get_running_loop()
-        if not self._renewing:
-            self._renewing = True
-            loop.call_soon(self._renew)
-        if self._left and not self._waiting:
-            self._left -= 1
-            return
-        mine = loop.create_future()
-        self._waiting.append(mine)
+        mine = asyncio.get_running_loop().create_future()
+        self.call(partial(_free, mine))
         await mine
 
     def _renew(self) -> None:
         self._left = self._each
         while self._waiting and self._left:
-            waiting = self._waiting.popleft()
-            if not waiting.done():  # cancelled, that is
-                waiting.set_result(None)
-                self._left -= 1
+            self._left -= 1
+            self._waiting.popleft()()
         self._renewing = bool(self._waiting) or self._left < self._each
         if self._renewing:
             asyncio.get_running_loop().call_soon(self._renew)
+
+
+def _free(waiting: "asyncio.Future[None]") -> None:
+    if not waiting.done():  # cancelled, that is
+        waiting.set_result(None)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.online.batcher import Batcher, Done, OverloadedError
+from advmoe_deploy.serving.online.batcher import Batcher
+from advmoe_deploy.serving.online.job import Done, OverloadedError
 from advmoe_deploy.serving.online.limits import Limits
 
 SMALL = Limits(max_images=50, batch=8, queue=100, delay_s=0.0)
@@ -183,6 +184,53 @@ def test_clients_that_left_leave_no_images_while_a_batch_runs(begun: bool) -> No
 
     within(work, test)
     assert [rows for _, rows in work.ran] == [list(range(20, 28)) if begun else [0]]
+
+
+def test_of_many_that_wait_the_dead_are_found_in_their_turn_and_not_looked_for_each_time() -> None:
+    work, asked = Doubling(), [0]
+
+    def counted() -> bool:
+        asked[0] += 1
+        return gone[0]
+
+    gone = [False]
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        waiting = [batcher.submit(image(5), 30, counted) for _ in range(999)]
+        for _ in range(50):
+            with pytest.raises(OverloadedError, match="1000 images wait"):
+                batcher.submit(image(1), 30, alive)
+        assert asked[0] < 50 * 999 / 2
+        gone[0] = True
+        work.open.set()
+        await first
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, OverloadedError) for result in results)
+
+    within(work, test, limits=Limits(max_images=50, batch=8, queue=1000, delay_s=0.0))
+    assert [rows for _, rows in work.ran] == [[0]]
+
+
+def test_many_answers_of_a_batch_wake_the_event_loop_once() -> None:
+    work, calls = Doubling(), [0]
+
+    async def test(batcher: Batcher) -> None:
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def counted(*of: object) -> asyncio.Handle:
+            calls[0] += 1
+            return call(*of)  # type: ignore[arg-type]
+
+        first = await held(batcher, work)
+        rest = [batcher.submit(image(n), 30, alive) for n in range(1, 9)]
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
+        work.open.set()
+        await asyncio.gather(first, *rest)
+
+    within(work, test)
+    assert calls[0] == len(work.ran) == 2
 
 
 def test_what_is_late_is_not_computed() -> None:

@@ -5,17 +5,29 @@ out it says so for each of them.
 """
 
 import asyncio
+import contextlib
 import errno
+import http
+import json
 import logging
 import socket
 import ssl
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 _AT_ONCE = 16
+# How much of an accepted connection one costs that is refused at once.
+_REFUSED = 0.1
+_READ = 64 << 10
+# How many connections beyond the limit are read, since they may ask for the server's health.
+SPARE = 128
+HEALTH = "/v2/health/"
+_PROBES = (f"GET {HEALTH}".encode(), f"HEAD {HEALTH}".encode())
+TOO_MANY = "too many connections are open; try again later"
 _PAUSE_S = 1.0
 _FAREWELL_S = 1.0
 _CAN_HURRY = sys.version_info >= (3, 11)
@@ -46,6 +58,33 @@ class Handshakes:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """Connections beyond ``most``, where ``count`` says how many are open.
+
+    They are told and closed before anything is made for them, unless they ask for the server's
+    health: whoever looks whether a busy server lives must not take it for dead. The first of them,
+    who have asked for nothing yet, are read.
+    """
+
+    count: Callable[[], int]
+    most: int
+
+    def has(self, connection: socket.socket, beginning: int) -> bool:
+        """Return whether a connection, beside those that are ``beginning``, is one of them."""
+        over = self.count() + beginning - self.most
+        if over < 0:
+            return False
+        connection.setblocking(False)
+        try:
+            head = connection.recv(max(map(len, _PROBES)), socket.MSG_PEEK)
+        except BlockingIOError:
+            return over >= SPARE
+        except OSError:
+            return True
+        return not head.startswith(_PROBES)
+
+
 class Acceptor:
     """Accepts connections of a listening socket, until it is closed."""
 
@@ -55,9 +94,15 @@ class Acceptor:
         make: Callable[[], asyncio.Protocol],
         backlog: int,
         handshakes: Handshakes | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
-        """Begin for the running event loop; ``make`` returns the protocol of a connection."""
+        """Begin for the running event loop; ``make`` returns the protocol of a connection.
+
+        A ``crowd`` is told so before a handshake, that is, where there is none.
+        """
         self._listener, self._make, self._handshakes = listener, make, handshakes
+        self._crowd, self._most_leaving = crowd, backlog
+        self._leaving = deque[tuple[float, socket.socket]]()  # until when they may read
         self._loop = asyncio.get_running_loop()
         self._beginning = set[asyncio.Task[object]]()
         self._complained = -_COMPLAIN_EVERY_S
@@ -77,41 +122,74 @@ class Acceptor:
         self._listener.close()
 
     def give_up(self) -> None:
-        """Close connections that have not begun."""
+        """Close connections that have not begun, or were told to leave."""
         for task in self._beginning:
             task.cancel()
+        while self._leaving:
+            self._see_off()
 
     @property
     def beginning(self) -> bool:
-        """Whether a connection was accepted that has no protocol yet."""
-        return bool(self._beginning)
+        """Whether a connection was accepted that has no protocol yet, or is to read why not."""
+        return bool(self._beginning or self._leaving)
 
     def _resume(self) -> None:
         self._paused = None
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
-            if not self._accept_one():
-                return
+        room = _AT_ONCE
+        while room > 0 and (taken := self._accept_one()):
+            room -= taken
 
-    def _accept_one(self) -> bool:
+    def _accept_one(self) -> float:
+        """Accept a connection and return how much of a turn that is; 0 where none waits."""
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
-            return False
+            return 0
         except OSError as error:
             if error.errno in _GONE:
-                return True  # others may wait behind it
+                return 1  # others may wait behind it
             self._pause(error)  # no descriptors are left, mostly
-            return False
-        if self._handshakes is not None and len(self._beginning) >= self._handshakes.most:
-            connection.close()
-            return True
+            return 0
+        if self._handshakes is not None:
+            if len(self._beginning) >= self._handshakes.most:
+                connection.close()
+                return 1
+        elif self._crowd is not None and self._crowd.has(connection, len(self._beginning)):
+            self._refuse(connection)
+            return _REFUSED
         task = self._loop.create_task(self._begin(connection))
         self._beginning.add(task)
         task.add_done_callback(self._beginning.discard)
-        return True
+        return 1
+
+    def _refuse(self, connection: socket.socket) -> None:
+        try:
+            connection.send(_TOLD)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            connection.close()
+            return
+        if not self._leaving:
+            self._loop.call_later(_FAREWELL_S, self._see_off_late)
+        self._leaving.append((time.monotonic() + _FAREWELL_S, connection))
+        if len(self._leaving) > self._most_leaving:
+            self._see_off()
+
+    def _see_off_late(self) -> None:
+        now = time.monotonic()
+        while self._leaving and self._leaving[0][0] <= now:
+            self._see_off()
+        if self._leaving:
+            self._loop.call_later(self._leaving[0][0] - now, self._see_off_late)
+
+    def _see_off(self) -> None:
+        _, connection = self._leaving.popleft()
+        with contextlib.suppress(OSError):
+            connection.recv(_READ)  # what stays unread would reset it, and cost it the answer
+        connection.close()
 
     async def _begin(self, connection: socket.socket) -> None:
         try:
@@ -137,3 +215,17 @@ class Acceptor:
         if (now := time.monotonic()) - self._complained >= _COMPLAIN_EVERY_S:
             self._complained = now
             _log.warning("no connection can be accepted now: %s", error.strerror)
+
+
+def refusal(status: int, message: str) -> bytes:
+    """Return the text of an answer that says why a request is refused, and ends its connection."""
+    body = json.dumps({"error": message}).encode()
+    retry = "retry-after: 1\r\n" if status == 503 else ""
+    head = (
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+_TOLD = refusal(503, TOO_MANY)

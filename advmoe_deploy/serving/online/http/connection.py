@@ -5,16 +5,18 @@ Content-Length together with chunks. Errors of the protocol are answered as JSON
 """
 
 import asyncio
-import http
-import json
 import select
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, refusal
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.turns import Turns
 
 _HEAD_BYTES = 32 << 10
 _LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
@@ -28,8 +30,6 @@ _SMALL_CHUNKS = 1000
 _SMALLEST_CHUNK = 64  # bytes, on average
 # How long an answer to half a request stays in the line before the connection is reset.
 _LINGER_S = 2.0
-# How many connections beyond the limit are told so; those after them are closed without a word.
-_TOLD = 128
 # The key in the scope of a request under which a function says whether its client has left.
 GONE = "advmoe.gone"
 # The key under which is the status by which the connection itself refused the rest of a request.
@@ -41,13 +41,16 @@ class _RefusedError(Exception):
 
 
 class Connection(HttpToolsProtocol):
-    """One connection; ``stopping`` says whether each answer is the last one on its connection."""
+    """One connection; ``stopping`` says whether each answer is the last one on its connection.
+
+    Its requests begin in ``turns`` with those of others, but for those that ask for health.
+    """
 
     def __init__(
-        self, *args: Any, limits: Limits, stopping: Callable[[], bool], **kwargs: Any
+        self, *args: Any, limits: Limits, stopping: Callable[[], bool], turns: Turns, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._limits, self._stopping = limits, stopping
+        self._limits, self._stopping, self._turns = limits, stopping, turns
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
         self._crowded = False
@@ -66,7 +69,7 @@ class Connection(HttpToolsProtocol):
         """Begin, unless there are too many already."""
         super().connection_made(transport)
         self._crowded = len(self.connections) > self._limits.connections
-        if len(self.connections) > self._limits.connections + _TOLD:
+        if len(self.connections) > self._limits.connections + SPARE:
             self._over = True
             transport.abort()
         self._await_rest()
@@ -155,17 +158,17 @@ class Connection(HttpToolsProtocol):
             raise self._refused(400, "this is no HTTP/1.1 request")
         if self.parser.should_upgrade():
             return  # the parser stops here, and the head is read again
-        if self._crowded:
-            raise self._refused(503, "too many connections are open; try again later")
+        if self._crowded and not self.url.startswith(HEALTH.encode()):
+            raise self._refused(503, TOO_MANY)
         if len(self.pipeline) == _PIPELINED:
             raise self._refused(400, f"more than {_PIPELINED} requests are ahead of their answers")
         self._before = self.cycle
         super().on_headers_complete()
         self._part = "body"
-        cycle = self.cycle
-        cycle.scope[GONE] = lambda: cycle.disconnected  # type: ignore[literal-required]
-        if self._stopping():
-            cycle.keep_alive = False
+        # Weak, since a circle in each request would keep the collector busy, and everybody waiting.
+        self.cycle.scope[GONE] = partial(_is_gone, weakref.ref(self.cycle))  # type: ignore[literal-required]
+        if self._stopping() or self._crowded:
+            self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
@@ -188,7 +191,11 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        start = partial(super()._start_asgi_task, cycle, app)
+        if cycle.scope["path"].startswith(HEALTH):
+            start()
+        else:  # while it waits it is small
+            self._turns.call(start)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, which may have begun already."""
@@ -282,18 +289,13 @@ class Connection(HttpToolsProtocol):
             cycle.scope[REFUSED] = status  # type: ignore[literal-required]
             cycle.disconnected = True  # whoever reads the body need not wait
             cycle.message_event.set()
-        self.transport.write(_answer(status, message))
+        self.transport.write(refusal(status, message))
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(_LINGER_S, self.transport.abort)
 
 
-def _answer(status: int, message: str) -> bytes:
-    body = json.dumps({"error": message}).encode()
-    retry = "retry-after: 1\r\n" if status == 503 else ""
-    head = (
-        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
-    )
-    return head.encode() + body
+def _is_gone(cycle: weakref.ref[RequestResponseCycle]) -> bool:
+    living = cycle()
+    return living is None or living.disconnected

@@ -25,7 +25,6 @@ from advmoe_deploy.serving.online.protocol import (
     ServedModel,
 )
 from advmoe_deploy.serving.online.service import FEW_IMAGES, SMALL_BODY, Arrival, Service
-from advmoe_deploy.serving.online.turns import Turns
 
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _JSON_LENGTH_KEY = _JSON_LENGTH.lower().encode()
@@ -36,7 +35,6 @@ class Infer:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -45,7 +43,6 @@ class Infer:
             RefusedError: it is not answered, and why.
         """
         began = time.perf_counter()
-        await self._turns.take()
         service = self._models.find(**scope["path_params"], to_infer=True)
         with service.counted(began, lambda: left(scope)):
             service.require_warm()

@@ -27,7 +27,7 @@ from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
-from advmoe_deploy.serving.online.server import Beside, Server
+from advmoe_deploy.serving.online.server import Beside, Server, collect_less
 from advmoe_deploy.serving.online.service import Service
 
 _PROBED = ["GET", "HEAD"]
@@ -125,6 +125,7 @@ def run_app(
         if models.failure is not None:
             server.stop(announced=False)
         elif not server.stopping:
+            collect_less()
             announce()
 
     app = build_app(

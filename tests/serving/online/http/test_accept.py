@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from advmoe_deploy.serving.online.http.accept import Acceptor
+from advmoe_deploy.serving.online.http.accept import Acceptor, Crowd
 from advmoe_deploy.serving.online.turns import Turns
 
 
@@ -58,6 +58,41 @@ def test_who_waits_at_the_end_is_accepted() -> None:
         assert len(made) == 40
 
     with_acceptor(40, test)
+
+
+def test_a_crowd_is_told_and_closed_unless_it_asks_for_health() -> None:
+    """There are as many as there may be; of more, one asks for health, and one nothing yet."""
+    asked = [b"POST /v2 HTTP/1.1\r\n\r\n"] * 149 + [b"GET /v2/health/live HTTP/1.1\r\n\r\n", b""]
+    made: list[asyncio.Transport] = []
+
+    class Counted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            made.append(transport)
+
+    async def run() -> None:
+        acceptor = Acceptor(listener, Counted, 400, crowd=Crowd(lambda: 7 + len(made), 7))
+        while len(made) < 2:
+            await asyncio.sleep(0)
+        answers = [await asyncio.to_thread(each.recv, 4096) for each in waiting[:149]]
+        assert all(answer.startswith(b"HTTP/1.1 503") for answer in answers)
+        assert all(b"retry-after: 1" in answer for answer in answers)
+        acceptor.close()
+        assert acceptor.beginning  # those who were told have a moment to read it
+        acceptor.give_up()
+        assert not acceptor.beginning
+        for transport in made:
+            transport.abort()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=400) as listener:
+        waiting = [socket.create_connection(listener.getsockname(), timeout=20) for _ in asked]
+        for connection, text in zip(waiting, asked, strict=True):
+            connection.sendall(text)
+        asyncio.run(run())
+        for connection in waiting[:149]:
+            assert connection.recv(1) == b""  # closed, and not reset
+        for connection in waiting:
+            connection.close()
 
 
 @pytest.mark.parametrize("name", ["ECONNABORTED", "ENETDOWN", "EPROTO", "EHOSTUNREACH"])

@@ -233,10 +233,16 @@ def test_connections_beyond_the_limit_are_told_and_closed(tiny_bundle: Bundle) -
             connection.sendall(LIVE)
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         with live.connect() as connection:
-            connection.sendall(LIVE)
+            connection.sendall(GOOD)
             answer = all_of(connection)
         assert b"retry-after: 1" in answer
         assert refusal_of(answer)[0] == 503
+        with live.connect() as probe:  # nobody takes a busy server for a dead one
+            probe.sendall(LIVE + LIVE)
+            answer = all_of(probe)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert b"connection: close" in answer
         held[0].sendall(LIVE)
         assert held[0].recv(100)
         for connection in held:
