@@ -34,7 +34,7 @@ from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.ray_serve.grpc import METHODS, GrpcCalls, method
-from advmoe_deploy.serving.ray_serve.replicas import Origin, checked_engines
+from advmoe_deploy.serving.ray_serve.replicas import Origin, checked_engines, open_signed
 from advmoe_deploy.serving.ray_serve.settings import (
     ANY_HOST,
     MOST_QUEUED,
@@ -70,8 +70,9 @@ def build(settings: Settings) -> Any:
         BackendUnavailableError: Ray Serve is not installed.
     """
     serve = _serve()
-    origin = Origin.of(settings.bundle, settings.signed_by)
-    plan, limits = origin.open().manifest.plan, settings.limits
+    bundle = open_signed(settings.bundle, settings.signed_by)
+    origin = Origin.of(bundle, settings.signed_by)
+    plan, limits = bundle.manifest.plan, settings.limits
     experts = expert_names(plan)
     known = {SERVER: serve.ingress()(Server), ROUTER: Router} | dict.fromkeys(experts, Expert)
     for name in settings.deployments:

@@ -7,9 +7,11 @@ what reads them is then bounded as in ``advmoe serve``.
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import grpc
+
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.grpc.calls import SERVICE, Calls
-from advmoe_deploy.serving.online.grpc.server import grpc, longest_message
+from advmoe_deploy.serving.online.grpc.server import longest_message
 from advmoe_deploy.serving.online.models import Models
 
 METHODS = tuple(method.name for method in SERVICE.methods if not method.server_streaming)

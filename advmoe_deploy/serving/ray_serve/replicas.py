@@ -23,13 +23,9 @@ class Origin:
     signed_by: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path, signed_by: Path | None = None) -> "Origin":
-        """Return the origin of what lies in ``folder`` now.
-
-        Raises:
-            InputError: it is missing, damaged, or not signed as required.
-        """
-        return cls(folder, _opened(folder, signed_by).identity, signed_by)
+    def of(cls, bundle: Bundle, signed_by: Path | None = None) -> "Origin":
+        """Return the origin of an opened ``bundle``."""
+        return cls(bundle.path, bundle.identity, signed_by)
 
     def open(self) -> Bundle:
         """Return the bundle after checking every hash of it.
@@ -37,7 +33,7 @@ class Origin:
         Raises:
             InputError: it is missing, damaged, not signed as required, or another one.
         """
-        bundle = _opened(self.folder, self.signed_by)
+        bundle = open_signed(self.folder, self.signed_by)
         if bundle.identity != self.identity:
             raise BundleError(
                 f"{self.folder} is another bundle than the application was built of; copy the same "
@@ -46,7 +42,12 @@ class Origin:
         return bundle
 
 
-def _opened(folder: Path, signed_by: Path | None) -> Bundle:
+def open_signed(folder: Path, signed_by: Path | None) -> Bundle:
+    """Return the bundle in ``folder``, signed with the key of ``signed_by`` if there is one.
+
+    Raises:
+        InputError: it is missing, damaged, or not signed as required.
+    """
     bundle = open_bundle(folder)
     return bundle if signed_by is None else require_signature(bundle, signed_by)
 

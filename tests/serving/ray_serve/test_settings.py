@@ -82,7 +82,7 @@ def test_a_replica_takes_only_the_bundle_that_was_deployed(
 ) -> None:
     place = tmp_path / "b"
     shutil.copytree(tiny_bundle.path, place)
-    origin = Origin.of(place)
+    origin = Origin.of(open_bundle(place))
     assert origin.open().identity == tiny_bundle.identity
     shutil.rmtree(place)
     shutil.copytree(families["conv experts"][1].path, place)
