@@ -65,13 +65,13 @@ def test_the_command_writes_what_the_schema_has(tiny_bundle: Bundle, tmp_path: P
 def test_no_misspelt_field_passes(runtime: Runtime) -> None:
     tried = 0
     for document in documents(runtime):
-        schema = SCHEMAS[document["kind"]]
+        judge = Draft202012Validator(SCHEMAS[document["kind"]])
+        judge.validate(document)
         for number, _ in enumerate(places_of(document)):
             wrong = copy.deepcopy(document)
             holder, key = [*places_of(wrong)][number]
             holder[f"{key}s"] = holder.pop(key)
-            with pytest.raises(ValidationError):
-                validate(wrong, schema, Draft202012Validator)
+            assert not judge.is_valid(wrong), f"{key}s"
             tried += 1
     assert tried > 80
 

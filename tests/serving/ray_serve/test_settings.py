@@ -26,10 +26,10 @@ from tests.families import Families
 
 ROOT = Path(__file__).parents[3]
 IMAGES = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
-ALL = ["conv experts", "block experts", "token experts"]
+LONG = [pytest.param(f"{kind} experts", marks=pytest.mark.slow) for kind in ("conv", "block")]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", ["token experts", *LONG])
 def test_a_walk_over_others_engines_gives_the_runner_s_tensors(
     families: Families, family: str
 ) -> None:
@@ -85,7 +85,7 @@ def test_a_replica_takes_only_the_bundle_that_was_deployed(
     origin = Origin.of(open_bundle(place))
     assert origin.open().identity == tiny_bundle.identity
     shutil.rmtree(place)
-    shutil.copytree(families["conv experts"][1].path, place)
+    shutil.copytree(families["token experts"][1].path, place)
     with pytest.raises(BundleError, match="another bundle than the application was built of"):
         origin.open()
     file = open_bundle(place).file("model.onnx")
