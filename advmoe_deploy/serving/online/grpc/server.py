@@ -57,8 +57,7 @@ class GrpcServer:
         Raises:
             MachineError: the port was taken in the moment in which it was free.
         """
-        self._models.longest = max((each.model.longest for each in self._models.all()), default=0)
-        longest = min(self._models.limits.max_body, self._models.longest + MAX_ENVELOPE)
+        longest = longest_message(self._models)
         self._calls = Calls(self._models, longest, self._token, self._reloader)
         self._server = grpc.aio.server(
             options=_options(self._models.limits, longest),
@@ -97,6 +96,15 @@ class GrpcServer:
     def _is_restless(self, began: float) -> bool:
         now = time.monotonic()
         return now - began < _RESTLESS_S and now - max(began, self._calls.last_s) < _QUIET_S
+
+
+def longest_message(models: Models) -> int:
+    """Return the bytes of the longest message that the ``models`` take, and hold them to that.
+
+    The library is told once, so that models of larger images cannot come later.
+    """
+    models.longest = max((each.model.longest for each in models.all()), default=0)
+    return min(models.limits.max_body, models.longest + MAX_ENVELOPE)
 
 
 def _options(limits: Limits, longest: int) -> list[tuple[str, int]]:

@@ -138,7 +138,7 @@ class Acceptor:
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        room = _AT_ONCE
+        room: float = _AT_ONCE
         while room > 0 and (taken := self._accept_one()):
             room -= taken
 
