@@ -71,6 +71,7 @@ def test_every_command_has_examples() -> None:
         (["import", "missing", "--from", "advmoe", "--set", "x"], 2, "no KEY=VALUE"),
         (["export", "missing", "--format", "onx"], 2, "unknown format 'onx'; did you mean onnx"),
         (["export", "missing", "--format", "pickle"], 2, "unknown format 'pickle'"),
+        (["export", "missing", "--format", "wbe"], 2, "did you mean web?"),
         (["export", "x", "--format", "onnx", "--precision", "int9"], 2, "did you mean int8"),
         (["export", "x", "--format", "onnx", "--precision", "bf16"], 2, "does not compute in bf16"),
         (["export", "missing", "--format", "onnx"], 3, "missing"),

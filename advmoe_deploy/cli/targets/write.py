@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from advmoe_deploy.bundle import FORMATS
 from advmoe_deploy.cli.session import Session
 from advmoe_deploy.cli.targets import kserve, triton, web
 from advmoe_deploy.cli.targets.source import Source
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import UsageError, unknown_name
 
 _WRITERS: dict[str, Callable[..., None]] = {
     "triton": triton.write,
@@ -25,13 +26,15 @@ def write_target(
     ``own`` are the options of each such format, by format; ``others`` are the rest.
 
     Raises:
-        UsageError: options are given that do not go with ``to``.
+        UsageError: no format has that name, or options are given that do not go with it.
     """
     for name, options in own.items():
         if name != to and any(value is not None for value in options.values()):
             raise UsageError(f"{_listed(options)} go with --format {name}; leave them out")
-    if to not in _WRITERS:
+    if to in FORMATS.values():
         return False
+    if to not in _WRITERS:
+        raise unknown_name("format", to, [*FORMATS.values(), *_WRITERS])
     taken = {flag: others[flag] for flag in _TAKEN.get(to, ())}
     if given := [flag for flag, value in others.items() if value and flag not in taken]:
         raise UsageError(f"{given[0]} does not go with --format {to}; leave it out")
