@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.runtime.pathways import Rows, Work, joined_rows
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.online.job import Done, Job, OverloadedError, Piece, Slice
+from advmoe_deploy.serving.online.job import Done, Job, OverloadedError, Piece, Slice, Times
 from advmoe_deploy.serving.online.limits import Limits
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,11 @@ class Batcher:
         self._thread.start()
 
     def submit(
-        self, images: NDArray[np.float32], timeout_s: float, is_gone: Callable[[], bool]
+        self,
+        images: NDArray[np.float32],
+        timeout_s: float,
+        is_gone: Callable[[], bool],
+        times: Times | None = None,
     ) -> "asyncio.Future[Prediction]":
         """Return the prediction to come for float32 ``images`` [N, C, H, W] in [0, 1].
 
@@ -81,12 +85,13 @@ class Batcher:
             images: of one request.
             timeout_s: after which it is not begun any more.
             is_gone: whether nobody waits for the answer any more; asked before each batch.
+            times: of the request, whose wait and computation are added before the answer comes.
 
         Raises:
             OverloadedError: the queue is full, so long that the time would run out, or closed.
         """
         answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
-        job = Job(images, answer, is_gone, time.monotonic() + timeout_s)
+        job = Job(images, answer, is_gone, time.monotonic() + timeout_s, times or Times())
         with self._changed:
             if self._closing:
                 raise OverloadedError("it computes no more", 1.0)
@@ -256,9 +261,9 @@ class Batcher:
         began, at, done = time.monotonic(), 0, Counter[Job]()
         for piece in pieces:
             done[piece.job] += len(piece.numbers)
-        waits_s = tuple(began - job.came for job in done if not job.begun)
         for job in done:
-            job.begun = True
+            if not job.begun:
+                job.times.wait, job.begun = began - job.came, True
         try:
             answer = self._work.run(lane, joined_rows([piece.rows for piece in pieces]))
             for piece in pieces:
@@ -269,9 +274,11 @@ class Batcher:
             return
         seconds = time.monotonic() - began
         self._pace_s += _FRESH * (seconds / done.total() - self._pace_s)
+        for job in done:
+            job.times.compute += seconds
         self._finish(done, None)
         try:
-            self._watch(Done(answer, seconds, waits_s))
+            self._watch(Done(answer, seconds))
         except Exception:  # noqa: BLE001, RUF100 - whoever watches must not end this thread
             _log.exception("a batch was not counted")
 

@@ -24,25 +24,28 @@ def model_config(model: ServedModel) -> dict[str, Any]:
 
 
 def model_statistics(model: ServedModel, metrics: Metrics) -> dict[str, Any]:
-    """Return what became of the requests for ``model``; times are sums, of whole batches too."""
+    """Return what became of the requests for ``model``; times are sums, of whole batches too.
+
+    Of the requests that succeeded, each counts once in every part of their time: Triton's own
+    clients hold these counts against one another.
+    """
     total = metrics.totals()
 
-    def duration(name: str) -> dict[str, int]:
-        count, seconds = total[f"{name}_count"], total[f"{name}_sum"]
-        return {"count": int(count), "ns": round(1e9 * seconds)}
+    def duration(part: str, of: str = "success") -> dict[str, int]:
+        return {"count": int(total[f"{of}_count"]), "ns": round(1e9 * total[part])}
 
     return {
         "name": model.name,
         "version": model.version,
         "last_inference": round(1e3 * metrics.last_s),
-        "inference_count": int(total["batch_images_sum"]),
-        "execution_count": int(total["batch_images_count"]),
+        "inference_count": int(total["images"]),
+        "execution_count": int(total["batches"]),
         "inference_stats": {
             "success": duration("success"),
-            "fail": duration("fail"),
+            "fail": duration("fail", "fail"),
             "queue": duration("wait"),
             "compute_input": duration("read"),
-            "compute_infer": duration("batch_seconds"),
+            "compute_infer": duration("compute"),
             "compute_output": duration("write"),
         },
         "batch_stats": [],

@@ -22,6 +22,20 @@ class OverloadedError(Exception):
         self.retry_s = max(1, math.ceil(retry_s))
 
 
+@dataclass
+class Times:
+    """Where the time of one request went, in seconds; filled in while it is answered.
+
+    ``wait`` is that in the queue, and ``compute`` of the batches that had images of it.
+    """
+
+    read: float = 0.0
+    decode: float = 0.0  # of an image file
+    wait: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+
+
 class Job:
     """One request's images [N, C, H, W] on their way to a prediction."""
 
@@ -31,8 +45,9 @@ class Job:
         answer: "asyncio.Future[Prediction]",
         is_gone: Callable[[], bool],
         deadline: float,
+        times: Times,
     ) -> None:
-        self.images, self.answer, self.is_gone = images, answer, is_gone
+        self.images, self.answer, self.is_gone, self.times = images, answer, is_gone, times
         self.size = len(images)
         self.deadline, self.came = deadline, time.monotonic()
         self.routed = 0  # images that a lane has, or had
@@ -83,14 +98,10 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Done:
-    """A batch that was computed.
-
-    ``waits_s`` has the time in the queue of each request that had not begun before.
-    """
+    """A batch that was computed."""
 
     answer: Prediction
     seconds: float
-    waits_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)

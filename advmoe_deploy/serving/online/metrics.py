@@ -21,10 +21,11 @@ from prometheus_client.registry import Collector
 
 from advmoe_deploy.runtime.routing import share_margins
 from advmoe_deploy.runtime.runner import Prediction, joined
-from advmoe_deploy.serving.online.job import Done
+from advmoe_deploy.serving.online.job import Done, Times
 from advmoe_deploy.serving.online.operations.monitor import CLASSES, Drift, Monitor
 
 STAGES = ("read", "decode", "wait", "write", "all")
+_TOTALS = ("success_count", "success", "fail_count", "fail", "read", "wait", "compute", "write")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,7 +49,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._fresh: list[Prediction] = []
         self._loads: dict[str, NDArray[np.float64]] = {}
-        self._ended = {True: [0.0, 0.0], False: [0.0, 0.0]}  # requests and seconds, by success
+        self._totals = dict.fromkeys(_TOTALS, 0.0)
         self.last_s = 0.0  # when the last batch ended, since the epoch
         own: dict[str, Any] = {"registry": self._registry, "namespace": "advmoe"}
         self._requests = Counter("requests", "Inference requests.", ["status"], **own)
@@ -70,25 +71,27 @@ class Metrics:
         self._stages = {name: self._seconds.labels(name) for name in STAGES}
         self._registry.register(_Now(self))
 
-    def request(self, status: int, seconds: float) -> None:
-        """Count a request that ended with ``status``."""
+    def request(self, status: int, seconds: float, times: Times) -> None:
+        """Count a request that ended with ``status``; its ``times``, if it was answered."""
         self._requests.labels(str(status)).inc()
-        ended = self._ended[status == 200]
-        ended[0] += 1
-        ended[1] += seconds
-        self.stage("all", seconds)
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """Count the time of one of the ``STAGES`` of a request."""
-        self._stages[stage].observe(seconds)
+        self._stages["all"].observe(seconds)
+        end = "success" if status == 200 else "fail"
+        self._totals[f"{end}_count"] += 1
+        self._totals[end] += seconds
+        if status != 200:
+            return
+        for stage in ("read", "wait", "write", *["decode"] * (times.decode > 0)):
+            self._stages[stage].observe(getattr(times, stage))
+        self._totals["read"] += times.read + times.decode
+        self._totals["wait"] += times.wait
+        self._totals["compute"] += times.compute
+        self._totals["write"] += times.write
 
     def batch(self, done: Done) -> None:
         """Count a batch, its routes and margins."""
         self.last_s = time.time()
         self._compute.observe(done.seconds)
         self._batches.observe(len(done.answer.logits))
-        for wait_s in done.waits_s:
-            self.stage("wait", wait_s)
         with self._lock:
             self._fresh.append(done.answer)
             many = sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER
@@ -96,18 +99,13 @@ class Metrics:
             self._count_answers()
 
     def totals(self) -> dict[str, float]:
-        """Return counts and sums of times: of each stage, of batches, of ``success``, ``fail``."""
-        totals: dict[str, float] = {}
-        for succeeded, (count, seconds) in self._ended.items():
-            name = "success" if succeeded else "fail"
-            totals |= {f"{name}_count": count, f"{name}_sum": seconds}
-        for histogram in (self._seconds, self._compute, self._batches):
-            for sample in next(iter(histogram.collect())).samples:
-                name = sample.name.removeprefix("advmoe_")
-                if stage := sample.labels.get("stage"):
-                    name = name.replace("request_seconds", stage)
-                totals[name] = sample.value
-        return totals
+        """Return counts and sums of times: of ``success`` and ``fail``, of the parts of the former.
+
+        ``images`` and ``batches`` are of all that was computed.
+        """
+        (batches,) = self._batches.collect()
+        found = {sample.name.rpartition("_")[2]: sample.value for sample in batches.samples}
+        return {**self._totals, "images": found["sum"], "batches": found["count"]}
 
     def families(self) -> list[Metric]:
         """Return everything, as it is now."""

@@ -16,7 +16,7 @@ from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 from advmoe_deploy.serving.online.batcher import Batcher
 from advmoe_deploy.serving.online.golden import Golden
-from advmoe_deploy.serving.online.job import OverloadedError
+from advmoe_deploy.serving.online.job import OverloadedError, Times
 from advmoe_deploy.serving.online.limits import Budget, Limits
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.operations.monitor import Monitor
@@ -46,8 +46,8 @@ class Arrival:
     A context manager, to be entered by whoever reads the request.
     """
 
-    def __init__(self, service: "Service") -> None:
-        self.service = service
+    def __init__(self, service: "Service", times: Times | None = None) -> None:
+        self.service, self.times = service, times or Times()
         self.heard = time.monotonic()  # when the last piece came; infinity once all is here
         service.arrivals.add(self)
 
@@ -196,7 +196,7 @@ class Service:
         limit = self.model.limits.timeout_s
         timeout_s = limit if request.timeout_s is None else min(limit, request.timeout_s)
         try:
-            waiting = self._batcher.submit(request.images, timeout_s, is_gone)
+            waiting = self._batcher.submit(request.images, timeout_s, is_gone, arrival.times)
             arrival.end()
             prediction = await waiting
         except OverloadedError as error:
@@ -221,14 +221,15 @@ class Service:
         return await self._shared.decoders.run(work, self.model.limits.timeout_s, is_gone)
 
     @contextmanager
-    def counted(self, began: float, left: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    def counted(self, began: float, left: Callable[[], int] = lambda: 0) -> Iterator[Times]:
         """Count the request that the block answers, which ``began`` by the performance counter.
 
-        ``left`` returns the status of one whose client has left, and 0 while it is there.
+        The block fills in the times. ``left`` returns the status of one whose client has left, and
+        0 while it is there.
         """
-        status = 500
+        status, times = 500, Times()
         try:
-            yield
+            yield times
             status = 200
         except RefusedError as error:
             status = error.status
@@ -237,7 +238,7 @@ class Service:
             status = CLIENT_LEFT
             raise
         finally:
-            self.metrics.request(left() or status, time.perf_counter() - began)
+            self.metrics.request(left() or status, time.perf_counter() - began, times)
 
     async def run(self, here: bool, work: Callable[[], T]) -> T:
         """Return what ``work`` returns, done ``here`` or else in a thread that reads and writes."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from advmoe_deploy.runtime.pathways import Rows
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.batcher import Batcher
-from advmoe_deploy.serving.online.job import Done, OverloadedError
+from advmoe_deploy.serving.online.job import Done, OverloadedError, Times
 from advmoe_deploy.serving.online.limits import Limits
 
 SMALL = Limits(max_images=50, batch=8, queue=100, delay_s=0.0)
@@ -119,6 +119,23 @@ def test_rows_of_many_requests_are_routed_together_and_meet_in_their_pathway() -
     within(work, test)
     assert work.routed == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
     assert sorted(work.ran[1:]) == [(0, [2, 4, 6, 8]), (1, [1, 3, 5, 7])]
+
+
+def test_the_times_of_a_request_are_those_of_its_wait_and_of_all_its_batches() -> None:
+    work, large, small = Doubling(), Times(), Times()
+
+    async def test(batcher: Batcher) -> None:
+        first = await held(batcher, work)
+        jobs = [batcher.submit(image(*range(20, 40)), 30, alive, large)]
+        jobs.append(batcher.submit(image(1), 30, alive, small))
+        await asyncio.sleep(0.05)
+        assert (large.wait, small.compute) == (0, 0)
+        work.open.set()
+        await asyncio.gather(first, *jobs)
+
+    within(work, test)
+    assert min(large.wait, small.wait) >= 0.05
+    assert 0 < small.compute < large.compute
 
 
 def test_a_large_request_takes_turns_with_a_small_one() -> None:

@@ -13,7 +13,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.online.job import Done
+from advmoe_deploy.serving.online.job import Done, Times
 from advmoe_deploy.serving.online.metrics import Metrics, figures_text
 from tests.serving.online.live import INFER, request_for, running, wait_until_ready
 
@@ -101,7 +101,7 @@ def test_margins_are_counted_at_once_as_they_would_be_one_by_one() -> None:
         ids = np.zeros((len(part_NT), 1), np.int64)
         logits = np.zeros((len(part_NT), 2), np.float32)
         margins = {"r": part_NT}
-        metrics.batch(Done(Prediction(logits, {"r": ids}, {"r": ids}, margins), 0.1, ()))
+        metrics.batch(Done(Prediction(logits, {"r": ids}, {"r": ids}, margins), 0.1))
     found = figures(figures_text([({}, metrics)], {}, 0).decode())
     for sample in next(iter(expected.collect())).samples:
         if sample.name.endswith("_bucket"):
@@ -119,17 +119,21 @@ def test_entropy_and_margins_by_hand() -> None:
     metrics = Metrics(dict)
     even = np.array([[0], [1], [2], [3]])
     logits = np.log(np.array([[0.7, 0.2, 0.1]] * 4, np.float32))
-    metrics.batch(Done(Prediction(logits, {"r": even}, {"r": even}), 0.1, (0.5,)))
+    metrics.batch(Done(Prediction(logits, {"r": even}, {"r": even}), 0.1))
+    metrics.request(200, 1.0, Times(read=0.1, wait=0.5, compute=0.2, write=0.1))
+    metrics.request(503, 0.7, Times(read=0.1))
     found = figures(figures_text([({}, metrics)], {}, 0).decode())
     assert math.isclose(found['advmoe_route_entropy_bits{layer="r"}'], 2.0)
     assert math.isclose(found["advmoe_class_margin_sum"], 4 * 0.5, rel_tol=1e-5)
     assert found['advmoe_request_seconds_sum{stage="wait"}'] == 0.5
+    assert found['advmoe_request_seconds_count{stage="read"}'] == 1  # of those that were answered
+    assert found['advmoe_request_seconds_count{stage="all"}'] == 2
     twos = np.full((8000, 1), 2)
     one = Prediction(np.repeat(logits, 2000, axis=0), {"r": twos}, {"r": twos})
-    metrics.batch(Done(one, 0.1, ()))
+    metrics.batch(Done(one, 0.1))
     assert metrics.entropies()["r"] < 0.1
     nothing = Prediction(np.full((1, 3), np.nan, np.float32), {}, {})
-    metrics.batch(Done(nothing, 0.1, ()))
+    metrics.batch(Done(nothing, 0.1))
     assert (
         figures(figures_text([({}, metrics)], {}, 0).decode())["advmoe_class_margin_count"] == 8004
     )

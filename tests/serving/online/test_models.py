@@ -86,6 +86,9 @@ def test_stock_clients_learn_what_there_is(url: str) -> None:
         was, is_now = (each["inference_stats"][part] for each in (before, after))
         assert is_now["count"] - was["count"] == more
         assert is_now["ns"] > was["ns"]
+    parts = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+    counts = {after["inference_stats"][part]["count"] for part in parts}
+    assert len(counts) == 1  # else perf_analyzer gives up
 
 
 def warmed_up(

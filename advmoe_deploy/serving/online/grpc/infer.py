@@ -11,6 +11,7 @@ from advmoe_deploy.serving.online.grpc.messages import (
     read_request,
     write_response,
 )
+from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.service import FEW_IMAGES, SMALL_BODY, Arrival, Service
@@ -36,16 +37,22 @@ class Infer:
         service = self._models.find(
             asked.message.model_name, asked.message.model_version, to_infer=True
         )
-        with service.counted(began):
+        with service.counted(began) as times:
             service.require_warm()
             with service.budget.hold() as hold:
-                return await self._answer(service, asked, hold, context, began)
+                return await self._answer(service, asked, hold, context, began, times)
 
     async def _answer(
-        self, service: Service, asked: Asked, hold: Hold, context: Any, began: float
+        self,
+        service: Service,
+        asked: Asked,
+        hold: Hold,
+        context: Any,
+        began: float,
+        times: Times,
     ) -> bytes:
         self._models.charge(hold, COPIES_OF_BINARY * asked.size)
-        with Arrival(service) as arrival:
+        with Arrival(service, times) as arrival:
             arrival.hear(more=False)
             try:
                 request = await service.run(
@@ -56,7 +63,7 @@ class Infer:
                 asked.clear()
             self._models.charge(hold, request.images.nbytes)
             hold.shrink(request.images.nbytes)
-            service.metrics.stage("read", time.perf_counter() - began)
+            times.read = time.perf_counter() - began
             # A call whose client has left, or whose deadline is over, is cancelled by the library.
             call = asyncio.current_task()
             assert call is not None
@@ -66,5 +73,5 @@ class Infer:
             len(request.images) <= FEW_IMAGES,
             lambda: write_response(prediction, request, service.model),
         )
-        service.metrics.stage("write", time.perf_counter() - began)
+        times.write = time.perf_counter() - began
         return answer

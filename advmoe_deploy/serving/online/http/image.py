@@ -24,6 +24,7 @@ from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.packing import UnreadError
 from advmoe_deploy.serving.online.http.reading import left, never, read_body
+from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import BYTES_OF_PIXEL, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
@@ -49,33 +50,40 @@ class Image:
         """
         began = time.perf_counter()
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with service.counted(began, lambda: left(scope)):
+        with service.counted(began, lambda: left(scope)) as times:
             service.require_warm()
             with service.budget.hold() as hold:
-                answer = await self._answer(service, scope, receive, hold, began)
+                answer = await self._answer(service, scope, receive, hold, began, times)
             await JSONResponse(answer)(scope, receive, send)
 
     async def _answer(
-        self, service: Service, scope: Scope, receive: Receive, hold: Hold, began: float
+        self,
+        service: Service,
+        scope: Scope,
+        receive: Receive,
+        hold: Hold,
+        began: float,
+        times: Times,
     ) -> dict[str, Any]:
         headers, is_gone = scope[HEADERS], scope.get(GONE, never)
         _require_image(headers)
         top = _top(scope["query_string"], len(service.model.labels))
-        with Arrival(service) as arrival:
+        with Arrival(service, times) as arrival:
             images, size, read = await self._request(arrival, receive, headers, hold, is_gone)
             decoded = time.perf_counter()
             rest_s = max(0.0, service.model.limits.timeout_s - (decoded - read))
             request = InferRequest(images, {}, timeout_s=rest_s)
             prediction = await service.predict(request, is_gone, arrival)
         answered = time.perf_counter()
-        service.metrics.stage("read", read - began)
-        service.metrics.stage("decode", decoded - read)
-        times = {"read": read - began, "decode": decoded - read, "answer": answered - decoded}
-        return {
+        times.read, times.decode = read - began, decoded - read
+        told = {"read": times.read, "decode": times.decode, "answer": answered - decoded}
+        answer = {
             **described(prediction, service.model, top),
             "image": {"width": size[0], "height": size[1]},
-            "timing_ms": {name: round(1e3 * seconds, 3) for name, seconds in times.items()},
+            "timing_ms": {name: round(1e3 * seconds, 3) for name, seconds in told.items()},
         }
+        times.write = time.perf_counter() - answered
+        return answer
 
     async def _request(
         self,

@@ -16,6 +16,7 @@ from advmoe_deploy.serving.online.http.guard import HEADERS
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
 from advmoe_deploy.serving.online.http.reading import left, never, read_body
+from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import (
@@ -44,17 +45,17 @@ class Infer:
         """
         began = time.perf_counter()
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with service.counted(began, lambda: left(scope)):
+        with service.counted(began, lambda: left(scope)) as times:
             service.require_warm()
             with service.budget.hold() as hold:
-                answer = await self._answer(service, scope, receive, hold)
+                answer = await self._answer(service, scope, receive, hold, times)
             await _send(send, answer)
 
     async def _answer(
-        self, service: Service, scope: Scope, receive: Receive, hold: Hold
+        self, service: Service, scope: Scope, receive: Receive, hold: Hold, times: Times
     ) -> InferResponse:
         is_gone = scope.get(GONE, never)
-        with Arrival(service) as arrival:
+        with Arrival(service, times) as arrival:
             request = await self._request(arrival, receive, scope[HEADERS], hold, is_gone)
             prediction = await service.predict(request, is_gone, arrival)
         began = time.perf_counter()
@@ -62,7 +63,7 @@ class Infer:
             len(request.images) <= FEW_IMAGES,
             lambda: _written(prediction, request, service.model, scope[HEADERS]),
         )
-        service.metrics.stage("write", time.perf_counter() - began)
+        times.write = time.perf_counter() - began
         return answer
 
     async def _request(
@@ -87,7 +88,7 @@ class Infer:
         request = await service.run(len(body) <= SMALL_BODY, read)
         self._models.charge(hold, request.images.nbytes)  # of UINT8 there is more now
         hold.shrink(request.images.nbytes)
-        service.metrics.stage("read", time.perf_counter() - began)
+        arrival.times.read = time.perf_counter() - began
         return request
 
 
