@@ -37,8 +37,9 @@ _OWN_DESCRIPTORS = 128
 _BODY_GRACE_S = 1.0
 # How long clients may take to read the last answers.
 _READING_S = 5.0
-# New objects until the youngest are collected, and how often until the older ones, and all, are.
-_COLLECTIONS = (10_000, 10, 100)
+# New objects until the youngest are gone through, and how often until the older ones, and all, are.
+# The first two are Python's own: where more come together, each time takes longer.
+_COLLECTIONS = (700, 10, 1000)
 
 
 class Beside(Protocol):
