@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
         self._drain_s, self._beside, self._tls = drain_s, beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
-        self._turns = Turns()  # in which requests begin
+        self._begins, self._ends = Turns(), Turns()  # of requests, and of connections
         self.stopping = False
         self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
         config = uvicorn.Config(
@@ -150,7 +150,8 @@ class Server(uvicorn.Server):
             app_state=self.lifespan.state,
             limits=self._limits,
             stopping=lambda: self.stopping,
-            turns=self._turns,
+            begins=self._begins,
+            ends=self._ends,
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

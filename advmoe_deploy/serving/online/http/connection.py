@@ -43,14 +43,21 @@ class _RefusedError(Exception):
 class Connection(HttpToolsProtocol):
     """One connection; ``stopping`` says whether each answer is the last one on its connection.
 
-    Its requests begin in ``turns`` with those of others, but for those that ask for health.
+    Its requests begin in turn with those of others, ``begins``, but for those that ask for health,
+    and it ends in turn, ``ends``, where its client leaves.
     """
 
     def __init__(
-        self, *args: Any, limits: Limits, stopping: Callable[[], bool], turns: Turns, **kwargs: Any
+        self,
+        *args: Any,
+        limits: Limits,
+        stopping: Callable[[], bool],
+        begins: Turns,
+        ends: Turns,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._limits, self._stopping, self._turns = limits, stopping, turns
+        self._limits, self._stopping, self._begins, self._ends = limits, stopping, begins, ends
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
         self._crowded = False
@@ -76,16 +83,27 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests that nobody waits for their answers, and let go of the timers."""
-        for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
-            if cycle is not None and not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-        self.pipeline.clear()
+        self._be_alone()
         super().connection_lost(exc)
         self._over = True
         if self._unread is not None:
             self._unread.cancel()
         self._await_rest()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Take the client for gone, and close in a turn with others: thousands may go at once."""
+        self._be_alone()
+        in_turn = self.scheme == "http"  # TLS closes by itself
+        if in_turn:
+            self._ends.call(self.transport.close)
+        return in_turn
+
+    def _be_alone(self) -> None:
+        for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the limits."""
@@ -195,7 +213,7 @@ class Connection(HttpToolsProtocol):
         if cycle.scope["path"].startswith(HEALTH):
             start()
         else:  # while it waits it is small
-            self._turns.call(start)
+            self._begins.call(start)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, which may have begun already."""

@@ -4,7 +4,9 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx
@@ -13,6 +15,8 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.serving.online import server
+from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import Limits
 from tests.serving.online.live import (
     GOOD,
@@ -247,6 +251,40 @@ def test_connections_beyond_the_limit_are_told_and_closed(tiny_bundle: Bundle) -
         assert held[0].recv(100)
         for connection in held:
             connection.close()
+
+
+def test_many_clients_that_leave_at_once_do_not_keep_others_waiting(
+    tiny_bundle: Bundle, slow: SlowRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop finds the ends of 200 connections in one turn, and closes them in several."""
+    turns, lost, ticking = [0], [], threading.Event()
+
+    class Watched(Connection):
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.append(turns[0])
+            super().connection_lost(exc)
+
+    monkeypatch.setattr(server, "Connection", Watched)
+    with running(tiny_bundle, slow) as live:
+        wait_until_ready(live.address)
+        crowd = [live.connect() for _ in range(200)]
+        wait_for(lambda: len(live.server.server_state.connections) >= 200)
+        lost.clear()
+        (own, *_) = live.server.server_state.connections
+        loop = own.loop
+
+        def tick() -> None:
+            turns[0] += 1
+            if not ticking.is_set():
+                loop.call_soon(tick)
+
+        loop.call_soon_threadsafe(tick)
+        loop.call_soon_threadsafe(time.sleep, 0.3)
+        for connection in crowd:
+            connection.close()
+        wait_for(lambda: len(lost) >= 200)
+        ticking.set()
+    assert max(Counter(lost).values()) <= 32
 
 
 def test_the_limit_of_connections_fits_the_descriptors() -> None:
