@@ -10,8 +10,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.serving.online.http.accept import Acceptor, Crowd
+from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.protocol import InferRequest, served_model
+from advmoe_deploy.serving.online.service import Arrival, Service
 from advmoe_deploy.serving.online.turns import Turns
+from tests.serving.online.live import LIMITS, ONE, SlowRunner
 
 
 def with_acceptor(clients: int, test: Callable[[Acceptor, list[object]], Awaitable[None]]) -> None:
@@ -188,3 +193,33 @@ def test_callers_go_on_in_order_and_a_few_in_each_turn() -> None:
     assert [number for _, number in went] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     per_turn = [sum(turn == each for turn, _ in went) for each in {turn for turn, _ in went}]
     assert max(per_turn) <= 3
+
+
+def test_the_answers_of_a_batch_go_on_a_few_in_each_turn(
+    tiny_bundle: Bundle, slow: SlowRunner
+) -> None:
+    now, went = [0], list[int]()
+
+    async def ask(service: Service) -> None:
+        with Arrival(service) as arrival:
+            await service.predict(InferRequest(ONE, {}), lambda: False, arrival)
+        went.append(now[0])
+
+    async def run() -> None:
+        models = Models(LIMITS)
+        service = models.add(served_model(tiny_bundle, limits=LIMITS), slow)
+        models.start()
+        await models.warm_up()
+        slow.let_go.clear()
+        tasks = [asyncio.create_task(ask(service)) for _ in range(60)]
+        while service.waiting < 60:
+            await asyncio.sleep(0.001)
+        slow.let_go.set()
+        while not all(task.done() for task in tasks):
+            now[0] += 1
+            await asyncio.sleep(0)
+        models.close()
+
+    asyncio.run(run())
+    assert len(went) == 60
+    assert max(map(went.count, went)) <= 16
