@@ -95,15 +95,20 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise OverloadedError("it computes no more", 1.0)
-            if self._refusal(len(images), timeout_s):
-                self._sweep()
-                if reason := self._refusal(len(images), timeout_s):
-                    raise OverloadedError(reason, self._waiting * self._pace_s)
+            if overload := self._overload(len(images), timeout_s):
+                raise overload
             self._jobs[job] = None
             self._waiting += len(images)
             self._arrived.append(job)
             self._changed.notify()
         return answer
+
+    def overload(self, timeout_s: float) -> OverloadedError | None:
+        """Return why not even a single image would be taken now, if that is so."""
+        if not self._refusal(1, timeout_s):
+            return None
+        with self._changed:
+            return self._overload(1, timeout_s)
 
     def drop_dead(self) -> None:
         """Let go of the jobs whose clients have left or whose time is over."""
@@ -117,6 +122,13 @@ class Batcher:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def _overload(self, count: int, timeout_s: float) -> OverloadedError | None:
+        if self._refusal(count, timeout_s):
+            self._sweep()
+            if reason := self._refusal(count, timeout_s):
+                return OverloadedError(reason, self._waiting * self._pace_s)
+        return None
 
     def _refusal(self, count: int, timeout_s: float) -> str:
         wait_s = self._waiting * self._pace_s

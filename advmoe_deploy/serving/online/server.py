@@ -26,6 +26,7 @@ from advmoe_deploy.serving.online.http.accept import Acceptor, Crowd, Handshakes
 from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.operations.signals import handling
+from advmoe_deploy.serving.online.shedding import Shedding
 from advmoe_deploy.serving.online.turns import Turns
 
 # How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
@@ -65,8 +66,10 @@ class Server(uvicorn.Server):
         drain_s: float = 0.0,
         beside: Beside | None = None,
         tls: ssl.SSLContext | None = None,
+        shed: Shedding = lambda _: None,
     ) -> None:
         """Take ``app``; between readiness going off and the listener closing lie ``drain_s``."""
+        self._shed = shed
         self._limits, self._backlog = fitting(limits)
         self._drain_s, self._beside, self._tls = drain_s, beside, tls
         self.failure: MachineError | None = None  # why it did not begin
@@ -152,6 +155,7 @@ class Server(uvicorn.Server):
             stopping=lambda: self.stopping,
             begins=self._begins,
             ends=self._ends,
+            shed=self._shed,
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -181,6 +181,10 @@ class Service:
         if not self.warm:
             raise NotReadyError("the model is not ready; ask /v2/health/ready")
 
+    def overload(self) -> OverloadedError | None:
+        """Return why not even a request of one image would be answered in time, if that is so."""
+        return self._batcher.overload(self.model.limits.timeout_s)
+
     def drop_dead(self) -> None:
         """Let go of the requests whose clients have left or whose time is over."""
         self._batcher.drop_dead()

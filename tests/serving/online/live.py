@@ -26,6 +26,7 @@ from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.online.server import Server
 from advmoe_deploy.serving.online.service import Service
+from advmoe_deploy.serving.online.shedding import shedding
 
 LIMITS = Limits(max_images=64, max_body=200_000)
 INFER = "/v2/models/advmoe/infer"
@@ -73,7 +74,7 @@ def running(
     reserved = socket.create_server(("127.0.0.1", 0))
     beside = GrpcServer(models, reserved, reloader=reloader)
     app = build_app(models, LOOPBACK, reloader=reloader, allow_reload=again is not None)
-    server = Server(app, limits, drain_s, beside)
+    server = Server(app, limits, drain_s, beside, shed=shedding(models))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:

@@ -10,6 +10,7 @@ import errno
 import http
 import json
 import logging
+import select
 import socket
 import ssl
 import sys
@@ -217,15 +218,28 @@ class Acceptor:
             _log.warning("no connection can be accepted now: %s", error.strerror)
 
 
-def refusal(status: int, message: str) -> bytes:
-    """Return the text of an answer that says why a request is refused, and ends its connection."""
+def has_more(transport: asyncio.BaseTransport) -> bool:
+    """Return whether something came that was not read yet: to close now would lose it."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def refusal(status: int, message: str, retry_s: int = 1, *, last: bool = True) -> bytes:
+    """Return the text of an answer that says why a request is refused.
+
+    If it is the ``last``, its connection ends; ``retry_s`` is for status 503.
+    """
     body = json.dumps({"error": message}).encode()
-    retry = "retry-after: 1\r\n" if status == 503 else ""
+    retry = f"retry-after: {retry_s}\r\n" if status == 503 else ""
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
+        f"content-length: {len(body)}\r\n{retry}{'connection: close' if last else ''}"
     )
-    return head.encode() + body
+    return (head if last else head.rstrip()).encode() + b"\r\n\r\n" + body
 
 
 _TOLD = refusal(503, TOO_MANY)

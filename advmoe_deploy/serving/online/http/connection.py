@@ -5,7 +5,6 @@ Content-Length together with chunks. Errors of the protocol are answered as JSON
 """
 
 import asyncio
-import select
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +13,9 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, refusal
+from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, has_more, refusal
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
 from advmoe_deploy.serving.online.turns import Turns
 
 _HEAD_BYTES = 32 << 10
@@ -44,7 +44,7 @@ class Connection(HttpToolsProtocol):
     """One connection; ``stopping`` says whether each answer is the last one on its connection.
 
     Its requests begin in turn with those of others, ``begins``, but for those that ask for health,
-    and it ends in turn, ``ends``, where its client leaves.
+    and it ends in turn, ``ends``, where its client leaves. What is to be ``shed`` never begins.
     """
 
     def __init__(
@@ -54,9 +54,12 @@ class Connection(HttpToolsProtocol):
         stopping: Callable[[], bool],
         begins: Turns,
         ends: Turns,
+        shed: Shedding,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._shed = shed
+        self._refused_unread: Shed | None = None  # why the request that is being read is refused
         self._limits, self._stopping, self._begins, self._ends = limits, stopping, begins, ends
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
@@ -181,12 +184,30 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) == _PIPELINED:
             raise self._refused(400, f"more than {_PIPELINED} requests are ahead of their answers")
         self._before = self.cycle
+        if self._is_shed():
+            self._part = "body"
+            return
         super().on_headers_complete()
         self._part = "body"
         # Weak, since a circle in each request would keep the collector busy, and everybody waiting.
         self.cycle.scope[GONE] = partial(_is_gone, weakref.ref(self.cycle))  # type: ignore[literal-required]
         if self._stopping() or self._crowded:
             self.cycle.keep_alive = False
+
+    def _is_shed(self) -> bool:
+        """Return whether the request is refused already, so that its body is dropped as it comes.
+
+        Raises:
+            _RefusedError: its body is not worth that.
+        """
+        if not self.is_idle or self.parser.get_method() != b"POST":
+            return False
+        self._refused_unread = shed = self._shed(self.url)
+        if shed is None:
+            return False
+        if self.expect_100_continue or not is_short(self.headers):
+            raise self._refused(503, shed.reason)
+        return True
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
@@ -199,13 +220,26 @@ class Connection(HttpToolsProtocol):
         """Take a piece of a body."""
         self._body_bytes += len(body)
         self._parsed += len(body)
-        super().on_body(body)
+        if self._refused_unread is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End a request: what follows is another one."""
-        if not self.parser.should_upgrade():
+        if self._refused_unread is not None:
+            self._answer_unread(self._refused_unread)
+        elif not self.parser.should_upgrade():
             super().on_message_complete()
             self._part = None
+
+    def _answer_unread(self, shed: Shed) -> None:
+        self._part = self._refused_unread = None
+        last = self._stopping() or self._crowded or not self.parser.should_keep_alive()
+        self.transport.write(refusal(503, shed.reason, shed.retry_s, last=last))
+        if last:
+            self._over = True
+            self.transport.close()
+        else:
+            super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -237,7 +271,7 @@ class Connection(HttpToolsProtocol):
         """Close now if no request is under way, else after the answer, which says so."""
         if not self.is_idle:
             self.cycle.keep_alive = False
-        elif self._part != "head" and not self._has_more():
+        elif self._part != "head" and self._refused_unread is None and not has_more(self.transport):
             self.transport.close()
 
     def give_up(self) -> None:
@@ -249,15 +283,6 @@ class Connection(HttpToolsProtocol):
     def is_idle(self) -> bool:
         """Whether no answer is owed, as far as what was read goes."""
         return self.cycle is None or self.cycle.response_complete
-
-    def _has_more(self) -> bool:
-        """Return whether something came that was not read yet: to close now would lose it."""
-        sock = self.transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
-            return False
-        poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
 
     def _await_rest(self) -> None:
         """Set the timer for the part of a request that is being read."""
@@ -300,7 +325,7 @@ class Connection(HttpToolsProtocol):
         if not self.is_idle and cycle.response_started:
             self.transport.abort()
             return
-        if self.is_idle and self._part == "body":
+        if self.is_idle and self._part == "body" and self._refused_unread is None:
             self.transport.close()  # it has its answer
             return
         if not self.is_idle:

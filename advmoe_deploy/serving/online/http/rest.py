@@ -29,6 +29,7 @@ from advmoe_deploy.serving.online.operations.reload import Reloader
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Beside, Server, collect_less
 from advmoe_deploy.serving.online.service import Service
+from advmoe_deploy.serving.online.shedding import shedding
 
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
@@ -131,7 +132,8 @@ def run_app(
     app = build_app(
         models, hosts, on_warm, token, reloader=reloader, allow_reload=allow_reload, page=page
     )
-    server = Server(app, models.limits, drain_s, beside, None if tls is None else tls.context)
+    context = None if tls is None else tls.context
+    server = Server(app, models.limits, drain_s, beside, context, shedding(models))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)

@@ -1,0 +1,122 @@
+"""Requests without a chance are refused from their heads, on a connection that stays."""
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online.limits import Limits
+from tests.serving.online.live import (
+    GOOD,
+    INFER,
+    ONE,
+    Live,
+    SlowRunner,
+    all_of,
+    post,
+    request_for,
+    running,
+    wait_for,
+    wait_until_ready,
+)
+
+LIMITS = Limits(max_images=5, max_body=1 << 20, queue=5, batch=4)
+
+
+@pytest.fixture
+def full(tiny_bundle: Bundle) -> Iterator[tuple[Live, SlowRunner]]:
+    """A server whose queue is full."""
+    slow = SlowRunner()
+    slow.let_go.set()
+    with running(tiny_bundle, slow, LIMITS) as live:
+        wait_until_ready(live.address)
+        slow.let_go.clear()
+        live.connect().sendall(post(json.dumps(request_for(np.repeat(ONE, 5, axis=0))).encode()))
+        wait_for(lambda: live.service.waiting == 5)
+        yield live, slow
+
+
+def answered(connection: socket.socket) -> tuple[int, bytes]:
+    """Return status and head of one answer, whose body is read too."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += (more := connection.recv(1))
+        assert more, head
+    (length,) = re.findall(rb"content-length: (\d+)", head)
+    assert b"5 images wait already" in connection.recv(int(length), socket.MSG_WAITALL)
+    return int(head[9:12]), head
+
+
+def test_a_connection_stays_and_is_answered_once_there_is_room(
+    full: tuple[Live, SlowRunner],
+) -> None:
+    live, slow = full
+    connection = live.connect()
+    for _ in range(3):
+        connection.sendall(GOOD[:-7])
+        connection.sendall(GOOD[-7:])
+        status, head = answered(connection)
+        assert status == 503
+        assert b"retry-after: " in head
+        assert b"connection: close" not in head
+    slow.let_go.set()
+    wait_for(lambda: not live.service.waiting)
+    connection.sendall(GOOD)
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    figures = httpx.get(live.url + "/metrics").content
+    assert b'advmoe_requests_total{model="advmoe",status="503",version="1"} 3.0' in figures
+
+
+def test_requests_behind_one_another_are_each_answered(full: tuple[Live, SlowRunner]) -> None:
+    live, _ = full
+    connection = live.connect()
+    connection.sendall(GOOD * 3 + b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert [answered(connection)[0] for _ in range(3)] == [503] * 3
+    assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        post(b"x" * 100, length=900_000),
+        GOOD.replace(b"Host", b"Expect: 100-continue\r\nHost")[:200],
+        f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode(),
+        GOOD.replace(b"Host", b"Connection: close\r\nHost"),
+    ],
+    ids=["long", "waits", "chunks", "last"],
+)
+def test_bodies_that_are_not_worth_waiting_for_end_the_connection(
+    full: tuple[Live, SlowRunner], request_: bytes
+) -> None:
+    live, _ = full
+    connection = live.connect()
+    connection.sendall(request_)
+    answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"connection: close" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_other_requests_are_read(full: tuple[Live, SlowRunner]) -> None:
+    live, _ = full
+    assert httpx.get(live.url + INFER).status_code == 405
+    assert httpx.post(live.url + INFER.replace("advmoe", "other")).status_code == 404
+    assert httpx.get(live.url + "/v2/health/ready").status_code == 200
+
+
+def test_a_server_that_stops_answers_half_a_request_without_room(
+    full: tuple[Live, SlowRunner],
+) -> None:
+    live, slow = full
+    connection = live.connect()
+    connection.sendall(GOOD[:-7])
+    wait_for(lambda: len(live.server.server_state.connections) == 2)
+    httpx.get(live.url + "/v2/health/live")  # by then the half was read
+    live.server.stop(announced=False)
+    slow.let_go.set()
+    assert all_of(connection).startswith(b"HTTP/1.1 503")
