@@ -8,6 +8,7 @@ the rows of many batches meet. Each deployment has its own replicas, on whatever
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,10 +212,10 @@ class Remote(Closing):
         """
         checked = checked_images(images, self._image_shape)
         parts = np.split(checked, range(self._batch, len(checked), self._batch))
-        asked = [self._router.remote(part) for part in parts]
+        asked, began = [self._router.remote(part) for part in parts], time.monotonic()
         try:
             with _faults(self._timeout_s):
-                answers = [each.result(timeout_s=self._timeout_s) for each in asked]
+                answers = [each.result(timeout_s=self._left_s(began)) for each in asked]
         except Exception:
             for each in asked:
                 each.cancel()
@@ -222,6 +223,11 @@ class Remote(Closing):
         return joined(
             [prediction_of(self._routes, a, len(p)) for a, p in zip(answers, parts, strict=True)]
         )
+
+    def _left_s(self, began: float) -> float | None:
+        """Return what is left of the time for all parts; Ray would wait forever below 0."""
+        over = time.monotonic() - began
+        return None if self._timeout_s is None else max(0.0, self._timeout_s - over)
 
     def close(self) -> None:
         """Do nothing: the deployments are Ray Serve's."""
@@ -241,9 +247,11 @@ def _faults(timeout_s: float | None) -> Iterator[None]:
         ) from None
     except RayServeException:  # of the router, or of an expert that it asked
         raise MachineError("router or experts take no more requests; try again") from None
-    except ray.exceptions.RayTaskError:
-        raise
-    except ray.exceptions.RayError:
+    except ray.exceptions.RayError as error:
+        # An expert that ended is an error that the router's code raised, too.
+        ended = isinstance(error, ray.exceptions.RayActorError)
+        if isinstance(error, ray.exceptions.RayTaskError) and not ended:
+            raise
         raise MachineError("a replica ended meanwhile; try again") from None
 
 
