@@ -2,10 +2,10 @@
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, inliner
+from onnx import ModelProto, checker, inliner
 
 from advmoe_deploy.bundle import MODEL, Bundle
-from advmoe_deploy.errors import BundleError, CheckFailedError
+from advmoe_deploy.errors import BundleError, CheckFailedError, printable
 from advmoe_deploy.export.graph.op_bodies import nodes_of
 from advmoe_deploy.export.graph.writer import value_info
 from advmoe_deploy.parity.compare import compare_answers, predictions_of
@@ -30,11 +30,12 @@ def browser_graph(bundle: Bundle) -> bytes:
     """
     try:
         model = onnx.load_model_from_string(bundle.graph(MODEL).read())
-    except DecodeError as error:
+        standard = _standard(_with_scores(model, bundle.manifest.plan), bundle)
+    except (DecodeError, checker.ValidationError) as error:  # the latter of bodies in a circle
+        reason = printable(" ".join(str(error).split()))
         raise BundleError(
-            f"{bundle.path / MODEL} cannot be read: {error}; export the bundle again"
+            f"{bundle.path / MODEL} cannot be read: {reason:.300}; export the bundle again"
         ) from None
-    standard = _standard(_with_scores(model, bundle.manifest.plan), bundle)
     graph: bytes = standard.SerializeToString()
     _require_golden(graph, bundle)
     return graph

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import shutil
 import subprocess
 import tarfile
@@ -156,6 +157,8 @@ def _way(release: Release) -> str:
 
 def _complaint(stderr: str) -> str:
     """Return what npm said, in one line."""
-    lines = [line.partition("npm error")[2].strip() for line in stderr.splitlines()]
-    said = [line for line in lines if line and not line.startswith("at ")]
+    lines = [line.strip() for line in stderr.splitlines()]
+    # Before npm 10.7 it is spelled ERR!, and without node it is not npm that speaks.
+    errors = [found[1] for line in lines if (found := re.search("npm (?:error|ERR!) *(.*)", line))]
+    said = [line for line in errors or lines if line and not line.startswith("at ")]
     return ", ".join(said)[:200] or "it gave no reason"

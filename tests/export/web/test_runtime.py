@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_without_npm_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BackendUnavailableError, match="npm is not installed") as caught:
         runtime_files()
     assert f"'npm pack {RELEASE.spec}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said", ["npm error code E404", "npm ERR! code E404", "env: 'node': No such file or directory"]
+)
+def test_what_npm_says_is_quoted(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "npm"
+    program.write_text(f'#!/bin/sh\necho "{said}" >&2; echo "    at Object.f" >&2; exit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    reason = said.removeprefix("npm error ").removeprefix("npm ERR! ")
+    with pytest.raises(MachineError) as caught:
+        runtime_files(None, SMALL)
+    assert f"npm cannot fetch small@1.0.0: {reason}; try again" in str(caught.value)
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")

@@ -150,7 +150,7 @@ def test_what_is_wrong_is_said(
     assert "--precision does not go" in complaint(bundle, *web, "--precision", "int8")
     assert "--mount" in complaint(bundle, *web, "--mount", "/models")
     assert "go with --format web" in complaint(bundle, "--format", "onnx", "--images", "3")
-    assert "--images does not go" in complaint(bundle, "--format", "triton", "--images", "3")
+    assert "go with --format web" in complaint(bundle, "--format", "triton", "--images", "3")
 
 
 def test_without_torch_the_extra_is_named(trained_bundle: Bundle, tmp_path: Path) -> None:
@@ -192,6 +192,16 @@ def test_a_graph_that_answers_otherwise_is_not_written(
     with pytest.raises(CheckFailedError, match="logits differ by"):
         written(changed(trained_bundle, tmp_path / "b", model), tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_bodies_in_a_circle_are_no_graph(trained_bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load_model(trained_bundle.path / MODEL)
+    body = model.functions[0]
+    body.node.append(helper.make_node(body.name, ["x"], ["y"], domain=body.domain))
+    body.opset_import.append(helper.make_opsetid(body.domain, 1))
+    with pytest.raises(BundleError, match=r"model\.onnx cannot be read: .*[Cc]ycl") as caught:
+        written(changed(trained_bundle, tmp_path / "b", model), tmp_path / "s")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_operator_without_a_body_is_named(trained_bundle: Bundle, tmp_path: Path) -> None:
