@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.export.web.runtime import RELEASE
+from advmoe_deploy.errors import MachineError
+from advmoe_deploy.export.web.runtime import RELEASE, runtime_files
 from advmoe_deploy.export.web.site import write_site
+from benchmarks.serving import web
 from benchmarks.serving.web import ISOLATED, checked, served, with_ratios
 from tests.families import Families
 from tests.serving.online.browser import CHROMIUM, Browser, browsing
@@ -31,8 +33,23 @@ def hostile(trained_bundle: Bundle) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def site(hostile: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_site(hostile, tmp_path_factory.mktemp("web") / "site", images=IMAGES).path
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return npm's package, as if it were installed; without the registry nothing here runs."""
+    folder = tmp_path_factory.mktemp("package")
+    try:
+        files = runtime_files()
+    except MachineError as error:  # other bytes than those that are pinned are another error
+        pytest.skip(str(error))
+    for member in RELEASE.members:
+        (folder / member.path).parent.mkdir(exist_ok=True)
+        (folder / member.path).write_bytes(files[member.name])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(hostile: Bundle, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("web") / "site"
+    return write_site(hostile, out, images=IMAGES, runtime=package).path
 
 
 @pytest.fixture
@@ -63,10 +80,10 @@ def test_logits_are_the_native_ones(site: Path, browser: Browser, headers: dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["conv experts", "block experts", "token experts", "dense ViT"])
 def test_every_kind_of_expert_runs(
-    families: Families, family: str, browser: Browser, tmp_path: Path
+    families: Families, family: str, package: Path, browser: Browser, tmp_path: Path
 ) -> None:
     _, bundle = families[family]
-    made = write_site(bundle, tmp_path / "s", data="digits", images=3)
+    made = write_site(bundle, tmp_path / "s", data="digits", images=3, runtime=package)
     with served(made.path) as url:
         found = checked(browser, url, rounds=2)
     assert found["compared"] > 0
@@ -97,6 +114,35 @@ start.click();
 for (let i = 0; i < 3000 && start.disabled; i++) await new Promise((done) => setTimeout(done, 20));
 return [...document.querySelectorAll("#times tr")].map((row) => row.cells[0].textContent);
 """
+
+
+def test_a_page_that_does_not_begin_is_no_endless_wait(
+    site: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "BEGINS_WITHIN", 3)
+    shutil.copytree(site, tmp_path / "s")
+    (tmp_path / "s" / "ort" / RELEASE.members[0].name).unlink()
+    with served(tmp_path / "s") as url, pytest.raises(AssertionError, match="If this line stays"):
+        checked(browser, url, rounds=2)
+
+
+BROKEN = """
+const at = (id) => document.getElementById(id);
+Float32Array.prototype.subarray = () => { throw new Error("no memory left"); };
+at("level").value = 5;
+at("level").dispatchEvent(new Event("input"));
+for (let i = 0; i < 500 && at("status").hidden; i++) {
+  await new Promise((done) => setTimeout(done, 20));
+}
+return at("status").textContent;
+"""
+
+
+def test_what_fails_later_is_said(site: Path, browser: Browser) -> None:
+    with served(site) as url:
+        browser.open(f"{url}/")
+        browser.run(SHOWN)
+        assert browser.run(BROKEN) == "no memory left"
 
 
 def test_the_slider_attacks(site: Path, browser: Browser, tmp_path: Path) -> None:

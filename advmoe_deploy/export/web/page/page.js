@@ -114,7 +114,7 @@ class Page {
     Object.assign(this, {site, samples, model, image: 0, attack: 0, asked: 0});
     this.buildStrip();
     at("level").max = site.epsilons.length - 1;
-    at("level").oninput = () => this.show(this.image, Number(at("level").value));
+    at("level").oninput = () => this.choose(this.image, Number(at("level").value));
     at("experts-title").hidden = !site.routes.length;
     at("how").textContent = `Found by ${site.attack}, on the model in PyTorch; here its export answers.`;
   }
@@ -126,9 +126,13 @@ class Page {
       button.setAttribute("aria-label", `image ${image + 1}: ${this.site.classes[label]}`);
       draw(canvas, this.samples.clean(image), this.site.shape);
       button.append(canvas);
-      button.onclick = () => this.show(image, this.attack);
+      button.onclick = () => this.choose(image, this.attack);
       return button;
     }));
+  }
+
+  choose(image, attack) {
+    this.show(image, attack).catch(complain);
   }
 
   async show(image, attack) {
