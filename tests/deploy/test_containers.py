@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -131,6 +132,25 @@ def test_services_fit_together() -> None:
         assert {*service["secrets"]} <= compose["secrets"].keys()
         assert {each["source"] for each in service.get("configs", ())} <= compose["configs"].keys()
         assert re.search(r":[^:]+$", service["image"])
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_secrets_are_read_by_one_group_and_kept_out_of_the_repository(tmp_path: Path) -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    files = sorted(Path(each["file"]).name for each in compose["secrets"].values())
+    comment = re.findall("#   (.*)", COMPOSE.read_text())
+    made, given = comment[:2]
+    subprocess.run(["sh", "-c", made], cwd=tmp_path, check=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o440}
+    assert sorted(given.split()[3:]) == files
+    (own,) = values_of("USER")
+    for service in compose["services"].values():
+        user, group = service.get("user", own).split(":")
+        assert int(user) > 0
+        assert group == given.split()[2]
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {f"/{file}" for file in files} <= {*ignored}
 
 
 def test_grafana_and_prometheus_find_what_is_mounted() -> None:
