@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -49,7 +50,7 @@ def repository_report(out: Path, models: Sequence[str]) -> RenderableType:
     """Return where a model repository is, its models, and how a server is given it."""
     rows = [("whole", models[0]), ("routed by the server", models[1])]
     rows += [("asked by it", ", ".join(models[2:]))]
-    hint = f"next, where Triton is: tritonserver --model-repository={out}"
+    hint = f"next, where Triton is: tritonserver --model-repository={quote(str(out))}"
     return Group(facts(str(out), rows), escape(hint))
 
 
@@ -62,16 +63,15 @@ def site_report(out: Path, shown: Mapping[str, Any], sizes: Mapping[str, int]) -
         ("runtime", f"ONNX Runtime Web {shown['versions']['onnxruntime_web']}"),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
     ]
-    hint = f"next: python -m http.server --bind 127.0.0.1 --directory {out}"
+    hint = f"next: python -m http.server --bind 127.0.0.1 --directory {quote(str(out))}"
     return Group(facts(str(out), rows), escape(hint))
 
 
 def manifests_report(out: Path, name: str, bundle: Bundle) -> RenderableType:
     """Return where manifests are, what of, and how a cluster is given them."""
     rows = [("service and model", name), ("bundle", f"SHA-256 {bundle.identity}")]
-    return Group(
-        facts(str(out), rows), escape(f"next, where the cluster is: kubectl apply -f {out}")
-    )
+    hint = f"next, where the cluster is: kubectl apply -f {quote(str(out))}"
+    return Group(facts(str(out), rows), escape(hint))
 
 
 def robust_report(report: RobustReport) -> RenderableType:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,16 @@ class Source:
         return api.open_bundle(self.path)
 
     def place(self, bundle: Bundle, ending: str) -> Path:
-        """Return where to write: ``--out``, or a name of its own beside the bundle."""
+        """Return where to write: ``--out``, or a name of its own beside the bundle.
+
+        Raises:
+            UsageError: it is in the bundle, whose every file is listed.
+        """
         from advmoe_deploy.zoo.resolve import place_for
 
         folder = bundle.path.resolve()
         beside = folder.with_name(f"{folder.name}-{ending}")
-        return self.out or place_for(self.path, bundle.path, ending, beside)
+        out = self.out or place_for(self.path, bundle.path, ending, beside)
+        if out.resolve().is_relative_to(folder):
+            raise UsageError(f"{out} is in the bundle, which takes no more files; name another")
+        return out

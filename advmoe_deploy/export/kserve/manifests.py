@@ -227,7 +227,7 @@ securityContext of pods."""
 _COMMENT: dict[Runtime, str] = {
     "advmoe": f"""\
 Made by 'advmoe export --format kserve'. Before it is applied, in the same namespace:
-  kubectl create secret generic {{name}}-token --from-literal=token=$(openssl rand -hex 32)
+  openssl rand -hex 32 | kubectl create secret generic {{name}}-token --from-file=token=/dev/stdin
 Requests show the token as 'Authorization: Bearer TOKEN'; TLS is the mesh's or the ingress's.
 {_MODE}""",
     "triton": f"""\

@@ -1,8 +1,10 @@
 """Manifests for KServe: valid and strict, safe names, and arguments that our own server takes."""
 
 import copy
+import io
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import typer
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validate
+from rich.console import Console
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import app, run
+from advmoe_deploy.cli.tables import bundle as tables
 from advmoe_deploy.export.kserve.manifests import Manifests, Runtime, kubernetes_name
 from advmoe_deploy.export.kserve.yaml_text import yaml_text
 from advmoe_deploy.serving.online.offers import split_offer
@@ -162,6 +166,31 @@ def test_what_is_wrong_is_said(
     assert run(words) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["kserve", "triton", "web"])
+def test_nothing_is_put_into_the_bundle(
+    to: str, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(tiny_bundle.path), "--format", to]
+    out = tiny_bundle.path / "segments" / "k"
+    assert run([*words, "--out", str(out), *(PLACE if to == "kserve" else [])]) == 2
+    assert "is in the bundle" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_to_type_next_is_safe_to_paste(tiny_bundle: Bundle) -> None:
+    console, out = Console(width=200, file=io.StringIO(), record=True), Path("k [b]; id.yaml")
+    console.print(tables.manifests_report(out, "cats", tiny_bundle))
+    (hint,) = [line for line in console.export_text().splitlines() if line.startswith("next")]
+    assert shlex.split(hint)[-1] == str(out)
+
+
+def test_the_token_is_on_no_command_line() -> None:
+    manifests = Manifests("cats", "0" * 64, "s3://models/cats", "registry/advmoe:1", "advmoe")
+    (line,) = [line for line in manifests.text().splitlines() if "create secret" in line]
+    assert line.split("|")[0].strip("# ") == "openssl rand -hex 32"
+    assert "generic cats-token --from-file=token=/dev/stdin" in line
 
 
 def test_json_says_what_was_written(
