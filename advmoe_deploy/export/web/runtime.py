@@ -96,7 +96,7 @@ def _fetched(release: Release) -> dict[str, bytes]:
         )
     with tempfile.TemporaryDirectory(prefix="advmoe-npm-") as folder:
         command = [npm, "pack", release.spec, "--pack-destination", folder]
-        command += ["--ignore-scripts", "--prefer-offline"]
+        command += ["--ignore-scripts", "--prefer-offline", "--no-update-notifier"]
         command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
         try:
             done = subprocess.run(  # noqa: S603
