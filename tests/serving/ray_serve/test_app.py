@@ -50,44 +50,44 @@ def free_port() -> int:
 def deployed(bundle: Path, settings: dict[str, Any], *damaged: Path) -> Iterator[tuple[str, Any]]:
     """Deploy, and yield the address and what the driver said, a line each."""
     port, grpc_port = free_port(), free_port()
-    folder = tempfile.mkdtemp(prefix="advmoe-rs-")  # short, for Ray's sockets lie in it
-    command = [
-        sys.executable,
-        DRIVER,
-        bundle,
-        port,
-        grpc_port,
-        folder,
-        json.dumps(settings),
-        *damaged,
-    ]
-    root = Path(__file__).parents[3]
-    environment = os.environ | {
-        "HOME": folder,
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    with (Path(folder) / "driver.log").open("w") as log:
-        driver = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log, text=True, env=environment, cwd=folder,
-        )  # fmt: skip
-        try:
-            assert driver.stdout is not None
+    with tempfile.TemporaryDirectory(  # of a short name, for Ray's sockets lie in it
+        prefix="advmoe-rs-", ignore_cleanup_errors=True
+    ) as folder:
+        words = (DRIVER, bundle, port, grpc_port, folder, json.dumps(settings), *damaged)
+        with driving(Path(folder), [str(word) for word in words]) as driver:
             lines = []
             while "status" not in (lines[-1] if lines else {}):
+                assert driver.stdout is not None
                 line = driver.stdout.readline()
                 assert line, (Path(folder) / "driver.log").read_text()[-3000:]
                 if line.startswith("{"):
                     lines.append(json.loads(line))
-            yield (
-                f"127.0.0.1:{port}",
-                [*lines, {"pid": driver.pid, "grpc": f"127.0.0.1:{grpc_port}"}],
-            )
+            also = {"pid": driver.pid, "grpc": f"127.0.0.1:{grpc_port}"}
+            yield f"127.0.0.1:{port}", [*lines, also]
+
+
+@contextlib.contextmanager
+def driving(folder: Path, words: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Yield the driver, whose files are in ``folder``; whatever happens, it ends with the block."""
+    root = Path(__file__).parents[3]
+    environment = os.environ | {
+        "HOME": str(folder),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    with (folder / "driver.log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log, text=True, env=environment, cwd=folder,
+        )  # fmt: skip
+        try:
+            yield driver
         finally:
-            driver.communicate(timeout=120)
-    shutil.rmtree(folder, ignore_errors=True)
+            try:
+                driver.communicate(timeout=120)
+            finally:
+                driver.kill()
 
 
 BY_GRPC = """
