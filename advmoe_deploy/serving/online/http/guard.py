@@ -58,7 +58,10 @@ class Guard:
         if authority is None:
             return (400, "the request names no Host") if version == "1.1" else None
         if self._hosts is not None and _name_of(authority) not in self._hosts:
-            return 421, "this server is not called by that Host; --allow-host NAME lets it be"
+            return 421, (
+                "this server is not called by that Host; --allow-host NAME, or 'hosts' of the "
+                "application for Ray Serve, lets it be"
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin.rpartition(b"//")[2].lower() != authority.lower():
             return 403, "requests from pages of another origin are refused"
