@@ -29,8 +29,9 @@ def write_target(
         UsageError: no format has that name, or options are given that do not go with it.
     """
     for name, options in own.items():
-        if name != to and any(value is not None for value in options.values()):
-            raise UsageError(f"{_listed(options)} go with --format {name}; leave them out")
+        given = [flag for flag, value in options.items() if value is not None]
+        if given and name != to:
+            raise UsageError(f"{given[0]} goes with --format {name} alone; leave it out")
     if to in FORMATS.values():
         return False
     if to not in _WRITERS:
@@ -41,8 +42,3 @@ def write_target(
     named = {flag.removeprefix("--").replace("-", "_"): v for flag, v in (own[to] | taken).items()}
     _WRITERS[to](ui, source, **{name: value for name, value in named.items() if value is not None})
     return True
-
-
-def _listed(options: Options) -> str:
-    *most, last = options
-    return f"{', '.join(most)} and {last}" if most else last

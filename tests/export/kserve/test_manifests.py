@@ -150,8 +150,8 @@ def test_a_string_stays_one(value: str) -> None:
         (["--storage-uri", "/srv/cats", *PLACE[2:]], "no address that KServe fetches"),
         (["--storage-uri", "s3://a\nb: c", *PLACE[2:]], "no address that KServe fetches"),
         ([*PLACE, "--precision", "fp16"], "--precision does not go with --format kserve"),
-        ([*PLACE, "--mount", "/m"], "go with --format triton"),
-        ([*PLACE, "--format", "onnx"], "go with --format kserve"),
+        ([*PLACE, "--mount", "/m"], "goes with --format triton alone"),
+        ([*PLACE, "--format", "onnx"], "goes with --format kserve alone"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said(
     options = ["--format", "triton", "--out", str(out)]
     assert "no absolute path" in complaint(bundle, *options, "--mount", "models")
     assert complaint(str(tiny_run), *options).startswith("3 ")
-    assert "go with --format triton" in complaint(
+    assert "goes with --format triton alone" in complaint(
         str(tiny_run), "--format", "onnx", "--out", str(out), "--mount", "/models"
     )
     assert "--precision does not go" in complaint(bundle, *options, "--precision", "fp16")

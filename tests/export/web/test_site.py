@@ -149,8 +149,10 @@ def test_what_is_wrong_is_said(
     assert "3 advmoe: error: " in complaint(bundle, *web, "--runtime", str(tmp_path / "missing"))
     assert "--precision does not go" in complaint(bundle, *web, "--precision", "int8")
     assert "--mount" in complaint(bundle, *web, "--mount", "/models")
-    assert "go with --format web" in complaint(bundle, "--format", "onnx", "--images", "3")
-    assert "go with --format web" in complaint(bundle, "--format", "triton", "--images", "3")
+    assert "goes with --format web alone" in complaint(bundle, "--format", "onnx", "--images", "3")
+    assert "--images goes with --format web alone" in complaint(
+        bundle, "--format", "triton", "--images", "3"
+    )
 
 
 def test_without_torch_the_extra_is_named(trained_bundle: Bundle, tmp_path: Path) -> None:
