@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 # How much a batch weighs in the estimate of the pace.
 _FRESH = 0.2
 # How long no dead jobs are looked for, as a multiple of what that took; unless jobs are few.
-_REST, _FEW = 10.0, 256
+_REST, _FEW = 50.0, 256
 
 
 class Batcher:
@@ -137,7 +137,7 @@ class Batcher:
         return f"its turn would come in {wait_s:.1f} s only" if wait_s > timeout_s else ""
 
     def _sweep(self) -> None:
-        """Drop the dead, unless that was done so lately that it would be a tenth of all work.
+        """Drop the dead, unless that was done so lately that it would be a fiftieth of all work.
 
         Each request that is refused asks for it, and goes through all that wait.
         """
