@@ -82,7 +82,7 @@ async def _ask(port: int, request: bytes, answers: Counter[str]) -> None:
             except OSError:
                 return
         status, _ = await client.ask(request)
-        answers[str(status)] += 1
+        answers[str(status) if status else client.failure] += 1
         if status == 0:
             return
 

@@ -4,7 +4,7 @@
 
 Each page checks itself: its logits against the native ones, and its networks timed in turns, on one
 thread and, as an isolated page, on several. Leave the machine alone meanwhile. Writes
-``benchmarks/results/web.json``, or what ``--out`` names.
+``benchmarks/results/serving/web.json``, or what ``--out`` names.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians
 from tests.serving.online.browser import Browser, browsing
 
-RESULT = Path(__file__).parents[1] / "results" / "web.json"
+RESULT = Path(__file__).parents[1] / "results" / "serving" / "web.json"
 SHOWN = ("family", "backbone", "shape", "bundle", "versions", "models", "attack", "data")
 # What a page needs to have threads.
 ISOLATED = {
