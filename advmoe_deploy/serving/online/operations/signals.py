@@ -30,10 +30,11 @@ def hangups(ask: Callable[[], None]) -> AbstractContextManager[None]:
     """
     if not hasattr(signal, "SIGHUP"):  # Windows
         return handling({})
-    needs_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
+    stays = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    needs_terminal = not stays and _terminal_error() != errno.ENXIO
 
     def hung_up(*_: object) -> None:
-        if needs_terminal and not _has_terminal():
+        if needs_terminal and _terminal_error() in {errno.ENXIO, errno.EIO}:
             signal.raise_signal(signal.SIGTERM)
         else:
             ask()
@@ -41,10 +42,13 @@ def hangups(ask: Callable[[], None]) -> AbstractContextManager[None]:
     return handling({signal.SIGHUP: hung_up})
 
 
-def _has_terminal() -> bool:
-    """Return whether a terminal controls the process, wherever its standard streams lead."""
+def _terminal_error() -> int | None:
+    """Return why the terminal that controls the process cannot be opened, if so.
+
+    ENXIO: there is none; EIO: it was hung up; others, such as EMFILE, say nothing of it.
+    """
     try:
         os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:
-        return error.errno in {errno.EMFILE, errno.ENFILE}  # which say nothing of a terminal
-    return True
+        return error.errno
+    return None
