@@ -17,6 +17,7 @@ from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.golden import golden_of
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.offers import Offer, require_apart
+from advmoe_deploy.serving.online.operations.requests import Watcher
 from advmoe_deploy.serving.online.operations.signals import hangups
 from advmoe_deploy.serving.online.protocol import ServedModel, served_model
 
@@ -74,6 +75,7 @@ def serve(
     page: bool = True,
     announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
     tell: Callable[[str], None] = lambda line: None,
+    watchers: Sequence[Watcher] = (),
 ) -> None:
     """Serve bundles until SIGTERM; then finish what is under way and return.
 
@@ -94,6 +96,7 @@ def serve(
         page: whether there is a web page at ``/``.
         announce: called with the URL, and the address of gRPC, once all models are ready.
         tell: called with a line for each name that was loaded again.
+        watchers: called with each request that has ended.
 
     Raises:
         UsageError: two offers have a name and version in common; ``host`` is not loopback and
@@ -140,7 +143,7 @@ def serve(
         if grpc_port is not None:  # taken now, as well
             reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
             on_request = reloader if allow_reload else None
-            beside = _grpc().GrpcServer(models, reserved, token, tls, on_request)
+            beside = _grpc().GrpcServer(models, reserved, token, tls, on_request, watchers)
         for model, offer in zip(served, offers, strict=True):
             runner = opened(offer.bundle)
             models.add(model, runner, golden_of(offer.bundle), runner.close)
@@ -156,6 +159,7 @@ def serve(
             reloader=reloader,
             allow_reload=allow_reload,
             page=page,
+            watchers=watchers,
         )
 
 

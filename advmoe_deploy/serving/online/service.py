@@ -20,6 +20,7 @@ from advmoe_deploy.serving.online.job import OverloadedError, Times
 from advmoe_deploy.serving.online.limits import Budget, Limits
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.operations.monitor import Monitor
+from advmoe_deploy.serving.online.operations.requests import Record
 from advmoe_deploy.serving.online.protocol import (
     CLIENT_LEFT,
     ClientLeftError,
@@ -225,13 +226,16 @@ class Service:
         return await self._shared.decoders.run(work, self.model.limits.timeout_s, is_gone)
 
     @contextmanager
-    def counted(self, began: float, left: Callable[[], int] = lambda: 0) -> Iterator[Times]:
+    def counted(
+        self, began: float, record: Record, left: Callable[[], int] = lambda: 0
+    ) -> Iterator[Times]:
         """Count the request that the block answers, which ``began`` by the performance counter.
 
-        The block fills in the times. ``left`` returns the status of one whose client has left, and
-        0 while it is there.
+        The block fills in the times, which its ``record`` gets as well. ``left`` returns the status
+        of one whose client has left, and 0 while it is there.
         """
         status, times = 500, Times()
+        record.model, record.engine, record.times = self.model, self._runner.name, times
         try:
             yield times
             status = 200

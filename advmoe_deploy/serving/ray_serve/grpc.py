@@ -91,6 +91,9 @@ class _Call:
     def time_remaining(self) -> None:
         return None
 
+    async def send_initial_metadata(self, metadata: Sequence[Any]) -> None:
+        self._context.set_trailing_metadata([*metadata])  # Ray Serve has no other
+
     async def abort(self, code: Any, details: str, trailing: Sequence[Any] = ()) -> None:
         self._context.set_code(code)
         self._context.set_details(details)

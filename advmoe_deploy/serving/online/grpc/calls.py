@@ -1,8 +1,10 @@
 """Calls of the service ``GRPCInferenceService``, by name, and the status of what is refused."""
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,14 @@ from advmoe_deploy.serving.online.operations.reload import (
     Reloader,
     load_on_request,
     refuse_unload,
+)
+from advmoe_deploy.serving.online.operations.requests import (
+    PARENT,
+    REQUEST_ID,
+    Record,
+    Watcher,
+    id_of,
+    tell,
 )
 from advmoe_deploy.serving.online.protocol import (
     CLIENT_LEFT,
@@ -49,7 +59,7 @@ _CODES = {
     503: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
-Call = Callable[[Any], Awaitable[bytes]]
+Call = Callable[[Any, Record], Awaitable[bytes]]
 # From a parsed request to a response.
 Answer = Callable[[Any], Awaitable[Any]]
 
@@ -63,13 +73,14 @@ class Calls:
         longest: int,
         token: Token | None = None,
         reloader: Reloader | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         """Answer for ``models``; no message is longer than ``longest`` bytes.
 
         With a ``token``, calls have to show it, but for those that ask for the server's health.
-        With a ``reloader``, they may have bundles loaded again.
+        With a ``reloader``, they may have bundles loaded again. The ``watchers`` are told of each.
         """
-        limits, self._token = models.limits, token
+        limits, self._token, self._watchers = models.limits, token, watchers
         self.refusing, self.open, self.last_s = False, 0, 0.0
         self._infer = Gate(max(2, limits.memory // longest), limits.body_s)
         self._short = Gate(_FEW, limits.body_s)
@@ -98,34 +109,46 @@ class Calls:
     async def _handle(self, name: str, _: Any, context: Any) -> bytes:
         self.open += 1
         self.last_s = time.monotonic()
+        told = dict(context.invocation_metadata() or ())
+        record = Record("grpc", id_of(told.get(REQUEST_ID)), name, parent=told.get(PARENT, ""))
         try:
             if self.refusing:
                 raise NotReadyError("the server is stopping; ask again elsewhere")
-            self._require_token(name, context)
-            return await self._calls.get(name, self._unknown)(context)
+            self._require_token(name, told.get("authorization", ""))
+            answer = await self._calls.get(name, self._unknown)(context, record)
+            record.status = 200
+            with contextlib.suppress(grpc.aio.InternalError):  # its client has left
+                await context.send_initial_metadata(((REQUEST_ID, record.id),))
+            return answer
         except RefusedError as error:
-            end = _end_of(error)
+            record.status, end = error.status, _end_of(error)
+        except asyncio.CancelledError:
+            record.status = CLIENT_LEFT
+            raise
         except Exception:
             _log.exception("a call of %s failed", name)
             end = _end_of(RefusedError("internal error; the server's log says more", 500))
         finally:
             self.open -= 1
+            if self._watchers:
+                tell(record, self._watchers)
         # Out here, since what is raised would keep the request: by its context, in a circle.
-        await context.abort(*end)
+        # The id is at the end, since libraries ask again only where nothing came before that.
+        code, details, trailing = end
+        await context.abort(code, details, (*trailing, (REQUEST_ID, record.id)))
         raise AssertionError("abort raises")
 
-    def _require_token(self, name: str, context: Any) -> None:
+    def _require_token(self, name: str, shown: str) -> None:
         if self._token is None or name in _OPEN:
             return
-        shown = dict(context.invocation_metadata() or ()).get("authorization", "")
         if not self._token.admits(shown.encode()):
             raise RefusedError(HOW_TO_ENTER, 401)
 
-    async def _unknown(self, _: Any) -> bytes:
+    async def _unknown(self, _: Any, __: Record) -> bytes:
         offered = ", ".join(sorted(self._calls))
         raise RefusedError(f"this call is not offered; there are {offered}", 501)
 
-    async def _answer(self, kind: Any, answer: Answer, context: Any) -> bytes:
+    async def _answer(self, kind: Any, answer: Answer, context: Any, _: Record) -> bytes:
         message = await self._short.read(context)
         if len(message) > _SHORT:
             raise RefusedError(f"the message exceeds the limit of {_SHORT} bytes")
@@ -184,7 +207,7 @@ def _repository(models: Models, reloader: Reloader | None) -> dict[str, Answer]:
 def _fixed(answer: Callable[[], Any]) -> Call:
     """Return a call that is answered unread, whatever else is being read."""
 
-    async def call(_: Any) -> bytes:
+    async def call(_: Any, __: Record) -> bytes:
         return bytes(answer().SerializeToString())
 
     return call

@@ -11,9 +11,9 @@ from advmoe_deploy.serving.online.grpc.messages import (
     read_request,
     write_response,
 )
-from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, Hold
 from advmoe_deploy.serving.online.models import Models
+from advmoe_deploy.serving.online.operations.requests import Record
 from advmoe_deploy.serving.online.service import FEW_IMAGES, SMALL_BODY, Arrival, Service
 from advmoe_deploy.serving.online.turns import Turns
 
@@ -25,22 +25,23 @@ class Infer:
         self._models, self._gate = models, gate
         self._turns = Turns()
 
-    async def __call__(self, context: Any) -> bytes:
-        """Answer one call.
+    async def __call__(self, context: Any, record: Record) -> bytes:
+        """Answer one call, and fill in its ``record``.
 
         Raises:
             RefusedError: it is not answered, and why.
         """
+        record.infers = True
         await self._turns.take()
         began = time.perf_counter()
         asked = asked_of(await self._gate.read(context))
         service = self._models.find(
             asked.message.model_name, asked.message.model_version, to_infer=True
         )
-        with service.counted(began) as times:
+        with service.counted(began, record):
             service.require_warm()
             with service.budget.hold() as hold:
-                return await self._answer(service, asked, hold, context, began, times)
+                return await self._answer(service, asked, hold, context, began, record)
 
     async def _answer(
         self,
@@ -49,8 +50,10 @@ class Infer:
         hold: Hold,
         context: Any,
         began: float,
-        times: Times,
+        record: Record,
     ) -> bytes:
+        times = record.times
+        assert times is not None
         self._models.charge(hold, COPIES_OF_BINARY * asked.size)
         with Arrival(service, times) as arrival:
             arrival.hear(more=False)
@@ -61,6 +64,7 @@ class Infer:
                 )
             finally:  # a reader's thread may hold on to it after the call was cancelled
                 asked.clear()
+            record.images = len(request.images)
             self._models.charge(hold, request.images.nbytes)
             hold.shrink(request.images.nbytes)
             times.read = time.perf_counter() - began

@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # The library would write lines of its own about whatever a stranger sends.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -19,6 +19,7 @@ from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.operations.requests import Watcher
 
 _STREAMS = 256  # calls on one connection; a client waits with more
 _WINDOW = 64 << 10  # bytes of a message that come before it is asked for
@@ -41,13 +42,14 @@ class GrpcServer:
         token: Token | None = None,
         tls: Tls | None = None,
         reloader: Reloader | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         """Take the address that ``reserved`` holds until :meth:`start`.
 
-        With a ``reloader``, calls may have bundles loaded again.
+        With a ``reloader``, calls may have bundles loaded again; ``watchers`` are told of each.
         """
         self._models, self._reserved, self._token, self._tls = models, reserved, token, tls
-        self._reloader = reloader
+        self._reloader, self._watchers = reloader, watchers
         host, port = reserved.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -58,7 +60,7 @@ class GrpcServer:
             MachineError: the port was taken in the moment in which it was free.
         """
         longest = longest_message(self._models)
-        self._calls = Calls(self._models, longest, self._token, self._reloader)
+        self._calls = Calls(self._models, longest, self._token, self._reloader, self._watchers)
         self._server = grpc.aio.server(
             options=_options(self._models.limits, longest),
             maximum_concurrent_rpcs=self._models.limits.connections,

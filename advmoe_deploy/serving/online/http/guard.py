@@ -3,15 +3,30 @@
 The former show no token, the latter tell by their host or origin.
 """
 
+import asyncio
 import re
+from collections.abc import Awaitable, Mapping, Sequence
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
+from advmoe_deploy.serving.online.http.reading import left
+from advmoe_deploy.serving.online.operations.requests import (
+    PARENT,
+    REQUEST_ID,
+    Record,
+    Watcher,
+    id_of,
+    tell,
+)
+from advmoe_deploy.serving.online.protocol import CLIENT_LEFT
 
 # The key in the scope of a request under which its headers are, as a dictionary of bytes.
 HEADERS = "advmoe.headers"
+# The key under which is its record.
+RECORD = "advmoe.record"
+_ID, _PARENT = REQUEST_ID.encode(), PARENT.encode()
 # Who looks whether a server lives has no token; the page for people asks them for it.
 _OPEN = {"/v2/health/live", "/v2/health/ready", "/"}
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
@@ -21,33 +36,54 @@ class Guard:
     """Middleware that lets only requests through that call this server by one of its names.
 
     A page elsewhere whose name leads here (DNS rebinding) calls it by that name; one that sends a
-    form or text here says so by its origin.
+    form or text here says so by its origin. As it sees every request and every answer, it also
+    keeps the records of requests, and gives answers their ids.
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: frozenset[str] | None, token: Token | None = None
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str] | None,
+        token: Token | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         """Take the names; ``None`` is any, for a server that other machines reach.
 
         With a ``token``, requests have to show it, but for those that ask for the server's health.
+        The ``watchers`` are told of each request.
         """
-        self._app, self._hosts, self._token = app, hosts, token
+        self._app, self._hosts, self._token, self._watchers = app, hosts, token, watchers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on, or refuse it."""
-        if scope["type"] == "http":
-            headers = scope[HEADERS] = dict(scope["headers"])
-            names = [name for name, _ in scope["headers"]].count(b"host")
-            if refusal := self._refusal(headers, names, scope["http_version"]):
-                status, message = refusal
-                await JSONResponse({"error": message}, status)(scope, receive, send)
-                return
-            if self._token is not None and scope["path"] not in _OPEN:
-                shown = headers.get(b"authorization")
-                if not self._token.admits(shown):
-                    await _unauthorised(shown is not None)(scope, receive, send)
-                    return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = scope[HEADERS] = dict(scope["headers"])
+        record = scope[RECORD] = _record(headers)
+        app = self._refused(scope, headers) or self._app
+        try:
+            await app(scope, receive, _with_id(record, send))
+        except asyncio.CancelledError:
+            record.status = CLIENT_LEFT
+            raise
+        finally:
+            if self._watchers:
+                path: bytes = scope.get("raw_path") or scope["path"].encode()
+                record.method, record.name = scope["method"], path.decode("latin-1")
+                record.status = left(scope) or record.status
+                tell(record, self._watchers)
+
+    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        names = [name for name, _ in scope["headers"]].count(b"host")
+        if refusal := self._refusal(headers, names, scope["http_version"]):
+            status, message = refusal
+            return JSONResponse({"error": message}, status)
+        if self._token is not None and scope["path"] not in _OPEN:
+            shown = headers.get(b"authorization")
+            if not self._token.admits(shown):
+                return _unauthorised(shown is not None)
+        return None
 
     def _refusal(
         self, headers: dict[bytes, bytes], names: int, version: str
@@ -68,6 +104,24 @@ class Guard:
         if headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"}:
             return 403, "requests from pages of another site are refused"
         return None
+
+
+def _record(headers: Mapping[bytes, bytes]) -> Record:
+    given, parent = headers.get(_ID), headers.get(_PARENT, b"")
+    return Record("http", id_of(given and given.decode("latin-1")), parent=parent.decode("latin-1"))
+
+
+def _with_id(record: Record, send: Send) -> Send:
+    """Return what sends an answer with the id of ``record``, and notes its status there."""
+    header = (_ID, record.id.encode())
+
+    def sent(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            message["headers"] = [*message["headers"], header]
+        return send(message)
+
+    return sent
 
 
 def _unauthorised(has_shown: bool) -> JSONResponse:

@@ -21,7 +21,7 @@ from advmoe_deploy.errors import DataError, MachineError
 from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.connection import GONE
-from advmoe_deploy.serving.online.http.guard import HEADERS
+from advmoe_deploy.serving.online.http.guard import HEADERS, RECORD
 from advmoe_deploy.serving.online.http.packing import UnreadError
 from advmoe_deploy.serving.online.http.reading import left, never, read_body
 from advmoe_deploy.serving.online.job import Times
@@ -48,9 +48,10 @@ class Image:
         Raises:
             RefusedError: it is not answered, and why.
         """
-        began = time.perf_counter()
+        began, record = time.perf_counter(), scope[RECORD]
+        record.infers, record.images = True, 1
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with service.counted(began, lambda: left(scope)) as times:
+        with service.counted(began, record, lambda: left(scope)) as times:
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold, began, times)

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.body import InferResponse, read_request, write_response
 from advmoe_deploy.serving.online.http.connection import GONE
-from advmoe_deploy.serving.online.http.guard import HEADERS
+from advmoe_deploy.serving.online.http.guard import HEADERS, RECORD
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
 from advmoe_deploy.serving.online.http.reading import left, never, read_body
@@ -43,9 +43,10 @@ class Infer:
         Raises:
             RefusedError: it is not answered, and why.
         """
-        began = time.perf_counter()
+        began, record = time.perf_counter(), scope[RECORD]
+        record.infers = True
         service = self._models.find(**scope["path_params"], to_infer=True)
-        with service.counted(began, lambda: left(scope)) as times:
+        with service.counted(began, record, lambda: left(scope)) as times:
             service.require_warm()
             with service.budget.hold() as hold:
                 answer = await self._answer(service, scope, receive, hold, times)
@@ -57,6 +58,7 @@ class Infer:
         is_gone = scope.get(GONE, never)
         with Arrival(service, times) as arrival:
             request = await self._request(arrival, receive, scope[HEADERS], hold, is_gone)
+            scope[RECORD].images = len(request.images)
             prediction = await service.predict(request, is_gone, arrival)
         began = time.perf_counter()
         answer = await service.run(

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.extensions import model_config, model_statistics
-from advmoe_deploy.serving.online.http.guard import Guard
+from advmoe_deploy.serving.online.http.guard import RECORD, Guard
 from advmoe_deploy.serving.online.http.image import Image
 from advmoe_deploy.serving.online.http.infer import Infer
 from advmoe_deploy.serving.online.http.openapi import add_description
@@ -26,6 +26,7 @@ from advmoe_deploy.serving.online.http.repository import add_repository
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.operations.requests import REQUEST_ID, Watcher
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Beside, Server, collect_less
 from advmoe_deploy.serving.online.service import Service
@@ -45,6 +46,7 @@ def build_app(
     reloader: Reloader | None = None,
     allow_reload: bool = False,
     page: bool = True,
+    watchers: Sequence[Watcher] = (),
 ) -> FastAPI:
     """Return the application.
 
@@ -56,6 +58,7 @@ def build_app(
         reloader: what loads their bundles again when it is asked.
         allow_reload: whether a request may ask it.
         page: whether there is a web page at ``/``.
+        watchers: what is told of each request that has ended.
     """
 
     async def warm_up() -> None:
@@ -84,7 +87,7 @@ def build_app(
         openapi_url=None,
         redirect_slashes=False,  # to an address made of what the client calls this server
     )
-    app.add_middleware(Guard, hosts=hosts, token=token)
+    app.add_middleware(Guard, hosts=hosts, token=token, watchers=watchers)
     _add_errors(app)
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     for prefix in prefixes:  # first, as they are asked for most
@@ -113,6 +116,7 @@ def run_app(
     reloader: Reloader | None = None,
     allow_reload: bool = False,
     page: bool = True,
+    watchers: Sequence[Watcher] = (),
 ) -> None:
     """Serve on ``listener``, and what is ``beside`` it, until SIGTERM or Ctrl-C, then drain.
 
@@ -130,7 +134,14 @@ def run_app(
             announce()
 
     app = build_app(
-        models, hosts, on_warm, token, reloader=reloader, allow_reload=allow_reload, page=page
+        models,
+        hosts,
+        on_warm,
+        token,
+        reloader=reloader,
+        allow_reload=allow_reload,
+        page=page,
+        watchers=watchers,
     )
     context = None if tls is None else tls.context
     server = Server(app, models.limits, drain_s, beside, context, shedding(models))
@@ -230,8 +241,10 @@ def _add_errors(app: FastAPI) -> None:
     async def gone(_: Request, __: Exception) -> Response:
         return answer(400, "the client went away")
 
-    async def internal(_: Request, __: Exception) -> Response:
-        return answer(500, "internal error; the server's log says more")
+    async def internal(request: Request, __: Exception) -> Response:
+        failed = answer(500, "internal error; the server's log says more")
+        failed.headers[REQUEST_ID] = request.scope[RECORD].id  # it is made outside of the guard
+        return failed
 
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         RefusedError: refused,

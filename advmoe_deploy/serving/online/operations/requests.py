@@ -1,0 +1,62 @@
+"""One request as the server's operator sees it: its id, and what is told once it has ended."""
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from advmoe_deploy.serving.online.job import Times
+from advmoe_deploy.serving.online.protocol import ServedModel
+
+# Name of the header, and of the metadata over gRPC, that has the id.
+REQUEST_ID = "x-request-id"
+# That of the W3C which says whose part a request is: https://www.w3.org/TR/trace-context/
+PARENT = "traceparent"
+_GIVEN = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass
+class Record:
+    """One request over ``protocol``, ``http`` or ``grpc``; filled in while it is answered.
+
+    Attributes:
+        name: its path, or the name of its call.
+        method: of HTTP.
+        parent: what it says to be part of, unchecked.
+        status: that of HTTP, over gRPC as well.
+        infers: whether it asks for an inference; ``model``, ``engine``, ``images`` and ``times``
+            are known of those alone, each as soon as it is.
+        began: by the performance counter.
+        seconds: from there to its end.
+    """
+
+    protocol: str
+    id: str
+    name: str = ""
+    method: str = ""
+    parent: str = ""
+    status: int = 500
+    infers: bool = False
+    model: ServedModel | None = None
+    engine: str = ""
+    images: int = 0
+    times: Times | None = None
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+
+# What is told of every request that has ended.
+Watcher = Callable[[Record], None]
+
+
+def id_of(given: str | None) -> str:
+    """Return the id that a client has ``given``, if it is one, or a new one."""
+    return given if given and _GIVEN.fullmatch(given) else uuid.uuid4().hex
+
+
+def tell(record: Record, watchers: Iterable[Watcher]) -> None:
+    """End ``record`` and show it to all ``watchers``."""
+    record.seconds = time.perf_counter() - record.began
+    for watch in watchers:
+        watch(record)
