@@ -36,7 +36,7 @@ from advmoe_deploy.cli.failures import (
     one_line,
     watched_interrupts,
 )
-from advmoe_deploy.cli.session import forget_shown, print_json_error
+from advmoe_deploy.cli.session import forget_shown, print_error, print_json_error
 from advmoe_deploy.errors import printable
 
 app = typer.Typer(
@@ -123,7 +123,7 @@ def _complain(error: BaseException, *, as_json: bool) -> int:
     code, message = describe(error)
     message = printable(one_line(message))
     try:
-        print(f"advmoe: error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        print_error(message)
         if as_json:
             print_json_error(message, code)
     except BrokenPipeError:

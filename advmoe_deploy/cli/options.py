@@ -73,6 +73,13 @@ License = Annotated[
 ]
 
 
+class LogFormat(str, Enum):
+    """How the server's log is written."""
+
+    text = "text"
+    json = "json"
+
+
 class OnError(str, Enum):
     """What unreadable inputs do to the exit code of a batch job."""
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Whether this run has put its one JSON object on stdout.
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
+# What makes the line on stderr of the error of this run, where that is no plain one.
+_spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
 _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
 
@@ -82,6 +84,17 @@ def _standard(value: Any) -> Any:
     return [_standard(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def spell_errors(spell: Callable[[str], str]) -> None:
+    """Have the line of the error that may end this run be what ``spell`` makes of it."""
+    _spell.set(spell)
+
+
+def print_error(message: str) -> None:
+    """Print an error on stderr as one line."""
+    spell = _spell.get() or "advmoe: error: {}".format
+    print(spell(message), file=sys.stderr, flush=True)  # noqa: T201
+
+
 def print_json_error(message: str, code: int) -> None:
     """Print an error as JSON, unless this run has printed its object already."""
     if not _shown.get():
@@ -91,4 +104,5 @@ def print_json_error(message: str, code: int) -> None:
 def forget_shown() -> None:
     """Begin a run that has shown nothing."""
     _shown.set(False)
+    _spell.set(None)
     _kept.set(None)

@@ -1,13 +1,14 @@
 """The command ``serve``."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Engine, Json, SignedBy, Threads
-from advmoe_deploy.cli.session import Session, session
+from advmoe_deploy.cli.options import Engine, Json, LogFormat, SignedBy, Threads
+from advmoe_deploy.cli.session import Session, session, spell_errors
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
@@ -125,6 +126,20 @@ def serve(
             "recorded; 0 for none.",
         ),
     ] = 512,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            "--log-format",
+            help="Of what goes to stderr: lines of text, or JSON, an object a line.",
+        ),
+    ] = LogFormat.text,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="Log a line for each request: its id, path, status, time, model and images.",
+        ),
+    ] = False,
     engine: Engine = "onnxruntime",
     require_signature: SignedBy = None,
     threads: Threads = 0,
@@ -135,12 +150,17 @@ def serve(
     if files is not None:
         raise UsageError("serve answers requests; 'advmoe predict' classifies files, same options")
     use_threads(threads)
+    if log_format is LogFormat.json:
+        from advmoe_deploy.serving.online.operations.logs import error_line
+
+        spell_errors(error_line)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.serving.online.access.tls import read_tls
         from advmoe_deploy.serving.online.access.token import read_token
         from advmoe_deploy.serving.online.limits import COPIES_OF_JSON, Limits
         from advmoe_deploy.serving.online.offers import Offer, split_offer
+        from advmoe_deploy.serving.online.operations.logs import log_access, logging_to_stderr
         from advmoe_deploy.serving.online.serve import serve as serve_bundles
 
         limits = Limits(
@@ -164,27 +184,36 @@ def serve(
             return Offer(again(), name, version, again)
 
         places = [split_offer(text) for text in bundles]
-        serve_bundles(
-            [offered(*each) for each in places],
-            host,
-            port,
-            insecure=insecure,
-            engine=engine,
-            threads=threads,
-            limits=limits,
-            hosts=allow_host or (),
-            drain_s=drain,
-            grpc_port=grpc_port,
-            token=None if token_file is None else read_token(Path(token_file)),
-            tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,
-            allow_reload=allow_reload,
-            page=page,
-            tell=ui.progress.note,
-            announce=lambda url, grpc, models: _announce(ui, url, grpc, models),
-        )
+        as_objects = log_format is LogFormat.json
+        with logging_to_stderr(ui.progress.note, as_json=as_objects) as tell:
+            serve_bundles(
+                [offered(*each) for each in places],
+                host,
+                port,
+                insecure=insecure,
+                engine=engine,
+                threads=threads,
+                limits=limits,
+                hosts=allow_host or (),
+                drain_s=drain,
+                grpc_port=grpc_port,
+                token=None if token_file is None else read_token(Path(token_file)),
+                tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,
+                allow_reload=allow_reload,
+                page=page,
+                tell=tell,
+                announce=partial(_announce, ui, tell),
+                watchers=[log_access] * access_log,
+            )
 
 
-def _announce(ui: Session, url: str, grpc: str | None, models: "list[ServedModel]") -> None:
+def _announce(
+    ui: Session,
+    tell: Callable[[str], None],
+    url: str,
+    grpc: str | None,
+    models: "list[ServedModel]",
+) -> None:
     several = len({model.name for model in models}) < len(models)
     offered = [
         {
@@ -197,7 +226,7 @@ def _announce(ui: Session, url: str, grpc: str | None, models: "list[ServedModel
     ]
     names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
     where = url if grpc is None else f"{url} and by gRPC at {grpc}"
-    ui.progress.note(f"serving {names} at {where}; Ctrl-C or SIGTERM stops it")
+    tell(f"serving {names} at {where}; Ctrl-C or SIGTERM stops it")
     value = {"url": url, "grpc": grpc, **offered[0], "models": offered}
     lines = [f"POST {each['infer']}" for each in offered] + [f"gRPC {grpc}"] * (grpc is not None)
     ui.show(value, lambda: "\n".join(lines))
