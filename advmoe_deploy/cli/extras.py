@@ -27,6 +27,7 @@ OPTIONAL = {
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),
     "model_signing": ("model-signing", "sign"),
+    "opentelemetry": ("opentelemetry-sdk", "otel"),
     "ray": ("ray", "ray"),
 }
 REQUIRED = ("numpy", "onnx", "pillow", "pydantic", "rich", "safetensors", "typer")

@@ -1,6 +1,7 @@
 """The command ``serve``."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
+    from advmoe_deploy.serving.online.operations.requests import Watcher
     from advmoe_deploy.serving.online.protocol import ServedModel
 
 
@@ -140,6 +142,14 @@ def serve(
             help="Log a line for each request: its id, path, status, time, model and images.",
         ),
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Send traces of inference requests to an OpenTelemetry collector; its environment "
+            "variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, say where. Needs the extra otel.",
+        ),
+    ] = False,
     engine: Engine = "onnxruntime",
     require_signature: SignedBy = None,
     threads: Threads = 0,
@@ -185,7 +195,13 @@ def serve(
 
         places = [split_offer(text) for text in bundles]
         as_objects = log_format is LogFormat.json
-        with logging_to_stderr(ui.progress.note, as_json=as_objects) as tell:
+        with ExitStack() as stack:
+            tell = stack.enter_context(logging_to_stderr(ui.progress.note, as_json=as_objects))
+            watchers: list[Watcher] = [log_access] * access_log
+            if trace:
+                from advmoe_deploy.serving.online.operations.traces import tracing
+
+                watchers.append(stack.enter_context(tracing()))
             serve_bundles(
                 [offered(*each) for each in places],
                 host,
@@ -203,7 +219,7 @@ def serve(
                 page=page,
                 tell=tell,
                 announce=partial(_announce, ui, tell),
-                watchers=[log_access] * access_log,
+                watchers=watchers,
             )
 
 

@@ -110,7 +110,7 @@ class Calls:
         self.open += 1
         self.last_s = time.monotonic()
         told = dict(context.invocation_metadata() or ())
-        record = Record("grpc", id_of(told.get(REQUEST_ID)), name, parent=told.get(PARENT, ""))
+        record = Record("grpc", id_of(told.get(REQUEST_ID, "")), name, parent=told.get(PARENT, ""))
         try:
             if self.refusing:
                 raise NotReadyError("the server is stopping; ask again elsewhere")

@@ -107,8 +107,8 @@ class Guard:
 
 
 def _record(headers: Mapping[bytes, bytes]) -> Record:
-    given, parent = headers.get(_ID), headers.get(_PARENT, b"")
-    return Record("http", id_of(given and given.decode("latin-1")), parent=parent.decode("latin-1"))
+    given, parent = (headers.get(name, b"").decode("latin-1") for name in (_ID, _PARENT))
+    return Record("http", id_of(given), parent=parent)
 
 
 def _with_id(record: Record, send: Send) -> Send:

@@ -50,9 +50,9 @@ class Record:
 Watcher = Callable[[Record], None]
 
 
-def id_of(given: str | None) -> str:
+def id_of(given: str) -> str:
     """Return the id that a client has ``given``, if it is one, or a new one."""
-    return given if given and _GIVEN.fullmatch(given) else uuid.uuid4().hex
+    return given if _GIVEN.fullmatch(given) else uuid.uuid4().hex
 
 
 def tell(record: Record, watchers: Iterable[Watcher]) -> None:
