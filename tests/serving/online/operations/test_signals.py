@@ -22,6 +22,11 @@ UNCHANGED = 'advmoe_reloads_total{outcome="unchanged"} 1.0'
 def at_terminal(*command: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """Yield a process that a terminal controls, no stream of it leads there, and its other end."""
     outer, inner = os.openpty()
+
+    def begin() -> None:
+        fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which these tests' own process may ignore
+
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -29,7 +34,7 @@ def at_terminal(*command: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(inner, termios.TIOCSCTTY, 0),
+        preexec_fn=begin,
     ) as process:
         os.close(inner)
         try:
