@@ -21,7 +21,7 @@ from advmoe_deploy.errors import DataError
 
 # Released data sets have a few images twice; a larger share is a mistake in copying.
 _NATURAL_SHARE = 0.005
-_TINY = 64
+_TINY = 64  # pixels a side
 
 
 @dataclass(frozen=True)

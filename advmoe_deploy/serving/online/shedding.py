@@ -1,7 +1,7 @@
 """Requests that would wait in vain, told so from their heads alone: the work of refusing counts.
 
-At four times the load that a server can carry, three of four requests are refused. To read, parse
-and answer each as if it were computed would take a third of the time that there is to compute.
+At four times the load that a server can carry, three of four requests are refused; what is spent on
+reading and parsing them is not there to compute the others.
 """
 
 import re
@@ -14,8 +14,6 @@ from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import RefusedError
 
 _TO_INFER = re.compile(rb"/v2/models/([\w.~-]+)(?:/versions/(\d+))?/(?:infer|image)")
-
-
 # The longest body that is dropped so that its connection stays; beyond it a new one costs less.
 _SHORT_BYTES = 256 << 10
 

@@ -233,7 +233,8 @@ class Connection(HttpToolsProtocol):
 
     def _answer_unread(self, shed: Shed) -> None:
         self._part = self._refused_unread = None
-        last = self._stopping() or self._crowded or not self.parser.should_keep_alive()
+        stays = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        last = self._stopping() or self._crowded or not stays
         self.transport.write(refusal(503, shed.reason, shed.retry_s, last=last))
         if last:
             self._over = True

@@ -87,8 +87,9 @@ def test_requests_behind_one_another_are_each_answered(full: tuple[Live, SlowRun
         GOOD.replace(b"Host", b"Expect: 100-continue\r\nHost")[:200],
         f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode(),
         GOOD.replace(b"Host", b"Connection: close\r\nHost"),
+        GOOD.replace(b"HTTP/1.1\r\nHost", b"HTTP/1.0\r\nConnection: keep-alive\r\nHost"),
     ],
-    ids=["long", "waits", "chunks", "last"],
+    ids=["long", "waits", "chunks", "last", "HTTP/1.0"],
 )
 def test_bodies_that_are_not_worth_waiting_for_end_the_connection(
     full: tuple[Live, SlowRunner], request_: bytes
