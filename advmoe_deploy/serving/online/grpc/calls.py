@@ -1,7 +1,6 @@
 """Calls of the service ``GRPCInferenceService``, by name, and the status of what is refused."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -117,14 +116,13 @@ class Calls:
             self._require_token(name, told.get("authorization", ""))
             answer = await self._calls.get(name, self._unknown)(context, record)
             record.status = 200
-            with contextlib.suppress(grpc.aio.InternalError):  # its client has left
-                await context.send_initial_metadata(((REQUEST_ID, record.id),))
+            await context.send_initial_metadata(((REQUEST_ID, record.id),))
             return answer
         except RefusedError as error:
             record.status, end = error.status, _end_of(error)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.InternalError) as left:
             record.status = CLIENT_LEFT
-            raise
+            raise asyncio.CancelledError from left
         except Exception:
             _log.exception("a call of %s failed", name)
             end = _end_of(RefusedError("internal error; the server's log says more", 500))

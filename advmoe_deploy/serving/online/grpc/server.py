@@ -1,6 +1,7 @@
 """gRPC server: its options, its port, and an end that loses no call."""
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -30,6 +31,17 @@ _MESSAGE_GRACE_S = 1.0
 _QUIET_S, _RESTLESS_S = 0.3, 3.0
 # How long clients may take to read the last answers.
 _READING_S = 5.0
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return whether what the library logs is more than an answer whose client had left.
+
+    It means to stay silent there, but does not know of all: a deadline may pass while it sends.
+    """
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)
 
 
 class GrpcServer:
