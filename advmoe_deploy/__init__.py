@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.api import (
         BuildOptions,
         Bundle,
+        evaluate,
         export,
         import_checkpoint,
         load_model,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildOptions",
     "Bundle",
+    "evaluate",
     "export",
     "import_checkpoint",
     "load_model",

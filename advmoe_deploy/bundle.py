@@ -43,6 +43,7 @@ from advmoe_deploy.specs import (
     Backend,
     ClassNames,
     ComputeDtype,
+    Fingerprint,
     Frozen,
     ModelSpec,
     Precision,
@@ -167,6 +168,17 @@ class BundleManifest(Frozen):
     training: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileRecord]
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Content of the data that the model was trained on, if it is recorded."""
+        found = self.training.get("fingerprint")
+        return Fingerprint.model_validate(found) if found else None
+
+    @property
+    def data(self) -> str:
+        """The data source that the model was trained on; empty if unknown."""
+        return str(self.training.get("data", ""))
 
     @field_validator("files")
     @classmethod

@@ -8,6 +8,7 @@ Shapes: N images, T tokens per image, R rows (images, or all tokens of all image
 K experts per row.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -273,3 +274,10 @@ def _kinds(tensors: tuple[TensorInfo, ...]) -> tuple[tuple[str, tuple[int | str,
 
 def _with_rows(tensor: TensorInfo, name: str, rows: int | str) -> TensorInfo:
     return TensorInfo(name=name, dtype=tensor.dtype, shape=(rows, *tensor.shape[1:]))
+
+
+def effective_routes(expert_load: tuple[int, ...]) -> float:
+    """Return exp of the entropy of the load: E when all are used alike, 1 at a collapse."""
+    total = sum(expert_load)
+    shares = [rows / total for rows in expert_load if rows]
+    return math.exp(-sum(share * math.log(share) for share in shares))

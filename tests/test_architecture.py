@@ -36,18 +36,19 @@ LAYERS = [
     {"models", "runtime"},
     {"attacks", "data", "parity"},
     {"train", "export"},
-    {"serving", "verify", "analysis", "profiling"},
+    {"serving", "verify", "analysis", "profiling", "evaluation"},
     {"zoo"},
+    {"measuring"},
     {"api"},
     {"cli"},
 ]
 # Down in the layers, and still forbidden: from export to these only the bundle crosses.
 NEVER = {
     (above, below)
-    for above in ("serving", "profiling", "verify", "analysis")
+    for above in ("serving", "profiling", "verify", "analysis", "evaluation")
     for below in ("train", "export")
 }
-TORCH_FREE = ("runtime", "serving", "profiling")
+TORCH_FREE = ("runtime", "serving", "profiling", "evaluation")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "hub")
 MOST_FILES = 15

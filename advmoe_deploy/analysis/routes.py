@@ -8,7 +8,8 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.shares import answers, fold_rows
 from advmoe_deploy.models.base import Classifier, require_routes
-from advmoe_deploy.models.routing.routing import Routing, effective_routes
+from advmoe_deploy.models.routing.routing import Routing
+from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.specs import Frozen
 
 

@@ -18,11 +18,12 @@ from advmoe_deploy.cli.commands.gate import gate
 from advmoe_deploy.cli.commands.import_ import import_checkpoint
 from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
+from advmoe_deploy.cli.commands.measure.eval import evaluate
+from advmoe_deploy.cli.commands.measure.profile import profile
 from advmoe_deploy.cli.commands.models.add import add
 from advmoe_deploy.cli.commands.models.push import push
 from advmoe_deploy.cli.commands.models.sign import sign
 from advmoe_deploy.cli.commands.predict import predict
-from advmoe_deploy.cli.commands.profile import profile
 from advmoe_deploy.cli.commands.report import report
 from advmoe_deploy.cli.commands.serve import serve
 from advmoe_deploy.cli.commands.sweep import sweep
@@ -58,6 +59,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "import": import_checkpoint,
     "export": export,
+    "eval": evaluate,
     "verify": verify,
     "report": report,
     "gate": gate,

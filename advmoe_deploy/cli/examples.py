@@ -26,6 +26,11 @@ EXAMPLES = {
         "advmoe export bundle --format web --out site",
         "advmoe export bundle --format kserve --storage-uri s3://models/cats --image HOST/advmoe:1",
     ),
+    "eval": (
+        "advmoe eval runs/digits-advmoe",
+        "advmoe eval bundle --engine openvino:int8 --images 500",
+        "advmoe eval zoo:NAME --data cifar10:/data/cifar10 --json",
+    ),
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",

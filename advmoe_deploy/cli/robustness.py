@@ -18,6 +18,7 @@ from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.progress import Progress
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.verify.examples.card import with_measured
 from advmoe_deploy.verify.examples.convergence import convergence
@@ -26,7 +27,6 @@ from advmoe_deploy.verify.examples.images import images_of, source_of
 from advmoe_deploy.verify.examples.rerouted import rerouted_images
 from advmoe_deploy.verify.examples.stored import (
     StoredExamples,
-    installed_versions,
     read_examples,
 )
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.bundle import BundleManifest
 from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.data.registry import load_dataset
@@ -25,6 +26,11 @@ class Trained:
     class_names: tuple[str, ...]
     decoding: Decoding | None = None
     fingerprint: Fingerprint | None = None
+
+    @classmethod
+    def of(cls, manifest: BundleManifest) -> "Trained":
+        """Return what the model of a bundle was made for."""
+        return cls(manifest.model, manifest.class_names, manifest.decoding, manifest.fingerprint)
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ def _from_bundle(bundle: Bundle) -> StoredModel:
         decoding=manifest.decoding,
         threat=manifest.threat,
         class_names=manifest.class_names,
-        data=str(manifest.training.get("data", "")),
+        data=manifest.data,
         recipe=str(manifest.training.get("recipe", "")),
         sealed=True,
-        fingerprint=fingerprint_in(manifest.training),
+        fingerprint=manifest.fingerprint,
     )
 
 

@@ -8,8 +8,10 @@ hub:USER/NAME[@REVISION] a repository of the Hugging Face hub, downloaded if nee
 import os
 from pathlib import Path
 
-from advmoe_deploy.bundle import MANIFEST
+from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.bundle import open_bundle as bundle_at
 from advmoe_deploy.errors import BundleError
+from advmoe_deploy.sealing.signature import require_signature
 from advmoe_deploy.zoo.places import RUN_MARKER, find, is_plain, near, unknown_model
 
 StrPath = str | os.PathLike[str]
@@ -75,3 +77,22 @@ def require_bundle(source: StrPath, found: Path) -> Path:
             f"advmoe export {os.fspath(source)} --format onnx"
         )
     return found
+
+
+def open_bundle(path: StrPath, *, signed_by: StrPath | None = None) -> Bundle:
+    """Return the bundle at ``path`` after checking the hash of every file.
+
+    ``path`` may be a name, as :func:`resolve` takes it; ``signed_by`` is the public key of whoever
+    must have signed the bundle.
+
+    Raises:
+        InputError: something is missing, changed, not listed, not signed or of another version.
+        UsageError: no bundle has that name.
+    """
+    bundle = bundle_at(require_bundle(path, resolve(path)))
+    return require_signature(bundle, Path(signed_by)) if signed_by else bundle
+
+
+def opened(bundle: Bundle | StrPath) -> Bundle:
+    """Return ``bundle``, opened if it is a path or a name."""
+    return bundle if isinstance(bundle, Bundle) else open_bundle(bundle)

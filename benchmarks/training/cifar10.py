@@ -32,7 +32,7 @@ from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.models.routing.routing import effective_routes
+from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
 from advmoe_deploy.train.run.report import versions

@@ -21,7 +21,7 @@ from lightning_fabric import Fabric
 from advmoe_deploy.data.augment import to_unit
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.models.routing.routing import effective_routes
+from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.recipes import apply_overrides, recipe

@@ -10,6 +10,7 @@ from typing import Any
 
 from advmoe_deploy import api
 from advmoe_deploy.bundle import BundleManifest
+from advmoe_deploy.evaluation.report import EvalReport
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
@@ -21,15 +22,19 @@ from advmoe_deploy.verify.report import RobustReport
 PAGE = Path(__file__).parents[1] / "reference" / "api.md"
 HEAD = """# Python API
 
-`make docs` writes this page from [api.py](../../advmoe_deploy/api.py). `import advmoe_deploy` loads
-no library; the first use of a name does. Images are float32 `[N, C, H, W]` in [0, 1]. Errors are
-those of [errors.py](../../advmoe_deploy/errors.py), all of them `AdvMoEError`, each of one line."""
+`make docs` writes this page from [advmoe_deploy/api/](../../advmoe_deploy/api). Importing
+`advmoe_deploy` loads no library; the first use of a name does. Images are float32 `[N, C, H, W]`
+in [0, 1]. Errors are those of [errors.py](../../advmoe_deploy/errors.py), all of them
+`AdvMoEError`, each of one line."""
 OBJECTS = [getattr(api, name) for name in api.__all__]
-FUNCTIONS = sorted(filter(inspect.isfunction, OBJECTS), key=lambda f: f.__code__.co_firstlineno)
+FUNCTIONS = sorted(
+    filter(inspect.isfunction, OBJECTS),
+    key=lambda f: (f.__module__, f.__code__.co_firstlineno),
+)
 TYPES = [
     *filter(inspect.isclass, OBJECTS),
     *(BundleManifest, BatchProfile, Checkpoint, Runner, Prediction, TrainReport, Pair),
-    *(RobustReport, LatencyReport, LatencyRow, LatencyRatio, Progress),
+    *(EvalReport, RobustReport, LatencyReport, LatencyRow, LatencyRatio, Progress),
 ]
 _SECTION = re.compile(r"^(Args|Raises):\n((?:    .*(?:\n|$)|\n)+)", re.MULTILINE)
 _QUOTED = re.compile(r":\w+:`[~\w.]*?(\w+)`|``(.+?)``")

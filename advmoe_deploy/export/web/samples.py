@@ -17,7 +17,7 @@ from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.stored import fingerprint_in, reference_model, threat_or
+from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
@@ -62,11 +62,9 @@ def attacked_samples(
     """
     model, manifest = reference_model(bundle), bundle.manifest
     threat = threat_or(epsilon, manifest.threat, bundle.path)
-    source = data or str(manifest.training.get("data", ""))
-    known = fingerprint_in(manifest.training)
-    trained = Trained(manifest.model, manifest.class_names, manifest.decoding, known)
+    source = data or manifest.data
     x_NCHW, labels_N = matching_test_images(
-        source, trained, max(_AMONG, count), class_map=class_map
+        source, Trained.of(manifest), max(_AMONG, count), class_map=class_map
     )
     rows_S = _in_turn(labels_N)[:count]
     epsilons_A = tuple(min(1.0, share * threat.epsilon) for share in SHARES)

@@ -3,7 +3,6 @@
 Shapes: N rows (images, or tokens), E experts, K experts per row.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -173,10 +172,3 @@ class Routes:
                 routing = self.adjust(rule, rule.masked(gate(x)), self.surrogate)
         self.taken[rule.layer] = routing
         return routing
-
-
-def effective_routes(expert_load: tuple[int, ...]) -> float:
-    """Return exp of the entropy of the load: E when all are used alike, 1 at a collapse."""
-    total = sum(expert_load)
-    shares = [rows / total for rows in expert_load if rows]
-    return math.exp(-sum(share * math.log(share) for share in shares))

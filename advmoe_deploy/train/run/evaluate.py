@@ -14,7 +14,8 @@ from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.route_aware import route_aware, withstanding
 from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.routing.routing import Routes, effective_routes
+from advmoe_deploy.models.routing.routing import Routes
+from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # Choices per expert, by routed layer.

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.models.stored import fingerprint_in
 from advmoe_deploy.verify.trial import Images, Labels
 
 
 def source_of(bundle: Bundle, data: str | None) -> str:
     """Return the data source ``data``, or without one that which the model was trained on."""
-    return absolute(data or str(bundle.manifest.training.get("data", "")))
+    return absolute(data or bundle.manifest.data)
 
 
 def images_of(
@@ -26,7 +25,5 @@ def images_of(
         UsageError: the data do not fit the model.
         DataError: the data cannot be read.
     """
-    manifest = bundle.manifest
-    known = fingerprint_in(manifest.training)
-    trained = Trained(manifest.model, manifest.class_names, manifest.decoding, known)
+    trained = Trained.of(bundle.manifest)
     return matching_test_images(source, trained, count, class_map=class_map)

@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -27,6 +26,7 @@ from pydantic import ValidationError
 from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.errors import DataError, one_line, reading
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.report import FoundOn, RobustReport
 from advmoe_deploy.verify.trial import Images, Labels, Sides, Trial
@@ -41,15 +41,6 @@ _KINDS: Mapping[str, type[np.generic]] = {
     "attack": np.int64,
     **dict.fromkeys(_FLAGS, np.bool_),
 }
-_PACKAGES = (
-    "advmoe-deploy",
-    "torch",
-    "numpy",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
-)
 
 
 class Search(Frozen):
@@ -221,14 +212,3 @@ def _expected(name: str, expected: tuple[int, ...]) -> str:
 
 def _bad(path: Path, reason: str) -> DataError:
     return DataError(f"{path}: {reason}; write it again with advmoe verify --save-examples")
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of what attacks, engines and numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import DataError, reading
 from advmoe_deploy.files import write_atomically
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
-from advmoe_deploy.verify.examples.stored import installed_versions
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn
 from advmoe_deploy.verify.trial import Trial
 

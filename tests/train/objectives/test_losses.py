@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advmoe_deploy.models.routing.routing import effective_routes
+from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.train.data.schedule import epoch_batches, lr_factor
 from advmoe_deploy.train.objectives.losses import class_routing_loss, trades
 

@@ -1,47 +1,23 @@
-"""The public Python API: what the commands do, as functions.
-
-``import advmoe_deploy`` offers these names without loading anything; a name's first use imports it.
-"""
+"""Functions of the public Python API that make a model, and open what was made."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
-from advmoe_deploy.bundle import open_bundle as open_bundle_at
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.sealing.signature import require_signature
-from advmoe_deploy.zoo.resolve import place_for, require_bundle, resolve
+from advmoe_deploy.zoo.resolve import StrPath, open_bundle, opened, place_for, resolve
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
     from advmoe_deploy.models.checkpoint import Checkpoint
     from advmoe_deploy.progress import Progress
-    from advmoe_deploy.reports import LatencyReport
     from advmoe_deploy.runtime.runner import Runner
     from advmoe_deploy.specs import Precision
     from advmoe_deploy.train.run.report import TrainReport
-    from advmoe_deploy.verify.report import RobustReport
-    from advmoe_deploy.verify.suites import Suite
-
-__all__ = [
-    "BuildOptions",
-    "Bundle",
-    "export",
-    "import_checkpoint",
-    "load_model",
-    "open_bundle",
-    "open_runner",
-    "profile",
-    "train",
-    "verify",
-]
-
-StrPath = str | os.PathLike[str]
 
 
 def train(
@@ -220,20 +196,6 @@ def export(
     )
 
 
-def open_bundle(path: StrPath, *, signed_by: StrPath | None = None) -> Bundle:
-    """Return the bundle at ``path`` after checking the hash of every file.
-
-    ``path`` may be a name, as for :func:`load_model`; ``signed_by`` is the public key of whoever
-    must have signed the bundle.
-
-    Raises:
-        InputError: something is missing, changed, not listed, not signed or of another version.
-        UsageError: no bundle has that name.
-    """
-    bundle = open_bundle_at(require_bundle(path, resolve(path)))
-    return require_signature(bundle, Path(signed_by)) if signed_by else bundle
-
-
 def open_runner(
     bundle: Bundle | StrPath, engine: str = "onnxruntime", *, threads: int = 0
 ) -> Runner:
@@ -249,99 +211,4 @@ def open_runner(
         BundleError: the bundle is damaged, or was not exported for that engine.
         BackendUnavailableError: the engine's package is not installed.
     """
-    return open_runner_of(_opened(bundle), engine, threads=threads)
-
-
-def verify(
-    bundle: Bundle | StrPath,
-    *,
-    engine: str = "onnxruntime",
-    data: str | None = None,
-    class_map: Mapping[str, str] | None = None,
-    attacks: Suite = "quick",
-    max_drop: float = 0.5,
-    images: int | None = None,
-    epsilon: float | None = None,
-    threads: int = 0,
-    examples: StrPath | None = None,
-    resume: StrPath | None = None,
-    budget: float = 0.0,
-    progress: Progress | None = None,
-) -> RobustReport:
-    """Attack the reference and the engine alike; ``passed`` says whether robustness survived.
-
-    Args:
-        bundle: a bundle with its reference weights, or its path.
-        engine: as for :func:`open_runner`.
-        data: a data source; by default the one the model was trained on. Its test split is used.
-        class_map: the model's name of classes that ``data`` calls otherwise.
-        attacks: ``quick``, ``standard`` or ``full``.
-        max_drop: percentage points of clean or robust accuracy that the engine may lose.
-        images: how many test images; by default all.
-        epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
-        threads: of the engine; 0 lets it choose.
-        examples: a file ``.npz`` to keep the adversarial image that each image fell to in.
-        resume: a file ``.npz`` that keeps the state after each attack; if it is there, it goes on.
-        budget: seconds of attacks; what the suite leaves of them goes into restarts.
-        progress: receives progress reports.
-
-    Raises:
-        BundleError: the bundle is damaged or holds no reference weights.
-        UsageError: neither the bundle nor the caller names a threat model, or data do not fit.
-        DataError: the data cannot be read.
-    """
-    from advmoe_deploy.verify.verify import verify_bundle
-
-    return verify_bundle(
-        _opened(bundle),
-        engine=engine,
-        data=data,
-        class_map=class_map,
-        attacks=attacks,
-        max_drop=max_drop,
-        images=images,
-        epsilon=epsilon,
-        threads=threads,
-        examples=Path(examples) if examples is not None else None,
-        resume=Path(resume) if resume is not None else None,
-        budget=budget,
-        progress=progress,
-    )
-
-
-def profile(
-    bundle: Bundle | StrPath,
-    *,
-    engines: Sequence[str] = ("onnxruntime",),
-    batches: Sequence[int] = (1, 8, 64),
-    against: Sequence[str] = ("dense", "s-dense", "unfused"),
-    threads: int = 2,
-    progress: Progress | None = None,
-) -> LatencyReport:
-    """Time the bundle's model and its baselines in turn, in this process.
-
-    Args:
-        bundle: a bundle, or its path.
-        engines: as for :func:`open_runner`; baselines run in fp32 on ONNX Runtime.
-        batches: batch sizes.
-        against: baselines out of ``dense``, ``s-dense`` and ``unfused``.
-        threads: of the engines.
-        progress: receives progress reports.
-
-    Raises:
-        UsageError: an engine, a baseline or a size makes no sense.
-    """
-    from advmoe_deploy.profiling.profile import profile_bundle
-
-    return profile_bundle(
-        _opened(bundle),
-        engines=engines,
-        batches=batches,
-        against=against,
-        threads=threads,
-        progress=progress,
-    )
-
-
-def _opened(bundle: Bundle | StrPath) -> Bundle:
-    return bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return open_runner_of(opened(bundle), engine, threads=threads)
