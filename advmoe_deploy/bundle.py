@@ -148,7 +148,8 @@ class BundleManifest(Frozen):
 
     ``decoding`` is how image files are read for the model; ``pruning`` says which experts were left
     out, ``None`` if none were; ``denormal_weights`` how many weights were denormal numbers and are
-    zeros here.
+    zeros here. It runs on ``made_for`` in ``precision`` unless told otherwise; bundles written
+    before that was recorded have none.
     """
 
     schema_version: int
@@ -158,6 +159,7 @@ class BundleManifest(Frozen):
     decoding: ModelDecoding
     threat: ThreatModel | None
     precision: Precision
+    made_for: Backend | None = None
     plan: Plan
     engines: tuple[EngineSet, ...] = ()
     macs: Macs

@@ -19,7 +19,7 @@ import torch
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.export.targets import Target
+from advmoe_deploy.export.targets import PORTABLE, Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.specs import ModelSpec, ThreatModel
@@ -80,7 +80,7 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     from advmoe_deploy.export.from_run import export_run
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_run(tiny_run, out, targets=[OPENVINO])
+    export_run(tiny_run, out, targets=[OPENVINO], made_for=PORTABLE)
     return open_bundle(out)
 
 
@@ -141,7 +141,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         def __missing__(self, name: str) -> tuple[Path, Bundle]:
             run, bundle = folder / name / "run", folder / name / "bundle"
             write_run(run, spec_of(name))
-            export_run(run, bundle, data="random:64", targets=[OPENVINO])
+            export_run(run, bundle, data="random:64", targets=[OPENVINO], made_for=PORTABLE)
             self[name] = run, open_bundle(bundle)
             return self[name]
 

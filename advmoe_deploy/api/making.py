@@ -137,12 +137,14 @@ def export(
 ) -> Bundle:
     """Export a run to a bundle, checked against the model before it appears.
 
+    A lower precision that is not faster than fp32 on this CPU is said to ``progress``.
+
     Args:
         run: as for :func:`load_model`; for ``trt`` and ``trt-rtx`` also a bundle of such graphs.
         out: by default ``RUN/bundle``, ``BUNDLE-FORMAT``, or of a name ``./NAME-bundle``.
         format: ``onnx``, ``openvino``, ``trt`` or ``trt-rtx``.
         precisions: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8``; the bundle runs in the
-            first unless told. Of a bundle by default all that it holds.
+            first, on that format's engine, unless told. Of a bundle by default all that it holds.
         data: images to check on; by default the run's own.
         class_map: the model's name of classes that ``data`` calls otherwise.
         overwrite: replace an older bundle.
@@ -181,8 +183,10 @@ def export(
             progress=progress,
         )
     from advmoe_deploy.export.from_run import export_run
+    from advmoe_deploy.profiling.lowered import slower_than_fp32
+    from advmoe_deploy.progress import Silent
 
-    return export_run(
+    bundle = export_run(
         source,
         Path(out) if out is not None else place_for(run, source, "bundle", source / "bundle"),
         data=data,
@@ -190,20 +194,22 @@ def export(
         overwrite=overwrite,
         with_reference=with_reference,
         targets=[t for t in targets if (t.backend, t.precision) != ("onnxruntime", "fp32")],
-        precision=targets[0].precision,
+        made_for=targets[0],
         prune_unused=prune_unused,
         progress=progress,
     )
+    for line in slower_than_fp32(bundle):
+        (progress or Silent()).note(line)
+    return bundle
 
 
-def open_runner(
-    bundle: Bundle | StrPath, engine: str = "onnxruntime", *, threads: int = 0
-) -> Runner:
+def open_runner(bundle: Bundle | StrPath, engine: str | None = None, *, threads: int = 0) -> Runner:
     """Return a runner, whose ``infer(images)`` gives logits and routes; a context manager.
 
     Args:
         bundle: a bundle, or its path.
-        engine: a name that ``advmoe list engines`` shows, or ``NAME:PRECISION``.
+        engine: a name that ``advmoe list engines`` shows, or ``NAME:PRECISION``; by default what
+            the bundle was exported for.
         threads: of the engine; 0 lets it choose.
 
     Raises:

@@ -52,7 +52,7 @@ def evaluate(
     if isinstance(found, Bundle) or (found / MANIFEST).is_file():
         return evaluate_bundle(
             opened(found),
-            engine=engine or "onnxruntime",
+            engine=engine,
             data=data,
             class_map=class_map,
             images=images,
@@ -70,7 +70,7 @@ def evaluate(
 def verify(
     bundle: Bundle | StrPath,
     *,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     data: str | None = None,
     class_map: Mapping[str, str] | None = None,
     attacks: Suite = "quick",
@@ -127,7 +127,7 @@ def verify(
 def profile(
     bundle: Bundle | StrPath,
     *,
-    engines: Sequence[str] = ("onnxruntime",),
+    engines: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 8, 64),
     against: Sequence[str] = ("dense", "s-dense", "unfused"),
     threads: int = 2,
@@ -137,7 +137,8 @@ def profile(
 
     Args:
         bundle: a bundle, or its path.
-        engines: as for :func:`open_runner`; baselines run in fp32 on ONNX Runtime.
+        engines: as for :func:`open_runner`, by default the bundle's own; baselines run in fp32 on
+            ONNX Runtime.
         batches: batch sizes.
         against: baselines out of ``dense``, ``s-dense`` and ``unfused``.
         threads: of the engines.

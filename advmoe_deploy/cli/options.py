@@ -35,11 +35,20 @@ Threads = Annotated[
     ),
 ]
 Engine = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--engine",
         metavar="NAME[:PRECISION]",
-        help="'advmoe list engines' names them; openvino:bf16 runs one at that precision.",
+        help="'advmoe list engines' names them, as in openvino:bf16; by default what the bundle "
+        "was exported for.",
+    ),
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME[:PRECISION]",
+        help="Repeatable; by default what the bundle was exported for.",
     ),
 ]
 # The end of the help of whatever takes a run or a bundle.

@@ -27,7 +27,7 @@ from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import Precision
 
 
@@ -49,7 +49,7 @@ class _Subject:
 def evaluate_bundle(
     bundle: Bundle,
     *,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     data: str | None = None,
     class_map: Mapping[str, str] | None = None,
     images: int | None = None,
@@ -60,7 +60,8 @@ def evaluate_bundle(
 
     Args:
         bundle: an opened bundle.
-        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
+        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``; by default what the
+            bundle was made for.
         data: a data source; by default the one the model was trained on. Its test split is used,
             its classes matched to the model's by name.
         class_map: the model's name of classes that ``data`` calls otherwise.
@@ -73,8 +74,9 @@ def evaluate_bundle(
         DataError: the data cannot be read.
         BackendUnavailableError: the engine's package is not installed.
     """
-    with _of_bundle(bundle, engine, threads) as subject:
-        return _evaluated(subject, data, class_map, images, progress or Silent())
+    progress = progress or Silent()
+    with _of_bundle(bundle, engine_for(bundle, engine, progress.note), threads) as subject:
+        return _evaluated(subject, data, class_map, images, progress)
 
 
 def evaluate_run(

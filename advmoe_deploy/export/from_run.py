@@ -45,7 +45,7 @@ from advmoe_deploy.export.passes.report import declined
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.subject import subject_of
-from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.export.targets import PORTABLE, Target, require_supported
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
@@ -68,7 +68,6 @@ from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.sealing.seal import seal_bundle
-from advmoe_deploy.specs import Precision
 
 UNFUSED = "baselines/unfused.onnx"
 
@@ -82,7 +81,7 @@ def export_run(
     overwrite: bool = False,
     with_reference: bool = True,
     targets: Sequence[Target] = (),
-    precision: Precision | None = None,
+    made_for: Target | None = None,
     prune_unused: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -96,7 +95,7 @@ def export_run(
         overwrite: replace an ``out`` that is a bundle already.
         with_reference: also write the torch weights, which ``verify`` attacks.
         targets: engines and precisions to write graphs for, beside the portable one in fp32.
-        precision: what the bundle runs in unless told; by default that of the first target.
+        made_for: what the bundle runs on unless told; by default the first target.
         prune_unused: leave out the experts that no image visits, see
             :mod:`~advmoe_deploy.export.prune`.
         progress: who listens.
@@ -109,6 +108,7 @@ def export_run(
         BackendUnavailableError: ONNX Runtime or what ``targets`` need is missing.
     """
     progress = progress or Silent()
+    made_for = made_for or next(iter(targets), PORTABLE)
     refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
     for target in targets:
         require_supported(target)
@@ -165,7 +165,8 @@ def export_run(
             model=checkpoint.model,
             decoding=checkpoint.decoding,
             threat=checkpoint.threat,
-            precision=precision or (targets[0].precision if targets else "fp32"),
+            precision=made_for.precision,
+            made_for=made_for.runs_on,
             plan=parts.plan,
             engines=engines,
             macs=macs,

@@ -44,9 +44,18 @@ class Target:
         return self.build.tf32 and not self.onnx_only
 
     @property
+    def runs_on(self) -> Backend:
+        """Backend that runs it; graphs that engines are still to be built of run in ONNX's."""
+        return "onnxruntime" if self.onnx_only else self.backend
+
+    @property
     def folder(self) -> str:
         """Where in the bundle they go; engines are told apart by their device, too."""
         return f"engines/{self.backend}-{self.precision}"
+
+
+# The graphs that every bundle has.
+PORTABLE = Target("onnxruntime", "fp32")
 
 
 def require_supported(target: Target) -> None:

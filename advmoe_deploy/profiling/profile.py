@@ -25,7 +25,7 @@ from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.select import ON_GPU, backend_of, open_runner, parse_engine
+from advmoe_deploy.runtime.select import ON_GPU, backend_of, engine_for, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 from advmoe_deploy.sealing.files import Sealed
@@ -68,7 +68,7 @@ class _Timings:
 def profile_bundle(
     bundle: Bundle,
     *,
-    engines: Sequence[str] = ("onnxruntime",),
+    engines: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 8, 64),
     against: Sequence[str] = BASELINES,
     threads: int = 2,
@@ -84,7 +84,8 @@ def profile_bundle(
     Args:
         bundle: an opened bundle. Its golden images are repeated up to the batch size, so that
             images are routed as real ones are.
-        engines: as ``open_runner`` takes them; baselines run as fp32 graphs on ONNX Runtime.
+        engines: as ``open_runner`` takes them, by default what the bundle was made for; baselines
+            run as fp32 graphs on ONNX Runtime.
         batches: batch sizes.
         against: baselines; one that the bundle lacks is left out, and ``settings`` says so.
         threads: inside one operator.
@@ -99,6 +100,7 @@ def profile_bundle(
         UsageError: an engine, a baseline, a batch size or a count makes no sense.
     """
     progress = progress or Silent()
+    engines = engines if engines is not None else [engine_for(bundle, None, progress.note)]
     _check_request(engines, batches, against, threads, n, warmup)
     images, ids = _golden(bundle)
     rows = measured if measured is not None else []

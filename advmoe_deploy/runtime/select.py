@@ -25,13 +25,53 @@ from advmoe_deploy.specs import Backend, ComputeDtype, Precision
 WARM_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0) -> Runner:
+# Of bundles that do not record what they were made for.
+_USUAL = "onnxruntime"
+
+
+def engine_for(bundle: Bundle, engine: str | None, note: Callable[[str], None]) -> str:
+    """Return ``engine``, or without one what ``bundle`` was made for.
+
+    Where the bundle does not record that, it is onnxruntime, and ``note`` is told so.
+    """
+    if engine is not None or bundle.manifest.made_for is not None:
+        return engine or own_engine(bundle)
+    name, precision = resolved(bundle, _USUAL)
+    note(
+        f"{bundle.path} does not record what engine it was made for: it runs on {name} in "
+        f"{precision}; --engine chooses another"
+    )
+    return name
+
+
+def own_engine(bundle: Bundle) -> str:
+    """Return the engine that ``bundle`` was made for; onnxruntime if it does not record one."""
+    return bundle.manifest.made_for or _USUAL
+
+
+def resolved(bundle: Bundle, engine: str) -> tuple[str, Precision]:
+    """Return the name and the precision that ``engine`` stands for with ``bundle``.
+
+    Raises:
+        UsageError: no engine or precision has that name.
+    """
+    name, precision = parse_engine(engine)
+    if precision is not None:
+        return name, precision
+    backend = backend_of(name)
+    # What ONNX Runtime was given in int8 was made for, and examined on, a CPU.
+    elsewhere = name in ON_GPU and backend == "onnxruntime"
+    return name, "fp32" if elsewhere else _own_precision(bundle, backend)
+
+
+def open_runner(bundle: Bundle, engine: str | None = None, *, threads: int = 0) -> Runner:
     """Return a runner for ``bundle``; use it as a context manager.
 
     Args:
         bundle: an opened, so verified, bundle.
-        engine: a name from :data:`ENGINES`, or ``NAME:PRECISION``; without a precision, the one the
-            bundle was exported at where it was exported for that engine, else fp32.
+        engine: a name from :data:`ENGINES`, or ``NAME:PRECISION``; by default the one that the
+            bundle was made for. Without a precision, the one that it was exported at where it was
+            exported for that engine, else fp32.
         threads: of the engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
 
     Raises:
@@ -40,13 +80,8 @@ def open_runner(bundle: Bundle, engine: str = "onnxruntime", *, threads: int = 0
         BackendUnavailableError: the engine's package is not installed, or the CPU lacks the
             precision.
     """
-    name, precision = parse_engine(engine)
+    name, precision = resolved(bundle, engine or own_engine(bundle))
     require_threads(threads)
-    backend = backend_of(name)
-    if precision is None:
-        # What ONNX Runtime was given in int8 was made for, and examined on, a CPU.
-        elsewhere = name in ON_GPU and backend == "onnxruntime"
-        precision = "fp32" if elsewhere else _own_precision(bundle, backend)
     return ENGINES[name](bundle, precision, threads)
 
 

@@ -11,7 +11,7 @@ from advmoe_deploy.errors import DataError, UsageError, unknown_name
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import engine_for, open_runner, resolved
 from advmoe_deploy.serving.classify import MOST_DECODERS, Classifier, Window, count_errors
 from advmoe_deploy.serving.inputs import open_inputs
 from advmoe_deploy.serving.parts import Inputs
@@ -19,7 +19,7 @@ from advmoe_deploy.serving.resume import open_journal
 from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
 from advmoe_deploy.serving.search import Skipped
 from advmoe_deploy.serving.spread import SpreadJob, windows_by_ray
-from advmoe_deploy.specs import Frozen
+from advmoe_deploy.specs import Frozen, Precision
 
 # Where a job runs.
 Place = Literal["local", "ray"]
@@ -33,6 +33,8 @@ class BatchReport(Frozen):
     """
 
     output: str
+    engine: str
+    precision: Precision
     images: int
     errors: int
     resumed: int
@@ -46,7 +48,7 @@ def classify_files(
     source: str,
     output: Path,
     *,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     threads: int = 0,
     batch: int = 64,
     top_k: int = 0,
@@ -64,7 +66,8 @@ def classify_files(
             are images, .tar shards or .parquet tables; see :func:`open_inputs`.
         output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
             a hidden ``.partial.jsonl`` beside it.
-        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
+        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``; by default what the
+            bundle was made for.
         threads: of the engine, and at most of the decoding; 0 is
             :func:`~advmoe_deploy.process.default_threads`, and one for each of Ray's workers.
         batch: images per inference.
@@ -87,6 +90,8 @@ def classify_files(
     started = time.perf_counter()
     progress = progress or Silent()
     columns = _columns(bundle, batch, top_k)
+    engine = engine_for(bundle, engine, progress.note)
+    name, precision = resolved(bundle, engine)
     if max_errors is not None and max_errors < 0:
         raise UsageError(f"max_errors={max_errors} is below 0; pass --max-errors 0 for none")
     if on not in get_args(Place):
@@ -120,6 +125,8 @@ def classify_files(
     seconds = time.perf_counter() - started
     return BatchReport(
         output=str(output),
+        engine=name,
+        precision=precision,
         images=journal.count,
         errors=errors,
         resumed=len(done),

@@ -22,7 +22,7 @@ from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.runtime.runner import is_exact
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import AttackSpec, ModelSpec
 from advmoe_deploy.verify.consistency import inspect_answers
 from advmoe_deploy.verify.examples.images import images_of, source_of
@@ -38,7 +38,7 @@ from advmoe_deploy.verify.verdict import judge
 def verify_bundle(
     bundle: Bundle,
     *,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     data: str | None = None,
     class_map: Mapping[str, str] | None = None,
     attacks: Suite = "quick",
@@ -56,7 +56,8 @@ def verify_bundle(
 
     Args:
         bundle: an opened bundle with its reference weights.
-        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
+        engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``; by default what the
+            bundle was made for.
         data: a data source; by default the one the model was trained on. Its test split is used,
             its classes matched to the model's by name.
         class_map: the model's name of classes that ``data`` calls otherwise.
@@ -77,6 +78,7 @@ def verify_bundle(
     """
     started = time.perf_counter()
     progress, measured = progress or Silent(), [] if measured is None else measured
+    engine = engine_for(bundle, engine, progress.note)
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
     manifest = bundle.manifest

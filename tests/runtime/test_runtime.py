@@ -19,6 +19,7 @@ from advmoe_deploy.export.graph.stitch import graph_from_plan
 from advmoe_deploy.export.graph.writer import GraphWriter, write_model
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
+from advmoe_deploy.export.targets import PORTABLE
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
@@ -45,7 +46,7 @@ def load_model(run: Path) -> AdvMoE:
 def three_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdvMoE, Bundle]:
     folder = tmp_path_factory.mktemp("three")
     run = write_run(folder / "run", TINY.model_copy(update={"num_experts": 3}), seed=1)
-    export_run(run, folder / "bundle", data="random:64", targets=[OPENVINO])
+    export_run(run, folder / "bundle", data="random:64", targets=[OPENVINO], made_for=PORTABLE)
     return load_model(run), open_bundle(folder / "bundle")
 
 
@@ -94,7 +95,7 @@ def test_three_experts(three_experts: tuple[AdvMoE, Bundle], engine: str) -> Non
 def test_one_expert_takes_all(tiny_run: Path, tmp_path: Path, winner: int) -> None:
     bias = (100.0, 0.0) if winner == 0 else (0.0, 100.0)
     run = rerouted(tiny_run, tmp_path, weight=1.0, bias=bias)
-    export_run(run, tmp_path / "bundle", targets=[OPENVINO])
+    export_run(run, tmp_path / "bundle", targets=[OPENVINO], made_for=PORTABLE)
     with torch.inference_mode():
         model = load_model(run)
         expected = model(torch.from_numpy(IMAGES), model.forced(winner)).numpy()

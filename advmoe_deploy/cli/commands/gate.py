@@ -34,7 +34,7 @@ def gate(
             help="report.json of 'advmoe report', with its examples.npz beside it.",
         ),
     ],
-    engine: Engine = "onnxruntime",
+    engine: Engine = None,
     data: Data = None,
     class_map: ClassMap = None,
     attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
@@ -64,13 +64,15 @@ def gate(
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.files import write_atomically
+        from advmoe_deploy.runtime.select import engine_for
         from advmoe_deploy.verify.examples.baseline import read_baseline
         from advmoe_deploy.verify.examples.gate import Conditions, gate_bundle
 
         opened, baseline = open_bundle(bundle), read_baseline(against)
-        how = Conditions(engine, data, read_class_map(class_map), attacks.value, max_drop, threads)
+        asked = engine_for(opened, engine, ui.progress.note)
+        how = Conditions(asked, data, read_class_map(class_map), attacks.value, max_drop, threads)
         measured: list[AttackOutcome] = []
-        with ui.keeping(measured, lambda: tables.attack_outcomes(measured, engine)):
+        with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = gate_bundle(opened, baseline, how, measured=measured, progress=ui.progress)
         ui.show(report.model_dump(mode="json"), lambda: robustness_tables.gate_report(report))
         if junit is not None:

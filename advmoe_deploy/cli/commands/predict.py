@@ -37,7 +37,7 @@ def predict(
             "--output", readable=False, help="A .jsonl or .parquet file, one row per input."
         ),
     ] = None,
-    engine: Engine = "onnxruntime",
+    engine: Engine = None,
     require_signature: SignedBy = None,
     threads: Threads = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per inference.")] = 64,
@@ -73,7 +73,7 @@ def predict(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
-        from advmoe_deploy.cli.tables import bundle as tables
+        from advmoe_deploy.cli.tables import predict as tables
         from advmoe_deploy.serving.batch import classify_files
 
         report = classify_files(

@@ -10,6 +10,7 @@ from advmoe_deploy.cli.options import (
     BundlePath,
     ClassMap,
     Data,
+    Engines,
     Json,
     Overwrite,
     Suite,
@@ -27,14 +28,7 @@ REPORT = "report.json"
 
 def report(
     bundle: BundlePath,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine",
-            metavar="NAME[:PRECISION]",
-            help="Repeatable; by default onnxruntime. The first gives the figures.",
-        ),
-    ] = None,
+    engine: Engines = None,
     data: Data = None,
     class_map: ClassMap = None,
     attacks: Annotated[Suite, typer.Option("--attacks", help="How hard to attack.")] = Suite.quick,
@@ -63,9 +57,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Verify a bundle and write a page, JSON as RobustBench's and the examples; exits as verify."""
-    engines = tuple(engine or ("onnxruntime",))
-    if len(set(engines)) < len(engines):
-        raise UsageError(f"--engine: {', '.join(engines)} names one twice; name each once")
+    if len(set(engine or ())) < len(engine or ()):
+        raise UsageError(f"--engine: {', '.join(engine or ())} names one twice; name each once")
     use_torch_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
@@ -77,10 +70,12 @@ def report(
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
         from advmoe_deploy.files import refuse_existing, staged_directory
+        from advmoe_deploy.runtime.select import engine_for
         from advmoe_deploy.zoo.resolve import place_for
 
         pages.require_libraries()
         opened = open_bundle(bundle)
+        engines = tuple(engine or [engine_for(opened, None, ui.progress.note)])
         beside = bundle.resolve().with_name(f"{bundle.resolve().name}-report")
         target = out or place_for(bundle, opened.path, "report", beside)
         refuse_existing(target, overwrite=overwrite, marker=REPORT)

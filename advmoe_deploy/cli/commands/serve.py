@@ -15,7 +15,7 @@ from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
     from advmoe_deploy.serving.online.operations.requests import Watcher
-    from advmoe_deploy.serving.online.protocol import ServedModel
+    from advmoe_deploy.serving.online.serve import Started
 
 
 def serve(
@@ -150,7 +150,7 @@ def serve(
             "variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, say where. Needs the extra otel.",
         ),
     ] = False,
-    engine: Engine = "onnxruntime",
+    engine: Engine = None,
     require_signature: SignedBy = None,
     threads: Threads = 0,
     files: Annotated[str | None, typer.Option("--input", "--output", hidden=True)] = None,
@@ -228,13 +228,15 @@ def _announce(
     tell: Callable[[str], None],
     url: str,
     grpc: str | None,
-    models: "list[ServedModel]",
+    models: "list[Started]",
 ) -> None:
     several = len({model.name for model in models}) < len(models)
     offered = [
         {
             "model": model.name,
             "version": model.version,
+            "engine": model.engine,
+            "precision": model.precision,
             "infer": f"{url}/v2/models/{model.name}/"
             + (f"versions/{model.version}/infer" if several else "infer"),
         }
@@ -242,7 +244,8 @@ def _announce(
     ]
     names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
     where = url if grpc is None else f"{url} and by gRPC at {grpc}"
-    tell(f"serving {names} at {where}; Ctrl-C or SIGTERM stops it")
+    engines = ", ".join(dict.fromkeys(f"{model.engine} {model.precision}" for model in models))
+    tell(f"serving {names} at {where} on {engines}; Ctrl-C or SIGTERM stops it")
     value = {"url": url, "grpc": grpc, **offered[0], "models": offered}
     lines = [f"POST {each['infer']}" for each in offered] + [f"gRPC {grpc}"] * (grpc is not None)
     ui.show(value, lambda: "\n".join(lines))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    engine: Engine = "onnxruntime",
+    engine: Engine = None,
     require_signature: SignedBy = None,
     data: Data = None,
     class_map: ClassMap = None,
@@ -81,13 +81,16 @@ def verify(
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.data.matching import read_class_map
+        from advmoe_deploy.runtime.select import engine_for
         from advmoe_deploy.verify.verify import verify_bundle
 
+        opened = open_bundle(bundle, signed_by=require_signature)
+        asked = engine_for(opened, engine, ui.progress.note)
         measured: list[AttackOutcome] = []
-        with ui.keeping(measured, lambda: tables.attack_outcomes(measured, engine)):
+        with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = verify_bundle(
-                open_bundle(bundle, signed_by=require_signature),
-                engine=engine,
+                opened,
+                engine=asked,
                 data=data,
                 class_map=read_class_map(class_map),
                 attacks=attacks.value,

@@ -19,7 +19,7 @@ from advmoe_deploy.reports import (
     Pair,
     ParityReport,
 )
-from advmoe_deploy.serving.batch import BatchReport
+from advmoe_deploy.runtime.select import own_engine, resolved
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 
 
@@ -42,7 +42,9 @@ def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
     lacks = [] if find_spec("torch") else ["PyTorch"]
     lacks += ["a GPU they are compiled for"] * any(e.backend == "tensorrt-rtx" for e in engines)
     where = f", with {' and '.join(lacks)}" if lacks else ""
-    options = "".join(f" --engine {each.name}" for each in engines)
+    own = resolved(bundle, own_engine(bundle))
+    others = [each for each in engines if (each.backend, each.precision) != own]
+    options = "".join(f" --engine {each.name}" for each in others)
     return f"next{where}: advmoe verify {bundle.path}{options}"
 
 
@@ -190,19 +192,6 @@ def _both(a: str, b: str) -> str:
     return a if a == b else f"{a} / {b}"
 
 
-def batch_report(report: BatchReport) -> RenderableType:
-    """Return how many inputs were classified and where the answers are."""
-    resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
-    lines = [
-        f"{report.images - report.errors} of {report.images} images classified{resumed}, "
-        f"{report.images_per_s:.0f} images/s: {report.output}"
-    ]
-    if report.errors:
-        lines.append(f"note: {report.errors} unreadable; the column error says why")
-    lines += [f"note: {skipped}" for skipped in report.skipped]
-    return escape("\n".join(lines))
-
-
 def bundle_contents(bundle: Bundle) -> RenderableType:
     """Return what a bundle says about itself."""
     manifest = bundle.manifest
@@ -211,6 +200,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ("model", f"{spec.family} {spec.backbone}, {spec.num_experts} experts of {spec.ratio:g}"),
         ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
+        ("runs on", " ".join(resolved(bundle, own_engine(bundle))) + ", unless told otherwise"),
         ("threat", f"{threat.norm} epsilon {threat.epsilon:.4g}" if threat else "none named"),
         (
             "MACs per image",

@@ -24,7 +24,8 @@ def screen(entry: Entry, out: Path, card: Path | None) -> RenderableType:
 
 def gate_report(report: GateReport) -> RenderableType:
     """Return a row per check of a gate, the notes and the verdict."""
-    title = f"{report.bundle} against {report.baseline}, {report.images} images"
+    computed = f"{report.engine}, {report.report.precision}"
+    title = f"{report.bundle} on {computed} against {report.baseline}, {report.images} images"
     table = new_table(title, ("check", "verdict", "seconds"))
     for check in report.checks:
         table.add_row(check.name, check.verdict, f"{check.seconds:.1f}")

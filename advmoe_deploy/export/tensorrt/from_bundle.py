@@ -236,4 +236,13 @@ def _sealed(
     card = source.read(CARD).decode()
     (staged / CARD).write_text(card_with_engines(card, engines), encoding="utf-8")
     versions = {**source.manifest.versions, device.library: device.version}
-    return seal_again(staged, source.manifest, engines=engines, versions=versions)
+    built = [e.precision for e in engines if e.is_built and e.backend == device.library]
+    own = source.manifest.precision
+    return seal_again(
+        staged,
+        source.manifest,
+        engines=engines,
+        versions=versions,
+        made_for=device.library,
+        precision=own if own in built else built[0],
+    )

@@ -5,13 +5,14 @@ import ipaddress
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import MachineError, UsageError, missing_extra
 from advmoe_deploy.runtime.runner import Runner
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.golden import golden_of
@@ -19,7 +20,8 @@ from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.offers import Offer, require_apart
 from advmoe_deploy.serving.online.operations.requests import Watcher
 from advmoe_deploy.serving.online.operations.signals import hangups
-from advmoe_deploy.serving.online.protocol import ServedModel, served_model
+from advmoe_deploy.serving.online.protocol import served_model
+from advmoe_deploy.specs import Precision
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -57,13 +59,23 @@ def create_app(
     return app
 
 
+@dataclass(frozen=True)
+class Started:
+    """A model on offer, and the engine and precision that compute its answers."""
+
+    name: str
+    version: str
+    engine: str
+    precision: Precision
+
+
 def serve(
     offers: Sequence[Offer],
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     insecure: bool = False,
-    engine: str = "onnxruntime",
+    engine: str | None = None,
     threads: int = 0,
     limits: Limits | None = None,
     hosts: Sequence[str] = (),
@@ -73,7 +85,7 @@ def serve(
     tls: Tls | None = None,
     allow_reload: bool = False,
     page: bool = True,
-    announce: Callable[[str, str | None, list[ServedModel]], None] = lambda url, grpc, models: None,
+    announce: Callable[[str, str | None, list[Started]], None] = lambda url, grpc, models: None,
     tell: Callable[[str], None] = lambda line: None,
     watchers: Sequence[Watcher] = (),
 ) -> None:
@@ -84,7 +96,8 @@ def serve(
         host: address to listen on.
         port: 0 takes any free one.
         insecure: allow a ``host`` that other machines can reach without a ``token``.
-        engine: of each bundle, a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``.
+        engine: of each bundle, a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``; by
+            default what that bundle was made for.
         threads: of each engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
         limits: on requests and on all of them together; the queue is each model's own.
         hosts: by which other names requests may call a server on the loopback, such as a proxy's.
@@ -144,13 +157,16 @@ def serve(
             reserved = stack.enter_context(_listen(host, grpc_port, "--grpc-port"))
             on_request = reloader if allow_reload else None
             beside = _grpc().GrpcServer(models, reserved, token, tls, on_request, watchers)
+        started = []
         for model, offer in zip(served, offers, strict=True):
+            engine_for(offer.bundle, engine, tell)
             runner = opened(offer.bundle)
+            started.append(Started(model.name, model.version, runner.name, runner.precision))
             models.add(model, runner, golden_of(offer.bundle), runner.close)
         rest.run_app(
             models,
             listener,
-            lambda: announce(url, beside and beside.address, served),
+            lambda: announce(url, beside and beside.address, started),
             hosts=names,
             drain_s=drain_s,
             beside=beside,

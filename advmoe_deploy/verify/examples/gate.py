@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import wilson_interval
-from advmoe_deploy.progress import Progress
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.reports.drops import Verdict
-from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.verify.examples.baseline import Baseline
 from advmoe_deploy.verify.examples.images import images_of, source_of
@@ -64,7 +64,7 @@ class GateReport(Frozen):
 class Conditions:
     """How the bundle is asked; see :func:`~advmoe_deploy.verify.verify.verify_bundle`."""
 
-    engine: str = "onnxruntime"
+    engine: str | None = None
     data: str | None = None
     class_map: Mapping[str, str] | None = None
     attacks: Suite = "quick"
@@ -100,6 +100,8 @@ def gate_bundle(
         UsageError: the data do not fit the model.
     """
     started = time.perf_counter()
+    engine = engine_for(bundle, how.engine, (progress or Silent()).note)
+    how = replace(how, engine=engine)
     replayed_N = _replay(bundle, baseline, how)
     replay_seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory(prefix="advmoe-gate-") as folder:
@@ -126,7 +128,7 @@ def gate_bundle(
         verdict=worst_of([check.verdict for check in checks]),
         bundle=bundle.path.resolve().name,
         baseline=baseline.name,
-        engine=how.engine,
+        engine=engine,
         images=report.images,
         max_drop=how.max_drop,
         paired=baseline.examples is not None,

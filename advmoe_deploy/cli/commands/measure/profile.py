@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.cli.options import (
     BundlePath,
+    Engines,
     Json,
     names,
     positive_numbers,
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 def profile(
     bundle: BundlePath,
-    engine: Annotated[
-        list[str] | None, typer.Option("--engine", help="Repeatable; by default onnxruntime.")
-    ] = None,
+    engine: Engines = None,
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes.")] = "1,8,64",
     against: Annotated[
         str, typer.Option("--against", help="Baselines to time in turn; '' for none.")
@@ -66,7 +65,7 @@ def profile(
         with ui.keeping(measured, lambda: tables.latency_rows(measured)):
             report = profile_bundle(
                 opened,
-                engines=tuple(engine or ("onnxruntime",)),
+                engines=engine or None,
                 batches=batches,
                 against=baselines,
                 threads=threads,
