@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.api import (
         BuildOptions,
         Bundle,
+        benchmark,
         evaluate,
         export,
         import_checkpoint,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildOptions",
     "Bundle",
+    "benchmark",
     "evaluate",
     "export",
     "import_checkpoint",

@@ -37,7 +37,7 @@ LAYERS = [
     {"attacks", "data", "parity"},
     {"train", "export"},
     {"serving", "verify", "analysis", "profiling", "evaluation"},
-    {"zoo"},
+    {"zoo", "comparison"},
     {"measuring"},
     {"api"},
     {"cli"},
@@ -45,10 +45,10 @@ LAYERS = [
 # Down in the layers, and still forbidden: from export to these only the bundle crosses.
 NEVER = {
     (above, below)
-    for above in ("serving", "profiling", "verify", "analysis", "evaluation")
+    for above in ("serving", "profiling", "verify", "analysis", "evaluation", "comparison")
     for below in ("train", "export")
 }
-TORCH_FREE = ("runtime", "serving", "profiling", "evaluation")
+TORCH_FREE = ("runtime", "serving", "profiling", "evaluation", "comparison")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "hub")
 MOST_FILES = 15

@@ -12,6 +12,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.zoo.resolve import StrPath, opened, resolve
 
 if TYPE_CHECKING:
+    from advmoe_deploy.comparison.report import Aim, BenchmarkReport
     from advmoe_deploy.evaluation.report import EvalReport
     from advmoe_deploy.progress import Progress
     from advmoe_deploy.reports import LatencyReport
@@ -154,6 +155,53 @@ def profile(
         engines=engines,
         batches=batches,
         against=against,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def benchmark(
+    bundle: Bundle | StrPath,
+    *,
+    aim: Aim = "latency",
+    data: str | None = None,
+    class_map: Mapping[str, str] | None = None,
+    images: int = 500,
+    attacks: Suite | None = None,
+    batches: Sequence[int] = (1, 8, 64),
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> BenchmarkReport:
+    """Set all engines and precisions of a bundle beside each other: size, accuracy, time.
+
+    Args:
+        bundle: a bundle, or its path.
+        aim: ``latency``, ``throughput`` or ``size``: what the best is marked for.
+        data: a data source; by default the one the model was trained on. Its test split is used.
+        class_map: the model's name of classes that ``data`` calls otherwise.
+        images: how many test images, at most.
+        attacks: ``quick``, ``standard`` or ``full``, by which each engine is attacked; without one,
+            robust accuracy is what the export recorded, where it did.
+        batches: batch sizes to time.
+        threads: of the engines.
+        progress: receives progress reports.
+
+    Raises:
+        UsageError: the aim or a size makes no sense, or ``data`` do not fit the model.
+        DataError: ``data`` cannot be read.
+        BundleError: the bundle is damaged, or attacks need reference weights that it lacks.
+        BackendUnavailableError: no engine of the bundle can run here.
+    """
+    from advmoe_deploy.comparison.compare import benchmark_bundle
+
+    return benchmark_bundle(
+        opened(bundle),
+        aim=aim,
+        data=data,
+        class_map=class_map,
+        images=images,
+        attacks=attacks,
+        batches=batches,
         threads=threads,
         progress=progress,
     )

@@ -18,6 +18,7 @@ from advmoe_deploy.cli.commands.gate import gate
 from advmoe_deploy.cli.commands.import_ import import_checkpoint
 from advmoe_deploy.cli.commands.inspect import inspect
 from advmoe_deploy.cli.commands.list_names import list_names
+from advmoe_deploy.cli.commands.measure.benchmark import benchmark
 from advmoe_deploy.cli.commands.measure.eval import evaluate
 from advmoe_deploy.cli.commands.measure.profile import profile
 from advmoe_deploy.cli.commands.models.add import add
@@ -64,6 +65,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "gate": gate,
     "profile": profile,
+    "benchmark": benchmark,
     "analyze": analyze,
     "serve": serve,
     "predict": predict,

@@ -50,6 +50,11 @@ EXAMPLES = {
         "advmoe profile bundle --batch 1,64 --against dense,unfused --threads 2 --out latency.json",
         "advmoe profile bundle --engine onnxruntime --engine openvino --html latency.html",
     ),
+    "benchmark": (
+        "advmoe benchmark bundle",
+        "advmoe benchmark bundle --aim throughput --images 1000 --json",
+        "advmoe benchmark bundle --attacks quick --images 50",
+    ),
     "analyze": (
         "advmoe analyze runs/digits-advmoe",
         "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",

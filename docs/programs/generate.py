@@ -10,6 +10,7 @@ from typing import Any
 
 from advmoe_deploy import api
 from advmoe_deploy.bundle import BundleManifest
+from advmoe_deploy.comparison.report import BenchmarkReport, Contender, MeasuredShare, Timing
 from advmoe_deploy.evaluation.report import EvalReport
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
@@ -34,6 +35,7 @@ FUNCTIONS = sorted(
 TYPES = [
     *filter(inspect.isclass, OBJECTS),
     *(BundleManifest, BatchProfile, Checkpoint, Runner, Prediction, TrainReport, Pair),
+    *(BenchmarkReport, Contender, MeasuredShare, Timing),
     *(EvalReport, RobustReport, LatencyReport, LatencyRow, LatencyRatio, Progress),
 ]
 _SECTION = re.compile(r"^(Args|Raises):\n((?:    .*(?:\n|$)|\n)+)", re.MULTILINE)

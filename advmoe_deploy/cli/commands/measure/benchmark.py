@@ -1,0 +1,69 @@
+"""The command ``benchmark``."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from advmoe_deploy.cli.options import BundlePath, ClassMap, Data, Json, Suite, positive_numbers
+from advmoe_deploy.cli.session import session
+from advmoe_deploy.process import usable_cpus, use_threads
+
+
+class Aim(str, Enum):
+    """What an engine can be best for."""
+
+    latency = "latency"
+    throughput = "throughput"
+    size = "size"
+
+
+def benchmark(
+    bundle: BundlePath,
+    data: Data = None,
+    class_map: ClassMap = None,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Test images for accuracy, at most.")
+    ] = 500,
+    aim: Annotated[
+        Aim,
+        typer.Option(
+            "--aim",
+            help="What to mark the best for: time at the smallest batch, images per second at any, "
+            "or bytes.",
+        ),
+    ] = Aim.latency,
+    attacks: Annotated[
+        Suite | None,
+        typer.Option(
+            "--attacks",
+            help="Attack every engine, for robust accuracy; without, it is what the export "
+            "recorded.",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes to time.")] = "1,8,64",
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="CPU threads, of the engines and all else.")
+    ] = min(2, usable_cpus()),
+    as_json: Json = False,
+) -> None:
+    """Set all engines and precisions of a bundle beside each other: size, accuracy, time."""
+    batches = positive_numbers(batch, "--batch")
+    use_threads(threads)
+    with session(as_json) as ui:
+        from advmoe_deploy import api
+        from advmoe_deploy.cli.tables import benchmark as tables
+        from advmoe_deploy.data.matching import read_class_map
+
+        report = api.benchmark(
+            bundle,
+            aim=aim.value,
+            data=data,
+            class_map=read_class_map(class_map),
+            images=images,
+            attacks=attacks.value if attacks else None,
+            batches=batches,
+            threads=threads,
+            progress=ui.progress,
+        )
+        ui.show(report.model_dump(mode="json"), lambda: tables.benchmark_report(report))

@@ -1,0 +1,74 @@
+"""What ``benchmark`` shows on the screen."""
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+
+from advmoe_deploy.cli.tables.bundle import new_table
+from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.comparison.report import BenchmarkReport, Contender, MeasuredShare, Timing
+
+_MARK = "*"
+
+
+def benchmark_report(report: BenchmarkReport) -> RenderableType:
+    """Return a row per engine and precision, the best for the aim marked, and what was measured."""
+    batches = [timing.batch for timing in report.contenders[0].timings]
+    columns = ("engine", "MB", "clean %", "robust %", *(f"ms at {n}" for n in batches))
+    table = new_table(report.bundle, (*columns, "vs dense"))
+    table.collapse_padding = True
+    for each in report.contenders:
+        table.add_row(
+            escape(f"{_MARK if each.best else ' '} {each.name}"),
+            f"{each.bytes / 1e6:.2f}",
+            *(_percent(share) for share in (each.clean, each.robust)),
+            *(f"{timing.p50_ms:.3g}" for timing in each.timings),
+            _ratio(_deciding(each, report)),
+        )
+    return Group(table, *map(escape, _lines(report)))
+
+
+def _lines(report: BenchmarkReport) -> list[str]:
+    contenders, first = report.contenders, report.latency.rows[0]
+    clean = _sources(each.clean for each in contenders)
+    robust = _sources(each.robust for each in contenders)
+    lines = [f"{_MARK} best for {report.aim}: {report.best.name}{_warning(report)}"]
+    lines += [f"clean: {source}" for source in clean]
+    lines += [f"robust: {source}" for source in robust]
+    if not robust:
+        lines.append("robust accuracy is unmeasured; --attacks quick measures it")
+    if any(each.model == "dense" for each in contenders):
+        lines.append(
+            "vs dense: the time of the dense network of the same backbone, over this one's, at "
+            f"batch {_deciding(report.best, report).batch}; it is untrained, so without accuracy"
+        )
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"left out: {reason}" for reason in report.left_out]
+    return [*lines, f"{first.threads} threads, medians in turn, {first.device}"]
+
+
+def _deciding(each: Contender, report: BenchmarkReport) -> Timing:
+    """Return the timing that the aim looks at: of throughput the best batch, else the smallest."""
+    if report.aim == "throughput":
+        batch = max(report.best.timings, key=lambda timing: timing.images_per_s).batch
+    else:
+        batch = min(timing.batch for timing in each.timings)
+    return next(timing for timing in each.timings if timing.batch == batch)
+
+
+def _warning(report: BenchmarkReport) -> str:
+    ratio = _deciding(report.best, report).dense_ratio
+    return "; the dense network is faster" if ratio is not None and ratio < 1 else ""
+
+
+def _percent(share: MeasuredShare | None) -> str:
+    return "unmeasured" if share is None else f"{100 * share.share:.1f}"
+
+
+def _ratio(timing: Timing) -> str:
+    return "" if timing.dense_ratio is None else f"{timing.dense_ratio:.2f}x"
+
+
+def _sources(shares: Iterable[MeasuredShare | None]) -> list[str]:
+    """Return what the shares were measured on, each once."""
+    return [*dict.fromkeys(f"{share.images} {share.source}" for share in shares if share)]
