@@ -69,7 +69,9 @@ EXAMPLES = {
     ),
     "sign": ("advmoe sign bundle --key key.pem",),
     "predict": (
-        "advmoe predict bundle --input photos/ --output answers.jsonl",
+        "advmoe predict bundle photo.jpg",
+        "advmoe predict bundle photos/ --output answers.csv",
+        "advmoe predict bundle photos/ --output - | jq .label",
         "advmoe predict bundle --input 'photos/**/*.png' --output answers.parquet --top-k 3",
         "advmoe predict bundle --input 'shards/*.tar' --output answers.parquet --max-errors 100",
         "advmoe predict bundle --input test-00000-of-00001.parquet --output answers.jsonl",

@@ -41,6 +41,11 @@ class Session:
             draw_on(self._stdout, draw())
             self._stdout.flush()
 
+    def write(self, text: str) -> None:
+        """Put ``text`` on stdout as it is, at once."""
+        self._stdout.write(text)
+        self._stdout.flush()
+
     @contextmanager
     def keeping(
         self, measured: "Sequence[Frozen]", draw: Callable[[], "RenderableType"]

@@ -2,45 +2,18 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import DataError, UsageError, unknown_name
+from advmoe_deploy.errors import DataError
 from advmoe_deploy.journal import Journal, Row
-from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.runtime.select import engine_for, open_runner, resolved
-from advmoe_deploy.serving.classify import MOST_DECODERS, Classifier, Window, count_errors
+from advmoe_deploy.serving.classify import Window, count_errors
 from advmoe_deploy.serving.inputs import open_inputs
-from advmoe_deploy.serving.parts import Inputs
+from advmoe_deploy.serving.job import BatchReport, Place, job_of, require_limit, tally_of
 from advmoe_deploy.serving.resume import open_journal
-from advmoe_deploy.serving.rows import RowFormat, write_rows, writer_for
-from advmoe_deploy.serving.search import Skipped
-from advmoe_deploy.serving.spread import SpreadJob, windows_by_ray
-from advmoe_deploy.specs import Frozen, Precision
-
-# Where a job runs.
-Place = Literal["local", "ray"]
-
-
-class BatchReport(Frozen):
-    """What a batch job did: ``images`` rows, of which ``errors`` have no answer.
-
-    ``resumed`` rows came from an earlier, interrupted run; ``images_per_s`` is about the others.
-    ``skipped`` says what else is there and why it has no row.
-    """
-
-    output: str
-    engine: str
-    precision: Precision
-    images: int
-    errors: int
-    resumed: int
-    seconds: float
-    images_per_s: float
-    skipped: tuple[Skipped, ...] = ()
+from advmoe_deploy.serving.rows import write_rows, writer_for
 
 
 def classify_files(
@@ -64,8 +37,8 @@ def classify_files(
         bundle: an opened bundle.
         source: a folder, a pattern, a file, a .txt list, or - for a list on standard input; files
             are images, .tar shards or .parquet tables; see :func:`open_inputs`.
-        output: a .jsonl or .parquet file; it appears when it is whole. Until then the rows are in
-            a hidden ``.partial.jsonl`` beside it.
+        output: a .jsonl, .parquet or .csv file; it appears when it is whole. Until then the rows
+            are in a hidden ``.partial.jsonl`` beside it.
         engine: a name from ``runtime.select.ENGINES``, or ``NAME:PRECISION``; by default what the
             bundle was made for.
         threads: of the engine, and at most of the decoding; 0 is
@@ -89,51 +62,37 @@ def classify_files(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    columns = _columns(bundle, batch, top_k)
-    engine = engine_for(bundle, engine, progress.note)
-    name, precision = resolved(bundle, engine)
-    if max_errors is not None and max_errors < 0:
-        raise UsageError(f"max_errors={max_errors} is below 0; pass --max-errors 0 for none")
-    if on not in get_args(Place):
-        raise unknown_name("place", on, get_args(Place))
+    job = job_of(bundle, engine, threads, batch, top_k, on, progress)
+    require_limit(max_errors)
     writer_for(output)
     inputs = open_inputs(source)
-    job: Row = {
+    tally = tally_of(source, inputs, bundle, progress)
+    described: Row = {
         "bundle": bundle.identity,
         "inputs": inputs.digest(),
-        "engine": engine,
+        "engine": job.engine,
         "top_k": top_k,
         "batch": batch,
     }
     journal, done = open_journal(
-        output, job, inputs.names(), len(inputs), batch=batch, resume=resume, overwrite=overwrite
+        output,
+        described,
+        inputs.names(),
+        len(inputs),
+        batch=batch,
+        resume=resume,
+        overwrite=overwrite,
     )
     errors = count_errors(done)
     with journal, _keeping_what_is_done(journal, len(inputs), progress):
         _require_few(errors, journal, max_errors)
         if len(done) < len(inputs):
-            if on == "ray":
-                spread = SpreadJob.of(bundle, columns, engine, threads, batch)
-                opened = windows_by_ray(spread, inputs, journal.count)
-            else:
-                opened = _windows(bundle, inputs, columns, engine, threads, batch, journal.count)
-            with opened as windows:
-                said = _saying_resized(windows, bundle.manifest.decoding.size, progress)
-                errors = _append(said, journal, len(inputs), errors, max_errors, progress)
-        write_rows(output, journal.lines(), columns)
+            with job.windows(inputs, journal.count) as windows:
+                errors = _append(windows, journal, len(inputs), errors, max_errors, progress)
+        write_rows(output, tally.passing(journal.lines()), job.columns)
         journal.discard()
-    seconds = time.perf_counter() - started
-    return BatchReport(
-        output=str(output),
-        engine=name,
-        precision=precision,
-        images=journal.count,
-        errors=errors,
-        resumed=len(done),
-        seconds=seconds,
-        images_per_s=(journal.count - len(done)) / seconds,
-        skipped=inputs.skipped,
-    )
+    counts = {"images": journal.count, "errors": errors, "resumed": len(done)}
+    return job.report(str(output), tally, inputs, started, **counts)
 
 
 def _append(
@@ -153,36 +112,6 @@ def _append(
             progress.advance("classify", len(window.rows), errors=errors)
             _require_few(errors, journal, max_errors)
     return errors
-
-
-@contextmanager
-def _windows(
-    bundle: Bundle,
-    inputs: Inputs,
-    columns: RowFormat,
-    engine: str,
-    threads: int,
-    batch: int,
-    start: int,
-) -> Iterator[Iterator[Window]]:
-    decoders = min(MOST_DECODERS, threads or default_threads() or usable_cpus())
-    with open_runner(bundle, engine, threads=threads) as runner:
-        classifier = Classifier(runner, columns, bundle.manifest.decoding, decoders)
-        with closing(classifier.windows(inputs, start, len(inputs), batch)) as windows:
-            yield windows
-
-
-def _saying_resized(windows: Iterator[Window], size: int, progress: Progress) -> Iterator[Window]:
-    said = False
-    for window in windows:
-        if window.resized and not said:
-            said = True
-            width, height = window.resized
-            progress.note(
-                f"some images are not {size} x {size} (the first: {width} x {height}); their "
-                "central square is cut out and resized, as in training"
-            )
-        yield window
 
 
 def _require_few(errors: int, journal: Journal, max_errors: int | None) -> None:
@@ -205,12 +134,3 @@ def _keeping_what_is_done(journal: Journal, total: int, progress: Progress) -> I
         else:
             journal.discard()
         raise
-
-
-def _columns(bundle: Bundle, batch: int, top_k: int) -> RowFormat:
-    names = bundle.manifest.class_names
-    if batch < 1:
-        raise UsageError(f"batch={batch} is below 1; pass --batch 64, say")
-    if not 0 <= top_k <= len(names):
-        raise UsageError(f"top_k={top_k} is outside 0..{len(names)}, the number of classes")
-    return RowFormat(class_names=names, routes=bundle.manifest.plan.routes, top_k=top_k)

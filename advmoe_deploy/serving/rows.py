@@ -1,6 +1,8 @@
-"""Rows of a batch job, one per input, and their .jsonl and .parquet files."""
+"""Rows of a batch job, one per input, and their .jsonl, .parquet and .csv files."""
 
+import csv
 import importlib
+import io
 import itertools
 import json
 import os
@@ -74,16 +76,18 @@ def writer_for(output: Path) -> Callable[[BinaryIO, Iterable[bytes], RowFormat],
     """Return what writes JSON lines into a file of the kind that ``output`` names.
 
     Raises:
-        UsageError: another suffix than .jsonl or .parquet.
+        UsageError: another suffix than .jsonl, .parquet or .csv.
         BackendUnavailableError: .parquet without pyarrow.
     """
     match output.suffix.lower():
         case ".jsonl":
             return _write_jsonl
+        case ".csv":
+            return _write_csv
         case ".parquet":
             arrow_module("pyarrow")
             return _write_parquet
-    raise UsageError(f"output '{output}' ends in neither .jsonl nor .parquet; rename it")
+    raise UsageError(f"output '{output}' ends in none of .jsonl, .parquet and .csv; rename it")
 
 
 def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
@@ -104,6 +108,37 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
 
 def _write_jsonl(file: BinaryIO, lines: Iterable[bytes], _: RowFormat) -> None:
     file.writelines(lines)
+
+
+def _write_csv(file: BinaryIO, lines: Iterable[bytes], columns: RowFormat) -> None:
+    """Write one line per row, UTF-8: of lists a column per class and, of experts, per layer.
+
+    Ids of experts are separated by spaces; of tokens they are a list of lists, as JSON has it.
+    """
+    places = range(1, columns.top_k + 1)
+    best = [f"{what}_{place}" for place in places for what in ("label", "probability")]
+    experts = [f"expert_ids_{route.layer}" for route in columns.routes]
+    text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "label_id", "probability", *best, *experts, "error"])
+    writer.writerows(_cells(row, columns) for row in map(json.loads, lines))
+    text.detach()  # the file is not ours to close
+
+
+def _cells(row: Row, columns: RowFormat) -> list[Any]:
+    """Return the cells of a row; what it lacks is empty."""
+    found, ids = row.get("top_k"), row["expert_ids"]
+    best: list[Any] = [""] * (2 * columns.top_k)
+    if found:
+        best = [each[what] for each in found for what in ("label", "probability")]
+    experts = [""] * len(columns.routes)
+    if ids:
+        experts = [
+            " ".join(map(str, ids[route.layer])) if route.tokens is None else str(ids[route.layer])
+            for route in columns.routes
+        ]
+    first = [row[name] for name in ("path", "label", "label_id", "probability")]
+    return [*first, *best, *experts, row["error"]]
 
 
 def _write_parquet(file: BinaryIO, lines: Iterable[bytes], columns: RowFormat) -> None:

@@ -219,7 +219,7 @@ def test_predict_fails_if_nothing_could_be_read(
 
 def test_targets_that_cannot_be(capsys: Capture, tiny_bundle: Bundle, folder: Path) -> None:
     start = ["predict", str(tiny_bundle.path), "--input", str(folder), "--output"]
-    for target, code in (("a.csv", 2), ("0.png/a.jsonl", 3)):
+    for target, code in (("a.txt", 2), ("0.png/a.jsonl", 3)):
         assert run([*start, str(folder / target)]) == code
         said(capsys)
     for source in ("nothing/*.png", "missing"):

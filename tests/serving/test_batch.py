@@ -222,8 +222,8 @@ def test_an_existing_output_is_refused(tiny_bundle: Bundle, folder: Path, tmp_pa
 
 
 def test_nonsense_is_refused(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"neither \.jsonl nor \.parquet"):
-        classify_files(tiny_bundle, str(folder), tmp_path / "a.csv")
+    with pytest.raises(UsageError, match=r"none of \.jsonl, \.parquet and \.csv"):
+        classify_files(tiny_bundle, str(folder), tmp_path / "a.txt")
     with pytest.raises(UsageError, match=r"outside 0\.\.10"):
         classify_files(tiny_bundle, str(folder), tmp_path / "a.jsonl", top_k=11)
     with pytest.raises(UsageError, match="batch=0"):

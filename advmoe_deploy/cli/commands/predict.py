@@ -1,7 +1,7 @@
 """The command ``predict``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,14 +15,23 @@ from advmoe_deploy.cli.options import (
     SignedBy,
     Threads,
 )
-from advmoe_deploy.cli.session import session
+from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.process import use_threads
+
+if TYPE_CHECKING:
+    from advmoe_deploy.serving.job import BatchReport
+
+_STDOUT = "-"
 
 
 def predict(
     bundle: BundlePath,
     source: Annotated[
+        str | None,
+        typer.Argument(metavar="[INPUT]", help="What --input takes.", show_default=False),
+    ] = None,
+    named: Annotated[
         str | None,
         typer.Option(
             "--input",
@@ -32,9 +41,12 @@ def predict(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--output", readable=False, help="A .jsonl or .parquet file, one row per input."
+            "--output",
+            metavar="FILE|-",
+            help="A .jsonl, .parquet or .csv file, one row per input; - writes lines of JSON to "
+            "stdout. One picture needs none: its answer is shown.",
         ),
     ] = None,
     engine: Engine = None,
@@ -67,36 +79,90 @@ def predict(
     ] = Place.local,
     as_json: Json = False,
 ) -> None:
-    """Classify files: one row per input, unreadable ones included."""
-    if source is None or output is None:
-        raise UsageError("files need both --input and --output; see 'advmoe predict --help'")
+    """Classify files: one row per input, unreadable ones included; one picture is shown.
+
+    A folder whose sub-folders are classes of the model also gives accuracy.
+    """
+    found = _input(source, named)
+    to_stdout = output == _STDOUT
+    if (resume or overwrite) and (output is None or to_stdout):
+        raise UsageError("--resume and --overwrite go with an --output file; name one")
+    if to_stdout and as_json:
+        raise UsageError("--json prints one object, and --output - lines; leave out one of them")
+    if output is None and (found == "-" or on is Place.ray):
+        raise UsageError("many inputs need --output: FILE.jsonl, .parquet or .csv, or - for stdout")
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import predict as tables
         from advmoe_deploy.serving.batch import classify_files
+        from advmoe_deploy.serving.one import classify_one
+        from advmoe_deploy.serving.stream import stream_files
 
-        report = classify_files(
-            open_bundle(bundle, signed_by=require_signature),
-            source,
-            output,
-            engine=engine,
-            threads=threads,
-            batch=batch,
-            top_k=top_k,
-            max_errors=max_errors,
-            on=on.value,
-            resume=resume,
-            overwrite=overwrite,
-            progress=ui.progress,
+        opened = open_bundle(bundle, signed_by=require_signature)
+        if output is None:
+            answer = classify_one(
+                opened, found, engine=engine, threads=threads, top_k=top_k, progress=ui.progress
+            )
+            ui.show(answer.model_dump(mode="json"), lambda: tables.one_answer(answer))
+            return
+        if to_stdout:
+            report = stream_files(
+                opened,
+                found,
+                ui.write,
+                engine=engine,
+                threads=threads,
+                batch=batch,
+                top_k=top_k,
+                max_errors=max_errors,
+                on=on.value,
+                progress=ui.progress,
+            )
+            _say(ui, tables.batch_lines(report))
+        else:
+            report = classify_files(
+                opened,
+                found,
+                Path(output),
+                engine=engine,
+                threads=threads,
+                batch=batch,
+                top_k=top_k,
+                max_errors=max_errors,
+                on=on.value,
+                resume=resume,
+                overwrite=overwrite,
+                progress=ui.progress,
+            )
+            ui.show(report.model_dump(mode="json"), lambda: tables.batch_report(report))
+    _require_read(report, on_error)
+
+
+def _input(source: str | None, named: str | None) -> str:
+    """Return the input, which is given once: behind the bundle, or by its option."""
+    if source is not None and named is not None:
+        raise UsageError(f"two inputs, '{source}' and --input '{named}'; give one")
+    found = source if named is None else named
+    if found is None:
+        raise UsageError(
+            "no input; name a picture, a folder or a pattern behind the bundle, such as "
+            "'advmoe predict BUNDLE photo.jpg'"
         )
-        ui.show(report.model_dump(mode="json"), lambda: tables.batch_report(report))
+    return found
+
+
+def _say(ui: Session, lines: list[str]) -> None:
+    """Put ``lines`` on stderr, for the rows are on stdout."""
+    for line in lines:
+        ui.progress.note(line)
+
+
+def _require_read(report: "BatchReport", on_error: OnError) -> None:
+    why = f"the column error of {report.output} says why"
+    if report.output == _STDOUT:
+        why = "the field error of their lines says why"
     if report.errors == report.images:
-        raise DataError(
-            f"none of {report.images} inputs could be read; the column error of {output} says why"
-        )
+        raise DataError(f"none of {report.images} inputs could be read; {why}")
     if report.errors and on_error is OnError.fail:
-        raise DataError(
-            f"{report.errors} of {report.images} inputs could not be read; "
-            f"the column error of {output} says why"
-        )
+        raise DataError(f"{report.errors} of {report.images} inputs could not be read; {why}")

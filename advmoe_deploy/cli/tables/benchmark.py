@@ -39,8 +39,8 @@ def _lines(report: BenchmarkReport) -> list[str]:
         lines.append("robust accuracy is unmeasured; --attacks quick measures it")
     if any(each.model == "dense" for each in contenders):
         lines.append(
-            "vs dense: the time of the dense network of the same backbone, over this one's, at "
-            f"batch {_deciding(report.best, report).batch}; it is untrained, so without accuracy"
+            "vs dense: times as fast as the dense network of the same backbone at batch "
+            f"{_deciding(report.best, report).batch}, which is untrained: it has no accuracy"
         )
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"left out: {reason}" for reason in report.left_out]
