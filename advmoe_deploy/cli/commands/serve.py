@@ -245,7 +245,7 @@ def _announce(
     names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
     where = url if grpc is None else f"{url} and by gRPC at {grpc}"
     engines = ", ".join(dict.fromkeys(f"{model.engine} {model.precision}" for model in models))
-    tell(f"serving {names} at {where} on {engines}; Ctrl-C or SIGTERM stops it")
+    tell(f"serving {names} at {where}; computed by {engines}; Ctrl-C or SIGTERM stops it")
     value = {"url": url, "grpc": grpc, **offered[0], "models": offered}
     lines = [f"POST {each['infer']}" for each in offered] + [f"gRPC {grpc}"] * (grpc is not None)
     ui.show(value, lambda: "\n".join(lines))

@@ -136,6 +136,7 @@ def test_a_server_logs_objects(tiny_bundle: Bundle) -> None:
 def test_a_server_logs_text(tiny_bundle: Bundle) -> None:
     lines, _ = asked(tiny_bundle, "--access-log")
     assert lines[0].startswith("serving 'advmoe' at http://127.0.0.1:")
+    assert "; computed by onnxruntime fp32; " in lines[0]
     assert re.fullmatch(
         rf"POST {INFER} 200 request_id=mine protocol=http model=advmoe version=1 ms=[\d.]+ "
         "images=1",
