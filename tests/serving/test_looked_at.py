@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +14,17 @@ from PIL import Image
 import advmoe_deploy
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.parity.intervals import wilson_interval
+from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
+from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.tally import labels_in
+from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.verify.trial import Trial
+from tests.serving.online.live import running, wait_until_ready
 
 Capture = pytest.CaptureFixture[str]
 
@@ -126,6 +134,27 @@ def test_accuracy_of_a_labelled_folder_is_that_of_eval(
     assert said in " ".join(capsys.readouterr().out.split())
     resumed = classify_files(trained_bundle, str(labelled), output, resume=True, overwrite=True)
     assert resumed.accuracy == report.accuracy
+
+
+def test_verify_and_a_server_are_right_about_as_many(
+    trained_bundle: Bundle, labelled: Path
+) -> None:
+    measured = advmoe_deploy.evaluate(trained_bundle, images=100)
+    digits = load_dataset("digits").test.first(100)
+    model, threat = reference_model(trained_bundle), ThreatModel(epsilon=0.05)
+    with open_runner(trained_bundle, threads=1) as runner:
+        trial = Trial(model, runner, to_float(digits.images), digits.labels, threat)
+        assert trial.clean.engine_N.sum() == measured.correct
+        with running(trained_bundle, runner, Limits()) as live, httpx.Client() as client:
+            wait_until_ready(live.address)
+            url, kind = f"{live.url}/v2/models/advmoe/image", {"Content-Type": "image/png"}
+            answers = [
+                client.post(url, content=file.read_bytes(), headers=kind).json()["label"]
+                == file.parent.name
+                for file in labelled.rglob("*.png")
+                if file.parent != labelled
+            ]
+    assert (len(answers), sum(answers)) == (100, measured.correct)
 
 
 def test_labels_are_sub_folders_that_are_all_classes(tmp_path: Path) -> None:

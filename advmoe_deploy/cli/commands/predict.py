@@ -29,7 +29,7 @@ def predict(
     bundle: BundlePath,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="[INPUT]", help="What --input takes.", show_default=False),
+        typer.Argument(metavar="INPUT", help="What --input takes.", show_default=False),
     ] = None,
     named: Annotated[
         str | None,
@@ -79,9 +79,9 @@ def predict(
     ] = Place.local,
     as_json: Json = False,
 ) -> None:
-    """Classify files: one row per input, unreadable ones included; one picture is shown.
+    """Classify images: one on the screen, many into a file, a row per input, unreadable or not.
 
-    A folder whose sub-folders are classes of the model also gives accuracy.
+    A folder whose sub-folders are called as classes of the model also gives accuracy.
     """
     found = _input(source, named)
     to_stdout = output == _STDOUT
