@@ -32,15 +32,20 @@ _Place = tuple[Path, bool]
 
 
 class Skipped(Frozen):
-    """What is no input for one ``reason``: how many files or folders, and the first few."""
+    """What is no input for one ``reason``: how many files or folders, and their names.
+
+    Of what lies in shards, ``examples`` are the first few of each shard.
+    """
 
     reason: str
     count: int
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.examples) else ""
-        named = ", ".join(map(repr, self.examples))  # which escapes what a terminal would obey
+        more = ", ..." if self.count > _EXAMPLES else ""
+        named = ", ".join(
+            map(repr, self.examples[:_EXAMPLES])
+        )  # which escapes what a terminal would obey
         return f"{self.count} skipped, {self.reason}: {named}{more}"
 
     @staticmethod
@@ -59,7 +64,7 @@ def merged(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
         Skipped(
             reason=reason,
             count=sum(one.count for one in found),
-            examples=tuple(itertools.chain(*(one.examples for one in found)))[:_EXAMPLES],
+            examples=tuple(itertools.chain(*(one.examples for one in found))),
         )
         for reason, found in sorted(by_reason.items())
     )
@@ -139,7 +144,7 @@ class Search:
         for path in sorted(self._skipped):
             by_reason.setdefault(self._skipped[path], []).append(path)
         return tuple(
-            Skipped(reason=reason, count=len(paths), examples=tuple(paths[:_EXAMPLES]))
+            Skipped(reason=reason, count=len(paths), examples=tuple(paths))
             for reason, paths in sorted(by_reason.items())
         )
 
