@@ -28,7 +28,7 @@ EXAMPLES = {
     ),
     "eval": (
         "advmoe eval runs/digits-advmoe",
-        "advmoe eval bundle --engine openvino:int8 --images 500",
+        "advmoe eval bundle --engine openvino:int8 --images 500 --report accuracy.html",
         "advmoe eval zoo:NAME --data cifar10:/data/cifar10 --json",
     ),
     "verify": (

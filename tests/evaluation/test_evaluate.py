@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,31 @@ def test_the_command_shows_a_table_or_one_object(capsys: Capture, trained_bundle
     assert "onnxruntime fp32" in out
     for text in ("recall", "expected calibration error", "effective routes of 2"):
         assert text in out
+
+
+def test_the_page_has_the_figures(
+    capsys: Capture, trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    command = ["eval", str(trained_bundle.path), "--images", "100", "--json", "--report"]
+    assert run([*command, str(page)]) == 0
+    value = json.loads(capsys.readouterr().out)
+    text = page.read_text(encoding="utf-8")
+    shown = (
+        f"{100 * value['accuracy']:.1f} % right",
+        f"{value['correct']} of 100 clean test images",
+        f"{100 * value['reliability']['ece']:.1f} %",
+        "onnxruntime in fp32",
+        *(f"<td>{each['images']}</td>" for each in value["classes"]),
+    )
+    assert all(part in text for part in shown)
+    assert text.count('<td style="background') == 100
+    assert "http" not in text
+    assert run([*command, str(tmp_path)]) == 2
+    assert "is a directory; name a file in it" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert run([*command, str(tmp_path / "b.html")]) == 4
+    assert capsys.readouterr().err.endswith("run: pip install 'advmoe-deploy[report]'\n")
 
 
 @pytest.mark.parametrize(

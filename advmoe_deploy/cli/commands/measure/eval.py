@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.cli.options import NAMED, ClassMap, Data, Json, Threads
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
 
@@ -32,16 +33,31 @@ def evaluate(
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Test images; by default all.")
     ] = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            readable=False,
+            metavar="FILE.html",
+            help="Write a page that needs no other file (extra [report]).",
+        ),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Measure clean accuracy: with its interval, by class, with calibration; no attacks."""
+    if report_file is not None and report_file.is_dir():
+        raise UsageError(f"--report: {report_file} is a directory; name a file in it")
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import evaluation as tables
         from advmoe_deploy.data.matching import read_class_map
 
+        if report_file is not None:
+            from advmoe_deploy.cli.pages import page as pages
+
+            pages.require_libraries()
         report = api.evaluate(
             model,
             engine=engine,
@@ -51,4 +67,9 @@ def evaluate(
             threads=threads,
             progress=ui.progress,
         )
+        # Shown first: a file that cannot be written takes no measurement with it.
         ui.show(report.model_dump(mode="json"), lambda: tables.evaluation_report(report))
+        if report_file is not None:
+            from advmoe_deploy.cli.pages.eval_report import write_eval_report
+
+            write_eval_report(report, report_file)
