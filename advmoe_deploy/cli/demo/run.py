@@ -33,7 +33,7 @@ _FEW = 100  # test images that are attacked in the quick form
 def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     """Return what the whole road on digits came to, and leave it all in ``out``.
 
-    ``quick`` trains for two epochs only: enough to see every stage run, not to see robustness.
+    ``quick`` trains for one epoch only: enough to see every stage run, not to see robustness.
     An ``out`` that an earlier demo made is used again.
 
     Raises:

@@ -24,7 +24,7 @@ def screen(result: DemoResult) -> RenderableType:
         f"{result.classified} PNG files classified, {result.unreadable} unreadable and said so.",
     ]
     if result.quick:
-        lines.append("This was the quick form: two epochs are too few to be robust.")
+        lines.append("This was the quick form: one epoch is too little to be robust.")
     out, served = result.out, "photographs" if result.photographs else "bundle"
     following = [
         f"open {result.report}",

@@ -23,7 +23,7 @@ _progress: Progress = Silent()  # of a worker process, set when it starts
 def train_side_by_side(
     names: Sequence[str], runs: Path, quick: bool, progress: Progress
 ) -> dict[str, TrainReport]:
-    """Return the report of each recipe, trained into ``runs / name``; ``quick``: two epochs."""
+    """Return the report of each recipe, trained into ``runs / name``; ``quick``: one epoch."""
     with (
         relayed(progress) as relay,
         ProcessPoolExecutor(
@@ -46,7 +46,7 @@ def _begin(progress: Progress) -> None:
 def _train(name: str, out: Path, quick: bool) -> TrainReport:
     config = recipe(name)
     if quick:
-        config = apply_overrides(config, ["epochs=2"])
+        config = apply_overrides(config, ["epochs=1"])
     named = _Named(_progress, name)
     return train(config, load_dataset(config.data), out, overwrite=True, progress=named)
 
