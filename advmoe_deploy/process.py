@@ -8,6 +8,7 @@ import math
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,3 +154,9 @@ def _share(group: Path) -> float:
     except OSError:
         return math.inf
     return int(quota) / int(period) if quota.isdecimal() else math.inf
+
+
+def step_back() -> None:
+    """Let this thread go behind the others of its process where cores are few; on Linux alone."""
+    if sys.platform == "linux":  # elsewhere threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.nice(0) + 5))

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.process import default_threads, quota_cpus, usable_cpus
+from advmoe_deploy.process import default_threads, quota_cpus, step_back, usable_cpus
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD and /proc are Linux's")
 
@@ -220,3 +221,12 @@ def test_cpus_of_a_container(files: dict[str, str], cpus: int | None, tmp_path: 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert quota_cpus(tmp_path, "0::/a/b\n") == cpus
+
+
+@LINUX
+def test_a_thread_that_steps_back_leaves_the_others_where_they_are() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with ThreadPoolExecutor(1, initializer=step_back) as pool:
+        behind = pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result()
+    assert behind == min(19, before + 5)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

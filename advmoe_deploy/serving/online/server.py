@@ -41,6 +41,8 @@ _READING_S = 5.0
 # New objects until the youngest are gone through, and how often until the older ones, and all, are.
 # The first two are Python's own: where more come together, each time takes longer.
 _COLLECTIONS = (700, 10, 1000)
+# How many pieces of long bodies, of up to 256 KiB each, are read before others have their turn.
+_PIECES = 4
 
 
 class Beside(Protocol):
@@ -75,6 +77,7 @@ class Server(uvicorn.Server):
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
         self._begins, self._ends = Turns(), Turns()  # of requests, and of connections
+        self._reads = Turns(_PIECES)
         self.stopping = False
         self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
         config = uvicorn.Config(
@@ -154,6 +157,7 @@ class Server(uvicorn.Server):
             limits=self._limits,
             stopping=lambda: self.stopping,
             begins=self._begins,
+            reads=self._reads,
             ends=self._ends,
             shed=self._shed,
         )

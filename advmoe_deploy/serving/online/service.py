@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from advmoe_deploy.errors import MachineError
+from advmoe_deploy.process import step_back
 from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 from advmoe_deploy.serving.online.batcher import Batcher
@@ -75,7 +76,8 @@ class Shared:
 
     def __init__(self, limits: Limits) -> None:
         self.budget = Budget(limits.memory)
-        self.threads = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        # Behind the event loop, which would wait for them where they share its core.
+        self.threads = ThreadPoolExecutor(_READERS, "read", initializer=step_back)
         self.decoders = Workers(limits.queue)
         self.answers = Turns()
 

@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from uvicorn.protocols.http.flow_control import FlowControl
+
 # How many requests are begun, and how many answers written, before others, health among them, have
 # their turn.
 _EACH = 16
@@ -44,6 +46,24 @@ class Turns:
         self._renewing = bool(self._waiting) or self._left < self._each
         if self._renewing:
             asyncio.get_running_loop().call_soon(self._renew)
+
+
+class Flow(FlowControl):
+    """Pauses and resumes what a connection reads; it goes on in its turn among others."""
+
+    def __init__(self, transport: asyncio.Transport, reads: Turns) -> None:
+        super().__init__(transport)
+        self._reads, self._is_waiting = reads, False
+
+    def resume_reading(self) -> None:
+        """Read on, in this turn or a later one."""
+        if self.read_paused and not self._is_waiting:
+            self._is_waiting = True
+            self._reads.call(self._resume)
+
+    def _resume(self) -> None:
+        self._is_waiting = False
+        super().resume_reading()
 
 
 def _free(waiting: "asyncio.Future[None]") -> None:

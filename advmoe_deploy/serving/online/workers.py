@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from advmoe_deploy.process import step_back
 from advmoe_deploy.serving.online.protocol import ClientLeftError, RefusedError
 
 THREADS = 2
@@ -20,7 +21,7 @@ class Workers:
 
     def __init__(self, most: int) -> None:
         """Let ``most`` images wait, those that are being decoded among them."""
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(THREADS, "decode", initializer=step_back)
         self._most = most
         self._pace_s = 0.0  # seconds per image
         self.waiting = 0

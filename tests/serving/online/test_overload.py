@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -109,6 +110,40 @@ def test_clients_that_left_leave_nothing_to_compute(live: Live, slow: SlowRunner
     figures = httpx.get(live.url + "/metrics").content
     assert b'advmoe_requests_total{model="advmoe",status="499",version="1"} 3.0' in figures
     assert b'status="503"' not in figures
+
+
+def test_who_leaves_after_a_long_body_is_noticed_while_it_waits(
+    tiny_bundle: Bundle, slow: SlowRunner
+) -> None:
+    limits = Limits(max_images=1000, max_body=1 << 20, queue=1000, memory=1 << 24)
+    slow.let_go.set()
+    with running(tiny_bundle, slow, limits) as live:
+        wait_until_ready(live.address)
+        slow.let_go.clear()
+        first, leaves = live.connect(), live.connect()
+        first.sendall(GOOD)
+        wait_for(lambda: live.service.waiting == 1)
+        leaves.sendall(images(999))
+        wait_for(lambda: live.service.waiting == 1000)
+        leaves.close()
+        wait_for(lambda: len(live.server.server_state.connections) == 1)
+        slow.let_go.set()
+        assert first.recv(20).startswith(b"HTTP/1.1 200")
+
+
+def test_the_rest_of_a_body_that_was_refused_is_not_kept(live: Live) -> None:
+    connection, length = live.connect(), 8 << 20
+    head = GOOD.partition(b"Content-Length")[0]
+    connection.sendall(head + b"Content-Length: %d\r\n\r\n" % length)
+    wait_for(lambda: b"413" in connection.recv(20, socket.MSG_PEEK))
+    (own,) = live.server.server_state.connections
+    for _ in range(8):
+        connection.sendall(bytes(length // 8))
+        assert not own.cycle.body  # type: ignore[union-attr]
+    answer = b""
+    while piece := connection.recv(4096):  # ends with the connection, which is not reset
+        answer += piece
+    assert answer.lower().count(b"connection: close") == 1
 
 
 def test_who_leaves_while_its_batch_runs_is_not_counted_as_answered(

@@ -5,7 +5,6 @@ Content-Length together with chunks. Errors of the protocol are answered as JSON
 """
 
 import asyncio
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,9 +13,10 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, has_more, refusal
+from advmoe_deploy.serving.online.http.reading import REFUSED, links
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
-from advmoe_deploy.serving.online.turns import Turns
+from advmoe_deploy.serving.online.turns import Flow, Turns
 
 _HEAD_BYTES = 32 << 10
 _LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
@@ -30,10 +30,6 @@ _SMALL_CHUNKS = 1000
 _SMALLEST_CHUNK = 64  # bytes, on average
 # How long an answer to half a request stays in the line before the connection is reset.
 _LINGER_S = 2.0
-# The key in the scope of a request under which a function says whether its client has left.
-GONE = "advmoe.gone"
-# The key under which is the status by which the connection itself refused the rest of a request.
-REFUSED = "advmoe.refused"
 
 
 class _RefusedError(Exception):
@@ -43,8 +39,9 @@ class _RefusedError(Exception):
 class Connection(HttpToolsProtocol):
     """One connection; ``stopping`` says whether each answer is the last one on its connection.
 
-    Its requests begin in turn with those of others, ``begins``, but for those that ask for health,
-    and it ends in turn, ``ends``, where its client leaves. What is to be ``shed`` never begins.
+    Its requests begin in turn with those of others, ``begins``, but for those that ask for health;
+    the pieces of long bodies are read in turn, ``reads``, and it ends in turn, ``ends``, where its
+    client leaves. What is to be ``shed`` never begins.
     """
 
     def __init__(
@@ -53,16 +50,18 @@ class Connection(HttpToolsProtocol):
         limits: Limits,
         stopping: Callable[[], bool],
         begins: Turns,
+        reads: Turns,
         ends: Turns,
         shed: Shedding,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._shed = shed
         self._refused_unread: Shed | None = None  # why the request that is being read is refused
-        self._limits, self._stopping, self._begins, self._ends = limits, stopping, begins, ends
+        self._limits, self._stopping, self._shed = limits, stopping, shed
+        self._begins, self._reads, self._ends = begins, reads, ends
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
+        self._is_dropped = False  # whether the rest of the body that is being read is
         self._crowded = False
         self._request = 0
         self._running: RequestResponseCycle | None = None
@@ -78,6 +77,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many already."""
         super().connection_made(transport)
+        self.flow = Flow(transport, self._reads)
         self._crowded = len(self.connections) > self._limits.connections
         if len(self.connections) > self._limits.connections + SPARE:
             self._over = True
@@ -189,8 +189,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self._part = "body"
-        # Weak, since a circle in each request would keep the collector busy, and everybody waiting.
-        self.cycle.scope[GONE] = partial(_is_gone, weakref.ref(self.cycle))  # type: ignore[literal-required]
+        self.cycle.scope.update(links(self, self.cycle, self._request))  # type: ignore[typeddict-item]
         if self._stopping() or self._crowded:
             self.cycle.keep_alive = False
 
@@ -220,16 +219,27 @@ class Connection(HttpToolsProtocol):
         """Take a piece of a body."""
         self._body_bytes += len(body)
         self._parsed += len(body)
-        if self._refused_unread is None:
+        if self._is_dropped:
+            self.flow.pause_reading()
+            self.flow.resume_reading()  # in its turn
+        elif self._refused_unread is None:
             super().on_body(body)
+
+    def drop_rest(self, request: int) -> None:
+        """Drop what is still to come of the body of this ``request``, by its number, unseen."""
+        if request == self._request and self._part == "body":
+            self._is_dropped = True
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         """End a request: what follows is another one."""
+        self._is_dropped = False
         if self._refused_unread is not None:
             self._answer_unread(self._refused_unread)
         elif not self.parser.should_upgrade():
             super().on_message_complete()
             self._part = None
+            self.flow.resume_reading()  # who has left is noticed by reading alone
 
     def _answer_unread(self, shed: Shed) -> None:
         self._part = self._refused_unread = None
@@ -338,8 +348,3 @@ class Connection(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(_LINGER_S, self.transport.abort)
-
-
-def _is_gone(cycle: weakref.ref[RequestResponseCycle]) -> bool:
-    living = cycle()
-    return living is None or living.disconnected

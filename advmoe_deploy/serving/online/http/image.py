@@ -20,10 +20,9 @@ from advmoe_deploy.data.decode import decode
 from advmoe_deploy.errors import DataError, MachineError
 from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction
-from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS, RECORD
 from advmoe_deploy.serving.online.http.packing import UnreadError
-from advmoe_deploy.serving.online.http.reading import left, never, read_body
+from advmoe_deploy.serving.online.http.reading import GONE, left, never, read_body
 from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import BYTES_OF_PIXEL, Hold
 from advmoe_deploy.serving.online.models import Models

@@ -11,11 +11,10 @@ from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.serving.online.http.body import InferResponse, read_request, write_response
-from advmoe_deploy.serving.online.http.connection import GONE
 from advmoe_deploy.serving.online.http.guard import HEADERS, RECORD
 from advmoe_deploy.serving.online.http.json_data import MAX_ENVELOPE
 from advmoe_deploy.serving.online.http.packing import packed, wants_gzip
-from advmoe_deploy.serving.online.http.reading import left, never, read_body
+from advmoe_deploy.serving.online.http.reading import GONE, left, never, read_body
 from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import COPIES_OF_BINARY, COPIES_OF_JSON, Hold
 from advmoe_deploy.serving.online.models import Models

@@ -1,16 +1,53 @@
 """Bodies of requests, read within the limits."""
 
 import asyncio
+import weakref
 from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
 
 from starlette.types import Receive, Scope
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from advmoe_deploy.serving.online.http.connection import GONE, REFUSED
 from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import CLIENT_LEFT, NO_MEMORY, ClientLeftError
 from advmoe_deploy.serving.online.service import Arrival
+
+# The key in the scope of a request under which a function says whether its client has left.
+GONE = "advmoe.gone"
+# The key under which is a function that has the rest of a request's body dropped as it comes.
+DROP = "advmoe.drop"
+# The key under which is the status by which the connection itself refused the rest of a request.
+REFUSED = "advmoe.refused"
+
+
+class Reader(Protocol):
+    """What reads requests from a connection."""
+
+    def drop_rest(self, request: int) -> None:
+        """Drop what is still to come of the body of this ``request``, by its number, unseen."""
+
+
+def links(reader: Reader, cycle: RequestResponseCycle, request: int) -> dict[str, Any]:
+    """Return what the scope of a ``request``, by its number, has of its connection.
+
+    Weak, since a circle in each request would keep the collector busy, and everybody waiting.
+    """
+    gone, drop = partial(_is_gone, weakref.ref(cycle)), partial(_drop, weakref.ref(reader), request)
+    return {GONE: gone, DROP: drop}
+
+
+def _is_gone(cycle: weakref.ref[RequestResponseCycle]) -> bool:
+    living = cycle()
+    return living is None or living.disconnected
+
+
+def _drop(reader: weakref.ref[Reader], request: int) -> None:
+    living = reader()
+    if living is not None:
+        living.drop_rest(request)
 
 
 def left(scope: Scope) -> int:

@@ -22,6 +22,7 @@ from advmoe_deploy.serving.online.http.infer import Infer
 from advmoe_deploy.serving.online.http.openapi import add_description
 from advmoe_deploy.serving.online.http.packing import UnreadError
 from advmoe_deploy.serving.online.http.page import add_page
+from advmoe_deploy.serving.online.http.reading import DROP, never
 from advmoe_deploy.serving.online.http.repository import add_repository
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
@@ -34,7 +35,6 @@ from advmoe_deploy.serving.online.shedding import shedding
 
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
-_LINGER_BYTES = 256 << 20
 
 
 def build_app(
@@ -209,16 +209,15 @@ class _Refusal(JSONResponse):
         await send({**start, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_drop_body(receive), _LINGER_S)
+            await asyncio.wait_for(_end_of_body(scope, receive), _LINGER_S)
         await send({"type": "http.response.body", "body": b""})
 
 
-async def _drop_body(receive: Receive) -> None:
-    dropped, more = 0, True
-    while more and dropped < _LINGER_BYTES:
-        message = await receive()
-        dropped += len(message.get("body", b""))
-        more = message["type"] == "http.request" and message.get("more_body", False)
+async def _end_of_body(scope: Scope, receive: Receive) -> None:
+    """Return once all of the body has come, or its client has left."""
+    scope.get(DROP, never)()  # by the connection, since here each piece costs a turn of the loop
+    while (message := await receive())["type"] == "http.request" and message["more_body"]:
+        pass
 
 
 def _add_errors(app: FastAPI) -> None:
