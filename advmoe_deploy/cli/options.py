@@ -14,7 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="NAME[:PATH]", help="Data source; 'advmoe list data' names them."
+        "--data",
+        metavar="FOLDER|NAME[:PATH]",
+        help="A folder of images by class, or a data set of 'advmoe list data'.",
     ),
 ]
 ClassMap = Annotated[

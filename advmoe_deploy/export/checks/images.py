@@ -22,9 +22,12 @@ _NOISE = "random:"
 _ADVICE = "pass --data, or --data random:1000 to check on noise"
 
 
-def absolute_source(source: str) -> str:
-    """Return ``source`` as it is to be recorded: its path, if it has one, absolute."""
-    return source if not source or source.startswith(_NOISE) else absolute(source)
+def absolute_source(source: str, size: int) -> str:
+    """Return ``source`` as it is to be recorded: its path, if it has one, absolute.
+
+    A folder of images that says no size gets ``size``, that of the model.
+    """
+    return source if not source or source.startswith(_NOISE) else absolute(source, size)
 
 
 def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None = None) -> Images:

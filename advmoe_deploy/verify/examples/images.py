@@ -11,7 +11,8 @@ from advmoe_deploy.verify.trial import Images, Labels
 
 def source_of(bundle: Bundle, data: str | None) -> str:
     """Return the data source ``data``, or without one that which the model was trained on."""
-    return absolute(data or str(bundle.manifest.training.get("data", "")))
+    manifest = bundle.manifest
+    return absolute(data or str(manifest.training.get("data", "")), manifest.model.image_size)
 
 
 def images_of(
