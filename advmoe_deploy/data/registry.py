@@ -81,7 +81,11 @@ def _spelled(source: str) -> str:
     """Return ``source``, before which ``folder:`` stands if it is a path alone."""
     if source.partition(":")[0] in DATASETS:
         return source
-    is_path = os.sep in source or source.startswith((".", "~")) or Path(source).is_dir()
+    is_path = (
+        os.sep in source
+        or source.startswith((".", "~"))
+        or Path(source.partition(_SIZE)[0]).is_dir()
+    )
     return f"folder:{source}" if is_path else source
 
 
