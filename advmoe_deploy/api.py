@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as open_bundle_at
+from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.sealing.signature import require_signature
@@ -20,7 +23,6 @@ from advmoe_deploy.zoo.resolve import place_for, require_bundle, resolve
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
     from advmoe_deploy.models.checkpoint import Checkpoint
-    from advmoe_deploy.progress import Progress
     from advmoe_deploy.reports import LatencyReport
     from advmoe_deploy.runtime.runner import Runner
     from advmoe_deploy.specs import Precision
@@ -58,9 +60,10 @@ def train(
     """Train a model adversarially and return what it reaches on the test images.
 
     Args:
-        recipe: a name that ``advmoe list recipes`` shows.
-        out: the run folder; by default ``runs/RECIPE``.
-        data: a data source, ``NAME`` or ``NAME:PATH``; by default the recipe's.
+        recipe: a name that ``advmoe list recipes`` shows; with ``data`` also ``advmoe``,
+            ``at-moe``, ``dense`` or ``s-dense``, whose settings are then chosen for the images.
+        out: the run folder; by default ``runs/RECIPE``, or ``runs/FOLDER-RECIPE``.
+        data: a folder of images by class, ``NAME`` or ``NAME:PATH``; by default the recipe's.
         settings: changes to the recipe, such as ``"epochs=3"`` or ``"model.num_experts=4"``.
         resume: continue an interrupted run.
         overwrite: replace an older run.
@@ -73,24 +76,22 @@ def train(
         DivergedError: a loss or a weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
-    from advmoe_deploy.train.recipes import apply_overrides
-    from advmoe_deploy.train.recipes import recipe as recipe_named
+    from advmoe_deploy.train.request import train_request
 
-    config = apply_overrides(recipe_named(recipe), [*settings, *([f"data={data}"] if data else ())])
-
-    from advmoe_deploy.data.registry import load_dataset  # now: nonsense is refused at once
-    from advmoe_deploy.progress import Silent
-    from advmoe_deploy.train.run.loop import train as train_model
-
-    return train_model(
-        config,
-        load_dataset(config.data),
-        Path(out) if out is not None else Path("runs") / recipe,
+    if not find_spec("torch"):  # said before data are read
+        raise missing_extra("torch", "train")
+    asked = train_request(
+        recipe,
+        out,
+        data=data,
+        settings=settings,
+        devices=devices,
         resume=resume,
         overwrite=overwrite,
-        devices=devices,
-        progress=progress or Silent(),
     )
+    from advmoe_deploy.train.run.loop import train_requested  # now: it loads PyTorch
+
+    return train_requested(asked, progress or Silent())
 
 
 def import_checkpoint(

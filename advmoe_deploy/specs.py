@@ -1,4 +1,4 @@
-"""Specs of models, threats, attacks and batch sizes: frozen values, validated."""
+"""Specs of models, threats and attacks: frozen values, validated."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -24,6 +25,7 @@ from advmoe_deploy.families import (
     Family,
     expert_modules,
 )
+from advmoe_deploy.settings import number_of
 
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]
@@ -270,11 +272,15 @@ class Fingerprint(Frozen):
     dealt: str
 
 
+# A number, or a fraction in words: "8/255".
+Pixels = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
+
+
 class ThreatModel(Frozen):
     """What the attacker may do: ``epsilon`` is in [0, 1] pixels."""
 
     norm: Literal["linf"] = "linf"
-    epsilon: float = Field(gt=0, le=1)
+    epsilon: Pixels = Field(gt=0, le=1)
 
 
 class AttackSpec(Frozen):
@@ -309,33 +315,6 @@ class AttackSpec(Frozen):
             raise ValueError(f"restarts={self.restarts} {how} would all be the same")
         if self.decay and self.step_size is not None:
             raise ValueError("with decay the step falls from epsilon; leave step_size out")
-        return self
-
-
-class BatchProfile(Frozen):
-    """Batch sizes an engine is built for; ``opt`` is the one it is fastest at.
-
-    What is not given follows from what is: 1, 64 and 1024, or the nearest that grow.
-    """
-
-    min: int = Field(1, ge=1)
-    opt: int = Field(64, ge=1)
-    max: int = Field(1024, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _follow(cls, given: Any) -> Any:
-        sizes = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
-        if not sizes or not all(isinstance(size, int) for size in sizes.values()):
-            return given
-        low = sizes.get("min", min(1, *sizes.values()))
-        high = sizes.get("max", max(1024, *sizes.values()))
-        return {"min": low, "opt": min(max(64, low), high), "max": high, **sizes}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.min <= self.opt <= self.max:
-            raise ValueError(f"batch sizes must grow: min={self.min} opt={self.opt} max={self.max}")
         return self
 
 

@@ -3,6 +3,8 @@
 EXAMPLES = {
     "train": (
         "advmoe train digits-advmoe",
+        "advmoe train advmoe --data photos/",
+        "advmoe train dense --data photos/ --epochs 20 --image-size 64 --epsilon 4/255",
         "advmoe train cifar10-resnet18-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
     ),
@@ -29,6 +31,7 @@ EXAMPLES = {
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
+        "advmoe verify bundle --data photos/ --epsilon 8/255",
         "advmoe verify bundle --save-examples examples.npz",
         "advmoe verify bundle --attacks full --budget 30m --resume state.npz",
     ),

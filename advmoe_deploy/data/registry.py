@@ -79,7 +79,7 @@ def folder_in(source: str) -> tuple[Path, int | None] | None:
 
 def _spelled(source: str) -> str:
     """Return ``source``, before which ``folder:`` stands if it is a path alone."""
-    if source.partition(":")[0] in DATASETS:
+    if not source or source.partition(":")[0] in DATASETS:
         return source
     is_path = (
         os.sep in source

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
+from advmoe_deploy.specs import Frozen, ModelSpec, Pixels, ThreatModel
 
 Method = Literal[
     "advmoe",
@@ -84,6 +84,8 @@ class TrainFields(Frozen):
     or to ``sparse_density`` of the weights of each layer where that is set.
     ``track_router_robustness`` records how the routes withstand attacks before and after experts
     are updated (:mod:`~advmoe_deploy.train.run.router_robustness`).
+
+    ``chosen`` says what was chosen from the data and the device, and why; it decides nothing.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -108,7 +110,7 @@ class TrainFields(Frozen):
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["cosine", "one-cycle"] = "cosine"
     attack_steps: int = Field(2, ge=1)
-    attack_step_size: float | None = Field(None, gt=0)
+    attack_step_size: Pixels | None = Field(None, gt=0)
     attack_noise: float = Field(0.001, ge=0)
     nfgsm_noise: float = Field(2.0, ge=0)
     free_repeats: int = Field(4, ge=1)
@@ -138,6 +140,7 @@ class TrainFields(Frozen):
     holdout_attack_steps: int = Field(10, ge=1)
     test_attack_steps: int = Field(50, ge=1)
     track_router_robustness: bool = False
+    chosen: dict[str, str] = Field(default_factory=dict)
 
     @property
     def shared_epochs(self) -> int:

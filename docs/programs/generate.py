@@ -14,7 +14,7 @@ from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.runtime.runner import Prediction, Runner
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify.report import RobustReport
 

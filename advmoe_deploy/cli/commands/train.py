@@ -6,21 +6,54 @@ from typing import Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads
+from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, with_short
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.process import use_threads
 
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="'advmoe list recipes' names them.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="'advmoe list recipes' names them; for a folder of your own also advmoe, at-moe, "
+            "dense, s-dense, whose settings are chosen for its images.",
+        ),
     ],
     data: Data = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", readable=False, help="Run directory; by default runs/RECIPE."),
+        typer.Option(
+            "--out",
+            readable=False,
+            help="Run directory; by default runs/RECIPE, or runs/FOLDER-RECIPE of a family.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Short for --set epochs=N.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Short for --set seed=N.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="PIXELS",
+            help="Size that images are scaled to, 8 to 512; short for --set model.image_size=N.",
+        ),
+    ] = None,
+    epsilon: Annotated[
+        str | None,
+        typer.Option(
+            "--epsilon",
+            metavar="RADIUS",
+            help="l-inf radius of the attacks in [0, 1] pixels, such as 8/255; short for "
+            "--set threat.epsilon=RADIUS.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,8 +64,10 @@ def train(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a model adversarially by a recipe."""
-    use_torch_threads(threads, processes=devices)
+    """Train a model adversarially by a recipe, or on a folder of your own."""
+    short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
+    changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
+    use_threads(threads, processes=devices)
     with session(as_json) as ui:
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import training as training_tables
@@ -41,7 +76,7 @@ def train(
             recipe,
             out,
             data=data,
-            settings=settings or (),
+            settings=changes,
             resume=resume,
             overwrite=overwrite,
             devices=devices,
