@@ -4,9 +4,14 @@ EXAMPLES = {
     "train": (
         "advmoe train digits-advmoe",
         "advmoe train advmoe --data photos/",
+        "advmoe train advmoe --data photos/ --dry-run",
         "advmoe train dense --data photos/ --epochs 20 --image-size 64 --epsilon 4/255",
         "advmoe train cifar10-resnet18-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
+    ),
+    "show": (
+        "advmoe show digits-advmoe",
+        "advmoe show cifar10-advmoe-cpu --set epochs=30 --json",
     ),
     "sweep": (
         "advmoe sweep digits-advmoe --over model.num_experts=2,4,8",

@@ -60,7 +60,7 @@ def train_request(
         DataError: the data cannot be read.
     """
     given = {key: value for key, _, value in (each.partition("=") for each in settings)}
-    base, source = _base(name), _source(name, data, given)
+    base, source = recipe_or_family(name), _source(name, data, given)
     is_own = name in FAMILIES or folder_in(source) is not None
     # Nonsense is refused before any image is read.
     late = _OF_IMAGES if is_own else ()
@@ -78,7 +78,12 @@ def train_request(
     return TrainRequest(config, found, target, devices, resume, overwrite)
 
 
-def _base(name: str) -> TrainConfig:
+def recipe_or_family(name: str) -> TrainConfig:
+    """Return the recipe of this name, of a family the one for few images.
+
+    Raises:
+        UsageError: nothing is called so; the nearest names are offered.
+    """
     if name in RECIPES:
         return recipe(name)
     if name in FAMILIES:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, with_short
-from advmoe_deploy.cli.session import session
+from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.process import use_threads
 
 
@@ -60,6 +60,13 @@ def train(
             "--set", metavar="KEY=VALUE", help="Change a field of the recipe; repeatable."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read the data and print all that would be done; write and train nothing.",
+        ),
+    ] = False,
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes or GPUs.")] = 1,
     threads: Threads = 0,
     as_json: Json = False,
@@ -72,6 +79,9 @@ def train(
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import training as training_tables
 
+        if dry_run:
+            _show_plan(ui, recipe, out, data, changes, devices)
+            return
         report = api.train(
             recipe,
             out,
@@ -84,3 +94,21 @@ def train(
         )
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
             ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
+
+
+def _show_plan(
+    ui: Session,
+    recipe: str,
+    out: Path | None,
+    data: str | None,
+    changes: list[str],
+    devices: int,
+) -> None:
+    from advmoe_deploy.cli.tables import settings as tables
+    from advmoe_deploy.train.plan import plan_of
+    from advmoe_deploy.train.request import train_request
+
+    # A folder that holds a run is none of the plan's business: nothing is written.
+    asked = train_request(recipe, out, data=data, settings=changes, devices=devices, overwrite=True)
+    plan = plan_of(asked)
+    ui.show(plan.report(), lambda: tables.run_plan(plan))
