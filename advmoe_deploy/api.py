@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.sealing.signature import require_signature
-from advmoe_deploy.zoo.resolve import place_for, require_bundle, resolve
+from advmoe_deploy.zoo.resolve import StrPath, place_for, require_bundle, resolve
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
@@ -43,8 +42,6 @@ __all__ = [
     "verify",
 ]
 
-StrPath = str | os.PathLike[str]
-
 
 def train(
     recipe: str,
@@ -55,6 +52,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     devices: int = 1,
+    start: StrPath | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
     """Train a model adversarially and return what it reaches on the test images.
@@ -68,6 +66,7 @@ def train(
         resume: continue an interrupted run.
         overwrite: replace an older run.
         devices: processes or GPUs that share each batch.
+        start: a run, ``zoo:NAME``, a checkpoint or a bundle, whose network and weights to take.
         progress: receives progress reports.
 
     Raises:
@@ -88,6 +87,7 @@ def train(
         devices=devices,
         resume=resume,
         overwrite=overwrite,
+        start=(str(start), resolve(start)) if start else None,
     )
     from advmoe_deploy.train.run.loop import train_requested  # now: it loads PyTorch
 

@@ -5,6 +5,7 @@ EXAMPLES = {
         "advmoe train digits-advmoe",
         "advmoe train advmoe --data photos/",
         "advmoe train advmoe --data photos/ --dry-run",
+        "advmoe train advmoe --data photos/ --from zoo:cifar10-advmoe",
         "advmoe train dense --data photos/ --epochs 20 --image-size 64 --epsilon 4/255",
         "advmoe train cifar10-resnet18-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",

@@ -30,6 +30,18 @@ BalanceLoss = Literal[
 MAX_ROUTER_LR = 0.01
 
 
+class Start(Frozen):
+    """The model that a run begins with, as it was named and found, and what tells its weights.
+
+    ``new_head`` says that its classes are others, so that the last layer begins at random.
+    """
+
+    source: str
+    path: str
+    weights_sha256: str
+    new_head: bool
+
+
 class TrainFields(Frozen):
     """Everything that decides a run, the data aside: the same value gives the same weights.
 
@@ -152,6 +164,8 @@ class TrainFields(Frozen):
     """Steps of PGD on the test images."""
     track_router_robustness: bool = False
     """Record how routes withstand attacks before and after experts are updated."""
+    start: Start | None = None
+    """Model whose weights the run begins with; null: random ones."""
     chosen: dict[str, str] = Field(default_factory=dict)
     """What was chosen from the data and the device, and why; it decides nothing."""
 

@@ -13,6 +13,7 @@ from advmoe_deploy.data.folder import Survey
 from advmoe_deploy.settings import number_of
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.device import has_bf16, has_gpu
+from advmoe_deploy.train.fields import Start
 from advmoe_deploy.train.recipes.by_family import MANY
 
 # Sizes in pixels; beyond 64 the network begins with a stride, and a CPU would take days.
@@ -27,6 +28,9 @@ _FEW_EPOCHS = (24, 40)
 _MEASURED_IMAGES = 5000
 _LEAST_STD = 1 / 255
 _NAMED = 5
+# What a network that is there already decides, and the share of the recipe's learning rate for it.
+_OF_NETWORK = ("model.image_size", "model.in_channels", "model.mean", "model.std", "model.stem")
+_FINE_TUNING = 0.25
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,17 @@ def _many() -> list[Choice]:
     return [Choice("precision", "32-true", "this CPU does not compute in bfloat16")]
 
 
+def of_origin(
+    start: Start, choices: Collection[Choice], base: TrainConfig, *, is_family: bool
+) -> list[Choice]:
+    """Return those of ``choices`` that a trained model leaves open, and what it brings along."""
+    kept = [choice for choice in choices if choice.key not in _OF_NETWORK]
+    if is_family:
+        gentle = base.lr * _FINE_TUNING
+        kept.append(Choice("lr", gentle, "a quarter of the recipe's, to keep what was learned"))
+    return kept
+
+
 def told(config: TrainConfig) -> str:
     """Return what was chosen as a short table for people, of at most 80 columns."""
     width = max(map(len, config.chosen), default=0) + 4
@@ -120,11 +135,18 @@ def told(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def chosen(data: Dataset, recipe: str, choices: Collection[Choice]) -> dict[str, str]:
+def chosen(
+    data: Dataset, recipe: str, choices: Collection[Choice], start: Start | None = None
+) -> dict[str, str]:
     """Return what is to be said and recorded of ``choices``, the split first."""
     counts = f"{len(data.train):,} to train on, {len(data.holdout):,} to choose the epoch by, "
+    begun = {}
+    if start:
+        new = f"but for a new head for these {len(data.class_names)} classes"
+        begun["from"] = f"{start.source}: its weights, {new if start.new_head else 'head included'}"
     return {
         "recipe": recipe,
+        **begun,
         "split": f"{counts}{len(data.test):,} to test on",
         **{choice.key: choice.told for choice in choices if choice.key not in ("data", "name")},
     }

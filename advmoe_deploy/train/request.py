@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.data.folder import survey
+from advmoe_deploy.data.folder import Survey, survey
 from advmoe_deploy.data.registry import folder_in, load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.train.config import TrainConfig, apply_overrides
 from advmoe_deploy.train.fit import require_fit
-from advmoe_deploy.train.own_data import chosen, of_family, of_images, size_for
+from advmoe_deploy.train.origin import Origin, origin_of
+from advmoe_deploy.train.own_data import chosen, of_family, of_images, of_origin, size_for
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.by_family import FAMILIES, family_recipe
 from advmoe_deploy.train.run.place import require_place
@@ -42,6 +43,7 @@ def train_request(
     devices: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    start: tuple[str, Path] | None = None,
 ) -> TrainRequest:
     """Return the run that these arguments ask for; nothing is written and PyTorch is not loaded.
 
@@ -54,14 +56,19 @@ def train_request(
         devices: processes that share a batch.
         resume: go on with the run in ``out``.
         overwrite: replace the run in ``out``.
+        start: the model whose weights to begin with, as it was named and where it lies.
 
     Raises:
         UsageError: an argument is unknown or makes no sense, or ``out`` is in the way.
-        DataError: the data cannot be read.
+        InputError: the data, or the model to begin with, cannot be read.
     """
     given = {key: value for key, _, value in (each.partition("=") for each in settings)}
     base, source = recipe_or_family(name), _source(name, data, given)
-    is_own = name in FAMILIES or folder_in(source) is not None
+    origin = origin_of(*start) if start else None
+    if origin:
+        origin.require_agreement(given)
+        base = origin.applied_to(base)
+    is_own = origin is not None or name in FAMILIES or folder_in(source) is not None
     # Nonsense is refused before any image is read.
     late = _OF_IMAGES if is_own else ()
     early = [each for each in settings if each.partition("=")[0] not in late]
@@ -71,7 +78,8 @@ def train_request(
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's processes find what the first made
         require_place(target, resume=resume, overwrite=overwrite)
     if is_own:
-        config, found = _of_own_images(name, base, source, settings, given)
+        asked = _Asked(name, base, source or base.data, tuple(settings), given, origin)
+        config, found = _of_own_images(asked)
     else:
         found = load_dataset(config.data)
     require_fit(config, found, devices)
@@ -110,30 +118,53 @@ def _stem(source: str) -> str:
     return folder[0].resolve().name if folder else source.partition(":")[0]
 
 
-def _of_own_images(
-    name: str, base: TrainConfig, source: str, settings: Sequence[str], given: Mapping[str, str]
-) -> tuple[TrainConfig, Dataset]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is known of a run before its images are."""
+
+    name: str
+    base: TrainConfig
+    source: str
+    settings: tuple[str, ...]
+    given: Mapping[str, str]
+    origin: Origin | None
+
+
+def _of_own_images(asked: _Asked) -> tuple[TrainConfig, Dataset]:
     """Return the configuration that fits the images, and the images."""
-    seen, decoding = None, None
-    if folder := folder_in(source):
+    data, seen = _images(asked)
+    base, choices = asked.base, of_images(data, seen)
+    told = base.name
+    if asked.name in FAMILIES:
+        base = family_recipe(asked.name, len(data.train))
+        told = f"{base.name}: for {len(data.train):,} training images"
+        choices += of_family(asked.name, base, data, _stem(asked.source), asked.given)
+    if asked.origin:
+        begun = asked.origin.start(data.class_names)
+        base = asked.origin.applied_to(base).model_copy(update={"start": begun})
+        choices = of_origin(begun, choices, base, is_family=asked.name in FAMILIES)
+    choices = [choice for choice in choices if choice.key not in asked.given]
+    config = apply_overrides(base, [*(choice.setting for choice in choices), *asked.settings])
+    words = chosen(data, told, choices, config.start)
+    return config.model_copy(update={"chosen": words}), data
+
+
+def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:
+    """Return the images, and what a folder of them is like."""
+    folder, decoding, seen, source = folder_in(asked.source), None, None, asked.source
+    spec = asked.origin.spec if asked.origin else None
+    if folder:
         root = folder[0].resolve()
         seen = survey(root)
-        own_size = None if name in FAMILIES else base.model.image_size
-        size = _size(source, folder[1], given) or own_size or size_for(seen)
-        channels = given.get("model.in_channels", "1" if seen.is_grey else "3")
+        own_size = None if asked.name in FAMILIES and not spec else asked.base.model.image_size
+        size = _size(source, folder[1], asked.given) or own_size or size_for(seen)
+        usual = spec.in_channels if spec else 1 if seen.is_grey else 3
+        channels = asked.given.get("model.in_channels", str(usual))
         if channels not in ("1", "3"):
             raise UsageError(f"model.in_channels={channels} is no image's; write 1 or 3")
         decoding = Decoding.of(size, int(channels))
         source = f"folder:{root}?size={size}"
-    data = load_dataset(source, decoding)
-    choices, told = of_images(data, seen), base.name
-    if name in FAMILIES:
-        base = family_recipe(name, len(data.train))
-        choices += of_family(name, base, data, _stem(source), given)
-        told = f"{base.name}: for {len(data.train):,} training images"
-    choices = [choice for choice in choices if choice.key not in given]
-    config = apply_overrides(base, [*(choice.setting for choice in choices), *settings])
-    return config.model_copy(update={"chosen": chosen(data, told, choices)}), data
+    return load_dataset(source, decoding), seen
 
 
 def _size(source: str, in_source: int | None, given: Mapping[str, str]) -> int | None:

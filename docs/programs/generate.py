@@ -33,7 +33,8 @@ SETTINGS_HEAD = """# Settings of a training
 `make docs` writes this page from [fields.py](../../advmoe_deploy/train/fields.py) and
 [specs.py](../../advmoe_deploy/specs.py). `advmoe train RECIPE --set KEY=VALUE` changes a setting;
 `advmoe show RECIPE` has the values of a recipe. A value is JSON, or a plain word; a radius may be a
-fraction, `8/255`. `model.expert_layers` and `model.transformer` are null where a family has none."""
+fraction, `8/255`. `model.expert_layers` and `model.transformer` are null where they are not for a
+family."""
 OBJECTS = [getattr(api, name) for name in api.__all__]
 FUNCTIONS = sorted(filter(inspect.isfunction, OBJECTS), key=lambda f: f.__code__.co_firstlineno)
 TYPES = [

@@ -144,6 +144,9 @@ REFUSED = [
     ([*OWN, "--epochs", "2", "--set", "epochs=3"], 2, "are one setting; give one"),
     ([*OWN, "--out", "photos"], 2, "exists and is no run"),
     ([*OWN, "--resume"], 2, "holds no run to resume"),
+    ([*OWN, "--from", "runs/missing"], 3, "is not there; name what 'advmoe train'"),
+    ([*OWN, "--from", "photos"], 3, "no finished run, no checkpoint and no bundle"),
+    ([*OWN, "--from", "zoo:nope"], 2, "unknown model 'nope'"),
     (["digits-dense", *OWN[1:], "--set", "batch_size=2", "--devices", "2"], 2, "under two images"),
     (["digits-dense", *OWN[1:], "--set", "model.num_classes=4"], 2, "has 3 classes, not 4"),
 ]

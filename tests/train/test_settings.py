@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_every_setting_is_in_one_group_and_has_a_meaning() -> None:
     named = [name for names in GROUPS.values() for name in names]
-    assert sorted(named) == sorted({*TrainFields.model_fields} - {"chosen"})
+    assert sorted(named) == sorted({*TrainFields.model_fields} - {"chosen", "start"})
     for setting in settings_of():
         assert setting.meaning.endswith("."), setting.key
 

@@ -21,6 +21,15 @@ def train(
         ),
     ],
     data: Data = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|zoo:NAME|FILE",
+            help="Fine-tune: take network and weights of a run, a model with a name, a bundle or "
+            "weights.safetensors of a checkpoint.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -80,7 +89,7 @@ def train(
         from advmoe_deploy.cli.tables import training as training_tables
 
         if dry_run:
-            _show_plan(ui, recipe, out, data, changes, devices)
+            _show_plan(ui, recipe, out, data, changes, devices, start)
             return
         report = api.train(
             recipe,
@@ -90,6 +99,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             devices=devices,
+            start=start,
             progress=ui.progress,
         )
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
@@ -103,12 +113,22 @@ def _show_plan(
     data: str | None,
     changes: list[str],
     devices: int,
+    start: str | None,
 ) -> None:
     from advmoe_deploy.cli.tables import settings as tables
     from advmoe_deploy.train.plan import plan_of
     from advmoe_deploy.train.request import train_request
+    from advmoe_deploy.zoo.resolve import resolve
 
     # A folder that holds a run is none of the plan's business: nothing is written.
-    asked = train_request(recipe, out, data=data, settings=changes, devices=devices, overwrite=True)
+    asked = train_request(
+        recipe,
+        out,
+        data=data,
+        settings=changes,
+        devices=devices,
+        overwrite=True,
+        start=(start, resolve(start)) if start else None,
+    )
     plan = plan_of(asked)
     ui.show(plan.report(), lambda: tables.run_plan(plan))
