@@ -30,17 +30,9 @@ if TYPE_CHECKING:
     from advmoe_deploy.verify.suites import Suite
 
 __all__ = [
-    "BuildOptions",
-    "Bundle",
-    "export",
-    "import_checkpoint",
-    "load_model",
-    "open_bundle",
-    "open_runner",
-    "profile",
-    "train",
-    "verify",
-]
+    "BuildOptions", "Bundle", "export", "import_checkpoint", "load_model", "open_bundle",
+    "open_runner", "profile", "train", "verify",
+]  # fmt: skip
 
 
 def train(
@@ -101,6 +93,9 @@ def import_checkpoint(
     *,
     settings: Sequence[str] = (),
     key: str = "",
+    classes: StrPath | Sequence[str] | None = None,
+    data: str | None = None,
+    epsilon: float | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
     """Import a checkpoint that a paper's released code wrote, and return what the run now says.
@@ -114,17 +109,23 @@ def import_checkpoint(
         out: the run folder; by default ``runs/`` and the file's name.
         settings: what names and shapes cannot tell, such as ``"image_size=64"``.
         key: where the network is in a file of several, such as ``"state_dict_ema"``.
+        classes: names in the order of the outputs, or a file of them; by default the data's.
+        data: what it was trained on, if known.
+        epsilon: the l-inf radius in [0, 1] pixels that it was trained for, if known.
         overwrite: replace an older run.
 
     Raises:
         CheckpointError: the file is missing, damaged, needs code, or holds another network.
         UsageError: the source, the key or a setting make no sense, or ``out`` is in the way.
     """
+    from advmoe_deploy.data.notices import say_once
+    from advmoe_deploy.data.remembered import remembered
     from advmoe_deploy.models.upstream.run import run_from_released
 
     run = Path(out) if out is not None else Path("runs") / Path(file).stem
+    describe = remembered(classes, data, epsilon, say_once).of
     return run_from_released(
-        Path(file), source, run, settings=settings, key=key, overwrite=overwrite
+        Path(file), source, run, settings=settings, key=key, overwrite=overwrite, describe=describe
     )
 
 

@@ -20,6 +20,7 @@ EXAMPLES = {
     ),
     "import": (
         "advmoe import best.pth --from advmoe",
+        "advmoe import best.pth --from advmoe --classes names.txt --data photos/ --epsilon 8/255",
         "advmoe import last.ckpt --from robust-experts --set top_k=2 --out runs/conv-experts",
         "advmoe import ckpt.t7 --from dual-model --set alpha=0.7 --set mean=0.49,0.48,0.45",
         "advmoe import last.ckpt --from advmoe --key ema_model",

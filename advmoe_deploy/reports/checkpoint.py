@@ -1,6 +1,8 @@
 """What a checkpoint says besides its weights, read without PyTorch."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ class Checkpoint(Frozen):
     metrics: dict[str, float]
     provenance: dict[str, Any]
     weights_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model whose weights came alone; ``data`` goes into its provenance."""
+
+    class_names: tuple[str, ...]
+    threat: ThreatModel | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

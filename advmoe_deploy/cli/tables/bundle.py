@@ -43,7 +43,11 @@ def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
     lacks += ["a GPU they are compiled for"] * any(e.backend == "tensorrt-rtx" for e in engines)
     where = f", with {' and '.join(lacks)}" if lacks else ""
     options = "".join(f" --engine {each.name}" for each in engines)
-    return f"next{where}: advmoe verify {bundle.path}{options}"
+    path, manifest = quote(str(bundle.path)), bundle.manifest
+    if not manifest.training.get("data"):
+        return f"next: advmoe profile {path}; 'advmoe verify' needs --data: what it was trained on"
+    radius = "" if manifest.threat else " --epsilon 8/255"
+    return f"next{where}: advmoe verify {path}{options}{radius}"
 
 
 def repository_report(out: Path, models: Sequence[str]) -> RenderableType:

@@ -36,7 +36,7 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     ``random:N`` are N images of seeded uniform noise. Image files are read as ``decoding`` says.
 
     Raises:
-        UsageError: ``source`` is missing, unknown or of another image size.
+        UsageError: ``source`` is missing, unknown, of another image size or of other classes.
         DataError: the data set cannot be read.
     """
     if not source:
@@ -52,6 +52,10 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     if images.shape[1:] != spec.image_shape:
         raise UsageError(
             f"{source} has images {images.shape[1:]}, the model takes {spec.image_shape}; {_ADVICE}"
+        )
+    if len(data.class_names) != spec.num_classes:
+        raise UsageError(
+            f"{source} has {len(data.class_names)} classes, the model {spec.num_classes}; {_ADVICE}"
         )
     return to_float(images[:PARITY_IMAGES])
 
