@@ -150,12 +150,18 @@ REFUSED = [
     (["digits-dense", *OWN[1:], "--set", "batch_size=2", "--devices", "2"], 2, "under two images"),
     (["digits-dense", *OWN[1:], "--set", "model.num_classes=4"], 2, "has 3 classes, not 4"),
 ]
+# Of other commands, whose radius and data are refused as early.
+ELSEWHERE = [
+    (["import", "x.pth", "--from", "advmoe", "--data", "missing/"], 3, "is no folder"),
+    (["import", "x.pth", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
+    (["verify", "x", "--epsilon", "8"], 2, "write 8/255"),
+]
 PROGRAM = """
 import contextlib, io, json, sys
 from advmoe_deploy.cli.app import run
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = run(["train", *arguments, "--threads", "1"])
+        code = run([*arguments, "--threads", "1"])
     print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
 """
 
@@ -166,9 +172,10 @@ def test_every_refusal_is_one_line_before_pytorch_is_loaded(photos: Path, tmp_pa
         write_png(tmp_path / "one" / "cats" / f"{index}.png", index)
         write_png(tmp_path / "empty" / "cats" / f"{index}.png", index)
     (tmp_path / "empty" / "dogs").mkdir()
+    cases = [(["train", *arguments], code, says) for arguments, code, says in REFUSED] + ELSEWHERE
     before = sorted(tmp_path.iterdir())
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([arguments for arguments, _, _ in REFUSED])],
+        [sys.executable, "-c", PROGRAM, json.dumps([arguments for arguments, _, _ in cases])],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -176,7 +183,7 @@ def test_every_refusal_is_one_line_before_pytorch_is_loaded(photos: Path, tmp_pa
         check=True,
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    for (arguments, code, says), (found, said, loaded) in zip(REFUSED, answers, strict=True):
+    for (arguments, code, says), (found, said, loaded) in zip(cases, answers, strict=True):
         *notices, line = said.splitlines()
         assert (found, loaded) == (code, False), arguments
         assert says in line
