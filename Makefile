@@ -11,7 +11,7 @@ help:
 	@echo "make test    lint, type check and every test that CI runs"
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff and mypy only"
-	@echo "make docs    write docs/reference/api.md from the docstrings"
+	@echo "make docs    write docs/reference/api.md and settings.md from docstrings"
 	@echo "make clean   remove .venv and the demo's output"
 
 demo: $(VENV)/demo.stamp

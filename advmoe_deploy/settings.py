@@ -1,4 +1,4 @@
-"""Settings of commands: ``key=value``, keys dotted, values JSON or plain words."""
+"""Settings of commands: ``key=value``, keys dotted, values JSON, fractions or plain words."""
 
 import json
 from collections.abc import Collection
@@ -28,6 +28,34 @@ def put_setting(fields: Fields, setting: str, known: Collection[str]) -> str:
             raise UsageError(f"{key} has no place once {part} is {target!r}; set it whole")
     target[last] = _value(text)
     return key
+
+
+def number_of(text: str) -> float:
+    """Return the number that ``0.03`` or a fraction such as ``8/255`` is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    above, slash, below = text.partition("/")
+    if slash and not float(below):
+        raise ValueError(f"'{text}' divides by zero; write 8/255")
+    return float(above) / float(below) if slash else float(text)
+
+
+def epsilon_of(text: str) -> float:
+    """Return the l-inf radius in [0, 1] pixels that ``text`` is, a number or a fraction.
+
+    Raises:
+        UsageError: it is no number in (0, 1].
+    """
+    try:
+        epsilon = number_of(text)
+    except ValueError:
+        raise UsageError(f"epsilon '{text}' is no number; write 8/255, or 0.03") from None
+    if not 0 < epsilon <= 1:
+        near = f"{text}/255" if 1 < epsilon <= 255 and "/" not in text else "8/255"
+        raise UsageError(f"epsilon={text} is outside (0, 1], in [0, 1] pixels; write {near}")
+    return epsilon
 
 
 def dotted_keys(fields: Fields, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Specs of models, threats, attacks and batch sizes: frozen values, validated."""
+"""Specs of models, threats and attacks: frozen values, validated."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -24,6 +25,7 @@ from advmoe_deploy.families import (
     Family,
     expert_modules,
 )
+from advmoe_deploy.settings import number_of
 
 Gate = Literal["gap-fc", "conv-gap", "conv3-gap", "double-conv", "fixed-gap-fc", "fixed-conv-gap"]
 Weighting = Literal["one", "probability", "renormalised"]
@@ -44,59 +46,74 @@ class Frozen(BaseModel):
 
 
 class ExpertLayers(Frozen):
-    """Where a ResNet of Robust Experts (arXiv 2509.05086) holds experts, and how they are gated.
-
-    ``kind`` is ``block`` (each expert a whole residual block) or ``conv`` (each one convolution).
-    ``layers`` are prefixes of module names: ``layer4`` (the whole stage, 1x1 convolutions
-    included), ``layer4.1`` (one block), ``layer4.1.conv2`` (one convolution, ``conv`` only).
-    """
+    """Where a ResNet of Robust Experts (arXiv 2509.05086) holds experts, and how they are gated."""
 
     kind: ExpertKind
+    """What an expert is: a whole residual block, or one convolution."""
     layers: tuple[str, ...] = Field(("layer4",), min_length=1)
+    """Prefixes of module names: layer4 (the stage, 1x1 convolutions included), layer4.1 (a block),
+    layer4.1.conv2 (one convolution, kind conv only)."""
     gate: Gate = "gap-fc"
+    """How inputs become scores of experts."""
 
 
 class VisionTransformer(Frozen):
-    """A small ViT. ``moe_blocks`` are the blocks whose MLP is a bank of experts (V-MoE)."""
+    """A small ViT."""
 
     patch_size: int = Field(4, ge=1)
+    """Pixels a side of what becomes a token."""
     depth: int = Field(6, ge=1)
+    """Blocks."""
     heads: int = Field(3, ge=1)
+    """Heads of the attention."""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of the MLPs, relative to the embedding's."""
     moe_blocks: tuple[int, ...] = ()
+    """Blocks whose MLP is a bank of experts (V-MoE)."""
 
 
 class ModelSpec(Frozen):
-    """Everything needed to build the network, weights aside.
-
-    ``ratio`` scales the channels of every routed convolution (AdvMoE), or of every layer, the stem
-    included (dense: ``ratio < 1`` is the papers' S-Dense). ``width`` is the base width of the
-    backbone before ``ratio``, by default the paper's; of a ViT, the embedding, whose ``ratio``
-    scales the MLPs alone. ``mean`` and ``std`` are per channel, in [0, 1] pixels, and are part of
-    the model. ``stem`` is ``small`` (3x3, for images up to 64 pixels) or ``imagenet`` (7x7 with
-    stride 2, then max-pooling). ``alpha`` is the robust model's share in a dual model.
-    ``dropped_experts`` are, by routed layer, experts that no row is sent to, whatever their scores:
-    what an export leaves out.
-    """
+    """Everything needed to build the network, weights aside."""
 
     family: Family
+    """What is routed, and what an expert is."""
     backbone: Backbone = "resnet18"
+    """Network that experts are parts or copies of."""
     num_classes: int = Field(10, ge=2)
+    """Classes of the data."""
     num_experts: int = Field(1, ge=1, le=64)
+    """Experts of each routed layer; 1 of a dense network."""
     top_k: int = Field(1, ge=1)
+    """Experts that a row is sent to."""
     weighting: Weighting = "one"
+    """How the answers of a row's experts are weighted."""
     ratio: float = Field(1.0, gt=0, le=1)
+    """Share of the channels that every routed convolution keeps (AdvMoE), or every layer, the stem
+    included (dense: below 1 it is the papers' S-Dense); of a ViT, of the MLPs alone."""
     width: int = Field(64, ge=1)
+    """Base width of the backbone before ratio, by default the paper's; of a ViT, the embedding."""
     router_width: int = Field(16, ge=1)
+    """Base width of AdvMoE's router."""
     in_channels: int = Field(3, ge=1)
+    """1 for grey images, 3 for colour."""
     image_size: int = Field(32, ge=4, le=512)
+    """Pixels a side that images are scaled to."""
     stem: Literal["small", "imagenet"] = "small"
+    """First layer: small (3x3, for images up to 64 pixels) or imagenet (7x7 with stride 2, then
+    max-pooling)."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Mean of each channel in [0, 1] pixels; part of the model."""
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Deviation of each channel in [0, 1] pixels; part of the model."""
     expert_layers: ExpertLayers | None = None
+    """Where a ResNet of Robust Experts holds experts."""
     transformer: VisionTransformer | None = None
+    """Sizes of a ViT."""
     alpha: float | None = Field(None, ge=0, le=1)
+    """Share of the robust model in a dual model."""
     dropped_experts: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """By routed layer, experts that no row is sent to, whatever their scores: what an export leaves
+    out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -270,11 +287,17 @@ class Fingerprint(Frozen):
     dealt: str
 
 
+# A number, or a fraction in words: "8/255".
+Pixels = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
+
+
 class ThreatModel(Frozen):
-    """What the attacker may do: ``epsilon`` is in [0, 1] pixels."""
+    """What the attacker may do."""
 
     norm: Literal["linf"] = "linf"
-    epsilon: float = Field(gt=0, le=1)
+    """Norm of the perturbation."""
+    epsilon: Pixels = Field(gt=0, le=1)
+    """Radius in [0, 1] pixels, such as 8/255."""
 
 
 class AttackSpec(Frozen):
@@ -309,33 +332,6 @@ class AttackSpec(Frozen):
             raise ValueError(f"restarts={self.restarts} {how} would all be the same")
         if self.decay and self.step_size is not None:
             raise ValueError("with decay the step falls from epsilon; leave step_size out")
-        return self
-
-
-class BatchProfile(Frozen):
-    """Batch sizes an engine is built for; ``opt`` is the one it is fastest at.
-
-    What is not given follows from what is: 1, 64 and 1024, or the nearest that grow.
-    """
-
-    min: int = Field(1, ge=1)
-    opt: int = Field(64, ge=1)
-    max: int = Field(1024, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _follow(cls, given: Any) -> Any:
-        sizes = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
-        if not sizes or not all(isinstance(size, int) for size in sizes.values()):
-            return given
-        low = sizes.get("min", min(1, *sizes.values()))
-        high = sizes.get("max", max(1024, *sizes.values()))
-        return {"min": low, "opt": min(max(64, low), high), "max": high, **sizes}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.min <= self.opt <= self.max:
-            raise ValueError(f"batch sizes must grow: min={self.min} opt={self.opt} max={self.max}")
         return self
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.programs.generate import PAGE, api_page
+from docs.programs.generate import PAGE, SETTINGS_PAGE, api_page, settings_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -54,6 +54,7 @@ def test_the_docs_have_blocks() -> None:
 
 def test_the_page_of_the_api_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == api_page(), "run 'make docs'"
+    assert SETTINGS_PAGE.read_text(encoding="utf-8") == settings_page(), "run 'make docs'"
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)

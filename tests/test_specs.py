@@ -20,7 +20,9 @@ from advmoe_deploy.parity.intervals import (
     paired_difference_interval,
     wilson_interval,
 )
-from advmoe_deploy.specs import BatchProfile, ModelSpec, build_spec
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
+from advmoe_deploy.settings import epsilon_of
+from advmoe_deploy.specs import ModelSpec, ThreatModel, build_spec
 
 
 @pytest.mark.parametrize(
@@ -113,3 +115,13 @@ def test_wilson_interval() -> None:
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_radius_may_be_a_fraction() -> None:
+    assert ThreatModel.model_validate({"epsilon": "8/255"}).epsilon == 8 / 255
+    assert epsilon_of("0.03") == 0.03
+    for text in ("256", "9/8", "0/255", "-1/255", "inf", "1/2/3", "", "/"):
+        with pytest.raises(UsageError, match="write 8/255"):
+            epsilon_of(text)
+    with pytest.raises(UsageError, match="write 16/255"):
+        epsilon_of("16")

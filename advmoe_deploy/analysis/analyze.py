@@ -119,7 +119,7 @@ def analyze(
         CheckFailedError: the model's answers are not finite.
     """
     started = time.perf_counter()
-    source = absolute(settings.data or stored.data)
+    source = absolute(settings.data or stored.data, stored.model.spec.image_size)
     threat = stored.threat_model(settings.epsilon)
     trained = Trained(stored.model.spec, stored.class_names, stored.decoding, stored.fingerprint)
     pixels, labels = matching_test_images(

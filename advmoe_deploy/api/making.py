@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.zoo.resolve import StrPath, open_bundle, opened, place_for, resolve
@@ -14,7 +17,6 @@ from advmoe_deploy.zoo.resolve import StrPath, open_bundle, opened, place_for, r
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
     from advmoe_deploy.models.checkpoint import Checkpoint
-    from advmoe_deploy.progress import Progress
     from advmoe_deploy.runtime.runner import Runner
     from advmoe_deploy.specs import Precision
     from advmoe_deploy.train.run.report import TrainReport
@@ -29,18 +31,21 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     devices: int = 1,
+    start: StrPath | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
     """Train a model adversarially and return what it reaches on the test images.
 
     Args:
-        recipe: a name that ``advmoe list recipes`` shows.
-        out: the run folder; by default ``runs/RECIPE``.
-        data: a data source, ``NAME`` or ``NAME:PATH``; by default the recipe's.
+        recipe: a name that ``advmoe list recipes`` shows; with ``data`` also ``advmoe``,
+            ``at-moe``, ``dense`` or ``s-dense``, whose settings are then chosen for the images.
+        out: the run folder; by default ``runs/RECIPE``, or ``runs/FOLDER-RECIPE``.
+        data: a folder of images by class, ``NAME`` or ``NAME:PATH``; by default the recipe's.
         settings: changes to the recipe, such as ``"epochs=3"`` or ``"model.num_experts=4"``.
         resume: continue an interrupted run.
         overwrite: replace an older run.
         devices: processes or GPUs that share each batch.
+        start: a run, ``zoo:NAME``, a checkpoint or a bundle, whose network and weights to take.
         progress: receives progress reports.
 
     Raises:
@@ -49,24 +54,23 @@ def train(
         DivergedError: a loss or a weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
-    from advmoe_deploy.train.recipes import apply_overrides
-    from advmoe_deploy.train.recipes import recipe as recipe_named
+    from advmoe_deploy.train.request import train_request
 
-    config = apply_overrides(recipe_named(recipe), [*settings, *([f"data={data}"] if data else ())])
-
-    from advmoe_deploy.data.registry import load_dataset  # now: nonsense is refused at once
-    from advmoe_deploy.progress import Silent
-    from advmoe_deploy.train.run.loop import train as train_model
-
-    return train_model(
-        config,
-        load_dataset(config.data),
-        Path(out) if out is not None else Path("runs") / recipe,
+    if not find_spec("torch"):  # said before data are read
+        raise missing_extra("torch", "train")
+    asked = train_request(
+        recipe,
+        out,
+        data=data,
+        settings=settings,
+        devices=devices,
         resume=resume,
         overwrite=overwrite,
-        devices=devices,
-        progress=progress or Silent(),
+        start=(str(start), resolve(start)) if start else None,
     )
+    from advmoe_deploy.train.run.loop import train_requested  # now: it loads PyTorch
+
+    return train_requested(asked, progress or Silent())
 
 
 def import_checkpoint(
@@ -76,6 +80,9 @@ def import_checkpoint(
     *,
     settings: Sequence[str] = (),
     key: str = "",
+    classes: StrPath | Sequence[str] | None = None,
+    data: str | None = None,
+    epsilon: float | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
     """Import a checkpoint that a paper's released code wrote, and return what the run now says.
@@ -89,17 +96,23 @@ def import_checkpoint(
         out: the run folder; by default ``runs/`` and the file's name.
         settings: what names and shapes cannot tell, such as ``"image_size=64"``.
         key: where the network is in a file of several, such as ``"state_dict_ema"``.
+        classes: names in the order of the outputs, or a file of them; by default the data's.
+        data: what it was trained on, if known.
+        epsilon: the l-inf radius in [0, 1] pixels that it was trained for, if known.
         overwrite: replace an older run.
 
     Raises:
         CheckpointError: the file is missing, damaged, needs code, or holds another network.
         UsageError: the source, the key or a setting make no sense, or ``out`` is in the way.
     """
+    from advmoe_deploy.data.notices import say_once
+    from advmoe_deploy.data.remembered import remembered
     from advmoe_deploy.models.upstream.run import run_from_released
 
     run = Path(out) if out is not None else Path("runs") / Path(file).stem
+    describe = remembered(classes, data, epsilon, say_once).of
     return run_from_released(
-        Path(file), source, run, settings=settings, key=key, overwrite=overwrite
+        Path(file), source, run, settings=settings, key=key, overwrite=overwrite, describe=describe
     )
 
 

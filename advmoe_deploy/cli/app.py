@@ -27,8 +27,9 @@ from advmoe_deploy.cli.commands.models.sign import sign
 from advmoe_deploy.cli.commands.predict import predict
 from advmoe_deploy.cli.commands.report import report
 from advmoe_deploy.cli.commands.serve import serve
-from advmoe_deploy.cli.commands.sweep import sweep
-from advmoe_deploy.cli.commands.train import train
+from advmoe_deploy.cli.commands.training.show import show
+from advmoe_deploy.cli.commands.training.sweep import sweep
+from advmoe_deploy.cli.commands.training.train import train
 from advmoe_deploy.cli.commands.verify import verify
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
@@ -57,6 +58,7 @@ app = typer.Typer(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "show": show,
     "sweep": sweep,
     "import": import_checkpoint,
     "export": export,

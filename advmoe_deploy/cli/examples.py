@@ -3,8 +3,16 @@
 EXAMPLES = {
     "train": (
         "advmoe train digits-advmoe",
+        "advmoe train advmoe --data photos/",
+        "advmoe train advmoe --data photos/ --dry-run",
+        "advmoe train advmoe --data photos/ --from zoo:cifar10-advmoe",
+        "advmoe train dense --data photos/ --epochs 20 --image-size 64 --epsilon 4/255",
         "advmoe train cifar10-resnet18-advmoe --data cifar10:/data/cifar10 --out runs/c10 --resume",
         "advmoe train digits-advmoe --set epochs=5 --set model.num_experts=4 --out runs/four",
+    ),
+    "show": (
+        "advmoe show digits-advmoe",
+        "advmoe show cifar10-advmoe-cpu --set epochs=30 --json",
     ),
     "sweep": (
         "advmoe sweep digits-advmoe --over model.num_experts=2,4,8",
@@ -12,6 +20,7 @@ EXAMPLES = {
     ),
     "import": (
         "advmoe import best.pth --from advmoe",
+        "advmoe import best.pth --from advmoe --classes names.txt --data photos/ --epsilon 8/255",
         "advmoe import last.ckpt --from robust-experts --set top_k=2 --out runs/conv-experts",
         "advmoe import ckpt.t7 --from dual-model --set alpha=0.7 --set mean=0.49,0.48,0.45",
         "advmoe import last.ckpt --from advmoe --key ema_model",
@@ -34,6 +43,7 @@ EXAMPLES = {
     "verify": (
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
+        "advmoe verify bundle --data photos/ --epsilon 8/255",
         "advmoe verify bundle --save-examples examples.npz",
         "advmoe verify bundle --attacks full --budget 30m --resume state.npz",
     ),

@@ -1,5 +1,6 @@
 """Options that several commands share, and the parsing of their values."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -9,12 +10,15 @@ import typer
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
+from advmoe_deploy.settings import epsilon_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="NAME[:PATH]", help="Data source; 'advmoe list data' names them."
+        "--data",
+        metavar="FOLDER|NAME[:PATH]",
+        help="A folder of images by class, or a data set of 'advmoe list data'.",
     ),
 ]
 ClassMap = Annotated[
@@ -23,6 +27,15 @@ ClassMap = Annotated[
         "--class-map",
         metavar="OLD=NEW,...|FILE",
         help="What the model calls classes that --data calls otherwise.",
+    ),
+]
+Epsilon = Annotated[
+    float | None,
+    typer.Option(
+        "--epsilon",
+        metavar="RADIUS",
+        parser=epsilon_of,
+        help="l-inf radius in [0, 1] pixels, such as 8/255; by default the model's own.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -133,3 +146,35 @@ def positive_numbers(text: str, option: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Return the parts of a list such as ``dense,s-dense``."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# The option that is short for each of these settings, and the sizes that image files come in.
+_SHORT = {
+    "epochs": "--epochs",
+    "seed": "--seed",
+    "model.image_size": "--image-size",
+    "threat.epsilon": "--epsilon",
+}
+_SIZES = range(8, 513)
+
+
+def with_short(short: Mapping[str, object], settings: Sequence[str]) -> list[str]:
+    """Return ``settings`` and what the options that are ``short`` for some say, each once.
+
+    Raises:
+        UsageError: a value makes no sense, or ``--set`` says the same setting.
+    """
+    said = {key: value for key, value in short.items() if value is not None}
+    for key, value in said.items():
+        if twice := [each for each in settings if each.partition("=")[0] == key]:
+            raise UsageError(
+                f"{_SHORT[key]} {value} and --set {twice[0]} are one setting; give one"
+            )
+    if "threat.epsilon" in said:
+        epsilon_of(str(said["threat.epsilon"]))
+    size = said.get("model.image_size", _SIZES[0])
+    if size not in _SIZES:
+        raise UsageError(
+            f"--image-size {size} is outside {_SIZES[0]}..{_SIZES[-1]}; write --image-size 32"
+        )
+    return [*settings, *(f"{key}={value}" for key, value in said.items())]

@@ -1,6 +1,7 @@
 """Decoder of image files, the only one and without torch: the same pixels everywhere."""
 
 import functools
+import io
 import struct
 import threading
 import warnings
@@ -55,6 +56,27 @@ class DecodedImage:
     original: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Head:
+    """What the head of an image file says: its size in pixels, and whether it is grey."""
+
+    width: int
+    height: int
+    is_grey: bool
+
+
+def head_of(data: bytes, where: str) -> Head:
+    """Return the head of the image file that ``data`` are, without decoding its pixels.
+
+    Raises:
+        DataError: no image of the formats that are read, or a damaged one.
+    """
+    formats = [*known_formats()]
+    with _told(where, formats), _opened(io.BytesIO(data), formats) as image:
+        grey = image.mode in _GREY or image.mode.startswith(("I", "F"))
+        return Head(*image.size, is_grey=grey)
+
+
 @functools.cache
 def known_formats() -> tuple[str, ...]:
     """Return those of :data:`FORMATS` that the installed Pillow has, AVIF since 11.3."""
@@ -97,21 +119,29 @@ def decode(
     mode = _MODES.get(decoding.channels)
     if mode is None:
         raise DataError(f"{where}: an image has 1 or 3 channels, the model {decoding.channels}")
+    with _told(where, formats), _opened(file, formats) as image:
+        width, height = image.size
+        admit(width * height)
+        if width * height > decoding.max_pixels:
+            raise DataError(
+                f"{where}: {width} x {height} pixels exceed the limit of {decoding.max_pixels}"
+            )
+        if height > _MOST_ROWS:
+            raise DataError(
+                f"{where}: {height} rows exceed the limit of {_MOST_ROWS}; cut it into pieces"
+            )
+        with _large_images if width * height > _LARGE else nullcontext():
+            image.load()
+            pixels = np.asarray(_in_mode(mode, _scaled(_upright(image, where, mode), decoding)))
+    pixels_HWC = pixels.reshape(decoding.size, decoding.size, decoding.channels)
+    return DecodedImage(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)), (width, height))
+
+
+@contextmanager
+def _told(where: str, formats: list[str]) -> Iterator[None]:
+    """Say in one line what is wrong with the image that the block reads."""
     try:
-        with _opened(file, formats) as image:
-            width, height = image.size
-            admit(width * height)
-            if width * height > decoding.max_pixels:
-                raise DataError(
-                    f"{where}: {width} x {height} pixels exceed the limit of {decoding.max_pixels}"
-                )
-            if height > _MOST_ROWS:
-                raise DataError(
-                    f"{where}: {height} rows exceed the limit of {_MOST_ROWS}; cut it into pieces"
-                )
-            with _large_images if width * height > _LARGE else nullcontext():
-                image.load()
-                pixels = np.asarray(_in_mode(mode, _scaled(_upright(image, where, mode), decoding)))
+        yield
     except UnidentifiedImageError:
         kinds = f"{', '.join(formats[:-1])} or {formats[-1]}"
         raise DataError(f"{where}: not a {kinds} image") from None
@@ -122,8 +152,6 @@ def decode(
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: damaged image: {reason}") from None
-    pixels_HWC = pixels.reshape(decoding.size, decoding.size, decoding.channels)
-    return DecodedImage(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)), (width, height))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Registry of data sets by name."""
 
+import os
 from pathlib import Path
 
 from advmoe_deploy.data.dataset import Dataset, Split
@@ -20,7 +21,8 @@ def load_dataset(source: str, decoding: Decoding | None = None) -> Dataset:
 
     ``digits`` is embedded. ``cifar10``, ``cifar100`` and ``tiny-imagenet`` come from ``NAME:PATH``
     in any layout, or from the hub. ``imagenet:PATH`` and ``folder:PATH?size=64`` read
-    ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, or tables and shards. Image files are read as
+    ``PATH/CLASS/*``, ``PATH/train/CLASS/*`` and ``PATH/val/CLASS/*``, or tables and shards; a path
+    alone is such a folder, and without a size it has that of ``decoding``. Image files are read as
     ``decoding`` says, if it is for their size, and else in colour by the default of
     :class:`Decoding`.
 
@@ -28,7 +30,8 @@ def load_dataset(source: str, decoding: Decoding | None = None) -> Dataset:
         UsageError: no such name, a path that is missing or too much, or a size out of range.
         DataError: a file is missing or damaged, or the hub cannot be reached.
     """
-    name, folder, found = _found(source := absolute(source), decoding)
+    source = absolute(source, decoding.size if decoding else None)
+    name, folder, found = _found(source, decoding)
     if name == "digits":
         return load_digits()
     if name in HUB_SETS:
@@ -42,7 +45,8 @@ def load_test_split(source: str, decoding: Decoding | None = None) -> Split:
     Raises:
         The same as :func:`load_dataset`.
     """
-    name, folder, found = _found(absolute(source), decoding)
+    source = absolute(source, decoding.size if decoding else None)
+    name, folder, found = _found(source, decoding)
     if name == "digits":
         return load_digits().test
     if name in HUB_SETS:
@@ -62,27 +66,54 @@ def _for_size(size: int, decoding: Decoding | None) -> Decoding:
     return decoding if decoding and decoding.size == size else Decoding.of(size)
 
 
-def absolute(source: str) -> str:
+def folder_in(source: str) -> tuple[Path, int | None] | None:
+    """Return the path and the size, if it says one, of a folder of images; else ``None``."""
+    name, _, path = _spelled(source).partition(":")
+    if name != "folder":
+        return None
+    folder, mark, size = path.rpartition(_SIZE)
+    if not mark:
+        return Path(path).expanduser(), None
+    return Path(folder).expanduser(), int(size) if size.isdecimal() else None
+
+
+def _spelled(source: str) -> str:
+    """Return ``source``, before which ``folder:`` stands if it is a path alone."""
+    if not source or source.partition(":")[0] in DATASETS:
+        return source
+    is_path = (
+        os.sep in source
+        or source.startswith((".", "~"))
+        or Path(source.partition(_SIZE)[0]).is_dir()
+    )
+    return f"folder:{source}" if is_path else source
+
+
+def absolute(source: str, size: int | None = None) -> str:
     """Return ``source`` with its path absolute, so that it means the same in any working folder.
+
+    A folder of images that says no size gets ``size``.
 
     Raises:
         UsageError: no such name, a path that is missing or too much, or a size out of range.
     """
-    name, colon, path = source.partition(":")
+    name, colon, path = _spelled(source).partition(":")
     if not source:
         raise UsageError("the model does not say what it was trained on; pass --data")
     if name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS)
+        raise UsageError(
+            f"{unknown_name('data set', name, DATASETS)} And no folder is called '{source}'"
+        )
     if colon and not path:
         raise UsageError(f"'{source}' names no folder after the colon; drop it or give a path")
     if name == "digits" and path:
         raise UsageError(f"digits is embedded and takes no path, not '{path}'")
     if name in ("imagenet", "folder") and not path:
-        raise UsageError(f"{name} needs a folder: {name}:PATH, with train/CLASS/ and val/CLASS/")
-    size = ""
+        raise UsageError(f"{name} needs a folder: {name}:PATH, with a folder for each class")
+    ending = ""
     if name == "folder":
-        path, mark, text = path.rpartition(_SIZE)
-        if not text.isdecimal() or int(text) not in _FOLDER_SIZES or not path:
+        stem, _, text = path.rpartition(_SIZE) if _SIZE in path else (path, "", str(size or ""))
+        if not text.isdecimal() or int(text) not in _FOLDER_SIZES or not stem:
             raise UsageError(f"'{source}' names no size in 8..512; write folder:PATH?size=64")
-        size = mark + text
-    return f"{name}:{Path(path).expanduser().resolve()}{size}" if path else name
+        path, ending = stem, _SIZE + text
+    return f"{name}:{Path(path).expanduser().resolve()}{ending}" if path else name

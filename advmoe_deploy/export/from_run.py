@@ -117,7 +117,7 @@ def export_run(
     denormals = zero_denormals(model)
     if denormals:
         progress.note(denormals_note(denormals))
-    source = absolute_source(data or _data_of(checkpoint))
+    source = absolute_source(data or _data_of(checkpoint), checkpoint.model.image_size)
     images = parity_images(source, checkpoint.model, checkpoint.decoding)
     pruning = None
     if prune_unused:

@@ -5,45 +5,39 @@ weights.safetensors    the state dict
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError, one_line, reading
+from advmoe_deploy.errors import CheckpointError, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel
+from advmoe_deploy.reports.checkpoint import (
+    CHECKPOINT,
+    CHECKPOINT_VERSION,
+    WEIGHTS,
+    Checkpoint,
+    read_checkpoint,
+)
+from advmoe_deploy.specs import ModelSpec
 
-CHECKPOINT_VERSION = 1
-CHECKPOINT = "checkpoint.json"
-WEIGHTS = "weights.safetensors"
-
-
-class Checkpoint(Frozen):
-    """Everything a checkpoint says besides its weights.
-
-    ``recipe`` is the whole typed configuration it was trained with, ``metrics`` what was measured
-    on the hold-out, ``provenance`` versions, data and seed. ``decoding`` is how image files are
-    read for the model; a checkpoint that lacks it was trained on the default.
-    """
-
-    version: int = CHECKPOINT_VERSION
-    model: ModelSpec
-    decoding: ModelDecoding = Field(None, validate_default=True)
-    threat: ThreatModel | None
-    class_names: ClassNames
-    recipe: dict[str, Any]
-    metrics: dict[str, float]
-    provenance: dict[str, Any]
-    weights_sha256: str = ""
+__all__ = [
+    "CHECKPOINT",
+    "CHECKPOINT_VERSION",
+    "WEIGHTS",
+    "Checkpoint",
+    "first_not_finite",
+    "load_checkpoint",
+    "model_from_weights",
+    "read_checkpoint",
+    "require_finite",
+    "save_checkpoint",
+    "state_of",
+]
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, model: Classifier) -> Checkpoint:
@@ -73,25 +67,6 @@ def load_checkpoint(directory: Path) -> tuple[Checkpoint, Classifier]:
             f"{weights} is truncated or changed (SHA-256 differs); copy the run again"
         )
     return checkpoint, model_from_weights(checkpoint.model, content, weights)
-
-
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Return ``checkpoint.json`` of ``directory``, weights unseen."""
-    file = directory / CHECKPOINT
-    if not file.is_file():
-        raise CheckpointError(f"{directory} holds no {CHECKPOINT}; name what 'advmoe train' wrote")
-    try:
-        fields = json.loads(file.read_bytes())
-        version = fields.get("version") if isinstance(fields, dict) else None
-        if version != CHECKPOINT_VERSION:
-            raise CheckpointError(
-                f"{file} has version {version}, not {CHECKPOINT_VERSION}; train again"
-            )
-        return Checkpoint.model_validate(fields)
-    except ValidationError as error:
-        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no JSON ({error}); copy the run again") from None
 
 
 def model_from_weights(spec: ModelSpec, content: bytes, weights: Path) -> Classifier:

@@ -9,6 +9,7 @@ from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import BundleError, InputError, UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import CHECKPOINT, load_checkpoint, model_from_weights
+from advmoe_deploy.settings import epsilon_of
 from advmoe_deploy.specs import Fingerprint, ThreatModel
 
 _RUN_MODEL = "model"  # where a run keeps the model it selected
@@ -81,11 +82,9 @@ def threat_or(epsilon: float | None, own: ThreatModel | None, where: Path) -> Th
         UsageError: ``epsilon`` makes no sense, or there is neither.
     """
     if epsilon is not None:
-        if not 0 < epsilon <= 1:
-            raise UsageError(f"epsilon={epsilon} is outside (0, 1]; it is in [0, 1] pixels")
-        return ThreatModel(epsilon=epsilon)
+        return ThreatModel(epsilon=epsilon_of(str(epsilon)))
     if own is None:
-        raise UsageError(f"{where} names no threat model; pass --epsilon, in [0, 1] pixels")
+        raise UsageError(f"{where} names no threat model; pass --epsilon, such as 8/255")
     return own
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
+from advmoe_deploy.specs import Frozen, ModelSpec, Pixels, ThreatModel
 
 Method = Literal[
     "advmoe",
@@ -30,114 +30,144 @@ BalanceLoss = Literal[
 MAX_ROUTER_LR = 0.01
 
 
+class Start(Frozen):
+    """The model that a run begins with, as it was named and found, and what tells its weights.
+
+    ``new_head`` says that its classes are others, so that the last layer begins at random.
+    """
+
+    source: str
+    path: str
+    weights_sha256: str
+    new_head: bool
+
+
 class TrainFields(Frozen):
     """Everything that decides a run, the data aside: the same value gives the same weights.
 
-    ``method`` says which parameters learn in which step (:mod:`~advmoe_deploy.train.step.methods`),
-    ``loss`` how examples are found and what is minimised on them
-    (:mod:`~advmoe_deploy.train.objectives.adversarial`). ``beta`` weighs the second term of TRADES
-    and RT-ER.
-
-    ``router_lr`` is a peak like ``lr``, and bounded: at 0.1 the scores of AdvMoE's router explode
-    and all images flip between experts. ``router_grad_clip`` bounds the norm of its gradient.
-
-    ``attack_steps`` are those of every attack with more than one; ``attack_noise`` is the deviation
-    of the start of those that ascend a divergence, while those that ascend the cross-entropy start
-    anywhere in the ball. ``attack_step_size`` in [0, 1] pixels is by default 2.5 * epsilon / steps,
-    epsilon (``n-fgsm``, ``free``) or 1.25 * epsilon (``fast``). ``nfgsm_noise`` is N-FGSM's k,
-    ``free_repeats`` the m of free adversarial training, which repeats each batch without shortening
-    the run.
-    ``attack_target`` says whether the gradient of the attack inside training enters the router.
-    ``attack_per_step`` finds new examples for the expert step, as the paper does; without it the
-    router's are used again, for about a third less work. ``attack_in_eval_mode`` attacks the
-    model with its running statistics instead of the batch's.
-
-    ``shared_start`` is the share of the epochs in which all experts are one, without a router;
-    then each takes up the weights so far (sparse upcycling, Komatsuzaki et al., ICLR 2023).
-
-    ``train_images`` trains on the first so many of the training images only, ``test_images`` tests
-    on the first so many of the test images. ``batch_size`` images make one optimizer step.
-    ``accumulate`` works through them in so many parts, for less memory; BatchNorm then sees a part
-    at a time.
-    ``ema_decay`` averages the weights that are evaluated and kept.
-
-    ``balance_loss`` times ``balance_weight`` is added wherever a router learns; ``gate_noise``,
-    ``capacity_factor`` and ``capacity_overflow`` act in training steps only, never in attacks or
-    measurements (:mod:`~advmoe_deploy.train.objectives.forward`).
-
-    ``random_routes`` sends this share of the images to random experts in the experts' step,
-    attacked and clean: each expert then learns from all kinds of images, and whoever moves a route
-    moves little else. ``route_stability`` times KL(scores || scores under attack) is added to the
-    router's loss. The router takes its step on one of ``router_every`` batches.
+    Methods are described in :mod:`~advmoe_deploy.train.step.methods`, losses in
+    :mod:`~advmoe_deploy.train.objectives.adversarial`, what acts in training steps only in
+    :mod:`~advmoe_deploy.train.objectives.forward`.
 
     Some remedies against a router that sends everything to one expert are not in AdvMoE's paper,
-    and on in our recipes of its method. ``balanced_start`` sets the router's last bias so that the
-    mean scores of the first batch are equal; ``even_loads`` sets it after every epoch so that the
-    experts get equally many of the clean training images. ``class_routing_weight`` adds to the
-    router's loss minus the mutual information of class and expert, on clean images and on those
-    that attack the router: all images of a class to one expert, and as many to each. (The paper's
-    released code prescribes label modulo E instead; here the router chooses.) On the digits the
-    paper's objective alone collapses within six epochs, and balancing the load alone splits each
-    class at random, which leaves each expert half the data of every class.
-
-    Method ``sparse`` prunes to the multiply-accumulates of the S-Dense network of ``sparse_ratio``,
-    or to ``sparse_density`` of the weights of each layer where that is set.
-    ``track_router_robustness`` records how the routes withstand attacks before and after experts
-    are updated (:mod:`~advmoe_deploy.train.run.router_robustness`).
+    and on in our recipes of its method: ``balanced_start``, ``even_loads``,
+    ``class_routing_weight``. (The paper's released code prescribes label modulo E instead; here
+    the router chooses.) On the digits the paper's objective alone collapses within six epochs, and
+    balancing the load alone splits each class at random, which leaves each expert half the data of
+    every class.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     name: str
+    """What the run is called in reports."""
     data: str
+    """Data source: a folder of images by class, NAME or NAME:PATH."""
     model: ModelSpec
     threat: ThreatModel
     method: Method
+    """Which parameters learn in which step."""
     loss: Loss = "trades"
+    """How examples are found and what is minimised on them."""
     beta: float = Field(6.0, ge=0)
+    """Weight of the second term of TRADES and RT-ER."""
     epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
     shared_start: float = Field(0.0, ge=0, lt=1)
+    """Share of the epochs in which all experts are one, without a router; then each takes up the
+    weights so far (sparse upcycling, Komatsuzaki et al., ICLR 2023)."""
     train_images: int | None = Field(None, ge=2)
+    """Train on the first so many of the training images only."""
     test_images: int | None = Field(None, ge=1)
+    """Test on the first so many of the test images only."""
     batch_size: int = Field(128, ge=2)
+    """Images of one optimizer step."""
     accumulate: int = Field(1, ge=1)
+    """Parts that a batch is worked through in, for less memory; BatchNorm sees a part at a time."""
     lr: float = Field(0.1, gt=0)
+    """Peak learning rate."""
     router_lr: float = Field(MAX_ROUTER_LR, gt=0, le=MAX_ROUTER_LR)
+    """Peak learning rate of the router; above 0.01 AdvMoE's scores explode and all images flip
+    between experts."""
     router_grad_clip: float = Field(1.0, gt=0)
+    """Bound of the norm of the router's gradient."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of the optimizers."""
     weight_decay: float = Field(5e-4, ge=0)
+    """Weight decay of the optimizers."""
     schedule: Literal["cosine", "one-cycle"] = "cosine"
+    """How the learning rates run from their peak, or to it and back."""
     attack_steps: int = Field(2, ge=1)
-    attack_step_size: float | None = Field(None, gt=0)
+    """Steps of every attack inside training that has more than one."""
+    attack_step_size: Pixels | None = Field(None, gt=0)
+    """Step in [0, 1] pixels; by default 2.5 epsilon / attack_steps, epsilon (n-fgsm, free) or
+    1.25 epsilon (fast)."""
     attack_noise: float = Field(0.001, ge=0)
+    """Deviation of the start of attacks that ascend a divergence; those that ascend the
+    cross-entropy start anywhere in the ball."""
     nfgsm_noise: float = Field(2.0, ge=0)
+    """k of N-FGSM, whose noise is uniform in k times the ball."""
     free_repeats: int = Field(4, ge=1)
+    """m of free adversarial training, which repeats each batch without shortening the run."""
     attack_target: Literal["model", "straight-through"] = "straight-through"
+    """Whether the gradient of the attack inside training enters the router."""
     attack_per_step: bool = True
+    """Find new examples for the experts' step, as AdvMoE's paper does; without it the router's are
+    used again, for about a third less work."""
     attack_in_eval_mode: bool = True
+    """Attack the model with its running statistics instead of the batch's."""
     balance_loss: BalanceLoss | None = None
+    """Loss for even loads of the experts, added wherever a router learns."""
     balance_weight: float = Field(0.5, gt=0)
+    """Weight of balance_loss."""
     gate_noise: float = Field(0.0, ge=0)
+    """Deviation of noise on the scores, in training steps only."""
     capacity_factor: float | None = Field(None, gt=0)
+    """Rows that an expert takes in a training step, in fair shares; null: any number."""
     capacity_overflow: Literal["reassign", "drop"] = "reassign"
+    """What becomes of rows above the capacity."""
     router_every: int = Field(1, ge=1)
+    """The router takes its step on one of so many batches."""
     random_routes: float = Field(0.0, ge=0, le=1)
+    """Share of the images sent to random experts in the experts' step, attacked and clean, so that
+    each learns from all kinds and whoever moves a route moves little else."""
     route_stability: float = Field(0.0, ge=0)
+    """Weight of KL(scores || scores under attack) in the router's loss."""
     balanced_start: bool = False
+    """Set the router's last bias so that the mean scores of the first batch are equal."""
     even_loads: bool = False
+    """Set that bias after every epoch so that the experts get equally many clean images."""
     class_routing_weight: float = Field(0.0, ge=0)
+    """Weight of minus the mutual information of class and expert in the router's loss: all images
+    of a class to one expert, and as many to each."""
     sparse_ratio: float = Field(0.5, gt=0, le=1)
+    """Method sparse prunes to the multiply-accumulates of the S-Dense network of this ratio."""
     sparse_density: float | None = Field(None, gt=0, le=1)
+    """Method sparse keeps this share of the weights of each layer instead."""
     crop_padding: int = Field(0, ge=0)
+    """Pixels of black around an image before a random crop of its size."""
     flip: bool = False
+    """Mirror half of the training images."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of the average of the weights that is evaluated and kept."""
     seed: int = Field(0, ge=0)
+    """Seed of weights, order and every random number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """What is computed in; 16-mixed needs a GPU."""
     channels_last: bool = True
+    """Lay out images as convolutions on a GPU like best."""
     evaluate_every: int = Field(1, ge=1)
+    """Epochs between measurements on the hold-out; the best of them is the result."""
     holdout_attack_steps: int = Field(10, ge=1)
+    """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)
+    """Steps of PGD on the test images."""
     track_router_robustness: bool = False
+    """Record how routes withstand attacks before and after experts are updated."""
+    start: Start | None = None
+    """Model whose weights the run begins with; null: random ones."""
+    chosen: dict[str, str] = Field(default_factory=dict)
+    """What was chosen from the data and the device, and why; it decides nothing."""
 
     @property
     def shared_epochs(self) -> int:

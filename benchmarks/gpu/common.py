@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.specs import BatchProfile, ExpertLayers, ModelSpec, Precision, VisionTransformer
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
+from advmoe_deploy.specs import ExpertLayers, ModelSpec, Precision, VisionTransformer
 
 BATCH = BatchProfile(min=1, opt=128, max=256)
 PACKAGES = (

@@ -1,10 +1,12 @@
-"""Writer of docs/reference/api.md from signatures and docstrings of functions and types."""
+"""Writer of docs/reference/api.md and settings.md from signatures, docstrings and fields."""
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,26 @@ from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.runtime.runner import Prediction, Runner
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
+from advmoe_deploy.train.meaning import settings_of
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify.report import RobustReport
 
 PAGE = Path(__file__).parents[1] / "reference" / "api.md"
+SETTINGS_PAGE = PAGE.with_name("settings.md")
 HEAD = """# Python API
 
 `make docs` writes this page from [advmoe_deploy/api/](../../advmoe_deploy/api). Importing
 `advmoe_deploy` loads no library; the first use of a name does. Images are float32 `[N, C, H, W]`
 in [0, 1]. Errors are those of [errors.py](../../advmoe_deploy/errors.py), all of them
 `AdvMoEError`, each of one line."""
+SETTINGS_HEAD = """# Settings of a training
+
+`make docs` writes this page from [fields.py](../../advmoe_deploy/train/fields.py) and
+[specs.py](../../advmoe_deploy/specs.py). `advmoe train RECIPE --set KEY=VALUE` changes a setting;
+`advmoe show RECIPE` has the values of a recipe. A value is JSON, or a plain word; a radius may be a
+fraction, `8/255`. `model.expert_layers` and `model.transformer` are null where they are not for a
+family."""
 OBJECTS = [getattr(api, name) for name in api.__all__]
 FUNCTIONS = sorted(
     filter(inspect.isfunction, OBJECTS),
@@ -47,6 +58,20 @@ def api_page() -> str:
     functions = [entry(each, signature(each)) for each in FUNCTIONS]
     types = [entry(each, outline(each)) for each in TYPES]
     return "\n\n".join([HEAD, "## Functions", *functions, "## Types", *types]) + "\n"
+
+
+def settings_page() -> str:
+    """Return the page of all settings: a table for each group."""
+    tables = []
+    for group, settings in groupby(settings_of(), lambda one: one.group):
+        rows = [
+            f"| `{one.key}` | {'required' if one.is_required else f'`{json.dumps(one.default)}`'} "
+            f"| {one.allowed} | {one.meaning} |".replace("||", r"\|\|")
+            for one in settings
+        ]
+        head = "| setting | default | allowed | meaning |\n|---|---|---|---|"
+        tables.append("\n".join([f"## {group.capitalize()}\n\n{head}", *rows]))
+    return "\n\n".join([SETTINGS_HEAD, *tables]) + "\n"
 
 
 def entry(thing: Callable[..., Any] | type, code: str) -> str:
@@ -87,5 +112,6 @@ def markdown(docstring: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(api_page(), encoding="utf-8")
-    sys.stdout.write(f"wrote {PAGE}\n")
+    for page, text in ((PAGE, api_page()), (SETTINGS_PAGE, settings_page())):
+        page.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote {page}\n")

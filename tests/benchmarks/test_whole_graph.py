@@ -16,7 +16,7 @@ from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.plan import ExpertsStep, Plan
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from benchmarks.gpu.experiments.whole_graph import WHOLE, whole_graph, whole_plan
 from tests.families import spec_of
 

@@ -1,16 +1,20 @@
 """``advmoe import``: a run that ``export`` takes, from the files of each of the papers' code."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
 from advmoe_deploy.models.upstream.importer import import_checkpoint
+from advmoe_deploy.specs import ThreatModel
+from tests.data.images import write_png
 from tests.models.upstream.test_dual import released
 from tests.models.upstream.test_robust_experts import released as released_experts
 from tests.models.upstream.test_robust_experts import spec_of
@@ -45,6 +49,8 @@ def test_a_file_becomes_a_run_that_export_takes(
     assert run(["export", "runs/best", "--format", "onnx"]) == 2
     assert "pass --data, or --data random:1000" in capsys.readouterr().err
     assert run(["export", "runs/best", "--format", "onnx", "--data", "random:8"]) == 0
+    told = capsys.readouterr().out
+    assert "next: advmoe profile runs/best/bundle; 'advmoe verify' needs --data" in told
 
 
 def test_the_screen_says_what_it_is_and_what_comes_next(
@@ -146,3 +152,101 @@ def test_released_files_of_the_other_families(
     with torch.no_grad():
         logits = model(torch.from_numpy(answers["x"]))
     np.testing.assert_allclose(logits, answers["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def ten_classes(tmp_path: Path) -> Path:
+    """Five images of each of ten classes, by the names of the digits."""
+    root = tmp_path / "photos"
+    for label, name in enumerate(NAMES):
+        for index in range(5):
+            write_png(root / name / f"{index}.png", 10 * label + index)
+    return root
+
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_what_is_said_of_a_file_is_remembered_and_the_next_commands_work_as_printed(
+    capsys: Capture, advmoe_file: Path, ten_classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(advmoe_file.parent)
+    Path("names.txt").write_text("\n".join(NAMES) + "\n")
+    known = ["--classes", "names.txt", "--data", "photos", "--epsilon", "8/255"]
+    line = ["import", "best.pth", "--from", "advmoe", "--set", "image_size=16", *known]
+    assert run([*line, "--out", "a run"]) == 0
+    told = capsys.readouterr().out
+    assert "zero, one, two" in told
+    checkpoint = read_checkpoint(Path("a run/model"))
+    assert checkpoint.class_names == tuple(NAMES)
+    assert checkpoint.threat == ThreatModel(epsilon=8 / 255)
+    assert checkpoint.provenance["data"] == f"folder:{ten_classes}?size=16"
+    assert run(next_of(told)) == 0
+    told = capsys.readouterr().out
+    verify = next_of(told)
+    assert verify[0] == "verify"
+    # Untrained, and of ten images: whether it is robust is not the question here.
+    assert run([*verify, "--images", "2", "--max-drop", "100", "--json"]) in (0, 6)
+    assert json.loads(capsys.readouterr().out)["threat"]["epsilon"] == 8 / 255
+
+
+def test_the_data_tell_the_classes_which_is_said(
+    capsys: Capture, advmoe_file: Path, ten_classes: Path
+) -> None:
+    out = advmoe_file.parent / "run"
+    line = ["import", str(advmoe_file), "--from", "advmoe", "--set", "image_size=16"]
+    assert run([*line, "--data", str(ten_classes), "--out", str(out)]) == 0
+    assert "taken to be those of the data, in its order: eight, five" in capsys.readouterr().err
+    assert read_checkpoint(out / "model").class_names == tuple(sorted(NAMES))
+
+
+def next_of(told: str) -> list[str]:
+    """Return the command that a screen ends with; lines are broken where the screen ends."""
+    return shlex.split(" ".join(told.partition("next: advmoe ")[2].split()))
+
+
+@pytest.mark.parametrize(
+    ("known", "code", "says"),
+    [
+        (["--classes", "cat,dog,bird"], 2, "names 3 classes, and the model has 10"),
+        (["--classes", "cat,cat"], 2, "names cat twice"),
+        (["--classes", "missing.txt"], 3, "is no file; name one with a class a line"),
+        (["--data", "photos3"], 2, "has 3 classes, and the model has 10"),
+        (["--data", "missing/"], 3, "is no folder"),
+        (["--data", "digitz"], 2, "did you mean digits"),
+        (["--data", "digits"], 2, "has images of (1, 8, 8), the model takes (3, 32, 32)"),
+        (["--epsilon", "8"], 2, "write 8/255"),
+    ],
+)
+def test_what_cannot_be_of_this_model_is_refused(
+    capsys: Capture,
+    advmoe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    known: list[str],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(advmoe_file.parent)
+    for label in range(3):
+        for index in range(5):
+            write_png(Path("photos3") / str(label) / f"{index}.png", 10 * label + index)
+    assert run(["import", "best.pth", "--from", "advmoe", *known]) == code
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert says in line
+    assert line.startswith("advmoe: error: ")
+    assert not Path("runs").exists()
+
+
+def test_export_refuses_data_of_other_classes(
+    capsys: Capture, tiny_run: Path, tmp_path: Path
+) -> None:
+    for label in range(3):
+        for index in range(5):
+            grey = np.random.default_rng([label, index]).integers(0, 255, (8, 8), np.uint8)
+            file = tmp_path / "photos" / str(label) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey).save(file)
+    line = ["export", str(tiny_run), "--format", "onnx", "--out", str(tmp_path / "bundle")]
+    assert run([*line, "--data", str(tmp_path / "photos")]) == 2
+    assert "has 3 classes, the model 10; pass --data" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()

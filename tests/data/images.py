@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
 
 SIDE = 32
 
@@ -47,3 +48,38 @@ def write_folders(root: Path, names: Sequence[str] = ("a", "b"), *, first: int =
                 number = first + 100 * label + start + index
                 write_png(root / split / name / f"{index}.png", number)
     return root
+
+
+def write_photos(root: Path, count: int = 12) -> Path:
+    """Write ``count`` photographs of each of three classes: ``CLASS/*``, as people have them.
+
+    Of scikit-learn's real images: pieces of a temple and of a flower, and handwritten digits, in
+    three formats, of many sizes, every fourth stored upside down with a note to turn it.
+    """
+    kinds = {"temple": _pieces(0, count), "flower": _pieces(1, count), "digit": _digits(count)}
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    for name, images in kinds.items():
+        (root / name).mkdir(parents=True)
+        for index, image in enumerate(images):
+            file = root / name / f"{index:03}.{('jpg', 'png', 'webp')[index % 3]}"
+            turned = index % 4 == 3
+            stored = image.transpose(Image.Transpose.ROTATE_180) if turned else image
+            stored.save(file, exif=upside_down if turned else Image.Exif())
+    return root
+
+
+def _pieces(which: int, count: int) -> list[Image.Image]:
+    photo = Image.fromarray(load_sample_images().images[which])
+    random = np.random.default_rng(which)
+    pieces = []
+    for _ in range(count):
+        width, height = (int(side) for side in random.integers(90, 200, 2))
+        left, top = (int(random.integers(most)) for most in (640 - width, 427 - height))
+        pieces.append(photo.crop((left, top, left + width, top + height)))
+    return pieces
+
+
+def _digits(count: int) -> list[Image.Image]:
+    grey = (load_digits().images[:count] * 255 / 16).astype(np.uint8)
+    return [Image.fromarray(g).resize((96, 120)).convert("RGB") for g in grey]

@@ -155,8 +155,8 @@ def test_batches_that_are_wrong_are_one_line(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_says_what_was_found_and_what_to_do(tmp_path: Path) -> None:
-    def said(name: str) -> str:
-        return one_line_of(f"folder:{tmp_path / name}?size=32").replace(str(tmp_path), "")
+    def said(name: str, data: str = "folder:{}?size=32") -> str:
+        return one_line_of(data.format(tmp_path / name)).replace(str(tmp_path), "")
 
     for name in ("a", "b"):
         write_png(tmp_path / "bare" / name / "0.png", 0)
@@ -170,13 +170,13 @@ def test_what_cannot_be_read_says_what_was_found_and_what_to_do(tmp_path: Path) 
         archive.writestr("train/a/0.png", b"")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "data.npz").touch()
-    assert "no folder train and no folder val, but images below a, b" in said("bare")
+    assert "no folder train and no folder test, but images below a, b" in said("bare", "cifar10:{}")
     assert "holds it/train/CLASS/; name /nested/it instead" in said("nested")
     assert "holds 1 images such as val/1.png and no class folders; sort them" in said("flat")
-    assert "holds a folder train and no folder val or valid" in said("no-test")
+    assert "holds a folder train and no folder test or val" in said("no-test", "cifar10:{}")
     assert "holds the archive tiny.zip; unpack it (unzip tiny.zip)" in said("packed")
     assert "packed/tiny.zip is a file; unpack it" in said("packed/tiny.zip")
-    assert "but 1 .npz; put images into train/CLASS/ and val/CLASS/" in said("other")
+    assert "but 1 .npz; put images into a folder for each class" in said("other")
 
 
 def test_hidden_tables_and_shards_are_not_read(tmp_path: Path) -> None:

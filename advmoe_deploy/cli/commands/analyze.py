@@ -9,6 +9,7 @@ from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
     Data,
+    Epsilon,
     Json,
     Overwrite,
     Threads,
@@ -58,12 +59,7 @@ def analyze(
         float, typer.Option("--sigma", help="Noise of the smoothing, in [0, 1] pixels.")
     ] = 0.25,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each PGD.")] = 20,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
-        ),
-    ] = None,
+    epsilon: Epsilon = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of attacks and noise.")] = 0,
     out: Annotated[
         Path | None,

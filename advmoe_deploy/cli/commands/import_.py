@@ -7,6 +7,8 @@ import typer
 
 from advmoe_deploy.cli.options import Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.process import use_threads
+from advmoe_deploy.settings import epsilon_of
 
 
 def import_checkpoint(
@@ -32,6 +34,32 @@ def import_checkpoint(
             "--key ema_model of the names that begin so; '.' for the top.",
         ),
     ] = "",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="FILE|CAT,DOG,...",
+            help="Names of the classes in the order of the outputs, in a file one a line; by "
+            "default those of --data.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER|NAME[:PATH]",
+            help="What it was trained on, for 'export' and 'verify' to know.",
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--epsilon",
+            metavar="RADIUS",
+            parser=epsilon_of,
+            help="l-inf radius in [0, 1] pixels that it was trained for, such as 8/255.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -44,18 +72,30 @@ def import_checkpoint(
 ) -> None:
     """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
     run = out or Path("runs") / file.stem
-    use_torch_threads(threads)
+    use_threads(threads)
     with session(as_json) as ui:
+        from advmoe_deploy.data.remembered import remembered
+
+        known = remembered(classes, data, epsilon, ui.progress.note)
+        use_torch_threads(threads)
         from advmoe_deploy.cli.tables import training as training_tables
         from advmoe_deploy.models.macs import macs_of
         from advmoe_deploy.models.upstream.run import run_from_released
 
         checkpoint = run_from_released(
-            file, source, run, settings=settings or (), key=key, overwrite=overwrite
+            file,
+            source,
+            run,
+            settings=settings or (),
+            key=key,
+            overwrite=overwrite,
+            describe=known.of,
         )
         value = {
             "run": str(run),
             "model": checkpoint.model.model_dump(mode="json"),
+            "class_names": checkpoint.class_names,
+            "threat": checkpoint.threat and checkpoint.threat.model_dump(mode="json"),
             "macs": macs_of(checkpoint.model).model_dump(mode="json"),
             **checkpoint.provenance,
         }

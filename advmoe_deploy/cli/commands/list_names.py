@@ -26,7 +26,7 @@ _DATA_SUMMARIES = {
     "cifar100": "as cifar10, with its 100 fine labels",
     "tiny-imagenet": "200 classes, 64 x 64; as cifar10",
     "imagenet": "imagenet:PATH reads PATH/train/CLASS/* and PATH/val/CLASS/*, 224 x 224",
-    "folder": "folder:PATH?size=64 reads any classes, so or in tables or shards",
+    "folder": "PATH, or folder:PATH?size=64, reads PATH/CLASS/*, split or not, tables and shards",
 }
 
 

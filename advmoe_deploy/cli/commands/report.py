@@ -11,6 +11,7 @@ from advmoe_deploy.cli.options import (
     ClassMap,
     Data,
     Engines,
+    Epsilon,
     Json,
     Overwrite,
     Suite,
@@ -35,12 +36,7 @@ def report(
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Test images; by default all.")
     ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
-        ),
-    ] = None,
+    epsilon: Epsilon = None,
     max_drop: Annotated[
         float, typer.Option("--max-drop", min=0.0, help="Accuracy it may lose, in points.")
     ] = 0.5,

@@ -11,6 +11,7 @@ from advmoe_deploy.cli.options import (
     ClassMap,
     Data,
     Engine,
+    Epsilon,
     Json,
     SignedBy,
     Suite,
@@ -37,12 +38,7 @@ def verify(
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Test images; by default all.")
     ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            "--epsilon", help="l-inf radius in [0, 1] pixels; by default the model's own."
-        ),
-    ] = None,
+    epsilon: Epsilon = None,
     save_examples: Annotated[
         Path | None,
         typer.Option(

@@ -45,7 +45,11 @@ def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
     own = resolved(bundle, own_engine(bundle))
     others = [each for each in engines if (each.backend, each.precision) != own]
     options = "".join(f" --engine {each.name}" for each in others)
-    return f"next{where}: advmoe verify {bundle.path}{options}"
+    path, manifest = quote(str(bundle.path)), bundle.manifest
+    if not manifest.data:
+        return f"next: advmoe profile {path}; 'advmoe verify' needs --data: what it was trained on"
+    radius = "" if manifest.threat else " --epsilon 8/255"
+    return f"next{where}: advmoe verify {path}{options}{radius}"
 
 
 def repository_report(out: Path, models: Sequence[str]) -> RenderableType:

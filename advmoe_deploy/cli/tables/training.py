@@ -1,6 +1,7 @@
 """Tables of training and import, short screens; render.py draws them."""
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -27,7 +28,7 @@ def train_report(report: "TrainReport") -> RenderableType:
     if report.nonzero_macs is not None and report.density is not None:
         left = f"{report.nonzero_macs:,}, {percent(report.density)} of the weights"
         rows.insert(-1, ("MACs that are left", left))
-    hint = f"next: advmoe export {report.run} --format onnx"
+    hint = f"next: advmoe export {quote(report.run)} --format onnx"
     return Group(facts(f"{report.run}", rows), escape(hint))
 
 
@@ -75,7 +76,12 @@ def import_report(value: Mapping[str, Any]) -> RenderableType:
         ),
         *((key.replace("_", " "), _spec_text(value[key])) for key in _READING if value[key]),
     ]
-    hint = f"next: advmoe export {value['run']} --format onnx --data random:1000"
+    named = [name for name in value["class_names"] if not name.isdecimal()]
+    known = {"classes": ", ".join(named), "data": value.get("data")}
+    known["epsilon"] = f"{threat['epsilon']:.4g}" if (threat := value["threat"]) else ""
+    rows += [(key, text) for key, text in known.items() if text]
+    noise = "" if value.get("data") else " --data random:1000"
+    hint = f"next: advmoe export {quote(value['run'])} --format onnx{noise}"
     return Group(facts(value["run"], rows), escape(hint))
 
 

@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.cli.session import Session
 from advmoe_deploy.cli.targets.source import Source
+from advmoe_deploy.settings import epsilon_of
 
 _IMAGES = 20
 
@@ -22,7 +23,10 @@ Images = Annotated[
 Epsilon = Annotated[
     float | None,
     typer.Option(
-        "--epsilon", help="web: l-inf radius of its attacks, by default the one trained for."
+        "--epsilon",
+        metavar="RADIUS",
+        parser=epsilon_of,
+        help="web: l-inf radius of its attacks, such as 8/255; by default the one trained for.",
     ),
 ]
 Runtime = Annotated[

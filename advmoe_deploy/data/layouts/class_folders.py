@@ -27,13 +27,15 @@ def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
         DataError: the test split is missing, has other classes or does not tell them, or a class
             has no image.
     """
-    train = next(iter(_split_folders(tree, wanted.train)), "")
+    train = next(iter(split_folders(tree, wanted.train)), "")
     names = tree.subfolders(train) if train else ()
     if not names:
         return None
     if len(names) < 2:
         raise DataError(f"{tree.root / train} holds 1 class folder, {names[0]}; give at least two")
-    tests = _split_folders(tree, wanted.test)
+    tests = split_folders(tree, wanted.test)
+    if not tests and wanted.may_split:
+        return None
     if not tests:
         raise DataError(
             f"{tree.root} holds a folder {train} and no folder {' or '.join(wanted.test)}; move "
@@ -41,7 +43,7 @@ def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
         )
     # Test images without labels may lie beside validation images that have them.
     test = next((each for each in tests if _tells_classes(tree, each, names)), tests[0])
-    return _by_folder(tree, train, names), _test_images(tree, test, names, train)
+    return by_folder(tree, train, names), _test_images(tree, test, names, train)
 
 
 def images_of(files: Iterable[str]) -> list[str]:
@@ -49,7 +51,7 @@ def images_of(files: Iterable[str]) -> list[str]:
     return [file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES]
 
 
-def _split_folders(tree: Tree, names: Iterable[str]) -> list[str]:
+def split_folders(tree: Tree, names: Iterable[str]) -> list[str]:
     """Return those of ``names`` that are folders, each in its own spelling."""
     spelled = {folder.lower(): folder for folder in tree.subfolders()}
     return [spelled[name] for name in names if name in spelled]
@@ -78,7 +80,7 @@ def _test_images(tree: Tree, folder: str, names: Sequence[str], train: str) -> L
             f"{tree.root / train} and {tree.root / folder} hold different classes: "
             f"{_difference(names, found)}; name them alike"
         )
-    return _by_folder(tree, folder, names)
+    return by_folder(tree, folder, names)
 
 
 def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
@@ -91,24 +93,34 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
+def by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
+    """Return the images of the class folders ``names`` in ``folder``; the root's are empty.
+
+    Raises:
+        DataError: one of them holds no image.
+    """
+    top = f"{folder}/" if folder else ""
     files: list[str] = []
     labels: list[int] = []
     by_class: dict[str, list[str]] = {name: [] for name in names}
-    there = tree.below(folder)
+    there = tree.below(folder) if folder else tree.files
     images = images_of(there)
     if others := sorted({*there} - {*images}):
+        below = f" below {folder}" if folder else ""
         say_once(
-            f"{tree.root}: {len(others):,} files below {folder} are no images by their suffix and "
-            f"not read, such as {others[0]}"
+            f"{tree.root}: {len(others):,} files{below} are no images by their suffix and not "
+            f"read, such as {others[0]}"
         )
     for file in images:
-        name = file.removeprefix(f"{folder}/").split("/")[0]
+        name = file.removeprefix(top).split("/")[0]
         if name in by_class:
             by_class[name].append(file)
     for label, (name, found) in enumerate(by_class.items()):
         if not found:
-            raise DataError(f"{tree.root / folder / name} holds no image ({', '.join(SUFFIXES)})")
+            raise DataError(
+                f"{tree.root / folder / name} holds no image ({', '.join(SUFFIXES)}); put some "
+                "there, or remove the folder"
+            )
         files += found
         labels += [label] * len(found)
     return _of_files(tree, files, labels, names)

@@ -9,11 +9,18 @@ from advmoe_deploy.data.layouts.listing import Listing, Wanted, in_order_of
 from advmoe_deploy.data.layouts.shards import webdataset_shards
 from advmoe_deploy.data.layouts.tables import image_tables
 from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
+from advmoe_deploy.data.layouts.unsplit import unsplit_class_folders
 from advmoe_deploy.errors import DataError
 
 Layout = Callable[[Tree, Wanted], tuple[Listing, Listing] | None]
 TABLES_FIRST: tuple[Layout, ...] = (image_tables, cifar_batches, webdataset_shards, class_folders)
-FOLDERS_FIRST: tuple[Layout, ...] = (class_folders, image_tables, webdataset_shards, cifar_batches)
+FOLDERS_FIRST: tuple[Layout, ...] = (
+    class_folders,
+    image_tables,
+    webdataset_shards,
+    cifar_batches,
+    unsplit_class_folders,
+)
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
@@ -54,6 +61,11 @@ def _hint(tree: Tree, wanted: Wanted, way_out: str) -> str:
             f"{root} holds no folder {train} and no folder {test}, but images below "
             f"{', '.join(classes[:3])}{'...' if len(classes) > 3 else ''}; move them to "
             f"{train}/CLASS/, and some of each class to {test}/CLASS/"
+        )
+    if loose := images_of(tree.files_in()):
+        return (
+            f"{root} holds {len(loose):,} images and no class folders; put those of each class "
+            f"into {root}/CLASS/"
         )
     return (
         f"{root} holds no {train}-*.parquet, no {train}/CLASS/, no CIFAR batches and no "

@@ -18,7 +18,7 @@ class Listing:
 
     ``encoded`` gives the bytes of an image file, ``where`` names the image for people, and
     ``stamp`` tells it from all others without decoding it. ``class_names`` is empty where the
-    layout does not tell.
+    layout does not tell. ``split_off`` marks test images that we chose from among all.
     """
 
     labels_N: npt.NDArray[np.int64]
@@ -26,9 +26,21 @@ class Listing:
     encoded: Callable[[int], Any]
     where: Callable[[int], str]
     stamp: Callable[[int], str]
+    split_off: bool = False
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def take(self, rows_N: npt.NDArray[np.int64], *, split_off: bool = False) -> "Listing":
+        """Return the listing of these rows."""
+        return replace(
+            self,
+            labels_N=self.labels_N[rows_N],
+            encoded=lambda row: self.encoded(int(rows_N[row])),
+            where=lambda row: self.where(int(rows_N[row])),
+            stamp=lambda row: self.stamp(int(rows_N[row])),
+            split_off=split_off,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class Wanted:
     """What a data set looks for: its columns, and the names of its splits, the best first.
 
     With ``is_test_alone`` no training images are wanted: the test images stand in their place.
+    With ``may_split`` class folders need no test split of their own.
     """
 
     images: tuple[str, ...] = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
@@ -43,6 +56,7 @@ class Wanted:
     train: tuple[str, ...] = ("train", "training")
     test: tuple[str, ...] = ("test", "valid", "validation", "val", "testing")
     is_test_alone: bool = False
+    may_split: bool = False
 
     @property
     def test_alone(self) -> "Wanted":

@@ -22,9 +22,12 @@ _NOISE = "random:"
 _ADVICE = "pass --data, or --data random:1000 to check on noise"
 
 
-def absolute_source(source: str) -> str:
-    """Return ``source`` as it is to be recorded: its path, if it has one, absolute."""
-    return source if not source or source.startswith(_NOISE) else absolute(source)
+def absolute_source(source: str, size: int) -> str:
+    """Return ``source`` as it is to be recorded: its path, if it has one, absolute.
+
+    A folder of images that says no size gets ``size``, that of the model.
+    """
+    return source if not source or source.startswith(_NOISE) else absolute(source, size)
 
 
 def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None = None) -> Images:
@@ -33,7 +36,7 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     ``random:N`` are N images of seeded uniform noise. Image files are read as ``decoding`` says.
 
     Raises:
-        UsageError: ``source`` is missing, unknown or of another image size.
+        UsageError: ``source`` is missing, unknown, of another image size or of other classes.
         DataError: the data set cannot be read.
     """
     if not source:
@@ -49,6 +52,10 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     if images.shape[1:] != spec.image_shape:
         raise UsageError(
             f"{source} has images {images.shape[1:]}, the model takes {spec.image_shape}; {_ADVICE}"
+        )
+    if len(data.class_names) != spec.num_classes:
+        raise UsageError(
+            f"{source} has {len(data.class_names)} classes, the model {spec.num_classes}; {_ADVICE}"
         )
     return to_float(images[:PARITY_IMAGES])
 

@@ -31,8 +31,8 @@ from advmoe_deploy.runtime.tensorrt.device import this_device
 from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 from advmoe_deploy.runtime.tensorrt.load import graph_files, runner_of_engines
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
+from advmoe_deploy.specs import Precision
 
 SUFFIX = ".engine"
 

@@ -26,8 +26,7 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     region_rows,
     rows_per_image,
 )
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
 
 
 @dataclass(frozen=True)

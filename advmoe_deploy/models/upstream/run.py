@@ -1,14 +1,21 @@
 """A run from a released checkpoint, as ``advmoe import`` and the Python API write it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.upstream.importer import parse_settings, read_released
+from advmoe_deploy.reports.checkpoint import Known
+from advmoe_deploy.specs import ModelSpec
 
 # What tells a run that may be replaced from a folder that is none.
 _MARKER = "model/checkpoint.json"
+
+
+def numbered(spec: ModelSpec) -> Known:
+    """Return that nothing is known of a network: its classes are called by their numbers."""
+    return Known(tuple(map(str, range(spec.num_classes))))
 
 
 def run_from_released(
@@ -19,6 +26,7 @@ def run_from_released(
     settings: Iterable[str] = (),
     key: str = "",
     overwrite: bool = False,
+    describe: Callable[[ModelSpec], Known] = numbered,
 ) -> Checkpoint:
     """Return what ``run`` now says of a released checkpoint; its provenance says how it was read.
 
@@ -29,6 +37,7 @@ def run_from_released(
         settings: what shapes cannot tell, each ``KEY=VALUE``.
         key: where the network is in a file of several.
         overwrite: replace an older run.
+        describe: tells classes, threat model and data of the network that was found.
 
     Raises:
         CheckpointError: the file cannot be used, see there.
@@ -37,10 +46,11 @@ def run_from_released(
     refuse_existing(run, overwrite=overwrite, marker=_MARKER)
     overrides = parse_settings(settings)
     imported = read_released(file, source, overrides, key)
+    known = describe(imported.spec)
     checkpoint = Checkpoint(
         model=imported.spec,
-        threat=None,
-        class_names=tuple(str(label) for label in range(imported.spec.num_classes)),
+        threat=known.threat,
+        class_names=known.class_names,
         recipe={"name": f"imported from {source}", "settings": overrides},
         metrics={},
         provenance={
@@ -48,6 +58,7 @@ def run_from_released(
             "file": file.name,
             "file_sha256": sha256_of(file),
             **imported.report(),
+            **known.data,
         },
     )
     with staged_directory(run, overwrite=overwrite) as staged:

@@ -40,8 +40,8 @@ from advmoe_deploy.runtime.tensorrt.api import (
     version_text,
 )
 from advmoe_deploy.runtime.tensorrt.rtx import targets
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes, with_least
-from advmoe_deploy.specs import BatchProfile, Frozen, Precision
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes, with_least
+from advmoe_deploy.specs import Frozen, Precision
 
 # The flag that allows each precision where a graph's own types do not rule.
 _FLAGS: dict[Precision, tuple[str, ...]] = {

@@ -14,8 +14,8 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     region_rows,
     rows_per_image,
 )
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.runtime.tensorrt.slots import View
-from advmoe_deploy.specs import BatchProfile
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     rows_per_image,
 )
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.runtime.tensorrt.slot import Stored, TensorRtSlot
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.specs import Precision
 
 # Batches that may be under way at once: while one waits for its ids, the other computes.
 SLOTS = 2

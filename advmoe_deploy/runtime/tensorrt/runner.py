@@ -34,9 +34,10 @@ from advmoe_deploy.runtime.tensorrt.rows import (
     dispatch_name,
     padded,
 )
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
 from advmoe_deploy.runtime.tensorrt.slots import Call, ExecutionSlot, HostSlot, View
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.specs import Precision
 
 
 class DeviceRunner(Closing):

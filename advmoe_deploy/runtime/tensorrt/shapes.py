@@ -6,10 +6,42 @@ rows that an expert is given (``R``): any number of the routed rows, a balanced 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, TensorInfo
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.specs import Frozen
+
+
+class BatchProfile(Frozen):
+    """Batch sizes an engine is built for; ``opt`` is the one it is fastest at.
+
+    What is not given follows from what is: 1, 64 and 1024, or the nearest that grow.
+    """
+
+    min: int = Field(1, ge=1)
+    opt: int = Field(64, ge=1)
+    max: int = Field(1024, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, given: Any) -> Any:
+        sizes = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
+        if not sizes or not all(isinstance(size, int) for size in sizes.values()):
+            return given
+        low = sizes.get("min", min(1, *sizes.values()))
+        high = sizes.get("max", max(1024, *sizes.values()))
+        return {"min": low, "opt": min(max(64, low), high), "max": high, **sizes}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"batch sizes must grow: min={self.min} opt={self.opt} max={self.max}")
+        return self
+
 
 Sizes = tuple[int, ...]
 

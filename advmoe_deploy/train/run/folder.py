@@ -43,9 +43,9 @@ from advmoe_deploy.models.checkpoint import (
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import RunData, require_same_content
+from advmoe_deploy.train.run.place import CONFIG, is_occupied, require_place
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
-CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -189,12 +189,10 @@ def open_run(
     """
     for directory in (path, path / CHECKPOINTS):
         remove_abandoned(directory)
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if resume:
-        if not occupied:
-            raise UsageError(f"{path} holds no run to resume; leave --resume out")
+        require_place(path, resume=True, overwrite=overwrite)
         require_same(path, config, data)
-    elif occupied:
+    elif is_occupied(path):
         _make_room(path, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
     # Written again by a resumed run, whose data may have moved; last what says that it was begun.
@@ -214,10 +212,7 @@ def _make_room(path: Path, *, overwrite: bool) -> None:
     if killed_at_once and overwrite:  # by another host: remove_abandoned knows those of this one
         shutil.rmtree(path)
         return
-    if not (path / CONFIG).is_file():
-        raise UsageError(f"{path} exists and is no run; choose another --out")
-    if not overwrite:
-        raise UsageError(f"{path} holds a run; pass --resume to go on, or choose another --out")
+    require_place(path, resume=False, overwrite=overwrite)
     shutil.rmtree(path)
 
 
@@ -233,7 +228,8 @@ def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
         raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
     before = _validated(TrainConfig, file)
     kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
-    ours, theirs = config.model_dump(), before.model_dump()
+    told = {"chosen"}  # why, not what
+    ours, theirs = config.model_dump(exclude=told), before.model_dump(exclude=told)
     if kept and kept.fingerprint and data.fingerprint:
         require_same_content(path, kept, data)
         ours["data"] = theirs["data"]

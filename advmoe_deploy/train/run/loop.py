@@ -6,14 +6,12 @@ the same machine with as many threads and processes; with more or fewer, to the 
 rounding.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
 from lightning_fabric import Fabric
 
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.distributed.launch import (
@@ -22,12 +20,15 @@ from advmoe_deploy.train.distributed.launch import (
     process_total,
     was_restarted,
 )
+from advmoe_deploy.train.fit import require_fit
+from advmoe_deploy.train.own_data import told
+from advmoe_deploy.train.request import TrainRequest
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import RunFolder, open_run
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.session import Session
 
-__all__ = ["TrainReport", "train"]
+__all__ = ["TrainReport", "train", "train_requested"]
 
 _SILENT = Silent()
 
@@ -55,8 +56,10 @@ def train(
         DivergedError: a loss, gradient or weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
-    _require_fit(config, data, process_total(devices))
+    require_fit(config, data, process_total(devices))
     config = config.model_copy(update={"data": data.source})
+    if config.chosen:
+        progress.note(told(config))
     folder = RunFolder(out)
     if is_first_process():
         resume = resume or (was_restarted() and folder.was_begun())
@@ -65,29 +68,21 @@ def train(
     return launch(work, devices=devices, precision=config.precision, progress=progress)
 
 
+def train_requested(asked: TrainRequest, progress: Progress = _SILENT) -> TrainReport:
+    """Train what was asked for; for what is raised see :func:`train`."""
+    return train(
+        asked.config,
+        asked.data,
+        asked.out,
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+        devices=asked.devices,
+        progress=progress,
+    )
+
+
 def _work(
     fabric: Fabric, progress: Progress, *, config: TrainConfig, data: Dataset, folder: RunFolder
 ) -> TrainReport:
     session = Session(fabric, config, data, folder, progress)
     return session.finish(session.train())
-
-
-def _require_fit(config: TrainConfig, data: Dataset, processes: int) -> None:
-    model = config.model
-    if model.image_shape != data.image_shape:
-        raise UsageError(
-            f"{data.source} has images of {data.image_shape}, the model takes "
-            f"{model.image_shape}; set model.in_channels and model.image_size"
-        )
-    if model.num_classes != len(data.class_names):
-        raise UsageError(
-            f"{data.source} has {len(data.class_names)} classes, not {model.num_classes}; "
-            f"set model.num_classes={len(data.class_names)}"
-        )
-    images = len(data.train.first(config.train_images))
-    parts = config.accumulate * math.ceil(images / config.batch_size)
-    if images // parts < 2 * processes:
-        raise UsageError(
-            f"batch_size={config.batch_size} leaves under two images for each of {processes} "
-            f"processes, with accumulate={config.accumulate} and {images} images in all"
-        )

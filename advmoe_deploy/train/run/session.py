@@ -88,6 +88,8 @@ class Session:
     def _start(self) -> RunState:
         loaded = self.folder.load()
         if loaded is None:
+            if self.config.start is not None:
+                self.weights.start_from(self.config.start)
             return RunState(epoch=0, best_epoch=0, history=(), seconds=0)
         state, model, tensors = loaded
         self.weights.restore(state.epoch - 1, model, tensors)
@@ -201,6 +203,7 @@ class Session:
                 "seed": self.config.seed,
                 "epoch": state.epoch,
                 "versions": versions(),
+                **({"from": start.model_dump()} if (start := self.config.start) else {}),
                 **_cost(self.config, self.weights.evaluated),
             },
         )

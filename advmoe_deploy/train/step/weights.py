@@ -16,8 +16,10 @@ from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.data.loader import Batch
+from advmoe_deploy.train.fields import Start
 from advmoe_deploy.train.objectives.balance import even_shift
 from advmoe_deploy.train.step.learner import Learner
+from advmoe_deploy.train.step.transfer import transfer
 
 _RAW = "raw."
 _MOMENTUM = "momentum."
@@ -51,6 +53,11 @@ class TrainedWeights:
         for model in (self.learner.model, self.average):
             if isinstance(model, AdvMoE):
                 model.router.fc.bias.data.add_(even_shift(_scores(model, images)))
+
+    def start_from(self, start: Start) -> None:
+        """Begin with the weights of a trained model."""
+        transfer(self.learner.model, start)
+        self._restart_average()
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for ``epoch``, counted from 0."""

@@ -10,7 +10,7 @@ from advmoe_deploy.verify.trial import Images, Labels
 
 def source_of(bundle: Bundle, data: str | None) -> str:
     """Return the data source ``data``, or without one that which the model was trained on."""
-    return absolute(data or bundle.manifest.data)
+    return absolute(data or bundle.manifest.data, bundle.manifest.model.image_size)
 
 
 def images_of(

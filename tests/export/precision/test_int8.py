@@ -34,7 +34,7 @@ from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.verify.verify import verify_bundle
 from tests.conftest import TINY, assert_nothing_left, write_run
 

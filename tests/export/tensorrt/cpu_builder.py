@@ -6,8 +6,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.reports.devices import EngineDevice
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
 
 BATCH = BatchProfile(min=1, opt=8, max=32)
 

@@ -38,8 +38,8 @@ from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.rows import ROWS
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile, ModelSpec, Precision
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
+from advmoe_deploy.specs import ModelSpec, Precision
 from tests.conftest import TINY, assert_nothing_left
 from tests.families import FAMILIES, spec_of
 

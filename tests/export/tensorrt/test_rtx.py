@@ -29,8 +29,8 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.runtime.tensorrt.rtx import targets
 from advmoe_deploy.runtime.tensorrt.rtx.network import Network, NetworkTensor
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile, Precision
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
+from advmoe_deploy.specs import Precision
 from benchmarks.gpu.rtx_builds import OF_DIGITS, graphs_of
 from benchmarks.gpu.rtx_builds import compiled as compiled_of
 from tests.conftest import TINY, assert_nothing_left

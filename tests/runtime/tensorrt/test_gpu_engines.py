@@ -28,8 +28,7 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions, build_engine
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, PinnedBuffer, Stream
 from advmoe_deploy.runtime.tensorrt.engine import TensorRtEngine
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
-from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import BatchProfile
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
 from benchmarks.gpu.visit import cuda_layer
 from tests.conftest import write_run
 from tests.families import spec_of

@@ -21,10 +21,9 @@ from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.runtime.tensorrt.layout import Layout
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
-from advmoe_deploy.runtime.tensorrt.shapes import narrowest, with_least
+from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, narrowest, with_least
 from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
 from advmoe_deploy.runtime.tensorrt.slots import HostSlot
-from advmoe_deploy.specs import BatchProfile
 from tests.families import Families
 
 IMAGES = np.random.default_rng(1).random((24, 1, 8, 8), dtype=np.float32)

@@ -16,6 +16,7 @@ from advmoe_deploy.runtime.tensorrt.build import BuildOptions, _not_built
 from advmoe_deploy.runtime.tensorrt.rtx import kernels
 from advmoe_deploy.runtime.tensorrt.rtx.kernels import prune
 from advmoe_deploy.runtime.tensorrt.shapes import (
+    BatchProfile,
     Shapes,
     narrowest,
     rows_profile,
@@ -24,7 +25,6 @@ from advmoe_deploy.runtime.tensorrt.shapes import (
     with_least,
 )
 from advmoe_deploy.runtime.tensorrt.slot import DeviceArray
-from advmoe_deploy.specs import BatchProfile
 
 BATCH = BatchProfile(min=1, opt=8, max=32)
 H100 = EngineDevice(gpu="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), tensorrt="10.16.1.11")

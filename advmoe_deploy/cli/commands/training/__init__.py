@@ -1,0 +1,1 @@
+"""Commands of training: train, sweep, and show, which explains their settings."""

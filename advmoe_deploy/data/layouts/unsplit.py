@@ -1,0 +1,67 @@
+"""Class folders without a test split: ``CLASS/*``, or ``train/CLASS/*`` alone; one is made."""
+
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from advmoe_deploy.data.dataset import stratified_parts
+from advmoe_deploy.data.layouts.class_folders import by_folder, images_of, split_folders
+from advmoe_deploy.data.layouts.listing import Listing, Wanted
+from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.data.notices import say_once
+from advmoe_deploy.errors import DataError
+
+# One image in so many is for the test.
+_TESTED = 5
+# One to test, one to hold out, and some to train on.
+_LEAST = 5
+# The same images are the test images for every command and every run.
+_SEED = 20230810
+
+
+def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
+    """Return training and test images, a fifth of each class, or ``None`` without class folders.
+
+    Raises:
+        DataError: there is one class, or a class holds under five images.
+    """
+    train = next(iter(split_folders(tree, Wanted().train)), "")
+    train = train if tree.subfolders(train) else ""
+    names = tree.subfolders(train)
+    if not wanted.may_split or not names or (not train and _tells_splits(tree)):
+        return None
+    if len(names) < 2:
+        raise DataError(_one_class(tree, train, names[0]))
+    everything = by_folder(tree, train, names)
+    for name, count in zip(names, np.bincount(everything.labels_N), strict=True):
+        if count < _LEAST:
+            raise DataError(
+                f"{tree.root / train / name} holds {count} image{'s' if count > 1 else ''}; give "
+                f"each class at least {_LEAST}, of which one is to test on and one to choose by"
+            )
+    test_rows, train_rows = stratified_parts(
+        everything.labels_N, (len(everything) // _TESTED,), _SEED
+    )
+    say_once(
+        f"{tree.root} has no test images of its own: a fifth of each class, {len(test_rows):,} in "
+        "all, is kept for the test, always the same"
+    )
+    test = everything.take(np.sort(test_rows), split_off=True)
+    return (test if wanted.is_test_alone else everything.take(np.sort(train_rows))), test
+
+
+def _tells_splits(tree: Tree) -> bool:
+    """Return whether a folder at any depth is called like a split that is no class."""
+    usual = Wanted()
+    here = {name.lower() for name in tree.subfolders()}
+    deep = {PurePosixPath(folder).name.lower() for folder in tree.folders}
+    return bool(here & {*usual.train, *usual.test} or deep & {*usual.train})
+
+
+def _one_class(tree: Tree, train: str, name: str) -> str:
+    folder = f"{train}/{name}" if train else name
+    inner = [one for one in tree.subfolders(folder) if images_of(tree.below(f"{folder}/{one}"))]
+    told = f"{tree.root / train} holds 1 class folder, {name}"
+    if len(inner) > 1:
+        return f"{told}; name {tree.root / folder}, which holds {', '.join(inner[:3])}"
+    return f"{told}; give at least two"

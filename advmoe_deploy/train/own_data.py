@@ -1,0 +1,163 @@
+"""Settings for images of one's own, chosen from the images and the device, each with its reason."""
+
+import json
+import math
+import textwrap
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.data.folder import Survey
+from advmoe_deploy.settings import number_of
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.device import has_bf16, has_gpu
+from advmoe_deploy.train.fields import Start
+from advmoe_deploy.train.recipes.by_family import MANY
+
+# Sizes in pixels; beyond 64 the network begins with a stride, and a CPU would take days.
+_CPU_SIZES, _GPU_SIZES = (8, 16, 32), (8, 16, 32, 64, 128)
+_SMALL_STEM = 64
+_EPSILON = 8 / 255
+# Of the recipe for few images: its share of epsilon, and steps enough for it to learn.
+_STEP_SHARE = 0.625
+_FEW_STEPS = 300
+_FEW_EPOCHS = (24, 40)
+# Mean and deviation are those of so many images; a constant channel is not blown up.
+_MEASURED_IMAGES = 5000
+_LEAST_STD = 1 / 255
+_NAMED = 5
+# What a network that is there already decides, and the share of the recipe's learning rate for it.
+_OF_NETWORK = ("model.image_size", "model.in_channels", "model.mean", "model.std", "model.stem")
+_FINE_TUNING = 0.25
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, the value that was chosen for it, and why."""
+
+    key: str
+    value: object
+    why: str
+
+    @property
+    def setting(self) -> str:
+        """The choice as ``key=value``."""
+        return f"{self.key}={json.dumps(self.value)}"
+
+    @property
+    def told(self) -> str:
+        """The value and the reason, for people."""
+        return f"{_text(self.value)}: {self.why}"
+
+
+def size_for(survey: Survey) -> int:
+    """Return the size in pixels that these images are scaled to unless told."""
+    sizes = _GPU_SIZES if has_gpu() else _CPU_SIZES
+    return max((size for size in sizes if size <= survey.side), default=sizes[0])
+
+
+def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
+    """Return the settings that the images alone decide, of whatever network."""
+    channels, size, _ = data.image_shape
+    names = ", ".join(data.class_names[:_NAMED])
+    if more := len(data.class_names[_NAMED:]):
+        names += f" and {more} more"
+    seen = f"their shorter side is {survey.side} in the middle; " if survey else ""
+    images = data.train.images[:_MEASURED_IMAGES]
+    mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3), dtype=np.float64) / 255
+    measured = f"of {len(images):,} training images"
+    return [
+        Choice("data", data.source, "as given"),
+        Choice("model.num_classes", len(data.class_names), names),
+        Choice("model.image_size", size, f"{seen}--image-size takes another"),
+        Choice("model.in_channels", channels, "all are grey" if channels == 1 else "in colour"),
+        Choice("model.mean", [round(float(v), 4) for v in mean], measured),
+        Choice("model.std", [round(max(float(v), _LEAST_STD), 4) for v in std], measured),
+        Choice("model.stem", "imagenet" if size > _SMALL_STEM else "small", "by the image size"),
+    ]
+
+
+def of_family(
+    family: str, base: TrainConfig, data: Dataset, stem: str, given: Mapping[str, str]
+) -> list[Choice]:
+    """Return the settings that number and kind of the images decide for a family's recipe."""
+    channels, size, _ = data.image_shape
+    images = len(data.train)
+    epsilon = number_of(given["threat.epsilon"]) if "threat.epsilon" in given else _EPSILON
+    flips = channels > 1
+    choices = [
+        Choice("name", f"{stem}-{family}", "data and family"),
+        Choice("threat.epsilon", epsilon, "as papers have it; --epsilon takes another"),
+        Choice("flip", flips, "of photographs" if flips else "mirrored, grey scans may be others"),
+        Choice("crop_padding", size // 8, "an eighth of the size"),
+    ]
+    return choices + (_many() if images >= MANY else _few(images, epsilon, given))
+
+
+def _few(images: int, epsilon: float, given: Mapping[str, str]) -> list[Choice]:
+    batch = 16 if images < 64 else 32 if images < 512 else 64
+    least, most = _FEW_EPOCHS
+    epochs = min(most, max(least, math.ceil(_FEW_STEPS / math.ceil(images / batch))))
+    return [
+        Choice("epochs", epochs, f"for {images:,} training images; --epochs takes another"),
+        Choice("batch_size", batch, f"for {images:,} training images"),
+        Choice("attack_step_size", _STEP_SHARE * epsilon, f"{_STEP_SHARE} of epsilon"),
+        Choice("evaluate_every", max(1, int(given.get("epochs", epochs)) // 6), "six times or so"),
+    ]
+
+
+def _many() -> list[Choice]:
+    if has_bf16():
+        return [Choice("precision", "bf16-mixed", "this device computes in bfloat16")]
+    return [Choice("precision", "32-true", "this CPU does not compute in bfloat16")]
+
+
+def of_origin(
+    start: Start, choices: Collection[Choice], base: TrainConfig, *, is_family: bool
+) -> list[Choice]:
+    """Return those of ``choices`` that a trained model leaves open, and what it brings along."""
+    kept = [choice for choice in choices if choice.key not in _OF_NETWORK]
+    if is_family:
+        gentle = base.lr * _FINE_TUNING
+        kept.append(Choice("lr", gentle, "a quarter of the recipe's, to keep what was learned"))
+    return kept
+
+
+def told(config: TrainConfig) -> str:
+    """Return what was chosen as a short table for people, of at most 80 columns."""
+    width = max(map(len, config.chosen), default=0) + 4
+    lines = ["chosen for these images and this device; --set KEY=VALUE changes each:"]
+    for key, text in config.chosen.items():
+        own = textwrap.wrap(text, 80 - width, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {key if not n else '':<{width - 2}}{line}" for n, line in enumerate(own)]
+    return "\n".join(lines)
+
+
+def chosen(
+    data: Dataset, recipe: str, choices: Collection[Choice], start: Start | None = None
+) -> dict[str, str]:
+    """Return what is to be said and recorded of ``choices``, the split first."""
+    counts = f"{len(data.train):,} to train on, {len(data.holdout):,} to choose the epoch by, "
+    begun = {}
+    if start:
+        new = f"but for a new head for these {len(data.class_names)} classes"
+        begun["from"] = f"{start.source}: its weights, {new if start.new_head else 'head included'}"
+    return {
+        "recipe": recipe,
+        **begun,
+        "split": f"{counts}{len(data.test):,} to test on",
+        **{choice.key: choice.told for choice in choices if choice.key not in ("data", "name")},
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if not isinstance(value, float):
+        return str(value)
+    levels = 255 * value
+    return f"{round(levels)}/255" if math.isclose(levels, round(levels)) else f"{value:.4g}"

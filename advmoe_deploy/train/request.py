@@ -1,0 +1,177 @@
+"""Request of a training: what can be refused is refused here, before PyTorch is loaded."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from advmoe_deploy.data.dataset import Dataset
+from advmoe_deploy.data.folder import Survey, survey
+from advmoe_deploy.data.registry import folder_in, load_dataset
+from advmoe_deploy.decoding import Decoding
+from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.train.config import TrainConfig, apply_overrides
+from advmoe_deploy.train.fit import require_fit
+from advmoe_deploy.train.origin import Origin, origin_of
+from advmoe_deploy.train.own_data import chosen, of_family, of_images, of_origin, size_for
+from advmoe_deploy.train.recipes import RECIPES, recipe
+from advmoe_deploy.train.recipes.by_family import FAMILIES, family_recipe
+from advmoe_deploy.train.run.place import require_place
+
+# What the images decide, and a recipe for others cannot say yet.
+_OF_IMAGES = ("model.in_channels", "model.mean", "model.std")
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A run to be: its configuration, its data, read, its folder, and how it is begun."""
+
+    config: TrainConfig
+    data: Dataset
+    out: Path
+    devices: int
+    resume: bool
+    overwrite: bool
+
+
+def train_request(
+    name: str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+    devices: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    start: tuple[str, Path] | None = None,
+) -> TrainRequest:
+    """Return the run that these arguments ask for; nothing is written and PyTorch is not loaded.
+
+    Args:
+        name: a recipe or, for images of one's own, a family of
+            :data:`~advmoe_deploy.train.recipes.by_family.FAMILIES`.
+        out: the run folder; by default ``runs/`` and the recipe's name.
+        data: a data source, or the path of a folder of images.
+        settings: changes, each ``key=value``.
+        devices: processes that share a batch.
+        resume: go on with the run in ``out``.
+        overwrite: replace the run in ``out``.
+        start: the model whose weights to begin with, as it was named and where it lies.
+
+    Raises:
+        UsageError: an argument is unknown or makes no sense, or ``out`` is in the way.
+        InputError: the data, or the model to begin with, cannot be read.
+    """
+    given = {key: value for key, _, value in (each.partition("=") for each in settings)}
+    base, source = recipe_or_family(name), _source(name, data, given)
+    origin = origin_of(*start) if start else None
+    if origin:
+        origin.require_agreement(given)
+        base = origin.applied_to(base)
+    is_own = origin is not None or name in FAMILIES or folder_in(source) is not None
+    # Nonsense is refused before any image is read.
+    late = _OF_IMAGES if is_own else ()
+    early = [each for each in settings if each.partition("=")[0] not in late]
+    config = apply_overrides(base, [*early, *([f"data={source}"] if source else ())])
+    called = name if name in RECIPES else f"{_stem(source)}-{name}"
+    target = Path(out) if out is not None else Path("runs") / called
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's processes find what the first made
+        require_place(target, resume=resume, overwrite=overwrite)
+    if is_own:
+        asked = _Asked(name, base, source or base.data, tuple(settings), given, origin)
+        config, found = _of_own_images(asked)
+    else:
+        found = load_dataset(config.data)
+    require_fit(config, found, devices)
+    return TrainRequest(config, found, target, devices, resume, overwrite)
+
+
+def recipe_or_family(name: str) -> TrainConfig:
+    """Return the recipe of this name, of a family the one for few images.
+
+    Raises:
+        UsageError: nothing is called so; the nearest names are offered.
+    """
+    if name in RECIPES:
+        return recipe(name)
+    if name in FAMILIES:
+        return family_recipe(name, 0)
+    raise unknown_name("recipe", name, [*RECIPES, *FAMILIES])
+
+
+def _source(name: str, data: str | None, given: Mapping[str, str]) -> str:
+    """Return the data source that was named; empty: that of the recipe."""
+    if data and "data" in given:
+        raise UsageError(f"--data {data} and --set data={given['data']} both name data; give one")
+    source = data or given.get("data", "")
+    if name in FAMILIES and not source:
+        raise UsageError(
+            f"{name} alone needs images of your own: pass --data FOLDER, with a folder for each "
+            f"class in it, or choose a recipe such as digits-{name}"
+        )
+    return source
+
+
+def _stem(source: str) -> str:
+    """Return what the data are called in names: the folder, or the data set."""
+    folder = folder_in(source)
+    return folder[0].resolve().name if folder else source.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is known of a run before its images are."""
+
+    name: str
+    base: TrainConfig
+    source: str
+    settings: tuple[str, ...]
+    given: Mapping[str, str]
+    origin: Origin | None
+
+
+def _of_own_images(asked: _Asked) -> tuple[TrainConfig, Dataset]:
+    """Return the configuration that fits the images, and the images."""
+    data, seen = _images(asked)
+    base, choices = asked.base, of_images(data, seen)
+    told = base.name
+    if asked.name in FAMILIES:
+        base = family_recipe(asked.name, len(data.train))
+        told = f"{base.name}: for {len(data.train):,} training images"
+        choices += of_family(asked.name, base, data, _stem(asked.source), asked.given)
+    if asked.origin:
+        begun = asked.origin.start(data.class_names)
+        base = asked.origin.applied_to(base).model_copy(update={"start": begun})
+        choices = of_origin(begun, choices, base, is_family=asked.name in FAMILIES)
+    choices = [choice for choice in choices if choice.key not in asked.given]
+    config = apply_overrides(base, [*(choice.setting for choice in choices), *asked.settings])
+    words = chosen(data, told, choices, config.start)
+    return config.model_copy(update={"chosen": words}), data
+
+
+def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:
+    """Return the images, and what a folder of them is like."""
+    folder, decoding, seen, source = folder_in(asked.source), None, None, asked.source
+    spec = asked.origin.spec if asked.origin else None
+    if folder:
+        root = folder[0].resolve()
+        seen = survey(root)
+        own_size = None if asked.name in FAMILIES and not spec else asked.base.model.image_size
+        size = _size(source, folder[1], asked.given) or own_size or size_for(seen)
+        usual = spec.in_channels if spec else 1 if seen.is_grey else 3
+        channels = asked.given.get("model.in_channels", str(usual))
+        if channels not in ("1", "3"):
+            raise UsageError(f"model.in_channels={channels} is no image's; write 1 or 3")
+        decoding = Decoding.of(size, int(channels))
+        source = f"folder:{root}?size={size}"
+    return load_dataset(source, decoding), seen
+
+
+def _size(source: str, in_source: int | None, given: Mapping[str, str]) -> int | None:
+    """Return the image size that was asked for, if one was."""
+    asked = given.get("model.image_size")
+    if asked is None:
+        return in_source
+    if in_source not in (None, int(asked)):
+        raise UsageError(f"{source} and image size {asked} contradict each other; leave one out")
+    return int(asked)

@@ -1,0 +1,110 @@
+"""Folders of photographs as people have them: classes, and no split for the test."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from advmoe_deploy.data.folder import survey
+from advmoe_deploy.data.registry import absolute, folder_in, load_dataset, load_test_split
+from advmoe_deploy.decoding import Decoding
+from advmoe_deploy.errors import AdvMoEError, DataError, UsageError
+from tests.data.images import write_photos, write_png
+
+
+def refused(source: str) -> str:
+    with pytest.raises(AdvMoEError) as caught:
+        load_dataset(source, Decoding.of(8))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_fifth_of_each_class_is_kept_for_the_test_always_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_photos(tmp_path / "photos", count=10)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(str(root), Decoding.of(16))
+    assert data.class_names == ("digit", "flower", "temple")
+    assert data.source == f"folder:{root}?size=16"
+    assert [len(split) for split in (data.train, data.holdout, data.test)] == [20, 4, 6]
+    assert np.bincount(data.test.labels).tolist() == [2, 2, 2]
+    assert "a fifth of each class, 6 in all, is kept for the test" in caplog.text
+    again = load_dataset(data.source)
+    assert again.fingerprint == data.fingerprint
+    assert np.array_equal(load_test_split(data.source).images, data.test.images)
+
+
+def test_training_images_alone_are_split_as_well(tmp_path: Path) -> None:
+    write_photos(tmp_path / "a" / "train", count=10)
+    write_photos(tmp_path / "b", count=10)
+    alone, plain = (load_dataset(str(tmp_path / name), Decoding.of(16)) for name in "ab")
+    assert alone.fingerprint == plain.fingerprint
+
+
+def test_a_copy_of_a_test_image_is_not_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_photos(tmp_path / "photos", count=10)
+    for index in range(10):
+        copied = next((root / "digit").glob(f"{index:03}.*"))
+        shutil.copy(copied, copied.with_stem(f"copy of {index}"))
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(str(root), Decoding.of(16))
+    held = {image.tobytes() for split in (data.train, data.holdout) for image in split.images}
+    assert not held & {image.tobytes() for image in data.test.images}
+    assert "they are not trained on" in caplog.text
+
+
+def test_what_photographs_are_like(tmp_path: Path) -> None:
+    seen = survey(write_photos(tmp_path / "photos", count=5))
+    assert seen.class_names == ("digit", "flower", "temple")
+    assert 90 <= seen.side < 200
+    assert not seen.is_grey
+
+
+def test_what_is_no_folder_of_classes_is_one_line(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        for index in range(5):
+            write_png(tmp_path / "deep" / "in" / name / f"{index}.png", index)
+            write_png(tmp_path / "empty" / name / f"{index}.png", index)
+            write_png(tmp_path / "loose" / f"{name}-{index}.png", index)
+    write_png(tmp_path / "few" / "cats" / "0.png", 0)
+    shutil.copytree(tmp_path / "empty" / "dogs", tmp_path / "few" / "dogs")
+    shutil.copytree(tmp_path / "empty" / "dogs", tmp_path / "one" / "dogs")
+    (tmp_path / "empty" / "birds").mkdir()
+    assert f"name {tmp_path}/deep/in, which holds cats, dogs" in refused(f"{tmp_path}/deep")
+    assert "1 class folder, dogs; give at least two" in refused(f"{tmp_path}/one")
+    assert "birds holds no image" in refused(f"{tmp_path}/empty")
+    assert "or remove the folder" in refused(f"{tmp_path}/empty")
+    assert "cats holds 1 image; give each class at least 5" in refused(f"{tmp_path}/few")
+    assert "holds 10 images and no class folders" in refused(f"{tmp_path}/loose")
+    assert "is no folder" in refused(f"{tmp_path}/missing")
+    assert "And no folder is called 'fotos'" in refused("fotos")
+
+
+def test_a_path_alone_is_a_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "digits").mkdir()
+    assert (
+        absolute("photos", 64) == absolute("./photos/", 64) == f"folder:{tmp_path}/photos?size=64"
+    )
+    assert absolute("photos?size=32", 64) == f"folder:{tmp_path}/photos?size=32"
+    assert absolute("digits", 64) == "digits"
+    assert folder_in("photos") == (Path("photos"), None)
+    assert folder_in("folder:photos?size=32") == (Path("photos"), 32)
+    assert folder_in("cifar10:photos") is None
+    with pytest.raises(UsageError, match="names no size"):
+        absolute("photos")
+
+
+def test_a_damaged_head_is_one_line(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "photos", count=5)
+    (root / "digit" / "000.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"000\.jpg: not a PNG"):
+        survey(root)
