@@ -90,7 +90,7 @@ def serve(
     ] = 30.0,
     connections: Annotated[
         int, typer.Option("--connections", min=1, help="Open at once; more are answered 503.")
-    ] = 4096,
+    ] = 8192,
     keep_alive: Annotated[
         float,
         typer.Option("--keep-alive", min=0, help="Seconds until an idle connection is closed."),

@@ -46,7 +46,7 @@ class Limits:
     queue: int = 4096
     memory: int = 512 << 20
     timeout_s: float = 30.0
-    connections: int = 4096
+    connections: int = 8192  # more than can wait, else what is refused comes on new ones
     keep_alive_s: float = 75.0
     head_s: float = 10.0
     body_s: float = 30.0

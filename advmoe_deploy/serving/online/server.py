@@ -87,6 +87,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # who calls is nobody's business here
             ws="none",
             lifespan="on",
             timeout_keep_alive=cast("Any", limits.keep_alive_s),

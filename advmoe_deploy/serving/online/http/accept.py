@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 _AT_ONCE = 16
@@ -228,6 +229,7 @@ def has_more(transport: asyncio.BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
+@lru_cache(64)  # under overload it is the same for many
 def refusal(status: int, message: str, retry_s: int = 1, *, last: bool = True) -> bytes:
     """Return the text of an answer that says why a request is refused.
 

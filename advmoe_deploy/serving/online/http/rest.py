@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,12 +12,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from advmoe_deploy.serving.online.access.tls import Tls
 from advmoe_deploy.serving.online.access.token import Token
 from advmoe_deploy.serving.online.extensions import model_config, model_statistics
-from advmoe_deploy.serving.online.http.guard import RECORD, Guard
+from advmoe_deploy.serving.online.http.guard import Guard
 from advmoe_deploy.serving.online.http.image import Image
 from advmoe_deploy.serving.online.http.infer import Infer
 from advmoe_deploy.serving.online.http.openapi import add_description
@@ -27,7 +28,7 @@ from advmoe_deploy.serving.online.http.repository import add_repository
 from advmoe_deploy.serving.online.metrics import CONTENT_TYPE
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.operations.reload import Reloader
-from advmoe_deploy.serving.online.operations.requests import REQUEST_ID, Watcher
+from advmoe_deploy.serving.online.operations.requests import Watcher
 from advmoe_deploy.serving.online.protocol import SERVER, RefusedError, short_line
 from advmoe_deploy.serving.online.server import Beside, Server, collect_less
 from advmoe_deploy.serving.online.service import Service
@@ -35,6 +36,40 @@ from advmoe_deploy.serving.online.shedding import shedding
 
 _PROBED = ["GET", "HEAD"]
 _LINGER_S = 2.0
+_TO_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+
+
+class _App(FastAPI):
+    """The application behind what is in front of it."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
+
+
+class _Shortcut:
+    """Hands inference requests straight to what answers them, and all others to the application.
+
+    The way through the application takes a fifth of the time that the event loop has for a request.
+    """
+
+    def __init__(self, infer: ASGIApp, app: ASGIApp) -> None:
+        self._infer, self._app = infer, app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["type"] == "http" and _TO_INFER.fullmatch(scope["path"])
+        if not found or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["path_params"] = {"name": found[1], "version": found[2] or ""}
+        try:
+            await self._infer(scope, receive, send)
+        except RefusedError as error:
+            await _refused(error)(scope, receive, send)
+        except Exception:
+            await _failed()(scope, receive, send)
+            raise  # to the log
 
 
 def build_app(
@@ -80,18 +115,19 @@ def build_app(
                 await reloader.end()
             models.close()
 
-    app = FastAPI(
+    app = _App(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,  # to an address made of what the client calls this server
     )
-    app.add_middleware(Guard, hosts=hosts, token=token, watchers=watchers)
+    infer = Infer(models)
+    app.front = Guard(_Shortcut(infer, super(_App, app).__call__), hosts, token, watchers)
     _add_errors(app)
     prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-    for prefix in prefixes:  # first, as they are asked for most
-        app.router.routes.append(Route(f"{prefix}/infer", Infer(models), methods=["POST"]))
+    for prefix in prefixes:
+        app.router.routes.append(Route(f"{prefix}/infer", infer, methods=["POST"]))
         app.router.routes.append(Route(f"{prefix}/image", Image(models), methods=["POST"]))
     _add_health(app, models)
     add_description(app)
@@ -220,30 +256,37 @@ async def _end_of_body(scope: Scope, receive: Receive) -> None:
         pass
 
 
-def _add_errors(app: FastAPI) -> None:
-    def answer(status: int, message: str) -> JSONResponse:
-        return JSONResponse({"error": message}, status)
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers=headers)
 
+
+def _failed() -> JSONResponse:
+    return _error(500, "internal error; the server's log says more")
+
+
+def _refused(error: RefusedError) -> JSONResponse:
+    headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
+    if isinstance(error, UnreadError):
+        headers["Connection"] = "close"
+        return _Refusal({"error": str(error)}, error.status, headers=headers)
+    return _error(error.status, str(error), headers)
+
+
+def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedError)
-        headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
-        if isinstance(error, UnreadError):
-            headers["Connection"] = "close"
-            return _Refusal({"error": str(error)}, error.status, headers=headers)
-        return JSONResponse({"error": str(error)}, error.status, headers=headers)
+        return _refused(error)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = short_line(f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse({"error": message}, error.status_code, headers=error.headers)
+        return _error(error.status_code, message, error.headers)
 
     async def gone(_: Request, __: Exception) -> Response:
-        return answer(400, "the client went away")
+        return _error(400, "the client went away")
 
-    async def internal(request: Request, __: Exception) -> Response:
-        failed = answer(500, "internal error; the server's log says more")
-        failed.headers[REQUEST_ID] = request.scope[RECORD].id  # it is made outside of the guard
-        return failed
+    async def internal(_: Request, __: Exception) -> Response:
+        return _failed()
 
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         RefusedError: refused,
