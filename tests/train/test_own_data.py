@@ -183,7 +183,7 @@ def test_every_refusal_is_one_line_before_pytorch_is_loaded(photos: Path, tmp_pa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
