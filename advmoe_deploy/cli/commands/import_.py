@@ -10,7 +10,7 @@ from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckpointError, unknown_name
 from advmoe_deploy.families import IMPORT_SOURCES
 from advmoe_deploy.process import use_threads
-from advmoe_deploy.settings import epsilon_of
+from advmoe_deploy.settings import epsilon_of, parse_settings
 
 
 def import_checkpoint(
@@ -80,6 +80,7 @@ def import_checkpoint(
 
         if source not in IMPORT_SOURCES:
             raise unknown_name("source", source, IMPORT_SOURCES)
+        parse_settings(settings or ())
         if not file.is_file():
             raise CheckpointError(f"{file} is no file; name a checkpoint")
         known = remembered(classes, data, epsilon, ui.progress.note)
