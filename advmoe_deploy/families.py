@@ -37,6 +37,9 @@ BACKBONES: dict[Family, tuple[Backbone, ...]] = {
     "vit-moe": ("vit",),
 }
 
+# Whose released code wrote a checkpoint that can be imported.
+IMPORT_SOURCES = ("advmoe", "robust-experts", "dual-model")
+
 # Families in which a router looks at the whole image, once.
 IMAGE_ROUTED: tuple[Family, ...] = ("advmoe", "expert-networks", "dual-model")
 

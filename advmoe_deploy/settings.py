@@ -1,7 +1,7 @@
 """Settings of commands: ``key=value``, keys dotted, values JSON, fractions or plain words."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from advmoe_deploy.errors import UsageError, unknown_name
@@ -70,8 +70,31 @@ def dotted_keys(fields: Fields, prefix: str = "") -> list[str]:
     return keys
 
 
+def parse_settings(settings: Iterable[str]) -> dict[str, object]:
+    """Return what ``--set key=value`` says: numbers, lists such as ``0.5,0.4,0.3``, or text.
+
+    Raises:
+        UsageError: a setting is no ``key=value``.
+    """
+    parsed: dict[str, object] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals or not text:
+            raise UsageError(f"--set '{setting}' is no KEY=VALUE; write image_size=64")
+        parsed[key] = _value_or_list(text, as_list=key in ("mean", "std"))
+    return parsed
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _value_or_list(text: str, *, as_list: bool) -> object:
+    try:
+        values = json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        return text
+    return tuple(values) if as_list or len(values) > 1 else values[0]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
-from advmoe_deploy.errors import missing_extra
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
@@ -54,10 +52,10 @@ def train(
         DivergedError: a loss or a weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
+    from advmoe_deploy.train.device import require_torch
     from advmoe_deploy.train.request import train_request
 
-    if not find_spec("torch"):  # said before data are read
-        raise missing_extra("torch", "train")
+    require_torch()
     asked = train_request(
         recipe,
         out,

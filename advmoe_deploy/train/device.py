@@ -1,7 +1,20 @@
 """Device that a training will run on, told without loading PyTorch."""
 
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+from advmoe_deploy.errors import missing_extra
+
+
+def require_torch() -> None:
+    """Say that PyTorch is missing before data are read for nothing.
+
+    Raises:
+        BackendUnavailableError: it is not installed.
+    """
+    if not find_spec("torch"):
+        raise missing_extra("torch", "train")
 
 
 def has_gpu() -> bool:

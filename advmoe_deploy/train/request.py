@@ -44,6 +44,7 @@ def train_request(
     resume: bool = False,
     overwrite: bool = False,
     start: tuple[str, Path] | None = None,
+    takes_out: bool = True,
 ) -> TrainRequest:
     """Return the run that these arguments ask for; nothing is written and PyTorch is not loaded.
 
@@ -57,6 +58,7 @@ def train_request(
         resume: go on with the run in ``out``.
         overwrite: replace the run in ``out``.
         start: the model whose weights to begin with, as it was named and where it lies.
+        takes_out: whether one run will lie in ``out`` itself, which must not be in the way then.
 
     Raises:
         UsageError: an argument is unknown or makes no sense, or ``out`` is in the way.
@@ -75,7 +77,8 @@ def train_request(
     config = apply_overrides(base, [*early, *([f"data={source}"] if source else ())])
     called = name if name in RECIPES else f"{_stem(source)}-{name}"
     target = Path(out) if out is not None else Path("runs") / called
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's processes find what the first made
+    # The processes of torchrun find what the first of them made.
+    if takes_out and "TORCHELASTIC_RUN_ID" not in os.environ:
         require_place(target, resume=resume, overwrite=overwrite)
     if is_own:
         asked = _Asked(name, base, source or base.data, tuple(settings), given, origin)

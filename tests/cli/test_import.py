@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.families import IMPORT_SOURCES
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
-from advmoe_deploy.models.upstream.importer import import_checkpoint
+from advmoe_deploy.models.upstream.importer import IMPORTERS, import_checkpoint
 from advmoe_deploy.specs import ThreatModel
 from tests.data.images import write_png
 from tests.models.upstream.test_dual import released
@@ -111,6 +112,10 @@ def test_what_was_unwrapped_is_said_and_the_key_chooses(
     out = " ".join(capsys.readouterr().out.split())
     assert "unwrapped model_ema" in out
     assert "converted to float32 float64" in out
+
+
+def test_the_sources_that_are_named_can_be_imported() -> None:
+    assert {*IMPORTERS} == {*IMPORT_SOURCES}
 
 
 def test_an_existing_run_stays_unless_told(capsys: Capture, advmoe_file: Path) -> None:

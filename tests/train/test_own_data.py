@@ -152,8 +152,12 @@ REFUSED = [
 ]
 # Of other commands, whose radius and data are refused as early.
 ELSEWHERE = [
-    (["import", "x.pth", "--from", "advmoe", "--data", "missing/"], 3, "is no folder"),
-    (["import", "x.pth", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
+    (["import", "x.pth", "--from", "advmoe"], 3, "x.pth is no file"),
+    (["import", "x.pth", "--from", "advmo"], 2, "did you mean advmoe"),
+    (["import", "one/cats/0.png", "--from", "advmoe", "--data", "missing/"], 3, "is no folder"),
+    (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no sweep; write"),
+    (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
+    (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
     (["verify", "x", "--epsilon", "8"], 2, "write 8/255"),
 ]
 PROGRAM = """
@@ -179,7 +183,7 @@ def test_every_refusal_is_one_line_before_pytorch_is_loaded(photos: Path, tmp_pa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]

@@ -68,7 +68,7 @@ def test_a_plan_writes_nothing_and_loads_no_pytorch(tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=True,
         )
         texts.append(done.stdout)

@@ -7,8 +7,10 @@ import typer
 
 from advmoe_deploy.cli.options import Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.errors import CheckpointError, unknown_name
+from advmoe_deploy.families import IMPORT_SOURCES
 from advmoe_deploy.process import use_threads
-from advmoe_deploy.settings import epsilon_of
+from advmoe_deploy.settings import epsilon_of, parse_settings
 
 
 def import_checkpoint(
@@ -76,6 +78,11 @@ def import_checkpoint(
     with session(as_json) as ui:
         from advmoe_deploy.data.remembered import remembered
 
+        if source not in IMPORT_SOURCES:
+            raise unknown_name("source", source, IMPORT_SOURCES)
+        parse_settings(settings or ())
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no file; name a checkpoint")
         known = remembered(classes, data, epsilon, ui.progress.note)
         use_torch_threads(threads)
         from advmoe_deploy.cli.tables import training as training_tables

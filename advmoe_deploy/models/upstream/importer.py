@@ -4,9 +4,8 @@ Each family has a converter from names and shapes to a spec and our weights; thi
 file, finds the network in it, chooses the converter, and checks what comes out.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +88,8 @@ def read_released(
     Args:
         file: a file of ``torch.save`` (.pth, .pt, .ckpt, .t7) or of safetensors.
         source: whose code wrote it, a name in :data:`IMPORTERS`.
-        overrides: what names and shapes cannot tell, see :func:`parse_settings`.
+        overrides: what names and shapes cannot tell, see
+            :func:`~advmoe_deploy.settings.parse_settings`.
         key: where the network is in a file of several, such as ``state_dict.ema_model``.
 
     Raises:
@@ -125,21 +125,6 @@ def read_released(
         converted=Counter(str(d).removeprefix("torch.") for d in dtypes if d != torch.float32),
         filled=len(counts),
     )
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, object]:
-    """Return what ``--set key=value`` says: numbers, lists such as ``0.5,0.4,0.3``, or text.
-
-    Raises:
-        UsageError: a setting is no ``key=value``.
-    """
-    parsed: dict[str, object] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not key or not equals or not text:
-            raise UsageError(f"--set '{setting}' is no KEY=VALUE; write image_size=64")
-        parsed[key] = _value(text, as_list=key in ("mean", "std"))
-    return parsed
 
 
 def _require_numbers(state: Mapping[str, Tensor], file: str) -> None:
@@ -190,11 +175,3 @@ def _other_sources(tensors: Mapping[str, Tensor], source: str) -> str:
                 continue
             return f"; it looks like --from {other}"
     return ""
-
-
-def _value(text: str, *, as_list: bool) -> object:
-    try:
-        values = json.loads(f"[{text}]")
-    except json.JSONDecodeError:
-        return text
-    return tuple(values) if as_list or len(values) > 1 else values[0]

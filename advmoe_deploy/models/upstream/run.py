@@ -5,8 +5,9 @@ from pathlib import Path
 
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
-from advmoe_deploy.models.upstream.importer import parse_settings, read_released
+from advmoe_deploy.models.upstream.importer import read_released
 from advmoe_deploy.reports.checkpoint import Known
+from advmoe_deploy.settings import parse_settings
 from advmoe_deploy.specs import ModelSpec
 
 # What tells a run that may be replaced from a folder that is none.

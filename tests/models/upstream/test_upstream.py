@@ -17,7 +17,8 @@ from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.upstream.advmoe import upstream_name
-from advmoe_deploy.models.upstream.importer import import_checkpoint, parse_settings
+from advmoe_deploy.models.upstream.importer import import_checkpoint
+from advmoe_deploy.settings import parse_settings
 from advmoe_deploy.specs import build_spec
 from tests.upstream_fixture import case_of, fill
 

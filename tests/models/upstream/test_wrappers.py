@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advmoe_deploy.errors import CheckpointError, UsageError
-from advmoe_deploy.models.upstream.importer import Imported, parse_settings, read_released
+from advmoe_deploy.models.upstream.importer import Imported, read_released
+from advmoe_deploy.settings import parse_settings
 from tests.models.upstream.test_dual import released as released_mixture
 from tests.models.upstream.test_robust_experts import released as released_experts
 from tests.models.upstream.test_robust_experts import spec_of

@@ -17,6 +17,7 @@ from advmoe_deploy.cli.options import (
 )
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,11 @@ PLOT = "sweep.svg"
 
 def sweep(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="'advmoe list recipes' names them.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="'advmoe list recipes' names them; for a folder of your own also a family.",
+        ),
     ],
     over: Annotated[
         str,
@@ -53,29 +58,27 @@ def sweep(
 ) -> None:
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
     key, values = _values(over)
-    use_torch_threads(threads, processes=devices)
+    use_threads(threads, processes=devices)
     with session(as_json) as ui:
-        from advmoe_deploy.train.config import apply_overrides
-        from advmoe_deploy.train.recipes import recipe as recipe_named
-        from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
-        from advmoe_deploy.train.run.sweep import sweep_configs
+        from advmoe_deploy.files import write_atomically
+        from advmoe_deploy.train.request import train_request
 
-        chosen = [*(settings or ()), *([f"data={data}"] if data else ())]
-        config = apply_overrides(recipe_named(recipe), chosen)
         numbers = _seeds(seeds)
-        sweep_configs(config, key, values, numbers)
+        asked = train_request(
+            recipe, data=data, settings=settings or (), devices=devices, takes_out=False
+        )
+        folder = out or Path("runs") / f"sweep-{asked.out.name}"
+        use_torch_threads(threads, processes=devices)
 
         from advmoe_deploy.cli.pages.plots import require_matplotlib
-        from advmoe_deploy.data.registry import load_dataset
-        from advmoe_deploy.files import write_atomically
+        from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
 
         require_matplotlib()
-        folder = out or Path("runs") / f"sweep-{recipe}"
         report = sweep_recipe(
-            config,
+            asked.config,
             key,
             values,
-            load_dataset(config.data),
+            asked.data,
             folder,
             seeds=numbers,
             devices=devices,

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, with_short
+from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads, with_short
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.process import use_threads
+
+if TYPE_CHECKING:
+    from advmoe_deploy.train.request import TrainRequest
 
 
 def train(
@@ -85,50 +88,38 @@ def train(
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
     with session(as_json) as ui:
-        from advmoe_deploy import api
-        from advmoe_deploy.cli.tables import training as training_tables
+        from advmoe_deploy.train.device import require_torch
+        from advmoe_deploy.train.request import train_request
+        from advmoe_deploy.zoo.resolve import resolve
 
-        if dry_run:
-            _show_plan(ui, recipe, out, data, changes, devices, start)
-            return
-        report = api.train(
+        if not dry_run:
+            require_torch()
+        asked = train_request(
             recipe,
             out,
             data=data,
             settings=changes,
+            devices=devices,
             resume=resume,
             overwrite=overwrite,
-            devices=devices,
-            start=start,
-            progress=ui.progress,
+            start=(start, resolve(start)) if start else None,
         )
+        if dry_run:
+            _show_plan(ui, asked)
+            return
+        use_torch_threads(threads, processes=devices)
+
+        from advmoe_deploy.cli.tables import training as training_tables
+        from advmoe_deploy.train.run.loop import train_requested
+
+        report = train_requested(asked, ui.progress)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
             ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
 
 
-def _show_plan(
-    ui: Session,
-    recipe: str,
-    out: Path | None,
-    data: str | None,
-    changes: list[str],
-    devices: int,
-    start: str | None,
-) -> None:
+def _show_plan(ui: Session, asked: "TrainRequest") -> None:
     from advmoe_deploy.cli.tables import settings as tables
     from advmoe_deploy.train.plan import plan_of
-    from advmoe_deploy.train.request import train_request
-    from advmoe_deploy.zoo.resolve import resolve
 
-    # A folder that holds a run is none of the plan's business: nothing is written.
-    asked = train_request(
-        recipe,
-        out,
-        data=data,
-        settings=changes,
-        devices=devices,
-        overwrite=True,
-        start=(start, resolve(start)) if start else None,
-    )
     plan = plan_of(asked)
     ui.show(plan.report(), lambda: tables.run_plan(plan))
