@@ -280,7 +280,7 @@ def test_bf16_bundles_keep_their_routes(family: str, tmp_path: Path) -> None:
     assert {n for n, p in engines.segments.items() if p == "fp32"} == engines.check.raised.keys()
     assert engines.parity.route_agreement >= 0.999
     assert engines.check.holdout_images == 200
-    with open_runner(bundle, threads=1) as exact:
+    with open_runner(bundle, "onnxruntime", threads=1) as exact:
         expected = exact.infer(IMAGES)
     for name in ("openvino", "openvino-plan"):
         with open_runner(bundle, name, threads=1) as runner:
