@@ -145,7 +145,7 @@ def _labelled(
     """Return test images; where nobody named ``data`` and there are none, ``notes`` says why."""
     manifest = bundle.manifest
     try:
-        source = absolute(data or manifest.data)
+        source = absolute(data or manifest.data, manifest.model.image_size)
         found = matching_test_images(source, Trained.of(manifest), images, class_map=class_map)
     except AdvMoEError as error:
         if data is not None or images < 1:

@@ -153,7 +153,7 @@ def _evaluated(
     progress: Progress,
 ) -> EvalReport:
     started = time.perf_counter()
-    source = absolute(data or subject.data)
+    source = absolute(data or subject.data, subject.trained.spec.image_size)
     x_NCHW, labels_N = matching_test_images(source, subject.trained, images, class_map=class_map)
     answered = ask(subject.infer, x_NCHW, labels_N, progress)
     return _report(subject, source, answered, started)

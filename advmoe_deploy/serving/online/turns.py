@@ -40,12 +40,14 @@ class Turns:
 
     def _renew(self) -> None:
         self._left = self._each
-        while self._waiting and self._left:
-            self._left -= 1
-            self._waiting.popleft()()
-        self._renewing = bool(self._waiting) or self._left < self._each
-        if self._renewing:
-            asyncio.get_running_loop().call_soon(self._renew)
+        try:
+            while self._waiting and self._left:
+                self._left -= 1
+                self._waiting.popleft()()
+        finally:  # whatever one of them raises, the others have their turns
+            self._renewing = bool(self._waiting) or self._left < self._each
+            if self._renewing:
+                asyncio.get_running_loop().call_soon(self._renew)
 
 
 class Flow(FlowControl):

@@ -239,7 +239,8 @@ class Connection(HttpToolsProtocol):
         elif not self.parser.should_upgrade():
             super().on_message_complete()
             self._part = None
-            self.flow.resume_reading()  # who has left is noticed by reading alone
+            if not self.pipeline:
+                self.flow.resume_reading()  # who has left is noticed by reading alone
 
     def _answer_unread(self, shed: Shed) -> None:
         self._part = self._refused_unread = None

@@ -68,7 +68,8 @@ class _Shortcut:
         except RefusedError as error:
             await _refused(error)(scope, receive, send)
         except Exception:
-            await _failed()(scope, receive, send)
+            with contextlib.suppress(RuntimeError):  # where an answer has begun
+                await _failed()(scope, receive, send)
             raise  # to the log
 
 
@@ -83,7 +84,7 @@ def build_app(
     page: bool = True,
     watchers: Sequence[Watcher] = (),
 ) -> FastAPI:
-    """Return the application.
+    """Return the application; middleware that is added to it does not see inference requests.
 
     Args:
         models: what answers.
@@ -252,7 +253,9 @@ class _Refusal(JSONResponse):
 async def _end_of_body(scope: Scope, receive: Receive) -> None:
     """Return once all of the body has come, or its client has left."""
     scope.get(DROP, never)()  # by the connection, since here each piece costs a turn of the loop
-    while (message := await receive())["type"] == "http.request" and message["more_body"]:
+    while (message := await receive())["type"] == "http.request" and message.get(
+        "more_body", False
+    ):
         pass
 
 

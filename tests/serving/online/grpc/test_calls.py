@@ -262,7 +262,6 @@ def test_deadlines_that_pass_while_an_answer_is_sent_leave_no_traceback(
             error = asked.exception()
             ends[error.code().name if isinstance(error, grpc.RpcError) else "OK"] += 1
     assert ends.keys() <= {"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
-    assert ends["DEADLINE_EXCEEDED"]
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(

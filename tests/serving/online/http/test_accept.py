@@ -196,6 +196,20 @@ def test_callers_go_on_in_order_and_a_few_in_each_turn() -> None:
     assert max(per_turn) <= 3
 
 
+def test_what_raises_in_its_turn_does_not_end_the_turns_of_others() -> None:
+    async def run() -> list[int]:
+        went: list[int] = []
+        asyncio.get_running_loop().set_exception_handler(lambda *_: went.append(-1))
+        turns = Turns(1)
+        for number in range(4):
+            turns.call([lambda: went.append(0), lambda: 1 / 0][number % 2])
+        for _ in range(9):
+            await asyncio.sleep(0)
+        return went
+
+    assert asyncio.run(run()) == [0, -1, 0, -1]
+
+
 def test_connections_read_a_few_pieces_in_each_turn() -> None:
     went: list[int] = []
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -69,6 +70,22 @@ def test_who_leaves_leaves_no_work_and_no_complaint(
     assert 'status="499",version="1"} 1.0' in figures
     assert 'status="5' not in figures
     assert [each for each in caplog.records if each.levelno >= logging.ERROR] == []
+
+
+def test_long_bodies_wait_in_the_line_behind_a_request_not_in_memory(
+    live: Live, slow: SlowRunner
+) -> None:
+    slow.let_go.clear()
+    connection, long = live.connect(), post(b" " * 60_000)
+    connection.settimeout(1)
+    connection.sendall(GOOD)
+    wait_for(lambda: slow.batches == [1])
+    (own,) = live.server.server_state.connections
+    for _ in range(8):
+        connection.sendall(long)
+        time.sleep(0.02)
+    assert sum(len(cycle.body) for cycle, _ in own.pipeline) <= 3 * 60_000  # type: ignore[union-attr]
+    slow.let_go.set()
 
 
 def test_who_leaves_while_answers_are_written_gets_no_traceback(
