@@ -34,8 +34,10 @@ def engine_for(bundle: Bundle, engine: str | None, note: Callable[[str], None]) 
 
     Where the bundle does not record that, it is onnxruntime, and ``note`` is told so.
     """
-    if engine is not None or bundle.manifest.made_for is not None:
-        return engine or own_engine(bundle)
+    if engine is not None:
+        return engine
+    if bundle.manifest.made_for is not None:
+        return own_engine(bundle)
     name, precision = resolved(bundle, _USUAL)
     note(
         f"{bundle.path} does not record what engine it was made for: it runs on {name} in "

@@ -11,6 +11,7 @@ import pytest
 import advmoe_deploy
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.comparison.compare import _labelled
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.evaluation.measure import (
     class_figures,
@@ -19,6 +20,7 @@ from advmoe_deploy.evaluation.measure import (
     reliability_of,
 )
 from advmoe_deploy.parity.intervals import wilson_interval
+from tests.data.images import write_png
 
 Capture = pytest.CaptureFixture[str]
 
@@ -129,6 +131,20 @@ def test_nonsense_is_refused_in_a_line(
     assert run(["eval", str(trained_run), *options]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_plain_folder_is_read_at_the_size_of_the_model(
+    trained_bundle: Bundle, tmp_path: Path
+) -> None:
+    for name in trained_bundle.manifest.class_names:
+        for index in range(5):
+            write_png(tmp_path / name / f"{index}.png", 10 * index + int(name))
+    found = advmoe_deploy.evaluate(trained_bundle, data=str(tmp_path))
+    assert (found.images, found.data.rpartition("?")[2]) == (10, "size=8")
+    notes: list[str] = []
+    labelled = _labelled(trained_bundle, str(tmp_path), None, 100, notes)
+    assert labelled is not None
+    assert (len(labelled.labels_N), notes) == (10, [])
 
 
 def test_what_is_no_model_is_refused(capsys: Capture, tmp_path: Path) -> None:
