@@ -253,10 +253,10 @@ class _Refusal(JSONResponse):
 async def _end_of_body(scope: Scope, receive: Receive) -> None:
     """Return once all of the body has come, or its client has left."""
     scope.get(DROP, never)()  # by the connection, since here each piece costs a turn of the loop
-    while (message := await receive())["type"] == "http.request" and message.get(
-        "more_body", False
-    ):
-        pass
+    more = True
+    while more:
+        message = await receive()
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
