@@ -99,6 +99,9 @@ def test_a_path_alone_is_a_folder_of_images(
     assert folder_in("photos") == (Path("photos"), None)
     assert folder_in("folder:photos?size=32") == (Path("photos"), 32)
     assert folder_in("cifar10:photos") is None
+    for size in ("abc", "", "-8", "4"):
+        with pytest.raises(UsageError, match="names no size in"):
+            folder_in(f"photos?size={size}")
     with pytest.raises(UsageError, match="names no size"):
         absolute("photos")
 
