@@ -3,14 +3,13 @@
 import json
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.folder import Survey
-from advmoe_deploy.settings import number_of
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.device import has_bf16, has_gpu
 from advmoe_deploy.train.fields import Start
@@ -80,12 +79,15 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
 
 
 def of_family(
-    family: str, base: TrainConfig, data: Dataset, stem: str, given: Mapping[str, str]
+    family: str, early: TrainConfig, data: Dataset, stem: str, given: Collection[str]
 ) -> list[Choice]:
-    """Return the settings that number and kind of the images decide for a family's recipe."""
+    """Return the settings that number and kind of the images decide for a family's recipe.
+
+    ``early`` holds the values of the keys ``given``, validated.
+    """
     channels, size, _ = data.image_shape
     images = len(data.train)
-    epsilon = number_of(given["threat.epsilon"]) if "threat.epsilon" in given else _EPSILON
+    epsilon = early.threat.epsilon if "threat.epsilon" in given else _EPSILON
     flips = channels > 1
     choices = [
         Choice("name", f"{stem}-{family}", "data and family"),
@@ -93,10 +95,11 @@ def of_family(
         Choice("flip", flips, "of photographs" if flips else "mirrored, grey scans may be others"),
         Choice("crop_padding", size // 8, "an eighth of the size"),
     ]
-    return choices + (_many() if images >= MANY else _few(images, epsilon, given))
+    epochs = early.epochs if "epochs" in given else None
+    return choices + (_many() if images >= MANY else _few(images, epsilon, epochs))
 
 
-def _few(images: int, epsilon: float, given: Mapping[str, str]) -> list[Choice]:
+def _few(images: int, epsilon: float, given_epochs: int | None) -> list[Choice]:
     batch = 16 if images < 64 else 32 if images < 512 else 64
     least, most = _FEW_EPOCHS
     epochs = min(most, max(least, math.ceil(_FEW_STEPS / math.ceil(images / batch))))
@@ -104,7 +107,7 @@ def _few(images: int, epsilon: float, given: Mapping[str, str]) -> list[Choice]:
         Choice("epochs", epochs, f"for {images:,} training images; --epochs takes another"),
         Choice("batch_size", batch, f"for {images:,} training images"),
         Choice("attack_step_size", _STEP_SHARE * epsilon, f"{_STEP_SHARE} of epsilon"),
-        Choice("evaluate_every", max(1, int(given.get("epochs", epochs)) // 6), "six times or so"),
+        Choice("evaluate_every", max(1, (given_epochs or epochs) // 6), "six times or so"),
     ]
 
 

@@ -127,6 +127,22 @@ def test_contradictions_are_one_line(photos: Path, settings: list[str], says: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "epochs", "size", "epsilon"),
+    [
+        (["epochs=24.0", "model.image_size=16.0", 'threat.epsilon="8/255"'], 24, 16, 8 / 255),
+        (['epochs="3"', 'model.image_size="8"', "threat.epsilon=true"], 3, 8, 1),
+    ],
+)
+def test_a_value_in_another_spelling_counts_as_validated(
+    photos: Path, settings: list[str], epochs: int, size: int, epsilon: float
+) -> None:
+    config = train_request("advmoe", data=str(photos), settings=settings).config
+    assert (config.epochs, config.evaluate_every) == (epochs, max(1, epochs // 6))
+    assert config.model.image_shape == (3, size, size)
+    assert (config.threat.epsilon, config.attack_step_size) == (epsilon, 0.625 * epsilon)
+
+
 OWN = ["advmoe", "--data", "photos"]
 REFUSED = [
     (["nope"], 2, "unknown recipe 'nope'"),
@@ -144,6 +160,10 @@ REFUSED = [
     ([*OWN, "--epochs", "2", "--set", "epochs=3"], 2, "are one setting; give one"),
     ([*OWN, "--out", "photos"], 2, "exists and is no run"),
     ([*OWN, "--resume"], 2, "holds no run to resume"),
+    ([*OWN, "--dry-run", "--out", "photos"], 2, "exists and is no run"),
+    ([*OWN, "--dry-run", "--resume"], 2, "holds no run to resume"),
+    (["advmoe", "--data", "photos?size=abc"], 2, "names no size in 8..512"),
+    (["advmoe", "--data", "photos?size="], 2, "names no size in 8..512"),
     ([*OWN, "--from", "runs/missing"], 3, "is not there; name what 'advmoe train'"),
     ([*OWN, "--from", "photos"], 3, "no finished run, no checkpoint and no bundle"),
     ([*OWN, "--from", "zoo:nope"], 2, "unknown model 'nope'"),
