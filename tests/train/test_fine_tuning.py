@@ -9,7 +9,7 @@ import torch
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.errors import AdvMoEError
+from advmoe_deploy.errors import AdvMoEError, CheckpointError
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import build_spec
@@ -70,6 +70,8 @@ def test_the_same_classes_keep_their_head(tiny_run: Path) -> None:
     _, old = load_checkpoint(tiny_run / "model")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match="has other weights than when the run was asked"):
+        transfer(model, start.model_copy(update={"weights_sha256": "0" * 64}))
 
 
 def test_a_bundle_and_the_weights_of_a_checkpoint_do_as_well(
