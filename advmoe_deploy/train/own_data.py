@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.folder import Survey
@@ -26,6 +27,7 @@ _FEW_EPOCHS = (24, 40)
 # Mean and deviation are those of so many images; a constant channel is not blown up.
 _MEASURED_IMAGES = 5000
 _LEAST_STD = 1 / 255
+_AT_ONCE = 100
 _NAMED = 5
 # What a network that is there already decides, and the share of the recipe's learning rate for it.
 _OF_NETWORK = ("model.image_size", "model.in_channels", "model.mean", "model.std", "model.stem")
@@ -65,7 +67,7 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
         names += f" and {more} more"
     seen = f"their shorter side is {survey.side} in the middle; " if survey else ""
     images = data.train.images[:_MEASURED_IMAGES]
-    mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3), dtype=np.float64) / 255
+    mean, std = _mean_and_std(images)
     measured = f"of {len(images):,} training images"
     return [
         Choice("data", data.source, "as given"),
@@ -76,6 +78,22 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
         Choice("model.std", [round(max(float(v), _LEAST_STD), 4) for v in std], measured),
         Choice("model.stem", "imagenet" if size > _SMALL_STEM else "small", "by the image size"),
     ]
+
+
+def _mean_and_std(
+    images_NCHW: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return both of each channel, in [0, 1] pixels, without a copy of all images as floats."""
+    count = images_NCHW[:, 0].size
+    sums_C, squares_C = np.zeros((2, images_NCHW.shape[1]), np.int64)
+    for first in range(0, len(images_NCHW), _AT_ONCE):
+        part = images_NCHW[first : first + _AT_ONCE]
+        sums_C += part.sum((0, 2, 3), dtype=np.int64)
+        squares_C += np.square(part, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
+    mean_C = sums_C / count
+    # Rounding may leave a constant channel a little below zero.
+    variance_C = np.maximum(squares_C / count - mean_C**2, 0)
+    return mean_C / 255, np.sqrt(variance_C) / 255
 
 
 def of_family(

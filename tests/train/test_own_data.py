@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.train import device, own_data
@@ -68,6 +69,21 @@ def test_mean_and_deviation_are_those_of_the_training_part(photos: Path, tmp_pat
     np.testing.assert_allclose(asked.config.model.std, images.std((0, 2, 3)), atol=1e-4)
     assert asked.config.model.family == "dense"
     assert asked.config.flip
+
+
+def test_mean_and_deviation_take_little_memory() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2000, 3, 32, 32), dtype=np.uint8)
+    images[:, 1], images[:, 2] = 255, 77
+    split = Split(images, np.arange(2000) % 2)
+    data = Dataset("digits", ("a", "b"), split, split, split)
+    tracemalloc.start()
+    chosen = {choice.key: choice.value for choice in own_data.of_images(data, None)}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.nbytes
+    mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3)) / 255
+    np.testing.assert_allclose(chosen["model.mean"], mean, atol=1e-4)
+    np.testing.assert_allclose(chosen["model.std"], [std[0], 1 / 255, 1 / 255], atol=1e-4)
 
 
 def test_grey_images_get_one_channel_and_no_mirror(tmp_path: Path) -> None:
