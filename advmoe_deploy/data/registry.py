@@ -67,14 +67,24 @@ def _for_size(size: int, decoding: Decoding | None) -> Decoding:
 
 
 def folder_in(source: str) -> tuple[Path, int | None] | None:
-    """Return the path and the size, if it says one, of a folder of images; else ``None``."""
+    """Return the path and the size, if it says one, of a folder of images; else ``None``.
+
+    Raises:
+        UsageError: what it says is no size, or out of range.
+    """
     name, _, path = _spelled(source).partition(":")
     if name != "folder":
         return None
     folder, mark, size = path.rpartition(_SIZE)
     if not mark:
         return Path(path).expanduser(), None
-    return Path(folder).expanduser(), int(size) if size.isdecimal() else None
+    return Path(folder).expanduser(), _pixels_in(source, size)
+
+
+def _pixels_in(source: str, size: str) -> int:
+    if not size.isdecimal() or int(size) not in _FOLDER_SIZES:
+        raise UsageError(f"'{source}' names no size in 8..512; write folder:PATH?size=64")
+    return int(size)
 
 
 def _spelled(source: str) -> str:
@@ -113,7 +123,5 @@ def absolute(source: str, size: int | None = None) -> str:
     ending = ""
     if name == "folder":
         stem, _, text = path.rpartition(_SIZE) if _SIZE in path else (path, "", str(size or ""))
-        if not text.isdecimal() or int(text) not in _FOLDER_SIZES or not stem:
-            raise UsageError(f"'{source}' names no size in 8..512; write folder:PATH?size=64")
-        path, ending = stem, _SIZE + text
+        path, ending = stem, f"{_SIZE}{_pixels_in(source, text if stem else '')}"
     return f"{name}:{Path(path).expanduser().resolve()}{ending}" if path else name

@@ -4,18 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from advmoe_deploy.bundle import MANIFEST, REFERENCE, open_bundle
-from advmoe_deploy.errors import CheckpointError, InputError, UsageError, one_line
+from advmoe_deploy.errors import CheckpointError, InputError, UsageError, one_line, unknown_name
 from advmoe_deploy.reports.checkpoint import CHECKPOINT, WEIGHTS, read_checkpoint
+from advmoe_deploy.settings import dotted_keys
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.fields import Start
 
 # Keys of the network that follow from the data, and not from where the weights come from.
-_OF_DATA = ("num_classes",)
+_OF_DATA = ("model.num_classes",)
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,23 @@ class Origin:
         """Refuse settings of the network that are not this one's.
 
         Raises:
-            UsageError: one of them differs.
+            UsageError: one of them differs, or is unknown.
         """
         if given.get("shared_start", "0") not in ("0", "0.0"):
             raise UsageError(
                 f"--from {self.source} brings its experts along, and shared_start="
                 f"{given['shared_start']} begins with one; leave the setting out"
             )
-        ours = self.spec.model_dump(mode="json")
+        ours = {"model": self.spec.model_dump(mode="json")}
+        known = dotted_keys(ours)
         for key, text in given.items():
-            part, _, name = key.partition(".")
-            if part != "model" or name in _OF_DATA:
+            if not key.startswith("model.") or key in _OF_DATA:
                 continue
-            own = ours.get(name, "another value")
+            if key not in known:
+                raise unknown_name("setting", key, known)
+            own: Any = ours
+            for part in key.split("."):
+                own = own[part]
             if text not in (json.dumps(own), str(own)):
                 raise UsageError(
                     f"--from {self.source} has {key}={json.dumps(own)}, not {text}: the network is "

@@ -3,14 +3,14 @@
 import json
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.folder import Survey
-from advmoe_deploy.settings import number_of
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.device import has_bf16, has_gpu
 from advmoe_deploy.train.fields import Start
@@ -27,6 +27,7 @@ _FEW_EPOCHS = (24, 40)
 # Mean and deviation are those of so many images; a constant channel is not blown up.
 _MEASURED_IMAGES = 5000
 _LEAST_STD = 1 / 255
+_AT_ONCE = 100
 _NAMED = 5
 # What a network that is there already decides, and the share of the recipe's learning rate for it.
 _OF_NETWORK = ("model.image_size", "model.in_channels", "model.mean", "model.std", "model.stem")
@@ -66,7 +67,7 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
         names += f" and {more} more"
     seen = f"their shorter side is {survey.side} in the middle; " if survey else ""
     images = data.train.images[:_MEASURED_IMAGES]
-    mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3), dtype=np.float64) / 255
+    mean, std = _mean_and_std(images)
     measured = f"of {len(images):,} training images"
     return [
         Choice("data", data.source, "as given"),
@@ -79,13 +80,32 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
     ]
 
 
+def _mean_and_std(
+    images_NCHW: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return both of each channel, in [0, 1] pixels, without a copy of all images as floats."""
+    count = images_NCHW[:, 0].size
+    sums_C, squares_C = np.zeros((2, images_NCHW.shape[1]), np.int64)
+    for first in range(0, len(images_NCHW), _AT_ONCE):
+        part = images_NCHW[first : first + _AT_ONCE]
+        sums_C += part.sum((0, 2, 3), dtype=np.int64)
+        squares_C += np.square(part, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
+    mean_C = sums_C / count
+    # Rounding may leave a constant channel a little below zero.
+    variance_C = np.maximum(squares_C / count - mean_C**2, 0)
+    return mean_C / 255, np.sqrt(variance_C) / 255
+
+
 def of_family(
-    family: str, base: TrainConfig, data: Dataset, stem: str, given: Mapping[str, str]
+    family: str, early: TrainConfig, data: Dataset, stem: str, given: Collection[str]
 ) -> list[Choice]:
-    """Return the settings that number and kind of the images decide for a family's recipe."""
+    """Return the settings that number and kind of the images decide for a family's recipe.
+
+    ``early`` holds the values of the keys ``given``, validated.
+    """
     channels, size, _ = data.image_shape
     images = len(data.train)
-    epsilon = number_of(given["threat.epsilon"]) if "threat.epsilon" in given else _EPSILON
+    epsilon = early.threat.epsilon if "threat.epsilon" in given else _EPSILON
     flips = channels > 1
     choices = [
         Choice("name", f"{stem}-{family}", "data and family"),
@@ -93,10 +113,11 @@ def of_family(
         Choice("flip", flips, "of photographs" if flips else "mirrored, grey scans may be others"),
         Choice("crop_padding", size // 8, "an eighth of the size"),
     ]
-    return choices + (_many() if images >= MANY else _few(images, epsilon, given))
+    epochs = early.epochs if "epochs" in given else None
+    return choices + (_many() if images >= MANY else _few(images, epsilon, epochs))
 
 
-def _few(images: int, epsilon: float, given: Mapping[str, str]) -> list[Choice]:
+def _few(images: int, epsilon: float, given_epochs: int | None) -> list[Choice]:
     batch = 16 if images < 64 else 32 if images < 512 else 64
     least, most = _FEW_EPOCHS
     epochs = min(most, max(least, math.ceil(_FEW_STEPS / math.ceil(images / batch))))
@@ -104,7 +125,7 @@ def _few(images: int, epsilon: float, given: Mapping[str, str]) -> list[Choice]:
         Choice("epochs", epochs, f"for {images:,} training images; --epochs takes another"),
         Choice("batch_size", batch, f"for {images:,} training images"),
         Choice("attack_step_size", _STEP_SHARE * epsilon, f"{_STEP_SHARE} of epsilon"),
-        Choice("evaluate_every", max(1, int(given.get("epochs", epochs)) // 6), "six times or so"),
+        Choice("evaluate_every", max(1, (given_epochs or epochs) // 6), "six times or so"),
     ]
 
 

@@ -61,7 +61,8 @@ def train_request(
         takes_out: whether one run will lie in ``out`` itself, which must not be in the way then.
 
     Raises:
-        UsageError: an argument is unknown or makes no sense, or ``out`` is in the way.
+        UsageError: an argument is unknown or makes no sense, ``out`` is in the way, or the model
+            to begin with lies in what would be replaced.
         InputError: the data, or the model to begin with, cannot be read.
     """
     given = {key: value for key, _, value in (each.partition("=") for each in settings)}
@@ -77,11 +78,13 @@ def train_request(
     config = apply_overrides(base, [*early, *([f"data={source}"] if source else ())])
     called = name if name in RECIPES else f"{_stem(source)}-{name}"
     target = Path(out) if out is not None else Path("runs") / called
+    if origin and overwrite and not resume:
+        _require_apart(origin, target)
     # The processes of torchrun find what the first of them made.
     if takes_out and "TORCHELASTIC_RUN_ID" not in os.environ:
         require_place(target, resume=resume, overwrite=overwrite)
     if is_own:
-        asked = _Asked(name, base, source or base.data, tuple(settings), given, origin)
+        asked = _Asked(name, base, source or base.data, tuple(settings), given, config, origin)
         config, found = _of_own_images(asked)
     else:
         found = load_dataset(config.data)
@@ -115,6 +118,15 @@ def _source(name: str, data: str | None, given: Mapping[str, str]) -> str:
     return source
 
 
+def _require_apart(origin: Origin, target: Path) -> None:
+    """Refuse to replace the model that a run is to begin with."""
+    if origin.path.resolve().is_relative_to(target.resolve()):
+        raise UsageError(
+            f"--from {origin.source} lies in {target}, which would be replaced; choose another "
+            "--out"
+        )
+
+
 def _stem(source: str) -> str:
     """Return what the data are called in names: the folder, or the data set."""
     folder = folder_in(source)
@@ -123,13 +135,14 @@ def _stem(source: str) -> str:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is known of a run before its images are."""
+    """What is known of a run before its images are; ``early`` holds what was said, validated."""
 
     name: str
     base: TrainConfig
     source: str
     settings: tuple[str, ...]
     given: Mapping[str, str]
+    early: TrainConfig
     origin: Origin | None
 
 
@@ -141,7 +154,7 @@ def _of_own_images(asked: _Asked) -> tuple[TrainConfig, Dataset]:
     if asked.name in FAMILIES:
         base = family_recipe(asked.name, len(data.train))
         told = f"{base.name}: for {len(data.train):,} training images"
-        choices += of_family(asked.name, base, data, _stem(asked.source), asked.given)
+        choices += of_family(asked.name, asked.early, data, _stem(asked.source), asked.given)
     if asked.origin:
         begun = asked.origin.start(data.class_names)
         base = asked.origin.applied_to(base).model_copy(update={"start": begun})
@@ -160,7 +173,7 @@ def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:
         root = folder[0].resolve()
         seen = survey(root)
         own_size = None if asked.name in FAMILIES and not spec else asked.base.model.image_size
-        size = _size(source, folder[1], asked.given) or own_size or size_for(seen)
+        size = _size(asked, folder[1]) or own_size or size_for(seen)
         usual = spec.in_channels if spec else 1 if seen.is_grey else 3
         channels = asked.given.get("model.in_channels", str(usual))
         if channels not in ("1", "3"):
@@ -170,11 +183,13 @@ def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:
     return load_dataset(source, decoding), seen
 
 
-def _size(source: str, in_source: int | None, given: Mapping[str, str]) -> int | None:
+def _size(asked: _Asked, in_source: int | None) -> int | None:
     """Return the image size that was asked for, if one was."""
-    asked = given.get("model.image_size")
-    if asked is None:
+    if "model.image_size" not in asked.given:
         return in_source
-    if in_source not in (None, int(asked)):
-        raise UsageError(f"{source} and image size {asked} contradict each other; leave one out")
-    return int(asked)
+    size = asked.early.model.image_size
+    if in_source not in (None, size):
+        raise UsageError(
+            f"{asked.source} and image size {size} contradict each other; leave one out"
+        )
+    return size

@@ -11,7 +11,7 @@ from advmoe_deploy.data.folder import survey
 from advmoe_deploy.data.registry import absolute, folder_in, load_dataset, load_test_split
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import AdvMoEError, DataError, UsageError
-from tests.data.images import write_photos, write_png
+from tests.data.images import write_folders, write_photos, write_png
 
 
 def refused(source: str) -> str:
@@ -42,6 +42,37 @@ def test_training_images_alone_are_split_as_well(tmp_path: Path) -> None:
     write_photos(tmp_path / "b", count=10)
     alone, plain = (load_dataset(str(tmp_path / name), Decoding.of(16)) for name in "ab")
     assert alone.fingerprint == plain.fingerprint
+
+
+def test_a_class_may_be_called_train_where_it_is_no_split(tmp_path: Path) -> None:
+    numbers = iter(range(1000))
+    for root, names in (
+        ("vehicles", ("car", "plane", "train")),
+        ("flat", ("test", "train")),
+        ("unlabelled", ("car", "plane", "test")),
+    ):
+        for name in names:
+            for index in range(5):
+                write_png(tmp_path / root / name / f"{index}.png", next(numbers))
+    data = load_dataset(str(tmp_path / "vehicles"), Decoding.of(8))
+    assert data.class_names == ("car", "plane", "train")
+    assert np.bincount(data.test.labels).tolist() == [1, 1, 1]
+    for root in ("flat", "unlabelled"):
+        refused(str(tmp_path / root))
+
+
+def test_images_beside_class_folders_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folders(tmp_path / "photos")
+    for index in range(2):
+        write_png(root / "train" / f"loose-{index}.png", 900 + index)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(str(root), Decoding.of(8))
+    assert len(data.train) + len(data.holdout) == 20
+    assert caplog.text.count("no class folder") == 1
+    said = "2 images below train lie in no class folder and are not read, such as train/loose-0.png"
+    assert said in caplog.text
 
 
 def test_a_copy_of_a_test_image_is_not_trained_on(
@@ -99,6 +130,9 @@ def test_a_path_alone_is_a_folder_of_images(
     assert folder_in("photos") == (Path("photos"), None)
     assert folder_in("folder:photos?size=32") == (Path("photos"), 32)
     assert folder_in("cifar10:photos") is None
+    for size in ("abc", "", "-8", "4"):
+        with pytest.raises(UsageError, match="names no size in"):
+            folder_in(f"photos?size={size}")
     with pytest.raises(UsageError, match="names no size"):
         absolute("photos")
 

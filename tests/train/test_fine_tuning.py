@@ -1,6 +1,7 @@
 """Fine-tuning: the network and its weights come along, the head where the classes are the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.errors import AdvMoEError
+from advmoe_deploy.errors import AdvMoEError, CheckpointError
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import build_spec
@@ -69,6 +70,8 @@ def test_the_same_classes_keep_their_head(tiny_run: Path) -> None:
     _, old = load_checkpoint(tiny_run / "model")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, old.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match="has other weights than when the run was asked"):
+        transfer(model, start.model_copy(update={"weights_sha256": "0" * 64}))
 
 
 def test_a_bundle_and_the_weights_of_a_checkpoint_do_as_well(
@@ -90,6 +93,8 @@ def test_a_bundle_and_the_weights_of_a_checkpoint_do_as_well(
         ("cifar10-vit-moe", [], "name a recipe of family advmoe"),
         ("advmoe", ["model.width=64"], "has model.width=8, not 64: the network is that of the"),
         ("advmoe", ["model.image_size=32"], "has model.image_size=8, not 32"),
+        ("advmoe", ["model.foo=1"], "unknown setting 'model.foo'"),
+        ("advmoe", ["model.transformer.depth=3"], "unknown setting 'model.transformer.depth'"),
         ("advmoe", ["shared_start=0.5"], "brings its experts along"),
         ("advmoe", ["model.num_classes=7"], "has 3 classes, not 7"),
     ],
@@ -100,6 +105,23 @@ def test_contradictions_are_one_line(
     with pytest.raises(AdvMoEError, match=says) as caught:
         asked_from(tiny_run, name, data=str(photos), settings=settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_model_that_a_run_begins_with_is_not_replaced(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_run, runs / "old")
+    for folder in (runs, runs / "old"):
+        (folder / "config.json").write_text("{}")
+    before = {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
+    line = ["train", "advmoe", "--data", "digits", "--from", str(runs / "old"), "--overwrite"]
+    for out in (runs / "old", runs):
+        assert run([*line, "--dry-run", "--out", str(out)]) == 2
+        assert f"lies in {out}, which would be replaced" in capfd.readouterr().err
+    assert run([*line, "--epochs", "1", "--out", str(runs / "old")]) == 2
+    assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
+    assert asked_from(runs / "old", data="digits", out=runs / "new", overwrite=True).config.start
 
 
 def test_weights_alone_tell_no_network(tmp_path: Path, photos: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.train import device, own_data
@@ -70,6 +71,21 @@ def test_mean_and_deviation_are_those_of_the_training_part(photos: Path, tmp_pat
     assert asked.config.flip
 
 
+def test_mean_and_deviation_take_little_memory() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2000, 3, 32, 32), dtype=np.uint8)
+    images[:, 1], images[:, 2] = 255, 77
+    split = Split(images, np.arange(2000) % 2)
+    data = Dataset("digits", ("a", "b"), split, split, split)
+    tracemalloc.start()
+    chosen = {choice.key: choice.value for choice in own_data.of_images(data, None)}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.nbytes
+    mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3)) / 255
+    np.testing.assert_allclose(chosen["model.mean"], mean, atol=1e-4)
+    np.testing.assert_allclose(chosen["model.std"], [std[0], 1 / 255, 1 / 255], atol=1e-4)
+
+
 def test_grey_images_get_one_channel_and_no_mirror(tmp_path: Path) -> None:
     for label in range(2):
         (tmp_path / "scans" / str(label)).mkdir(parents=True)
@@ -127,6 +143,22 @@ def test_contradictions_are_one_line(photos: Path, settings: list[str], says: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "epochs", "size", "epsilon"),
+    [
+        (["epochs=24.0", "model.image_size=16.0", 'threat.epsilon="8/255"'], 24, 16, 8 / 255),
+        (['epochs="3"', 'model.image_size="8"', "threat.epsilon=true"], 3, 8, 1),
+    ],
+)
+def test_a_value_in_another_spelling_counts_as_validated(
+    photos: Path, settings: list[str], epochs: int, size: int, epsilon: float
+) -> None:
+    config = train_request("advmoe", data=str(photos), settings=settings).config
+    assert (config.epochs, config.evaluate_every) == (epochs, max(1, epochs // 6))
+    assert config.model.image_shape == (3, size, size)
+    assert (config.threat.epsilon, config.attack_step_size) == (epsilon, 0.625 * epsilon)
+
+
 OWN = ["advmoe", "--data", "photos"]
 REFUSED = [
     (["nope"], 2, "unknown recipe 'nope'"),
@@ -144,6 +176,10 @@ REFUSED = [
     ([*OWN, "--epochs", "2", "--set", "epochs=3"], 2, "are one setting; give one"),
     ([*OWN, "--out", "photos"], 2, "exists and is no run"),
     ([*OWN, "--resume"], 2, "holds no run to resume"),
+    ([*OWN, "--dry-run", "--out", "photos"], 2, "exists and is no run"),
+    ([*OWN, "--dry-run", "--resume"], 2, "holds no run to resume"),
+    (["advmoe", "--data", "photos?size=abc"], 2, "names no size in 8..512"),
+    (["advmoe", "--data", "photos?size="], 2, "names no size in 8..512"),
     ([*OWN, "--from", "runs/missing"], 3, "is not there; name what 'advmoe train'"),
     ([*OWN, "--from", "photos"], 3, "no finished run, no checkpoint and no bundle"),
     ([*OWN, "--from", "zoo:nope"], 2, "unknown model 'nope'"),

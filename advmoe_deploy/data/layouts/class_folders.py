@@ -105,16 +105,21 @@ def by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
     by_class: dict[str, list[str]] = {name: [] for name in names}
     there = tree.below(folder) if folder else tree.files
     images = images_of(there)
+    below = f" below {folder}" if folder else ""
     if others := sorted({*there} - {*images}):
-        below = f" below {folder}" if folder else ""
         say_once(
             f"{tree.root}: {len(others):,} files{below} are no images by their suffix and not "
             f"read, such as {others[0]}"
         )
+    loose: list[str] = []
     for file in images:
         name = file.removeprefix(top).split("/")[0]
-        if name in by_class:
-            by_class[name].append(file)
+        by_class.get(name, loose).append(file)
+    if loose:
+        say_once(
+            f"{tree.root}: {len(loose):,} images{below} lie in no class folder and are not read, "
+            f"such as {loose[0]}"
+        )
     for label, (name, found) in enumerate(by_class.items()):
         if not found:
             raise DataError(

@@ -1,5 +1,6 @@
 """Class folders without a test split: ``CLASS/*``, or ``train/CLASS/*`` alone; one is made."""
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from advmoe_deploy.data.dataset import stratified_parts
 from advmoe_deploy.data.layouts.class_folders import by_folder, images_of, split_folders
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
-from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.data.layouts.tree import Tree, parent_of
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.errors import DataError
 
@@ -53,9 +54,19 @@ def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing]
 def _tells_splits(tree: Tree) -> bool:
     """Return whether a folder at any depth is called like a split that is no class."""
     usual = Wanted()
-    here = {name.lower() for name in tree.subfolders()}
-    deep = {PurePosixPath(folder).name.lower() for folder in tree.folders}
-    return bool(here & {*usual.train, *usual.test} or deep & {*usual.train})
+    here = [name for name in tree.subfolders() if name.lower() in (*usual.train, *usual.test)]
+    deep = {PurePosixPath(folder).name.lower() for folder in tree.folders if parent_of(folder)}
+    return bool(deep & {*usual.train}) or (bool(here) and not _is_vehicle(tree, here))
+
+
+def _is_vehicle(tree: Tree, splits: Sequence[str]) -> bool:
+    """Return whether the one folder called like a split is a class, such as car, plane, train.
+
+    Images right in ``test`` are more likely without labels than of a class.
+    """
+    name = splits[0]
+    is_class = len(splits) == 1 and name.lower() in Wanted().train and not tree.subfolders(name)
+    return is_class and len(tree.subfolders()) > 2
 
 
 def _one_class(tree: Tree, train: str, name: str) -> str:

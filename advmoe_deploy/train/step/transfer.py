@@ -10,6 +10,7 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.fields import Start
+from advmoe_deploy.train.origin import origin_of
 
 
 @torch.no_grad()
@@ -20,6 +21,11 @@ def transfer(model: Classifier, start: Start) -> None:
         CheckpointError: the weights are not those that the run was asked to begin with, or do not
             fit the network.
     """
+    if origin_of(start.source, Path(start.path)).weights_sha256 != start.weights_sha256:
+        raise CheckpointError(
+            f"{start.source} has other weights than when the run was asked for (SHA-256 differs); "
+            "train again"
+        )
     state = open_stored(Path(start.path)).model.state_dict()
     head = head_of(model.spec) if start.new_head else frozenset()
     taken = {name: tensor for name, tensor in state.items() if name not in head}
