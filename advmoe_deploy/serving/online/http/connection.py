@@ -63,7 +63,6 @@ class Connection(HttpToolsProtocol):
         self._over = False  # whether nothing that comes is looked at any more
         self._is_dropped = False  # whether the rest of the body that is being read is
         self._crowded = False
-        self._request = 0
         self._running: RequestResponseCycle | None = None
         # The request ahead of the newest one.
         self._before: RequestResponseCycle = None  # type: ignore[assignment]
@@ -71,7 +70,7 @@ class Connection(HttpToolsProtocol):
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._head_bytes = self._body_bytes = self._chunks = 0
+        self._request = self._head_bytes = self._body_bytes = self._chunks = 0
         self._parsed = self._unparsed = 0  # bytes of whole headers and bodies, and those since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
