@@ -38,7 +38,7 @@ def evaluate(
         data: a data source; by default the one the model was trained on. Its test split is used.
         class_map: the model's name of classes that ``data`` calls otherwise.
         images: how many test images; by default all.
-        threads: of the engine; 0 lets it choose.
+        threads: of a bundle's engine; 0 lets it choose. A run has those of PyTorch.
         progress: receives progress reports.
 
     Raises:
