@@ -99,8 +99,8 @@ def sweep_svg(report: SweepReport) -> str:
     )
 
 
-def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.pages.plots import DENSE, MOE
+def _draw_accuracy(axes: Axes, report: SweepReport) -> str:
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE, legend_below
 
     x = [point.value for point in report.points]
     for name, colour in (("robust_accuracy", MOE), ("clean_accuracy", DENSE)):
@@ -109,16 +109,17 @@ def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
         low = [mean - min(values) for mean, values in zip(means, shares, strict=True)]
         high = [max(values) - mean for mean, values in zip(means, shares, strict=True)]
         label = name.replace("_", " ")
-        axes.errorbar(x, means, (low, high), fmt="o-", ms=4, capsize=3, color=colour, label=label)
+        axes.errorbar(x, means, (low, high), fmt="o-", capsize=3, color=colour, label=label)
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.set(xlabel=report.key, ylabel="test accuracy, %", ylim=(0, 102))
     seeds = len(report.points[0].reports)
     axes.set_title(f"{report.recipe}, {seeds} seed{'s' if seeds > 1 else ''}")
-    axes.legend(loc="best")
+    legend_below(axes)
+    return f"accuracies over {report.key}"
 
 
-def _draw_macs(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.pages.plots import DENSE, MOE, UNFUSED
+def _draw_macs(axes: Axes, report: SweepReport) -> str:
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE, UNFUSED, legend_below
 
     x = range(len(report.points))
     macs = [point.macs for point in report.points]
@@ -128,8 +129,9 @@ def _draw_macs(axes: Axes, report: SweepReport) -> None:
     axes.axhline(macs[0].dense / 1e6, color=DENSE, ls=":", label="dense")
     axes.set_xticks(x, [f"{point.value:g}" for point in report.points])
     axes.set(xlabel=report.key, ylabel="million MACs per image")
-    axes.set_title("What an image costs", pad=24)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+    axes.set_title("What an image costs")
+    legend_below(axes)
+    return f"multiply-accumulates over {report.key}"
 
 
 def _values(over: str) -> tuple[str, tuple[float, ...]]:
