@@ -73,7 +73,7 @@ class Session:
         began = perf_counter()
         self.fabric.barrier()  # the first process has written the checkpoints by now
         _, model = load_checkpoint(self.folder.checkpoint(state.best_epoch))
-        attack = AttackSpec(name="pgd", steps=self.config.test_attack_steps, seed=self.config.seed)
+        attack = _test_attack(self.config)
         with task(self.progress, "test", 1):
             placed = place(self.fabric, model, channels_last=self.config.channels_last)
             measured = self._measure(placed, self.data.test.first(self.config.test_images), attack)
@@ -248,6 +248,11 @@ def _fields(measured: Measured) -> dict[str, object]:
         "effective_routes": measured.effective_routes,
         "expert_load": measured.expert_load,
     }
+
+
+def _test_attack(config: TrainConfig) -> AttackSpec:
+    steps, size = config.test_attack_steps, config.test_attack_step_size
+    return AttackSpec(name="pgd", steps=steps, step_size=size, seed=config.seed)
 
 
 def _cost(config: TrainConfig, model: Classifier) -> dict[str, object]:
