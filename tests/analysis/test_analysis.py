@@ -144,6 +144,13 @@ def test_experts_by_hand() -> None:
     assert report.disagreement == ((0.0, 1.0), (1.0, 0.0))
     assert [row.clean_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.robust_accuracy.value for row in report.fixed] == [0.75, 0.25]
+    assert [row.apgd_accuracy.value for row in report.fixed] == [0.75, 0.25]
+    gated = report.gated  # what is constant on both sides of a jump has no gradient: not attacked
+    assert (gated.expert, gated.clean_accuracy.value, gated.robust_accuracy.value) == (
+        None,
+        0.75,
+        0.75,
+    )
     accuracy = {row.target: row.accuracy.value for row in report.targets}
     assert accuracy["experts"] == 0.75  # experts that always say the same cannot be attacked
     assert accuracy["router"] == accuracy["pathway"] == report.together.value == 0.5

@@ -84,9 +84,12 @@ def _experts(report: AnalysisReport) -> Group | None:
         changed = "-" if row.route_change is None else f"{100 * row.route_change.value:.1f} %"
         attacks.add_row(row.target, interval(row.accuracy), changed)
     attacks.add_row("all but experts, together", interval(experts.together), "")
-    fixed = _table("one expert for every image", ("expert", "clean", "under PGD"))
-    for one in experts.fixed[:_MOST_LAYERS]:
-        fixed.add_row(str(one.expert), interval(one.clean_accuracy), interval(one.robust_accuracy))
+    columns = ("expert", "clean", "under PGD", "under APGD")
+    fixed = _table("one expert for every image, beside the router's choice", columns)
+    for one in (experts.gated, *experts.fixed[:_MOST_LAYERS]):
+        shares = (one.clean_accuracy, one.robust_accuracy, one.apgd_accuracy)
+        name = "as routed" if one.expert is None else str(one.expert)
+        fixed.add_row(name, *map(interval, shares))
     second = _table("without the best expert", ("layer", "accuracy", "same answer"))
     for other in experts.second[-_MOST_LAYERS:]:
         second.add_row(escape(other.layer), interval(other.accuracy), interval(other.agreement))
