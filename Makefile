@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test lint slow docs wheel clean
+.PHONY: help demo test lint slow docs site wheel clean
 
 help:
 	@echo "make demo    train, export, verify, profile and classify on real digits (under six minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff and mypy only"
 	@echo "make docs    write docs/reference/api.md and settings.md from docstrings"
+	@echo "make site    docs/ as a web site, in build/site"
 	@echo "make wheel   a wheel of this checkout, in dist/"
 	@echo "make clean   remove .venv and the demo's output"
 
@@ -33,9 +34,12 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/programs/generate.py
 
+site: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build
+
 # What an earlier build left in build/ would go into the wheel as well.
 wheel: $(BIN)/python
-	rm -rf build
+	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
