@@ -65,6 +65,12 @@ def test_import_released(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
 
 
+def test_sample_photos_lie_as_ones_own_would(tmp_path: Path) -> None:
+    output_of("sample_photos.py", tmp_path / "photos", 5)  # the least that a class may have
+    found = {each.name: len([*each.glob("*.jpg")]) for each in (tmp_path / "photos").iterdir()}
+    assert found == {"flower": 5, "leaves": 5, "palace": 5}
+
+
 def test_examples_stay_short() -> None:
     programs = sorted(EXAMPLES.glob("*.py"))
     assert programs

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.errors import install_line
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import (
@@ -244,7 +245,7 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
     """Return what the machine has, package by package."""
     machine = [(key, str(value[key])) for key in ("advmoe", "python", "platform", "cpu", "cpus")]
     packages = [
-        (name, found["version"] or f"missing: pip install 'advmoe-deploy[{found['extra']}]'")
+        (name, found["version"] or f"missing: {install_line(found['extra'])}")
         for name, found in value["packages"].items()
     ]
     custom_ops = value["custom_ops"]
