@@ -13,6 +13,7 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.shares import Share, answers, share_of
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier, require_routes
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
@@ -152,14 +153,15 @@ def fixed_experts(
     on_model = attack.model_copy(update={"target": "model"})
     for expert in model.experts_in_use:
         network = FixedExpert(model, expert)
-        found = attack_model(network, images, labels, threat, on_model, first_only=True)
+        with attack_task(progress, network, on_model, len(labels)):
+            found = attack_model(network, images, labels, threat, on_model, first_only=True)
         row = FixedExpertRow(
             expert=expert,
             clean_accuracy=share_of(predict(network, images) == labels),
             robust_accuracy=share_of(predict(network, found) == labels),
         )
         rows.append(row)
-        progress.advance("experts", robust=row.robust_accuracy.value)
+        progress.advance("experts", robust_accuracy=row.robust_accuracy.value)
     return tuple(rows)
 
 
@@ -179,7 +181,8 @@ def _targets(
     _, clean = answers(model, images)
     for target in _TARGETS:
         aimed = attack.model_copy(update={"target": target})
-        found = attack_model(model, images, labels, threat, aimed, first_only=True)
+        with attack_task(progress, model, aimed, len(labels)):
+            found = attack_model(model, images, labels, threat, aimed, first_only=True)
         fixed = target == "experts"
         right_N = predict(model, found, routes_of=images if fixed else None) == labels
         changed = None
@@ -188,7 +191,7 @@ def _targets(
         rows.append(
             (TargetRow(target=target, accuracy=share_of(right_N), route_change=changed), right_N)
         )
-        progress.advance("experts", robust=rows[-1][0].accuracy.value)
+        progress.advance("experts", robust_accuracy=rows[-1][0].accuracy.value)
     return rows
 
 

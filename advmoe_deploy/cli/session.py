@@ -8,11 +8,10 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
-from advmoe_deploy.progress import Progress
-
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from advmoe_deploy.cli.tables.progress import Screen
     from advmoe_deploy.specs import Frozen
 
 # Whether this run has put its one JSON object on stdout.
@@ -26,7 +25,7 @@ _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
 class Session:
     """Where a command says what came out, drawn for people or as one JSON object."""
 
-    def __init__(self, stdout: TextIO, progress: Progress, *, as_json: bool) -> None:
+    def __init__(self, stdout: TextIO, progress: "Screen", *, as_json: bool) -> None:
         self.progress = progress
         self._stdout = stdout
         self._as_json = as_json
@@ -35,6 +34,7 @@ class Session:
         """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
         from advmoe_deploy.cli.tables.render import draw_on
 
+        self._clear()
         if self._as_json:
             print_json(value, self._stdout)
         else:
@@ -43,8 +43,14 @@ class Session:
 
     def write(self, text: str) -> None:
         """Put ``text`` on stdout as it is, at once."""
+        self._clear()
         self._stdout.write(text)
         self._stdout.flush()
+
+    def _clear(self) -> None:
+        """Take the bars off a terminal that both streams share."""
+        if self._stdout.isatty():
+            self.progress.pause()
 
     @contextmanager
     def keeping(
@@ -65,12 +71,15 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool) -> Iterator[Session]:
-    """Yield a session; what libraries print meanwhile goes to stderr."""
-    from advmoe_deploy.cli.tables.render import shown_progress
+def session(as_json: bool, *, loads: bool = False) -> Iterator[Session]:
+    """Yield a session; what libraries print meanwhile goes to stderr.
+
+    With ``loads`` large libraries come first, and a terminal says so until the work begins.
+    """
+    from advmoe_deploy.cli.tables.progress import shown_progress
 
     stdout = sys.stdout
-    with redirect_stdout(sys.stderr), shown_progress() as progress:
+    with redirect_stdout(sys.stderr), shown_progress(loads=loads) as progress:
         yield Session(stdout, progress, as_json=as_json)
 
 

@@ -18,7 +18,7 @@ from advmoe_deploy.cli.app import app, run
 from advmoe_deploy.cli.examples import EXAMPLES
 from advmoe_deploy.cli.options import positive_numbers
 from advmoe_deploy.cli.tables import bundle as tables
-from advmoe_deploy.cli.tables.render import PlainProgress, RichProgress, draw_on
+from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.errors import BundleError, MachineError, UsageError
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
@@ -361,36 +361,6 @@ def test_positive_numbers() -> None:
 
 def test_parser_errors_have_a_base_of_their_own() -> None:
     assert failures.ParserError.__name__ == "ClickException"
-
-
-def test_plain_progress_is_a_line_per_task(capsys: Capture) -> None:
-    progress = PlainProgress(sys.stderr, every=0.0)
-    progress.start("train", 4)
-    progress.advance("train", 2, loss=0.5)
-    progress.advance("train", 2, robust=0.25)
-    progress.finish("train")
-    assert capsys.readouterr().err.splitlines() == [
-        "train 2/4 loss 0.5",
-        "train 4/4 loss 0.5  robust 0.25",
-    ]
-    quiet = PlainProgress(sys.stderr)
-    quiet.start("train", 4)
-    quiet.advance("train")
-    assert capsys.readouterr().err == ""
-
-
-def test_rich_progress_draws_tasks_within_tasks(capsys: Capture) -> None:
-    progress = RichProgress(sys.stderr)
-    progress.start("outer", 2)
-    progress.start("inner [x]", 3)
-    progress.advance("inner [x]", 3, loss=0.125)
-    progress.finish("inner [x]")
-    progress.note("a [note]")
-    progress.finish("outer")
-    progress.close()
-    err = capsys.readouterr().err
-    for text in ("outer", "inner [x]", "3/3", "loss 0.125", "a [note]"):
-        assert text in err
 
 
 def row(model: Any, p50: float) -> LatencyRow:

@@ -75,7 +75,7 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.analysis.analyze import Settings, sections_for
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.cli.pages import analysis_report

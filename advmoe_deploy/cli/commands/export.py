@@ -86,7 +86,7 @@ def export(
     """
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         others: dict[str, object] = {"--precision": precision, "--no-reference": not reference}
         others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         others |= {"--build-config": build_config, "--set-build": set_build}

@@ -75,7 +75,7 @@ def import_checkpoint(
     """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
     run = out or Path("runs") / file.stem
     use_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.data.remembered import remembered
 
         if source not in IMPORT_SOURCES:

@@ -73,7 +73,7 @@ def verify(
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     seconds = _seconds(budget)
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.data.matching import read_class_map

@@ -49,7 +49,7 @@ def evaluate(
     if report_file is not None and report_file.is_dir():
         raise UsageError(f"--report: {report_file} is a directory; name a file in it")
     use_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import evaluation as tables
         from advmoe_deploy.data.matching import read_class_map

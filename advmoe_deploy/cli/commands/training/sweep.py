@@ -59,7 +59,7 @@ def sweep(
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
     key, values = _values(over)
     use_threads(threads, processes=devices)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.train.request import train_request
 

@@ -87,7 +87,7 @@ def train(
     short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.train.device import require_torch
         from advmoe_deploy.train.request import train_request
         from advmoe_deploy.zoo.resolve import resolve
