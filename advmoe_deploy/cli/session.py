@@ -2,11 +2,12 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +21,16 @@ _shown: ContextVar[bool] = ContextVar("shown", default=False)
 _spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
 _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
+# How to go on with what this run was stopped at.
+_unfinished: ContextVar["_Unfinished | None"] = ContextVar("unfinished", default=None)
+
+
+class _Unfinished(NamedTuple):
+    """What a command line needs in addition, and must not say, to go on; once there is a state."""
+
+    more: tuple[str, ...]
+    without: tuple[str, ...]
+    has_state: Callable[[], bool]
 
 
 class Session:
@@ -51,6 +62,15 @@ class Session:
         """Take the bars off a terminal that both streams share."""
         if self._stdout.isatty():
             self.progress.pause()
+
+    def resumable(
+        self,
+        *more: str,
+        without: tuple[str, ...] = (),
+        has_state: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Have an interrupt name the command that goes on: this one with ``more``."""
+        _unfinished.set(_Unfinished(more, without, has_state))
 
     @contextmanager
     def keeping(
@@ -115,8 +135,21 @@ def print_json_error(message: str, code: int) -> None:
         print_json({"error": message, "exit_code": code, **(_kept.get() or {})}, sys.stdout)
 
 
+def command_that_goes_on(arguments: Sequence[str]) -> str | None:
+    """Return the whole command that goes on where that of ``arguments`` was stopped, if any does.
+
+    Whoever began something that can be resumed has said so by :meth:`Session.resumable`.
+    """
+    found = _unfinished.get()
+    if found is None or not found.has_state():
+        return None
+    kept = [argument for argument in arguments if argument not in found.without]
+    return shlex.join(["advmoe", *kept, *(one for one in found.more if one not in kept)])
+
+
 def forget_shown() -> None:
     """Begin a run that has shown nothing."""
     _shown.set(False)
+    _unfinished.set(None)
     _spell.set(None)
     _kept.set(None)

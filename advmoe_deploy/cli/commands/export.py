@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
+from advmoe_deploy.cli.completion import named_models
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -31,6 +32,7 @@ def export(
         typer.Argument(
             readable=False,
             metavar="RUN",
+            autocompletion=named_models,
             help=f"What 'advmoe train' wrote; for trt, trt-rtx also a bundle of --onnx-only{NAMED}",
         ),
     ],

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import data_sets
 from advmoe_deploy.cli.options import Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckpointError, unknown_name
@@ -50,6 +51,7 @@ def import_checkpoint(
         typer.Option(
             "--data",
             metavar="FOLDER|NAME[:PATH]",
+            autocompletion=data_sets,
             help="What it was trained on, for 'export' and 'verify' to know.",
         ),
     ] = None,

@@ -83,6 +83,8 @@ def verify(
         opened = open_bundle(bundle, signed_by=require_signature)
         asked = engine_for(opened, engine, ui.progress.note)
         measured: list[AttackOutcome] = []
+        if resume is not None:
+            ui.resumable(has_state=resume.is_file)
         with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = verify_bundle(
                 opened,

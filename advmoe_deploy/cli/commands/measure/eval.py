@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import engines, named_models
 from advmoe_deploy.cli.options import NAMED, ClassMap, Data, Json, Threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
@@ -17,6 +18,7 @@ def evaluate(
         typer.Argument(
             readable=False,
             metavar="RUN|BUNDLE",
+            autocompletion=named_models,
             help=f"What 'train', 'import' or 'export' wrote{NAMED}",
         ),
     ],
@@ -27,6 +29,7 @@ def evaluate(
         typer.Option(
             "--engine",
             metavar="NAME[:PRECISION]",
+            autocompletion=engines,
             help="Of a bundle; 'advmoe list engines' names them. A run is computed by PyTorch.",
         ),
     ] = None,

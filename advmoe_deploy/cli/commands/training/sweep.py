@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import (
     Data,
     Json,
@@ -33,6 +34,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="RECIPE",
+            autocompletion=recipes,
             help="'advmoe list recipes' names them; for a folder of your own also a family.",
         ),
     ],
@@ -74,6 +76,7 @@ def sweep(
         from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
 
         require_matplotlib()
+        ui.resumable(has_state=folder.is_dir)
         report = sweep_recipe(
             asked.config,
             key,
