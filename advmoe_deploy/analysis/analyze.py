@@ -238,9 +238,16 @@ class _Work:
                 attack = self.attack.model_copy(update={"target": target})
                 for part in _RADII:
                     ball = ThreatModel(epsilon=min(1.0, part * self.threat.epsilon))
-                    effect = effect_of(self.model, self.images, self.labels, ball, attack)
+                    effect = effect_of(
+                        self.model,
+                        self.images,
+                        self.labels,
+                        ball,
+                        attack,
+                        progress=self.progress,
+                    )
                     effects.append(effect)
-                    self.progress.advance("changes", routes=effect.route_change.value)
+                    self.progress.advance("changes", routes_changed=effect.route_change.value)
         return tuple(effects)
 
     def _experts(self) -> ExpertReport:

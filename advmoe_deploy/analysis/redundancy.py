@@ -13,6 +13,7 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.shares import Share, answers, share_of
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier, require_routes
@@ -112,7 +113,7 @@ def expert_report(
         second=second_experts(model, images, labels),
         disagreement=disagreement(model, images),
         fixed=fixed_experts(model, images, labels, threat, attack, progress=progress),
-        gated=attacked_alone(model, None, images, labels, threat, attack),
+        gated=attacked_alone(model, None, images, labels, threat, attack, progress),
         targets=tuple(row for row, _ in targets),
         together=share_of(torch.stack(standing).all(dim=0)),
     )
@@ -159,8 +160,8 @@ def fixed_experts(
     """Return the accuracy of every expert when it answers all images, clean and attacked."""
     rows = []
     for expert in model.experts_in_use:
-        rows.append(attacked_alone(model, expert, images, labels, threat, attack))
-        progress.advance("experts", robust=rows[-1].robust_accuracy.value)
+        rows.append(attacked_alone(model, expert, images, labels, threat, attack, progress))
+        progress.advance("experts", robust_accuracy=rows[-1].robust_accuracy.value)
     return tuple(rows)
 
 
@@ -171,15 +172,16 @@ def attacked_alone(
     labels: Tensor,
     threat: ThreatModel,
     attack: AttackSpec,
+    progress: Progress,
 ) -> FixedExpertRow:
     """Return one expert's row, or with ``None`` that of the model as it runs."""
     network = model if expert is None else FixedExpert(model, expert)
     pgd = attack.model_copy(update={"target": "model"})
     apgd = AttackSpec(name="apgd", steps=attack.steps, seed=attack.seed)
-    found = [
-        find_adversarial(network, images, labels, threat, each, first_only=True)
-        for each in (pgd, apgd)
-    ]
+    found = []
+    for each in (pgd, apgd):
+        with attack_task(progress, network, each, len(labels)):
+            found.append(find_adversarial(network, images, labels, threat, each, first_only=True))
     clean, robust, apgd_robust = (share_of(predict(network, x) == labels) for x in (images, *found))
     return FixedExpertRow(
         expert=expert, clean_accuracy=clean, robust_accuracy=robust, apgd_accuracy=apgd_robust
@@ -202,7 +204,8 @@ def _targets(
     _, clean = answers(model, images)
     for target in _TARGETS:
         aimed = attack.model_copy(update={"target": target})
-        found = attack_model(model, images, labels, threat, aimed, first_only=True)
+        with attack_task(progress, model, aimed, len(labels)):
+            found = attack_model(model, images, labels, threat, aimed, first_only=True)
         fixed = target == "experts"
         right_N = predict(model, found, routes_of=images if fixed else None) == labels
         changed = None
@@ -211,7 +214,7 @@ def _targets(
         rows.append(
             (TargetRow(target=target, accuracy=share_of(right_N), route_change=changed), right_N)
         )
-        progress.advance("experts", robust=rows[-1][0].accuracy.value)
+        progress.advance("experts", robust_accuracy=rows[-1][0].accuracy.value)
     return rows
 
 

@@ -90,7 +90,11 @@ EXAMPLES = {
         "RAY_ADDRESS=head:6379 advmoe predict bundle --input '/d/*.tar' --output a.jsonl --on ray",
     ),
     "inspect": ("advmoe inspect bundle", "advmoe inspect hub:USER/NAME --json"),
-    "list": ("advmoe list", "advmoe list recipes", "advmoe list models --json"),
+    "list": (
+        "advmoe list",
+        "advmoe list recipes --data cifar10 --family advmoe",
+        "advmoe list models --json",
+    ),
     "add": (
         "advmoe add runs/digits-advmoe --name my-digits",
         "advmoe add runs/c10 --name c10 --fp16 --results report/report.json --license apache-2.0",

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.reports.attacks import attack_title
 from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
@@ -31,15 +32,7 @@ class AttackOutcome(Frozen):
     @property
     def title(self) -> str:
         """A few words: name, steps, target, and what else sets the attack apart."""
-        attack = self.attack
-        words = [attack.name if attack.name == "autoattack" else f"{attack.name}-{attack.steps}"]
-        words += [attack.target] if attack.target != "model" else []
-        words += [f"{attack.temperature:g}"] if attack.target == "soft" else []
-        if attack.name == "pgd":
-            words += [attack.loss] if attack.loss != "cross-entropy" else []
-            words += [f"{attack.classes} targets"] if attack.classes else []
-            words += [f"x{attack.restarts}"] if attack.restarts > 1 else []
-        return " ".join(words)
+        return attack_title(self.attack)
 
 
 class Sign(Frozen):

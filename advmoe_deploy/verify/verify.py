@@ -97,22 +97,22 @@ def verify_bundle(
             rounding=exported.rounding,
             margin=exported.margin,
             decoding=manifest.decoding,
+            progress=progress,
         )
-        trial = Trial(model, runner, x_NCHW, labels_N, threat)
+        trial = Trial(model, runner, x_NCHW, labels_N, threat, progress)
         same = exact and consistency.passed and consistency.parity.passed
         searches = searches_of(suite, differs_from_reference=not same)
         key = key_of(bundle, engine, trial, searches)
         done = go_on(resume, key, trial) if resume is not None else 0
         measured.extend(trial.outcomes)
-        with task(progress, "verify", len(searches)):
-            progress.advance("verify", min(done, len(searches)))
+        with task(progress, "verify", len(searches), min(done, len(searches))):
             extra = _restarts(trial, bundle.manifest.model, budget, same=same)
             for attack, found_on in islice(chain(searches, extra), done, None):
                 measured.append(trial.run(attack, found_on))
                 if resume is not None:
                     keep(resume, key, trial)
-                progress.advance("verify", robust=measured[-1].robust_accuracy.engine)
-        masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
+                progress.advance("verify", robust_accuracy=measured[-1].robust_accuracy.engine)
+        masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes, progress)
     judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=same)
     report = RobustReport(
         passed=judgement.verdict == "passed",

@@ -160,6 +160,9 @@ def test_the_list_says_what_is_known(zoo: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "tiny-advmoe" in out
     assert "93.5 %" in out
+    assert "tiny-advmoe: measured on hold-out; robust: what withstands pgd-" in " ".join(
+        out.split()
+    )
 
 
 def test_a_record_that_is_damaged_is_named(zoo: Path) -> None:

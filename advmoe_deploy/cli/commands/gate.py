@@ -57,7 +57,7 @@ def gate(
         if file is not None and file.is_dir():
             raise UsageError(f"{option}: {file} is a directory; name a file in it")
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.pages import gate_files
         from advmoe_deploy.cli.tables import bundle as tables

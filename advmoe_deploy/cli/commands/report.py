@@ -56,7 +56,7 @@ def report(
     if len(set(engine or ())) < len(engine or ()):
         raise UsageError(f"--engine: {', '.join(engine or ())} names one twice; name each once")
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.bundle import CARD
         from advmoe_deploy.cli.pages import page as pages

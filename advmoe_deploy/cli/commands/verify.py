@@ -73,7 +73,7 @@ def verify(
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     seconds = _seconds(budget)
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.data.matching import read_class_map
@@ -83,6 +83,8 @@ def verify(
         opened = open_bundle(bundle, signed_by=require_signature)
         asked = engine_for(opened, engine, ui.progress.note)
         measured: list[AttackOutcome] = []
+        if resume is not None:
+            ui.resumable(has_state=resume.is_file)
         with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = verify_bundle(
                 opened,

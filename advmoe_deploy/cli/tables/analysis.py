@@ -9,6 +9,7 @@ from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.certificate import Radii
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 
 _MOST_LAYERS = 8
 
@@ -22,7 +23,7 @@ def sections(report: AnalysisReport) -> RenderableType:
     """Return the main figures of the sections that ``report`` has."""
     title = (
         f"{report.family}, {report.images} images of {report.data}, "
-        f"l-inf epsilon {report.threat.epsilon:.4g}, PGD-{report.steps}"
+        f"l-inf epsilon {epsilon_text(report.threat.epsilon)}, PGD-{report.steps}"
     )
     parts: list[RenderableType] = [escape(title), f"clean accuracy {interval(report.accuracy)}"]
     parts += [escape(note) for note in report.notes]

@@ -15,8 +15,8 @@ def benchmark_report(report: BenchmarkReport) -> RenderableType:
     """Return a row per engine and precision, the best for the aim marked, and what was measured."""
     batches = [timing.batch for timing in report.contenders[0].timings]
     columns = ("engine", "MB", "clean %", "robust %", *(f"ms at {n}" for n in batches))
-    table = new_table(report.bundle, (*columns, "vs dense"))
-    table.collapse_padding = True
+    least = ("vs dense", "MB") if report.aim == "size" else ("MB", "vs dense")
+    table = new_table(report.bundle, (*columns, "vs dense"), least)
     for each in report.contenders:
         table.add_row(
             escape(f"{_MARK if each.best else ' '} {each.name}"),
@@ -62,7 +62,7 @@ def _warning(report: BenchmarkReport) -> str:
 
 
 def _percent(share: MeasuredShare | None) -> str:
-    return "unmeasured" if share is None else f"{100 * share.share:.1f}"
+    return "-" if share is None else f"{100 * share.share:.1f}"
 
 
 def _ratio(timing: Timing) -> str:

@@ -11,16 +11,16 @@ from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.errors import install_line
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import (
-    LatencyReport,
-    LatencyRow,
     Pair,
     ParityReport,
 )
 from advmoe_deploy.runtime.select import own_engine, resolved
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 
 
@@ -85,8 +85,9 @@ def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = new_table(
-        f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
-        _outcome_columns(report.engine),
+        f"{report.images} images of {report.data}, {norm} epsilon {epsilon_text(epsilon)}; "
+        f"engine: {report.engine} {report.precision}",
+        _OUTCOMES,
     )
     table.add_row("none (clean)", "", "", *_pair(report.clean_accuracy), "", "")
     _add_outcomes(table, report.attacks)
@@ -122,16 +123,15 @@ def _verdict(report: RobustReport) -> str:
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
     """Return accuracies of reference and engine under those attacks that ended."""
-    table = new_table("unfinished", _outcome_columns(engine))
+    table = new_table(f"unfinished; engine: {engine}", _OUTCOMES)
     _add_outcomes(table, outcomes)
     return table
 
 
-def _outcome_columns(engine: str) -> tuple[str, ...]:
-    return ("attack", "found on", "attacked", "reference", engine, "routes flipped", "seconds")
+_OUTCOMES = ("attack", "found on", "images", "reference", "engine", "flipped", "seconds")
 
 
-def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
+def _add_outcomes(table: FittedTable, outcomes: Iterable[AttackOutcome]) -> None:
     for outcome in outcomes:
         flips = outcome.route_flip_rate
         table.add_row(
@@ -144,59 +144,6 @@ def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
         )
 
 
-def latency_rows(latencies: Iterable[LatencyRow]) -> Table:
-    """Return a table of latencies."""
-    rows = new_table(
-        "latency",
-        (
-            "model",
-            "engine",
-            "precision",
-            "batch",
-            "p50 ms",
-            "p90 ms",
-            "p99 ms",
-            "images/s",
-            "MACs",
-            "n",
-        ),
-    )
-    for row in latencies:
-        times = (f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))
-        rows.add_row(
-            row.model,
-            row.engine,
-            row.precision,
-            str(row.batch),
-            *times,
-            f"{row.images_per_s:.0f}",
-            f"{row.macs / 1e6:.1f} M",
-            str(row.n),
-        )
-    return rows
-
-
-def latency_report(report: LatencyReport) -> RenderableType:
-    """Return the latency rows and the ratios between models."""
-    rows = latency_rows(report.rows)
-    ratios = new_table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
-    for ratio in report.ratios:
-        ratios.add_row(
-            f"{ratio.a} / {ratio.b}",
-            _both(f"{ratio.a_engine} {ratio.a_precision}", f"{ratio.engine} {ratio.precision}"),
-            str(ratio.batch),
-            f"{ratio.ratio:.2f}x",
-            f"{ratio.ci_low:.2f} to {ratio.ci_high:.2f}",
-        )
-    first = report.rows[0]
-    setting = f"{first.threads} threads, warm-up {first.warmup}, {first.device}"
-    return Group(rows, *([ratios] if report.ratios else []), escape(setting))
-
-
-def _both(a: str, b: str) -> str:
-    return a if a == b else f"{a} / {b}"
-
-
 def bundle_contents(bundle: Bundle) -> RenderableType:
     """Return what a bundle says about itself."""
     manifest = bundle.manifest
@@ -206,7 +153,10 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
         ("runs on", " ".join(resolved(bundle, own_engine(bundle))) + ", unless told otherwise"),
-        ("threat", f"{threat.norm} epsilon {threat.epsilon:.4g}" if threat else "none named"),
+        (
+            "threat",
+            f"{threat.norm} epsilon {epsilon_text(threat.epsilon)}" if threat else "none named",
+        ),
         (
             "MACs per image",
             f"{macs.executed / 1e6:.2f} M (network {macs.selected / 1e6:.2f} + routers "
@@ -319,12 +269,9 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def new_table(title: str, columns: Iterable[str]) -> Table:
-    """Return an empty table with these columns, all but the first right-justified."""
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index == 0 else "right")
-    return table
+def new_table(title: str, columns: Sequence[str], least: Sequence[str] = ()) -> FittedTable:
+    """Return an empty table; the columns ``least`` give way first where the terminal is narrow."""
+    return FittedTable(title, columns, least)
 
 
 def _pair(pair: Pair) -> tuple[str, str]:

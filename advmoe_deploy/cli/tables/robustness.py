@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
 from advmoe_deploy.verify.examples.gate import GateReport
@@ -43,7 +44,8 @@ def certified_text(certified: CertifiedRoutes) -> str:
         return f"certified routes: none known; {certified.note}"
     return (
         f"certified routes: {certified.certified} of {certified.images} images keep theirs within "
-        f"epsilon {certified.epsilon:.4g}; the median radius is {certified.median_radius:.3g}"
+        f"epsilon {epsilon_text(certified.epsilon)}; the median radius is "
+        f"{certified.median_radius:.3g}"
     )
 
 

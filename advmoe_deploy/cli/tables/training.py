@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
     from advmoe_deploy.train.run.loop import TrainReport
@@ -21,7 +22,10 @@ def train_report(report: "TrainReport") -> RenderableType:
         ("recipe", report.recipe),
         ("epochs", str(report.epochs)),
         ("clean accuracy", percent(report.clean_accuracy)),
-        (f"robust accuracy, epsilon {report.epsilon:.4g}", percent(report.robust_accuracy)),
+        (
+            f"robust accuracy, epsilon {epsilon_text(report.epsilon)}",
+            percent(report.robust_accuracy),
+        ),
         ("effective routes", "-" if routes is None else f"{routes:.2f}"),
         ("time", f"{report.seconds:.1f} s"),
     ]
@@ -78,7 +82,7 @@ def import_report(value: Mapping[str, Any]) -> RenderableType:
     ]
     named = [name for name in value["class_names"] if not name.isdecimal()]
     known = {"classes": ", ".join(named), "data": value.get("data")}
-    known["epsilon"] = f"{threat['epsilon']:.4g}" if (threat := value["threat"]) else ""
+    known["epsilon"] = epsilon_text(threat["epsilon"]) if (threat := value["threat"]) else ""
     rows += [(key, text) for key, text in known.items() if text]
     noise = "" if value.get("data") else " --data random:1000"
     hint = f"next: advmoe export {quote(value['run'])} --format onnx{noise}"

@@ -60,8 +60,8 @@ class Session:
         per_epoch = self.loader.batches_per_epoch
         leads = self.fabric.is_global_zero
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
-        with task(self.progress, "train", self.config.epochs * per_epoch), board or nullcontext():
-            self.progress.advance("train", state.epoch * per_epoch)
+        steps, done = self.config.epochs * per_epoch, state.epoch * per_epoch
+        with task(self.progress, "train", steps, done), board or nullcontext():
             for _ in range(state.epoch, self.config.epochs):
                 state = self._epoch(state)
                 if board is not None:
@@ -188,7 +188,15 @@ class Session:
     def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
         images, labels = on_device(self.fabric, split)
         threat = self.config.threat
-        return measure(self.fabric, model, to_unit(images), labels, threat=threat, attack=attack)
+        return measure(
+            self.fabric,
+            model,
+            to_unit(images),
+            labels,
+            threat=threat,
+            attack=attack,
+            progress=self.progress,
+        )
 
     def _save(self, state: RunState) -> None:
         checkpoint = Checkpoint(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import (
     Data,
     Json,
@@ -37,6 +38,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="RECIPE[,RECIPE...]",
+            autocompletion=recipes,
             help="'advmoe list recipes' names them; for a folder of your own also a family. "
             "Several are swept one after the other and drawn into one plot.",
         ),
@@ -68,7 +70,7 @@ def sweep(
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
     key, values = _values(over)
     use_threads(threads, processes=devices)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.train.request import train_request
 
@@ -88,6 +90,7 @@ def sweep(
         from advmoe_deploy.train.run.sweep import sweep_configs
 
         require_matplotlib()
+        ui.resumable(has_state=folder.is_dir)
         for each in asked:  # nonsense is refused before the first is trained
             sweep_configs(each.config, key, values, numbers)
         reports = [
