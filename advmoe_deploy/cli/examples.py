@@ -44,6 +44,7 @@ EXAMPLES = {
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
         "advmoe verify bundle --data photos/ --epsilon 8/255",
+        "advmoe verify bundle --images 20 --allow-fragile",
         "advmoe verify bundle --save-examples examples.npz",
         "advmoe verify bundle --attacks full --budget 30m --resume state.npz",
     ),

@@ -104,6 +104,15 @@ License = Annotated[
 ]
 
 
+AllowFragile = Annotated[
+    bool,
+    typer.Option(
+        "--allow-fragile",
+        help="Let a model pass that is no more robust than chance: to try the tools on.",
+    ),
+]
+
+
 class LogFormat(str, Enum):
     """How the server's log is written."""
 

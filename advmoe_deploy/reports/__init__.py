@@ -292,9 +292,13 @@ _MODEL_NAMES = {"moe": "MoE", "s-dense": "S-Dense"}
 
 
 class LatencyReport(Frozen):
-    """Latency of the MoE and its baselines, interleaved in one process."""
+    """Latency of the MoE and its baselines, interleaved in one process.
+
+    ``warnings`` say where routing costs more than it saves.
+    """
 
     rows: tuple[LatencyRow, ...]
     ratios: tuple[LatencyRatio, ...]
     versions: dict[str, str]
     settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

@@ -131,6 +131,7 @@ def _show(ui: Session, bundle: Bundle) -> None:
         "denormal_weights": manifest.denormal_weights,
         "engines": [e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines],
         "macs": manifest.macs.model_dump(mode="json"),
+        "warnings": list(bundle.warnings),
         "bytes": sum(record.bytes for record in manifest.files.values()),
     }
     ui.show(value, lambda: tables.export_report(bundle))

@@ -42,6 +42,7 @@ def _lines(report: BenchmarkReport) -> list[str]:
             "vs dense: times as fast as the dense network of the same backbone at batch "
             f"{_deciding(report.best, report).batch}, which is untrained: it has no accuracy"
         )
+    lines += [f"warning: {line}" for line in report.latency.warnings]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"left out: {reason}" for reason in report.left_out]
     return [*lines, f"{first.threads} threads, medians in turn, {first.device}"]

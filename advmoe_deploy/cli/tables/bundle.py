@@ -35,7 +35,8 @@ def export_report(bundle: Bundle) -> RenderableType:
         *_engine_rows(bundle.manifest.engines),
     ]
     built = [each for each in bundle.manifest.engines if each.is_built]
-    return Group(facts(str(bundle.path), rows), escape(_next(bundle, built[:1])))
+    warnings = (escape(f"warning: {line}") for line in bundle.warnings)
+    return Group(facts(str(bundle.path), rows), *warnings, escape(_next(bundle, built[:1])))
 
 
 def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
@@ -111,12 +112,15 @@ def robust_report(report: RobustReport) -> RenderableType:
 
 def _verdict(report: RobustReport) -> str:
     limit = f"(limit: {report.max_drop:g} points)"
+    fragile = report.reference is not None and report.reference.verdict == "failed"
+    if report.fragility and fragile and not report.findings:
+        return "THE REFERENCE IS NOT ROBUST: there is nothing to preserve"
     if report.verdict == "undecided":
         return f"UNDECIDED: {report.images} images cannot tell {limit}"
     if report.verdict == "failed":
         what = "THE ENGINE ANSWERS OTHERWISE" if report.findings else "ROBUSTNESS WAS LOST"
         return f"{what} {limit}"
-    if report.robust_accuracy.reference == 0:
+    if fragile:
         return "nothing was lost, but the reference itself is not robust at this epsilon"
     return f"robustness survived the export {limit}"
 
@@ -174,7 +178,8 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
     files = new_table("files", ("name", "bytes", "SHA-256"))
     for name, record in manifest.files.items():
         files.add_row(escape(name), str(record.bytes), record.sha256[:16])
-    return Group(facts(f"{bundle.path}: every hash is as listed", rows), files)
+    warnings = (escape(f"warning: {line}") for line in bundle.warnings)
+    return Group(facts(f"{bundle.path}: every hash is as listed", rows), files, *warnings)
 
 
 def _route(route: RouteStep) -> str:

@@ -36,7 +36,8 @@ def latency_report(report: LatencyReport) -> RenderableType:
     """Return the latency rows, and how fast each model is beside the others."""
     first = report.rows[0]
     setting = f"{first.threads} threads, warm-up {first.warmup}, {first.device}"
-    return Group(latency_rows(report.rows), *_speeds(report), escape(setting))
+    warnings = (escape(f"warning: {line}") for line in report.warnings)
+    return Group(latency_rows(report.rows), *_speeds(report), *warnings, escape(setting))
 
 
 def _speeds(report: LatencyReport) -> Sequence[RenderableType]:

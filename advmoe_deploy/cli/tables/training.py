@@ -33,7 +33,8 @@ def train_report(report: "TrainReport") -> RenderableType:
         left = f"{report.nonzero_macs:,}, {percent(report.density)} of the weights"
         rows.insert(-1, ("MACs that are left", left))
     hint = f"next: advmoe export {quote(report.run)} --format onnx"
-    return Group(facts(f"{report.run}", rows), escape(hint))
+    warnings = (escape(f"warning: {line}") for line in report.warnings)
+    return Group(facts(f"{report.run}", rows), *warnings, escape(hint))
 
 
 def sweep_report(report: "SweepReport", plot: str) -> RenderableType:

@@ -17,9 +17,9 @@ from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig, apply_overrides, without_router
 from advmoe_deploy.train.run.data import RunData
-from advmoe_deploy.train.run.folder import REPORT, require_same
+from advmoe_deploy.train.run.folder import REPORT
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.run.place import CONFIG
+from advmoe_deploy.train.run.place import CONFIG, require_same
 from advmoe_deploy.train.run.report import TrainReport
 
 SWEEP = "sweep.json"
