@@ -20,7 +20,7 @@ from advmoe_deploy.analysis.lipschitz import (
 )
 from advmoe_deploy.analysis.redundancy import ExpertReport, expert_report, steps_of_report
 from advmoe_deploy.analysis.routes import LayerUse, route_use
-from advmoe_deploy.analysis.routing_change import AttackEffect, effect_of
+from advmoe_deploy.analysis.routing_change import AttackEffect, MovedImage, effect_of
 from advmoe_deploy.analysis.shares import Share, share_of
 from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
 from advmoe_deploy.attacks.white_box import predict
@@ -108,11 +108,14 @@ def analyze(
     settings: Settings,
     *,
     measured: list[AnalysisReport] | None = None,
+    moved: list[MovedImage] | None = None,
     progress: Progress | None = None,
 ) -> AnalysisReport:
     """Return the report on ``stored``, measured on test images.
 
-    A list ``measured`` gets the report so far where a later section fails or is stopped.
+    A list ``measured`` gets the report so far where a later section fails or is stopped, ``moved``
+    the images that an attack on the routes alone, at the radius of the threat model, sends to other
+    experts.
 
     Raises:
         UsageError: no threat model, no data, or data that does not fit.
@@ -132,6 +135,7 @@ def analyze(
         threat,
         settings,
         progress or Silent(),
+        moved,
     )
     found = _Found()
     try:
@@ -196,7 +200,9 @@ class _Work:
         threat: ThreatModel,
         settings: Settings,
         progress: Progress,
+        moved: list[MovedImage] | None,
     ) -> None:
+        self.moved = moved
         self.model = model
         self.images = images
         self.labels = labels
@@ -238,12 +244,14 @@ class _Work:
                 attack = self.attack.model_copy(update={"target": target})
                 for part in _RADII:
                     ball = ThreatModel(epsilon=min(1.0, part * self.threat.epsilon))
+                    moved = self.moved if (target, part) == ("router", 1.0) else None
                     effect = effect_of(
                         self.model,
                         self.images,
                         self.labels,
                         ball,
                         attack,
+                        moved=moved,
                         progress=self.progress,
                     )
                     effects.append(effect)

@@ -38,6 +38,7 @@ from advmoe_deploy.specs import Frozen, ThreatModel
 Tag = Literal["formal", "diagnostic", "not applicable"]
 
 _HALVINGS = 20
+_LOOSEST = 100.0  # times what was sampled; a bound of a deep network is millions of times that
 _CLIMBERS, _CLIMB = 32, 20  # images that climb to steeper places, and their steps
 
 Margin = Callable[[Tensor], Tensor]  # images [N, C, H, W] to one margin each, [N]
@@ -56,6 +57,11 @@ class Lipschitz(Frozen):
     sampled: float
     bound: float | None
     reason: str | None
+
+    @property
+    def useful(self) -> bool:
+        """Whether the bound is near enough, a hundredfold, to what was met to be of use."""
+        return self.bound is not None and self.bound <= _LOOSEST * self.sampled
 
 
 class BoundaryJumps(Frozen):

@@ -7,6 +7,7 @@ Shapes: N images, T routed rows per image (1, or its tokens), R = N * T rows, E 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,6 +70,23 @@ class AttackEffect(Frozen):
     layers: tuple[LayerChange, ...]
 
 
+@dataclass(frozen=True)
+class MovedImage:
+    """One image that an attack sent to other experts: what it was before, and after.
+
+    ``pictures`` are [C, H, W]; ``before`` and ``after`` the experts of its first row that changed,
+    in ``layer``, the first that did.
+    """
+
+    index: int
+    label: int
+    pictures: tuple[Tensor, Tensor]
+    answers: tuple[int, int]
+    layer: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
 def effect_of(
     model: Classifier,
     images: Tensor,
@@ -76,9 +94,12 @@ def effect_of(
     threat: ThreatModel,
     attack: AttackSpec,
     *,
+    moved: list[MovedImage] | None = None,
     progress: Progress | None = None,
 ) -> AttackEffect:
     """Return what ``attack`` does to the answers and the routes of ``model``.
+
+    A list ``moved`` gets every image whose route changed.
 
     Raises:
         UsageError: the model routes nothing, or the attack is no PGD.
@@ -87,6 +108,14 @@ def effect_of(
     with attack_task(progress or Silent(), model, attack, len(labels)):
         found = attack_model(model, images, labels, threat, attack)
     logits, attacked = answers(model, found)
+    if moved is not None:
+        for index in changed_images(clean, attacked, len(labels)).nonzero().flatten().tolist():
+            layer, before, after = _first_change(clean, attacked, index, len(labels))
+            pictures = images[index].cpu(), found[index].cpu()
+            given = int(clean_logits[index].argmax()), int(logits[index].argmax())
+            moved.append(
+                MovedImage(index, int(labels[index]), pictures, given, layer, before, after)
+            )
     return AttackEffect(
         attack=attack,
         epsilon=threat.epsilon,
@@ -99,6 +128,25 @@ def effect_of(
         route_change=share_of(changed_images(clean, attacked, len(labels))),
         layers=tuple(layer_change(layer, clean[layer], attacked[layer]) for layer in clean),
     )
+
+
+def _first_change(
+    clean: dict[str, Routing], attacked: dict[str, Routing], index: int, images: int
+) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Return the first layer that sends image ``index`` elsewhere, and to whom, before and after.
+
+    Of tokens it is the first that goes elsewhere.
+    """
+    for layer, routing in clean.items():
+        before_TK, after_TK = (
+            fold_rows(each.expert_ids_NK, images)[index].sort(dim=1).values
+            for each in (routing, attacked[layer])
+        )
+        changed_T = (before_TK != after_TK).any(dim=1)
+        if changed_T.any():
+            row = int(changed_T.int().argmax())
+            return layer, tuple(before_TK[row].tolist()), tuple(after_TK[row].tolist())
+    raise AssertionError("no layer sends the image elsewhere")
 
 
 def changed_images(clean: dict[str, Routing], other: dict[str, Routing], images: int) -> Tensor:

@@ -85,7 +85,7 @@ def _from_bundle(bundle: Bundle) -> StoredModel:
         threat=manifest.threat,
         class_names=manifest.class_names,
         data=manifest.data,
-        recipe=str(manifest.training.get("recipe", "")),
+        recipe=str((manifest.training.get("recipe") or {}).get("name", "")),
         sealed=True,
         fingerprint=manifest.fingerprint,
     )

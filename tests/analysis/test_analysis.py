@@ -16,7 +16,7 @@ from advmoe_deploy.analysis.redundancy import (
     second_experts,
 )
 from advmoe_deploy.analysis.routes import route_use
-from advmoe_deploy.analysis.routing_change import effect_of, layer_change
+from advmoe_deploy.analysis.routing_change import MovedImage, effect_of, layer_change
 from advmoe_deploy.analysis.slopes import (
     UnboundedError,
     in_float64,
@@ -25,6 +25,7 @@ from advmoe_deploy.analysis.slopes import (
     with_slope,
 )
 from advmoe_deploy.attacks.white_box import predict
+from advmoe_deploy.cli.tables.analysis import bound_text
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
@@ -127,12 +128,19 @@ def test_an_attack_on_the_router_is_seen_in_answers_and_routes() -> None:
     model = LinearMoE(toy_spec(), first_pixel_router(), [says(0), says(1)])
     x, y = corners(0.55, 0.9), torch.tensor([0, 0])
     attack = AttackSpec(name="pgd", steps=8, target="router")
-    effect = effect_of(model, x, y, THREAT, attack)
+    moved: list[MovedImage] = []
+    effect = effect_of(model, x, y, THREAT, attack, moved=moved)
     assert effect.accuracy_clean.value == 1.0
     assert effect.accuracy_attacked.value == 0.5  # 0.9 is too far from 0.5
     assert effect.prediction_change.value == effect.route_change.value == 0.5
     assert effect.layers[0].set_change == 0.5
     assert effect.loss_attacked > effect.loss_clean
+    (image,) = moved
+    assert (image.index, image.label, image.answers) == (0, 0, (0, 1))
+    assert (image.layer, image.before, image.after) == ("router", (0,), (1,))
+    clean, attacked = image.pictures
+    assert clean[0, 0, 0] == pytest.approx(0.55)
+    assert 0.45 - 1e-6 <= attacked[0, 0, 0] < 0.5
 
 
 def test_experts_by_hand() -> None:
@@ -208,6 +216,13 @@ def test_the_constant_of_a_linear_map_is_exact() -> None:
     assert constant.part == "the network"
     assert constant.bound == pytest.approx(exact, rel=1e-6)
     assert constant.sampled <= exact * (1 + 1e-5)
+    assert constant.useful
+    far = constant.model_copy(update={"bound": 101 * constant.sampled})
+    none = constant.model_copy(update={"bound": None, "reason": "attention has no global bound"})
+    assert not far.useful
+    assert not none.useful
+    shown = [bound_text(part) for part in (constant, far, none)]
+    assert shown == [f"{exact:.3g}", "no useful bound", "attention has no global bound"]
 
 
 @pytest.mark.parametrize("family", BOUNDED)

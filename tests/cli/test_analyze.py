@@ -19,8 +19,8 @@ from tests.families import spec_of
 Capture = pytest.CaptureFixture[str]
 QUICK = ("--images", "24", "--steps", "2")
 PLOTS = {
-    "attack-targets", "disagreement", "expert-by-class", "expert-load", "fixed-experts",
-    "route-margins", "routing-change",
+    "attack-on-answer", "attack-on-routes", "attack-targets", "disagreement", "expert-by-class",
+    "expert-load", "fixed-experts", "route-margins",
 }  # fmt: skip
 
 

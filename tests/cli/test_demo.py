@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ from tests.zoo.test_pack import ROW
 def check(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     result: dict[str, object] = json.loads(capsys.readouterr().out)
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3
     assert page.count("data:image/png;base64,") == 20
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page), "the page needs nothing else"
     assert "nan" not in page.lower().split("<svg")[0]
     assert (out / "summary.svg").read_text().startswith("<svg")
     assert json.loads((out / "result.json").read_text())["seconds"] == result["seconds"]

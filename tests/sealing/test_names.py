@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.cli.pages.plots import draw_expert_load, expert_load_svg
+from advmoe_deploy.cli.pages.plots import draw_expert_load, plot_of
 from advmoe_deploy.cli.tables.bundle import bundle_contents
 from advmoe_deploy.cli.tables.progress import PlainProgress
 from advmoe_deploy.cli.tables.render import draw_on
@@ -61,6 +61,7 @@ def test_plots_draw_no_formulas() -> None:
     figure = Figure()
     draw_expert_load(figure.add_subplot(), [[1, 2]] * 4, HOSTILE)
     figure.draw_without_rendering()  # an unfinished formula would raise
-    svg = expert_load_svg([[1, 2]] * 4, ("$x^{$", "$a$ <b>", "\x1b", "c"))
+    names = ("$x^{$", "$a$ <b>", "\x1b", "c")
+    svg = plot_of("load", lambda axes: draw_expert_load(axes, [[1, 2]] * 4, names)).svg
     assert "<b>" not in svg
     assert "\x1b" not in svg

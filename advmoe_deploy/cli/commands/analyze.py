@@ -22,6 +22,7 @@ from advmoe_deploy.errors import UsageError, one_line, unknown_name
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport, Section
+    from advmoe_deploy.analysis.routing_change import MovedImage
     from advmoe_deploy.analysis.smoothing import Smoothing
     from advmoe_deploy.models.stored import StoredModel
 
@@ -113,10 +114,13 @@ def analyze(
         measured: list[AnalysisReport] = []
         if "smoothing" in sections:
             ui.resumable(has_state=journal.is_file)
+        moved: list[MovedImage] = []
         with ui.keeping(measured, lambda: analysis_tables.sections(measured[0])):
-            report = analyze_model(stored, settings, measured=measured, progress=ui.progress)
+            report = analyze_model(
+                stored, settings, measured=measured, moved=moved, progress=ui.progress
+            )
         with staged_directory(target, overwrite=overwrite) as staged:
-            analysis_report.write_report(report, staged, REPORT)
+            analysis_report.write_report(report, moved, staged, REPORT, threads=threads)
         if "smoothing" in sections:
             journal.unlink(missing_ok=True)
         value = {"out": str(target), **report.model_dump(mode="json")}

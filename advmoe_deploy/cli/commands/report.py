@@ -94,7 +94,7 @@ def report(
             staged_directory(target, overwrite=overwrite) as staged,
         ):
             seen = robustness_of(opened, asked, staged, measured=measured, progress=ui.progress)
-            robust_report.write_report(seen, opened, staged, REPORT)
+            robust_report.write_report(seen, opened, staged, REPORT, threads=threads)
         trouble = put_on_card(opened, seen.entry.advmoe) if card else None
         file = opened.path / CARD if card and trouble is None else None
         value = {"out": str(target), "card": file and str(file)}

@@ -1,48 +1,72 @@
 """HTML report of the demo: one file that needs no other (extra ``[report]``)."""
 
-import base64
-import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
-from advmoe_deploy.cli.pages.page import render
+from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.pictures import side
 from advmoe_deploy.cli.pages.plots import (
-    expert_load_svg,
-    latency_svg,
-    robustness_svg,
-    summary_svg,
+    draw_expert_load,
+    draw_latency,
+    draw_robustness,
+    plot_of,
+    svg_of,
 )
+from advmoe_deploy.cli.pages.profile_report import latency_values
+from advmoe_deploy.cli.verdicts.latency import latency_verdict
+from advmoe_deploy.cli.verdicts.robust import export_verdict, withstands
+from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import AttackSpec
-
-_TEMPLATE = "demo/report.html.jinja"
 
 
 def write_demo_report(result: DemoResult, out: Path) -> None:
     """Write ``report.html``, ``summary.svg`` and ``result.json`` into ``out``."""
-    epsilon = result.verify.threat.epsilon
-    plots = {
-        "robustness": robustness_svg(result.curves, epsilon),
-        "latency": latency_svg(result.profile),
-        "load": expert_load_svg(result.load_by_class, result.class_names),
-    }
-    html = render(_TEMPLATE, result=result, plots=plots, gallery=_gallery(out, result))
+    curves = partial(
+        draw_robustness, curves=result.curves, trained_for=result.verify.threat.epsilon
+    )
+    load = partial(draw_expert_load, load_CE=result.load_by_class, class_names=result.class_names)
+    photographs = result.photographs
+    html = render(
+        "demo/report.html.jinja",
+        _head(result),
+        versions=installed_versions(),
+        threads=result.profile.rows[0].threads,
+        result=result,
+        plots={"robustness": plot_of("robustness", curves), "load": plot_of("load", load)},
+        digits_latency=latency_values(result.profile, "digits"),
+        photographs_latency=photographs and latency_values(photographs.profile, "photographs"),
+        gallery=_gallery(out, result),
+    )
     write_atomically(out / "report.html", html.encode())
-    summary = summary_svg(result.curves, epsilon, result.profile)
+    summary = svg_of("summary", [curves, partial(draw_latency, report=result.profile)])
     write_atomically(out / "summary.svg", summary.encode())
     write_atomically(out / "result.json", result.model_dump_json(indent=2).encode())
+
+
+def _head(result: DemoResult) -> Head:
+    verified, photographs = result.verify, result.photographs
+    digits = [export_verdict(verified), withstands(verified), latency_verdict(result.profile)[0]]
+    said = [("digits", each) for each in digits]
+    if photographs:
+        first = latency_verdict(photographs.profile)[0]
+        said = [(photographs.evaluation.data, first), *said]
+    verdict = [Said(f"{data}: {each.text}", each.tone) for data, each in said]
+    quick = ["quick form: one epoch, too little to be robust"] * result.quick
+    subject = f"{photographs.evaluation.data} and digits" if photographs else "digits"
+    return Head("advmoe demo", subject, verdict, [*quick, *result.warnings(), *verified.warnings])
 
 
 def _gallery(out: Path, result: DemoResult) -> list[dict[str, Any]]:
@@ -62,19 +86,10 @@ def _gallery(out: Path, result: DemoResult) -> list[dict[str, Any]]:
         for kind, images, answer in zip(
             ("clean", "attacked"), (clean, attacked), answers, strict=True
         ):
-            guess = int(answer.logits[index].argmax())
             (ids_NK,) = answer.expert_ids.values()
-            cell[kind] = {
-                "png": _png(images[index, 0]),
-                "answer": data.class_names[guess],
-                "right": guess == label,
-                "expert": int(ids_NK[index, 0]),
-            }
+            guess = int(answer.logits[index].argmax())
+            shown = side(images[index], guess, int(label), data.class_names)
+            cell[kind] = {**shown, "expert": int(ids_NK[index, 0])}
+        cell["rerouted"] = cell["clean"]["expert"] != cell["attacked"]["expert"]
         cells.append(cell)
     return cells
-
-
-def _png(pixels_HW: NDArray[np.float32]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.rint(pixels_HW * 255).astype(np.uint8)).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,10 +1,27 @@
 """HTML pages that need no other file (jinja2, extra ``[report]``)."""
 
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.cli.pages.plots import require_matplotlib
+from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.process import default_threads, usable_cpus
+from advmoe_deploy.profiling.processor import processor_name
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every page begins with: whose it is, the verdict, its reasons, and warnings."""
+
+    command: str
+    subject: str
+    verdict: Sequence[Said]
+    warnings: Sequence[str] = ()
 
 
 def require_libraries() -> None:
@@ -13,10 +30,26 @@ def require_libraries() -> None:
     _environment()
 
 
-def render(template: str, **values: Any) -> str:
-    """Return the page of ``template``, a path below ``cli``, with ``values`` in it."""
-    page: str = _environment().get_template(template).render(**values)
-    return page
+def render(
+    template: str, head: Head, *, versions: Mapping[str, str], threads: int = 0, **values: Any
+) -> str:
+    """Return the page of ``template``, a path below ``cli``, with ``values`` in it.
+
+    It ends with today's date, this machine's processor, the ``threads`` (0: the default) and
+    ``versions`` of what was measured here just now.
+    """
+    made = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": processor_name(),
+        "CPU threads": f"{threads or default_threads() or usable_cpus()}",
+        "versions": ", ".join(f"{name} {v}" for name, v in _with_python(versions).items()),
+    }
+    page: str = _environment().get_template(template).render(head=head, made=made, **values)
+    return page.replace(" %", "\N{NO-BREAK SPACE}%")  # no number ends a line without its sign
+
+
+def _with_python(versions: Mapping[str, str]) -> Mapping[str, str]:
+    return {**versions, "python": platform.python_version()}
 
 
 def _environment() -> Any:

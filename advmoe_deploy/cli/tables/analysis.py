@@ -7,6 +7,7 @@ from rich.table import Table
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.certificate import Radii
+from advmoe_deploy.analysis.lipschitz import Lipschitz
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.settings import epsilon_text
@@ -44,9 +45,21 @@ def radii_text(radii: Radii) -> str:
     if radii.certified is None or radii.median is None:
         return radii.note
     return (
-        f"{100 * radii.certified.value:.1f} % at epsilon, median radius {radii.median:.3g}; "
-        f"{radii.note}"
+        f"{100 * radii.certified.value:.1f} % at epsilon, median radius "
+        f"{radius_text(radii.median)}; {radii.note}"
     )
+
+
+def radius_text(radius: float) -> str:
+    """Return a certified radius, or that it is too small for any image to differ by it."""
+    return "under 0.0001" if 0 < radius < 1e-4 else f"{radius:.3g}"
+
+
+def bound_text(part: Lipschitz) -> str:
+    """Return a formal bound, or why there is none that is of use."""
+    if part.bound is None:
+        return part.reason or ""
+    return f"{part.bound:.3g}" if part.useful else "no useful bound"
 
 
 def _routes(report: AnalysisReport) -> Table | None:
@@ -104,8 +117,7 @@ def _limits(report: AnalysisReport) -> Group | None:
         "Lipschitz constants of margins, l-inf", ("part", "sampled (at least)", "bound (at most)")
     )
     for part in report.lipschitz[:_MOST_LAYERS]:
-        bound = escape(part.reason or "") if part.bound is None else f"{part.bound:.3g}"
-        table.add_row(escape(part.part), f"{part.sampled:.3g}", bound)
+        table.add_row(escape(part.part), f"{part.sampled:.3g}", escape(bound_text(part)))
     jumps = report.jumps
     if jumps is None:
         return Group(table)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 
+from advmoe_deploy.cli.tables.analysis import radius_text
 from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.settings import epsilon_text
@@ -42,10 +43,10 @@ def certified_text(certified: CertifiedRoutes) -> str:
     """Return of how many images the route provably cannot change, or why nobody knows."""
     if certified.certified is None:
         return f"certified routes: none known; {certified.note}"
+    median = radius_text(certified.median_radius or 0.0)
     return (
         f"certified routes: {certified.certified} of {certified.images} images keep theirs within "
-        f"epsilon {epsilon_text(certified.epsilon)}; the median radius is "
-        f"{certified.median_radius:.3g}"
+        f"epsilon {epsilon_text(certified.epsilon)}; the median radius is {median}"
     )
 
 

@@ -75,4 +75,4 @@ def evaluate(
         if report_file is not None:
             from advmoe_deploy.cli.pages.eval_report import write_eval_report
 
-            write_eval_report(report, report_file)
+            write_eval_report(report, report_file, threads=threads)

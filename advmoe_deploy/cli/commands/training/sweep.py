@@ -128,15 +128,19 @@ def sweep_svg(reports: Sequence[SweepReport]) -> str:
     )
 
 
-def _compare(axes: Axes, reports: Sequence[SweepReport], of: str) -> None:
+def _compare(axes: Axes, reports: Sequence[SweepReport], of: str) -> str:
     """Draw one accuracy of every recipe over the MACs that its values cost, the router counted."""
+    from advmoe_deploy.cli.pages.plots import legend_below
+
+    name = of.replace("_", " ")
     for report in reports:
         x = [(p.macs.selected + p.macs.router) / 1e6 for p in report.points]
         means, errors = _means(report, of)
-        axes.errorbar(x, means, errors, fmt="o-", ms=4, capsize=3, label=report.recipe)
+        axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=report.recipe)
     axes.set(xlabel="million MACs per image, router included", ylabel="test accuracy, %")
-    axes.set_title(f"{of.replace('_', ' ')}, over {reports[0].key}")
-    axes.legend(loc="best", fontsize=9)
+    axes.set_title(f"{name}, over {reports[0].key}")
+    legend_below(axes)
+    return f"{name} of {len(reports)} recipes over multiply-accumulates"
 
 
 def _means(report: SweepReport, of: str) -> tuple[list[float], tuple[list[float], list[float]]]:
@@ -148,23 +152,24 @@ def _means(report: SweepReport, of: str) -> tuple[list[float], tuple[list[float]
     return means, (low, high)
 
 
-def _draw_accuracy(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.pages.plots import DENSE, MOE
+def _draw_accuracy(axes: Axes, report: SweepReport) -> str:
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE, legend_below
 
     x = [point.value for point in report.points]
     for name, colour in zip(ACCURACIES, (MOE, DENSE), strict=True):
         means, errors = _means(report, name)
         label = name.replace("_", " ")
-        axes.errorbar(x, means, errors, fmt="o-", ms=4, capsize=3, color=colour, label=label)
+        axes.errorbar(x, means, errors, fmt="o-", capsize=3, color=colour, label=label)
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.set(xlabel=report.key, ylabel="test accuracy, %", ylim=(0, 102))
     seeds = len(report.points[0].reports)
     axes.set_title(f"{report.recipe}, {seeds} seed{'s' if seeds > 1 else ''}")
-    axes.legend(loc="best")
+    legend_below(axes)
+    return f"accuracies over {report.key}"
 
 
-def _draw_macs(axes: Axes, report: SweepReport) -> None:
-    from advmoe_deploy.cli.pages.plots import DENSE, MOE, UNFUSED
+def _draw_macs(axes: Axes, report: SweepReport) -> str:
+    from advmoe_deploy.cli.pages.plots import DENSE, MOE, UNFUSED, legend_below
 
     x = range(len(report.points))
     macs = [point.macs for point in report.points]
@@ -174,8 +179,9 @@ def _draw_macs(axes: Axes, report: SweepReport) -> None:
     axes.axhline(macs[0].dense / 1e6, color=DENSE, ls=":", label="dense")
     axes.set_xticks(x, [f"{point.value:g}" for point in report.points])
     axes.set(xlabel=report.key, ylabel="million MACs per image")
-    axes.set_title("What an image costs", pad=24)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+    axes.set_title("What an image costs")
+    legend_below(axes)
+    return f"multiply-accumulates over {report.key}"
 
 
 def _values(over: str) -> tuple[str, tuple[float, ...]]:

@@ -1,0 +1,1 @@
+"""Verdicts in plain words, of what was measured."""

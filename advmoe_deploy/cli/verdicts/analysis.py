@@ -1,0 +1,160 @@
+"""Conclusions of an analysis, in words."""
+
+import math
+from collections.abc import Callable
+
+from advmoe_deploy.analysis.analyze import AnalysisReport
+from advmoe_deploy.analysis.redundancy import ExpertReport
+from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.cli.verdicts.said import Said, percent
+
+_COLLAPSED = 1.1  # effective routes up to which one expert does nearly everything
+_EVEN = 0.8  # share of the experts from which they count as used alike
+
+
+def conclusions(report: AnalysisReport) -> list[Said]:
+    """Return what the sections that were run come to, the most important first."""
+    makers: tuple[Callable[[AnalysisReport], Said | None], ...] = (
+        _withstands,
+        _use,
+        _classes,
+        _routes,
+        _weakest,
+        _redundant,
+        _worth,
+        _jumps,
+        _guaranteed,
+        _smoothed,
+    )
+    return [said for make in makers if (said := make(report))]
+
+
+def _withstands(report: AnalysisReport) -> Said:
+    clean, of = percent(report.accuracy.value), f"{report.images} test images"
+    if report.experts is None:
+        return Said(f"{clean} of {of} are right, unattacked")
+    together = report.experts.together.value
+    said = f"{percent(together)} of {of} withstand every PGD attack; {clean} are right unattacked"
+    return Said(said, "" if together else "worse")
+
+
+def _use(report: AnalysisReport) -> Said | None:
+    if not report.routes:
+        return None
+    least = min(report.routes, key=lambda use: use.effective_routes / use.experts)
+    figures = f"{least.effective_routes:.2f} effective routes of {least.experts}"
+    where = f" in {least.layer}, where it is least even" if len(report.routes) > 1 else ""
+    if least.effective_routes <= _COLLAPSED:
+        return Said(f"Routing has collapsed onto one expert: {figures}{where}", "worse")
+    if least.effective_routes >= _EVEN * least.experts:
+        return Said(f"All experts are used: {figures}{where}")
+    return Said(f"Experts are used unevenly: {figures}{where}", "unsure")
+
+
+def _classes(report: AnalysisReport) -> Said | None:
+    if not report.routes:
+        return None
+    use = max(report.routes, key=lambda use: use.class_information)
+    most = math.log2(min(use.experts, len(use.by_class)) or 1)
+    part = use.class_information / most if most else 0.0
+    bits = f"{use.class_information:.2f} of at most {most:.2f} bits in {use.layer}"
+    if part >= 0.5:
+        return Said(f"Routes follow the class: they share {bits}")
+    return Said(
+        f"Routes {'hardly' if part < 0.1 else 'partly'} follow the class: they share {bits}"
+    )
+
+
+def _routes(report: AnalysisReport) -> Said | None:
+    at_epsilon = [
+        effect
+        for effect in report.changes or ()
+        if effect.attack.target == "router" and effect.epsilon == report.threat.epsilon
+    ]
+    if not at_epsilon:
+        return None
+    effect = at_epsilon[0]
+    lost = effect.accuracy_clean.value - effect.accuracy_attacked.value
+    return Said(
+        f"An attack on nothing but the routes sends {percent(effect.route_change.value)} of the "
+        f"images to other experts and costs {100 * lost:.1f} points of accuracy"
+    )
+
+
+def _weakest(report: AnalysisReport) -> Said | None:
+    rows = {row.target: row.accuracy for row in report.experts.targets} if report.experts else {}
+    if not {"router", "experts"} <= set(rows):
+        return None
+    router, experts = rows["router"], rows["experts"]
+    if router.value == experts.value == 0:
+        return None
+    left = f"{percent(router.value)} stand against router attacks, {percent(experts.value)} where"
+    left += " only the experts are attacked"
+    if router.high < experts.low:
+        return Said(f"The router is the weak part: {left}", "worse")
+    if experts.high < router.low:
+        return Said(f"The experts, not the router, are the weak part: {left}")
+    return Said(f"Neither router nor experts are clearly the weak part: {left}")
+
+
+def _redundant(report: AnalysisReport) -> Said | None:
+    if report.experts is None:
+        return None
+    last = report.experts.second[-1]
+    without = f"without its best expert an image is right in {percent(last.accuracy.value)}"
+    if last.accuracy.high < report.experts.accuracy.low:
+        return Said(f"Experts do not stand in for each other: {without}")
+    return Said(f"Experts are redundant: {without}, no less than chance explains", "unsure")
+
+
+def _worth(report: AnalysisReport) -> Said | None:
+    if report.experts is None:
+        return None
+    best = max(report.experts.fixed, key=lambda row: row.robust_accuracy.value)
+    routed = _as_it_runs(report.experts)
+    alone = (
+        f"expert {best.expert} alone withstands PGD on {percent(best.robust_accuracy.value)}, the "
+        f"routed model on {percent(routed.value)}"
+    )
+    if best.robust_accuracy.high < routed.low:
+        return Said(f"Routing gains robustness: {alone}", "gain")
+    if best.robust_accuracy.low > routed.high:
+        return Said(f"Routing costs robustness: {alone}", "worse")
+    return Said(f"Routing gains no robustness beyond chance: {alone}", "unsure")
+
+
+def _as_it_runs(experts: ExpertReport) -> Share:
+    return next(row.accuracy for row in experts.targets if row.target == "model")
+
+
+def _jumps(report: AnalysisReport) -> Said | None:
+    jumps = report.jumps
+    if jumps is None:
+        return None
+    return Said(
+        f"Where a route changes, the answer changes at {percent(jumps.answer_changes.value)} of "
+        f"{jumps.boundaries} boundaries; logits jump by {jumps.jump_median:.3g} in the median"
+    )
+
+
+def _guaranteed(report: AnalysisReport) -> Said | None:
+    if report.certificate is None:
+        return None
+    answers = [r for r in report.certificate.radii if (r.name, r.tag) == ("answer", "formal")]
+    if not answers or answers[0].certified is None:
+        return Said("No answer is guaranteed: there is no formal bound for this model")
+    certified = answers[0].certified.value
+    if certified == 0:
+        return Said("No answer is guaranteed at epsilon: formal bounds are too loose to be of use")
+    return Said(f"{percent(certified)} of the answers are guaranteed at epsilon, by formal bounds")
+
+
+def _smoothed(report: AnalysisReport) -> Said | None:
+    found = report.smoothing
+    if found is None:
+        return None
+    return Said(
+        f"Smoothed by noise of sigma {found.settings.sigma:g} it is right on "
+        f"{percent(found.accuracy.value)}, guaranteed within an l2 radius of "
+        f"{found.mean_radius:.3f} in the mean"
+    )
