@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advmoe_deploy.errors import missing_extra
+from advmoe_deploy.errors import missing_extra, printable
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports import LatencyReport, LatencyRow
 from advmoe_deploy.reports.text import in_plot
@@ -248,7 +248,7 @@ def _svg_text(figure: Figure, salt: str, *, transparent: bool) -> str:
 
 def _for_page(svg: str, seen: str) -> str:
     """Return ``svg`` as an image with an alternative text, in the colours of the style sheet."""
-    named = f'<svg role="img" aria-label="{escape(seen)}" viewBox='
+    named = f'<svg role="img" aria-label="{escape(printable(seen))}" viewBox='
     svg = re.sub(r"<svg[^>]*?viewBox=", lambda _: named, svg, count=1)
     return re.sub(
         "#[0-9a-f]{6}",
