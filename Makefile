@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test lint slow docs clean
+.PHONY: help demo test lint slow docs site wheel clean
 
 help:
 	@echo "make demo    train, export, verify, profile and classify on real digits (under six minutes)"
@@ -12,6 +12,8 @@ help:
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff and mypy only"
 	@echo "make docs    write docs/reference/api.md and settings.md from docstrings"
+	@echo "make site    docs/ as a web site, in build/site"
+	@echo "make wheel   a wheel of this checkout, in dist/"
 	@echo "make clean   remove .venv and the demo's output"
 
 demo: $(VENV)/demo.stamp
@@ -32,6 +34,18 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/programs/generate.py
 
+site: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build
+
+# What an earlier build left in build/ would go into the wheel as well.
+wheel: $(BIN)/python
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
 # The extras of 'dev' include those of 'demo', so either set-up serves the demo.
 $(VENV)/demo.stamp: pyproject.toml
 	$(SETUP) --editable '.[demo]'
@@ -42,4 +56,4 @@ $(VENV)/dev.stamp: pyproject.toml
 	@touch $@ $(VENV)/demo.stamp
 
 clean:
-	rm -rf $(VENV) demo-out build *.egg-info
+	rm -rf $(VENV) demo-out build dist *.egg-info

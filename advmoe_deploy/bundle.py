@@ -30,6 +30,7 @@ from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Calibration, Macs, ParityReport, PrecisionReport
+from advmoe_deploy.reports.cautions import of_export
 from advmoe_deploy.reports.devices import Device, RtxDevice
 from advmoe_deploy.sealing.files import (
     Sealed,
@@ -246,6 +247,11 @@ class Bundle:
     def has(self, name: str) -> bool:
         """Return whether the manifest lists ``name``."""
         return name in self.manifest.files
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What went without an error and is hardly wanted: see :mod:`reports.cautions`."""
+        return of_export(self.manifest.macs, self.manifest.parity)
 
     @property
     def identity(self) -> str:

@@ -87,10 +87,18 @@ class MachineError(AdvMoEError):
     exit_code = 5
 
 
+def install_line(*extras: str) -> str:
+    """Return the command that adds one of ``extras`` to the environment this package is in.
+
+    pip finds the package installed, from a clone or a wheel alike, and fetches only what the extra
+    asks for: no index has to know the package.
+    """
+    return "pip install " + " or ".join(f"'advmoe-deploy[{extra}]'" for extra in extras)
+
+
 def missing_extra(package: str, *extras: str) -> BackendUnavailableError:
     """Return the error that says which extra brings ``package``, or each of which."""
-    ways = " or ".join(f"'advmoe-deploy[{extra}]'" for extra in extras)
-    return BackendUnavailableError(f"{package} is not installed; run: pip install {ways}")
+    return BackendUnavailableError(f"{package} is not installed; run: {install_line(*extras)}")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

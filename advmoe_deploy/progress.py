@@ -8,8 +8,12 @@ from typing import Protocol
 class Progress(Protocol):
     """A listener for long work."""
 
-    def start(self, task: str, total: int) -> None:
-        """A task of ``total`` steps begins; a later one may begin before it ends."""
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        """A task of ``total`` steps begins, of which an earlier run has ``done`` some.
+
+        One that begins before another ends is a part of it. ``LANE: task`` is a part of what else
+        its lane does, for where several work side by side.
+        """
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:
         """``steps`` more are done; ``figures`` are the newest values worth showing."""
@@ -24,7 +28,7 @@ class Progress(Protocol):
 class Silent:
     """A listener that ignores everything."""
 
-    def start(self, task: str, total: int) -> None:
+    def start(self, task: str, total: int, done: int = 0) -> None:
         """Ignore."""
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:
@@ -38,9 +42,9 @@ class Silent:
 
 
 @contextmanager
-def task(progress: Progress, name: str, total: int) -> Iterator[None]:
+def task(progress: Progress, name: str, total: int, done: int = 0) -> Iterator[None]:
     """Announce the task ``name`` for the length of the block."""
-    progress.start(name, total)
+    progress.start(name, total, done)
     try:
         yield
     finally:

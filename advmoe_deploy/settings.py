@@ -42,6 +42,13 @@ def number_of(text: str) -> float:
     return float(above) / float(below) if slash else float(text)
 
 
+def epsilon_text(epsilon: float) -> str:
+    """Return a radius as people write it: in 255ths of the range where it is a whole number."""
+    levels = round(255 * epsilon)
+    whole = 0 < levels < 255 and abs(255 * epsilon - levels) < 1e-6
+    return f"{levels}/255" if whole else f"{epsilon:.4g}"
+
+
 def epsilon_of(text: str) -> float:
     """Return the l-inf radius in [0, 1] pixels that ``text`` is, a number or a fraction.
 

@@ -1,4 +1,4 @@
-"""Every code block of docs/ runs, in order, page by page; links and paths lead somewhere."""
+"""Code blocks of README and docs/ run, in order, page by page; links and paths lead somewhere."""
 
 import os
 import re
@@ -12,7 +12,11 @@ from docs.programs.generate import PAGE, SETTINGS_PAGE, api_page, settings_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-PROSE = [*sorted(ROOT.glob("*.md")), *PAGES]
+PROSE = [
+    *sorted(ROOT.glob("*.md")),
+    *PAGES,
+    *(page for top in ("benchmarks", "tests") for page in sorted((ROOT / top).rglob("*.md"))),
+]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A file of the repository or, without its name, of the package; or a folder of the repository.
@@ -25,6 +29,10 @@ PATH = re.compile(
 LONG = {"analysis", "gate", "quickstart", "systems", "zoo"}
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 def page_to_run(page: Path) -> object:
     marks = [pytest.mark.slow] if page.stem in LONG else []
     return pytest.param(page, id=page.stem, marks=marks)
@@ -32,20 +40,34 @@ def page_to_run(page: Path) -> object:
 
 @pytest.mark.parametrize("page", [page_to_run(page) for page in PAGES])
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    for language, code in BLOCK.findall(page.read_text()):
+        run_block(language, code, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    commands = [code for language, code in blocks if language == "bash"]
+    assert len(commands) >= 5
+    for code in commands:  # the block of Python is run by test_api.py
+        run_block("bash", code, tmp_path)
+
+
+def run_block(language: str, code: str, folder: Path) -> None:
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    for language, code in BLOCK.findall(page.read_text()):
-        start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*start, code],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout}\n{done.stderr}"
+    start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*start, code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
 
 def test_the_docs_have_blocks() -> None:
@@ -57,7 +79,7 @@ def test_the_page_of_the_api_is_current() -> None:
     assert SETTINGS_PAGE.read_text(encoding="utf-8") == settings_page(), "run 'make docs'"
 
 
-@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" in link:
@@ -69,15 +91,16 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name} links to {link}"
 
 
-@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
 def test_paths_in_prose_exist(page: Path) -> None:
     paths = PATH.findall(page.read_text(encoding="utf-8"))
     for path in (path for path in paths if not re.search("[A-Z]{3}", path)):  # NAME: a placeholder
-        found = any((root / path).exists() for root in (ROOT, ROOT / "advmoe_deploy"))
+        found = any((root / path).exists() for root in (ROOT, ROOT / "advmoe_deploy", page.parent))
         assert found, f"{page.name} speaks of {path}"
 
 
 def anchors(page: Path) -> set[str]:
     """Return what GitHub makes of the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

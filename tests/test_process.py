@@ -106,7 +106,7 @@ def test_no_command_leaves_an_id_or_looks_up_a_name(
     for command in (
         ["train", "digits-advmoe", "--out", "run", *settings],
         ["export", str(tiny_run), "--format", "openvino", "--out", "bundle"],
-        ["verify", bundle, "--images", "2", "--engine", "openvino"],
+        ["verify", bundle, "--images", "2", "--engine", "openvino", "--allow-fragile"],
         ["profile", bundle, "--batch", "1", "--against", "", "--html", "page.html"],
         ["predict", bundle, "--input", "black.png", "--output", "a.parquet"],
         ["doctor"],
@@ -165,6 +165,7 @@ THREADS = (
 
 def test_threads_hold_for_everything_in_the_process(tiny_bundle: Bundle, tmp_path: Path) -> None:
     command = ["verify", str(tiny_bundle.path), "--images", "2", "--threads", "1"]
+    command += ["--allow-fragile"]
     said = run_python(["-c", THREADS, *command], tmp_path, HOME=str(tmp_path))
     assert json.loads(said.splitlines()[-1]) == [[1], "PASSIVE"]
 

@@ -246,10 +246,16 @@ class _Work:
                     ball = ThreatModel(epsilon=min(1.0, part * self.threat.epsilon))
                     moved = self.moved if (target, part) == ("router", 1.0) else None
                     effect = effect_of(
-                        self.model, self.images, self.labels, ball, attack, moved=moved
+                        self.model,
+                        self.images,
+                        self.labels,
+                        ball,
+                        attack,
+                        moved=moved,
+                        progress=self.progress,
                     )
                     effects.append(effect)
-                    self.progress.advance("changes", routes=effect.route_change.value)
+                    self.progress.advance("changes", routes_changed=effect.route_change.value)
         return tuple(effects)
 
     def _experts(self) -> ExpertReport:

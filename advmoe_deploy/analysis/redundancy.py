@@ -13,6 +13,8 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.shares import Share, answers, share_of
+from advmoe_deploy.attacks.effort import attack_task
+from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier, require_routes
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
@@ -32,11 +34,16 @@ class SecondExpert(Frozen):
 
 
 class FixedExpertRow(Frozen):
-    """One expert answering every image: clean accuracy, and under PGD on that fixed network."""
+    """One expert answering every image: clean accuracy, and under PGD and APGD on that network.
 
-    expert: int
+    ``expert`` is ``None`` for the model as it runs, which routes. Each attack is counted for
+    itself, both by the same number of steps (APGD on cross-entropy, Croce & Hein, ICML 2020).
+    """
+
+    expert: int | None
     clean_accuracy: Share
     robust_accuracy: Share
+    apgd_accuracy: Share
 
 
 class TargetRow(Frozen):
@@ -55,6 +62,7 @@ class ExpertReport(Frozen):
     """How redundant the experts are and what each part withstands.
 
     ``disagreement`` [E][E] is the share of images that two fixed experts answer differently.
+    ``gated`` is the model as it runs, attacked as each fixed expert is.
     ``together`` is the accuracy under all attacks on the whole model: an image counts only if no
     target but ``experts``, which is about another model, changed its answer.
     """
@@ -63,6 +71,7 @@ class ExpertReport(Frozen):
     second: tuple[SecondExpert, ...]
     disagreement: tuple[tuple[float, ...], ...]
     fixed: tuple[FixedExpertRow, ...]
+    gated: FixedExpertRow
     targets: tuple[TargetRow, ...]
     together: Share
 
@@ -104,6 +113,7 @@ def expert_report(
         second=second_experts(model, images, labels),
         disagreement=disagreement(model, images),
         fixed=fixed_experts(model, images, labels, threat, attack, progress=progress),
+        gated=attacked_alone(model, None, images, labels, threat, attack, progress),
         targets=tuple(row for row, _ in targets),
         together=share_of(torch.stack(standing).all(dim=0)),
     )
@@ -149,18 +159,33 @@ def fixed_experts(
 ) -> tuple[FixedExpertRow, ...]:
     """Return the accuracy of every expert when it answers all images, clean and attacked."""
     rows = []
-    on_model = attack.model_copy(update={"target": "model"})
     for expert in model.experts_in_use:
-        network = FixedExpert(model, expert)
-        found = attack_model(network, images, labels, threat, on_model, first_only=True)
-        row = FixedExpertRow(
-            expert=expert,
-            clean_accuracy=share_of(predict(network, images) == labels),
-            robust_accuracy=share_of(predict(network, found) == labels),
-        )
-        rows.append(row)
-        progress.advance("experts", robust=row.robust_accuracy.value)
+        rows.append(attacked_alone(model, expert, images, labels, threat, attack, progress))
+        progress.advance("experts", robust_accuracy=rows[-1].robust_accuracy.value)
     return tuple(rows)
+
+
+def attacked_alone(
+    model: Classifier,
+    expert: int | None,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    progress: Progress,
+) -> FixedExpertRow:
+    """Return one expert's row, or with ``None`` that of the model as it runs."""
+    network = model if expert is None else FixedExpert(model, expert)
+    pgd = attack.model_copy(update={"target": "model"})
+    apgd = AttackSpec(name="apgd", steps=attack.steps, seed=attack.seed)
+    found = []
+    for each in (pgd, apgd):
+        with attack_task(progress, network, each, len(labels)):
+            found.append(find_adversarial(network, images, labels, threat, each, first_only=True))
+    clean, robust, apgd_robust = (share_of(predict(network, x) == labels) for x in (images, *found))
+    return FixedExpertRow(
+        expert=expert, clean_accuracy=clean, robust_accuracy=robust, apgd_accuracy=apgd_robust
+    )
 
 
 _TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")
@@ -179,7 +204,8 @@ def _targets(
     _, clean = answers(model, images)
     for target in _TARGETS:
         aimed = attack.model_copy(update={"target": target})
-        found = attack_model(model, images, labels, threat, aimed, first_only=True)
+        with attack_task(progress, model, aimed, len(labels)):
+            found = attack_model(model, images, labels, threat, aimed, first_only=True)
         fixed = target == "experts"
         right_N = predict(model, found, routes_of=images if fixed else None) == labels
         changed = None
@@ -188,7 +214,7 @@ def _targets(
         rows.append(
             (TargetRow(target=target, accuracy=share_of(right_N), route_change=changed), right_N)
         )
-        progress.advance("experts", robust=rows[-1][0].accuracy.value)
+        progress.advance("experts", robust_accuracy=rows[-1][0].accuracy.value)
     return rows
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advmoe_deploy.analysis.shares import Share, answers, fold_rows, share_of
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.models.base import Classifier, require_routes
 from advmoe_deploy.models.routing.routing import Routing
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 
 _BINS = 30
@@ -93,6 +95,7 @@ def effect_of(
     attack: AttackSpec,
     *,
     moved: list[MovedImage] | None = None,
+    progress: Progress | None = None,
 ) -> AttackEffect:
     """Return what ``attack`` does to the answers and the routes of ``model``.
 
@@ -102,7 +105,8 @@ def effect_of(
         UsageError: the model routes nothing, or the attack is no PGD.
     """
     clean_logits, clean = answers(require_routes(model), images)
-    found = attack_model(model, images, labels, threat, attack)
+    with attack_task(progress or Silent(), model, attack, len(labels)):
+        found = attack_model(model, images, labels, threat, attack)
     logits, attacked = answers(model, found)
     if moved is not None:
         for index in changed_images(clean, attacked, len(labels)).nonzero().flatten().tolist():

@@ -6,25 +6,35 @@ images. A linear map W turns bounds s into |W| s; a residual sum adds them; ReLU
 reshaping keep them; BatchNorm in eval mode scales them by |gamma| / sqrt(var + eps). For one linear
 map this is its exact operator norm from l-inf to l-inf (the largest absolute row sum), for a
 network the product of these norms taken element by element, which is never larger than the product
-of the layers' norms. Computed in float64.
+of the layers' norms, and grows with the width all the same. So each tensor also carries a bound of
+how far it moves as a whole, in l2 (norms.py), which grows with singular values alone; after every
+operation each of the two is cut down to what the other one allows. Computed in float64.
 
 What has no such bound (attention, LayerNorm, a product of two things that depend on the image)
 raises :class:`UnboundedError` with its name.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The largest slope of GELU, at x = sqrt(2), rounded up.
-_GELU_SLOPE = 1.1290
+from advmoe_deploy.analysis import norms
 
-# Sums of parts: out = weight @ part, with the bounds of each part. What a linear head leaves.
-Linear = tuple[tuple[Tensor, Tensor], ...]
+
+class Part(NamedTuple):
+    """A term of a sum, weight_KF @ part: the bounds of its elements, and of it as a whole."""
+
+    slope_F: Tensor
+    moved: float
+    weight_KF: Tensor
+
+
+Linear = tuple[Part, ...]  # what a linear head leaves
 
 
 class UnboundedError(Exception):
@@ -35,11 +45,22 @@ class Sloped(Tensor):
     """A tensor of one image that carries the bounds of its elements, see the module.
 
     ``linear`` remembers a final linear layer, so that differences of its outputs get the bound of
-    the difference of their weights, and not the sum of theirs.
+    the difference of their weights, and not the sum of theirs; ``convolved`` a convolution, whose
+    norm is smaller together with that of a BatchNorm behind it.
     """
 
     slope: Tensor
     linear: Linear | None
+    convolved: norms.Convolved | None
+    least: float
+
+    @property
+    def moved(self) -> float:
+        """How far all elements together move at most; found out when first asked for."""
+        if self.convolved is not None:
+            self.least = min(self.least, self.convolved.scaled())
+            self.convolved = None
+        return self.least
 
     @classmethod
     def __torch_function__(
@@ -59,7 +80,9 @@ class Sloped(Tensor):
             rule = _RULES.get(name)
             if rule is None:
                 raise UnboundedError(name.strip("_"))
-            return _joined(value, rule(func, args, kwargs), _kept_linear(name, value, args))
+            slope, linear = rule(func, args, kwargs), _kept_linear(name, value, args)
+            moved, convolved = _moved(name, value, args, kwargs)
+            return _joined(value, slope, linear, moved, convolved)
 
 
 def sloped_image(shape: tuple[int, int, int]) -> Sloped:
@@ -67,11 +90,19 @@ def sloped_image(shape: tuple[int, int, int]) -> Sloped:
     return with_slope(torch.full((1, *shape), 0.5, dtype=torch.float64), torch.ones(1, *shape))
 
 
-def with_slope(value: Tensor, slope: Tensor, linear: Linear | None = None) -> Sloped:
-    """Return ``value`` with the bounds ``slope``."""
+def with_slope(
+    value: Tensor,
+    slope: Tensor,
+    linear: Linear | None = None,
+    moved: float = norms.UNKNOWN,
+    convolved: norms.Convolved | None = None,
+) -> Sloped:
+    """Return ``value`` with the bounds ``slope`` and ``moved``, each no larger than the other."""
     result = value.detach().as_subclass(Sloped)
-    result.slope = slope.to(value.dtype)
+    result.least = min(moved, float(slope.double().norm()))
+    result.slope = slope.to(value.dtype).clamp(max=result.least)
     result.linear = linear
+    result.convolved = convolved
     return result
 
 
@@ -86,13 +117,21 @@ def pair_slopes(outputs: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         if outputs.linear is None:
             slope_K = outputs.slope[0]
-            pairs_KK = slope_K[:, None] + slope_K[None]
+            # Two elements of one vector: no more than sqrt(2) times as far as it moves.
+            pairs_KK = (slope_K[:, None] + slope_K[None]).clamp(max=math.sqrt(2) * outputs.moved)
             return pairs_KK.fill_diagonal_(0)
-        rows = []
-        for index in range(outputs.shape[1]):
-            parts = [s_F @ (w_KF[index] - w_KF).abs().T for s_F, w_KF in outputs.linear]
-            rows.append(torch.stack(parts).sum(dim=0))
+        rows = [_pairs_with(index, outputs.linear) for index in range(outputs.shape[1])]
         return torch.stack(rows)
+
+
+def _pairs_with(index: int, linear: Linear) -> Tensor:
+    """Return the bounds [K] of the differences of output ``index`` and each output."""
+    bounds = []
+    for part in linear:
+        apart_KF = part.weight_KF[index] - part.weight_KF
+        one_by_one_K = part.slope_F @ apart_KF.abs().T
+        bounds.append(torch.minimum(one_by_one_K, apart_KF.norm(dim=1) * part.moved))
+    return torch.stack(bounds).sum(dim=0)
 
 
 def _plain(item: Any) -> Any:
@@ -125,11 +164,28 @@ def _depends(name: str, value: Any) -> bool:
     return isinstance(first, Tensor)
 
 
-def _joined(value: Any, slope: Any, linear: Linear | None) -> Any:
+def _joined(
+    value: Any,
+    slope: Any,
+    linear: Linear | None,
+    moved: float,
+    convolved: norms.Convolved | None,
+) -> Any:
     if isinstance(value, tuple | list):
         parts = zip(value, slope, strict=True)
-        return type(value)(_joined(one, bound, None) for one, bound in parts)
-    return with_slope(value, torch.broadcast_to(slope, value.shape), linear)
+        return type(value)(_joined(one, bound, None, moved, None) for one, bound in parts)
+    return with_slope(value, torch.broadcast_to(slope, value.shape), linear, moved, convolved)
+
+
+def _moved(name: str, value: Any, args: Any, kwargs: Any) -> tuple[float, norms.Convolved | None]:
+    """Return how far ``value`` moves as a whole, and the convolution that made it."""
+    if name == "conv2d":
+        return norms.UNKNOWN, norms.convolved(args, kwargs)
+    if name == "batch_norm":
+        x, scale_O = args[0], norms.batch_norm_scale(args, kwargs)
+        apart = x.least * float(scale_O.max())
+        return apart if x.convolved is None else min(apart, x.convolved.scaled(scale_O)), None
+    return norms.moved_by(name, value, args, kwargs), None
 
 
 def _same(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -178,14 +234,10 @@ def _linear(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
 
 
 def _batch_norm(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
-    x, mean, variance = args[:3]
-    weight = kwargs.get("weight", args[3] if len(args) > 3 else None)
     training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    eps = kwargs.get("eps", args[7] if len(args) > 7 else 1e-5)
-    if training or mean is None:
+    if training or args[1] is None:
         raise UnboundedError("BatchNorm in training")
-    scale = (variance + eps).rsqrt() * (1 if weight is None else weight.abs())
-    slope: Tensor = x.slope * scale[:, None, None]
+    slope: Tensor = args[0].slope * norms.batch_norm_scale(args, kwargs)[:, None, None]
     return slope
 
 
@@ -198,7 +250,7 @@ def _softmax(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
 
 
 def _gelu(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
-    return _GELU_SLOPE * _kept(func, args, kwargs)
+    return norms.GELU_SLOPE * _kept(func, args, kwargs)
 
 
 def _pad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -253,7 +305,8 @@ _RULES: dict[str, Callable[..., Any]] = {
 def _kept_linear(name: str, value: Any, args: Any) -> Linear | None:
     """Return what is still known of a final linear layer after the operation ``name``."""
     if name == "linear":
-        return ((args[0].slope[0], args[1]),) if args[0].dim() == 2 and len(args[0]) == 1 else None
+        x, one_row = args[0], args[0].dim() == 2 and len(args[0]) == 1
+        return (Part(x.slope[0], x.moved, args[1]),) if one_row else None
     if name in ("mul", "__mul__", "__rmul__"):
         return _scaled_linear(args)
     if name in ("add", "__add__", "__radd__"):
@@ -273,7 +326,7 @@ def _scaled_linear(args: Any) -> Linear | None:
     factor = args[1] if tracked is args[0] else args[0]
     if tracked.linear is None or (isinstance(factor, Tensor) and factor.numel() != 1):
         return None
-    return tuple((slope_F, w_KF * float(factor)) for slope_F, w_KF in tracked.linear)
+    return tuple(part._replace(weight_KF=part.weight_KF * float(factor)) for part in tracked.linear)
 
 
 def _same_row(value: Any, args: Any) -> Linear | None:

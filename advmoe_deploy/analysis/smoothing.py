@@ -114,14 +114,14 @@ def certify(
     """
     progress = progress or Silent()
     kept, rows = continued(journal, _job(model, images, labels, settings))
-    with task(progress, "smoothing", len(labels)), kept, eval_mode(model), torch.no_grad():
+    with kept, eval_mode(model), torch.no_grad():
         done = [CertifiedImage.model_validate(row) for row in rows]
-        progress.advance("smoothing", len(done))
-        for index in range(len(done), len(labels)):
-            image = _certified(model, images[index], int(labels[index]), index, settings)
-            kept.append(image.model_dump())
-            done.append(image)
-            progress.advance("smoothing", radius=image.radius)
+        with task(progress, "smoothing", len(labels), len(done)):
+            for index in range(len(done), len(labels)):
+                image = _certified(model, images[index], int(labels[index]), index, settings)
+                kept.append(image.model_dump())
+                done.append(image)
+                progress.advance("smoothing", radius=image.radius)
     return _report(done, settings)
 
 

@@ -79,6 +79,7 @@ def verify(
     images: int | None = None,
     epsilon: float | None = None,
     threads: int = 0,
+    allow_fragile: bool = False,
     examples: StrPath | None = None,
     resume: StrPath | None = None,
     budget: float = 0.0,
@@ -96,6 +97,8 @@ def verify(
         images: how many test images; by default all.
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine; 0 lets it choose.
+        allow_fragile: whether ``passed`` may be true of a reference that withstands no more than
+            chance, for a trial of the tools.
         examples: a file ``.npz`` to keep the adversarial image that each image fell to in.
         resume: a file ``.npz`` that keeps the state after each attack; if it is there, it goes on.
         budget: seconds of attacks; what the suite leaves of them goes into restarts.
@@ -118,6 +121,7 @@ def verify(
         images=images,
         epsilon=epsilon,
         threads=threads,
+        allow_fragile=allow_fragile,
         examples=Path(examples) if examples is not None else None,
         resume=Path(resume) if resume is not None else None,
         budget=budget,

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 
@@ -28,6 +30,7 @@ def withstanding(
     labels: Tensor,
     threat: ThreatModel,
     attacks: Sequence[AttackSpec],
+    progress: Progress | None = None,
 ) -> list[Tensor]:
     """Return which float images [N, C, H, W] stand after each attack, bool [N], right and unturned.
 
@@ -37,7 +40,8 @@ def withstanding(
     for attack in attacks:
         rows_A = standing_N.nonzero()[:, 0]
         x, y = images[rows_A], labels[rows_A]
-        found = find_adversarial(model, x, y, threat, attack, first_only=True)
+        with attack_task(progress or Silent(), model, attack, len(x)):
+            found = find_adversarial(model, x, y, threat, attack, first_only=True)
         standing_N = torch.zeros_like(standing_N).index_fill_(
             0, rows_A[predict(model, found) == y], value=True
         )

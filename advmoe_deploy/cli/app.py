@@ -39,13 +39,16 @@ from advmoe_deploy.cli.failures import (
     one_line,
     watched_interrupts,
 )
-from advmoe_deploy.cli.session import forget_shown, print_error, print_json_error
+from advmoe_deploy.cli.session import (
+    command_that_goes_on,
+    forget_shown,
+    print_error,
+    print_json_error,
+)
 from advmoe_deploy.errors import printable
 
 app = typer.Typer(
     name="advmoe",
-    add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -116,17 +119,20 @@ def run(arguments: Sequence[str]) -> int:
             error = KeyboardInterrupt() if interrupts.came else raised
             if debug:
                 traceback.print_exc()
-    return _complain(error, as_json=as_json)
+    return _complain(error, arguments, as_json=as_json)
 
 
 def _invoke(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
-    result = command.main(arguments, prog_name="advmoe", standalone_mode=False)
+    # Alone, it explains itself.
+    result = command.main(arguments or ["--help"], prog_name="advmoe", standalone_mode=False)
     return result if isinstance(result, int) else 0
 
 
-def _complain(error: BaseException, *, as_json: bool) -> int:
+def _complain(error: BaseException, arguments: list[str], *, as_json: bool) -> int:
     code, message = describe(error)
+    if code == INTERRUPTED and (command := command_that_goes_on(arguments)):
+        message = f"{message}; to go on: {command}"
     message = printable(one_line(message))
     try:
         print_error(message)

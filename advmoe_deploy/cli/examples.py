@@ -44,6 +44,7 @@ EXAMPLES = {
         "advmoe verify runs/digits-advmoe/bundle",
         "advmoe verify bundle --attacks standard --max-drop 0.2 --json",
         "advmoe verify bundle --data photos/ --epsilon 8/255",
+        "advmoe verify bundle --images 20 --allow-fragile",
         "advmoe verify bundle --save-examples examples.npz",
         "advmoe verify bundle --attacks full --budget 30m --resume state.npz",
     ),
@@ -90,7 +91,11 @@ EXAMPLES = {
         "RAY_ADDRESS=head:6379 advmoe predict bundle --input '/d/*.tar' --output a.jsonl --on ray",
     ),
     "inspect": ("advmoe inspect bundle", "advmoe inspect hub:USER/NAME --json"),
-    "list": ("advmoe list", "advmoe list recipes", "advmoe list models --json"),
+    "list": (
+        "advmoe list",
+        "advmoe list recipes --data cifar10 --family advmoe",
+        "advmoe list models --json",
+    ),
     "add": (
         "advmoe add runs/digits-advmoe --name my-digits",
         "advmoe add runs/c10 --name c10 --fp16 --results report/report.json --license apache-2.0",

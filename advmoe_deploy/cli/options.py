@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import data_sets, engines, named_models
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 from advmoe_deploy.settings import epsilon_of
@@ -18,6 +19,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FOLDER|NAME[:PATH]",
+        autocompletion=data_sets,
         help="A folder of images by class, or a data set of 'advmoe list data'.",
     ),
 ]
@@ -52,6 +54,7 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME[:PRECISION]",
+        autocompletion=engines,
         help="'advmoe list engines' names them, as in openvino:bf16; by default what the bundle "
         "was exported for.",
     ),
@@ -61,6 +64,7 @@ Engines = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME[:PRECISION]",
+        autocompletion=engines,
         help="Repeatable; by default what the bundle was exported for.",
     ),
 ]
@@ -69,7 +73,12 @@ NAMED = ", or zoo:NAME, or hub:USER/NAME[@REVISION]."
 # Not "readable": whether a file can be read, reading it shows, with one text and one exit code.
 BundlePath = Annotated[
     Path,
-    typer.Argument(readable=False, metavar="BUNDLE", help=f"What 'advmoe export' wrote{NAMED}"),
+    typer.Argument(
+        readable=False,
+        metavar="BUNDLE",
+        help=f"What 'advmoe export' wrote{NAMED}",
+        autocompletion=named_models,
+    ),
 ]
 SignedBy = Annotated[
     Path | None,
@@ -92,6 +101,15 @@ Results = Annotated[
 ]
 License = Annotated[
     str, typer.Option("--license", metavar="ID", help="Of the weights, such as apache-2.0.")
+]
+
+
+AllowFragile = Annotated[
+    bool,
+    typer.Option(
+        "--allow-fragile",
+        help="Let a model pass that is no more robust than chance: to try the tools on.",
+    ),
 ]
 
 

@@ -49,6 +49,7 @@ class Asked:
     epsilon: float | None
     max_drop: float
     threads: int
+    allow_fragile: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _verified(
         epsilon=asked.epsilon,
         max_drop=asked.max_drop,
         threads=asked.threads,
+        allow_fragile=asked.allow_fragile,
         measured=measured,
         examples=examples,
         progress=progress,

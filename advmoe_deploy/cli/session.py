@@ -2,17 +2,17 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TextIO
-
-from advmoe_deploy.progress import Progress
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from advmoe_deploy.cli.tables.progress import Screen
     from advmoe_deploy.specs import Frozen
 
 # Whether this run has put its one JSON object on stdout.
@@ -21,12 +21,22 @@ _shown: ContextVar[bool] = ContextVar("shown", default=False)
 _spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
 _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
+# How to go on with what this run was stopped at.
+_unfinished: ContextVar["_Unfinished | None"] = ContextVar("unfinished", default=None)
+
+
+class _Unfinished(NamedTuple):
+    """What a command line needs in addition, and must not say, to go on; once there is a state."""
+
+    more: tuple[str, ...]
+    without: tuple[str, ...]
+    has_state: Callable[[], bool]
 
 
 class Session:
     """Where a command says what came out, drawn for people or as one JSON object."""
 
-    def __init__(self, stdout: TextIO, progress: Progress, *, as_json: bool) -> None:
+    def __init__(self, stdout: TextIO, progress: "Screen", *, as_json: bool) -> None:
         self.progress = progress
         self._stdout = stdout
         self._as_json = as_json
@@ -35,6 +45,7 @@ class Session:
         """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
         from advmoe_deploy.cli.tables.render import draw_on
 
+        self._clear()
         if self._as_json:
             print_json(value, self._stdout)
         else:
@@ -43,8 +54,23 @@ class Session:
 
     def write(self, text: str) -> None:
         """Put ``text`` on stdout as it is, at once."""
+        self._clear()
         self._stdout.write(text)
         self._stdout.flush()
+
+    def _clear(self) -> None:
+        """Take the bars off a terminal that both streams share."""
+        if self._stdout.isatty():
+            self.progress.pause()
+
+    def resumable(
+        self,
+        *more: str,
+        without: tuple[str, ...] = (),
+        has_state: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Have an interrupt name the command that goes on: this one with ``more``."""
+        _unfinished.set(_Unfinished(more, without, has_state))
 
     @contextmanager
     def keeping(
@@ -65,12 +91,15 @@ class Session:
 
 
 @contextmanager
-def session(as_json: bool) -> Iterator[Session]:
-    """Yield a session; what libraries print meanwhile goes to stderr."""
-    from advmoe_deploy.cli.tables.render import shown_progress
+def session(as_json: bool, *, loads: bool = False) -> Iterator[Session]:
+    """Yield a session; what libraries print meanwhile goes to stderr.
+
+    With ``loads`` large libraries come first, and a terminal says so until the work begins.
+    """
+    from advmoe_deploy.cli.tables.progress import shown_progress
 
     stdout = sys.stdout
-    with redirect_stdout(sys.stderr), shown_progress() as progress:
+    with redirect_stdout(sys.stderr), shown_progress(loads=loads) as progress:
         yield Session(stdout, progress, as_json=as_json)
 
 
@@ -106,8 +135,21 @@ def print_json_error(message: str, code: int) -> None:
         print_json({"error": message, "exit_code": code, **(_kept.get() or {})}, sys.stdout)
 
 
+def command_that_goes_on(arguments: Sequence[str]) -> str | None:
+    """Return the whole command that goes on where that of ``arguments`` was stopped, if any does.
+
+    Whoever began something that can be resumed has said so by :meth:`Session.resumable`.
+    """
+    found = _unfinished.get()
+    if found is None or not found.has_state():
+        return None
+    kept = [argument for argument in arguments if argument not in found.without]
+    return shlex.join(["advmoe", *kept, *(one for one in found.more if one not in kept)])
+
+
 def forget_shown() -> None:
     """Begin a run that has shown nothing."""
     _shown.set(False)
+    _unfinished.set(None)
     _spell.set(None)
     _kept.set(None)

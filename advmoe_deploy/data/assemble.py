@@ -31,6 +31,10 @@ class Dealt:
     listing: Listing
     rows: npt.NDArray[np.int64]
 
+    def first(self, count: int) -> "Dealt":
+        """Return the first ``count`` rows."""
+        return Dealt(self.listing, self.rows[:count])
+
 
 @dataclass(frozen=True)
 class _Part:

@@ -60,6 +60,17 @@ def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
     )
 
 
+def load_first_of_folder(
+    root: Path, decoding: Decoding, count: int
+) -> tuple[tuple[str, ...], Split]:
+    """Return the classes and the first ``count`` test images, as :func:`load_image_folder` does.
+
+    No other image is read.
+    """
+    _, test, names = _listed(root)
+    return names, read_split(_dealt_test(test).first(count), decoding, exact=False)
+
+
 def _listed(root: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
     """Return training images, test images and classes, unread."""
     train, test = listings_of(root, _WANTED, FOLDERS_FIRST, _WAY_OUT)

@@ -84,15 +84,7 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
         DataError: a file is missing or damaged, there are too few images, or the hub cannot be
             reached.
     """
-    folder = folder or _default_folder(hub_set)
-    where = str(folder or hub_set.hub_name)
-    if folder is None:
-        train, test = (_from_hub(hub_set, split) for split in (hub_set.train, hub_set.test))
-    else:
-        train, test = _in_folder(hub_set, folder, hub_set.wanted)
-    names = _class_names(hub_set, where, train.class_names)
-    for listing in (train, test):
-        require_labels(where, listing, len(names))
+    train, test, names = _listed(hub_set, folder)
     order = np.random.default_rng(_SEED).permutation(len(train)).astype(np.int64)
     # A tiny copy of the data still leaves four fifths of it to train on.
     size = min(HOLDOUT_IMAGES, len(order) // 5)
@@ -107,6 +99,31 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
         decoding=decoding,
         exact=True,
     )
+
+
+def load_first_of_hub(
+    hub_set: HubSet, folder: Path | None, decoding: Decoding, count: int
+) -> tuple[tuple[str, ...], Split]:
+    """Return the classes and the first ``count`` test images, as :func:`load_hub_set` has them.
+
+    No other image is read.
+    """
+    _, test, names = _listed(hub_set, folder)
+    return names, read_split(_dealt_test(test).first(count), decoding, exact=True)
+
+
+def _listed(hub_set: HubSet, folder: Path | None) -> tuple[Listing, Listing, tuple[str, ...]]:
+    """Return training images, test images and classes, unread."""
+    folder = folder or _default_folder(hub_set)
+    where = str(folder or hub_set.hub_name)
+    if folder is None:
+        train, test = (_from_hub(hub_set, split) for split in (hub_set.train, hub_set.test))
+    else:
+        train, test = _in_folder(hub_set, folder, hub_set.wanted)
+    names = _class_names(hub_set, where, train.class_names)
+    for listing in (train, test):
+        require_labels(where, listing, len(names))
+    return train, test, names
 
 
 def load_hub_test(hub_set: HubSet, folder: Path | None, decoding: Decoding) -> Split:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from advmoe_deploy.bundle import BundleManifest
 from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.data.notices import say_once
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.data.registry import load_dataset, load_first_of_test
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.specs import Fingerprint, ModelSpec
@@ -51,6 +51,8 @@ def matching_test_images(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the first ``count`` test images of ``source``, by default all, and their labels.
 
+    Where all are asked for, it is said if the data are not those that the model was trained on.
+
     Images are float32 [N, C, H, W] in [0, 1], read from files as the model's are, labels in the
     order of its classes.
 
@@ -60,18 +62,25 @@ def matching_test_images(
     """
     if count is not None and count < 1:
         raise UsageError(f"images={count} is too few; take at least one")
-    dataset, spec = load_dataset(source, trained.decoding), trained.spec
-    split = dataset.test
-    if split.images.shape[1:] != spec.image_shape or len(dataset.class_names) != spec.num_classes:
+    (names, split), spec = _test_images(source, trained, count), trained.spec
+    if split.images.shape[1:] != spec.image_shape or len(names) != spec.num_classes:
         raise UsageError(
-            f"{source} has images {split.images.shape[1:]} of {len(dataset.class_names)} classes, "
+            f"{source} has images {split.images.shape[1:]} of {len(names)} classes, "
             f"the model takes {spec.image_shape} of {spec.num_classes}; pass matching --data"
         )
-    mapped = label_map(dataset.class_names, trained.class_names, class_map or {})
+    mapped = label_map(names, trained.class_names, class_map or {})
     if mapped.note:
         say_once(f"{source}: {mapped.note}")
+    return to_float(split.images), mapped.labels_C[split.labels]
+
+
+def _test_images(source: str, trained: Trained, count: int | None) -> tuple[tuple[str, ...], Split]:
+    """Return classes and test images; of a few of them the rest is neither read nor compared."""
+    if count is not None:
+        return load_first_of_test(source, trained.decoding, count)
+    dataset = load_dataset(source, trained.decoding)
     _say_other_data(dataset, trained.fingerprint)
-    return to_float(split.images[:count]), mapped.labels_C[split.labels[:count]]
+    return dataset.class_names, dataset.test
 
 
 def in_order_of(dataset: Dataset, class_names: tuple[str, ...], mapped: LabelMap) -> Dataset:

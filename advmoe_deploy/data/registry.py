@@ -5,8 +5,8 @@ from pathlib import Path
 
 from advmoe_deploy.data.dataset import Dataset, Split
 from advmoe_deploy.data.digits import load_digits
-from advmoe_deploy.data.folder import load_folder_test, load_image_folder
-from advmoe_deploy.data.hub import HUB_SETS, load_hub_set, load_hub_test
+from advmoe_deploy.data.folder import load_first_of_folder, load_folder_test, load_image_folder
+from advmoe_deploy.data.hub import HUB_SETS, load_first_of_hub, load_hub_set, load_hub_test
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError, unknown_name
 
@@ -52,6 +52,26 @@ def load_test_split(source: str, decoding: Decoding | None = None) -> Split:
     if name in HUB_SETS:
         return load_hub_test(HUB_SETS[name], folder, found)
     return load_folder_test(folder or Path(), found)
+
+
+def load_first_of_test(
+    source: str, decoding: Decoding | None, count: int
+) -> tuple[tuple[str, ...], Split]:
+    """Return the classes and the first ``count`` test images of what :func:`load_dataset` returns.
+
+    No other image is read, so that copies among the training images are not looked for.
+
+    Raises:
+        The same as :func:`load_dataset`.
+    """
+    source = absolute(source, decoding.size if decoding else None)
+    name, folder, found = _found(source, decoding)
+    if name == "digits":
+        digits = load_digits()
+        return digits.class_names, digits.test.first(count)
+    if name in HUB_SETS:
+        return load_first_of_hub(HUB_SETS[name], folder, found, count)
+    return load_first_of_folder(folder or Path(), found, count)
 
 
 def _found(source: str, decoding: Decoding | None) -> tuple[str, Path | None, Decoding]:

@@ -15,6 +15,7 @@ from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.evaluation.measure import (
     Answered,
     Infer,
+    Labels,
     ask,
     class_figures,
     confusion_of,
@@ -25,6 +26,8 @@ from advmoe_deploy.evaluation.report import EvalReport
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent
+from advmoe_deploy.reports.cautions import of_routes
+from advmoe_deploy.reports.checkpoint import checkpoint_folder, read_checkpoint
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.runtime.select import engine_for, open_runner
@@ -32,16 +35,37 @@ from advmoe_deploy.specs import Precision
 
 
 @dataclass(frozen=True)
+class _Labelled:
+    """What is asked about: test images [N, C, H, W] of a source, labelled as the model's are."""
+
+    source: str
+    x_NCHW: Images
+    labels_N: Labels
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        trained: Trained,
+        data: str,
+        class_map: Mapping[str, str] | None,
+        images: int | None,
+    ) -> "_Labelled":
+        """Return the test images of ``data`` as a model that was ``trained`` takes them."""
+        source = absolute(data, trained.spec.image_size)
+        found = matching_test_images(source, trained, images, class_map=class_map)
+        return cls(source, *found, trained.class_names)
+
+
+@dataclass(frozen=True)
 class _Subject:
-    """What is asked: how it computes, what it was made for, the experts of its routed layers."""
+    """What is asked: how it computes, and the experts of its routed layers."""
 
     path: Path
     kind: Literal["run", "bundle"]
     engine: str
     precision: Precision
     tf32: bool
-    trained: Trained
-    data: str
     num_experts: Mapping[str, int]
     infer: Infer
 
@@ -74,9 +98,11 @@ def evaluate_bundle(
         DataError: the data cannot be read.
         BackendUnavailableError: the engine's package is not installed.
     """
-    progress = progress or Silent()
-    with _of_bundle(bundle, engine_for(bundle, engine, progress.note), threads) as subject:
-        return _evaluated(subject, data, class_map, images, progress)
+    started, progress, manifest = time.perf_counter(), progress or Silent(), bundle.manifest
+    chosen = engine_for(bundle, engine, progress.note)
+    labelled = _Labelled.of(Trained.of(manifest), data or manifest.data, class_map, images)
+    with _of_bundle(bundle, chosen, threads) as subject:
+        return _evaluated(subject, labelled, started, progress)
 
 
 def evaluate_run(
@@ -101,7 +127,12 @@ def evaluate_run(
         UsageError: the data do not fit the model, or are not named.
         DataError: the data cannot be read.
     """
-    return _evaluated(_of_run(run), data, class_map, images, progress or Silent())
+    started = time.perf_counter()
+    kept = read_checkpoint(checkpoint_folder(run))
+    trained = Trained(kept.model, kept.class_names, kept.decoding, kept.fingerprint)
+    # What is wrong with the data is said before PyTorch is loaded.
+    labelled = _Labelled.of(trained, data or kept.data, class_map, images)
+    return _evaluated(_of_run(run), labelled, started, progress or Silent())
 
 
 @contextmanager
@@ -114,8 +145,6 @@ def _of_bundle(bundle: Bundle, engine: str, threads: int) -> Iterator[_Subject]:
             engine=runner.name,
             precision=runner.precision,
             tf32=runner.tf32,
-            trained=Trained.of(manifest),
-            data=manifest.data,
             num_experts={route.layer: route.num_experts for route in manifest.plan.routes},
             infer=runner.infer,
         )
@@ -138,33 +167,27 @@ def _of_run(run: Path) -> _Subject:
         engine="torch",
         precision="fp32",
         tf32=False,
-        trained=Trained(model.spec, stored.class_names, stored.decoding, stored.fingerprint),
-        data=stored.data,
         num_experts={rule.layer: rule.num_experts for rule in model.rules},
         infer=infer,
     )
 
 
 def _evaluated(
-    subject: _Subject,
-    data: str | None,
-    class_map: Mapping[str, str] | None,
-    images: int | None,
-    progress: Progress,
+    subject: _Subject, labelled: _Labelled, started: float, progress: Progress
 ) -> EvalReport:
-    started = time.perf_counter()
-    source = absolute(data or subject.data, subject.trained.spec.image_size)
-    x_NCHW, labels_N = matching_test_images(source, subject.trained, images, class_map=class_map)
-    answered = ask(subject.infer, x_NCHW, labels_N, progress)
-    return _report(subject, source, answered, started)
+    answered = ask(subject.infer, labelled.x_NCHW, labelled.labels_N, progress)
+    return _report(subject, labelled, answered, started)
 
 
-def _report(subject: _Subject, source: str, answered: Answered, started: float) -> EvalReport:
+def _report(
+    subject: _Subject, labelled: _Labelled, answered: Answered, started: float
+) -> EvalReport:
     logits_NC, labels_N = answered.prediction.logits, answered.labels_N
-    names, images, correct = subject.trained.class_names, len(labels_N), int(answered.right_N.sum())
+    names, images, correct = labelled.class_names, len(labels_N), int(answered.right_N.sum())
     finite_N = np.isfinite(logits_NC).all(axis=1)
     answers_NC, known_N = logits_NC[finite_N], labels_N[finite_N]
     confusion_CC = confusion_of(answers_NC.argmax(axis=1), known_N, len(names))
+    experts = expert_use(answered.prediction.expert_ids, subject.num_experts)
     images_C = np.bincount(labels_N, minlength=len(names))
     return EvalReport(
         model=str(subject.path),
@@ -172,7 +195,7 @@ def _report(subject: _Subject, source: str, answered: Answered, started: float) 
         engine=subject.engine,
         precision=subject.precision,
         tf32=subject.tf32,
-        data=source,
+        data=labelled.source,
         images=images,
         correct=correct,
         accuracy=correct / images,
@@ -181,7 +204,8 @@ def _report(subject: _Subject, source: str, answered: Answered, started: float) 
         classes=class_figures(confusion_CC, images_C, names),
         confusion=tuple(map(tuple, confusion_CC.tolist())),
         reliability=reliability_of(answers_NC, known_N) if len(known_N) else None,
-        experts=expert_use(answered.prediction.expert_ids, subject.num_experts),
+        experts=experts,
         versions=installed_versions(),
         seconds=time.perf_counter() - started,
+        warnings=of_routes({use.layer: use.expert_load for use in experts}),
     )

@@ -76,7 +76,7 @@ class EvalReport(Frozen):
     ``accuracy`` has a 95 % Wilson interval. Row L of ``confusion`` counts the images of class L by
     the class they were taken for. ``unanswered`` images have logits that are not finite: they count
     as wrong, and in neither ``confusion`` nor ``reliability``, which is ``None`` if there is no
-    other.
+    other. ``warnings`` name layers in which but one expert is in use.
     """
 
     model: str
@@ -96,6 +96,7 @@ class EvalReport(Frozen):
     experts: tuple[ExpertUse, ...]
     versions: dict[str, str]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def most_confused(self, count: int) -> list[Confusion]:
         """Return the ``count`` pairs of classes that are mistaken most often, that first."""

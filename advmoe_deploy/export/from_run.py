@@ -117,7 +117,7 @@ def export_run(
     denormals = zero_denormals(model)
     if denormals:
         progress.note(denormals_note(denormals))
-    source = absolute_source(data or _data_of(checkpoint), checkpoint.model.image_size)
+    source = absolute_source(data or checkpoint.data, checkpoint.model.image_size)
     images = parity_images(source, checkpoint.model, checkpoint.decoding)
     pruning = None
     if prune_unused:
@@ -307,11 +307,7 @@ def _write_engines(
 def _labelled(
     data: str, checkpoint: Checkpoint, progress: Progress, class_map: Mapping[str, str] | None
 ) -> Dataset | None:
-    return labelled_images((data, _data_of(checkpoint)), checkpoint, progress.note, class_map)
-
-
-def _data_of(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.provenance.get("data", ""))
+    return labelled_images((data, checkpoint.data), checkpoint, progress.note, class_map)
 
 
 def _training(checkpoint: Checkpoint) -> dict[str, object]:

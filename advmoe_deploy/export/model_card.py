@@ -6,6 +6,7 @@ from advmoe_deploy.bundle import MODEL, EngineSet
 from advmoe_deploy.export.passes.report import PassReport, declined
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Macs, ParityReport
+from advmoe_deploy.reports.cautions import of_export
 from advmoe_deploy.reports.text import in_markdown
 from advmoe_deploy.specs import ModelSpec
 
@@ -34,6 +35,7 @@ def model_card(
         macs_section(checkpoint, macs),
         *([f"## Weights\n\n{denormals_note(denormals)}."] if denormals else []),
         _parity(parity),
+        *_cautions(macs, parity),
         *([_engines(engines)] if engines else []),
         _passes(passes),
         _LIMITS,
@@ -167,6 +169,11 @@ def _parity(parity: ParityReport) -> str:
         load = ", ".join(str(count) for count in layer.expert_load)
         lines.append(f"| {layer.layer} | {load} |")
     return "## Parity with the torch model\n\n" + "\n".join(lines)
+
+
+def _cautions(macs: Macs, parity: ParityReport) -> list[str]:
+    lines = [f"- {line}" for line in of_export(macs, parity)]
+    return ["\n".join(["## Warnings\n", *lines])] if lines else []
 
 
 def _engines(engines: tuple[EngineSet, ...]) -> str:

@@ -1,18 +1,16 @@
 """Stored model: the torch model of a run, a checkpoint or a bundle's reference weights."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from advmoe_deploy.bundle import MANIFEST, REFERENCE, Bundle, open_bundle
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import BundleError, InputError, UsageError
+from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.models.checkpoint import CHECKPOINT, load_checkpoint, model_from_weights
+from advmoe_deploy.models.checkpoint import load_checkpoint, model_from_weights
+from advmoe_deploy.reports.checkpoint import checkpoint_folder
 from advmoe_deploy.settings import epsilon_of
 from advmoe_deploy.specs import Fingerprint, ThreatModel
-
-_RUN_MODEL = "model"  # where a run keeps the model it selected
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,7 @@ def open_stored(path: Path) -> StoredModel:
     """
     if (path / MANIFEST).is_file():
         return _from_bundle(open_bundle(path))
-    for folder in (path / _RUN_MODEL, path):
-        if (folder / CHECKPOINT).is_file():
-            return _from_checkpoint(path, folder)
-    what = "no directory" if not path.is_dir() else "neither a finished run nor a bundle"
-    raise InputError(f"{path} is {what}; name what 'advmoe train' or 'advmoe export' wrote")
+    return _from_checkpoint(path, checkpoint_folder(path))
 
 
 def reference_model(bundle: Bundle) -> Classifier:
@@ -67,12 +61,6 @@ def reference_model(bundle: Bundle) -> Classifier:
         )
     content = bundle.read(REFERENCE)
     return model_from_weights(bundle.manifest.model, content, bundle.file(REFERENCE))
-
-
-def fingerprint_in(provenance: Mapping[str, object]) -> Fingerprint | None:
-    """Return the fingerprint of the data that a model was trained on, if it is recorded."""
-    found = provenance.get("fingerprint")
-    return Fingerprint.model_validate(found) if found else None
 
 
 def threat_or(epsilon: float | None, own: ThreatModel | None, where: Path) -> ThreatModel:
@@ -111,8 +99,8 @@ def _from_checkpoint(path: Path, folder: Path) -> StoredModel:
         decoding=checkpoint.decoding,
         threat=checkpoint.threat,
         class_names=checkpoint.class_names,
-        data=str(checkpoint.provenance.get("data", "")),
+        data=checkpoint.data,
         recipe=str(checkpoint.recipe.get("name", "")),
         sealed=False,
-        fingerprint=fingerprint_in(checkpoint.provenance),
+        fingerprint=checkpoint.fingerprint,
     )

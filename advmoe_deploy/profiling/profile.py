@@ -20,6 +20,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.reports.cautions import of_costs, of_latency
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
@@ -139,7 +140,11 @@ def profile_bundle(
                 settings[f"{route.layer}.expert_load_{batch}"] = load
             progress.advance("profile", batch=batch)
     return LatencyReport(
-        rows=tuple(rows), ratios=tuple(ratios), versions=_versions(engines), settings=settings
+        rows=tuple(rows),
+        ratios=tuple(ratios),
+        versions=_versions(engines),
+        settings=settings,
+        warnings=(*of_costs(bundle.manifest.macs), *of_latency(ratios)),
     )
 
 

@@ -278,11 +278,27 @@ class LatencyRatio(Frozen):
     ci_low: float
     ci_high: float
 
+    @property
+    def words(self) -> str:
+        """How fast ``b`` is beside ``a``, both on their engines where those differ."""
+        a, b = (_MODEL_NAMES.get(name, name) for name in (self.a, self.b))
+        if (self.a_engine, self.a_precision) != (self.engine, self.precision):
+            a = f"{a} on {self.a_engine} {self.a_precision}"
+            b = f"{b} on {self.engine} {self.precision}"
+        return f"{b} {self.ratio:.2f}x as fast as {a}"
+
+
+_MODEL_NAMES = {"moe": "MoE", "s-dense": "S-Dense"}
+
 
 class LatencyReport(Frozen):
-    """Latency of the MoE and its baselines, interleaved in one process."""
+    """Latency of the MoE and its baselines, interleaved in one process.
+
+    ``warnings`` say where routing costs more than it saves.
+    """
 
     rows: tuple[LatencyRow, ...]
     ratios: tuple[LatencyRatio, ...]
     versions: dict[str, str]
     settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError, one_line
-from advmoe_deploy.specs import ClassNames, Frozen, ModelSpec, ThreatModel
+from advmoe_deploy.errors import CheckpointError, InputError, one_line
+from advmoe_deploy.specs import ClassNames, Fingerprint, Frozen, ModelSpec, ThreatModel
 
 CHECKPOINT_VERSION = 1
 CHECKPOINT = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
+_RUN_MODEL = "model"  # where a run keeps the model it selected
 
 
 class Checkpoint(Frozen):
@@ -35,6 +36,17 @@ class Checkpoint(Frozen):
     provenance: dict[str, Any]
     weights_sha256: str = ""
 
+    @property
+    def data(self) -> str:
+        """The data source that the model was trained on; empty if unknown."""
+        return str(self.provenance.get("data", ""))
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Content of the data that the model was trained on, if it is recorded."""
+        found = self.provenance.get("fingerprint")
+        return Fingerprint.model_validate(found) if found else None
+
 
 @dataclass(frozen=True)
 class Known:
@@ -43,6 +55,19 @@ class Known:
     class_names: tuple[str, ...]
     threat: ThreatModel | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Return where the checkpoint of ``path`` lies: a run, or one of its checkpoints.
+
+    Raises:
+        InputError: it is neither.
+    """
+    for folder in (path / _RUN_MODEL, path):
+        if (folder / CHECKPOINT).is_file():
+            return folder
+    what = "no directory" if not path.is_dir() else "neither a finished run nor a bundle"
+    raise InputError(f"{path} is {what}; name what 'advmoe train' or 'advmoe export' wrote")
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """Report of what an engine lost of its reference's accuracy."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from advmoe_deploy.specs import Frozen
@@ -13,6 +14,12 @@ ACCURACIES: dict[Accuracy, str] = {
     "robust": "robust accuracy",
     "own_attack": "robust accuracy under an attack of its own",
 }
+
+
+def worst_of(verdicts: Collection[Verdict]) -> Verdict:
+    """Return ``failed`` if any is, else ``undecided`` if any is, else ``passed``."""
+    order: tuple[Verdict, ...] = ("failed", "undecided", "passed")
+    return next((each for each in order if each in verdicts), "passed")
 
 
 class DropReport(Frozen):

@@ -104,8 +104,7 @@ def _append(
     progress: Progress,
 ) -> int:
     """Append all rows to ``journal``; return how many have errors, with the ``errors`` before."""
-    with task(progress, "classify", total):
-        progress.advance("classify", journal.count, errors=errors)
+    with task(progress, "classify", total, journal.count):
         for window in windows:
             journal.append(*window.rows)
             errors += window.errors

@@ -8,6 +8,11 @@ from advmoe_deploy.files import refuse_existing
 from advmoe_deploy.journal import Journal, Row
 
 
+def journal_of(output: Path) -> Path:
+    """Return where the journal of ``output`` lies while its job runs."""
+    return output.with_name(f".{output.name}.partial.jsonl")
+
+
 def open_journal(
     output: Path,
     job: Row,
@@ -25,7 +30,7 @@ def open_journal(
     Raises:
         UsageError: something is in the way, or the journal is of another job or in use.
     """
-    path = output.with_name(f".{output.name}.partial.jsonl")
+    path = journal_of(output)
     _refuse(output, path, resume=resume, overwrite=overwrite)
     journal = Journal(path)
     try:

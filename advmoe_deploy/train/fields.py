@@ -162,6 +162,8 @@ class TrainFields(Frozen):
     """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)
     """Steps of PGD on the test images."""
+    test_attack_step_size: Pixels | None = Field(None, gt=0)
+    """Their size in [0, 1] pixels; by default 2.5 epsilon / test_attack_steps."""
     track_router_robustness: bool = False
     """Record how routes withstand attacks before and after experts are updated."""
     start: Start | None = None

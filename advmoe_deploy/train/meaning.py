@@ -64,6 +64,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "evaluate_every",
         "holdout_attack_steps",
         "test_attack_steps",
+        "test_attack_step_size",
         "track_router_robustness",
     ),
 }

@@ -16,7 +16,8 @@ from advmoe_deploy.train.origin import Origin, origin_of
 from advmoe_deploy.train.own_data import chosen, of_family, of_images, of_origin, size_for
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.by_family import FAMILIES, family_recipe
-from advmoe_deploy.train.run.place import require_place
+from advmoe_deploy.train.run.data import RunData
+from advmoe_deploy.train.run.place import require_place, require_same
 
 # What the images decide, and a recipe for others cannot say yet.
 _OF_IMAGES = ("model.in_channels", "model.mean", "model.std")
@@ -61,8 +62,9 @@ def train_request(
         takes_out: whether one run will lie in ``out`` itself, which must not be in the way then.
 
     Raises:
-        UsageError: an argument is unknown or makes no sense, ``out`` is in the way, or the model
-            to begin with lies in what would be replaced.
+        UsageError: an argument is unknown or makes no sense, ``out`` is in the way, the run to go
+            on with has other settings or data, or the model to begin with lies in what would be
+            replaced.
         InputError: the data, or the model to begin with, cannot be read.
     """
     given = {key: value for key, _, value in (each.partition("=") for each in settings)}
@@ -89,6 +91,9 @@ def train_request(
     else:
         found = load_dataset(config.data)
     require_fit(config, found, devices)
+    if resume:
+        kept = config.model_copy(update={"data": found.source})
+        require_same(target, kept, RunData.of(found))
     return TrainRequest(config, found, target, devices, resume, overwrite)
 
 

@@ -44,7 +44,7 @@ def robustness_curve(
             if epsilon > 0:
                 attacks = route_aware(model, AttackSpec(name="pgd", steps=steps))
                 threat = ThreatModel(epsilon=epsilon)
-                right_N = withstanding(model, x_NCHW, labels_N, threat, attacks)[-1]
+                right_N = withstanding(model, x_NCHW, labels_N, threat, attacks, progress)[-1]
             correct = int(right_N.sum())
             low, high = wilson_interval(correct, len(labels_N))
             accuracy = correct / len(labels_N)

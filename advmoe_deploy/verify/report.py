@@ -3,6 +3,7 @@
 from typing import Literal
 
 from advmoe_deploy.reports import Pair, ParityReport
+from advmoe_deploy.reports.attacks import attack_title
 from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
@@ -31,15 +32,7 @@ class AttackOutcome(Frozen):
     @property
     def title(self) -> str:
         """A few words: name, steps, target, and what else sets the attack apart."""
-        attack = self.attack
-        words = [attack.name if attack.name == "autoattack" else f"{attack.name}-{attack.steps}"]
-        words += [attack.target] if attack.target != "model" else []
-        words += [f"{attack.temperature:g}"] if attack.target == "soft" else []
-        if attack.name == "pgd":
-            words += [attack.loss] if attack.loss != "cross-entropy" else []
-            words += [f"{attack.classes} targets"] if attack.classes else []
-            words += [f"x{attack.restarts}"] if attack.restarts > 1 else []
-        return " ".join(words)
+        return attack_title(self.attack)
 
 
 class Sign(Frozen):
@@ -50,13 +43,44 @@ class Sign(Frozen):
     suspicious: bool
 
 
+class ReferenceReport(Frozen):
+    """Whether the reference withstands more than chance explains; else nothing can be preserved.
+
+    ``robust_accuracy`` of ``images`` has a 95 % interval. ``chance`` is what an answer that looks
+    at no image gets right: one by the number of classes or, where those are shown to be unequal,
+    the share of the commonest. At most that fails; an interval that reaches down to it decides
+    nothing.
+    """
+
+    images: int
+    robust_accuracy: float
+    interval: tuple[float, float]
+    chance: float
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        figures = (
+            f"{100 * self.robust_accuracy:.1f} % of {self.images:,} images withstand the attacks "
+            f"({100 * low:.1f} to {100 * high:.1f} %, 95 % interval), chance gets "
+            f"{100 * self.chance:.1f} %"
+        )
+        if self.verdict == "passed":
+            return f"the reference is robust: {figures}"
+        if self.verdict == "failed":
+            return f"the reference is not robust, so there is nothing to preserve: {figures}"
+        return f"these images cannot tell whether the reference is robust at all: {figures}"
+
+
 class RobustReport(Frozen):
     """Whether robustness survived the export. Accuracies are shares in [0, 1].
 
     ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
     ``tf32``, fp32 was rounded to TF32 where that is faster. A finding of ``consistency`` fails the
     engine: it does not answer as the reference does. ``clean_drop`` and ``robust_drop``
-    are what it lost, with what chance explains. ``transferred_accuracy`` is the engine's on what
+    are what it lost, with what chance explains. A ``reference`` that is not shown to be robust
+    itself counts in the verdict unless ``allow_fragile``; ``None`` in reports written before there
+    was such a check. ``transferred_accuracy`` is the engine's on what
     was found on the reference alone: shown beside, and never the figure.
     """
 
@@ -74,6 +98,8 @@ class RobustReport(Frozen):
     robust_interval: tuple[float, float]
     clean_drop: DropReport
     robust_drop: DropReport
+    reference: ReferenceReport | None = None
+    allow_fragile: bool = False
     transferred_accuracy: float
     route_agreement: float
     consistency: ConsistencyReport
@@ -81,6 +107,16 @@ class RobustReport(Frozen):
     masking: tuple[Sign, ...]
     attacks: tuple[AttackOutcome, ...]
     seconds: float
+
+    @property
+    def fragile(self) -> bool:
+        """Whether the reference is not shown to be robust itself."""
+        return self.reference is not None and self.reference.verdict != "passed"
+
+    @property
+    def fragility(self) -> tuple[str, ...]:
+        """Why the reference keeps this report from passing; empty where it does not."""
+        return (str(self.reference),) if self.fragile and not self.allow_fragile else ()
 
     @property
     def parity(self) -> ParityReport:

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from advmoe_deploy.attacks.black_box import NAMES, TorchFace, attack_predictions
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import same_experts
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -86,8 +88,10 @@ class Trial:
         x_NCHW: Images,
         labels_N: Labels,
         threat: ThreatModel,
+        progress: Progress | None = None,
     ) -> None:
         self.model, self.runner, self.threat = model, runner, threat
+        self.progress = progress or Silent()
         self.x_NCHW, self.labels_N = x_NCHW, labels_N
         self.outcomes: list[AttackOutcome] = []
         everyone_N = np.arange(len(labels_N))
@@ -169,17 +173,23 @@ class Trial:
 
     def _find(self, attack: AttackSpec, found_on: FoundOn, rows_A: NDArray[np.int64]) -> Images:
         x_NCHW, labels_N = self.x_NCHW[rows_A], self.labels_N[rows_A]
-        if attack.name in NAMES and found_on == "engine":
-            return attack_predictions(self._logits, x_NCHW, labels_N, self.threat, attack)
-        return find_adversarial(
-            self.model,
-            torch.from_numpy(x_NCHW),
-            torch.from_numpy(labels_N),
-            self.threat,
-            attack,
-            answer=TorchFace(self._logits) if found_on == "engine" else None,
-            first_only=True,
-        ).numpy()
+        with attack_task(self.progress, self.model, attack, len(rows_A)) as passed:
+            if attack.name in NAMES and found_on == "engine":
+
+                def logits(asked_NCHW: Images) -> NDArray[np.float32]:
+                    passed()
+                    return self._logits(asked_NCHW)
+
+                return attack_predictions(logits, x_NCHW, labels_N, self.threat, attack)
+            return find_adversarial(
+                self.model,
+                torch.from_numpy(x_NCHW),
+                torch.from_numpy(labels_N),
+                self.threat,
+                attack,
+                answer=TorchFace(self._logits) if found_on == "engine" else None,
+                first_only=True,
+            ).numpy()
 
     def _logits(self, x_NCHW: Images) -> NDArray[np.float32]:
         return self.runner.infer(x_NCHW).logits

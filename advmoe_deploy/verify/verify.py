@@ -21,6 +21,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import AttackSpec, ModelSpec
@@ -32,7 +33,7 @@ from advmoe_deploy.verify.masking import masking_signs, warnings_of
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn, RobustReport
 from advmoe_deploy.verify.suites import Suite, attack_suite, restarts
 from advmoe_deploy.verify.trial import Trial, searches_of
-from advmoe_deploy.verify.verdict import judge
+from advmoe_deploy.verify.verdict import chance_of, judge
 
 
 def verify_bundle(
@@ -46,6 +47,7 @@ def verify_bundle(
     images: int | None = None,
     epsilon: float | None = None,
     threads: int = 0,
+    allow_fragile: bool = False,
     measured: list[AttackOutcome] | None = None,
     examples: Path | None = None,
     resume: Path | None = None,
@@ -66,6 +68,7 @@ def verify_bundle(
         images: how many test images, all by default.
         epsilon: an l-inf radius in [0, 1] pixels; by default the one the model was trained for.
         threads: of the engine and of PyTorch; 0 leaves the choice to them.
+        allow_fragile: whether a reference that withstands no more than chance may pass.
         measured: filled with the outcome of each attack as it ends, where a list is given.
         examples: a file to keep what each image fell to in, see ``verify.examples.stored``.
         resume: a file that keeps the state after each attack; if it is there, that goes on.
@@ -97,23 +100,31 @@ def verify_bundle(
             rounding=exported.rounding,
             margin=exported.margin,
             decoding=manifest.decoding,
+            progress=progress,
         )
-        trial = Trial(model, runner, x_NCHW, labels_N, threat)
+        trial = Trial(model, runner, x_NCHW, labels_N, threat, progress)
         same = exact and consistency.passed and consistency.parity.passed
         searches = searches_of(suite, differs_from_reference=not same)
         key = key_of(bundle, engine, trial, searches)
         done = go_on(resume, key, trial) if resume is not None else 0
         measured.extend(trial.outcomes)
-        with task(progress, "verify", len(searches)):
-            progress.advance("verify", min(done, len(searches)))
+        with task(progress, "verify", len(searches), min(done, len(searches))):
             extra = _restarts(trial, bundle.manifest.model, budget, same=same)
             for attack, found_on in islice(chain(searches, extra), done, None):
                 measured.append(trial.run(attack, found_on))
                 if resume is not None:
                     keep(resume, key, trial)
-                progress.advance("verify", robust=measured[-1].robust_accuracy.engine)
-        masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes)
-    judgement = judge(trial, consistency.findings, max_drop=max_drop, same_function=same)
+                progress.advance("verify", robust_accuracy=measured[-1].robust_accuracy.engine)
+        masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes, progress)
+    judgement = judge(
+        trial,
+        consistency.findings,
+        max_drop=max_drop,
+        same_function=same,
+        chance=chance_of(labels_N, manifest.model.num_classes),
+        allow_fragile=allow_fragile,
+    )
+    loads = {layer.layer: layer.expert_load for layer in consistency.parity.layers}
     report = RobustReport(
         passed=judgement.verdict == "passed",
         verdict=judgement.verdict,
@@ -129,10 +140,12 @@ def verify_bundle(
         robust_interval=wilson_interval(int(trial.standing.engine_N.sum()), len(labels_N)),
         clean_drop=judgement.clean,
         robust_drop=judgement.robust,
+        reference=judgement.reference,
+        allow_fragile=allow_fragile,
         transferred_accuracy=trial.transferred_accuracy,
         route_agreement=consistency.parity.route_agreement,
         consistency=consistency,
-        warnings=(*judgement.warnings, *warnings_of(masking)),
+        warnings=(*judgement.warnings, *of_routes(loads), *warnings_of(masking)),
         masking=masking,
         attacks=tuple(trial.outcomes),
         seconds=time.perf_counter() - started,

@@ -16,7 +16,8 @@ class ListedModel(Frozen):
     """One model. What is not known is ``None``; accuracies are shares in [0, 1].
 
     ``macs`` are those executed for one image, ``bytes`` the size of the folder. ``measured_on``
-    says which images the accuracies are of. ``note`` says what is wrong with it, if anything.
+    says which images the accuracies are of, ``attack`` what the robust one withstands. ``note``
+    says what is wrong with it, if anything.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ListedModel(Frozen):
     clean_accuracy: float | None = None
     robust_accuracy: float | None = None
     measured_on: str | None = None
+    attack: str | None = None
     bytes: int
     note: str = ""
 
@@ -66,6 +68,7 @@ def _of_run(folder: Path) -> dict[str, Any]:
             "clean_accuracy": metrics["clean_accuracy"],
             "robust_accuracy": metrics.get("robust_accuracy"),
             "measured_on": "hold-out",
+            "attack": _attack_in_training(fields["recipe"]),
         }
     record = read_record(folder)
     if record is None:
@@ -77,7 +80,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
             "clean_accuracy": hardest.clean.value,
             "robust_accuracy": hardest.robust.value,
             "epsilon": hardest.threat.epsilon,
-            "measured_on": f"{hardest.robust.n} test images, {hardest.attack_words}",
+            "measured_on": f"{hardest.robust.n} test images",
+            "attack": hardest.attack_words,
         }
     return known
 
@@ -86,6 +90,12 @@ def _of_bundle(folder: Path) -> dict[str, Any]:
     fields = read_fields(folder / MANIFEST)
     known = _described(fields["model"], fields["threat"], fields["training"])
     return known | {"macs": fields["macs"]["executed"]}
+
+
+def _attack_in_training(recipe: dict[str, Any]) -> str | None:
+    """Return the attack that chose the epoch of a run; an imported one had none."""
+    steps = recipe.get("holdout_attack_steps")
+    return f"pgd-{steps} on the model, and on its routes where it has any" if steps else None
 
 
 def _described(model: Any, threat: Any, training: dict[str, Any]) -> dict[str, Any]:

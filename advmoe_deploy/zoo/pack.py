@@ -107,7 +107,7 @@ def evaluations_of(
         UsageError: a file is about other weights.
         InputError: a file cannot be read.
     """
-    data = str(checkpoint.provenance.get("data", ""))
+    data = checkpoint.data
     files = list(results)
     if not files and (known := read_record(run)):
         return known.evaluations
@@ -184,7 +184,7 @@ def _rounding(
     target: Path, state: State, checkpoint: Checkpoint, model: Classifier, how: Packing
 ) -> Rounding:
     """Return how the model at ``target`` differs from ``model``, of which it was rounded."""
-    source = how.data or str(checkpoint.provenance.get("data", ""))
+    source = how.data or checkpoint.data
     images = parity_images(source, checkpoint.model, checkpoint.decoding)
     before = reference_answers(model, images)
     after = reference_answers(load_checkpoint(target)[1], images)
@@ -211,7 +211,7 @@ def _lost(state: State) -> int:
 
 
 def _data_name(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.provenance.get("data", "")).partition(":")[0]
+    return checkpoint.data.partition(":")[0]
 
 
 def _licence_in(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""Write docs/results.md: what the recipes for CPUs reach on CIFAR-10, beside the papers' table.
+"""Write docs/measured/cifar10.md: what recipes for CPUs reach, beside the papers' table.
 
     python -m benchmarks.training.results_page
 
@@ -16,7 +16,7 @@ from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.zoo.record import Share
 
 HERE = Path(__file__).parents[1]
-RESULTS, PAGE = HERE / "results" / "cifar10", HERE.parent / "docs" / "results.md"
+RESULTS, PAGE = HERE / "results" / "cifar10", HERE.parent / "docs/measured/cifar10.md"
 ROWS = {
     "cifar10-advmoe-cpu": "AdvMoE, experts that agree",
     "cifar10-at-moe-cpu": "AT MoE",
@@ -27,13 +27,13 @@ COLUMNS = ("clean", "pgd_50", "autoattack", "robust")
 HEAD = """\
 # What was reached
 
-CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255: [one schedule](training.md) of hours on
-two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test images
-(of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the standard
-four, on an MoE in its straight-through form; *worst* is what stands, image by image, after PGD-50,
-AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
-{raw}[Program](../benchmarks/training/cifar10.py), and
-[of this page](../benchmarks/training/results_page.py).
+CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255: [one schedule](../training.md) of hours
+on two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test
+images (of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the
+standard four, on an MoE in its straight-through form; *worst* is what stands, image by image, after
+PGD-50, AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
+{raw}[Program](../../benchmarks/training/cifar10.py), and
+[of this page](../../benchmarks/training/results_page.py).
 
 | | clean | PGD-50 | AutoAttack | worst | n | routes in use | MACs | trained in |
 |---|---|---|---|---|---|---|---|---|
@@ -102,7 +102,7 @@ def main() -> None:
     assert set(ROWS) <= set(RECIPES)
     found = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     test = max((each["rows"][0]["test_images"] for each in found if "rows" in each), default=9975)
-    raw = "[Raw](../benchmarks/results/cifar10). " if found else ""
+    raw = "[Raw](../../benchmarks/results/cifar10). " if found else ""
     head = HEAD.format(test=f"{test:,}", missing=10_000 - test, raw=raw)
     rows = "\n".join(row(name, title) for name, title in ROWS.items())
     PAGE.write_text(f"{head}{rows}\n{PUBLISHED}")

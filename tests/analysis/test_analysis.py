@@ -152,6 +152,13 @@ def test_experts_by_hand() -> None:
     assert report.disagreement == ((0.0, 1.0), (1.0, 0.0))
     assert [row.clean_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.robust_accuracy.value for row in report.fixed] == [0.75, 0.25]
+    assert [row.apgd_accuracy.value for row in report.fixed] == [0.75, 0.25]
+    gated = report.gated  # what is constant on both sides of a jump has no gradient: not attacked
+    assert (gated.expert, gated.clean_accuracy.value, gated.robust_accuracy.value) == (
+        None,
+        0.75,
+        0.75,
+    )
     accuracy = {row.target: row.accuracy.value for row in report.targets}
     assert accuracy["experts"] == 0.75  # experts that always say the same cannot be attacked
     assert accuracy["router"] == accuracy["pathway"] == report.together.value == 0.5
@@ -259,7 +266,8 @@ def test_bounds_of_small_operations_by_hand() -> None:
     assert twice.slope.tolist() == [[4.0, 4.0]]
     assert pair_slopes(twice)[0, 1] == 6  # the rows differ by (0, 2) alone
     assert pair_slopes(0.5 * twice + 0.5 * twice)[0, 1] == 6
-    assert pair_slopes(F.relu(twice))[0, 1] == 8
+    # 4 and 4 one by one; but together they move by sqrt(2) * sqrt(10) at most.
+    assert float(pair_slopes(F.relu(twice))[0, 1]) == pytest.approx(math.sqrt(40))
     thrice = F.linear(x, torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]]))
     assert pair_slopes(thrice[torch.tensor([0])])[0, 2] == 3  # the same row
     assert pair_slopes(thrice[:, torch.tensor([0, 2, 1])])[0, 1] >= 3  # others' places

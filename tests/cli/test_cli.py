@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from advmoe_deploy.cli.app import app, run
 from advmoe_deploy.cli.examples import EXAMPLES
 from advmoe_deploy.cli.options import positive_numbers
 from advmoe_deploy.cli.tables import bundle as tables
-from advmoe_deploy.cli.tables.render import PlainProgress, RichProgress, draw_on
+from advmoe_deploy.cli.tables import latency as latency_tables
+from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.errors import BundleError, MachineError, UsageError
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.verify.findings import ConsistencyReport
 from advmoe_deploy.verify.report import RobustReport
 
@@ -148,6 +151,31 @@ def test_list_and_doctor(capsys: Capture) -> None:
     for command in (["list"], ["doctor"]):
         assert run(command) == 0
         assert "onnxruntime" in capsys.readouterr().out
+
+
+def test_alone_it_explains_itself(capsys: Capture) -> None:
+    assert run([]) == 0
+    out, err = capsys.readouterr()
+    assert "Usage: advmoe [OPTIONS] COMMAND" in out
+    assert err == ""
+
+
+def test_recipes_are_grouped_and_chosen(capsys: Capture) -> None:
+    found = answer(capsys, "list", "recipes", "--data", "cifar10", "--family", "advmoe")["recipes"]
+    assert {(entry["data"], entry["family"]) for entry in found} == {("cifar10", "advmoe")}
+    (chosen,) = [entry for entry in found if entry["name"] == "cifar10-advmoe-cpu"]
+    assert chosen["settings"] == recipe("cifar10-advmoe-cpu").model_dump(mode="json")
+    everything = [(e["data"], e["family"]) for e in answer(capsys, "list", "recipes")["recipes"]]
+    assert everything == [pair for pair, group in groupby(everything) for _ in group]
+    assert len({*everything}) == len([*groupby(everything)])  # each group is in one piece
+    assert run(["list", "recipes", "--data", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "recipes on digits, family vit-moe" in out
+    assert "cifar10" not in out
+    assert run(["list", "recipes", "--data", "cifar"]) == 2
+    assert "did you mean cifar10" in said(capsys)
+    assert run(["list", "--family", "dense"]) == 2
+    assert "'advmoe list recipes'" in said(capsys)
 
 
 def test_doctor_names_the_extra_of_what_is_missing(
@@ -363,36 +391,6 @@ def test_parser_errors_have_a_base_of_their_own() -> None:
     assert failures.ParserError.__name__ == "ClickException"
 
 
-def test_plain_progress_is_a_line_per_task(capsys: Capture) -> None:
-    progress = PlainProgress(sys.stderr, every=0.0)
-    progress.start("train", 4)
-    progress.advance("train", 2, loss=0.5)
-    progress.advance("train", 2, robust=0.25)
-    progress.finish("train")
-    assert capsys.readouterr().err.splitlines() == [
-        "train 2/4 loss 0.5",
-        "train 4/4 loss 0.5  robust 0.25",
-    ]
-    quiet = PlainProgress(sys.stderr)
-    quiet.start("train", 4)
-    quiet.advance("train")
-    assert capsys.readouterr().err == ""
-
-
-def test_rich_progress_draws_tasks_within_tasks(capsys: Capture) -> None:
-    progress = RichProgress(sys.stderr)
-    progress.start("outer", 2)
-    progress.start("inner [x]", 3)
-    progress.advance("inner [x]", 3, loss=0.125)
-    progress.finish("inner [x]")
-    progress.note("a [note]")
-    progress.finish("outer")
-    progress.close()
-    err = capsys.readouterr().err
-    for text in ("outer", "inner [x]", "3/3", "loss 0.125", "a [note]"):
-        assert text in err
-
-
 def row(model: Any, p50: float) -> LatencyRow:
     return LatencyRow(
         model=model,
@@ -424,7 +422,7 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     )
     rows = (row("moe", 2.0), row("dense", 5.0))
     latency = LatencyReport(rows=rows, ratios=(ratio,), versions={})
-    draw_on(sys.stdout, tables.latency_report(latency))
+    draw_on(sys.stdout, latency_tables.latency_report(latency))
     accuracy = Pair(reference=0.97, engine=0.96)
     consistency = ConsistencyReport(
         images=100,
@@ -462,7 +460,8 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     )
     draw_on(sys.stdout, tables.robust_report(robust))
     out = capsys.readouterr().out
-    assert "onnxruntime fp32 / onnxruntime-plan fp32" in " ".join(out.split())
+    faster = "MoE on onnxruntime-plan fp32 2.50x as fast as dense on onnxruntime fp32"
+    assert faster in " ".join(out.split())
     said = ("ROBUSTNESS WAS LOST", "0.5 points", "warning: gradients may be masked")
     for text in ("5.000", "images/s", "1.5 M", "97.0 %", "a drop of 10.00 points", *said):
         assert text in out

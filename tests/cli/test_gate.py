@@ -81,7 +81,8 @@ def test_a_worse_model_fails(tiny_bundle: Bundle, kept: Path, tmp_path: Path) ->
     failed = [
         c.get("name") for c in ET.parse(xml).iter("testcase") if c.find("failure") is not None
     ]
-    assert failed == ["replayed examples", "clean accuracy", "robust accuracy"]
+    accuracies = ["replayed examples", "clean accuracy", "robust accuracy"]
+    assert failed == [*accuracies, "robustness survived the export"]  # untrained: it has none
 
 
 def test_too_few_images_of_another_model_decide_nothing(
@@ -153,6 +154,26 @@ def test_examples_of_another_report_are_refused(kept: Path, tmp_path: Path) -> N
     shutil.copy(kept / "examples.npz", other / "examples.npz")
     with pytest.raises(DataError, match="of another model or engine"):
         read_baseline(other)
+
+
+@pytest.mark.parametrize("package", ["", "advmoe-deploy[train,cpu]==1.0"])
+def test_the_action_installs_its_own_repository(package: str, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    action = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
+    assert action["inputs"]["package"]["default"] == ""
+    step = next(step for step in action["runs"]["steps"] if step["name"] == "Install")
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", step["run"]],
+        env={"PATH": path, "PACKAGE": package, "GITHUB_ACTION_PATH": str(ACTION.parent)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    asked = done.stdout.splitlines()
+    assert asked == ["-m", "pip", "install", package or f"{ACTION.parents[3]}[train,cpu]"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.commands.training.sweep import _values
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, UsageError
+from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.sweep import sweep, sweep_configs
 
@@ -42,6 +44,37 @@ def test_the_command_trains_plots_and_goes_on(
     assert again["points"][0] == first["points"][0]
     accuracy = [x["points"][1]["reports"][0]["robust_accuracy"] for x in (first, again)]
     assert accuracy[0] == accuracy[1]
+
+
+def test_methods_are_drawn_into_one_plot(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sets = [part for setting in TINY for part in ("--set", setting)]
+    command = ["sweep", "digits-advmoe,digits-s-dense", "--over", "model.ratio=0.5..0.6", *sets]
+    assert run([*command, "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    for name, each in zip(("digits-advmoe", "digits-s-dense"), found["sweeps"], strict=True):
+        assert each["recipe"] == name
+        assert [point["value"] for point in each["points"]] == [0.5, 0.6]
+        assert (tmp_path / name / "model.ratio=0.6" / "seed-0" / "report.json").is_file()
+        assert name in (tmp_path / "sweep.svg").read_text()
+    for wrong in ("digits-advmoe,digits-advmoe", ",", "digits-advmoe,digits-dance"):
+        assert run(["sweep", wrong, "--over", "model.ratio=0.5", "--out", str(tmp_path)]) == 2
+
+
+def test_ranges_count_by_their_last_digit() -> None:
+    assert _values("model.num_experts=1..4")[1] == (1, 2, 3, 4)
+    assert _values("model.ratio=0.2..0.5,1")[1] == (0.2, 0.3, 0.4, 0.5, 1)
+    assert _values("lr=0.05..0.07")[1] == (0.05, 0.06, 0.07)
+    for wrong in ("k=4..2", "k=1..", "k=..3", "k=1..1e9"):
+        with pytest.raises(UsageError, match="is no sweep"):
+            _values(wrong)
+
+
+def test_one_expert_is_that_pathway_alone() -> None:
+    configs = sweep_configs(recipe("digits-advmoe"), "model.num_experts", (1, 2), (0,))
+    alone, two = (configs[n, 0] for n in (1, 2))
+    assert (alone.model.family, alone.model.num_experts) == ("pathway", 1)
+    assert macs_of(alone.model).selected == macs_of(two.model).selected
+    assert macs_of(alone.model).router == 0
 
 
 def test_nonsense_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from advmoe_deploy.data.matching import (
     matching_test_images,
     read_class_map,
 )
-from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.errors import InputError, UsageError
+from advmoe_deploy.data.registry import load_dataset, load_first_of_test
+from advmoe_deploy.errors import DataError, InputError, UsageError
 from advmoe_deploy.specs import build_spec
-from tests.data.images import pixels, write_folders
+from tests.data.images import pixels, write_folders, write_png, write_table
 
 NUMBERS = [str(label) for label in range(11)]
 BY_ALPHABET = sorted(NUMBERS)
@@ -108,6 +108,36 @@ def test_other_content_than_was_trained_on_is_said(
     assert caplog.messages == []
     matching_test_images(other, Trained(SPEC, names, fingerprint=known))
     assert "holds other images than the model was trained" in caplog.text
+
+
+def test_a_few_test_images_are_read_alone_and_are_the_first(tmp_path: Path) -> None:
+    source = f"folder:{write_folders(tmp_path / 'set', ('cat', 'dog', 'eel'))}?size=32"
+    trained = Trained(SPEC, ("eel", "cat", "dog"))
+    images, labels = matching_test_images(source, trained)
+    (tmp_path / "set" / "train" / "cat" / "0.png").write_bytes(b"no image")
+    first = matching_test_images(source, trained, 2)
+    assert np.array_equal(first[0], images[:2])
+    assert np.array_equal(first[1], labels[:2])
+    with pytest.raises(DataError, match=r"cat/0\.png"):
+        matching_test_images(source, trained)
+
+
+def test_they_are_those_of_tables_and_of_a_folder_that_is_split(tmp_path: Path) -> None:
+    for name, numbers in (("train", range(60)), ("test", range(100, 120))):
+        write_table(tmp_path / "c10" / f"{name}-00000-of-00001.parquet", numbers)
+    for name in "abc":
+        for index in range(10):
+            write_png(tmp_path / "photos" / name / f"{index}.png", 10 * ord(name) + index)
+    for source in (
+        f"cifar10:{tmp_path / 'c10'}",
+        f"folder:{tmp_path / 'photos'}?size=16",
+        "digits",
+    ):
+        whole = load_dataset(source)
+        names, few = load_first_of_test(source, None, 4)
+        assert names == whole.class_names
+        assert np.array_equal(few.images, whole.test.images[:4])
+        assert np.array_equal(few.labels, whole.test.labels[:4])
 
 
 def test_every_split_is_put_into_the_models_order(tmp_path: Path) -> None:

@@ -57,8 +57,30 @@ def test_a_class_may_be_called_train_where_it_is_no_split(tmp_path: Path) -> Non
     data = load_dataset(str(tmp_path / "vehicles"), Decoding.of(8))
     assert data.class_names == ("car", "plane", "train")
     assert np.bincount(data.test.labels).tolist() == [1, 1, 1]
-    for root in ("flat", "unlabelled"):
-        refused(str(tmp_path / root))
+    refused(str(tmp_path / "flat"))
+    told = refused(str(tmp_path / "unlabelled"))
+    assert "the classes car, plane and a folder test with images in it" in told
+    assert "rename it if it is one, else sort its images into test/CLASS/" in told
+
+
+def test_a_test_sorted_by_class_beside_the_classes_is_the_test(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = iter(range(1000))
+    for folder, count in (("cat", 10), ("dog", 10), ("test/cat", 3), ("test/dog", 2)):
+        for index in range(count):
+            write_png(tmp_path / folder / f"{index}.png", next(numbers))
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(str(tmp_path), Decoding.of(8))
+    assert data.class_names == ("cat", "dog")
+    assert np.bincount(data.test.labels).tolist() == [3, 2]
+    assert len(data.train) + len(data.holdout) == 20
+    assert not caplog.text
+    alone = load_test_split(str(tmp_path), Decoding.of(8))
+    assert np.array_equal(alone.images, data.test.images)
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
+    told = refused(str(tmp_path))
+    assert "holds the classes cat, dog, and test beside them holds cat, wolf; name them" in told
 
 
 def test_images_beside_class_folders_are_said(

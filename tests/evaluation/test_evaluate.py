@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from advmoe_deploy.evaluation.measure import (
     reliability_of,
 )
 from advmoe_deploy.parity.intervals import wilson_interval
-from tests.data.images import write_png
+from tests.data.images import write_folders, write_png
 
 Capture = pytest.CaptureFixture[str]
 
@@ -149,3 +150,32 @@ def test_a_plain_folder_is_read_at_the_size_of_the_model(
 def test_what_is_no_model_is_refused(capsys: Capture, tmp_path: Path) -> None:
     assert run(["eval", str(tmp_path)]) == 3
     assert "neither a finished run nor a bundle" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from advmoe_deploy.cli.app import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "said"),
+    [
+        ("digit", 2, "did you mean digits"),
+        ("gone", 3, "gone is no folder"),
+        ("photos", 2, "of 2 classes, the model takes (1, 8, 8) of 10"),
+    ],
+)
+def test_data_that_do_not_fit_a_run_are_refused_without_torch(
+    data: str, code: int, said: str, trained_run: Path, tmp_path: Path
+) -> None:
+    write_folders(tmp_path / "photos")
+    source = data if data == "digit" else f"folder:{tmp_path / data}"
+    command = ["eval", str(trained_run), "--data", source]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.splitlines()[-1]

@@ -22,7 +22,7 @@ ROUTED = ("conv experts", "dual model", "token experts")
 @pytest.mark.parametrize("family", ROUTED)
 def test_verify(families: Families, family: str) -> None:
     _, bundle = families[family]
-    report = verify_bundle(bundle, images=60, threads=1)
+    report = verify_bundle(bundle, images=60, threads=1, allow_fragile=True)
     assert report.passed
     assert report.parity.passed
     assert {layer.layer for layer in report.parity.layers} == {

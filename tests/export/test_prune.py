@@ -227,7 +227,7 @@ def test_the_bundle_says_it(exports: Exports, capsys: pytest.CaptureFixture[str]
 
 
 def test_it_survives_verification(exports: Exports) -> None:
-    report = verify_bundle(exports["networks"][1], images=40, threads=1)
+    report = verify_bundle(exports["networks"][1], images=40, threads=1, allow_fragile=True)
     assert report.passed
     assert report.parity.passed
 

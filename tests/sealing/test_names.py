@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.pages.plots import draw_expert_load, plot_of
 from advmoe_deploy.cli.tables.bundle import bundle_contents
-from advmoe_deploy.cli.tables.render import PlainProgress, draw_on
+from advmoe_deploy.cli.tables.progress import PlainProgress
+from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.export.model_card import model_card
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.reports.text import in_markdown

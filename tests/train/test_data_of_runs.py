@@ -11,6 +11,8 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.data import RunData
+from advmoe_deploy.train.run.folder import open_run
 from advmoe_deploy.train.run.loop import train
 from tests.data.images import write_folders, write_png
 from tests.toy_training import TINY
@@ -95,6 +97,7 @@ def test_a_bundle_is_verified_from_another_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     command = ["verify", str(begun / "bundle"), "--max-drop", "100", "--images", "4", "--json"]
+    command += ["--allow-fragile"]
     capsys.readouterr()
     assert run(command) == 0
     said = json.loads(capsys.readouterr().out)
@@ -106,3 +109,24 @@ def test_a_bundle_is_verified_from_another_folder(
     assert run([*command, "--class-map", "c=a"]) == 0
     by_map = json.loads(capsys.readouterr().out)
     assert by_map["clean_accuracy"] == said["clean_accuracy"]
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_settings_and_data_of_the_run_are_compared_before_anything_is_done(
+    dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, data = "digits-advmoe", load_dataset("digits")
+    config = apply_overrides(recipe(name), ["epochs=3"])
+    open_run(tmp_path / "run", config, RunData.of(data), resume=False, overwrite=False)
+    command = ["train", name, "--resume", "--out", str(tmp_path / "run"), *dry]
+    assert run([*command, "--epochs", "4"]) == 2
+    assert "was trained with epochs=3; resume with the same" in capsys.readouterr().err
+    other = [f"--data={write_folders(tmp_path / 'set')}", "--epochs", "3"]
+    settings = ["model.num_classes=2", "model.image_size=8", "model.in_channels=3"]
+    settings += ["model.mean=[0,0,0]", "model.std=[1,1,1]"]
+    asked = [word for setting in settings for word in ("--set", setting)]
+    assert run([*command, *other, *asked]) == 2
+    assert "holds other images" in capsys.readouterr().err
+    if dry:
+        assert run([*command, "--epochs", "3"]) == 0
+        assert not (tmp_path / "run" / "checkpoints").exists()

@@ -7,6 +7,7 @@ import pytest
 
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import RECIPES, apply_overrides, recipe
 from advmoe_deploy.train.recipes.published import advmoe_cells
 
@@ -36,7 +37,26 @@ def test_the_papers_hyper_parameters() -> None:
     assert (config.attack_steps, config.attack_step_size) == (2, 5 / 255)
     assert config.schedule == "cosine"
     assert (config.beta, config.threat.epsilon, config.weight_decay) == (6, 8 / 255, 5e-4)
+    assert config.test_attack_step_size == 2 / 255
     assert recipe("imagenet-resnet18-dense").model.stem == "imagenet"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-paper")])
+def test_the_papers_objective_alone(name: str) -> None:
+    paper, ours = recipe(name), recipe(name.removesuffix("-paper"))
+    assert (paper.method, paper.loss, paper.balance_loss) == ("advmoe", "trades", None)
+    assert not paper.balanced_start
+    assert paper.class_routing_weight == paper.random_routes == paper.route_stability == 0
+    assert (paper.model, paper.epochs, paper.attack_steps) == (ours.model, ours.epochs, 2)
+    assert ours.balanced_start
+
+
+def test_no_router_costs_more_than_what_it_chooses() -> None:
+    for name, each in RECIPES.items():
+        config = each.make()
+        if config.method == "advmoe" and config.model.width >= 64:
+            macs = macs_of(config.model)
+            assert macs.router < macs.selected, name
 
 
 @pytest.mark.parametrize(

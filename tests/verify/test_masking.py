@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.verify import masking
 from advmoe_deploy.verify.masking import masking_signs, warnings_of
 from advmoe_deploy.verify.report import AttackOutcome, Sign
 
@@ -40,6 +42,31 @@ def test_a_trained_model_shows_none(trained_run: Path) -> None:
     found = signs(model, [outcome("pgd", 0.6), outcome("square", 0.6)])
     assert len(found) == 5
     assert warnings_of(tuple(found.values())) == ()
+
+
+def test_what_the_suite_searched_is_not_searched_again(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = load_checkpoint(trained_run / "model")
+    x, y = to_float(TEST.images[:30]), TEST.labels[:30]
+    right = int((predict(model, torch.from_numpy(x)).numpy() == y).sum())
+    attack, ran = AttackSpec(name="pgd", steps=20), list[int]()
+
+    def counting(*given: object, **how: object) -> torch.Tensor:
+        ran.append(given[4].steps)  # type: ignore[attr-defined]
+        return attack_model(*given, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(masking, "attack_model", counting)
+    own = masking_signs(model, x, y, THREAT, [])
+    assert 20 in ran
+    found = attack_model(
+        model, torch.from_numpy(x), torch.from_numpy(y), THREAT, attack, first_only=True
+    )
+    share = float((predict(model, found).numpy() == y).mean())
+    told = outcome("pgd", share).model_copy(update={"attack": attack, "images": right})
+    ran.clear()
+    assert masking_signs(model, x, y, THREAT, [told])[1] == own[1]
+    assert 20 not in ran
 
 
 def test_logits_times_1000_do(trained_run: Path) -> None:

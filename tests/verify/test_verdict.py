@@ -1,5 +1,6 @@
 """Verdicts: what an engine lost, whether the images decide it, and what is said beside it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.specs import AttackSpec
+from advmoe_deploy.verify import verify as verify_module
+from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.trial import Sides
-from advmoe_deploy.verify.verdict import judge
+from advmoe_deploy.verify.verdict import chance_of, judge
 
 
 def trial(images: int, only_reference: int, only_engine: int) -> Any:
@@ -55,6 +59,67 @@ def test_an_engine_that_looks_more_robust_is_a_warning() -> None:
     assert judgement.verdict == "passed"
     (warning,) = judgement.warnings
     assert "looks more robust than its reference" in warning
+
+
+@pytest.mark.parametrize(
+    ("images", "standing", "chance", "verdict"),
+    [
+        (100, 0, 0.1, "failed"),
+        (100, 10, 0.1, "failed"),  # what guessing gets
+        (100, 15, 0.1, "undecided"),  # its interval begins at 9.3 %
+        (100, 16, 0.1, "passed"),  # at 10.1 %
+        (4, 4, 0.1, "passed"),
+        (4, 1, 0.1, "undecided"),
+        (100, 90, 0.9, "failed"),  # always the same answer
+    ],
+)
+def test_a_reference_without_robustness_has_nothing_to_preserve(
+    images: int, standing: int, chance: float, verdict: str
+) -> None:
+    stands = np.arange(images) < standing
+    found = SimpleNamespace(clean=Sides(stands, stands), standing=Sides(stands, stands))
+    how = {"max_drop": 0.5, "same_function": True, "chance": chance}
+    judged = judge(found, (), **how)  # type: ignore[arg-type]
+    assert (judged.verdict, judged.reference.verdict) == (verdict, verdict)
+    assert len(judged.warnings) == (verdict != "passed")
+    allowed = judge(found, (), allow_fragile=True, **how)  # type: ignore[arg-type]
+    assert allowed.verdict == "passed"
+    assert allowed.warnings == judged.warnings
+
+
+def test_chance_is_that_of_an_answer_which_no_attack_changes() -> None:
+    assert chance_of(np.repeat(np.arange(10), 5), 10) == 0.1
+    assert chance_of(np.asarray([0, 0, 0, 1, 2]), 10) == 0.1  # five images say little
+    assert chance_of(np.repeat([0, 1], [90, 10]), 2) == 0.9
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "gate"])
+def test_what_withstands_nothing_ends_with_1_unless_that_is_allowed(
+    command: str,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cut = (AttackSpec(name="pgd", steps=5), AttackSpec(name="square", steps=5))
+    monkeypatch.setattr(verify_module, "attack_suite", lambda *_: cut)
+    monkeypatch.setattr(convergence_module, "STEPS", (1,))
+    listed = tmp_path / "listed.json"
+    listed.write_text('{"name": "A", "clean_acc": 0, "autoattack_acc": 0, "eps": 0.3}')
+    options = {
+        "verify": ["--images", "40", "--epsilon", "0.3"],
+        "report": ["--images", "40", "--epsilon", "0.3", "--no-card", "--out", str(tmp_path / "r")],
+        "gate": ["--against", str(listed), "--markdown", str(tmp_path / "r.md")],
+    }[command]
+    asked = [command, str(tiny_bundle.path), *options]
+    assert run(asked) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    for said in ("the reference is not robust, so there is nothing to preserve: ", "chance gets"):
+        assert said in line
+    for page in (*tmp_path.glob("r/report.html"), *tmp_path.glob("r.md")):
+        assert "there is nothing to preserve" in page.read_text()
+    assert run([*asked, "--allow-fragile", *(["--overwrite"] * (command == "report"))]) == 0
+    assert "there is nothing to preserve" in " ".join(capsys.readouterr().out.split())
 
 
 def test_too_few_images_are_undecided(

@@ -64,7 +64,7 @@ def graphs_of(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
 
 
 def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:
-    report = verify_bundle(tiny_bundle, images=100, threads=2)
+    report = verify_bundle(tiny_bundle, images=100, threads=2, allow_fragile=True)
     assert report.passed
     assert report.images == 100
     assert report.route_agreement == 1.0

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from advmoe_deploy.zoo.evaluation import read_evaluation
 from advmoe_deploy.zoo.pack import Packing, pack_run, portable, rounded
 from advmoe_deploy.zoo.record import Share, read_record
 from tests.conftest import assert_nothing_left
+from tests.packaging.source import source_in, wheel_of
 
-ROOT = Path(__file__).parents[2]
 # One row as benchmarks/training/digits.py writes it.
 ROW = {
     "recipe": "digits-advmoe",
@@ -191,16 +189,9 @@ def test_an_interval_by_hand() -> None:
 
 @pytest.mark.slow
 def test_a_wheel_carries_the_models(packed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("setuptools.command.bdist_wheel")
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "*.egg-info")
-    shutil.copytree(ROOT / "advmoe_deploy", source / "advmoe_deploy", ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, source / name)
+    source = source_in(tmp_path)
     shutil.copytree(packed, source / "advmoe_deploy/zoo/models/tiny")
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = wheel_of(source)
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in ("model/weights.safetensors", "model/checkpoint.json", "record.json"):
         assert f"advmoe_deploy/zoo/models/tiny/{name}" in names

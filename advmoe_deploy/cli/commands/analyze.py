@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import named_models
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -32,7 +33,10 @@ def analyze(
     path: Annotated[
         Path,
         typer.Argument(
-            readable=False, metavar="RUN|BUNDLE", help=f"What 'train' or 'export' wrote{NAMED}"
+            readable=False,
+            metavar="RUN|BUNDLE",
+            autocompletion=named_models,
+            help=f"What 'train' or 'export' wrote{NAMED}",
         ),
     ],
     data: Data = None,
@@ -76,7 +80,7 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.analysis.analyze import Settings, sections_for
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.cli.pages import analysis_report
@@ -108,6 +112,8 @@ def analyze(
             journal=journal,
         )
         measured: list[AnalysisReport] = []
+        if "smoothing" in sections:
+            ui.resumable(has_state=journal.is_file)
         moved: list[MovedImage] = []
         with ui.keeping(measured, lambda: analysis_tables.sections(measured[0])):
             report = analyze_model(

@@ -20,7 +20,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Go the whole road on handwritten digits, in minutes, and leave an HTML report."""
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.cli.demo.run import run_demo
         from advmoe_deploy.cli.demo.screen import screen
 

@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.build_options import BuildConfig, OnnxOnly, SetBuild, build_options
+from advmoe_deploy.cli.completion import named_models
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -31,6 +32,7 @@ def export(
         typer.Argument(
             readable=False,
             metavar="RUN",
+            autocompletion=named_models,
             help=f"What 'advmoe train' wrote; for trt, trt-rtx also a bundle of --onnx-only{NAMED}",
         ),
     ],
@@ -86,7 +88,7 @@ def export(
     """
     build = build_options(build_config, set_build or ())
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         others: dict[str, object] = {"--precision": precision, "--no-reference": not reference}
         others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         others |= {"--build-config": build_config, "--set-build": set_build}
@@ -129,6 +131,7 @@ def _show(ui: Session, bundle: Bundle) -> None:
         "denormal_weights": manifest.denormal_weights,
         "engines": [e.model_dump(mode="json", exclude={"plan", "files"}) for e in manifest.engines],
         "macs": manifest.macs.model_dump(mode="json"),
+        "warnings": list(bundle.warnings),
         "bytes": sum(record.bytes for record in manifest.files.values()),
     }
     ui.show(value, lambda: tables.export_report(bundle))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advmoe_deploy.cli.options import (
+    AllowFragile,
     BundlePath,
     ClassMap,
     Data,
@@ -49,6 +50,7 @@ def gate(
         Path | None,
         typer.Option("--markdown", readable=False, metavar="FILE.md", help="A summary."),
     ] = None,
+    allow_fragile: AllowFragile = False,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +59,7 @@ def gate(
         if file is not None and file.is_dir():
             raise UsageError(f"{option}: {file} is a directory; name a file in it")
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.pages import gate_files
         from advmoe_deploy.cli.tables import bundle as tables
@@ -70,7 +72,15 @@ def gate(
 
         opened, baseline = open_bundle(bundle), read_baseline(against)
         asked = engine_for(opened, engine, ui.progress.note)
-        how = Conditions(asked, data, read_class_map(class_map), attacks.value, max_drop, threads)
+        how = Conditions(
+            asked,
+            data,
+            read_class_map(class_map),
+            attacks.value,
+            max_drop,
+            threads,
+            allow_fragile,
+        )
         measured: list[AttackOutcome] = []
         with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = gate_bundle(opened, baseline, how, measured=measured, progress=ui.progress)

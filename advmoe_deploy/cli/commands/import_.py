@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import data_sets
 from advmoe_deploy.cli.options import Json, Overwrite, Threads, use_torch_threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import CheckpointError, unknown_name
@@ -50,6 +51,7 @@ def import_checkpoint(
         typer.Option(
             "--data",
             metavar="FOLDER|NAME[:PATH]",
+            autocompletion=data_sets,
             help="What it was trained on, for 'export' and 'verify' to know.",
         ),
     ] = None,
@@ -75,7 +77,7 @@ def import_checkpoint(
     """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
     run = out or Path("runs") / file.stem
     use_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.data.remembered import remembered
 
         if source not in IMPORT_SOURCES:

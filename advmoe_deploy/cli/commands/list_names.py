@@ -4,9 +4,10 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from advmoe_deploy.cli.completion import data_sets, families, kinds
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import unknown_name
+from advmoe_deploy.errors import UsageError, unknown_name
 
 Entries = list[dict[str, Any]]
 
@@ -32,13 +33,38 @@ _DATA_SUMMARIES = {
 
 def list_names(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help="One of them; by default all.")
+        str | None,
+        typer.Argument(
+            metavar="[KIND]",
+            help="recipes, families, models, engines or data; by default all.",
+            autocompletion=kinds,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="NAME",
+            help="Of recipes, those on this data set, such as cifar10.",
+            autocompletion=data_sets,
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            metavar="NAME",
+            help="Of recipes, those of this family of networks, such as advmoe.",
+            autocompletion=families,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List recipes, families of networks, trained models at hand, engines and data sets."""
+    if (data or family) and kind != "recipes":
+        raise UsageError("--data and --family choose among recipes; write 'advmoe list recipes'")
     listings = {
-        "recipes": _recipes,
+        "recipes": lambda: _recipes(data, family),
         "families": _families,
         "models": _models,
         "engines": _engines,
@@ -53,10 +79,34 @@ def list_names(
         ui.show(value, lambda: tables.name_lists(value))
 
 
-def _recipes() -> Entries:
+def _recipes(data: str | None, family: str | None) -> Entries:
+    """Return the recipes on ``data`` and of ``family``, of the same data and family together."""
     from advmoe_deploy.train.recipes import RECIPES
 
-    return [_entry(name, f"{each.summary}; {each.figures}") for name, each in RECIPES.items()]
+    entries: Entries = []
+    for name, each in RECIPES.items():
+        config = each.make()
+        entries.append(
+            {
+                **_entry(name, f"{each.summary}; {each.figures}"),
+                "data": config.data.partition(":")[0],
+                "family": config.model.family,
+                "settings": config.model_dump(mode="json"),
+            }
+        )
+    for key, wanted in (("data", data), ("family", family)):
+        known = [*dict.fromkeys(entry[key] for entry in entries)]
+        if wanted is not None and wanted not in known:
+            raise unknown_name(f"{key} of recipes", wanted, known)
+        entries = [entry for entry in entries if wanted in (None, entry[key])]
+    groups = [*dict.fromkeys((entry["data"], entry["family"]) for entry in entries)]
+    data_sets_in_turn = [*dict.fromkeys(data for data, _ in groups)]
+
+    def place(entry: dict[str, Any]) -> tuple[int, int]:
+        group = entry["data"], entry["family"]
+        return data_sets_in_turn.index(group[0]), groups.index(group)
+
+    return sorted(entries, key=place)
 
 
 def _models() -> Entries:

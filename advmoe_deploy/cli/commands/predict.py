@@ -97,6 +97,7 @@ def predict(
         from advmoe_deploy.cli.tables import predict as tables
         from advmoe_deploy.serving.batch import classify_files
         from advmoe_deploy.serving.one import classify_one
+        from advmoe_deploy.serving.resume import journal_of
         from advmoe_deploy.serving.stream import stream_files
 
         opened = open_bundle(bundle, signed_by=require_signature)
@@ -121,6 +122,11 @@ def predict(
             )
             _say(ui, tables.batch_lines(report))
         else:
+            ui.resumable(
+                "--resume",
+                without=("--overwrite",),
+                has_state=journal_of(Path(output)).is_file,
+            )
             report = classify_files(
                 opened,
                 found,

@@ -7,6 +7,7 @@ import typer
 
 from advmoe_deploy.cli.commands.verify import refusal
 from advmoe_deploy.cli.options import (
+    AllowFragile,
     BundlePath,
     ClassMap,
     Data,
@@ -49,6 +50,7 @@ def report(
         typer.Option("--card/--no-card", help="Write the figures on the bundle's MODEL_CARD.md."),
     ] = True,
     overwrite: Overwrite = False,
+    allow_fragile: AllowFragile = False,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +58,7 @@ def report(
     if len(set(engine or ())) < len(engine or ()):
         raise UsageError(f"--engine: {', '.join(engine or ())} names one twice; name each once")
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.bundle import CARD
         from advmoe_deploy.cli.pages import page as pages
@@ -84,6 +86,7 @@ def report(
             epsilon=epsilon,
             max_drop=max_drop,
             threads=threads,
+            allow_fragile=allow_fragile,
         )
         measured: list[AttackOutcome] = []
         with (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advmoe_deploy.cli.options import (
+    AllowFragile,
     BundlePath,
     ClassMap,
     Data,
@@ -22,7 +23,7 @@ from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError, UsageError
 
 if TYPE_CHECKING:
-    from advmoe_deploy.verify.report import AttackOutcome, RobustReport
+    from advmoe_deploy.verify.report import AttackOutcome, ReferenceReport, RobustReport
 
 
 def verify(
@@ -65,6 +66,7 @@ def verify(
             help="Time for attacks, such as 10m; what is left goes into restarts.",
         ),
     ] = "0s",
+    allow_fragile: AllowFragile = False,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +75,7 @@ def verify(
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     seconds = _seconds(budget)
     use_torch_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.data.matching import read_class_map
@@ -83,6 +85,8 @@ def verify(
         opened = open_bundle(bundle, signed_by=require_signature)
         asked = engine_for(opened, engine, ui.progress.note)
         measured: list[AttackOutcome] = []
+        if resume is not None:
+            ui.resumable(has_state=resume.is_file)
         with ui.keeping(measured, lambda: tables.attack_outcomes(measured, asked)):
             report = verify_bundle(
                 opened,
@@ -94,6 +98,7 @@ def verify(
                 images=images,
                 epsilon=epsilon,
                 threads=threads,
+                allow_fragile=allow_fragile,
                 measured=measured,
                 examples=save_examples,
                 resume=resume,
@@ -113,12 +118,24 @@ def _seconds(budget: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+def _of_reference(reference: "ReferenceReport") -> AdvMoEError:
+    if reference.verdict == "undecided":
+        return UndecidedError(f"{reference}; attack more images, or pass --allow-fragile")
+    return CheckFailedError(
+        f"{reference}; train it for longer or by another recipe, take a smaller --epsilon, or pass "
+        "--allow-fragile"
+    )
+
+
 def refusal(report: "RobustReport") -> AdvMoEError:
     """Return the error that says why the verdict of ``report`` is not passed."""
     if report.findings:
         first = report.findings[0]
         more = f" (and {len(report.findings) - 1} more)" if len(report.findings) > 1 else ""
         return CheckFailedError(f"{first.kind}: {first.message}{more}")
+    if report.fragility:
+        assert report.reference is not None
+        return _of_reference(report.reference)
     drops = (
         f"clean accuracy fell by {report.clean_drop.drop:.2f} points, robust accuracy by "
         f"{report.robust_drop.drop:.2f}; the limit is {report.max_drop:g}"

@@ -66,7 +66,7 @@ def _head(result: DemoResult) -> Head:
     verdict = [Said(f"{data}: {each.text}", each.tone) for data, each in said]
     quick = ["quick form: one epoch, too little to be robust"] * result.quick
     subject = f"{photographs.evaluation.data} and digits" if photographs else "digits"
-    return Head("advmoe demo", subject, verdict, [*quick, *verified.warnings])
+    return Head("advmoe demo", subject, verdict, [*quick, *result.warnings(), *verified.warnings])
 
 
 def _gallery(out: Path, result: DemoResult) -> list[dict[str, Any]]:

@@ -61,6 +61,23 @@ class DemoResult(Frozen):
             )
         return rows
 
+    def warnings(self) -> list[str]:
+        """Return what speaks against the AdvMoE: of its times, and of all columns at once."""
+        moe, dense = self.train[MOE], self.train[DENSE]
+        batches = {row.batch for row in self.profile.rows}
+        better = (
+            dense.clean_accuracy >= moe.clean_accuracy
+            and dense.pgd_accuracy >= moe.pgd_accuracy
+            and all(self.row("dense", n).p50_ms < self.row("moe", n).p50_ms for n in batches)
+        )
+        lines = [*self.profile.warnings]
+        if better:
+            lines.append(
+                "the dense network is at least as accurate, clean and attacked, and faster at "
+                "every batch size: on these data nothing speaks for a mixture of experts"
+            )
+        return lines
+
     def row(self, model: str, batch: int) -> LatencyRow:
         """Return the latency row of ``model`` at ``batch``."""
         return next(r for r in self.profile.rows if r.model == model and r.batch == batch)

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from advmoe_deploy.cli.demo.photographs import MODEL, Photographs
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
+from advmoe_deploy.verify.report import RobustReport
 
 
 def screen(result: DemoResult) -> RenderableType:
@@ -20,9 +21,10 @@ def screen(result: DemoResult) -> RenderableType:
     lines = [
         f"On ONNX Runtime, under {len(result.verify.attacks)} attacks: "
         f"{100 * survived.engine:.1f} % robust, torch {100 * survived.reference:.1f} %: "
-        + ("robustness survived the export." if result.verify.passed else "ROBUSTNESS WAS LOST."),
+        + _survival(result.verify),
         f"{result.classified} PNG files classified, {result.unreadable} unreadable and said so.",
     ]
+    lines += [f"warning: {line}" for line in result.warnings()]
     if result.quick:
         lines.append("This was the quick form: one epoch is too little to be robust.")
     out, served = result.out, "photographs" if result.photographs else "bundle"
@@ -45,6 +47,12 @@ def screen(result: DemoResult) -> RenderableType:
         *(f"  {line}" for line in following),
     )
     return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
+
+
+def _survival(report: RobustReport) -> str:
+    if report.fragile:
+        return "it is not robust, so there is nothing to preserve."
+    return "robustness survived the export." if report.passed else "ROBUSTNESS WAS LOST."
 
 
 def _photographs(found: Photographs | None) -> list[RenderableType]:

@@ -58,8 +58,8 @@ class _Named:
         self._progress = progress
         self._name = name
 
-    def start(self, task: str, total: int) -> None:
-        self._progress.start(f"{self._name}: {task}", total)
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self._progress.start(f"{self._name}: {task}", total, done)
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:
         self._progress.advance(f"{self._name}: {task}", steps, **figures)

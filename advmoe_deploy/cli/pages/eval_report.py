@@ -13,14 +13,14 @@ _MATRIX, _PAIRS = 30, 20
 
 def write_eval_report(report: EvalReport, out: Path, *, threads: int = 0) -> None:
     """Write the page of ``report`` to ``out``."""
-    warnings = [f"{report.unanswered} answers are not finite, and count as wrong"]
+    lost = [f"{report.unanswered} answers are not finite, and count as wrong"]
     page = render(
         "pages/eval_report.html.jinja",
         Head(
             "advmoe eval",
             Path(report.model).resolve().name,
             evaluation_verdict(report),
-            warnings if report.unanswered else (),
+            [*report.warnings, *(lost if report.unanswered else ())],
         ),
         versions=report.versions,
         threads=threads,

@@ -17,7 +17,7 @@ def write_profile_report(report: LatencyReport, bundle: Bundle, out: Path) -> No
     verdict += [macs_verdict(macs)] if report.ratios else []
     page = render(
         "pages/profile_report.html.jinja",
-        Head("advmoe profile", bundle.path.resolve().name, verdict),
+        Head("advmoe profile", bundle.path.resolve().name, verdict, report.warnings),
         versions=report.versions,
         threads=report.rows[0].threads,
         report=report,

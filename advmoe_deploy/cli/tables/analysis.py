@@ -10,6 +10,7 @@ from advmoe_deploy.analysis.certificate import Radii
 from advmoe_deploy.analysis.lipschitz import Lipschitz
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 
 _MOST_LAYERS = 8
 
@@ -23,7 +24,7 @@ def sections(report: AnalysisReport) -> RenderableType:
     """Return the main figures of the sections that ``report`` has."""
     title = (
         f"{report.family}, {report.images} images of {report.data}, "
-        f"l-inf epsilon {report.threat.epsilon:.4g}, PGD-{report.steps}"
+        f"l-inf epsilon {epsilon_text(report.threat.epsilon)}, PGD-{report.steps}"
     )
     parts: list[RenderableType] = [escape(title), f"clean accuracy {interval(report.accuracy)}"]
     parts += [escape(note) for note in report.notes]
@@ -97,9 +98,12 @@ def _experts(report: AnalysisReport) -> Group | None:
         changed = "-" if row.route_change is None else f"{100 * row.route_change.value:.1f} %"
         attacks.add_row(row.target, interval(row.accuracy), changed)
     attacks.add_row("all but experts, together", interval(experts.together), "")
-    fixed = _table("one expert for every image", ("expert", "clean", "under PGD"))
-    for one in experts.fixed[:_MOST_LAYERS]:
-        fixed.add_row(str(one.expert), interval(one.clean_accuracy), interval(one.robust_accuracy))
+    columns = ("expert", "clean", "under PGD", "under APGD")
+    fixed = _table("one expert for every image, beside the router's choice", columns)
+    for one in (experts.gated, *experts.fixed[:_MOST_LAYERS]):
+        shares = (one.clean_accuracy, one.robust_accuracy, one.apgd_accuracy)
+        name = "as routed" if one.expert is None else str(one.expert)
+        fixed.add_row(name, *map(interval, shares))
     second = _table("without the best expert", ("layer", "accuracy", "same answer"))
     for other in experts.second[-_MOST_LAYERS:]:
         second.add_row(escape(other.layer), interval(other.accuracy), interval(other.agreement))

@@ -15,8 +15,8 @@ def benchmark_report(report: BenchmarkReport) -> RenderableType:
     """Return a row per engine and precision, the best for the aim marked, and what was measured."""
     batches = [timing.batch for timing in report.contenders[0].timings]
     columns = ("engine", "MB", "clean %", "robust %", *(f"ms at {n}" for n in batches))
-    table = new_table(report.bundle, (*columns, "vs dense"))
-    table.collapse_padding = True
+    least = ("vs dense", "MB") if report.aim == "size" else ("MB", "vs dense")
+    table = new_table(report.bundle, (*columns, "vs dense"), least)
     for each in report.contenders:
         table.add_row(
             escape(f"{_MARK if each.best else ' '} {each.name}"),
@@ -42,6 +42,7 @@ def _lines(report: BenchmarkReport) -> list[str]:
             "vs dense: times as fast as the dense network of the same backbone at batch "
             f"{_deciding(report.best, report).batch}, which is untrained: it has no accuracy"
         )
+    lines += [f"warning: {line}" for line in report.latency.warnings]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"left out: {reason}" for reason in report.left_out]
     return [*lines, f"{first.threads} threads, medians in turn, {first.device}"]
@@ -62,7 +63,7 @@ def _warning(report: BenchmarkReport) -> str:
 
 
 def _percent(share: MeasuredShare | None) -> str:
-    return "unmeasured" if share is None else f"{100 * share.share:.1f}"
+    return "-" if share is None else f"{100 * share.share:.1f}"
 
 
 def _ratio(timing: Timing) -> str:

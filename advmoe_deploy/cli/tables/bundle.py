@@ -11,15 +11,16 @@ from rich.table import Table
 
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
+from advmoe_deploy.errors import install_line
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import (
-    LatencyReport,
-    LatencyRow,
     Pair,
     ParityReport,
 )
 from advmoe_deploy.runtime.select import own_engine, resolved
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 
 
@@ -34,7 +35,8 @@ def export_report(bundle: Bundle) -> RenderableType:
         *_engine_rows(bundle.manifest.engines),
     ]
     built = [each for each in bundle.manifest.engines if each.is_built]
-    return Group(facts(str(bundle.path), rows), escape(_next(bundle, built[:1])))
+    warnings = (escape(f"warning: {line}") for line in bundle.warnings)
+    return Group(facts(str(bundle.path), rows), *warnings, escape(_next(bundle, built[:1])))
 
 
 def _next(bundle: Bundle, engines: Sequence[EngineSet]) -> str:
@@ -84,8 +86,9 @@ def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = new_table(
-        f"{report.images} images of {report.data}, {norm} epsilon {epsilon:.4g}",
-        _outcome_columns(report.engine),
+        f"{report.images} images of {report.data}, {norm} epsilon {epsilon_text(epsilon)}; "
+        f"engine: {report.engine} {report.precision}",
+        _OUTCOMES,
     )
     table.add_row("none (clean)", "", "", *_pair(report.clean_accuracy), "", "")
     _add_outcomes(table, report.attacks)
@@ -109,28 +112,30 @@ def robust_report(report: RobustReport) -> RenderableType:
 
 def _verdict(report: RobustReport) -> str:
     limit = f"(limit: {report.max_drop:g} points)"
+    fragile = report.reference is not None and report.reference.verdict == "failed"
+    if report.fragility and fragile and not report.findings:
+        return "THE REFERENCE IS NOT ROBUST: there is nothing to preserve"
     if report.verdict == "undecided":
         return f"UNDECIDED: {report.images} images cannot tell {limit}"
     if report.verdict == "failed":
         what = "THE ENGINE ANSWERS OTHERWISE" if report.findings else "ROBUSTNESS WAS LOST"
         return f"{what} {limit}"
-    if report.robust_accuracy.reference == 0:
+    if fragile:
         return "nothing was lost, but the reference itself is not robust at this epsilon"
     return f"robustness survived the export {limit}"
 
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
     """Return accuracies of reference and engine under those attacks that ended."""
-    table = new_table("unfinished", _outcome_columns(engine))
+    table = new_table(f"unfinished; engine: {engine}", _OUTCOMES)
     _add_outcomes(table, outcomes)
     return table
 
 
-def _outcome_columns(engine: str) -> tuple[str, ...]:
-    return ("attack", "found on", "attacked", "reference", engine, "routes flipped", "seconds")
+_OUTCOMES = ("attack", "found on", "images", "reference", "engine", "flipped", "seconds")
 
 
-def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
+def _add_outcomes(table: FittedTable, outcomes: Iterable[AttackOutcome]) -> None:
     for outcome in outcomes:
         flips = outcome.route_flip_rate
         table.add_row(
@@ -143,59 +148,6 @@ def _add_outcomes(table: Table, outcomes: Iterable[AttackOutcome]) -> None:
         )
 
 
-def latency_rows(latencies: Iterable[LatencyRow]) -> Table:
-    """Return a table of latencies."""
-    rows = new_table(
-        "latency",
-        (
-            "model",
-            "engine",
-            "precision",
-            "batch",
-            "p50 ms",
-            "p90 ms",
-            "p99 ms",
-            "images/s",
-            "MACs",
-            "n",
-        ),
-    )
-    for row in latencies:
-        times = (f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))
-        rows.add_row(
-            row.model,
-            row.engine,
-            row.precision,
-            str(row.batch),
-            *times,
-            f"{row.images_per_s:.0f}",
-            f"{row.macs / 1e6:.1f} M",
-            str(row.n),
-        )
-    return rows
-
-
-def latency_report(report: LatencyReport) -> RenderableType:
-    """Return the latency rows and the ratios between models."""
-    rows = latency_rows(report.rows)
-    ratios = new_table("ratio of medians", ("models", "engine", "batch", "ratio", "95 %"))
-    for ratio in report.ratios:
-        ratios.add_row(
-            f"{ratio.a} / {ratio.b}",
-            _both(f"{ratio.a_engine} {ratio.a_precision}", f"{ratio.engine} {ratio.precision}"),
-            str(ratio.batch),
-            f"{ratio.ratio:.2f}x",
-            f"{ratio.ci_low:.2f} to {ratio.ci_high:.2f}",
-        )
-    first = report.rows[0]
-    setting = f"{first.threads} threads, warm-up {first.warmup}, {first.device}"
-    return Group(rows, *([ratios] if report.ratios else []), escape(setting))
-
-
-def _both(a: str, b: str) -> str:
-    return a if a == b else f"{a} / {b}"
-
-
 def bundle_contents(bundle: Bundle) -> RenderableType:
     """Return what a bundle says about itself."""
     manifest = bundle.manifest
@@ -205,7 +157,10 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         ("images", "float32 " + " x ".join(map(str, spec.image_shape)) + " in [0, 1]"),
         ("classes", f"{len(manifest.class_names)}: {', '.join(manifest.class_names[:10])}"),
         ("runs on", " ".join(resolved(bundle, own_engine(bundle))) + ", unless told otherwise"),
-        ("threat", f"{threat.norm} epsilon {threat.epsilon:.4g}" if threat else "none named"),
+        (
+            "threat",
+            f"{threat.norm} epsilon {epsilon_text(threat.epsilon)}" if threat else "none named",
+        ),
         (
             "MACs per image",
             f"{macs.executed / 1e6:.2f} M (network {macs.selected / 1e6:.2f} + routers "
@@ -223,7 +178,8 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
     files = new_table("files", ("name", "bytes", "SHA-256"))
     for name, record in manifest.files.items():
         files.add_row(escape(name), str(record.bytes), record.sha256[:16])
-    return Group(facts(f"{bundle.path}: every hash is as listed", rows), files)
+    warnings = (escape(f"warning: {line}") for line in bundle.warnings)
+    return Group(facts(f"{bundle.path}: every hash is as listed", rows), files, *warnings)
 
 
 def _route(route: RouteStep) -> str:
@@ -244,7 +200,7 @@ def doctor_report(value: Mapping[str, Any]) -> RenderableType:
     """Return what the machine has, package by package."""
     machine = [(key, str(value[key])) for key in ("advmoe", "python", "platform", "cpu", "cpus")]
     packages = [
-        (name, found["version"] or f"missing: pip install 'advmoe-deploy[{found['extra']}]'")
+        (name, found["version"] or f"missing: {install_line(found['extra'])}")
         for name, found in value["packages"].items()
     ]
     custom_ops = value["custom_ops"]
@@ -318,12 +274,9 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def new_table(title: str, columns: Iterable[str]) -> Table:
-    """Return an empty table with these columns, all but the first right-justified."""
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index == 0 else "right")
-    return table
+def new_table(title: str, columns: Sequence[str], least: Sequence[str] = ()) -> FittedTable:
+    """Return an empty table; the columns ``least`` give way first where the terminal is narrow."""
+    return FittedTable(title, columns, least)
 
 
 def _pair(pair: Pair) -> tuple[str, str]:

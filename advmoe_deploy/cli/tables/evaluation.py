@@ -25,6 +25,7 @@ def evaluation_report(report: EvalReport) -> RenderableType:
     ]
     more += [_reliability(report.reliability)] if report.reliability else []
     more += [_use(use) for use in report.experts]
+    more += [f"warning: {line}" for line in report.warnings]
     return Group(*map(escape, lines), _classes(report), *map(escape, more))
 
 

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from advmoe_deploy.cli.tables.analysis import radius_text
 from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
 from advmoe_deploy.verify.examples.gate import GateReport
@@ -45,7 +46,7 @@ def certified_text(certified: CertifiedRoutes) -> str:
     median = radius_text(certified.median_radius or 0.0)
     return (
         f"certified routes: {certified.certified} of {certified.images} images keep theirs within "
-        f"epsilon {certified.epsilon:.4g}; the median radius is {median}"
+        f"epsilon {epsilon_text(certified.epsilon)}; the median radius is {median}"
     )
 
 

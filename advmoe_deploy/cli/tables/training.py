@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
     from advmoe_deploy.train.run.loop import TrainReport
@@ -21,7 +22,10 @@ def train_report(report: "TrainReport") -> RenderableType:
         ("recipe", report.recipe),
         ("epochs", str(report.epochs)),
         ("clean accuracy", percent(report.clean_accuracy)),
-        (f"robust accuracy, epsilon {report.epsilon:.4g}", percent(report.robust_accuracy)),
+        (
+            f"robust accuracy, epsilon {epsilon_text(report.epsilon)}",
+            percent(report.robust_accuracy),
+        ),
         ("effective routes", "-" if routes is None else f"{routes:.2f}"),
         ("time", f"{report.seconds:.1f} s"),
     ]
@@ -29,7 +33,8 @@ def train_report(report: "TrainReport") -> RenderableType:
         left = f"{report.nonzero_macs:,}, {percent(report.density)} of the weights"
         rows.insert(-1, ("MACs that are left", left))
     hint = f"next: advmoe export {quote(report.run)} --format onnx"
-    return Group(facts(f"{report.run}", rows), escape(hint))
+    warnings = (escape(f"warning: {line}") for line in report.warnings)
+    return Group(facts(f"{report.run}", rows), *warnings, escape(hint))
 
 
 def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
@@ -78,7 +83,7 @@ def import_report(value: Mapping[str, Any]) -> RenderableType:
     ]
     named = [name for name in value["class_names"] if not name.isdecimal()]
     known = {"classes": ", ".join(named), "data": value.get("data")}
-    known["epsilon"] = f"{threat['epsilon']:.4g}" if (threat := value["threat"]) else ""
+    known["epsilon"] = epsilon_text(threat["epsilon"]) if (threat := value["threat"]) else ""
     rows += [(key, text) for key, text in known.items() if text]
     noise = "" if value.get("data") else " --data random:1000"
     hint = f"next: advmoe export {quote(value['run'])} --format onnx{noise}"

@@ -4,7 +4,7 @@ from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import Robustness
-from advmoe_deploy.verify.report import AttackOutcome, RobustReport
+from advmoe_deploy.verify.report import AttackOutcome, ReferenceReport, RobustReport
 
 
 def export_verdict(report: RobustReport) -> Said:
@@ -12,15 +12,18 @@ def export_verdict(report: RobustReport) -> Said:
     robust, clean = _arrow(report.robust_accuracy), _arrow(report.clean_accuracy)
     if report.findings:
         return Said(f"{report.engine} does not answer as the model does: do not ship it", "worse")
+    reference = report.reference
+    if reference is not None and reference.verdict == "failed":
+        return Said(_sentence(reference), "worse")
     if report.verdict == "failed":
         lost = report.robust_drop.drop > report.max_drop
         what = f"Robust accuracy was lost: {robust}" if lost else f"Accuracy was lost: {clean}"
         return Said(f"{what}, more than the {report.max_drop:g} points allowed", "worse")
+    if report.fragility:
+        return Said(f"Undecided: {reference}", "unsure")
     if report.verdict == "undecided":
         few = f"{report.images} images cannot tell whether robust accuracy survived the export"
         return Said(f"Undecided: {few} ({robust})", "unsure")
-    if report.robust_accuracy.reference == 0:
-        return Said("Nothing was lost, but the model is not robust: no image withstands", "worse")
     return Said(f"Robust accuracy survived the export: {robust}")
 
 
@@ -53,6 +56,11 @@ def model_only(report: RobustReport) -> AttackOutcome | None:
     """
     first = report.attacks[0] if report.attacks else None
     return first if first and (first.attack.name, first.attack.target) == ("pgd", "model") else None
+
+
+def _sentence(reference: ReferenceReport) -> str:
+    text = str(reference)
+    return text[:1].upper() + text[1:]
 
 
 def _arrow(pair: Pair) -> str:

@@ -93,8 +93,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
+def by_folder(
+    tree: Tree, folder: str, names: Sequence[str], *, beside: Sequence[str] = ()
+) -> Listing:
     """Return the images of the class folders ``names`` in ``folder``; the root's are empty.
+
+    Of files in the root's folders ``beside`` nothing is said.
 
     Raises:
         DataError: one of them holds no image.
@@ -103,7 +107,8 @@ def by_folder(tree: Tree, folder: str, names: Sequence[str]) -> Listing:
     files: list[str] = []
     labels: list[int] = []
     by_class: dict[str, list[str]] = {name: [] for name in names}
-    there = tree.below(folder) if folder else tree.files
+    below_it = tree.below(folder) if folder else tree.files
+    there = [file for file in below_it if file.split("/")[0] not in beside]
     images = images_of(there)
     below = f" below {folder}" if folder else ""
     if others := sorted({*there} - {*images}):

@@ -1,4 +1,7 @@
-"""Class folders without a test split: ``CLASS/*``, or ``train/CLASS/*`` alone; one is made."""
+"""Class folders without a split: ``CLASS/*``, or ``train/CLASS/*`` alone, of which one is made.
+
+Beside ``CLASS/*`` may be ``test/CLASS/*``, which is taken.
+"""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -6,7 +9,11 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from advmoe_deploy.data.dataset import stratified_parts
-from advmoe_deploy.data.layouts.class_folders import by_folder, images_of, split_folders
+from advmoe_deploy.data.layouts.class_folders import (
+    by_folder,
+    images_of,
+    split_folders,
+)
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
 from advmoe_deploy.data.layouts.tree import Tree, parent_of
 from advmoe_deploy.data.notices import say_once
@@ -18,6 +25,7 @@ _TESTED = 5
 _LEAST = 5
 # The same images are the test images for every command and every run.
 _SEED = 20230810
+_NAMED = 3
 
 
 def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
@@ -28,6 +36,8 @@ def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing]
     """
     train = next(iter(split_folders(tree, Wanted().train)), "")
     train = train if tree.subfolders(train) else ""
+    if wanted.may_split and not train and (found := _beside_a_test(tree, wanted)):
+        return found
     names = tree.subfolders(train)
     if not wanted.may_split or not names or (not train and _tells_splits(tree)):
         return None
@@ -49,6 +59,42 @@ def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing]
     )
     test = everything.take(np.sort(test_rows), split_off=True)
     return (test if wanted.is_test_alone else everything.take(np.sort(train_rows))), test
+
+
+def _beside_a_test(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
+    """Return the classes in the root to train on and those in a split beside them to test on.
+
+    Raises:
+        DataError: what lies in a folder called like a split may be a class or not, or has others.
+    """
+    usual = {*Wanted().train, *Wanted().test}
+    folders = tree.subfolders()
+    splits = [name for name in folders if name.lower() in usual and images_of(tree.below(name))]
+    names = [n for n in folders if n.lower() not in usual and images_of(tree.below(n))]
+    if not splits or not names or _is_vehicle(tree, splits):
+        return None
+    sorted_by_class = [each for each in split_folders(tree, wanted.test) if tree.subfolders(each)]
+    if not sorted_by_class:
+        raise DataError(_class_or_split(tree, splits[0], names))
+    test = sorted_by_class[0]
+    if {*tree.subfolders(test)} != {*names}:
+        raise DataError(
+            f"{tree.root} holds the classes {_some(names)}, and {test} beside them holds "
+            f"{_some(tree.subfolders(test))}; name them alike, or move {test} elsewhere"
+        )
+    return by_folder(tree, "", names, beside=splits), by_folder(tree, test, names)
+
+
+def _class_or_split(tree: Tree, split: str, names: Sequence[str]) -> str:
+    return (
+        f"{tree.root} holds the classes {_some(names)} and a folder {split} with images in it, "
+        f"which may be a class or not; rename it if it is one, else sort its images into "
+        f"{split}/CLASS/ or move it elsewhere"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _tells_splits(tree: Tree) -> bool:

@@ -2,7 +2,7 @@
 
 From the table come ``onnx.defs.OpSchema`` objects with documentation and shape inference, which
 :func:`register_schemas` makes known to ``onnx`` for models that carry no bodies, and the reference
-in ``docs/custom-ops.md``.
+in ``docs/reference/custom-ops.md``.
 
 Shapes: N images, C channels, H height, W width, R rows (images or tokens), E experts, K experts per
 row, S = R * K choices, D values into a linear layer and H out of it; ``...`` is any number of

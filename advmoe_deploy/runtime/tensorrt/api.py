@@ -18,6 +18,7 @@ from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import (
     BackendUnavailableError,
     MachineError,
+    install_line,
     missing_extra,
     reason_of,
 )
@@ -71,7 +72,7 @@ def _not_loadable(package: str, extra: str, error: Exception) -> BackendUnavaila
     reason = " ".join(str(error).split())
     return BackendUnavailableError(
         f"{package} is installed but cannot be loaded: {reason}; install its libraries for this "
-        f"CUDA version (pip install 'advmoe-deploy[{extra}]'), or name their folder in "
+        f"CUDA version ({install_line(extra)}), or name their folder in "
         "LD_LIBRARY_PATH"
     )
 

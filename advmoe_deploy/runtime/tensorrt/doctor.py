@@ -4,7 +4,7 @@ import ctypes
 import importlib.metadata
 from dataclasses import dataclass
 
-from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError
+from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, install_line
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.tensorrt.api import parse_version, version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
@@ -73,17 +73,15 @@ def _cudnn() -> Part:
     try:
         ctypes.CDLL(name)
     except OSError:
-        return Part(None, f"{_advice('cuda')}, or NVIDIA's own package of cuDNN {_CUDNN_MAJOR}")
+        return Part(
+            None, f"{install_line('cuda')}, or NVIDIA's own package of cuDNN {_CUDNN_MAJOR}"
+        )
     return Part(name)
 
 
 def _package(name: str, extra: str) -> Part:
     version = _version(name)
-    return Part(version) if version else Part(None, _advice(extra))
-
-
-def _advice(extra: str) -> str:
-    return f"pip install 'advmoe-deploy[{extra}]'"
+    return Part(version) if version else Part(None, install_line(extra))
 
 
 def _version(package: str) -> str | None:

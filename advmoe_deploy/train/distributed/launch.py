@@ -156,8 +156,8 @@ class _Relay:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
 
-    def start(self, task: str, total: int) -> None:
-        self._queue.put(("start", (task, total), {}))
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self._queue.put(("start", (task, total, done), {}))
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:
         self._queue.put(("advance", (task, steps), figures))

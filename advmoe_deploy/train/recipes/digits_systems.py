@@ -80,7 +80,7 @@ def vit_moe() -> TrainConfig:
 
 
 def vit() -> TrainConfig:
-    """Return the dense twin of :func:`vit_moe`."""
+    """Return the ViT of the same width without experts: the dense twin of digits-vit-moe."""
     base = vit_moe()
     return without_router(base, name="digits-vit", model=base.model.dense())
 

@@ -29,6 +29,7 @@ def baseline(backbone: Backbone = "resnet18") -> TrainConfig:
         attack_steps=7,
         attack_step_size=2 / 255,
         test_attack_steps=20,
+        test_attack_step_size=2 / 255,
         crop_padding=_IMAGES.crop_padding,
         flip=True,
     )

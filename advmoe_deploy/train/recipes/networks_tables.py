@@ -29,6 +29,7 @@ def rt_er() -> TrainConfig:
         attack_steps=10,
         attack_step_size=2 / 255,
         attack_noise=4 / 255,
+        test_attack_step_size=2 / 255,
         crop_padding=_CIFAR10.crop_padding,
         flip=True,
     )
@@ -59,6 +60,7 @@ def rt_er_vit() -> TrainConfig:
         threat=ThreatModel(epsilon=2 / 255),
         attack_step_size=0.5 / 255,
         attack_noise=1 / 255,
+        test_attack_step_size=0.5 / 255,
         lr=0.01,
     )
 

@@ -6,6 +6,8 @@ from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.specs import Fingerprint, Frozen
 
+DATA = "data.json"  # in the folder of a run
+
 
 class RunData(Frozen):
     """The data of a run: their source, and what tells them wherever they lie."""

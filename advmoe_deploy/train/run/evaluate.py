@@ -16,6 +16,7 @@ from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.plan import effective_routes
+from advmoe_deploy.progress import Progress
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # Choices per expert, by routed layer.
@@ -61,6 +62,7 @@ def measure(
     *,
     threat: ThreatModel,
     attack: AttackSpec,
+    progress: Progress,
 ) -> Measured:
     """Return what ``model`` reaches on float ``images``; each process attacks its own share.
 
@@ -69,7 +71,7 @@ def measure(
     mine = slice(fabric.global_rank, None, fabric.world_size)
     x, y = images[mine], labels[mine]
     clean, loads = _clean(model, x, y)
-    standing = withstanding(model, x, y, threat, route_aware(model, attack))
+    standing = withstanding(model, x, y, threat, route_aware(model, attack), progress)
     pgd, robust = standing[0].sum(), standing[-1].sum()
     counts = torch.cat([torch.stack([clean, pgd, robust]), *loads])
     summed = fabric.all_reduce(counts, reduce_op="sum")

@@ -16,15 +16,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.errors import CheckpointError, UsageError, one_line
+from advmoe_deploy.errors import CheckpointError, one_line
 from advmoe_deploy.files import (
     remove_abandoned,
     sha256_of,
@@ -42,11 +40,10 @@ from advmoe_deploy.models.checkpoint import (
 )
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.run.data import RunData, require_same_content
-from advmoe_deploy.train.run.place import CONFIG, is_occupied, require_place
+from advmoe_deploy.train.run.data import DATA, RunData
+from advmoe_deploy.train.run.place import CONFIG, is_occupied, require_place, require_same
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
-DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 MODEL = "model"
@@ -214,43 +211,6 @@ def _make_room(path: Path, *, overwrite: bool) -> None:
         return
     require_place(path, resume=False, overwrite=overwrite)
     shutil.rmtree(path)
-
-
-def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
-    """Refuse the run at ``path`` if it was trained by another configuration or on other data.
-
-    Raises:
-        UsageError: it was.
-        CheckpointError: its configuration is missing or cannot be read.
-    """
-    file = path / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
-    before = _validated(TrainConfig, file)
-    kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
-    told = {"chosen"}  # why, not what
-    ours, theirs = config.model_dump(exclude=told), before.model_dump(exclude=told)
-    if kept and kept.fingerprint and data.fingerprint:
-        require_same_content(path, kept, data)
-        ours["data"] = theirs["data"]
-    elif data.source in (before.data, absolute(before.data)):
-        ours["data"] = theirs["data"]
-    changed = [f"{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
-    if changed:
-        raise UsageError(
-            f"{path} was trained with {', '.join(changed)}; "
-            "resume with the same settings, or choose another --out"
-        )
-
-
-_Value = TypeVar("_Value", bound=Frozen)
-
-
-def _validated(kind: type[_Value], file: Path) -> _Value:
-    try:
-        return kind.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
 
 
 def _read_state(directory: Path, epoch: int) -> RunState:

@@ -27,6 +27,7 @@ from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import RunFolder, open_run
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.session import Session
+from advmoe_deploy.train.run.trouble import costly
 
 __all__ = ["TrainReport", "train", "train_requested"]
 
@@ -62,6 +63,8 @@ def train(
         progress.note(told(config))
     folder = RunFolder(out)
     if is_first_process():
+        for line in costly(config):
+            progress.note(f"warning: {line}")
         resume = resume or (was_restarted() and folder.was_begun())
         folder = open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
     work = partial(_work, config=config, data=data, folder=folder)

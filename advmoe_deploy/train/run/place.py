@@ -1,8 +1,15 @@
 """Place of a run: whether a folder may become one, known without loading anything heavy."""
 
 from pathlib import Path
+from typing import TypeVar
 
-from advmoe_deploy.errors import UsageError
+from pydantic import ValidationError
+
+from advmoe_deploy.data.registry import absolute
+from advmoe_deploy.errors import CheckpointError, UsageError, one_line
+from advmoe_deploy.specs import Frozen
+from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.run.data import DATA, RunData, require_same_content
 
 CONFIG = "config.json"
 
@@ -26,3 +33,40 @@ def require_place(path: Path, *, resume: bool, overwrite: bool) -> None:
 def is_occupied(path: Path) -> bool:
     """Return whether something is at ``path`` besides an empty folder."""
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
+    """Refuse the run at ``path`` if it was trained by another configuration or on other data.
+
+    Raises:
+        UsageError: it was.
+        CheckpointError: its configuration is missing or cannot be read.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
+    before = _validated(TrainConfig, file)
+    kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
+    told = {"chosen"}  # why, not what
+    ours, theirs = config.model_dump(exclude=told), before.model_dump(exclude=told)
+    if kept and kept.fingerprint and data.fingerprint:
+        require_same_content(path, kept, data)
+        ours["data"] = theirs["data"]
+    elif data.source in (before.data, absolute(before.data)):
+        ours["data"] = theirs["data"]
+    changed = [f"{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise UsageError(
+            f"{path} was trained with {', '.join(changed)}; "
+            "resume with the same settings, or choose another --out"
+        )
+
+
+_Value = TypeVar("_Value", bound=Frozen)
+
+
+def _validated(kind: type[_Value], file: Path) -> _Value:
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {one_line(error)}; train again") from None

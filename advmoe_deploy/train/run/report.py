@@ -53,7 +53,8 @@ class TrainReport(Frozen):
     leaves as well, and is what the epoch is selected by; a dense model has one for both. The
     weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes``, of the
     routed layer with the fewest, is ``None`` for a dense model; ``density`` and ``nonzero_macs``
-    are of method ``sparse``.
+    are of method ``sparse``. ``warnings`` say what went without an error and is hardly wanted:
+    experts that nobody visits, a router that costs more than it saves.
     """
 
     run: str
@@ -79,6 +80,7 @@ class TrainReport(Frozen):
     device: str
     devices: int
     versions: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str]:

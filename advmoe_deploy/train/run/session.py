@@ -14,6 +14,7 @@ from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
+from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import DataLoader, on_device
@@ -27,7 +28,7 @@ from advmoe_deploy.train.run.router_robustness import (
     with_router,
 )
 from advmoe_deploy.train.run.tensorboard import Board
-from advmoe_deploy.train.run.trouble import trouble
+from advmoe_deploy.train.run.trouble import costly, trouble
 from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.step.weights import TrainedWeights, place
 
@@ -60,8 +61,8 @@ class Session:
         per_epoch = self.loader.batches_per_epoch
         leads = self.fabric.is_global_zero
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
-        with task(self.progress, "train", self.config.epochs * per_epoch), board or nullcontext():
-            self.progress.advance("train", state.epoch * per_epoch)
+        steps, done = self.config.epochs * per_epoch, state.epoch * per_epoch
+        with task(self.progress, "train", steps, done), board or nullcontext():
             for _ in range(state.epoch, self.config.epochs):
                 state = self._epoch(state)
                 if board is not None:
@@ -73,7 +74,7 @@ class Session:
         began = perf_counter()
         self.fabric.barrier()  # the first process has written the checkpoints by now
         _, model = load_checkpoint(self.folder.checkpoint(state.best_epoch))
-        attack = AttackSpec(name="pgd", steps=self.config.test_attack_steps, seed=self.config.seed)
+        attack = _test_attack(self.config)
         with task(self.progress, "test", 1):
             placed = place(self.fabric, model, channels_last=self.config.channels_last)
             measured = self._measure(placed, self.data.test.first(self.config.test_images), attack)
@@ -188,7 +189,15 @@ class Session:
     def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
         images, labels = on_device(self.fabric, split)
         threat = self.config.threat
-        return measure(self.fabric, model, to_unit(images), labels, threat=threat, attack=attack)
+        return measure(
+            self.fabric,
+            model,
+            to_unit(images),
+            labels,
+            threat=threat,
+            attack=attack,
+            progress=self.progress,
+        )
 
     def _save(self, state: RunState) -> None:
         checkpoint = Checkpoint(
@@ -237,6 +246,7 @@ class Session:
             device=self.fabric.device.type,
             devices=self.fabric.world_size,
             versions=versions(),
+            warnings=(*costly(config), *of_routes(measured.expert_load)),
         )
 
 
@@ -248,6 +258,11 @@ def _fields(measured: Measured) -> dict[str, object]:
         "effective_routes": measured.effective_routes,
         "expert_load": measured.expert_load,
     }
+
+
+def _test_attack(config: TrainConfig) -> AttackSpec:
+    steps, size = config.test_attack_steps, config.test_attack_step_size
+    return AttackSpec(name="pgd", steps=steps, step_size=size, seed=config.seed)
 
 
 def _cost(config: TrainConfig, model: Classifier) -> dict[str, object]:

@@ -15,11 +15,11 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
-from advmoe_deploy.train.config import TrainConfig, apply_overrides
+from advmoe_deploy.train.config import TrainConfig, apply_overrides, without_router
 from advmoe_deploy.train.run.data import RunData
-from advmoe_deploy.train.run.folder import REPORT, require_same
+from advmoe_deploy.train.run.folder import REPORT
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.run.place import CONFIG
+from advmoe_deploy.train.run.place import CONFIG, require_same
 from advmoe_deploy.train.run.report import TrainReport
 
 SWEEP = "sweep.json"
@@ -92,11 +92,15 @@ def sweep_configs(
             raise UsageError(
                 f"a {what[:-1]} is twice among the {what} {', '.join(map(str, given))}"
             )
-    return {
-        (value, seed): apply_overrides(config, [f"{key}={_text(float(value))}", f"seed={seed}"])
-        for value in values
-        for seed in seeds
-    }
+    return {(value, seed): _with(config, key, value, seed) for value in values for seed in seeds}
+
+
+def _with(config: TrainConfig, key: str, value: float, seed: int) -> TrainConfig:
+    """Return ``config`` at one value; an AdvMoE of one expert is that pathway, without a router."""
+    if (key, value, config.model.family) == ("model.num_experts", 1, "advmoe"):
+        alone = without_router(config, name=config.name, model=config.model.pathway())
+        return apply_overrides(alone, [f"seed={seed}"])
+    return apply_overrides(config, [f"{key}={_text(float(value))}", f"seed={seed}"])
 
 
 def _run(

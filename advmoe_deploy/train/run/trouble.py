@@ -1,14 +1,24 @@
-"""Two ways in which a run fails without an error, told while it still runs."""
+"""Ways in which a run fails without an error, told while it still runs, or before it begins."""
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.reports.cautions import COLLAPSED, of_costs
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.report import EpochRecord
 
 # Attacks of one step, whose models may learn to defeat that step alone.
 _SINGLE_STEP = ("n-fgsm", "fast", "free")
-# Fewer effective routes than this are one expert and a few strays.
-_COLLAPSED = 1.1
+
+
+def costly(config: TrainConfig) -> tuple[str, ...]:
+    """Return what is to be said of a network that costs more than its router saves."""
+    if config.model.num_experts == 1:
+        return ()
+    with torch.random.fork_rng(devices=[]):  # which networks are initialised from
+        return of_costs(macs_of(config.model))
 
 
 def trouble(
@@ -46,4 +56,4 @@ def _fell(best: EpochRecord, last: EpochRecord, record: EpochRecord) -> bool:
 
 
 def _collapsed(record: EpochRecord) -> bool:
-    return record.effective_routes is not None and record.effective_routes < _COLLAPSED
+    return record.effective_routes is not None and record.effective_routes < COLLAPSED

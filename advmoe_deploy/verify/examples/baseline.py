@@ -49,7 +49,8 @@ def read_baseline(path: Path) -> Baseline:
     entry = _json(path)
     if "advmoe" in entry:
         return _of_report(path, entry)
-    robust = next((entry[k] for k in ("robust_acc", "autoattack_acc") if entry.get(k)), None)
+    named = [entry.get(key) for key in ("robust_acc", "autoattack_acc")]
+    robust = next((value for value in named if value is not None), None)
     return Baseline(
         name=str(entry.get("model_name") or entry.get("name") or path.stem),
         clean=_share(path, "clean_acc", entry.get("clean_acc")),

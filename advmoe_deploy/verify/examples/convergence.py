@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.route_aware import route_aware
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier
@@ -55,12 +56,13 @@ def convergence(
     rows = []
     with task(progress, "convergence", len(attacks)):
         for attack in attacks:
-            found = attack_model(
-                model, x[right_N], labels[right_N], threat, attack, first_only=True
-            )
+            with attack_task(progress, model, attack, int(right_N.sum())):
+                found = attack_model(
+                    model, x[right_N], labels[right_N], threat, attack, first_only=True
+                )
             stands = int((predict(model, found) == labels[right_N]).sum()) if len(found) else 0
             rows.append(_row(attack, stands, len(labels)))
-            progress.advance("convergence", robust=rows[-1].robust_accuracy)
+            progress.advance("convergence", robust_accuracy=rows[-1].robust_accuracy)
     return tuple(rows)
 
 

@@ -9,7 +9,7 @@ Shapes: N images, C channels, H height, W width.
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent
-from advmoe_deploy.reports.drops import Verdict
+from advmoe_deploy.reports.drops import Verdict, worst_of
 from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.verify.examples.baseline import Baseline
@@ -70,6 +70,7 @@ class Conditions:
     attacks: Suite = "quick"
     max_drop: float = 2.0
     threads: int = 0
+    allow_fragile: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def gate_bundle(
             images=baseline.images,
             epsilon=baseline.epsilon,
             threads=how.threads,
+            allow_fragile=how.allow_fragile,
             measured=measured,
             examples=file,
             progress=progress,
@@ -137,12 +139,6 @@ def gate_bundle(
         report=report,
         seconds=time.perf_counter() - started,
     )
-
-
-def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return ``failed`` if any is, else ``undecided`` if any is, else ``passed``."""
-    order: tuple[Verdict, ...] = ("failed", "undecided", "passed")
-    return next((each for each in order if each in verdicts), "passed")
 
 
 def _replay(bundle: Bundle, baseline: Baseline, how: Conditions) -> Flags | None:
@@ -239,11 +235,14 @@ def _consistency(report: RobustReport) -> Check:
 
 
 def _export(report: RobustReport) -> Check:
+    lost = (
+        f"clean accuracy: {report.clean_drop.sentence()}",
+        f"robust accuracy: {report.robust_drop.sentence()}",
+    )
     return Check(
         name="robustness survived the export",
         verdict=report.verdict,
-        message=f"clean accuracy: {report.clean_drop.sentence()}; robust accuracy: "
-        f"{report.robust_drop.sentence()}",
+        message="; ".join([*report.fragility, *lost]),
         seconds=0.0,
     )
 

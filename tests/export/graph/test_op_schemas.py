@@ -16,7 +16,7 @@ from tests.runtime.onnxruntime.test_custom_ops import TYPES, without_body
 
 SIZES = {"R": 4, "C": 5, "D": 6, "H": 3, "W": 2, "E": 3, "K": 2, "1": 1, "E+1": 4, "S": 8}
 VALUES = {"k": 2, "epsilon": 1e-5, "num_experts": 3}
-PAGE = Path(__file__).parents[3] / "docs" / "custom-ops.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "custom-ops.md"
 
 
 @pytest.fixture

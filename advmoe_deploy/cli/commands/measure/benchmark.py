@@ -50,7 +50,7 @@ def benchmark(
     """Set all engines and precisions of a bundle beside each other: size, accuracy, time."""
     batches = positive_numbers(batch, "--batch")
     use_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import benchmark as tables
         from advmoe_deploy.data.matching import read_class_map

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import engines, named_models
 from advmoe_deploy.cli.options import NAMED, ClassMap, Data, Json, Threads
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
@@ -17,6 +18,7 @@ def evaluate(
         typer.Argument(
             readable=False,
             metavar="RUN|BUNDLE",
+            autocompletion=named_models,
             help=f"What 'train', 'import' or 'export' wrote{NAMED}",
         ),
     ],
@@ -27,6 +29,7 @@ def evaluate(
         typer.Option(
             "--engine",
             metavar="NAME[:PRECISION]",
+            autocompletion=engines,
             help="Of a bundle; 'advmoe list engines' names them. A run is computed by PyTorch.",
         ),
     ] = None,
@@ -49,7 +52,7 @@ def evaluate(
     if report_file is not None and report_file.is_dir():
         raise UsageError(f"--report: {report_file} is a directory; name a file in it")
     use_threads(threads)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy import api
         from advmoe_deploy.cli.tables import evaluation as tables
         from advmoe_deploy.data.matching import read_class_map

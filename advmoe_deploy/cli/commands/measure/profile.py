@@ -51,7 +51,7 @@ def profile(
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
-        from advmoe_deploy.cli.tables import bundle as tables
+        from advmoe_deploy.cli.tables import latency as tables
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.profiling.profile import profile_bundle
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import named_models
 from advmoe_deploy.cli.options import NAMED, Data, Json, License, Overwrite, Results
 from advmoe_deploy.cli.session import session
 
@@ -12,7 +13,12 @@ from advmoe_deploy.cli.session import session
 def add(
     run: Annotated[
         Path,
-        typer.Argument(readable=False, metavar="RUN", help=f"What 'advmoe train' wrote{NAMED}"),
+        typer.Argument(
+            readable=False,
+            metavar="RUN",
+            autocompletion=named_models,
+            help=f"What 'advmoe train' wrote{NAMED}",
+        ),
     ],
     name: Annotated[str, typer.Option("--name", help="What zoo:NAME will find it by.")],
     results: Results = None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import named_models
 from advmoe_deploy.cli.options import NAMED, Json, License, Overwrite, Results
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
@@ -14,7 +15,10 @@ def push(
     path: Annotated[
         Path,
         typer.Argument(
-            readable=False, metavar="RUN|BUNDLE", help=f"What 'train' or 'export' wrote{NAMED}"
+            readable=False,
+            metavar="RUN|BUNDLE",
+            autocompletion=named_models,
+            help=f"What 'train' or 'export' wrote{NAMED}",
         ),
     ],
     to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="The repository.")],

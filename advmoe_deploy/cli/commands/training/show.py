@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
 
@@ -13,6 +14,7 @@ def show(
         str,
         typer.Argument(
             metavar="RECIPE",
+            autocompletion=recipes,
             help="'advmoe list recipes' names them; or a family: advmoe, at-moe, dense, s-dense.",
         ),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import (
     Data,
     Json,
@@ -26,19 +29,27 @@ if TYPE_CHECKING:
     from advmoe_deploy.train.run.sweep import SweepReport
 
 PLOT = "sweep.svg"
+ACCURACIES = ("robust_accuracy", "clean_accuracy")
+_MOST_VALUES = 1000
 
 
 def sweep(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE",
-            help="'advmoe list recipes' names them; for a folder of your own also a family.",
+            metavar="RECIPE[,RECIPE...]",
+            autocompletion=recipes,
+            help="'advmoe list recipes' names them; for a folder of your own also a family. "
+            "Several are swept one after the other and drawn into one plot.",
         ),
     ],
     over: Annotated[
         str,
-        typer.Option("--over", metavar="KEY=V1,V2,...", help="The setting and its values."),
+        typer.Option(
+            "--over",
+            metavar="KEY=V1,V2,...",
+            help="The setting and its values; 1..10 counts by ones, 0.2..0.8 by tenths.",
+        ),
     ],
     data: Data = None,
     out: Annotated[
@@ -59,57 +70,96 @@ def sweep(
     """Train a recipe at several values of one setting; interrupted, the same command goes on."""
     key, values = _values(over)
     use_threads(threads, processes=devices)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.train.request import train_request
 
         numbers = _seeds(seeds)
-        asked = train_request(
-            recipe, data=data, settings=settings or (), devices=devices, takes_out=False
-        )
-        folder = out or Path("runs") / f"sweep-{asked.out.name}"
+        asked = [
+            train_request(
+                each, data=data, settings=settings or (), devices=devices, takes_out=False
+            )
+            for each in _recipes(recipe)
+        ]
+        named = "+".join(each.out.name for each in asked)
+        folder = out or Path("runs") / f"sweep-{named}"
         use_torch_threads(threads, processes=devices)
 
         from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
+        from advmoe_deploy.train.run.sweep import sweep_configs
 
         require_matplotlib()
-        report = sweep_recipe(
-            asked.config,
-            key,
-            values,
-            asked.data,
-            folder,
-            seeds=numbers,
-            devices=devices,
-            progress=ui.progress,
-        )
-        write_atomically(folder / PLOT, sweep_svg(report).encode())
-        value = {**report.model_dump(mode="json"), "plot": str(folder / PLOT)}
-        ui.show(value, lambda: _table(report))
+        ui.resumable(has_state=folder.is_dir)
+        for each in asked:  # nonsense is refused before the first is trained
+            sweep_configs(each.config, key, values, numbers)
+        reports = [
+            sweep_recipe(
+                each.config,
+                key,
+                values,
+                each.data,
+                folder / each.out.name if len(asked) > 1 else folder,
+                seeds=numbers,
+                devices=devices,
+                progress=ui.progress,
+            )
+            for each in asked
+        ]
+        plot = folder / PLOT
+        write_atomically(plot, sweep_svg(reports).encode())
+        found = [report.model_dump(mode="json") for report in reports]
+        value = {**found[0], "plot": str(plot)}
+        if len(found) > 1:
+            value = {"sweeps": found, "plot": str(plot)}
+        ui.show(value, lambda: _tables(reports, plot))
 
 
-def sweep_svg(report: SweepReport) -> str:
+def sweep_svg(reports: Sequence[SweepReport]) -> str:
     """Return accuracies over the swept setting beside the MACs that each value costs."""
     from advmoe_deploy.cli.pages.plots import svg_of
 
+    if len(reports) > 1:
+        return svg_of("sweep", [partial(_compare, reports=reports, of=of) for of in ACCURACIES])
+    (report,) = reports
     return svg_of(
         "sweep",
         [lambda axes: _draw_accuracy(axes, report), lambda axes: _draw_macs(axes, report)],
     )
 
 
+def _compare(axes: Axes, reports: Sequence[SweepReport], of: str) -> str:
+    """Draw one accuracy of every recipe over the MACs that its values cost, the router counted."""
+    from advmoe_deploy.cli.pages.plots import legend_below
+
+    name = of.replace("_", " ")
+    for report in reports:
+        x = [(p.macs.selected + p.macs.router) / 1e6 for p in report.points]
+        means, errors = _means(report, of)
+        axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=report.recipe)
+    axes.set(xlabel="million MACs per image, router included", ylabel="test accuracy, %")
+    axes.set_title(f"{name}, over {reports[0].key}")
+    legend_below(axes)
+    return f"{name} of {len(reports)} recipes over multiply-accumulates"
+
+
+def _means(report: SweepReport, of: str) -> tuple[list[float], tuple[list[float], list[float]]]:
+    """Return means over seeds, one a value, in percent, and how far below and above seeds lie."""
+    shares = [[100 * getattr(r, of) for r in point.reports] for point in report.points]
+    means = [sum(values) / len(values) for values in shares]
+    low = [mean - min(values) for mean, values in zip(means, shares, strict=True)]
+    high = [max(values) - mean for mean, values in zip(means, shares, strict=True)]
+    return means, (low, high)
+
+
 def _draw_accuracy(axes: Axes, report: SweepReport) -> str:
     from advmoe_deploy.cli.pages.plots import DENSE, MOE, legend_below
 
     x = [point.value for point in report.points]
-    for name, colour in (("robust_accuracy", MOE), ("clean_accuracy", DENSE)):
-        shares = [[100 * getattr(r, name) for r in point.reports] for point in report.points]
-        means = [sum(values) / len(values) for values in shares]
-        low = [mean - min(values) for mean, values in zip(means, shares, strict=True)]
-        high = [max(values) - mean for mean, values in zip(means, shares, strict=True)]
+    for name, colour in zip(ACCURACIES, (MOE, DENSE), strict=True):
+        means, errors = _means(report, name)
         label = name.replace("_", " ")
-        axes.errorbar(x, means, (low, high), fmt="o-", capsize=3, color=colour, label=label)
+        axes.errorbar(x, means, errors, fmt="o-", capsize=3, color=colour, label=label)
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.set(xlabel=report.key, ylabel="test accuracy, %", ylim=(0, 102))
     seeds = len(report.points[0].reports)
@@ -137,7 +187,7 @@ def _draw_macs(axes: Axes, report: SweepReport) -> str:
 def _values(over: str) -> tuple[str, tuple[float, ...]]:
     key, equals, text = over.partition("=")
     try:
-        values = tuple(float(value) for value in names(text))
+        values = tuple(value for part in names(text) for value in _range(part))
     except ValueError:
         values = ()
     if not equals or not values:
@@ -145,11 +195,34 @@ def _values(over: str) -> tuple[str, tuple[float, ...]]:
     return key, values
 
 
+def _range(text: str) -> tuple[float, ...]:
+    """Return the one value that ``text`` is, or all from A to B of ``A..B``, by A's last digit."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        return (float(text),)
+    digits = len(first.partition(".")[2])
+    count = round((float(last) - float(first)) * 10**digits)
+    if not 0 <= count < _MOST_VALUES:
+        raise ValueError(f"{text} is empty, or of more than {_MOST_VALUES} values")
+    return tuple(round(float(first) + step / 10**digits, digits) for step in range(count + 1))
+
+
+def _recipes(text: str) -> tuple[str, ...]:
+    found = names(text)
+    if not found or len(set(found)) < len(found):
+        raise UsageError(
+            f"'{text}' names no recipe, or one twice; write digits-advmoe,digits-at-moe"
+        )
+    return found
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     return tuple(0 if seed == "0" else positive_numbers(seed, "--seeds")[0] for seed in names(text))
 
 
-def _table(report: SweepReport) -> RenderableType:
+def _tables(reports: Sequence[SweepReport], plot: Path) -> RenderableType:
+    from rich.console import Group
+
     from advmoe_deploy.cli.tables.training import sweep_report
 
-    return sweep_report(report, f"{report.out}/{PLOT}")
+    return Group(*(sweep_report(report, str(plot)) for report in reports))

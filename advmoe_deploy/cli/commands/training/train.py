@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads, with_short
 from advmoe_deploy.cli.session import Session, session
 from advmoe_deploy.process import use_threads
@@ -19,6 +20,7 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
+            autocompletion=recipes,
             help="'advmoe list recipes' names them; for a folder of your own also advmoe, at-moe, "
             "dense, s-dense, whose settings are chosen for its images.",
         ),
@@ -87,7 +89,7 @@ def train(
     short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
-    with session(as_json) as ui:
+    with session(as_json, loads=True) as ui:
         from advmoe_deploy.train.device import require_torch
         from advmoe_deploy.train.request import train_request
         from advmoe_deploy.zoo.resolve import resolve
@@ -110,8 +112,14 @@ def train(
         use_torch_threads(threads, processes=devices)
 
         from advmoe_deploy.cli.tables import training as training_tables
+        from advmoe_deploy.train.run.folder import CHECKPOINTS
         from advmoe_deploy.train.run.loop import train_requested
 
+        ui.resumable(
+            "--resume",
+            without=("--overwrite",),
+            has_state=lambda: (asked.out / CHECKPOINTS).is_dir(),
+        )
         report = train_requested(asked, ui.progress)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
             ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))

@@ -1,0 +1,206 @@
+"""Formal bounds on how far a whole tensor moves, in l2, per unit of l-inf change of the image.
+
+The companion of the element-wise bounds in slopes.py. Those forget that the elements of a layer
+cannot all move as far as each of them can, and grow with the width at every convolution; these
+multiply each linear map's largest singular value instead. Both hold for all images, so of two
+bounds for one thing the smaller one holds.
+
+A convolution padded with zeros is a part of the circular one on ``size + kernel - 1`` pixels, whose
+singular values are those of one small matrix per frequency (Sedghi et al., ICLR 2019), so the
+largest of these is an upper bound and nothing is left to the convergence of a power iteration. A
+strided one is the convolution without stride of the image's phases.
+
+Shapes: O outputs, I inputs, H and W pixels, F frequencies.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The largest slope of GELU, at x = sqrt(2), rounded up.
+GELU_SLOPE = 1.1290
+UNKNOWN = math.inf
+
+Pair = tuple[int, int]
+
+
+class Convolved(NamedTuple):
+    """A convolution whose output may yet be scaled channel by channel, and what moves its input."""
+
+    weight: Tensor
+    size: Pair
+    stride: Pair
+    groups: int
+    moved: float
+
+    def scaled(self, scale_O: Tensor | None = None) -> float:
+        """Return how far the output moves, channel o multiplied by ``scale_O[o]``."""
+        weight = self.weight if scale_O is None else self.weight * scale_O[:, None, None, None]
+        return self.moved * conv_norm(weight, self.size, self.stride, self.groups)
+
+
+def pair_of(value: Any) -> Pair:
+    """Return (rows, columns) of what may be one number for both."""
+    first, *rest = value if isinstance(value, tuple | list) else (value,)
+    return int(first), int(rest[0] if rest else first)
+
+
+def conv_norm(weight: Tensor, size: Pair, stride: Pair, groups: int = 1) -> float:
+    """Return an upper bound of the largest singular value of a zero-padded convolution.
+
+    ``weight`` is [O, I / groups, kernel rows, kernel columns], ``size`` the input's rows, columns.
+    """
+    return max(_conv_norm(_Kernel(part), size, stride) for part in weight.chunk(groups))
+
+
+class _Kernel:
+    """A convolution's weights as a key: equal where all of them are."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach().contiguous()
+        data = self.weight.cpu().numpy().tobytes()
+        self.key = (self.weight.shape, hashlib.sha256(data).digest())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kernel) and self.key == other.key
+
+
+@lru_cache(maxsize=128)  # the experts' common layers are met once an expert
+def _conv_norm(kernel: _Kernel, size: Pair, stride: Pair) -> float:
+    weight = _phases(kernel.weight.double(), stride)
+    # A phase of so many pixels at most, and one more where padding shifts it.
+    phase = [-(-n // s) + (s > 1) for n, s in zip(size, stride, strict=True)]
+    circle = [n + k - 1 for n, k in zip(phase, weight.shape[2:], strict=True)]
+    matrices_FOI = torch.fft.rfft2(weight, s=circle).flatten(2).permute(2, 0, 1)
+    if matrices_FOI.shape[1] < matrices_FOI.shape[2]:
+        matrices_FOI = matrices_FOI.mT
+    largest = torch.linalg.eigvalsh(matrices_FOI.mH @ matrices_FOI)[:, -1].max()
+    return math.sqrt(max(0.0, float(largest)))
+
+
+def _phases(weight: Tensor, stride: Pair) -> Tensor:
+    """Return the kernel [O, I * phases, ...] that a strided one applies to the image's phases."""
+    rows, columns = stride
+    padded = F.pad(weight, (0, -weight.shape[3] % columns, 0, -weight.shape[2] % rows))
+    o, i, h, w = padded.shape
+    split = padded.reshape(o, i, h // rows, rows, w // columns, columns)
+    return split.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def matrix_norm(weight: Tensor) -> float:
+    """Return the largest singular value of a matrix."""
+    return float(torch.linalg.matrix_norm(weight.double(), ord=2))
+
+
+def batch_norm_scale(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what BatchNorm in eval mode multiplies each channel by, up to its sign."""
+    weight = kwargs.get("weight", args[3] if len(args) > 3 else None)
+    eps = kwargs.get("eps", args[7] if len(args) > 7 else 1e-5)
+    scale: Tensor = (args[2] + eps).rsqrt() * (1 if weight is None else weight.abs())
+    return scale
+
+
+def convolved(args: Any, kwargs: Mapping[str, Any]) -> Convolved | None:
+    """Return the convolution of a call of conv2d; ``None`` of one that is dilated."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if pair_of(given.get("dilation", 1)) != (1, 1):
+        return None
+    x, stride = given["input"], pair_of(given.get("stride", 1))
+    return Convolved(given["weight"], x.shape[-2:], stride, given.get("groups", 1), x.moved)
+
+
+def moved_by(name: str, value: Any, args: Any, kwargs: Mapping[str, Any]) -> float:
+    """Return how far ``value``, what the function ``name`` made of ``args``, moves at most.
+
+    Arguments that move say how far in ``moved``. What is not known is :data:`UNKNOWN`; then the
+    bounds of the elements tell.
+    """
+    flat = [part for a in args for part in (a if isinstance(a, tuple | list) else [a])]
+    tracked = [part for part in flat if hasattr(part, "moved")]
+    if name in ("cat", "stack"):
+        return math.hypot(*(part.moved for part in tracked))
+    if name in _SUMS:
+        return math.fsum(part.moved * _growth(part, value) for part in tracked)
+    rule = _RULES.get(name)
+    if rule is None or len(tracked) != 1:
+        return UNKNOWN
+    stretch: float = rule(tracked[0], value, args, kwargs)
+    return float(tracked[0].moved) * stretch
+
+
+def _growth(part: Tensor, value: Tensor) -> float:
+    """Return what repeating ``part`` to the shape of ``value`` does to its norm."""
+    return math.sqrt(max(1.0, value.numel() / part.numel()))
+
+
+def _factor(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    factor: Tensor = torch.as_tensor(args[1] if args[0] is x else args[0])
+    largest = float(factor.abs().max())
+    return largest * _growth(x, value)
+
+
+def _division(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    return _growth(x, value) / float(torch.as_tensor(args[1]).abs().min())
+
+
+def _max_pool(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    kernel = pair_of(kwargs.get("kernel_size", args[1] if len(args) > 1 else None))
+    given = kwargs.get("stride", args[2] if len(args) > 2 else None)
+    stride = pair_of(given) if given else kernel
+    # In so many windows does a pixel lie at most.
+    return math.sqrt(math.prod(-(-k // s) for k, s in zip(kernel, stride, strict=True)))
+
+
+def _average(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    return math.sqrt(value.numel() / x.numel())
+
+
+def _global_average(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    return _average(x, value, args, kwargs) if value.shape[-2:] == (1, 1) else UNKNOWN
+
+
+def _sum(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> float:
+    return math.sqrt(x.numel() / value.numel())
+
+
+def _picked(x: Tensor, value: Any, args: Any, kwargs: Mapping[str, Any]) -> float:
+    """Rows taken or put back by an index: one of them, for of several some may be the same."""
+    indices = [part for part in args if isinstance(part, Tensor) and not part.is_floating_point()]
+    inside = [part for a in args if isinstance(a, tuple | list) for part in a]
+    plain = all(isinstance(part, int | slice | None) or part is ... for part in inside)
+    return 1.0 if plain and all(index.numel() == 1 for index in indices) else UNKNOWN
+
+
+Rule = Callable[..., float]
+_SUMS = frozenset({"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"})
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        (
+            *("relu", "relu_", "dropout", "pad", "clone", "contiguous", "detach", "to"),
+            *("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze"),
+            *("view", "select", "chunk", "split", "tensor_split", "unbind"),
+        ),
+        lambda *_: 1.0,
+    ),
+    **dict.fromkeys(("__getitem__", "index_select", "index_add", "index_copy"), _picked),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__"), _factor),
+    **dict.fromkeys(("max_pool2d", "_max_pool2d", "boolean_dispatch"), _max_pool),
+    "div": _division,
+    "expand": lambda x, value, *_: _growth(x, value),
+    "adaptive_avg_pool2d": _global_average,
+    "mean": _average,
+    "sum": _sum,
+    "linear": lambda x, value, args, kwargs: matrix_norm(args[1]),
+    "gelu": lambda *_: GELU_SLOPE,
+    "softmax": lambda *_: 0.5,  # diag(p) - p p^T has no singular value above 1 / 2
+}

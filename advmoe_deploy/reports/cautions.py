@@ -1,0 +1,82 @@
+"""Cautions: what a model may be without an error, and nobody wants; each a line with a way out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from advmoe_deploy.plan import effective_routes
+from advmoe_deploy.reports import LatencyRatio, Macs, ParityReport
+
+# Fewer effective routes than this are one expert and a few strays.
+COLLAPSED = 1.1
+# Of fewer rows, all may have gone to one expert by chance.
+_FEWEST_ROWS = 32
+_NAMED = 3
+
+
+def of_export(macs: Macs, parity: ParityReport) -> tuple[str, ...]:
+    """Return what is to be said of an exported model, from what its manifest keeps."""
+    loads = {layer.layer: layer.expert_load for layer in parity.layers}
+    noise = (parity.data or "").startswith("random:")  # which tells nothing of images
+    return (*of_costs(macs), *(() if noise else of_routes(loads)))
+
+
+def of_costs(macs: Macs) -> tuple[str, ...]:
+    """Return what is to be said of a network whose router takes more than it saves."""
+    dense = f"; the dense network takes {macs.dense / 1e6:.2f} M"
+    # Of experts as wide as the dense network nobody expects that they save anything.
+    in_vain = macs.router > 0 and macs.s_dense < macs.dense <= macs.executed
+    if macs.router > macs.selected:
+        return (
+            f"the router takes {macs.router / 1e6:.2f} M MACs per image, more than the pathway "
+            f"that it chooses ({macs.selected / 1e6:.2f} M){dense if in_vain else ''}: train with "
+            "a lower model.router_width",
+        )
+    if in_vain:
+        return (
+            f"router and pathway take {macs.executed / 1e6:.2f} M MACs per image{dense}: routing "
+            "saves nothing; train with a lower model.ratio or model.router_width, or dense",
+        )
+    return ()
+
+
+def of_routes(loads: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """Return what is to be said of layers, with the rows of each expert, that use but one of them.
+
+    Of fewer than 32 rows nothing is said: they may have gone to one expert by chance.
+    """
+    found = dict(_collapsed(loads))
+    if not found:
+        return ()
+    names = ", ".join([*found][:_NAMED])
+    names += f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    least = min(found.values())
+    return (
+        f"only one expert is in use in {names} ({least:.2f} effective routes): the others cost "
+        "memory and answer nothing; train with a higher balance_weight or a lower router_lr, or a "
+        "dense network",
+    )
+
+
+def _collapsed(loads: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, float]]:
+    for layer, load in loads.items():
+        if len(load) > 1 and sum(load) >= _FEWEST_ROWS:
+            routes = effective_routes(tuple(load))
+            if routes < COLLAPSED:
+                yield layer, routes
+
+
+def of_latency(ratios: Sequence[LatencyRatio]) -> tuple[str, ...]:
+    """Return what is to be said where a dense network is faster at every batch size, beyond chance.
+
+    ``ratios`` are of the dense network's time over the model's; each engine is judged by itself.
+    """
+    lines = []
+    engines = dict.fromkeys((r.engine, r.precision) for r in ratios if r.a == "dense")
+    for engine, precision in engines:
+        own = [r for r in ratios if (r.a, r.engine, r.precision) == ("dense", engine, precision)]
+        if all(ratio.ci_high < 1 for ratio in own):
+            times = ", ".join(f"{ratio.ratio:.2f} at {ratio.batch}" for ratio in own)
+            lines.append(
+                f"the dense network is faster than {engine} {precision} at every batch size that "
+                f"was timed (its time over the model's: {times}): routing saves nothing here"
+            )
+    return tuple(lines)

@@ -1,0 +1,138 @@
+"""What engines of a lower precision lose of robust accuracy: attacked themselves, not replayed.
+
+    python -m benchmarks.training.lowered MODEL [--data cifar10:PATH] [--images 1000]
+        [--attacks quick] [--engines openvino:bf16,...] [--work FOLDER] [--threads 2]
+
+MODEL is a run, or what ``advmoe export`` takes in its place. It goes through ``advmoe export`` at
+every precision of a CPU, whose own gate keeps a segment in fp32 where lowering it would cost too
+much; which ones and why is in the result. Then ``verify`` attacks the reference and each engine on
+the test split, every attack of the suite judged by the engine's own answers, and compares the two
+image by image.
+
+Writes ``benchmarks/results/lowered.json`` after each engine; rows of others stay. ``--work`` keeps
+the bundle and the state of each attack, so that the program goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
+
+import torch
+
+import advmoe_deploy as advmoe
+from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.export.targets import Target
+from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.runtime.openvino.engine import openvino_version
+from advmoe_deploy.verify.report import RobustReport
+from advmoe_deploy.zoo.resolve import resolve
+
+RESULT = Path(__file__).parents[1] / "results" / "lowered.json"
+TARGETS = [
+    Target("openvino", "bf16"),
+    Target("openvino", "int8"),
+    Target("onnxruntime", "int8"),
+]
+
+
+def exported(model: str, data: str | None, folder: Path) -> Bundle:
+    """Return the bundle of ``model`` in ``folder``, exported there if it is not yet."""
+    out = folder / "bundle"
+    if not out.exists():
+        export_run(resolve(model), out, data=data, targets=TARGETS)
+    return open_bundle(out)
+
+
+def row_of(engine: EngineSet, report: RobustReport) -> dict[str, Any]:
+    """Return what of an engine's export and attacks tells what it lost."""
+    check = engine.check
+    return {
+        "engine": engine.name,
+        "segments": engine.segments,
+        "kept_back": check.raised if check else {},
+        "images": report.images,
+        "verdict": report.verdict,
+        "clean_accuracy": report.clean_accuracy.model_dump(),
+        "clean_drop": report.clean_drop.model_dump(mode="json"),
+        "robust_accuracy": report.robust_accuracy.model_dump(),
+        "robust_drop": report.robust_drop.model_dump(mode="json"),
+        "transferred_accuracy": report.transferred_accuracy,
+        "route_agreement": report.route_agreement,
+        "findings": [finding.model_dump(mode="json") for finding in report.findings],
+        "warnings": report.warnings,
+        "attacks": [outcome.model_dump(mode="json") for outcome in report.attacks],
+        "seconds": report.seconds,
+    }
+
+
+def rows_of(bundle: Bundle, arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each engine that was asked for."""
+    manifest = bundle.manifest
+    about = {
+        "model": manifest.training["recipe"]["name"],
+        "weights_sha256": manifest.files["reference.safetensors"].sha256,
+        "epsilon": manifest.threat.epsilon if manifest.threat else None,
+        "suite": arguments.attacks,
+        "threads": arguments.threads,
+        "processor": processor_name(),
+        "platform": platform.platform(),
+        "versions": {**manifest.versions, "openvino": openvino_version()},
+    }
+    wanted = [each for each in arguments.engines.split(",") if each]
+    for engine in manifest.engines:
+        if engine.name not in wanted:
+            continue
+        report = advmoe.verify(
+            bundle,
+            engine=engine.name,
+            data=arguments.data,
+            attacks=arguments.attacks,
+            images=arguments.images,
+            threads=arguments.threads,
+            resume=work / f"{engine.name.replace(':', '-')}-{arguments.attacks}.npz",
+        )
+        yield about | row_of(engine, report)
+
+
+def merge(path: Path, row: dict[str, Any]) -> None:
+    """Write ``row`` into the JSON at ``path``, in the place of that model's and engine's last."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    key = (row["model"], row["engine"], row["suite"])
+    kept = [r for r in rows if (r["model"], r["engine"], r["suite"]) != key]
+    rows = sorted([*kept, row], key=lambda r: (r["model"], r["suite"], r["engine"]))
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Export, attack each engine, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a run, zoo:NAME or a checkpoint's folder")
+    parser.add_argument("--data", help="by default what the model was trained on")
+    parser.add_argument("--images", type=int, help="of the test split; by default all")
+    parser.add_argument("--attacks", default="quick", choices=["quick", "standard", "full"])
+    parser.add_argument(
+        "--engines", default=",".join(f"{t.backend}:{t.precision}" for t in TARGETS)
+    )
+    parser.add_argument("--work", type=Path, help="keeps bundle and attacks; by default none do")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for row in rows_of(exported(arguments.model, arguments.data, work), arguments, work):
+            merge(arguments.out, row)
+            print(json.dumps({k: row[k] for k in ("engine", "verdict", "robust_drop")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What went without an error and is hardly wanted is said wherever it shows."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from advmoe_deploy.bundle import CARD, Bundle
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
+from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from advmoe_deploy.reports import LatencyRatio, Macs
+from advmoe_deploy.reports.cautions import of_costs, of_latency, of_routes
+from advmoe_deploy.specs import AttackSpec
+from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.trouble import costly
+from advmoe_deploy.verify import verify as verify_module
+from tests.conftest import TINY, write_run
+
+Capture = pytest.CaptureFixture[str]
+COSTLY, UNUSED = "the router takes", "only one expert is in use in router"
+
+
+def macs(router: int, selected: int, dense: int, s_dense: int = 1) -> Macs:
+    both = router + selected
+    return Macs(
+        selected=selected, router=router, executed=both, unfused=both, dense=dense, s_dense=s_dense
+    )
+
+
+@pytest.mark.parametrize(
+    ("counted", "said"),
+    [
+        (macs(4, 5, 20), ""),
+        (macs(6, 5, 20), COSTLY),
+        (macs(6, 5, 11), "; the dense network takes"),
+        (macs(5, 5, 10), "routing saves nothing"),
+        (macs(1, 10, 10, s_dense=10), ""),  # experts as wide as the dense network
+        (macs(0, 10, 10), ""),
+    ],
+)
+def test_costs_by_hand(counted: Macs, said: str) -> None:
+    lines = of_costs(counted)
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)
+
+
+def test_routes_by_hand() -> None:
+    assert of_routes({"router": (31, 0)}) == ()  # may be chance
+    assert of_routes({"router": (90, 10)}) == ()
+    assert of_routes({"router": (100,)}) == ()
+    (line,) = of_routes({"a": (100, 1), "b": (50, 50), "c": (0, 0, 100)})
+    assert "in use in a, c (1.00 effective routes)" in line
+
+
+def ratio(batch: int, value: float, high: float, engine: str = "onnxruntime") -> LatencyRatio:
+    return LatencyRatio(
+        a="dense",
+        a_engine="onnxruntime",
+        b="moe",
+        batch=batch,
+        engine=engine,
+        ratio=value,
+        ci_low=value,
+        ci_high=high,
+    )
+
+
+def test_a_dense_network_that_is_faster_at_every_size_is_said() -> None:
+    slower = ratio(1, 2.0, 2.1, engine="openvino")
+    (line,) = of_latency([ratio(1, 0.5, 0.6), ratio(64, 0.7, 0.8), slower])
+    assert "faster than onnxruntime fp32" in line
+    assert "0.50 at 1, 0.70 at 64" in line
+    assert of_latency([ratio(1, 0.5, 0.6), ratio(64, 0.99, 1.01)]) == ()
+    assert of_latency([]) == ()
+
+
+def test_a_narrow_network_under_a_full_router_is_said_before_it_trains() -> None:
+    whole = recipe("digits-advmoe")
+    assert costly(whole) == ()
+    assert costly(recipe("digits-dense")) == ()
+    before = torch.get_rng_state()
+    (line,) = costly(apply_overrides(whole, ["model.width=16"]))
+    assert line.startswith(COSTLY)
+    assert "lower model.router_width" in line
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_says_it_before_and_after(tmp_path: Path, capsys: Capture) -> None:
+    small = ["epochs=1", "model.width=4", "train_images=64", "test_images=64"]
+    settings = [text for each in small for text in ("--set", each)]
+    command = ["train", "digits-advmoe", *settings, "--out", str(tmp_path / "run")]
+    assert run([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert f"warning: {COSTLY}" in printed.err
+    report = json.loads(printed.out)
+    assert report["warnings"][0].startswith(COSTLY)
+    assert any(UNUSED in line for line in report["warnings"]) == (report["effective_routes"] < 1.1)
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose router, dearer than its pathway, sends every image to expert 0."""
+    folder = write_run(tmp_path_factory.mktemp("collapsed") / "run", TINY)
+    checkpoint, model = load_checkpoint(folder / "model")
+    with torch.no_grad():
+        model.router.fc.weight.mul_(1e-3)
+        model.router.fc.bias.copy_(torch.tensor([1.0, -1.0]))
+    save_checkpoint(folder / "model", checkpoint, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(collapsed: Path) -> Bundle:
+    from advmoe_deploy.export.from_run import export_run
+
+    return export_run(collapsed, collapsed.parent / "bundle")
+
+
+def test_an_export_says_both(bundle: Bundle, tiny_bundle: Bundle, capsys: Capture) -> None:
+    first, second = bundle.warnings
+    assert first.startswith(COSTLY)
+    assert second.startswith(UNUSED)
+    assert "## Warnings" in bundle.file(CARD).read_text()
+    assert run(["inspect", str(bundle.path)]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count("warning: ") == 2
+    assert not any(UNUSED in line for line in tiny_bundle.warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["eval", "--images", "40"], UNUSED),
+        (["verify", "--images", "40", "--allow-fragile"], UNUSED),
+        (["profile", "--batch", "1", "--against", "dense"], COSTLY),
+    ],
+)
+def test_measurements_say_it(
+    options: list[str], said: str, bundle: Bundle, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = (AttackSpec(name="pgd", steps=2),)
+    monkeypatch.setattr(verify_module, "attack_suite", lambda *_: cut)
+    command, *rest = options
+    assert run([command, str(bundle.path), *rest, "--json"]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert any(line.startswith(said) for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("clean", "pgd", "ms", "said"),
+    [(0.9, 0.5, 1.0, 1), (0.8, 0.5, 1.0, 0), (0.9, 0.4, 1.0, 0), (0.9, 0.5, 3.0, 0)],
+)
+def test_the_demo_says_where_dense_is_better_in_every_column(
+    clean: float, pgd: float, ms: float, said: int
+) -> None:
+    def trained(clean: float, pgd: float) -> object:
+        return SimpleNamespace(clean_accuracy=clean, pgd_accuracy=pgd)
+
+    rows = [
+        SimpleNamespace(model="moe", batch=1, p50_ms=2.0),
+        SimpleNamespace(model="dense", batch=1, p50_ms=ms),
+    ]
+    result = DemoResult.model_construct(
+        train={MOE: trained(0.9, 0.5), DENSE: trained(clean, pgd)},
+        profile=SimpleNamespace(rows=rows, warnings=()),
+    )
+    assert len(result.warnings()) == said
