@@ -24,7 +24,7 @@ from advmoe_deploy.cli.verdicts.evaluation import evaluation_verdict
 from advmoe_deploy.cli.verdicts.latency import latency_verdict, macs_verdict, tone_of
 from advmoe_deploy.cli.verdicts.robust import export_verdict, model_only, robust_verdict
 from advmoe_deploy.profiling.profile import profile_bundle
-from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs, Pair
+from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify import verify as verify_module
@@ -253,9 +253,17 @@ def test_robustness_is_told_as_it_is(pages: Pages) -> None:
     assert failed.text.startswith("Robust accuracy was lost: ")
     clean = export_verdict(report.model_copy(update={"verdict": "failed"}))
     assert clean.text.startswith("Accuracy was lost: ")
-    fragile = {"robust_accuracy": Pair(reference=0.0, engine=0.0)}
-    none = export_verdict(report.model_copy(update=fragile))
-    assert [said.tone for said in (undecided, failed, clean, none)] == ["unsure", *["worse"] * 3]
+    assert report.reference
+    fragile, unknown = (
+        report.reference.model_copy(update={"verdict": verdict})
+        for verdict in ("failed", "undecided")
+    )
+    none = export_verdict(report.model_copy(update={"reference": fragile}))
+    assert none.text.startswith("The reference is not robust, so there is nothing to preserve")
+    unsure = export_verdict(report.model_copy(update={"reference": unknown}))
+    assert unsure.text.startswith("Undecided: these images cannot tell whether the reference")
+    tones = [said.tone for said in (undecided, unsure, failed, clean, none)]
+    assert tones == ["unsure", "unsure", "worse", "worse", "worse"]
     _, everything, *_ = robust_verdict(measured)
     assert f"of 20 test images withstand all {len(report.attacks)} attacks" in everything.text
     alone = model_only(report)
