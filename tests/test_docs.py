@@ -64,7 +64,7 @@ def run_block(language: str, code: str, folder: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # a hang, on the busiest machine
         check=False,
     )
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
