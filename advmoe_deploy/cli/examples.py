@@ -26,7 +26,8 @@ EXAMPLES = {
         "advmoe import last.ckpt --from advmoe --key ema_model",
     ),
     "export": (
-        "advmoe export runs/digits-advmoe --format onnx",
+        "advmoe export runs/digits-advmoe",
+        "advmoe export runs/photos-advmoe --precision int8",
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",
         "advmoe export runs/digits-advmoe --format trt --precision fp16 --onnx-only",
         "advmoe export bundle --format trt --out bundle-for-this-gpu",

@@ -11,6 +11,17 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 SIDE = 32
+# Formats and modes of photographs in turn; of every fourth the format can hold EXIF.
+FORMS = (
+    ("jpg", "RGB"),
+    ("png", "RGB"),
+    ("webp", "RGB"),
+    ("jpg", "CMYK"),
+    ("bmp", "RGB"),
+    ("png", "L"),
+    ("png", "P"),
+    ("png", "RGBA"),
+)
 
 
 def pixels(number: int) -> np.ndarray:
@@ -53,8 +64,9 @@ def write_folders(root: Path, names: Sequence[str] = ("a", "b"), *, first: int =
 def write_photos(root: Path, count: int = 12) -> Path:
     """Write ``count`` photographs of each of three classes: ``CLASS/*``, as people have them.
 
-    Of scikit-learn's real images: pieces of a temple and of a flower, and handwritten digits, in
-    three formats, of many sizes, every fourth stored upside down with a note to turn it.
+    Of scikit-learn's real images: pieces of a temple and of a flower, and handwritten digits, of
+    many sizes, in the formats and modes of :data:`FORMS`, every fourth stored upside down with a
+    note to turn it.
     """
     kinds = {"temple": _pieces(0, count), "flower": _pieces(1, count), "digit": _digits(count)}
     upside_down = Image.Exif()
@@ -62,8 +74,10 @@ def write_photos(root: Path, count: int = 12) -> Path:
     for name, images in kinds.items():
         (root / name).mkdir(parents=True)
         for index, image in enumerate(images):
-            file = root / name / f"{index:03}.{('jpg', 'png', 'webp')[index % 3]}"
+            suffix, mode = FORMS[index % len(FORMS)]
+            file = root / name / f"{index:03}.{suffix}"
             turned = index % 4 == 3
+            image = image.convert(mode)
             stored = image.transpose(Image.Transpose.ROTATE_180) if turned else image
             stored.save(file, exif=upside_down if turned else Image.Exif())
     return root

@@ -118,7 +118,9 @@ def test_what_withstands_nothing_ends_with_1_unless_that_is_allowed(
         assert said in line
     for page in (*tmp_path.glob("r/report.html"), *tmp_path.glob("r.md")):
         assert "there is nothing to preserve" in page.read_text()
-    assert run([*asked, "--allow-fragile", *(["--overwrite"] * (command == "report"))]) == 0
+    if command == "report":  # what comes of the flag there, verify does
+        return
+    assert run([*asked, "--allow-fragile"]) == 0
     assert "there is nothing to preserve" in " ".join(capsys.readouterr().out.split())
 
 

@@ -38,7 +38,7 @@ def export(
     ],
     to: Annotated[
         str, typer.Option("--format", help="onnx, openvino, trt, trt-rtx, triton, web or kserve.")
-    ],
+    ] = "onnx",
     precision: Annotated[
         list[str] | None,
         typer.Option(
