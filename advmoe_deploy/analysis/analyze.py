@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy import __version__
+from advmoe_deploy.analysis.budget import passes_by_section, plan_within, seconds_per_pass
 from advmoe_deploy.analysis.certificate import Certificate, certificate
 from advmoe_deploy.analysis.lipschitz import (
     BoundaryJumps,
@@ -71,7 +72,9 @@ class AnalysisReport(Frozen):
 class Settings:
     """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has.
 
-    ``class_map`` is the model's name of classes that ``data`` calls otherwise.
+    ``class_map`` is the model's name of classes that ``data`` calls otherwise. ``budget`` are the
+    seconds that all of it may take: fewer images are looked at, or sections left out, and the notes
+    of the report say so.
     """
 
     sections: tuple[Section, ...] = SECTIONS
@@ -83,6 +86,7 @@ class Settings:
     seed: int = 0
     smoothing: Smoothing = field(default_factory=Smoothing)
     journal: Path | None = None
+    budget: float | None = None
 
 
 def sections_for(model: Classifier, wanted: tuple[Section, ...] | None) -> tuple[Section, ...]:
@@ -139,6 +143,7 @@ def analyze(
     )
     found = _Found()
     try:
+        work.fit_budget(started)
         work.run(found)
     except BaseException:
         if measured is not None and found != _Found():
@@ -176,7 +181,7 @@ def _report(
         class_names=stored.class_names,
         accuracy=share_of(predict(stored.model, work.images) == work.labels),
         **vars(found),
-        notes=() if stored.model.rules else (_DENSE_NOTE,),
+        notes=((() if stored.model.rules else (_DENSE_NOTE,)) + work.notes),
         versions={
             "advmoe": __version__,
             "torch": torch.__version__,
@@ -210,16 +215,41 @@ class _Work:
         self.settings = settings
         self.progress = progress
         self.attack = AttackSpec(name="pgd", steps=settings.steps, seed=settings.seed)
+        self.sections: tuple[str, ...] = settings.sections
+        self.notes: tuple[str, ...] = ()
+
+    def fit_budget(self, started: float) -> None:
+        """Keep as many images and sections as fit into what is left of the budget, if there is one.
+
+        ``started`` is when it began to run, of ``time.perf_counter``.
+        """
+        if (budget := self.settings.budget) is None:
+            return
+        per_pass = seconds_per_pass(self.model, self.images, self.labels, self.threat)
+        watched = [target for target in _WATCHED for _ in _RADII]
+        passes = passes_by_section(
+            self.model, self.sections, watched, self.settings.steps, self.settings.smoothing
+        )
+        left = budget - (time.perf_counter() - started)
+        plan = plan_within(left, per_pass, passes, len(self.labels))
+        self.notes = plan.notes(len(self.labels), budget)
+        for note in self.notes:
+            self.progress.note(note)
+        self.sections = plan.sections
+        self.images, self.labels = self.images[: plan.images], self.labels[: plan.images]
 
     def run(self, found: _Found) -> None:
         """Fill ``found`` with what was asked for, each section as it ends."""
-        sections, constants = set(self.settings.sections), ()
+        sections = set(self.sections)
+        constants: tuple[Lipschitz, ...] = ()
         if {"lipschitz", "certificate"} & sections:
-            constants = self._task("lipschitz", self._constants)
+            constants = self._constants()
         if "lipschitz" in sections:
             found.lipschitz = constants
             if self.model.rules:
-                found.jumps = boundary_jumps(self.model, self.images, seed=self.settings.seed)
+                found.jumps = boundary_jumps(
+                    self.model, self.images, seed=self.settings.seed, progress=self.progress
+                )
         if "routes" in sections:
             found.routes = route_use(self.model, self.images, self.labels)
         if "changes" in sections:
@@ -227,7 +257,7 @@ class _Work:
         if "experts" in sections:
             found.experts = self._experts()
         if "certificate" in sections:
-            found.certificate = self._certificate(constants)
+            found.certificate = self._task("certificate", lambda: self._certificate(constants))
         if "smoothing" in sections:
             found.smoothing = self._smoothing()
 
@@ -270,7 +300,13 @@ class _Work:
             )
 
     def _constants(self) -> tuple[Lipschitz, ...]:
-        return lipschitz_constants(self.model, self.images, self.threat, seed=self.settings.seed)
+        return lipschitz_constants(
+            self.model,
+            self.images,
+            self.threat,
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
 
     def _certificate(self, constants: tuple[Lipschitz, ...]) -> Certificate:
         return certificate(self.model, self.images, self.labels, self.threat, constants)

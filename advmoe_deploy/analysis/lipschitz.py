@@ -33,10 +33,12 @@ from advmoe_deploy.models.routing.routing import (
     Surrogate,
     forced_route,
 )
+from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.specs import Frozen, ThreatModel
 
 Tag = Literal["formal", "diagnostic", "not applicable"]
 
+_TASK, _JUMPS = "lipschitz", "jumps at boundaries"
 _HALVINGS = 20
 _LOOSEST = 100.0  # times what was sampled; a bound of a deep network is millions of times that
 _CLIMBERS, _CLIMB = 32, 20  # images that climb to steeper places, and their steps
@@ -79,7 +81,13 @@ class BoundaryJumps(Frozen):
 
 
 def lipschitz_constants(
-    model: Classifier, images: Tensor, threat: ThreatModel, *, draws: int = 2, seed: int = 0
+    model: Classifier,
+    images: Tensor,
+    threat: ThreatModel,
+    *,
+    draws: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[Lipschitz, ...]:
     """Return the constants of every fixed expert and every router; of a dense model, its own.
 
@@ -93,12 +101,16 @@ def lipschitz_constants(
         bound, reason = margin_bound(model, None)
         sampled = _steepest(model, x, threat.epsilon)
         return (Lipschitz(part="the network", sampled=sampled, bound=bound, reason=reason),)
-    rows = []
-    for expert in model.experts_in_use:
-        bound, reason = margin_bound(model, model.forced(expert))
-        sampled = _steepest(FixedExpert(model, expert), x, threat.epsilon)
-        rows.append(Lipschitz(part=f"expert {expert}", sampled=sampled, bound=bound, reason=reason))
-    return (*rows, *_routers(model, x, threat.epsilon))
+    experts, rows = model.experts_in_use, []
+    progress = progress or Silent()
+    with task(progress, _TASK, 2 * len(experts) + len(model.rules)):
+        for expert in experts:
+            bound, reason = margin_bound(model, model.forced(expert))
+            sampled = _steepest(FixedExpert(model, expert), x, threat.epsilon)
+            part = f"expert {expert}"
+            rows.append(Lipschitz(part=part, sampled=sampled, bound=bound, reason=reason))
+            progress.advance(_TASK)
+        return (*rows, *_routers(model, x, threat.epsilon, progress))
 
 
 def margin_bound(model: Classifier, routes: Routes | None) -> tuple[float | None, str | None]:
@@ -133,7 +145,12 @@ class ForcedScores:
 
 
 def boundary_jumps(
-    model: Classifier, images: Tensor, *, pairs: int = 100, seed: int = 0
+    model: Classifier,
+    images: Tensor,
+    *,
+    pairs: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> BoundaryJumps | None:
     """Return how far the logits jump at up to ``pairs`` boundaries, ``None`` if there are none.
 
@@ -147,7 +164,7 @@ def boundary_jumps(
     ends = [images[order_N][different_N][:pairs], images[order_N.roll(1)][different_N][:pairs]]
     if not len(ends[0]):
         return None
-    near, far = _bisected(model, *ends)
+    near, far = _bisected(model, ends[0], ends[1], progress or Silent())
     before, after = answers(model, near)[0], answers(model, far)[0]
     jump_N = (before - after).abs().amax(dim=1)
     return BoundaryJumps(
@@ -159,16 +176,20 @@ def boundary_jumps(
     )
 
 
-def _bisected(model: Classifier, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def _bisected(
+    model: Classifier, start: Tensor, end: Tensor, progress: Progress
+) -> tuple[Tensor, Tensor]:
     """Return two nearby points per pair: one routed as ``start`` is, one routed otherwise."""
     low_N = torch.zeros(len(start), dtype=start.dtype, device=start.device)
     high_N = torch.ones_like(low_N)
     home_NR = _route_ids(model, start)
-    for _ in range(_HALVINGS):
-        middle_N = (low_N + high_N) / 2
-        at_home_N = (_route_ids(model, _between(start, end, middle_N)) == home_NR).all(dim=1)
-        low_N = torch.where(at_home_N, middle_N, low_N)
-        high_N = torch.where(at_home_N, high_N, middle_N)
+    with task(progress, _JUMPS, _HALVINGS):
+        for _ in range(_HALVINGS):
+            middle_N = (low_N + high_N) / 2
+            at_home_N = (_route_ids(model, _between(start, end, middle_N)) == home_NR).all(dim=1)
+            low_N = torch.where(at_home_N, middle_N, low_N)
+            high_N = torch.where(at_home_N, high_N, middle_N)
+            progress.advance(_JUMPS)
     return _between(start, end, low_N), _between(start, end, high_N)
 
 
@@ -183,8 +204,11 @@ def _route_ids(model: Classifier, images: Tensor) -> Tensor:
     return torch.cat([fold_rows(ids, len(images)).flatten(1) for ids in sets], dim=1)
 
 
-def _routers(model: Classifier, x: Tensor, step: float) -> list[Lipschitz]:
-    bounds = [_router_bounds(model, expert) for expert in model.experts_in_use]
+def _routers(model: Classifier, x: Tensor, step: float, progress: Progress) -> list[Lipschitz]:
+    bounds = []
+    for expert in model.experts_in_use:
+        bounds.append(_router_bounds(model, expert))
+        progress.advance(_TASK)
     rows = []
     for rule in model.rules:
         worst = [b.get(rule.layer) for b in bounds]
@@ -198,6 +222,7 @@ def _routers(model: Classifier, x: Tensor, step: float) -> list[Lipschitz]:
                 reason=None if complete else "what the gate looks at has no global bound",
             )
         )
+        progress.advance(_TASK)
     return rows
 
 

@@ -121,7 +121,7 @@ def expert_report(
 
 def steps_of_report(model: Classifier) -> int:
     """Return how often :func:`expert_report` advances its listener."""
-    return len(model.experts_in_use) + len(_TARGETS)
+    return len(model.experts_in_use) + len(TARGETS)
 
 
 def second_experts(model: Classifier, images: Tensor, labels: Tensor) -> tuple[SecondExpert, ...]:
@@ -188,7 +188,7 @@ def attacked_alone(
     )
 
 
-_TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")
+TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")
 
 
 def _targets(
@@ -202,7 +202,7 @@ def _targets(
     """Return one row per target, and which images stayed right."""
     rows = []
     _, clean = answers(model, images)
-    for target in _TARGETS:
+    for target in TARGETS:
         aimed = attack.model_copy(update={"target": target})
         with attack_task(progress, model, aimed, len(labels)):
             found = attack_model(model, images, labels, threat, aimed, first_only=True)

@@ -101,7 +101,8 @@ def verify(
             chance, for a trial of the tools.
         examples: a file ``.npz`` to keep the adversarial image that each image fell to in.
         resume: a file ``.npz`` that keeps the state after each attack; if it is there, it goes on.
-        budget: seconds of attacks; what the suite leaves of them goes into restarts.
+        budget: seconds of attacks: what the suite leaves of them goes into restarts; where they are
+            over before it, the rest of it is left out, which is a warning. 0: the suite.
         progress: receives progress reports.
 
     Raises:

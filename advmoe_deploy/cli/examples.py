@@ -69,6 +69,7 @@ EXAMPLES = {
     ),
     "analyze": (
         "advmoe analyze runs/digits-advmoe",
+        "advmoe analyze bundle --budget 2m",
         "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",
         "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
     ),

@@ -1,5 +1,6 @@
 """Options that several commands share, and the parsing of their values."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -159,6 +160,14 @@ def positive_numbers(text: str, option: str) -> tuple[int, ...]:
     if not parts or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
         raise UsageError(f"{option} '{text}' is no list of positive numbers; write 1,8,64")
     return tuple(int(part) for part in parts)
+
+
+def seconds_of(budget: str) -> float:
+    """Return the seconds that ``90s``, ``10m`` or ``1h`` are."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not found:
+        raise UsageError(f"--budget {budget!r} is no time; use 90s, 10m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def names(text: str) -> tuple[str, ...]:

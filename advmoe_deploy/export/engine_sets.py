@@ -88,6 +88,7 @@ class _Writer:
                 subject.labelled,
                 subject.threat,
                 symmetric=backend.symmetric,
+                progress=subject.progress,
             )
 
     def write(self, staged: Path) -> EngineSet:

@@ -295,7 +295,13 @@ def _write_engines(
         if labelled is None:
             progress.note("no labelled images: accuracy is not measured, predictions are compared")
     subject = subject_of(
-        model, parts, examples, data=data, labelled=labelled, threat=checkpoint.threat
+        model,
+        parts,
+        examples,
+        data=data,
+        labelled=labelled,
+        threat=checkpoint.threat,
+        progress=progress,
     )
     engines = []
     for target in targets:

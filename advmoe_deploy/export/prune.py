@@ -65,7 +65,9 @@ def without_unused(
     if labelled is not None and threat is not None and _unused(model, answers):
         split = labelled.holdout.first(GATE_IMAGES)
         images_NCHW = to_float(split.images)
-        attacked = attacked_images(model, images_NCHW, split.labels, threat, attacks=(attack,))
+        attacked = attacked_images(
+            model, images_NCHW, split.labels, threat, attacks=(attack,), progress=progress
+        )
     if attacked is not None:
         found.append(attacked)
         answers.append(reference_answers(model, attacked))

@@ -1,6 +1,6 @@
 """Subject of an export: the model, its parts and everything that its engines are measured on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.export.partition.cut import Partition
@@ -10,6 +10,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.golden import golden_rows
 from advmoe_deploy.parity.reference import Reference
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import ThreatModel
 
 # Images that each expert is forced on.
@@ -20,7 +21,8 @@ _FEW = 16
 class Subject:
     """The torch model, its plan in fp32, and what it is examined on.
 
-    ``labelled`` has the images that int8 is calibrated on, ``threat`` how they are attacked.
+    ``labelled`` has the images that int8 is calibrated on, ``threat`` how they are attacked;
+    ``progress`` hears of the attacks.
     """
 
     reference: Reference
@@ -29,6 +31,7 @@ class Subject:
     few: Images
     labelled: Dataset | None
     threat: ThreatModel | None
+    progress: Progress = field(default_factory=Silent)
 
 
 def subject_of(
@@ -39,6 +42,7 @@ def subject_of(
     data: str,
     labelled: Dataset | None,
     threat: ThreatModel | None,
+    progress: Progress | None = None,
 ) -> Subject:
     """Return what is exported; ``parity`` is of images from ``data``.
 
@@ -49,5 +53,5 @@ def subject_of(
     uncertain = reference.uncertainty(few)
     gate = AccuracyGate(parity, data, uncertain.rounding, uncertain.margin)
     if labelled is not None:
-        gate = with_accuracy(gate, model, labelled, threat)
-    return Subject(reference, parts, gate, few, labelled, threat)
+        gate = with_accuracy(gate, model, labelled, threat, progress)
+    return Subject(reference, parts, gate, few, labelled, threat, progress or Silent())

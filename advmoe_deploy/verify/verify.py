@@ -10,7 +10,7 @@ attack changed its answer.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
@@ -34,6 +34,8 @@ from advmoe_deploy.verify.report import AttackOutcome, FoundOn, RobustReport
 from advmoe_deploy.verify.suites import Suite, attack_suite, restarts
 from advmoe_deploy.verify.trial import Trial, searches_of
 from advmoe_deploy.verify.verdict import chance_of, judge
+
+Search = tuple[AttackSpec, FoundOn]
 
 
 def verify_bundle(
@@ -72,7 +74,8 @@ def verify_bundle(
         measured: filled with the outcome of each attack as it ends, where a list is given.
         examples: a file to keep what each image fell to in, see ``verify.examples.stored``.
         resume: a file that keeps the state after each attack; if it is there, that goes on.
-        budget: seconds of attacks; what the suite leaves of them goes into restarts.
+        budget: seconds of attacks: what the suite leaves of them goes into restarts; where they are
+            over before it, the rest of it is left out, which is a warning. 0: the suite.
         progress: who listens.
 
     Raises:
@@ -109,12 +112,15 @@ def verify_bundle(
         done = go_on(resume, key, trial) if resume is not None else 0
         measured.extend(trial.outcomes)
         with task(progress, "verify", len(searches), min(done, len(searches))):
-            extra = _restarts(trial, bundle.manifest.model, budget, same=same)
-            for attack, found_on in islice(chain(searches, extra), done, None):
+            attacked = _within(budget, trial, searches, bundle.manifest.model, same=same)
+            for attack, found_on in islice(attacked, done, None):
                 measured.append(trial.run(attack, found_on))
                 if resume is not None:
                     keep(resume, key, trial)
                 progress.advance("verify", robust_accuracy=measured[-1].robust_accuracy.engine)
+        cut_short = _cut_short(budget, trial, searches)
+        for line in cut_short:
+            progress.note(line)
         masking = masking_signs(model, x_NCHW, labels_N, threat, trial.outcomes, progress)
     judgement = judge(
         trial,
@@ -145,7 +151,7 @@ def verify_bundle(
         transferred_accuracy=trial.transferred_accuracy,
         route_agreement=consistency.parity.route_agreement,
         consistency=consistency,
-        warnings=(*judgement.warnings, *of_routes(loads), *warnings_of(masking)),
+        warnings=(*cut_short, *judgement.warnings, *of_routes(loads), *warnings_of(masking)),
         masking=masking,
         attacks=tuple(trial.outcomes),
         seconds=time.perf_counter() - started,
@@ -155,15 +161,34 @@ def verify_bundle(
     return report
 
 
-def _restarts(
-    trial: Trial, spec: ModelSpec, budget: float, *, same: bool
-) -> Iterator[tuple[AttackSpec, FoundOn]]:
-    """Yield searches from other starts until ``budget`` seconds of attacks are over."""
-    for seed in count(1):
-        for search in searches_of(restarts(spec, seed), differs_from_reference=not same):
-            if sum(outcome.seconds for outcome in trial.outcomes) >= budget:
-                return
-            yield search
+def _within(
+    budget: float, trial: Trial, searches: Sequence[Search], spec: ModelSpec, *, same: bool
+) -> Iterator[Search]:
+    """Yield ``searches``, then others from other starts, until ``budget`` seconds are over.
+
+    Those are seconds of attacks; the first comes whatever it takes. Without a budget, 0, these are
+    ``searches`` and no others.
+    """
+    others = (
+        search
+        for seed in count(1)
+        for search in searches_of(restarts(spec, seed), differs_from_reference=not same)
+    )
+    for number, search in enumerate(chain(searches, others)):
+        is_over = sum(outcome.seconds for outcome in trial.outcomes) >= budget
+        if number and is_over and (budget or number >= len(searches)):
+            return
+        yield search
+
+
+def _cut_short(budget: float, trial: Trial, searches: Sequence[Search]) -> list[str]:
+    """Return what is to be said where the budget was over before the suite was."""
+    if (left := len(searches) - len(trial.outcomes)) <= 0:
+        return []
+    return [
+        f"the budget of {budget:g} s was over before the suite: {left} of {len(searches)} attacks "
+        "were left out, so robust accuracy may be overstated; raise --budget"
+    ]
 
 
 @contextmanager

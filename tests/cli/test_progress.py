@@ -64,6 +64,11 @@ def test_the_time_left_counts_what_a_part_has_done_of_its_step() -> None:
     tasks.advance("pgd", 4, {})
     # Half of the third step: 1.5 steps took 30 s, 1.5 are left.
     assert tasks.seconds_left(verify) == pytest.approx(30, abs=1)
+    # At the last step, the part alone tells: a quarter took 20 s.
+    tasks.advance("verify", 2, {})
+    tasks.running[-1].since -= 20
+    tasks.running[-1].done = 2
+    assert tasks.seconds_left(verify) == pytest.approx(60, abs=1)
     assert tasks.is_part("pgd")
     assert not tasks.is_part("other: train")
     tasks.advance("pgd", 9, {})

@@ -98,6 +98,23 @@ def test_a_budget_is_spent_on_restarts(
     assert len(verify_bundle(trained_bundle, images=10, threads=1).attacks) == 1
 
 
+def test_what_a_budget_leaves_out_is_said_and_a_larger_one_goes_on(
+    trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = tuple(AttackSpec(name="pgd", steps=steps) for steps in (1, 2, 3))
+    monkeypatch.setattr(module, "attack_suite", lambda *_: suite)
+    state = tmp_path / "state.npz"
+    how = {"images": 10, "threads": 1, "resume": state}
+    report = verify_bundle(trained_bundle, budget=1e-9, **how)  # type: ignore[arg-type]
+    assert [outcome.attack.steps for outcome in report.attacks] == [1]
+    assert report.warnings[0].startswith(
+        "the budget of 1e-09 s was over before the suite: 2 of 3 attacks were left out"
+    )
+    whole = verify_bundle(trained_bundle, **how)  # type: ignore[arg-type]
+    assert [outcome.attack.steps for outcome in whole.attacks] == [1, 2, 3]
+    assert not [line for line in whole.warnings if "budget" in line]
+
+
 def test_a_budget_that_is_no_time_is_refused(
     tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from advmoe_deploy.cli.options import (
     Overwrite,
     Threads,
     names,
+    seconds_of,
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
@@ -65,6 +66,14 @@ def analyze(
     ] = 0.25,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each PGD.")] = 20,
     epsilon: Epsilon = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Time for all of it, such as 2m: fewer images, or sections, and it says so.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of attacks and noise.")] = 0,
     out: Annotated[
         Path | None,
@@ -79,6 +88,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
+    seconds = None if budget is None else seconds_of(budget)
     use_torch_threads(threads)
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.analysis.analyze import Settings, sections_for
@@ -110,6 +120,7 @@ def analyze(
             seed=seed,
             smoothing=certified,
             journal=journal,
+            budget=seconds,
         )
         measured: list[AnalysisReport] = []
         if "smoothing" in sections:

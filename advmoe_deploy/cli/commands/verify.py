@@ -1,6 +1,5 @@
 """The command ``verify``."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from advmoe_deploy.cli.options import (
     SignedBy,
     Suite,
     Threads,
+    seconds_of,
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
@@ -63,7 +63,8 @@ def verify(
         typer.Option(
             "--budget",
             metavar="TIME",
-            help="Time for attacks, such as 10m; what is left goes into restarts.",
+            help="Time for attacks, such as 10m: what is left goes into restarts; of a suite that "
+            "takes longer the rest is left out, with a warning.",
         ),
     ] = "0s",
     allow_fragile: AllowFragile = False,
@@ -73,7 +74,7 @@ def verify(
     """Attack the model and its export alike; exit 1 if robustness was lost, 6 if undecided."""
     if save_examples is not None and save_examples.is_dir():
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
-    seconds = _seconds(budget)
+    seconds = seconds_of(budget)
     use_torch_threads(threads)
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle
@@ -108,14 +109,6 @@ def verify(
         ui.show(report.model_dump(mode="json"), lambda: tables.robust_report(report))
     if report.verdict != "passed":
         raise refusal(report)
-
-
-def _seconds(budget: str) -> float:
-    """Return the seconds that ``90s``, ``10m`` or ``1h`` are."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
-    if not found:
-        raise UsageError(f"--budget {budget!r} is no time; use 90s, 10m or 1h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _of_reference(reference: "ReferenceReport") -> AdvMoEError:

@@ -83,17 +83,26 @@ class Tasks:
         )
 
     def seconds_left(self, task: Running) -> float | None:
-        """Return how long the rest of ``task`` takes at its pace so far, if there is a pace."""
-        at = self._reached(task)
+        """Return how long the rest of ``task`` takes at its pace so far, if there is a pace.
+
+        It is never less than its part takes: the last step may be a long one.
+        """
+        at, part = self._reached(task), self._part_of(task)
         gone = at - task.first
-        return task.elapsed * (task.total - at) / gone if gone > 0 else None
+        known = [] if part is None else [self.seconds_left(part)]
+        known += [task.elapsed * (task.total - at) / gone] if gone > 0 else []
+        return max((seconds for seconds in known if seconds is not None), default=None)
 
     def _reached(self, task: Running) -> float:
         """Return the steps done, with the share of the one that a part of ``task`` is at."""
-        parts = [other for other in self.running if other.lane == task.lane]
-        inner = parts[parts.index(task) + 1 :] if task in parts else []
-        share = self._reached(inner[0]) / inner[0].total if inner and inner[0].total else 0.0
+        part = self._part_of(task)
+        share = self._reached(part) / part.total if part is not None and part.total else 0.0
         return min(task.done + share, task.total)
+
+    def _part_of(self, task: Running) -> Running | None:
+        lane = [other for other in self.running if other.lane == task.lane]
+        behind = lane[lane.index(task) + 1 :] if task in lane else []
+        return behind[0] if behind else None
 
     def _of(self, name: str) -> Running | None:
         return next((task for task in reversed(self.running) if task.name == name), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.attacks.black_box import TorchFace
+from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.objectives import PULLS, Answer
@@ -27,6 +28,7 @@ from advmoe_deploy.export.precision.gate import (
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.reference import reference_answers
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 # As many hold-out images are examined, if there are as many: an attack takes most of the time.
@@ -37,7 +39,11 @@ _MOST_SEARCHES = 4 * GATE_IMAGES
 
 
 def with_accuracy(
-    gate: AccuracyGate, model: Classifier, labelled: Dataset, threat: ThreatModel | None
+    gate: AccuracyGate,
+    model: Classifier,
+    labelled: Dataset,
+    threat: ThreatModel | None,
+    progress: Progress | None = None,
 ) -> AccuracyGate:
     """Return ``gate`` with hold-out images of ``labelled``, clean and attacked as in ``threat``."""
     split = labelled.holdout.first(GATE_IMAGES)
@@ -53,7 +59,7 @@ def with_accuracy(
 
     def attack(logits: Logits | None) -> Images:
         answer = None if logits is None else TorchFace(logits)
-        return attacked_images(model, clean, split.labels, threat, answer, attacks, few)
+        return attacked_images(model, clean, split.labels, threat, answer, attacks, few, progress)
 
     attacked = _examples(model, attack(None))
     return replace(gate, attacked=attacked, attack=attack, attacks=attacks, pathway_images=few)
@@ -73,6 +79,7 @@ def attacked_images(
     answer: Answer | None = None,
     attacks: Sequence[AttackSpec] = (ATTACK,),
     few: int | None = None,
+    progress: Progress | None = None,
 ) -> Images:
     """Return the worst that ``attacks`` make of ``images`` on the torch model, or on who answers.
 
@@ -83,13 +90,16 @@ def attacked_images(
     """
     x_NCHW, y_N = torch.from_numpy(images), torch.from_numpy(labels_N)
     first, *others = attacks
-    found_NCHW = find_adversarial(model, x_NCHW, y_N, threat, first, answer=answer)
+    progress = progress or Silent()
+    with attack_task(progress, model, first, len(images)):
+        found_NCHW = find_adversarial(model, x_NCHW, y_N, threat, first, answer=answer)
     for attack in others:
         left_N = (~_wrong(model, found_NCHW[:few], y_N[:few], answer)).nonzero()[:, 0]
         labels_A = y_N[left_N]
-        found_ACHW = find_adversarial(
-            model, x_NCHW[left_N], labels_A, threat, attack, answer=answer
-        )
+        with attack_task(progress, model, attack, len(left_N)):
+            found_ACHW = find_adversarial(
+                model, x_NCHW[left_N], labels_A, threat, attack, answer=answer
+            )
         turned_A = _wrong(model, found_ACHW, labels_A, answer)
         found_NCHW[left_N[turned_A]] = found_ACHW[turned_A]
     return found_NCHW.numpy()

@@ -9,6 +9,7 @@ from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.attacked import attacked_images
 from advmoe_deploy.export.precision.gate import ATTACK
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports import Calibration
 from advmoe_deploy.specs import ThreatModel
 
@@ -22,6 +23,7 @@ def calibrated(
     threat: ThreatModel | None,
     *,
     symmetric: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, ModelProto], Calibration]:
     """Return the segments of ``parts`` that are worth it in int8, and what they were scaled on.
 
@@ -41,7 +43,9 @@ def calibrated(
         )
     split = labelled.train.first(CALIBRATION_IMAGES)
     images = to_float(split.images)
-    attacked = attacked_images(model, images, split.labels, threat) if threat else None
+    attacked = None
+    if threat:
+        attacked = attacked_images(model, images, split.labels, threat, progress=progress)
     both = images if attacked is None else np.concatenate([images, attacked])
     shape = model.spec.image_shape
     graphs, unvisited = quantised_segments(
