@@ -54,10 +54,12 @@ def passes_by_section(
         return passes_of(model, AttackSpec(name="pgd", steps=steps, target=target), 1)
 
     experts = len(model.experts_in_use)
+    apgd = passes_of(model, AttackSpec(name="apgd", steps=steps), 1)
+    alone = (experts + 1) * (attack("model") + apgd + 3)  # each expert, and the routed model
     passes: dict[str, Callable[[], int]] = {
         "routes": lambda: 1,
         "changes": lambda: sum(attack(target) + 2 for target in watched),
-        "experts": lambda: sum(map(attack, TARGETS)) + experts * (attack("model") + 2),
+        "experts": lambda: sum(map(attack, TARGETS)) + alone,
         "lipschitz": lambda: (_LIPSCHITZ_PASSES + _JUMP_PASSES) * max(1, experts),
         "certificate": lambda: 2 * max(1, experts),
         "smoothing": lambda: smoothing.n0 + smoothing.n,
