@@ -7,7 +7,8 @@ bounds for one thing the smaller one holds.
 
 A convolution padded with zeros is a part of the circular one on ``size + kernel - 1`` pixels, whose
 singular values are those of one small matrix per frequency (Sedghi et al., ICLR 2019), so the
-largest of these is an upper bound and nothing is left to the convergence of a power iteration. A
+largest of these is an upper bound and nothing is left to the convergence of a power iteration. Of
+large images not every frequency is looked at, and the bound is raised by what lies between them. A
 strided one is the convolution without stride of the image's phases.
 
 Shapes: O outputs, I inputs, H and W pixels, F frequencies.
@@ -16,7 +17,6 @@ Shapes: O outputs, I inputs, H and W pixels, F frequencies.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ from torch.nn import functional as F
 # The largest slope of GELU, at x = sqrt(2), rounded up.
 GELU_SLOPE = 1.1290
 UNKNOWN = math.inf
+
+# Frequencies a pixel of the kernel, in each direction; and matrices that are decomposed at once.
+_FREQUENCIES, _AT_ONCE = 12, 64
+_NORMS: dict[object, float] = {}
 
 Pair = tuple[int, int]
 
@@ -56,35 +60,37 @@ def conv_norm(weight: Tensor, size: Pair, stride: Pair, groups: int = 1) -> floa
 
     ``weight`` is [O, I / groups, kernel rows, kernel columns], ``size`` the input's rows, columns.
     """
-    return max(_conv_norm(_Kernel(part), size, stride) for part in weight.chunk(groups))
+    return max(_known_norm(part, size, stride) for part in weight.chunk(groups))
 
 
-class _Kernel:
-    """A convolution's weights as a key: equal where all of them are."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.detach().contiguous()
-        data = self.weight.cpu().numpy().tobytes()
-        self.key = (self.weight.shape, hashlib.sha256(data).digest())
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kernel) and self.key == other.key
+def _known_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
+    data = weight.detach().cpu().contiguous().numpy().tobytes()
+    key = (weight.shape, size, stride, hashlib.sha256(data).digest())
+    if key not in _NORMS:  # the experts' common layers are met once an expert
+        _NORMS[key] = _conv_norm(weight.detach().double(), size, stride)
+    return _NORMS[key]
 
 
-@lru_cache(maxsize=128)  # the experts' common layers are met once an expert
-def _conv_norm(kernel: _Kernel, size: Pair, stride: Pair) -> float:
-    weight = _phases(kernel.weight.double(), stride)
+def _conv_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
+    weight = _phases(weight, stride)
     # A phase of so many pixels at most, and one more where padding shifts it.
     phase = [-(-n // s) + (s > 1) for n, s in zip(size, stride, strict=True)]
-    circle = [n + k - 1 for n, k in zip(phase, weight.shape[2:], strict=True)]
+    circle, missed = [], 1.0
+    for n, k in zip(phase, weight.shape[2:], strict=True):
+        whole, enough = n + k - 1, _FREQUENCIES * k
+        circle.append(min(whole, enough))
+        if whole > enough:
+            # A trigonometric polynomial of degree k // 2 rises so little between its samples
+            # (Ehlich & Zeller, 1964).
+            missed /= math.cos(math.pi * (k // 2) / enough)
     matrices_FOI = torch.fft.rfft2(weight, s=circle).flatten(2).permute(2, 0, 1)
     if matrices_FOI.shape[1] < matrices_FOI.shape[2]:
         matrices_FOI = matrices_FOI.mT
-    largest = torch.linalg.eigvalsh(matrices_FOI.mH @ matrices_FOI)[:, -1].max()
-    return math.sqrt(max(0.0, float(largest)))
+    largest = max(
+        float(torch.linalg.eigvalsh(part.mH @ part)[:, -1].max())
+        for part in matrices_FOI.split(_AT_ONCE)
+    )
+    return missed * math.sqrt(max(0.0, largest))
 
 
 def _phases(weight: Tensor, stride: Pair) -> Tensor:
@@ -127,6 +133,8 @@ def moved_by(name: str, value: Any, args: Any, kwargs: Mapping[str, Any]) -> flo
     """
     flat = [part for a in args for part in (a if isinstance(a, tuple | list) else [a])]
     tracked = [part for part in flat if hasattr(part, "moved")]
+    if not tracked or any(isinstance(a, Tensor | tuple | list) for a in _by_name(kwargs)):
+        return UNKNOWN  # rules look at positions
     if name in ("cat", "stack"):
         return math.hypot(*(part.moved for part in tracked))
     if name in _SUMS:
@@ -136,6 +144,11 @@ def moved_by(name: str, value: Any, args: Any, kwargs: Mapping[str, Any]) -> flo
         return UNKNOWN
     stretch: float = rule(tracked[0], value, args, kwargs)
     return float(tracked[0].moved) * stretch
+
+
+def _by_name(kwargs: Mapping[str, Any]) -> list[Any]:
+    sizes = ("dim", "kernel_size", "stride", "padding", "dilation", "output_size")
+    return [value for name, value in kwargs.items() if name not in sizes]
 
 
 def _growth(part: Tensor, value: Tensor) -> float:
@@ -157,6 +170,8 @@ def _max_pool(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) ->
     kernel = pair_of(kwargs.get("kernel_size", args[1] if len(args) > 1 else None))
     given = kwargs.get("stride", args[2] if len(args) > 2 else None)
     stride = pair_of(given) if given else kernel
+    if pair_of(kwargs.get("dilation", args[4] if len(args) > 4 else 1)) != (1, 1):
+        return UNKNOWN
     # In so many windows does a pixel lie at most.
     return math.sqrt(math.prod(-(-k // s) for k, s in zip(kernel, stride, strict=True)))
 
@@ -175,10 +190,15 @@ def _sum(x: Tensor, value: Tensor, args: Any, kwargs: Mapping[str, Any]) -> floa
 
 def _picked(x: Tensor, value: Any, args: Any, kwargs: Mapping[str, Any]) -> float:
     """Rows taken or put back by an index: one of them, for of several some may be the same."""
-    indices = [part for part in args if isinstance(part, Tensor) and not part.is_floating_point()]
-    inside = [part for a in args if isinstance(a, tuple | list) for part in a]
-    plain = all(isinstance(part, int | slice | None) or part is ... for part in inside)
-    return 1.0 if plain and all(index.numel() == 1 for index in indices) else UNKNOWN
+    several = [part for a in args[1:] for part in (a if isinstance(a, tuple) else [a])]
+    return UNKNOWN if kwargs or not all(map(_picks_once, several)) else 1.0
+
+
+def _picks_once(index: Any) -> bool:
+    """Return whether nothing is taken twice: by slices, by one index, or what is no index."""
+    if isinstance(index, Tensor):
+        return index.is_floating_point() or index.numel() == 1
+    return isinstance(index, int | slice | None) or index is ...
 
 
 Rule = Callable[..., float]
@@ -195,7 +215,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("__getitem__", "index_select", "index_add", "index_copy"), _picked),
     **dict.fromkeys(("mul", "__mul__", "__rmul__"), _factor),
     **dict.fromkeys(("max_pool2d", "_max_pool2d", "boolean_dispatch"), _max_pool),
-    "div": _division,
+    **dict.fromkeys(("div", "__truediv__"), _division),
     "expand": lambda x, value, *_: _growth(x, value),
     "adaptive_avg_pool2d": _global_average,
     "mean": _average,

@@ -17,6 +17,9 @@ from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.report import ReferenceReport
 from advmoe_deploy.verify.trial import Flags, Trial
 
+# What a reference may be better than chance by and still count as no better.
+_NEAR = 0.05
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -66,16 +69,21 @@ def judge(
 
 
 def judge_reference(standing_N: Flags, chance: float) -> ReferenceReport:
-    """Return whether a reference of whose images ``standing_N`` stand is better than ``chance``."""
+    """Return whether a reference of whose images ``standing_N`` stand is better than ``chance``.
+
+    That it is not takes evidence as well: an interval that ends near chance.
+    """
     images, stand = len(standing_N), int(standing_N.sum())
     share, interval = stand / images, wilson_interval(stand, images)
     verdict: Verdict = "passed" if interval[0] > chance else "undecided"
+    if share <= chance and interval[1] < chance + _NEAR:
+        verdict = "failed"
     return ReferenceReport(
         images=images,
         robust_accuracy=share,
         interval=interval,
         chance=chance,
-        verdict="failed" if share <= chance else verdict,
+        verdict=verdict,
     )
 
 

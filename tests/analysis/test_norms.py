@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
         ((4, 3, 7, 7), 2, 3, 1),
         ((6, 2, 3, 2), (1, 2), (1, 0), 3),
         ((5, 3, 3, 3), 1, 4, 1),
+        ((2, 1, 2, 1), 1, 0, 1),
     ],
 )
 def test_a_convolution_is_bounded_closely(
@@ -88,6 +90,30 @@ def test_rows_that_are_repeated_move_further() -> None:
     assert (x * torch.tensor([1.0, -3.0, 0.0, 0.0])).moved == pytest.approx(math.sqrt(10))
     assert (x / 4).moved == 0.5
     assert x.softmax(dim=1).moved == 1
+    y = with_slope(torch.ones(2, 4), torch.ones(2, 4))
+    for repeated in (
+        y[[0, 0, 0]],
+        y[np.asarray([0, 1, 1])],
+        y.index_select(0, torch.tensor([0] * 9)),
+    ):
+        assert repeated.moved == pytest.approx(float(repeated.slope.norm()))
+    assert y.index_select(dim=0, index=torch.tensor([0] * 9)).moved == pytest.approx(6)
+    assert torch.cat(tensors=[x, x]).moved == pytest.approx(math.sqrt(8))
+    zero = torch.zeros(1, 4)
+    added = zero.index_add(0, torch.tensor([0]), x, alpha=3)
+    assert added.moved == pytest.approx(6)
+    wide = with_slope(torch.zeros(1, 1, 9, 9), torch.ones(1, 1, 9, 9), moved=1.0)
+    pooled = F.max_pool2d(wide, 3, 2, dilation=2)
+    assert pooled.moved == pytest.approx(float(pooled.slope.norm()))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 3), (2, 3, 2, 3), (2, 2, 5, 5), (2, 3, 1, 1)])
+def test_of_large_images_few_frequencies_are_enough(shape: tuple[int, ...]) -> None:
+    kernel = random(*shape)
+    every = torch.fft.rfft2(kernel, s=(200, 200)).flatten(2).permute(2, 0, 1)
+    exact = float(torch.linalg.matrix_norm(every, ord=2).max())
+    bound = conv_norm(kernel, (199, 199), (1, 1))
+    assert exact * (1 - 1e-9) <= bound <= 1.02 * exact
 
 
 def test_steeper_places_are_climbed_to() -> None:

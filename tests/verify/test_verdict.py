@@ -65,7 +65,9 @@ def test_an_engine_that_looks_more_robust_is_a_warning() -> None:
     ("images", "standing", "chance", "verdict"),
     [
         (100, 0, 0.1, "failed"),
-        (100, 10, 0.1, "failed"),  # what guessing gets
+        (400, 40, 0.1, "failed"),  # what guessing gets
+        (100, 10, 0.1, "undecided"),  # its interval ends at 17.4 %
+        (5, 0, 0.1, "undecided"),  # a third may stand for all that these say
         (100, 15, 0.1, "undecided"),  # its interval begins at 9.3 %
         (100, 16, 0.1, "passed"),  # at 10.1 %
         (4, 4, 0.1, "passed"),
@@ -87,9 +89,24 @@ def test_a_reference_without_robustness_has_nothing_to_preserve(
     assert allowed.warnings == judged.warnings
 
 
+def test_a_loss_fails_whatever_is_known_of_the_reference(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, engine = np.arange(20) < 3, np.zeros(20, bool)
+    found = SimpleNamespace(clean=Sides(reference, engine), standing=Sides(reference, engine))
+    judged = judge(found, (), max_drop=0.5, same_function=True, chance=0.1)  # type: ignore[arg-type]
+    assert (judged.verdict, judged.reference.verdict) == ("failed", "undecided")
+    monkeypatch.setattr(verify_module, "judge", lambda *_, **__: judged)
+    monkeypatch.setattr(
+        verify_module, "attack_suite", lambda *_: (AttackSpec(name="pgd", steps=1),)
+    )
+    assert run(["verify", str(tiny_bundle.path), "--images", "20"]) == 1
+    assert "do not ship this bundle" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_chance_is_that_of_an_answer_which_no_attack_changes() -> None:
     assert chance_of(np.repeat(np.arange(10), 5), 10) == 0.1
-    assert chance_of(np.asarray([0, 0, 0, 1, 2]), 10) == 0.1  # five images say little
+    assert chance_of(np.asarray([0, 0, 1, 2, 3]), 10) == 0.1  # five images say little
     assert chance_of(np.repeat([0, 1], [90, 10]), 2) == 0.9
 
 

@@ -126,9 +126,10 @@ def refusal(report: "RobustReport") -> AdvMoEError:
         first = report.findings[0]
         more = f" (and {len(report.findings) - 1} more)" if len(report.findings) > 1 else ""
         return CheckFailedError(f"{first.kind}: {first.message}{more}")
-    if report.fragility:
-        assert report.reference is not None
-        return _of_reference(report.reference)
+    reference = report.reference
+    # Of two reasons the graver: a loss is one whatever is known of the reference.
+    if report.fragility and reference is not None and reference.verdict == report.verdict:
+        return _of_reference(reference)
     drops = (
         f"clean accuracy fell by {report.clean_drop.drop:.2f} points, robust accuracy by "
         f"{report.robust_drop.drop:.2f}; the limit is {report.max_drop:g}"
