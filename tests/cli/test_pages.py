@@ -313,13 +313,14 @@ def test_a_loss_is_told_by_the_rule_that_found_it(
     unknown = report.reference.model_copy(update={"verdict": "undecided"})
     drop = Drop(images=200, only_reference=5, only_engine=5).report(0.5, counted=True)
     failed = report.model_copy(update={"verdict": "failed", lost: drop, "reference": unknown})
+    count = "5 of 200 images only the reference gets right"
     said = export_verdict(failed)
-    assert said.text.startswith(f"{begins}5 of 200 images only the reference gets right (")
+    assert said.text.startswith(f"{begins}{count} (")
     assert said.text.endswith("), more than the 0.5 points allowed")
     assert said.tone == "worse"
-    assert robust_verdict_line(failed) == f"{line} (limit: 0.5 points)"
+    assert robust_verdict_line(failed) == f"{line}: {count} (limit: 0.5 points)"
     assured = failed.model_copy(update={"reference": report.reference})
-    assert "5 of 200 images only the reference gets right" in str(refusal(assured))
+    assert count in str(refusal(assured))
     assert "fell by" not in str(refusal(assured))
     other = failed.consistency.model_copy(update={"exact": False})
     lowered = assured.model_copy(update={"consistency": other})

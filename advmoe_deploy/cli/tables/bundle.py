@@ -116,10 +116,12 @@ def robust_verdict(report: RobustReport) -> str:
     limit = f"(limit: {report.max_drop:g} points)"
     if report.findings:
         return f"THE ENGINE ANSWERS OTHERWISE {limit}"
-    if report.lost == "clean":
-        return f"ACCURACY WAS LOST {limit}"
     if report.lost or (report.verdict == "failed" and not report.fragility):
-        return f"ROBUSTNESS WAS LOST {limit}"
+        what, drop = "ROBUSTNESS WAS LOST", report.robust_drop
+        if report.lost == "clean":
+            what, drop = "ACCURACY WAS LOST", report.clean_drop
+        counted = f": {drop.counted()}" if report.consistency.same_function else ""
+        return f"{what}{counted} {limit}"
     return _of_reference(report) or (
         f"UNDECIDED: {report.images} images cannot tell {limit}"
         if report.verdict == "undecided"
