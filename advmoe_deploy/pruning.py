@@ -1,5 +1,6 @@
 """Record of the experts that an export left out."""
 
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import AttackSpec, Frozen
 
 # What is added to the score of a dropped expert: it is then less than any other and yet finite, for
@@ -41,7 +42,7 @@ class Pruning(Frozen):
         return (
             f"{clean} and {self.attacked_images} hold-out images of {self.attacked_data} attacked "
             f"by {self.attack.name}-{self.attack.steps}, target {self.attack.target}, at epsilon "
-            f"{self.epsilon:.4g}"
+            f"{epsilon_text(self.epsilon)}"
         )
 
 

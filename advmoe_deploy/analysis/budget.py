@@ -55,7 +55,8 @@ def passes_by_section(
 
     experts = len(model.experts_in_use)
     apgd = passes_of(model, AttackSpec(name="apgd", steps=steps), 1)
-    alone = (experts + 1) * (attack("model") + apgd + 3)  # each expert, and the routed model
+    # Each expert by PGD and APGD; the routed model by APGD, for PGD on it is one of the targets.
+    alone = experts * (attack("model") + apgd + 3) + apgd + 2
     passes: dict[str, Callable[[], int]] = {
         "routes": lambda: 1,
         "changes": lambda: sum(attack(target) + 2 for target in watched),

@@ -45,6 +45,11 @@ class FixedExpertRow(Frozen):
     robust_accuracy: Share
     apgd_accuracy: Share
 
+    @property
+    def withstood(self) -> Share:
+        """Accuracy under the stronger of the two attacks."""
+        return min(self.robust_accuracy, self.apgd_accuracy, key=lambda share: share.value)
+
 
 class TargetRow(Frozen):
     """Accuracy under PGD with one target, and the share of images whose route it changed.
@@ -108,12 +113,19 @@ def expert_report(
     require_routes(model)
     targets = list(_targets(model, images, labels, threat, attack, progress))
     standing = [right_N for row, right_N in targets if row.target != "experts"]
+    accuracy = share_of(predict(model, images) == labels)
+    gated = FixedExpertRow(
+        expert=None,
+        clean_accuracy=accuracy,
+        robust_accuracy=next(row.accuracy for row, _ in targets if row.target == "model"),
+        apgd_accuracy=_left_by(_apgd(attack), model, images, labels, threat, progress),
+    )
     return ExpertReport(
-        accuracy=share_of(predict(model, images) == labels),
+        accuracy=accuracy,
         second=second_experts(model, images, labels),
         disagreement=disagreement(model, images),
         fixed=fixed_experts(model, images, labels, threat, attack, progress=progress),
-        gated=attacked_alone(model, None, images, labels, threat, attack, progress),
+        gated=gated,
         targets=tuple(row for row, _ in targets),
         together=share_of(torch.stack(standing).all(dim=0)),
     )
@@ -159,33 +171,41 @@ def fixed_experts(
 ) -> tuple[FixedExpertRow, ...]:
     """Return the accuracy of every expert when it answers all images, clean and attacked."""
     rows = []
+    pgd = attack.model_copy(update={"target": "model"})
     for expert in model.experts_in_use:
-        rows.append(attacked_alone(model, expert, images, labels, threat, attack, progress))
-        progress.advance("experts", robust_accuracy=rows[-1].robust_accuracy.value)
+        network = FixedExpert(model, expert)
+        robust, apgd_robust = (
+            _left_by(each, network, images, labels, threat, progress)
+            for each in (pgd, _apgd(attack))
+        )
+        row = FixedExpertRow(
+            expert=expert,
+            clean_accuracy=share_of(predict(network, images) == labels),
+            robust_accuracy=robust,
+            apgd_accuracy=apgd_robust,
+        )
+        rows.append(row)
+        progress.advance("experts", robust_accuracy=row.withstood.value)
     return tuple(rows)
 
 
-def attacked_alone(
-    model: Classifier,
-    expert: int | None,
+def _apgd(pgd: AttackSpec) -> AttackSpec:
+    """Return APGD of as many steps."""
+    return AttackSpec(name="apgd", steps=pgd.steps, seed=pgd.seed)
+
+
+def _left_by(
+    attack: AttackSpec,
+    network: Classifier,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
-    attack: AttackSpec,
     progress: Progress,
-) -> FixedExpertRow:
-    """Return one expert's row, or with ``None`` that of the model as it runs."""
-    network = model if expert is None else FixedExpert(model, expert)
-    pgd = attack.model_copy(update={"target": "model"})
-    apgd = AttackSpec(name="apgd", steps=attack.steps, seed=attack.seed)
-    found = []
-    for each in (pgd, apgd):
-        with attack_task(progress, network, each, len(labels)):
-            found.append(find_adversarial(network, images, labels, threat, each, first_only=True))
-    clean, robust, apgd_robust = (share_of(predict(network, x) == labels) for x in (images, *found))
-    return FixedExpertRow(
-        expert=expert, clean_accuracy=clean, robust_accuracy=robust, apgd_accuracy=apgd_robust
-    )
+) -> Share:
+    """Return the accuracy that ``attack`` leaves ``network``."""
+    with attack_task(progress, network, attack, len(labels)):
+        found = find_adversarial(network, images, labels, threat, attack, first_only=True)
+    return share_of(predict(network, found) == labels)
 
 
 TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")

@@ -8,6 +8,7 @@ from advmoe_deploy.pruning import Pruning
 from advmoe_deploy.reports import Macs, ParityReport
 from advmoe_deploy.reports.cautions import of_export
 from advmoe_deploy.reports.text import in_markdown
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import ModelSpec
 
 if TYPE_CHECKING:  # engines are added to a card where there is no PyTorch
@@ -110,8 +111,8 @@ def threat_section(checkpoint: "Checkpoint") -> str:
         return "## Threat model\n\nNone is declared: do not take this model for a robust one."
     threat = checkpoint.threat
     return (
-        f"## Threat model\n\n{threat.norm}, epsilon {threat.epsilon:.4g} in [0, 1] pixels "
-        f"({255 * threat.epsilon:.3g}/255)."
+        f"## Threat model\n\n{threat.norm}, epsilon {epsilon_text(threat.epsilon)} in [0, 1] "
+        "pixels."
     )
 
 

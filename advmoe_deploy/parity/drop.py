@@ -100,6 +100,14 @@ class Drop(Frozen):
             return "passed"
         return "failed" if least > max_drop else "undecided"
 
+    def counted_verdict(self, max_drop: float) -> Verdict:
+        """Return whether the images that only the reference gets right are at most ``max_drop``.
+
+        It is for engines that were shown to answer as their reference does: there is no population
+        to conclude on, and what was gained makes up for nothing.
+        """
+        return "passed" if 100 * self.only_reference <= max_drop * self.images else "failed"
+
     def images_needed(self, max_drop: float) -> int | None:
         """Return how many images would decide on ``max_drop`` points; ``None`` if no number would.
 
@@ -121,8 +129,8 @@ class Drop(Frozen):
 
         return bisect_left(range(1, _MOST_IMAGES), True, key=decide) + 1
 
-    def report(self, max_drop: float) -> DropReport:
-        """Return the record of this drop, judged by ``max_drop`` points."""
+    def report(self, max_drop: float, *, counted: bool = False) -> DropReport:
+        """Return the record of this drop, judged by ``max_drop`` points, ``counted`` or not."""
         least, most = self.interval
         return DropReport(
             images=self.images,
@@ -133,7 +141,7 @@ class Drop(Frozen):
             most_drop=most,
             p=self.p,
             max_drop=max_drop,
-            verdict=self.verdict(max_drop),
+            verdict=self.counted_verdict(max_drop) if counted else self.verdict(max_drop),
             images_needed=self.images_needed(max_drop),
         )
 

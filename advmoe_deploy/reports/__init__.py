@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from advmoe_deploy.reports.drops import ACCURACIES, Accuracy, DropReport
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision
 
 
@@ -141,7 +142,7 @@ class Calibration(Frozen):
         if self.attack and self.epsilon:
             attacked = (
                 f"{self.attacked_images} attacked by {self.attack.name}-{self.attack.steps} at "
-                f"epsilon {self.epsilon:.4g}, seed {self.attack.seed}"
+                f"epsilon {epsilon_text(self.epsilon)}, seed {self.attack.seed}"
             )
         return (
             f"calibrated on {self.clean_images} training images of {self.data}, and {attacked}"
@@ -279,16 +280,21 @@ class LatencyRatio(Frozen):
     ci_high: float
 
     @property
+    def same_engine(self) -> bool:
+        """Whether both ran on one engine in one precision; else the ratio is of engines, too."""
+        return (self.a_engine, self.a_precision) == (self.engine, self.precision)
+
+    @property
     def words(self) -> str:
         """How fast ``b`` is beside ``a``, both on their engines where those differ."""
-        a, b = (_MODEL_NAMES.get(name, name) for name in (self.a, self.b))
-        if (self.a_engine, self.a_precision) != (self.engine, self.precision):
+        a, b = (MODEL_NAMES.get(name, name) for name in (self.a, self.b))
+        if not self.same_engine:
             a = f"{a} on {self.a_engine} {self.a_precision}"
             b = f"{b} on {self.engine} {self.precision}"
         return f"{b} {self.ratio:.2f}x as fast as {a}"
 
 
-_MODEL_NAMES = {"moe": "MoE", "s-dense": "S-Dense"}
+MODEL_NAMES = {"moe": "MoE", "s-dense": "S-Dense"}
 
 
 class LatencyReport(Frozen):

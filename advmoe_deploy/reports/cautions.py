@@ -67,12 +67,13 @@ def _collapsed(loads: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, float]
 def of_latency(ratios: Sequence[LatencyRatio]) -> tuple[str, ...]:
     """Return what is to be said where a dense network is faster at every batch size, beyond chance.
 
-    ``ratios`` are of the dense network's time over the model's; each engine is judged by itself.
+    ``ratios`` are of the dense network's time over the model's; each engine is judged by itself,
+    and only where the dense network ran on it as well.
     """
     lines = []
-    engines = dict.fromkeys((r.engine, r.precision) for r in ratios if r.a == "dense")
-    for engine, precision in engines:
-        own = [r for r in ratios if (r.a, r.engine, r.precision) == ("dense", engine, precision)]
+    alike = [ratio for ratio in ratios if ratio.a == "dense" and ratio.same_engine]
+    for engine, precision in dict.fromkeys((r.engine, r.precision) for r in alike):
+        own = [r for r in alike if (r.engine, r.precision) == (engine, precision)]
         if all(ratio.ci_high < 1 for ratio in own):
             times = ", ".join(f"{ratio.ratio:.2f} at {ratio.batch}" for ratio in own)
             lines.append(

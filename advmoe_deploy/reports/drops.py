@@ -28,7 +28,8 @@ class DropReport(Frozen):
     ``only_reference`` images are right on the reference alone, ``only_engine`` on the engine alone.
     The drop is between ``least_drop`` and ``most_drop`` with 95 % confidence; ``p`` is how likely
     one this large is, in either direction, where there is none. Where the verdict is undecided,
-    ``images_needed`` would decide; ``None`` where no number would.
+    ``images_needed`` would decide; ``None`` where no number would. Of an engine that was shown to
+    answer as its reference does, the verdict counts ``only_reference`` and asks for no interval.
     """
 
     images: int
@@ -56,6 +57,10 @@ class DropReport(Frozen):
             f"{self.drop:.2f} points ({self.least_drop:.2f} to {self.most_drop:.2f}, "
             f"95 % interval) on {self.images:,} images, p = {self.p:.2g}"
         )
+
+    def counted(self) -> str:
+        """Return how many images were lost, whatever was gained."""
+        return f"{self.only_reference} of {self.images:,} images only the reference gets right"
 
     def judgement(self) -> str:
         """Return the verdict, and what would decide where it is none."""

@@ -60,6 +60,11 @@ class ConsistencyReport(Frozen):
         return not self.findings
 
     @property
+    def same_function(self) -> bool:
+        """Whether the engine was shown to answer as the reference does, to float32's rounding."""
+        return self.exact and self.passed and self.parity.passed
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of the findings, in their order."""
         return tuple(finding.kind for finding in self.findings)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from advmoe_deploy.reports import Pair, ParityReport
 from advmoe_deploy.reports.attacks import attack_title
-from advmoe_deploy.reports.drops import DropReport, Verdict
+from advmoe_deploy.reports.drops import Accuracy, DropReport, Verdict
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
 
@@ -78,10 +78,10 @@ class RobustReport(Frozen):
     ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
     ``tf32``, fp32 was rounded to TF32 where that is faster. A finding of ``consistency`` fails the
     engine: it does not answer as the reference does. ``clean_drop`` and ``robust_drop``
-    are what it lost, with what chance explains. A ``reference`` that is not shown to be robust
-    itself counts in the verdict unless ``allow_fragile``; ``None`` in reports written before there
-    was such a check. ``transferred_accuracy`` is the engine's on what
-    was found on the reference alone: shown beside, and never the figure.
+    are what it lost, with what chance explains; each has the verdict that counted. A ``reference``
+    that is not shown to be robust itself counts in the verdict unless ``allow_fragile``; ``None``
+    in reports written before there was such a check. ``transferred_accuracy`` is the engine's on
+    what was found on the reference alone: shown beside, and never the figure.
     """
 
     passed: bool
@@ -107,6 +107,13 @@ class RobustReport(Frozen):
     masking: tuple[Sign, ...]
     attacks: tuple[AttackOutcome, ...]
     seconds: float
+
+    @property
+    def lost(self) -> Accuracy | None:
+        """What failed this report; ``None`` where no accuracy did."""
+        if self.robust_drop.verdict == "failed":
+            return "robust"
+        return "clean" if self.clean_drop.verdict == "failed" else None
 
     @property
     def fragile(self) -> bool:

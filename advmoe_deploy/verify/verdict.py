@@ -50,9 +50,8 @@ def judge(
     lost says nothing: it fails too unless ``allow_fragile``.
     """
     clean, robust = (Drop.between(s.reference_N, s.engine_N) for s in (trial.clean, trial.standing))
-    verdicts = {_counted(drop, max_drop) for drop in (clean, robust)}
-    if not same_function:
-        verdicts = {drop.verdict(max_drop) for drop in (clean, robust)}
+    judged = [drop.report(max_drop, counted=same_function) for drop in (clean, robust)]
+    verdicts = {drop.verdict for drop in judged}
     reference = judge_reference(trial.standing.reference_N, chance)
     if not allow_fragile:
         verdicts.add(reference.verdict)
@@ -64,8 +63,7 @@ def judge(
             f"the engine looks more robust than its reference ({robust.sentence()}): examples that "
             "suit the reference do not suit it, so its own robustness is unknown"
         )
-    drops = clean.report(max_drop), robust.report(max_drop)
-    return Judgement(worst_of(verdicts), *drops, reference, tuple(warnings))
+    return Judgement(worst_of(verdicts), judged[0], judged[1], reference, tuple(warnings))
 
 
 def judge_reference(standing_N: Flags, chance: float) -> ReferenceReport:
@@ -98,7 +96,3 @@ def chance_of(labels_N: NDArray[np.int64], classes: int) -> float:
     z = NormalDist().inv_cdf(1 - 0.025 / classes)
     unequal = wilson_interval(most, images, z)[0] > 1 / classes
     return most / images if unequal else 1 / classes
-
-
-def _counted(drop: Drop, max_drop: float) -> Verdict:
-    return "passed" if 100 * drop.only_reference <= max_drop * drop.images else "failed"

@@ -93,20 +93,19 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         exported = bundle.manifest.parity
-        exact = is_exact(runner)
         consistency = inspect_answers(
             model,
             runner,
             x_NCHW,
             labels_N,
-            exact=exact,
+            exact=is_exact(runner),
             rounding=exported.rounding,
             margin=exported.margin,
             decoding=manifest.decoding,
             progress=progress,
         )
         trial = Trial(model, runner, x_NCHW, labels_N, threat, progress)
-        same = exact and consistency.passed and consistency.parity.passed
+        same = consistency.same_function
         searches = searches_of(suite, differs_from_reference=not same)
         key = key_of(bundle, engine, trial, searches)
         done = go_on(resume, key, trial) if resume is not None else 0

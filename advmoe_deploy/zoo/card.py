@@ -9,6 +9,7 @@ from advmoe_deploy.export.model_card import (
     what_it_is,
 )
 from advmoe_deploy.reports.text import in_markdown
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.zoo.record import Evaluation, ModelRecord, Share
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _measured(checkpoint: "Checkpoint", record: ModelRecord) -> str:
 
 def _evaluation(measured: Evaluation, stored: str) -> str:
     threat = measured.threat
-    radius = f"{threat.norm}, epsilon {threat.epsilon:.4g} ({255 * threat.epsilon:.3g}/255)"
+    radius = f"{threat.norm}, epsilon {epsilon_text(threat.epsilon)}"
     of = {"": "", stored: ", on the weights that are here"}.get(
         measured.weights, ", on the float32 weights"
     )

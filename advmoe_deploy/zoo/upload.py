@@ -12,6 +12,7 @@ from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import staged_directory
 from advmoe_deploy.models.checkpoint import WEIGHTS, load_checkpoint
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.zoo.card import run_card
 from advmoe_deploy.zoo.evaluation import read_evaluation
@@ -133,7 +134,7 @@ def _figures(measured: Evaluation) -> list[Figure]:
     """Return the accuracies of one evaluation; the hub merges those of one data set."""
     data = measured.data
     data_id = HUB_SETS[data].hub_name if data in HUB_SETS else data
-    radius = f"{measured.threat.norm}, epsilon {measured.threat.epsilon:.4g}"
+    radius = f"{measured.threat.norm}, epsilon {epsilon_text(measured.threat.epsilon)}"
     robust = f"robust accuracy ({radius}; {measured.attack_words}; n = {measured.robust.n})"
     clean = f"clean accuracy (n = {measured.clean.n})"
     return [

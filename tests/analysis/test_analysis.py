@@ -153,6 +153,7 @@ def test_experts_by_hand() -> None:
     assert [row.clean_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.robust_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.apgd_accuracy.value for row in report.fixed] == [0.75, 0.25]
+    assert report.fixed[0].withstood == report.fixed[0].apgd_accuracy
     gated = report.gated  # what is constant on both sides of a jump has no gradient: not attacked
     assert (gated.expert, gated.clean_accuracy.value, gated.robust_accuracy.value) == (
         None,

@@ -20,7 +20,7 @@ from tests.zoo.test_pack import ROW
 def check(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     result: dict[str, object] = json.loads(capsys.readouterr().out)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 20
+    assert page.count('<img src="data:image/png;base64,') == 20
     assert "nan" not in page.lower().split("<svg")[0]
     assert (out / "summary.svg").read_text().startswith("<svg")
     assert json.loads((out / "result.json").read_text())["seconds"] == result["seconds"]

@@ -75,9 +75,12 @@ def test_the_same_bundle_passes_and_says_so_to_others(
     assert "| replayed examples | passed |" in summary.read_text()
 
 
-def test_a_worse_model_fails(tiny_bundle: Bundle, kept: Path, tmp_path: Path) -> None:
+def test_a_worse_model_fails(
+    tiny_bundle: Bundle, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     xml = tmp_path / "gate.xml"
     assert run(["gate", str(tiny_bundle.path), "--against", str(kept), "--junit", str(xml)]) == 1
+    assert capsys.readouterr().err.rstrip().endswith("raise --max-drop and --allow-fragile")
     failed = [
         c.get("name") for c in ET.parse(xml).iter("testcase") if c.find("failure") is not None
     ]
@@ -177,10 +180,17 @@ def test_the_action_installs_its_own_repository(package: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("code", "undecided", "ends"), [(0, "fail", 0), (1, "pass", 1), (6, "fail", 6), (6, "pass", 0)]
+    ("code", "undecided", "fragile", "ends"),
+    [
+        (0, "fail", "false", 0),
+        (0, "fail", "true", 0),
+        (1, "pass", "false", 1),
+        (6, "fail", "false", 6),
+        (6, "pass", "false", 0),
+    ],
 )
 def test_the_script_of_the_action_passes_the_answer_on(
-    code: int, undecided: str, ends: int, tmp_path: Path
+    code: int, undecided: str, fragile: str, ends: int, tmp_path: Path
 ) -> None:
     yaml = pytest.importorskip("yaml")
     action = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
@@ -194,7 +204,8 @@ def test_the_script_of_the_action_passes_the_answer_on(
     files = {name: str(tmp_path / name) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     inputs = {name: f"the {name.lower()}" for name in step["env"]}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    environment = {**inputs, **files, "UNDECIDED": undecided, "RUNNER_TEMP": str(tmp_path)}
+    asked = {"UNDECIDED": undecided, "ALLOW_FRAGILE": fragile, "RUNNER_TEMP": str(tmp_path)}
+    environment = {**inputs, **files, **asked}
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", step["run"]],
         env={**environment, "PATH": path},
@@ -204,10 +215,13 @@ def test_the_script_of_the_action_passes_the_answer_on(
     assert (tmp_path / "GITHUB_OUTPUT").read_text() == f"exit-code={code}\n"
     said = (tmp_path / "GITHUB_STEP_SUMMARY").read_text().splitlines()
     assert said[:4] == ["gate", "the bundle", "--against", "the baseline"]
+    assert ("--allow-fragile" in said) == (fragile == "true")
+    assert "" not in said
 
 
 def test_nothing_that_is_said_breaks_xml_or_tables(kept: Path) -> None:
     report = json.loads((kept / "report.json").read_text())["advmoe"]["engines"][0]
+    report["threat"]["epsilon"] = 8 / 255
     nasty = "<a>&\"'\x00\x1b]]>|`*\nnew ünï"
     checks = tuple(
         Check(name=nasty, verdict=verdict, message=nasty, seconds=0.5)
@@ -220,6 +234,7 @@ def test_nothing_that_is_said_breaks_xml_or_tables(kept: Path) -> None:
     root = ET.fromstring(gate_files.junit(gate))
     assert len(list(root.iter("testcase"))) == 3
     assert "ünï" in str(root.find("testsuite/testcase/failure").text)  # type: ignore[union-attr]
+    assert ", epsilon 8/255, " in gate_files.markdown(gate).decode()
     rows = [line for line in gate_files.markdown(gate).decode().splitlines() if line[:1] == "|"]
     assert len(rows) == 5
     assert all(row.replace("\\|", "").count("|") == 4 for row in rows)

@@ -11,21 +11,32 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy import api
+from advmoe_deploy import api, cli
 from advmoe_deploy.analysis.analyze import AnalysisReport
+from advmoe_deploy.analysis.redundancy import FixedExpertRow
+from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.commands.verify import refusal
 from advmoe_deploy.cli.demo.report import write_demo_report
 from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
 from advmoe_deploy.cli.pages.eval_report import write_eval_report
 from advmoe_deploy.cli.pages.profile_report import write_profile_report
+from advmoe_deploy.cli.tables.bundle import robust_verdict as robust_verdict_line
 from advmoe_deploy.cli.verdicts.analysis import conclusions
 from advmoe_deploy.cli.verdicts.evaluation import evaluation_verdict
 from advmoe_deploy.cli.verdicts.latency import latency_verdict, macs_verdict, tone_of
-from advmoe_deploy.cli.verdicts.robust import export_verdict, model_only, robust_verdict
+from advmoe_deploy.cli.verdicts.robust import (
+    export_verdict,
+    model_only,
+    robust_verdict,
+    withstands,
+)
+from advmoe_deploy.cli.verdicts.said import Said
+from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.profiling.profile import profile_bundle
-from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs
-from advmoe_deploy.specs import AttackSpec
+from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs, Pair
+from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.curve import CurvePoint
@@ -186,9 +197,11 @@ def test_a_page_fits_a_phone(kind: str, pages: Pages, width: Callable[[Path], in
     assert width(pages[kind]) <= PHONE
 
 
-def ratio(a: str, batch: int, value: float, low: float, high: float) -> LatencyRatio:
+def ratio(
+    a: str, batch: int, value: float, low: float, high: float, on: str = "onnxruntime"
+) -> LatencyRatio:
     return LatencyRatio.model_validate(
-        {"a": a, "a_engine": "onnxruntime", "b": "moe", "batch": batch, "engine": "onnxruntime",
+        {"a": a, "a_engine": on, "b": "moe", "batch": batch, "engine": "onnxruntime",
          "ratio": value, "ci_low": low, "ci_high": high}
     )  # fmt: skip
 
@@ -218,8 +231,18 @@ def test_times_are_told_as_they_are(profile: LatencyReport) -> None:
     )
     assert unfused.tone == ""
     assert [tone_of(r) for r in ratios[3:]] == ["gain", "", "worse"]
-    (alone,) = latency_verdict(profile)
+    lowered = profile.rows[0].model_copy(update={"precision": "int8"})
+    (alone,) = latency_verdict(profile.model_copy(update={"rows": (*profile.rows, lowered)}))
     assert re.fullmatch(r"An answer takes [\d.]+ ms at batch 1, in the median", alone.text)
+
+
+def test_what_ran_on_another_engine_is_no_gain_of_routing(profile: LatencyReport) -> None:
+    elsewhere = ratio("dense", 1, 3.0, 2.9, 3.1, on="openvino")
+    (said,) = latency_verdict(profile.model_copy(update={"ratios": (elsewhere,)}))
+    assert said.text == (
+        "The MoE on onnxruntime fp32 is 3x as fast as the dense network on openvino fp32 at batch 1"
+    )
+    assert said.tone == tone_of(elsewhere) == ""
 
 
 def test_multiply_accumulates_are_a_gain_only_where_they_are_fewer() -> None:
@@ -233,7 +256,9 @@ def test_green_is_the_colour_of_gains_alone(pages: Pages) -> None:
     for kind in ("report", "eval"):
         assert 'class="gain"' not in pages[kind].read_text(encoding="utf-8").split("<body>")[1]
     page = pages["profile"].read_text(encoding="utf-8")
-    for tone, shown in re.findall(r'<span class="(\w*)">([\d.]+)x', page):
+    ratios = re.findall(r'<span class="(\w*)">([\d.]+)x', page)
+    assert ratios
+    for tone, shown in ratios:
         assert tone in {"", "gain" if float(shown) > 1 else "worse"}
 
 
@@ -248,11 +273,6 @@ def test_robustness_is_told_as_it_is(pages: Pages) -> None:
     assert said.tone == ""
     undecided = export_verdict(report.model_copy(update={"verdict": "undecided"}))
     assert undecided.text.startswith("Undecided: 20 images cannot tell")
-    lost = report.robust_drop.model_copy(update={"drop": 9.0})
-    failed = export_verdict(report.model_copy(update={"verdict": "failed", "robust_drop": lost}))
-    assert failed.text.startswith("Robust accuracy was lost: ")
-    clean = export_verdict(report.model_copy(update={"verdict": "failed"}))
-    assert clean.text.startswith("Accuracy was lost: ")
     assert report.reference
     fragile, unknown = (
         report.reference.model_copy(update={"verdict": verdict})
@@ -262,8 +282,10 @@ def test_robustness_is_told_as_it_is(pages: Pages) -> None:
     assert none.text.startswith("The reference is not robust, so there is nothing to preserve")
     unsure = export_verdict(report.model_copy(update={"reference": unknown}))
     assert unsure.text.startswith("Undecided: these images cannot tell whether the reference")
-    tones = [said.tone for said in (undecided, unsure, failed, clean, none)]
-    assert tones == ["unsure", "unsure", "worse", "worse", "worse"]
+    tones = [said.tone for said in (undecided, unsure, none)]
+    assert tones == ["unsure", "unsure", "worse"]
+    everywhere = withstands(report.model_copy(update={"threat": ThreatModel(epsilon=8 / 255)}))
+    assert "at l-inf epsilon 8/255 (95 %" in everywhere.text
     _, everything, *_ = robust_verdict(measured)
     assert f"of 20 test images withstand all {len(report.attacks)} attacks" in everything.text
     alone = model_only(report)
@@ -272,6 +294,70 @@ def test_robustness_is_told_as_it_is(pages: Pages) -> None:
     page = pages["report"].read_text(encoding="utf-8")
     headline, footnote = page.index("robust accuracy under all"), page.index("* pgd-5 on the model")
     assert headline < footnote
+
+
+@pytest.mark.parametrize(
+    ("lost", "begins", "line"),
+    [
+        ("robust_drop", "Robust accuracy was lost: ", "ROBUSTNESS WAS LOST"),
+        ("clean_drop", "Accuracy was lost: ", "ACCURACY WAS LOST"),
+    ],
+)
+def test_a_loss_is_told_by_the_rule_that_found_it(
+    lost: str, begins: str, line: str, pages: Pages
+) -> None:
+    """What was gained makes up for nothing where images are counted, and for the rest elsewhere."""
+    report = entry_of(pages["report"].parent.parent).advmoe.engines[0]
+    assert report.consistency.same_function
+    assert report.reference
+    unknown = report.reference.model_copy(update={"verdict": "undecided"})
+    drop = Drop(images=200, only_reference=5, only_engine=5).report(0.5, counted=True)
+    failed = report.model_copy(update={"verdict": "failed", lost: drop, "reference": unknown})
+    count = "5 of 200 images only the reference gets right"
+    said = export_verdict(failed)
+    assert said.text.startswith(f"{begins}{count} (")
+    assert said.text.endswith("), more than the 0.5 points allowed")
+    assert said.tone == "worse"
+    assert robust_verdict_line(failed) == f"{line}: {count} (limit: 0.5 points)"
+    assured = failed.model_copy(update={"reference": report.reference})
+    assert count in str(refusal(assured))
+    assert "fell by" not in str(refusal(assured))
+    other = failed.consistency.model_copy(update={"exact": False})
+    lowered = assured.model_copy(update={"consistency": other})
+    assert "reference gets right" not in export_verdict(lowered).text
+    assert "accuracy fell by 0.00 points" in str(refusal(lowered))
+
+
+def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> None:
+    report = entry_of(pages["report"].parent.parent).advmoe.engines[0]
+    assert report.reference
+
+    def line(**update: object) -> str:
+        return robust_verdict_line(report.model_copy(update=update))
+
+    fragile, unknown = (
+        report.reference.model_copy(update={"verdict": verdict})
+        for verdict in ("failed", "undecided")
+    )
+    assert line() == "robustness survived the export (limit: 0.5 points)"
+    assert line(verdict="undecided") == "UNDECIDED: 20 images cannot tell (limit: 0.5 points)"
+    assert line(verdict="undecided", reference=unknown) == (
+        "UNDECIDED: 20 images cannot tell whether the reference is robust"
+    )
+    assert line(reference=unknown, allow_fragile=True).startswith("robustness survived")
+    assert line(verdict="failed", reference=fragile).startswith("THE REFERENCE IS NOT ROBUST")
+    assert line(reference=fragile, allow_fragile=True).startswith("nothing was lost, but the refer")
+    nothing = {"reference": None, "robust_accuracy": Pair(reference=0.0, engine=0.0)}
+    assert line(**nothing).startswith("nothing was lost, for nothing withstands these attacks")
+    said = export_verdict(report.model_copy(update=nothing))
+    assert said.text == "Nothing withstands these attacks, before or after: 0.0 % → 0.0 %"
+    assert said.tone == "worse"
+
+
+def test_no_page_writes_an_epsilon_in_its_own_way() -> None:
+    for page in Path(cli.__file__).parent.rglob("*.jinja"):
+        for shown in re.findall(r"\{\{.*?\}\}", page.read_text(encoding="utf-8")):
+            assert not re.search(r"\.eps(ilon)?\b(?!\|epsilon)", shown), f"{page.name}: {shown}"
 
 
 def test_steps_that_still_break_more_are_said(pages: Pages) -> None:
@@ -312,6 +398,36 @@ def test_an_analysis_draws_conclusions(pages: Pages) -> None:
     said = conclusions(report.model_copy(update={"routes": (collapsed,)}))[1]
     assert said.text == "Routing has collapsed onto one expert: 1.00 effective routes of 2"
     assert said.tone == "worse"
+    assert "under the stronger of PGD and APGD" in page.split("<main>")[1]
+
+
+def test_routing_is_judged_by_the_stronger_attack(pages: Pages) -> None:
+    file = pages["analysis"].parent / "analysis.json"
+    report = AnalysisReport.model_validate_json(file.read_text())
+    assert report.experts
+
+    def row(expert: int | None, pgd: float, apgd: float) -> FixedExpertRow:
+        clean, robust, other = (
+            Share(value=v, low=v - 0.05, high=v + 0.05) for v in (0.9, pgd, apgd)
+        )
+        return FixedExpertRow(
+            expert=expert, clean_accuracy=clean, robust_accuracy=robust, apgd_accuracy=other
+        )
+
+    def worth(routed_by_apgd: float) -> Said:
+        alone = (row(0, 0.3, 0.35), row(1, 0.45, 0.4))
+        rows = {"fixed": alone, "gated": row(None, 0.8, routed_by_apgd)}
+        assert report.experts
+        experts = report.experts.model_copy(update=rows)
+        found = conclusions(report.model_copy(update={"experts": experts}))
+        return next(said for said in found if said.text.startswith("Routing "))
+
+    assert worth(0.7).tone == "gain"
+    assert worth(0.4).text == (
+        "Routing gains no robustness beyond chance: the stronger of PGD and APGD leaves expert 1 "
+        "alone 40.0 %, the routed model 40.0 %"
+    )
+    assert worth(0.1).tone == "worse"
 
 
 def test_an_evaluation_says_that_nothing_was_attacked(trained_bundle: Bundle) -> None:

@@ -44,7 +44,7 @@ def test_three_outcomes(
     images: int, lost: int, gained: int, max_drop: float, same: bool, verdict: str
 ) -> None:
     judgement = judge(trial(images, lost, gained), (), max_drop=max_drop, same_function=same)
-    assert judgement.verdict == verdict
+    assert judgement.verdict == judgement.robust.verdict == verdict
     assert judgement.warnings == ()
     assert judgement.robust.only_reference == lost
 
@@ -133,6 +133,7 @@ def test_what_withstands_nothing_ends_with_1_unless_that_is_allowed(
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     for said in ("the reference is not robust, so there is nothing to preserve: ", "chance gets"):
         assert said in line
+    assert line.endswith("or pass --allow-fragile")
     for page in (*tmp_path.glob("r/report.html"), *tmp_path.glob("r.md")):
         assert "there is nothing to preserve" in page.read_text()
     if command == "report":  # what comes of the flag there, verify does

@@ -120,6 +120,14 @@ def _of_reference(reference: "ReferenceReport") -> AdvMoEError:
     )
 
 
+def _drops(report: "RobustReport") -> str:
+    clean, robust = report.clean_drop, report.robust_drop
+    said = f"clean accuracy fell by {clean.drop:.2f} points, robust accuracy by {robust.drop:.2f}"
+    if report.consistency.same_function:
+        said = f"{clean.counted()} as they are, {robust.counted()} under attack"
+    return f"{said}; the limit is {report.max_drop:g} points"
+
+
 def refusal(report: "RobustReport") -> AdvMoEError:
     """Return the error that says why the verdict of ``report`` is not passed."""
     if report.findings:
@@ -130,10 +138,7 @@ def refusal(report: "RobustReport") -> AdvMoEError:
     # Of two reasons the graver: a loss is one whatever is known of the reference.
     if report.fragility and reference is not None and reference.verdict == report.verdict:
         return _of_reference(reference)
-    drops = (
-        f"clean accuracy fell by {report.clean_drop.drop:.2f} points, robust accuracy by "
-        f"{report.robust_drop.drop:.2f}; the limit is {report.max_drop:g}"
-    )
+    drops = _drops(report)
     if report.verdict == "failed":
         return CheckFailedError(f"{drops}; do not ship this bundle, or raise --max-drop")
     undecided = [

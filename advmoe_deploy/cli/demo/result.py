@@ -1,7 +1,9 @@
 """Result of a demo, as one value."""
 
 from advmoe_deploy.cli.demo.photographs import Photographs
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.reports import LatencyReport, LatencyRow, Macs
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.run.loop import TrainReport
 from advmoe_deploy.verify.curve import CurvePoint
@@ -32,15 +34,15 @@ class DemoResult(Frozen):
         """Return rows of (what, AdvMoE, dense), ready to print."""
         moe, dense = self.train[MOE], self.train[DENSE]
         rows = [
-            ("clean accuracy (test)", _percent(moe.clean_accuracy), _percent(dense.clean_accuracy)),
+            ("clean accuracy (test)", percent(moe.clean_accuracy), percent(dense.clean_accuracy)),
             (
-                f"robust accuracy, PGD-50, epsilon {self.verify.threat.epsilon:g}",
-                _percent(moe.pgd_accuracy),
-                _percent(dense.pgd_accuracy),
+                f"robust accuracy, PGD-50, epsilon {epsilon_text(self.verify.threat.epsilon)}",
+                percent(moe.pgd_accuracy),
+                percent(dense.pgd_accuracy),
             ),
             (
                 f"  under {len(self.verify.attacks)} attacks, on routes too",
-                _percent(self.verify.robust_accuracy.engine),
+                percent(self.verify.robust_accuracy.engine),
                 "",
             ),
             ("effective routes", f"{moe.effective_routes or 1:.2f}", "-"),
@@ -81,7 +83,3 @@ class DemoResult(Frozen):
     def row(self, model: str, batch: int) -> LatencyRow:
         """Return the latency row of ``model`` at ``batch``."""
         return next(r for r in self.profile.rows if r.model == model and r.batch == batch)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

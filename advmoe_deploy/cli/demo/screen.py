@@ -6,7 +6,8 @@ from rich.table import Table
 
 from advmoe_deploy.cli.demo.photographs import MODEL, Photographs
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
-from advmoe_deploy.verify.report import RobustReport
+from advmoe_deploy.cli.tables.bundle import robust_verdict
+from advmoe_deploy.settings import epsilon_text
 
 
 def screen(result: DemoResult) -> RenderableType:
@@ -21,7 +22,7 @@ def screen(result: DemoResult) -> RenderableType:
     lines = [
         f"On ONNX Runtime, under {len(result.verify.attacks)} attacks: "
         f"{100 * survived.engine:.1f} % robust, torch {100 * survived.reference:.1f} %: "
-        + _survival(result.verify),
+        + robust_verdict(result.verify),
         f"{result.classified} PNG files classified, {result.unreadable} unreadable and said so.",
     ]
     lines += [f"warning: {line}" for line in result.warnings()]
@@ -49,12 +50,6 @@ def screen(result: DemoResult) -> RenderableType:
     return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
 
 
-def _survival(report: RobustReport) -> str:
-    if report.fragile:
-        return "it is not robust, so there is nothing to preserve."
-    return "robustness survived the export." if report.passed else "ROBUSTNESS WAS LOST."
-
-
 def _photographs(found: Photographs | None) -> list[RenderableType]:
     """Return what the packaged model gains, in a table, and what that takes."""
     if found is None:
@@ -73,7 +68,7 @@ def _photographs(found: Photographs | None) -> list[RenderableType]:
         f"[bold]{MODEL}, a model that comes trained on {measured.data}[/bold]",
         f"{100 * measured.clean.value:.1f} % clean, {100 * measured.robust.value:.1f} % "
         f"(n = {measured.robust.n}) under {measured.attack_words}, l-inf "
-        f"{255 * measured.threat.epsilon:.3g}/255",
+        f"{epsilon_text(measured.threat.epsilon)}",
         table,
         f"A request to its server takes {found.served_ms:.2g} ms.",
         "",

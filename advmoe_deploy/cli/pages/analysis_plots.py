@@ -24,6 +24,7 @@ from advmoe_deploy.cli.pages.plots import (
 )
 from advmoe_deploy.cli.verdicts.said import listed, percent
 from advmoe_deploy.reports.text import in_plot
+from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,8 +148,8 @@ def draw_changes(axes: Axes, effects: Sequence[AttackEffect], title: str, epsilo
     legend_below(axes)
     last = effects[-1]
     return (
-        f"at radius {last.epsilon:.3g} {percent(last.route_change.value)} of the images get other "
-        f"routes, {percent(last.prediction_change.value)} other answers"
+        f"at radius {epsilon_text(last.epsilon)} {percent(last.route_change.value)} of the images "
+        f"get other routes, {percent(last.prediction_change.value)} other answers"
     )
 
 
@@ -191,10 +192,10 @@ def draw_targets(axes: Axes, report: ExpertReport) -> str:
 def draw_fixed(axes: Axes, report: ExpertReport) -> str:
     """Draw clean and robust accuracy of each expert alone, beside those of the routed model."""
     positions = list(range(len(report.fixed)))
-    routed = next(row.accuracy for row in report.targets if row.target == "model")
+    gated = report.gated
     for offset, colour, label, shares, of_routed in (
-        (-0.2, MOE, "clean", [row.clean_accuracy for row in report.fixed], report.accuracy),
-        (0.2, DENSE, "under PGD", [row.robust_accuracy for row in report.fixed], routed),
+        (-0.2, MOE, "clean", [row.clean_accuracy for row in report.fixed], gated.clean_accuracy),
+        (0.2, DENSE, "attacked", [row.withstood for row in report.fixed], gated.withstood),
     ):
         at = [position + offset for position in positions]
         axes.bar(at, [100 * s.value for s in shares], 0.38, color=colour, alpha=0.75, label=label)
@@ -207,12 +208,11 @@ def draw_fixed(axes: Axes, report: ExpertReport) -> str:
     legend_below(axes)
     shown = (
         f"expert {row.expert} {percent(row.clean_accuracy.value)} clean, "
-        f"{percent(row.robust_accuracy.value)} under PGD"
+        f"{percent(row.withstood.value)} under the stronger of PGD and APGD"
         for row in report.fixed
     )
-    return (
-        f"{', '.join(shown)}; routed {percent(report.accuracy.value)} and {percent(routed.value)}"
-    )
+    routed = f"{percent(gated.clean_accuracy.value)} and {percent(gated.withstood.value)}"
+    return f"{', '.join(shown)}; routed {routed}"
 
 
 def draw_disagreement(axes: Axes, report: ExpertReport) -> str:

@@ -3,6 +3,7 @@
 import re
 from xml.etree import ElementTree as ET
 
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.gate import Check, GateReport
 
 # What XML 1.0 cannot hold, not even escaped.
@@ -55,8 +56,8 @@ def markdown(report: GateReport) -> bytes:
         f"## advmoe gate: {_MARKS[report.verdict]}",
         "",
         f"{_cell(report.bundle)} on {_cell(report.engine)}, against {_cell(report.baseline)}: "
-        f"{report.images:,} images of {_cell(seen.data)}, epsilon {seen.threat.epsilon:.4g}, "
-        f"{report.seconds:.0f} s.",
+        f"{report.images:,} images of {_cell(seen.data)}, epsilon "
+        f"{epsilon_text(seen.threat.epsilon)}, {report.seconds:.0f} s.",
         "",
         "| check | verdict | |",
         "|---|---|---|",

@@ -12,6 +12,7 @@ from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.errors import missing_extra
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.settings import epsilon_text
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ def _environment() -> Any:
         import jinja2
     except ImportError:
         raise missing_extra("jinja2", "report") from None
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["epsilon"] = epsilon_text
+    return environment

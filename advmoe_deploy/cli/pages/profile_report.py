@@ -29,7 +29,7 @@ def write_profile_report(report: LatencyReport, bundle: Bundle, out: Path) -> No
 
 
 def latency_values(report: LatencyReport, salt: str = "throughput") -> dict[str, object]:
-    """Return what the macro of ``latency.html.jinja`` shows of ``report``."""
+    """Return what the macro ``latency`` of ``macros.html.jinja`` shows of ``report``."""
     batches = sorted({row.batch for row in report.rows})
     draw = partial(draw_throughput, report=report)
     return {

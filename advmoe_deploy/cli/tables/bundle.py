@@ -12,6 +12,7 @@ from rich.table import Table
 from advmoe_deploy.bundle import Bundle, EngineSet
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.cli.tables.fitted import FittedTable
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.errors import install_line
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.pruning import Pruning
@@ -105,24 +106,41 @@ def robust_report(report: RobustReport) -> RenderableType:
         f"robust accuracy lost: {report.robust_drop.sentence()}",
         *(f"warning: {line}" for line in report.warnings),
         *(f"{finding.kind}: {finding.message}" for finding in report.findings),
-        _verdict(report),
+        robust_verdict(report),
     ]
     return Group(table, *map(escape, lines))
 
 
-def _verdict(report: RobustReport) -> str:
+def robust_verdict(report: RobustReport) -> str:
+    """Return the verdict in a line; capitals where it is not that robustness survived."""
     limit = f"(limit: {report.max_drop:g} points)"
-    fragile = report.reference is not None and report.reference.verdict == "failed"
-    if report.fragility and fragile and not report.findings:
+    if report.findings:
+        return f"THE ENGINE ANSWERS OTHERWISE {limit}"
+    if report.lost or (report.verdict == "failed" and not report.fragility):
+        what, drop = "ROBUSTNESS WAS LOST", report.robust_drop
+        if report.lost == "clean":
+            what, drop = "ACCURACY WAS LOST", report.clean_drop
+        counted = f": {drop.counted()}" if report.consistency.same_function else ""
+        return f"{what}{counted} {limit}"
+    return _of_reference(report) or (
+        f"UNDECIDED: {report.images} images cannot tell {limit}"
+        if report.verdict == "undecided"
+        else f"robustness survived the export {limit}"
+    )
+
+
+def _of_reference(report: RobustReport) -> str:
+    """Return the verdict where it is one on the reference; empty where it is on the engine."""
+    unknown = report.reference is not None and report.reference.verdict == "undecided"
+    if report.fragility and not unknown:
         return "THE REFERENCE IS NOT ROBUST: there is nothing to preserve"
-    if report.verdict == "undecided":
-        return f"UNDECIDED: {report.images} images cannot tell {limit}"
-    if report.verdict == "failed":
-        what = "THE ENGINE ANSWERS OTHERWISE" if report.findings else "ROBUSTNESS WAS LOST"
-        return f"{what} {limit}"
-    if fragile:
+    if report.fragility:
+        return f"UNDECIDED: {report.images} images cannot tell whether the reference is robust"
+    if report.verdict == "passed" and report.fragile and not unknown:
         return "nothing was lost, but the reference itself is not robust at this epsilon"
-    return f"robustness survived the export {limit}"
+    if report.verdict == "passed" and not report.robust_accuracy.reference:
+        return "nothing was lost, for nothing withstands these attacks, before or after the export"
+    return ""
 
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
@@ -281,8 +299,3 @@ def new_table(title: str, columns: Sequence[str], least: Sequence[str] = ()) -> 
 
 def _pair(pair: Pair) -> tuple[str, str]:
     return percent(pair.reference), percent(pair.engine)
-
-
-def percent(share: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.1f} %"

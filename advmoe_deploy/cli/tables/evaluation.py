@@ -2,8 +2,9 @@
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import new_table, percent
+from advmoe_deploy.cli.tables.bundle import new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.evaluation.report import EvalReport, ExpertUse, Reliability
 
 _CLASSES, _PAIRS, _EXPERTS = 10, 5, 8

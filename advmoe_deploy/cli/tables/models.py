@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 
-from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
+from advmoe_deploy.cli.tables.bundle import facts, new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
 _COLUMNS = ("models", "data", "clean", "robust", "epsilon", "network", "MACs", "from", "size")

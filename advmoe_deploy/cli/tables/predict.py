@@ -4,8 +4,9 @@ from collections import Counter
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import facts, percent
+from advmoe_deploy.cli.tables.bundle import facts
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.serving.job import BatchReport
 from advmoe_deploy.serving.one import OneAnswer
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 
 from advmoe_deploy.cli.tables.analysis import radius_text
-from advmoe_deploy.cli.tables.bundle import new_table, percent, robust_report
+from advmoe_deploy.cli.tables.bundle import new_table, robust_report
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry

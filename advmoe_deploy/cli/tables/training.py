@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import facts, new_table, percent
+from advmoe_deploy.cli.tables.bundle import facts, new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:

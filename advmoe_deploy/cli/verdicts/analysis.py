@@ -4,11 +4,9 @@ import math
 from collections.abc import Callable
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
-from advmoe_deploy.analysis.redundancy import ExpertReport
-from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.reports.cautions import COLLAPSED
 
-_COLLAPSED = 1.1  # effective routes up to which one expert does nearly everything
 _EVEN = 0.8  # share of the experts from which they count as used alike
 
 
@@ -44,7 +42,7 @@ def _use(report: AnalysisReport) -> Said | None:
     least = min(report.routes, key=lambda use: use.effective_routes / use.experts)
     figures = f"{least.effective_routes:.2f} effective routes of {least.experts}"
     where = f" in {least.layer}, where it is least even" if len(report.routes) > 1 else ""
-    if least.effective_routes <= _COLLAPSED:
+    if least.effective_routes < COLLAPSED:
         return Said(f"Routing has collapsed onto one expert: {figures}{where}", "worse")
     if least.effective_routes >= _EVEN * least.experts:
         return Said(f"All experts are used: {figures}{where}")
@@ -110,21 +108,17 @@ def _redundant(report: AnalysisReport) -> Said | None:
 def _worth(report: AnalysisReport) -> Said | None:
     if report.experts is None:
         return None
-    best = max(report.experts.fixed, key=lambda row: row.robust_accuracy.value)
-    routed = _as_it_runs(report.experts)
+    best = max(report.experts.fixed, key=lambda row: row.withstood.value)
+    one, routed = best.withstood, report.experts.gated.withstood
     alone = (
-        f"expert {best.expert} alone withstands PGD on {percent(best.robust_accuracy.value)}, the "
-        f"routed model on {percent(routed.value)}"
+        f"the stronger of PGD and APGD leaves expert {best.expert} alone {percent(one.value)}, the "
+        f"routed model {percent(routed.value)}"
     )
-    if best.robust_accuracy.high < routed.low:
+    if one.high < routed.low:
         return Said(f"Routing gains robustness: {alone}", "gain")
-    if best.robust_accuracy.low > routed.high:
+    if one.low > routed.high:
         return Said(f"Routing costs robustness: {alone}", "worse")
     return Said(f"Routing gains no robustness beyond chance: {alone}", "unsure")
-
-
-def _as_it_runs(experts: ExpertReport) -> Share:
-    return next(row.accuracy for row in experts.targets if row.target == "model")
 
 
 def _jumps(report: AnalysisReport) -> Said | None:

@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from advmoe_deploy.cli.verdicts.said import Said, Tone, listed
-from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs
+from advmoe_deploy.reports import MODEL_NAMES, LatencyRatio, LatencyReport, Macs
 
-_NAMES = {"dense": "the dense network", "s-dense": "S-Dense", "unfused": "computing every expert"}
+# The baselines as a sentence has them, the first the most telling.
+_BASELINES = {
+    "dense": "the dense network",
+    "s-dense": MODEL_NAMES["s-dense"],
+    "unfused": "computing every expert",
+}
 
 
 def latency_verdict(report: LatencyReport) -> list[Said]:
@@ -17,7 +22,7 @@ def latency_verdict(report: LatencyReport) -> list[Said]:
         for ratio in report.ratios
         if (ratio.engine, ratio.precision) == (first.engine, first.precision)
     ]
-    said = [_against(name, [r for r in own if r.a == name]) for name in _NAMES]
+    said = [_against(name, [r for r in own if r.a == name]) for name in _BASELINES]
     return [each for each in said if each] or [_alone(report)]
 
 
@@ -32,7 +37,14 @@ def macs_verdict(macs: Macs) -> Said:
 
 
 def tone_of(ratio: LatencyRatio) -> Tone:
-    """Return whether the model gained time over a baseline, beyond the interval."""
+    """Return whether the model gained time over a baseline, beyond the interval.
+
+    Of a baseline on another engine nobody can tell: the time may be the engine's.
+    """
+    return _faster(ratio) if ratio.same_engine else ""
+
+
+def _faster(ratio: LatencyRatio) -> Tone:
     if ratio.ci_low > 1:
         return "gain"
     return "worse" if ratio.ci_high < 1 else ""
@@ -42,12 +54,16 @@ def _against(name: str, ratios: Sequence[LatencyRatio]) -> Said | None:
     if not ratios:
         return None
     ratios = sorted(ratios, key=lambda ratio: ratio.batch)
+    first, own, baseline = ratios[0], "The MoE", _BASELINES[name]
+    if not first.same_engine:
+        own += f" on {first.engine} {first.precision}"
+        baseline += f" on {first.a_engine} {first.a_precision}"
     parts = [
-        _part(tone, _NAMES[name] if not index else "it", list(group))
-        for index, (tone, group) in enumerate(groupby(ratios, tone_of))
+        _part(tone, "it" if index else baseline, list(group))
+        for index, (tone, group) in enumerate(groupby(ratios, _faster))
     ]
     tones = {tone_of(ratio) for ratio in ratios}
-    return Said(f"The MoE {listed(parts)}", tones.pop() if len(tones) == 1 else "")
+    return Said(f"{own} {listed(parts)}", tones.pop() if len(tones) == 1 else "")
 
 
 def _part(tone: Tone, name: str, ratios: Sequence[LatencyRatio]) -> str:
@@ -63,6 +79,7 @@ def _part(tone: Tone, name: str, ratios: Sequence[LatencyRatio]) -> str:
 
 def _alone(report: LatencyReport) -> Said:
     first = report.rows[0]
-    own = [r for r in report.rows if (r.model, r.engine) == (first.model, first.engine)]
+    subject = (first.model, first.engine, first.precision)
+    own = [row for row in report.rows if (row.model, row.engine, row.precision) == subject]
     times = [f"{row.p50_ms:.3g} ms at batch {row.batch}" for row in own]
     return Said(f"An answer takes {listed(times)}, in the median")

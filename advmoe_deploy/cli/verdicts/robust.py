@@ -2,6 +2,7 @@
 
 from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.reports import Pair
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import Robustness
 from advmoe_deploy.verify.report import AttackOutcome, ReferenceReport, RobustReport
@@ -9,21 +10,21 @@ from advmoe_deploy.verify.report import AttackOutcome, ReferenceReport, RobustRe
 
 def export_verdict(report: RobustReport) -> Said:
     """Return whether robustness survived the export."""
-    robust, clean = _arrow(report.robust_accuracy), _arrow(report.clean_accuracy)
+    robust = _arrow(report.robust_accuracy)
     if report.findings:
         return Said(f"{report.engine} does not answer as the model does: do not ship it", "worse")
     reference = report.reference
     if reference is not None and reference.verdict == "failed":
         return Said(_sentence(reference), "worse")
     if report.verdict == "failed":
-        lost = report.robust_drop.drop > report.max_drop
-        what = f"Robust accuracy was lost: {robust}" if lost else f"Accuracy was lost: {clean}"
-        return Said(f"{what}, more than the {report.max_drop:g} points allowed", "worse")
+        return Said(f"{_loss(report)}, more than the {report.max_drop:g} points allowed", "worse")
     if report.fragility:
         return Said(f"Undecided: {reference}", "unsure")
     if report.verdict == "undecided":
         few = f"{report.images} images cannot tell whether robust accuracy survived the export"
         return Said(f"Undecided: {few} ({robust})", "unsure")
+    if not report.robust_accuracy.reference:
+        return Said(f"Nothing withstands these attacks, before or after: {robust}", "worse")
     return Said(f"Robust accuracy survived the export: {robust}")
 
 
@@ -34,7 +35,7 @@ def withstands(report: RobustReport) -> Said:
     return Said(
         f"{percent(report.robust_accuracy.engine)} of {report.images} test images withstand "
         f"{f'all {count} attacks' if count > 1 else 'the attack'}, at l-inf epsilon "
-        f"{report.threat.epsilon:.4g} (95 %: {percent(low)} to {percent(high)}); "
+        f"{epsilon_text(report.threat.epsilon)} (95 %: {percent(low)} to {percent(high)}); "
         f"{percent(report.clean_accuracy.engine)} are right unattacked"
     )
 
@@ -56,6 +57,16 @@ def model_only(report: RobustReport) -> AttackOutcome | None:
     """
     first = report.attacks[0] if report.attacks else None
     return first if first and (first.attack.name, first.attack.target) == ("pgd", "model") else None
+
+
+def _loss(report: RobustReport) -> str:
+    """Return which accuracy was lost, by the rule that judged it."""
+    what, pair, drop = "Robust accuracy", report.robust_accuracy, report.robust_drop
+    if report.lost == "clean":
+        what, pair, drop = "Accuracy", report.clean_accuracy, report.clean_drop
+    if report.consistency.same_function:
+        return f"{what} was lost: {drop.counted()} ({_arrow(pair)})"
+    return f"{what} was lost: {_arrow(pair)}"
 
 
 def _sentence(reference: ReferenceReport) -> str:

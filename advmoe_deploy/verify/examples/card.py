@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from advmoe_deploy.parity.intervals import wilson_interval
+from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify.examples.entry import Robustness
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
@@ -40,8 +41,8 @@ def _section(measured: Robustness) -> str:
         [
             "## Measured by `advmoe report`",
             f"On {first.images} test images of `{' '.join(first.data.split())}`, "
-            f"{first.threat.norm}, epsilon {first.threat.epsilon:.4g} in [0, 1] pixels "
-            f"({255 * first.threat.epsilon:.3g}/255), by the attacks of suite `{measured.suite}`. "
+            f"{first.threat.norm}, epsilon {epsilon_text(first.threat.epsilon)} in [0, 1] "
+            f"pixels, by the attacks of suite `{measured.suite}`. "
             "Each row counts what withstood it and the rows above it.",
             *(_engine(report) for report in measured.engines),
             f"With {', '.join(f'{name} {version}' for name, version in versions)}.",

@@ -235,9 +235,10 @@ def _consistency(report: RobustReport) -> Check:
 
 
 def _export(report: RobustReport) -> Check:
+    counted = report.consistency.same_function
     lost = (
-        f"clean accuracy: {report.clean_drop.sentence()}",
-        f"robust accuracy: {report.robust_drop.sentence()}",
+        f"{name} accuracy: {drop.counted() if counted else drop.sentence()}"
+        for name, drop in (("clean", report.clean_drop), ("robust", report.robust_drop))
     )
     return Check(
         name="robustness survived the export",

@@ -118,7 +118,7 @@ def write_examples(path: Path, trial: Trial, report: RobustReport, bundle: Bundl
         engine=report.engine,
         precision=report.precision,
         tf32=report.tf32,
-        same_function=consistency.exact and consistency.passed,
+        same_function=consistency.same_function,
         data=report.data,
         model=bundle.manifest.files[REFERENCE].sha256,
         versions=installed_versions(),
