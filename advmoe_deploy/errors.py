@@ -18,6 +18,7 @@ A message is one line: the value, the limit, and the way out.
 
 import difflib
 import errno
+import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from pydantic import ValidationError
 
 Doing = Literal["read", "write"]
 
+_DISTRIBUTION = "advmoe-deploy"
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h: never the answer of a check
 
 
@@ -91,9 +93,19 @@ def install_line(*extras: str) -> str:
     """Return the command that adds one of ``extras`` to the environment this package is in.
 
     pip finds the package installed, from a clone or a wheel alike, and fetches only what the extra
-    asks for: no index has to know the package.
+    asks for: no index has to know the package. Of a checkout that is not installed the folder is
+    named, for by its name pip would ask an index, where that is not ours.
     """
-    return "pip install " + " or ".join(f"'advmoe-deploy[{extra}]'" for extra in extras)
+    name = _DISTRIBUTION if _is_installed() else Path(__file__).parents[1]
+    return "pip install " + " or ".join(f"'{name}[{extra}]'" for extra in extras)
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.distribution(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def missing_extra(package: str, *extras: str) -> BackendUnavailableError:
