@@ -18,7 +18,6 @@ A message is one line: the value, the limit, and the way out.
 
 import difflib
 import errno
-import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -101,9 +100,11 @@ def install_line(*extras: str) -> str:
 
 
 def _is_installed() -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution  # not quick to load
+
     try:
-        importlib.metadata.distribution(_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
+        distribution(_DISTRIBUTION)
+    except PackageNotFoundError:
         return False
     return True
 
