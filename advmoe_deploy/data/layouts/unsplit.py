@@ -78,13 +78,13 @@ def _beside_a_test(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None
         raise DataError(_class_or_split(tree, splits[0], names))
     # What is called test is it, where val lies beside it.
     test = min(sorted_by_class, key=lambda name: not name.lower().startswith("test"))
-    if unread := [name for name in splits if name != test]:
-        say_once(f"{tree.root}: {test} is the test, and {some_of(unread)} beside it is not read")
     if {*tree.subfolders(test)} != {*names}:
         raise DataError(
             f"{tree.root} holds the classes {some_of(names)}, and {test} beside them holds "
             f"{some_of(tree.subfolders(test))}; name them alike, or move {test} elsewhere"
         )
+    if unread := [name for name in splits if name != test]:
+        say_once(f"{tree.root}: {test} is the test, and {some_of(unread)} beside it is not read")
     return by_folder(tree, "", names, beside=splits), by_folder(tree, test, names)
 
 

@@ -83,7 +83,10 @@ def test_ranges_count_by_their_last_digit() -> None:
         ("k=1..1e9", "no range of plain decimals"),
         ("k=1..", "no range of plain decimals"),
         ("k=..3", "no range of plain decimals"),
-        ("k=1..2.5", "counts by 1 and never comes to 2.5"),
+        (
+            "k=1..2.5",
+            "counts by 1 and never comes to 2.5; write 1.0..2.5 for smaller steps, or end at 2",
+        ),
         ("k=4..2", "write smaller..larger"),
         ("k=1..1000000", "more than 1,000 values"),
         ("lr=nan", "'nan' is no finite number"),

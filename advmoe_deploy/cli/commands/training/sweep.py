@@ -230,10 +230,11 @@ def _range(text: str) -> tuple[float, ...]:
         raise ValueError(
             f"'{text}' goes down or has more than {_MOST_VALUES:,} values; write smaller..larger"
         )
-    if count % 1:
+    if count % 1:  # the end has more digits than the start
+        digits = len(found[2].partition(".")[2])
         raise ValueError(
-            f"'{text}' counts by {step} and never comes to {last}; end at a multiple, or write "
-            f"{first} with as many digits as {last}"
+            f"'{text}' counts by {step} and never comes to {last}; write {first:.{digits}f}..{last}"
+            f" for smaller steps, or end at {first + int(count) * step}"
         )
     return tuple(float(first + place * step) for place in range(int(count) + 1))
 
