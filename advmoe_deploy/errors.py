@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 Doing = Literal["read", "write"]
 
+_DISTRIBUTION = "advmoe-deploy"
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h: never the answer of a check
 
 
@@ -91,9 +92,21 @@ def install_line(*extras: str) -> str:
     """Return the command that adds one of ``extras`` to the environment this package is in.
 
     pip finds the package installed, from a clone or a wheel alike, and fetches only what the extra
-    asks for: no index has to know the package.
+    asks for: no index has to know the package. Of a checkout that is not installed the folder is
+    named, for by its name pip would ask an index, where that is not ours.
     """
-    return "pip install " + " or ".join(f"'advmoe-deploy[{extra}]'" for extra in extras)
+    name = _DISTRIBUTION if _is_installed() else Path(__file__).parents[1]
+    return "pip install " + " or ".join(f"'{name}[{extra}]'" for extra in extras)
+
+
+def _is_installed() -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution  # not quick to load
+
+    try:
+        distribution(_DISTRIBUTION)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def missing_extra(package: str, *extras: str) -> BackendUnavailableError:

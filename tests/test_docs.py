@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from advmoe_deploy.cli.tables.bundle import _OUTCOMES
 from docs.programs.generate import PAGE, SETTINGS_PAGE, api_page, settings_page
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,11 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert len(commands) >= 5
     for code in commands:  # the block of Python is run by test_api.py
         run_block("bash", code, tmp_path)
+
+
+def test_the_readme_shows_the_columns_of_verify() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert list(_OUTCOMES) in [re.split("  +", line.strip()) for line in lines]
 
 
 def run_block(language: str, code: str, folder: Path) -> None:

@@ -18,6 +18,7 @@ from advmoe_deploy.errors import (
     InputError,
     MachineError,
     file_error,
+    install_line,
     naming,
     reading,
     writing,
@@ -169,3 +170,12 @@ def test_what_may_not_be_written_is_not_about_reading(tiny_bundle: Bundle, tmp_p
         f"{tmp_path / '.a.jsonl.partial.jsonl'}: permission denied: you may not write there; "
         "choose a place you may write to"
     )
+
+
+def test_of_a_checkout_that_is_not_installed_the_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert install_line("cpu") == "pip install 'advmoe-deploy[cpu]'"
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where nothing is installed
+    root = Path(__file__).parents[1]
+    assert install_line("gpu", "rtx") == f"pip install '{root}[gpu]' or '{root}[rtx]'"

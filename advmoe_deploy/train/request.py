@@ -1,7 +1,7 @@
 """Request of a training: what can be refused is refused here, before PyTorch is loaded."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def train_request(
     overwrite: bool = False,
     start: tuple[str, Path] | None = None,
     takes_out: bool = True,
+    require: Callable[[TrainConfig], object] | None = None,
 ) -> TrainRequest:
     """Return the run that these arguments ask for; nothing is written and PyTorch is not loaded.
 
@@ -60,6 +61,7 @@ def train_request(
         overwrite: replace the run in ``out``.
         start: the model whose weights to begin with, as it was named and where it lies.
         takes_out: whether one run will lie in ``out`` itself, which must not be in the way then.
+        require: refuses configurations; asked before any image is read, of what is known then.
 
     Raises:
         UsageError: an argument is unknown or makes no sense, ``out`` is in the way, the run to go
@@ -78,6 +80,8 @@ def train_request(
     late = _OF_IMAGES if is_own else ()
     early = [each for each in settings if each.partition("=")[0] not in late]
     config = apply_overrides(base, [*early, *([f"data={source}"] if source else ())])
+    if require:
+        require(config)
     called = name if name in RECIPES else f"{_stem(source)}-{name}"
     target = Path(out) if out is not None else Path("runs") / called
     if origin and overwrite and not resume:

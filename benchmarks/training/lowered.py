@@ -27,15 +27,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 import torch
 
 import advmoe_deploy as advmoe
-from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.bundle import REFERENCE, Bundle, EngineSet, open_bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.reports.checkpoint import checkpoint_folder, read_checkpoint
 from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.verify.report import RobustReport
 from advmoe_deploy.zoo.resolve import resolve
 
 RESULT = Path(__file__).parents[1] / "results" / "lowered.json"
+# What tells one measurement from another; a second of the same takes the place of the first.
+KEY = ("model", "weights_sha256", "suite", "images", "engine")
 TARGETS = [
     Target("openvino", "bf16"),
     Target("openvino", "int8"),
@@ -44,11 +48,19 @@ TARGETS = [
 
 
 def exported(model: str, data: str | None, folder: Path) -> Bundle:
-    """Return the bundle of ``model`` in ``folder``, exported there if it is not yet."""
-    out = folder / "bundle"
+    """Return the bundle of ``model`` in ``folder``, exported there if it is not yet.
+
+    Raises:
+        UsageError: the bundle there is of another model.
+    """
+    out, run = folder / "bundle", resolve(model)
+    weights = read_checkpoint(checkpoint_folder(run)).weights_sha256
     if not out.exists():
-        export_run(resolve(model), out, data=data, targets=TARGETS)
-    return open_bundle(out)
+        export_run(run, out, data=data, targets=TARGETS)
+    bundle = open_bundle(out)
+    if bundle.manifest.files[REFERENCE].sha256 != weights:
+        raise UsageError(f"{out} is of other weights than {model}; choose another --work")
+    return bundle
 
 
 def row_of(engine: EngineSet, report: RobustReport) -> dict[str, Any]:
@@ -60,6 +72,7 @@ def row_of(engine: EngineSet, report: RobustReport) -> dict[str, Any]:
         "kept_back": check.raised if check else {},
         "images": report.images,
         "verdict": report.verdict,
+        "reference": report.reference and report.reference.model_dump(mode="json"),
         "clean_accuracy": report.clean_accuracy.model_dump(),
         "clean_drop": report.clean_drop.model_dump(mode="json"),
         "robust_accuracy": report.robust_accuracy.model_dump(),
@@ -74,11 +87,21 @@ def row_of(engine: EngineSet, report: RobustReport) -> dict[str, Any]:
 
 
 def rows_of(bundle: Bundle, arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each engine that was asked for."""
+    """Yield a row for each engine that was asked for.
+
+    Raises:
+        UsageError: the bundle has no such engine.
+    """
     manifest = bundle.manifest
+    wanted = [each for each in arguments.engines.split(",") if each]
+    known = [engine.name for engine in manifest.engines]
+    if unknown := [name for name in wanted if name not in known]:
+        raise UsageError(
+            f"{bundle.path} has no engine {', '.join(unknown)}; choose from {', '.join(known)}"
+        )
     about = {
         "model": manifest.training["recipe"]["name"],
-        "weights_sha256": manifest.files["reference.safetensors"].sha256,
+        "weights_sha256": manifest.files[REFERENCE].sha256,
         "epsilon": manifest.threat.epsilon if manifest.threat else None,
         "suite": arguments.attacks,
         "threads": arguments.threads,
@@ -86,7 +109,6 @@ def rows_of(bundle: Bundle, arguments: argparse.Namespace, work: Path) -> Iterat
         "platform": platform.platform(),
         "versions": {**manifest.versions, "openvino": openvino_version()},
     }
-    wanted = [each for each in arguments.engines.split(",") if each]
     for engine in manifest.engines:
         if engine.name not in wanted:
             continue
@@ -103,12 +125,15 @@ def rows_of(bundle: Bundle, arguments: argparse.Namespace, work: Path) -> Iterat
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
-    """Write ``row`` into the JSON at ``path``, in the place of that model's and engine's last."""
+    """Write ``row`` into the JSON at ``path``, in the place of the last of the same ``KEY``."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    key = (row["model"], row["engine"], row["suite"])
-    kept = [r for r in rows if (r["model"], r["engine"], r["suite"]) != key]
-    rows = sorted([*kept, row], key=lambda r: (r["model"], r["suite"], r["engine"]))
+    kept = [each for each in rows if _key(each) != _key(row)]
+    rows = sorted([*kept, row], key=_key)
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def main() -> None:

@@ -172,6 +172,8 @@ def test_recipes_are_grouped_and_chosen(capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "recipes on digits, family vit-moe" in out
     assert "cifar10" not in out
+    assert run(["list", "recipes", "--data", "cifar100", "--family", "expert-networks"]) == 0
+    assert "no recipe is on this data set and of this family" in capsys.readouterr().out
     assert run(["list", "recipes", "--data", "cifar"]) == 2
     assert "did you mean cifar10" in said(capsys)
     assert run(["list", "--family", "dense"]) == 2

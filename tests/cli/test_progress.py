@@ -52,6 +52,21 @@ def test_rich_progress_draws_tasks_within_tasks(capsys: Capture) -> None:
         assert text in err
 
 
+def test_figures_may_come_while_others_are_drawn(capsys: Capture) -> None:
+    class Late(float):
+        """A figure in whose drawing the work goes on, as a thread's may at any point."""
+
+        def __format__(self, how: str) -> str:
+            progress.advance("train", 0, accuracy=0.5)
+            return super().__format__(how)
+
+    progress = PlainProgress(sys.stderr, every=1e9)
+    progress.start("train", 1)
+    progress.advance("train", loss=Late(2.0))
+    progress.finish("train")
+    assert capsys.readouterr().err == "train 1/1 loss 2\n"
+
+
 def test_the_time_left_counts_what_a_part_has_done_of_its_step() -> None:
     tasks = Tasks()
     tasks.start("verify", 4, done=1)

@@ -83,6 +83,25 @@ def test_a_test_sorted_by_class_beside_the_classes_is_the_test(
     assert "holds the classes cat, dog, and test beside them holds cat, wolf; name them" in told
 
 
+@pytest.mark.parametrize(
+    ("test", "other"),
+    [("Test", "train"), ("test", "val/{}"), ("testing", "Val/{}"), ("val", "test")],
+)
+def test_a_split_beside_the_test_is_said_to_be_unread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, test: str, other: str
+) -> None:
+    numbers = iter(range(1000))
+    for name in ("cat", "dog"):
+        for folder, count in ((name, 10), (f"{test}/{name}", 3), (other.format(name), 2)):
+            for _ in range(count):
+                number = next(numbers)
+                write_png(tmp_path / folder / f"{number}.png", number)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(str(tmp_path), Decoding.of(8))
+    assert (len(data.train) + len(data.holdout), len(data.test)) == (20, 6)
+    assert f"{test} is the test, and {other[:5].partition('/')[0]} beside it is not" in caplog.text
+
+
 def test_images_beside_class_folders_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

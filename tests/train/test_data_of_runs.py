@@ -121,6 +121,11 @@ def test_settings_and_data_of_the_run_are_compared_before_anything_is_done(
     command = ["train", name, "--resume", "--out", str(tmp_path / "run"), *dry]
     assert run([*command, "--epochs", "4"]) == 2
     assert "was trained with epochs=3; resume with the same" in capsys.readouterr().err
+    own = [*command, "--epochs", "3", "--set"]
+    assert run([*own, "test_attack_step_size=0.01"]) == 2
+    assert "was trained with test_attack_step_size=null; resume" in capsys.readouterr().err
+    if dry:
+        assert run([*own, "test_attack_step_size=null"]) == 0
     other = [f"--data={write_folders(tmp_path / 'set')}", "--epochs", "3"]
     settings = ["model.num_classes=2", "model.image_size=8", "model.in_channels=3"]
     settings += ["model.mean=[0,0,0]", "model.std=[1,1,1]"]

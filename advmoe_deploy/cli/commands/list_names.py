@@ -1,10 +1,12 @@
 """The command ``list``."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, get_args
 
 import typer
 
-from advmoe_deploy.cli.completion import data_sets, families, kinds
+from advmoe_deploy.cli.completion import KINDS, data_sets, families, kinds
 from advmoe_deploy.cli.options import Json
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError, unknown_name
@@ -36,7 +38,7 @@ def list_names(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="recipes, families, models, engines or data; by default all.",
+            help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}; by default all.",
             autocompletion=kinds,
         ),
     ] = None,
@@ -63,13 +65,9 @@ def list_names(
     """List recipes, families of networks, trained models at hand, engines and data sets."""
     if (data or family) and kind != "recipes":
         raise UsageError("--data and --family choose among recipes; write 'advmoe list recipes'")
-    listings = {
-        "recipes": lambda: _recipes(data, family),
-        "families": _families,
-        "models": _models,
-        "engines": _engines,
-        "data": _data,
-    }
+    chosen = partial(_recipes, data, family)
+    of_each: tuple[Callable[[], Entries], ...] = (chosen, _families, _models, _engines, _data)
+    listings = dict(zip(KINDS, of_each, strict=True))
     if kind is not None and kind not in listings:
         raise unknown_name("kind", kind, listings)
     with session(as_json) as ui:
@@ -98,15 +96,11 @@ def _recipes(data: str | None, family: str | None) -> Entries:
         known = [*dict.fromkeys(entry[key] for entry in entries)]
         if wanted is not None and wanted not in known:
             raise unknown_name(f"{key} of recipes", wanted, known)
-        entries = [entry for entry in entries if wanted in (None, entry[key])]
-    groups = [*dict.fromkeys((entry["data"], entry["family"]) for entry in entries)]
-    data_sets_in_turn = [*dict.fromkeys(data for data, _ in groups)]
-
-    def place(entry: dict[str, Any]) -> tuple[int, int]:
-        group = entry["data"], entry["family"]
-        return data_sets_in_turn.index(group[0]), groups.index(group)
-
-    return sorted(entries, key=place)
+    groups: dict[str, dict[str, Entries]] = {}
+    for entry in entries:
+        if data in (None, entry["data"]) and family in (None, entry["family"]):
+            groups.setdefault(entry["data"], {}).setdefault(entry["family"], []).append(entry)
+    return [entry for part in groups.values() for group in part.values() for entry in group]
 
 
 def _models() -> Entries:

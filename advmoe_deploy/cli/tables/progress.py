@@ -288,7 +288,8 @@ def _figure_lines(task: Running, width: int, *, named: bool = False) -> list[Tex
 
 
 def _figures(task: Running) -> list[str]:
-    return [_figure(name, value) for name, value in task.figures.items()]
+    # A copy, for the display draws in a thread of its own while the work adds figures.
+    return [_figure(name, value) for name, value in task.figures.copy().items()]
 
 
 def _figure(name: str, value: float) -> str:

@@ -86,10 +86,11 @@ def _test_images(tree: Tree, folder: str, names: Sequence[str], train: str) -> L
 def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
     sides = ((ours, theirs, "the first"), (theirs, ours, "the second"))
     lone = [(sorted(set(a) - set(b)), side) for a, b, side in sides]
-    return ", ".join(f"only {side} has {_some(names)}" for names, side in lone if names)
+    return ", ".join(f"only {side} has {some_of(names)}" for names, side in lone if names)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """Return the first few of ``names``, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

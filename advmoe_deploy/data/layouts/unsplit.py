@@ -1,6 +1,6 @@
 """Class folders without a split: ``CLASS/*``, or ``train/CLASS/*`` alone, of which one is made.
 
-Beside ``CLASS/*`` may be ``test/CLASS/*``, which is taken.
+Beside ``CLASS/*`` may be ``test/CLASS/*``, which is taken; other splits there are not read.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from advmoe_deploy.data.dataset import stratified_parts
 from advmoe_deploy.data.layouts.class_folders import (
     by_folder,
     images_of,
+    some_of,
     split_folders,
 )
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
@@ -25,7 +26,6 @@ _TESTED = 5
 _LEAST = 5
 # The same images are the test images for every command and every run.
 _SEED = 20230810
-_NAMED = 3
 
 
 def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
@@ -76,25 +76,24 @@ def _beside_a_test(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None
     sorted_by_class = [each for each in split_folders(tree, wanted.test) if tree.subfolders(each)]
     if not sorted_by_class:
         raise DataError(_class_or_split(tree, splits[0], names))
-    test = sorted_by_class[0]
+    # What is called test is it, where val lies beside it.
+    test = min(sorted_by_class, key=lambda name: not name.lower().startswith("test"))
     if {*tree.subfolders(test)} != {*names}:
         raise DataError(
-            f"{tree.root} holds the classes {_some(names)}, and {test} beside them holds "
-            f"{_some(tree.subfolders(test))}; name them alike, or move {test} elsewhere"
+            f"{tree.root} holds the classes {some_of(names)}, and {test} beside them holds "
+            f"{some_of(tree.subfolders(test))}; name them alike, or move {test} elsewhere"
         )
+    if unread := [name for name in splits if name != test]:
+        say_once(f"{tree.root}: {test} is the test, and {some_of(unread)} beside it is not read")
     return by_folder(tree, "", names, beside=splits), by_folder(tree, test, names)
 
 
 def _class_or_split(tree: Tree, split: str, names: Sequence[str]) -> str:
     return (
-        f"{tree.root} holds the classes {_some(names)} and a folder {split} with images in it, "
+        f"{tree.root} holds the classes {some_of(names)} and a folder {split} with images in it, "
         f"which may be a class or not; rename it if it is one, else sort its images into "
         f"{split}/CLASS/ or move it elsewhere"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _tells_splits(tree: Tree) -> bool:

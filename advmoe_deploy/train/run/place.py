@@ -1,5 +1,6 @@
 """Place of a run: whether a folder may become one, known without loading anything heavy."""
 
+import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,18 +49,23 @@ def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
     before = _validated(TrainConfig, file)
     kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
     told = {"chosen"}  # why, not what
-    ours, theirs = config.model_dump(exclude=told), before.model_dump(exclude=told)
+    ours, theirs = (each.model_dump(mode="json", exclude=told) for each in (config, before))
     if kept and kept.fingerprint and data.fingerprint:
         require_same_content(path, kept, data)
         ours["data"] = theirs["data"]
     elif data.source in (before.data, absolute(before.data)):
         ours["data"] = theirs["data"]
-    changed = [f"{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    changed = [f"{key}={_as_set(theirs[key])}" for key in ours if ours[key] != theirs[key]]
     if changed:
         raise UsageError(
             f"{path} was trained with {', '.join(changed)}; "
             "resume with the same settings, or choose another --out"
         )
+
+
+def _as_set(value: object) -> str:
+    """Return ``value`` as ``--set`` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 _Value = TypeVar("_Value", bound=Frozen)

@@ -9,18 +9,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.errors import CheckpointError, UsageError, one_line
+from advmoe_deploy.errors import CheckpointError, one_line
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
-from advmoe_deploy.train.config import TrainConfig, apply_overrides, without_router
+from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import REPORT
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.place import CONFIG, require_same
 from advmoe_deploy.train.run.report import TrainReport
+from advmoe_deploy.train.run.swept import sweep_configs, value_text
 
 SWEEP = "sweep.json"
 
@@ -69,7 +70,7 @@ def sweep(
         for value in values:
             reports = []
             for seed in seeds:
-                folder = out / f"{key}={_text(float(value))}" / f"seed-{seed}"
+                folder = out / f"{key}={value_text(value)}" / f"seed-{seed}"
                 reports.append(_run(configs[value, seed], data, folder, devices, progress))
                 progress.advance("sweep", robust_accuracy=reports[-1].robust_accuracy)
             macs = macs_of(configs[value, seeds[0]].model)
@@ -77,30 +78,6 @@ def sweep(
             result = SweepReport(recipe=config.name, key=key, out=str(out), points=tuple(points))
             write_atomically(out / SWEEP, result.model_dump_json(indent=2).encode() + b"\n")
     return result
-
-
-def sweep_configs(
-    config: TrainConfig, key: str, values: Sequence[float], seeds: Sequence[int]
-) -> dict[tuple[float, int], TrainConfig]:
-    """Return the configuration of each (value, seed); nonsense is refused here, all at once."""
-    if not values or not seeds:
-        raise UsageError("a sweep needs at least one value and one seed")
-    if key == "seed":
-        raise UsageError("a sweep over seed is no sweep; name its seeds by --seeds")
-    for what, given in (("values", values), ("seeds", seeds)):
-        if len(set(given)) < len(given):
-            raise UsageError(
-                f"a {what[:-1]} is twice among the {what} {', '.join(map(str, given))}"
-            )
-    return {(value, seed): _with(config, key, value, seed) for value in values for seed in seeds}
-
-
-def _with(config: TrainConfig, key: str, value: float, seed: int) -> TrainConfig:
-    """Return ``config`` at one value; an AdvMoE of one expert is that pathway, without a router."""
-    if (key, value, config.model.family) == ("model.num_experts", 1, "advmoe"):
-        alone = without_router(config, name=config.name, model=config.model.pathway())
-        return apply_overrides(alone, [f"seed={seed}"])
-    return apply_overrides(config, [f"{key}={_text(float(value))}", f"seed={seed}"])
 
 
 def _run(
@@ -120,8 +97,3 @@ def _read(report: Path) -> TrainReport:
         return TrainReport.model_validate_json(report.read_bytes())
     except ValidationError as error:
         raise CheckpointError(f"{report}: {one_line(error)}; delete it to go on") from None
-
-
-def _text(value: float) -> str:
-    """Return ``value`` as a setting says it, whole numbers without a point and nothing rounded."""
-    return str(int(value)) if value.is_integer() else repr(value)

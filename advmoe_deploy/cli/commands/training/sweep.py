@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
+from decimal import Decimal
 from functools import partial
+from itertools import cycle, product
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 
 PLOT = "sweep.svg"
 ACCURACIES = ("robust_accuracy", "clean_accuracy")
+_MARKERS = ("o", "s", "^")
+_RANGE = re.compile(r"(-?\d*\.?\d+)\.\.(-?\d*\.?\d+)")
 _MOST_VALUES = 1000
 
 
@@ -71,28 +78,33 @@ def sweep(
     key, values = _values(over)
     use_threads(threads, processes=devices)
     with session(as_json, loads=True) as ui:
+        from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.files import write_atomically
         from advmoe_deploy.train.request import train_request
+        from advmoe_deploy.train.run.swept import sweep_configs
 
-        numbers = _seeds(seeds)
+        require = partial(sweep_configs, key=key, values=values, seeds=_seeds(seeds))
         asked = [
             train_request(
-                each, data=data, settings=settings or (), devices=devices, takes_out=False
+                each,
+                data=data,
+                settings=settings or (),
+                devices=devices,
+                takes_out=False,
+                require=require,
             )
             for each in _recipes(recipe)
         ]
+        for each in asked:  # again, for images of one's own have changed some
+            require(each.config)
+        require_matplotlib()
         named = "+".join(each.out.name for each in asked)
         folder = out or Path("runs") / f"sweep-{named}"
         use_torch_threads(threads, processes=devices)
 
-        from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
-        from advmoe_deploy.train.run.sweep import sweep_configs
 
-        require_matplotlib()
         ui.resumable(has_state=folder.is_dir)
-        for each in asked:  # nonsense is refused before the first is trained
-            sweep_configs(each.config, key, values, numbers)
         reports = [
             sweep_recipe(
                 each.config,
@@ -100,7 +112,7 @@ def sweep(
                 values,
                 each.data,
                 folder / each.out.name if len(asked) > 1 else folder,
-                seeds=numbers,
+                seeds=_seeds(seeds),
                 devices=devices,
                 progress=ui.progress,
             )
@@ -130,13 +142,16 @@ def sweep_svg(reports: Sequence[SweepReport]) -> str:
 
 def _compare(axes: Axes, reports: Sequence[SweepReport], of: str) -> str:
     """Draw one accuracy of every recipe over the MACs that its values cost, the router counted."""
-    from advmoe_deploy.cli.pages.plots import legend_below
+    from advmoe_deploy.cli.pages.plots import EXPERT_COLOURS, legend_below
 
     name = of.replace("_", " ")
-    for report in reports:
-        x = [(p.macs.selected + p.macs.router) / 1e6 for p in report.points]
+    looks = product(_MARKERS, EXPERT_COLOURS)  # a colour twice has another marker
+    for report, (marker, colour) in zip(reports, cycle(looks), strict=False):
+        x = [point.macs.executed / 1e6 for point in report.points]
         means, errors = _means(report, of)
-        axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=report.recipe)
+        axes.errorbar(
+            x, means, errors, fmt=f"{marker}-", color=colour, capsize=3, label=report.recipe
+        )
     axes.set(xlabel="million MACs per image, router included", ylabel="test accuracy, %")
     axes.set_title(f"{name}, over {reports[0].key}")
     legend_below(axes)
@@ -188,23 +203,47 @@ def _values(over: str) -> tuple[str, tuple[float, ...]]:
     key, equals, text = over.partition("=")
     try:
         values = tuple(value for part in names(text) for value in _range(part))
-    except ValueError:
-        values = ()
+    except ValueError as error:
+        raise UsageError(f"--over '{over}' is no sweep: {error}") from None
     if not equals or not values:
         raise UsageError(f"--over '{over}' is no sweep; write model.num_experts=2,4,8")
     return key, values
 
 
 def _range(text: str) -> tuple[float, ...]:
-    """Return the one value that ``text`` is, or all from A to B of ``A..B``, by A's last digit."""
-    first, dots, last = text.partition("..")
-    if not dots:
-        return (float(text),)
-    digits = len(first.partition(".")[2])
-    count = round((float(last) - float(first)) * 10**digits)
+    """Return the one value that ``text`` is, or all from A to B of ``A..B``, by A's last digit.
+
+    Raises:
+        ValueError: it is neither; the message has the way out.
+    """
+    if ".." not in text:
+        return (_number(text),)
+    found = _RANGE.fullmatch(text)
+    if not found:
+        raise ValueError(
+            f"'{text}' is no range of plain decimals; write 1..10 or 0.001..0.005, or each value"
+        )
+    first, last = map(Decimal, found.groups())
+    step = Decimal(1).scaleb(-len(found[1].partition(".")[2]))
+    count = (last - first) / step
     if not 0 <= count < _MOST_VALUES:
-        raise ValueError(f"{text} is empty, or of more than {_MOST_VALUES} values")
-    return tuple(round(float(first) + step / 10**digits, digits) for step in range(count + 1))
+        raise ValueError(
+            f"'{text}' goes down or has more than {_MOST_VALUES:,} values; write smaller..larger"
+        )
+    if count % 1:  # the end has more digits than the start
+        digits = len(found[2].partition(".")[2])
+        raise ValueError(
+            f"'{text}' counts by {step} and never comes to {last}; write {first:.{digits}f}..{last}"
+            f" for smaller steps, or end at {first + int(count) * step}"
+        )
+    return tuple(float(first + place * step) for place in range(int(count) + 1))
+
+
+def _number(text: str) -> float:
+    with suppress(ValueError):
+        if isfinite(value := float(text)):
+            return value
+    raise ValueError(f"'{text}' is no finite number; write model.num_experts=2,4,8")
 
 
 def _recipes(text: str) -> tuple[str, ...]:

@@ -1,17 +1,22 @@
 """Sweeps: every value trained once, nonsense refused before, an interrupted one goes on."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.commands.training.sweep import _values
+from advmoe_deploy.cli.pages.plots import DENSE, EXPERT_COLOURS, INK, MOE, PAPER
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import apply_overrides, recipe
-from advmoe_deploy.train.run.sweep import sweep, sweep_configs
+from advmoe_deploy.train.run.sweep import sweep
+from advmoe_deploy.train.run.swept import sweep_configs
 
 TINY = [
     "epochs=1",
@@ -56,6 +61,9 @@ def test_methods_are_drawn_into_one_plot(tmp_path: Path, capfd: pytest.CaptureFi
         assert [point["value"] for point in each["points"]] == [0.5, 0.6]
         assert (tmp_path / name / "model.ratio=0.6" / "seed-0" / "report.json").is_file()
         assert name in (tmp_path / "sweep.svg").read_text()
+    colours = {*re.findall("#[0-9a-f]{6}", (tmp_path / "sweep.svg").read_text())}
+    assert colours >= {MOE, DENSE}
+    assert colours <= {*EXPERT_COLOURS, INK, PAPER, "#000000"}
     for wrong in ("digits-advmoe,digits-advmoe", ",", "digits-advmoe,digits-dance"):
         assert run(["sweep", wrong, "--over", "model.ratio=0.5", "--out", str(tmp_path)]) == 2
 
@@ -64,9 +72,37 @@ def test_ranges_count_by_their_last_digit() -> None:
     assert _values("model.num_experts=1..4")[1] == (1, 2, 3, 4)
     assert _values("model.ratio=0.2..0.5,1")[1] == (0.2, 0.3, 0.4, 0.5, 1)
     assert _values("lr=0.05..0.07")[1] == (0.05, 0.06, 0.07)
-    for wrong in ("k=4..2", "k=1..", "k=..3", "k=1..1e9"):
-        with pytest.raises(UsageError, match="is no sweep"):
-            _values(wrong)
+    assert _values("lr=1e-3,-0.1..0.1")[1] == (0.001, -0.1, 0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("over", "why"),
+    [
+        ("lr=1e-3..5e-3", "write 1..10 or 0.001..0.005"),
+        ("k=1..inf", "no range of plain decimals"),
+        ("k=1..1e9", "no range of plain decimals"),
+        ("k=1..", "no range of plain decimals"),
+        ("k=..3", "no range of plain decimals"),
+        (
+            "k=1..2.5",
+            "counts by 1 and never comes to 2.5; write 1.0..2.5 for smaller steps, or end at 2",
+        ),
+        ("k=4..2", "write smaller..larger"),
+        ("k=1..1000000", "more than 1,000 values"),
+        ("lr=nan", "'nan' is no finite number"),
+        ("lr=0.1,1e999", "'1e999' is no finite number"),
+        ("model.num_experts=two", "'two' is no finite number"),
+        ("model.num_experts", "write model.num_experts=2,4,8"),
+        ("model.num_experts=", "write model.num_experts=2,4,8"),
+    ],
+)
+def test_what_is_no_sweep_is_one_line(
+    over: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sweep", "digits-advmoe", "--over", over]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--over '{over}' is no sweep" in line
+    assert why in line
 
 
 def test_one_expert_is_that_pathway_alone() -> None:
@@ -90,8 +126,29 @@ def test_nonsense_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
         sweep(config, "model.num_experts", (2, 3, 2), load_dataset("digits"), tmp_path / "s")
     with pytest.raises(UsageError, match="a seed is twice"):
         sweep(config, "lr", (1,), load_dataset("digits"), tmp_path / "s", seeds=(1, 1))
-    for over in ("model.num_experts", "model.num_experts=", "model.num_experts=two"):
-        assert run(["sweep", "digits-advmoe", "--over", over]) == 2
+
+
+WITHOUT_TORCH_AND_IMAGES = """
+import sys
+for name in ("torch", "sklearn"): sys.modules[name] = None
+from advmoe_deploy.cli.app import run
+for over in sys.argv[1:]:
+    print(run(["sweep", "digits-advmoe", "--over", over, "--threads", "1"]))
+"""
+
+
+def test_values_are_refused_before_torch_and_images_are_loaded(tmp_path: Path) -> None:
+    refused = {"seed=1,2": "--seeds", "model.ratio=0.001": "leaves no channel", "lr=1,1": "twice"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH_AND_IMAGES, *refused],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["2"] * len(refused)
+    for line, text in zip(done.stderr.splitlines(), refused.values(), strict=True):
+        assert text in line
 
 
 def test_a_run_of_other_settings_is_not_taken(tmp_path: Path) -> None:
