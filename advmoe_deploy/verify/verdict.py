@@ -5,13 +5,12 @@ Shapes: N images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.parity.drop import Drop
-from advmoe_deploy.parity.intervals import wilson_interval
+from advmoe_deploy.parity.intervals import chance_of_more, wilson_interval
 from advmoe_deploy.reports.drops import DropReport, Verdict, worst_of
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.report import ReferenceReport
@@ -93,6 +92,5 @@ def chance_of(labels_N: NDArray[np.int64], classes: int) -> float:
     share of that one.
     """
     most, images = int(np.bincount(labels_N).max()), len(labels_N)
-    z = NormalDist().inv_cdf(1 - 0.025 / classes)
-    unequal = wilson_interval(most, images, z)[0] > 1 / classes
-    return most / images if unequal else 1 / classes
+    by_sampling = classes * chance_of_more(most, images, 1 / classes)
+    return most / images if by_sampling < 0.05 else 1 / classes

@@ -106,7 +106,8 @@ def test_a_loss_fails_whatever_is_known_of_the_reference(
 
 def test_chance_is_that_of_an_answer_which_no_attack_changes() -> None:
     assert chance_of(np.repeat(np.arange(10), 5), 10) == 0.1
-    assert chance_of(np.asarray([0, 0, 1, 2, 3]), 10) == 0.1  # five images say little
+    assert chance_of(np.asarray([0, 0, 0, 1, 2]), 10) == 0.1  # five images say little
+    assert chance_of(np.asarray([0, 0, 0, 0, 1]), 10) == 0.8
     assert chance_of(np.repeat([0, 1], [90, 10]), 2) == 0.9
 
 
