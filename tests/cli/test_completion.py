@@ -1,10 +1,13 @@
 """What the shell offers for a Tab, in a process where torch cannot be loaded."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+# Else typer asks which shell is above, and a test runner may have none that it knows.
+SHELL_IS_SAID = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
 PROGRAM = (
     "import os, sys\n"
     "for heavy in ('torch', 'onnxruntime', 'sklearn'): sys.modules[heavy] = None\n"
@@ -62,6 +65,7 @@ def test_where_a_file_is_meant_the_shell_offers_files() -> None:
 def test_the_script_to_source_is_printed() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "advmoe_deploy.cli.app", "--show-completion", "bash"],
+        env={**os.environ, SHELL_IS_SAID: "1"},
         capture_output=True,
         text=True,
         timeout=60,
