@@ -191,7 +191,7 @@ ELSEWHERE = [
     (["import", "x.pth", "--from", "advmoe"], 3, "x.pth is no file"),
     (["import", "x.pth", "--from", "advmo"], 2, "did you mean advmoe"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--data", "missing/"], 3, "is no folder"),
-    (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no sweep; write"),
+    (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no finite number; write"),
     (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
     (["verify", "x", "--epsilon", "8"], 2, "write 8/255"),
