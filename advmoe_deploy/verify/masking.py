@@ -52,7 +52,8 @@ def masking_signs(
         x, y = torch.from_numpy(x_NCHW[rows_N]), torch.from_numpy(labels_N[rows_N])
         known = _left_by_suite(outcomes, right_N)
         probe = _Probe(model, x, y, threat, progress or Silent(), known)
-        with task(probe.progress, "signs of masking", len(_STEPS) + 2):
+        searches = len(_STEPS) + 2 - (known is not None)
+        with task(probe.progress, "signs of masking", searches):
             signs += [probe.steps(), probe.unbounded(), probe.losses(), probe.gradients()]
     return tuple(signs)
 

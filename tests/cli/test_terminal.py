@@ -97,7 +97,7 @@ def test_profile(tiny_bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_verify(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    options = ["--images", "40", "--allow-fragile"]
+    options = ["--images", "400", "--allow-fragile"]
     seen = [*screens(tmp_path, "verify", str(tiny_bundle.path), *options)]
     last = assert_whole(seen)
     assert any(re.search(r"^verify .*\n(pgd|square)-\d+.* eta ", s, re.M) for s in seen)
