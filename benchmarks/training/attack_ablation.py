@@ -3,7 +3,7 @@
     python -m benchmarks.training.attack_ablation RUN [--threads 2]
 
 Every row attacks all images that are right when clean; ``union`` rows are what is left by all rows
-so far. Writes ``benchmarks/results/attack_ablation.json``.
+so far. Writes ``benchmarks/results/robustness/attack_ablation.json``.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.run.report import versions
 from benchmarks.training.digits import share
 
-RESULT = Path(__file__).parents[1] / "results" / "attack_ablation.json"
+RESULT = Path(__file__).parents[1] / "results/robustness" / "attack_ablation.json"
 
 PGD = AttackSpec(name="pgd", steps=50)
 PATHWAY = AttackSpec(name="pgd", steps=20, target="pathway")

@@ -9,7 +9,7 @@ much; which ones and why is in the result. Then ``verify`` attacks the reference
 the test split, every attack of the suite judged by the engine's own answers, and compares the two
 image by image.
 
-Writes ``benchmarks/results/lowered.json`` after each engine; rows of others stay. ``--work`` keeps
+Writes ``benchmarks/results/robustness/lowered.json`` after each engine; rows of others stay. ``--work`` keeps
 the bundle and the state of each attack, so that the program goes on where it was stopped.
 """
 
@@ -37,7 +37,7 @@ from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.verify.report import RobustReport
 from advmoe_deploy.zoo.resolve import resolve
 
-RESULT = Path(__file__).parents[1] / "results" / "lowered.json"
+RESULT = Path(__file__).parents[1] / "results/robustness" / "lowered.json"
 # What tells one measurement from another; a second of the same takes the place of the first.
 KEY = ("model", "weights_sha256", "suite", "images", "engine")
 TARGETS = [

@@ -10,7 +10,7 @@ the second batch on and may differ by a few. Both sides' images are judged by th
 finds out itself whether they lie in the ball. AutoAttack of ours attacks a routed model straight
 through its router, theirs as it runs: there, ours should leave less.
 
-Writes ``benchmarks/results/pyautoattack_agreement.json`` after each attack; rows of other models
+Writes ``benchmarks/results/robustness/pyautoattack_agreement.json`` after each attack; rows of other models
 and attacks stay.
 """
 
@@ -39,7 +39,7 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from benchmarks.training.digits import share
 
-RESULT = Path(__file__).parents[1] / "results" / "pyautoattack_agreement.json"
+RESULT = Path(__file__).parents[1] / "results/robustness" / "pyautoattack_agreement.json"
 ATTACKS = ("pgd", "apgd", "apgd-t", "square", "autoattack")
 
 _BATCH = 256  # as ours, since random numbers are drawn by batch
