@@ -9,8 +9,9 @@ much; which ones and why is in the result. Then ``verify`` attacks the reference
 the test split, every attack of the suite judged by the engine's own answers, and compares the two
 image by image.
 
-Writes ``benchmarks/results/robustness/lowered.json`` after each engine; rows of others stay. ``--work`` keeps
-the bundle and the state of each attack, so that the program goes on where it was stopped.
+Writes ``benchmarks/results/robustness/lowered.json`` after each engine; rows of others stay.
+``--work`` keeps the bundle and the state of each attack, so that the program goes on where it was
+stopped.
 """
 
 import argparse

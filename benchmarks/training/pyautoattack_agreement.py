@@ -10,8 +10,8 @@ the second batch on and may differ by a few. Both sides' images are judged by th
 finds out itself whether they lie in the ball. AutoAttack of ours attacks a routed model straight
 through its router, theirs as it runs: there, ours should leave less.
 
-Writes ``benchmarks/results/robustness/pyautoattack_agreement.json`` after each attack; rows of other models
-and attacks stay.
+Writes ``benchmarks/results/robustness/pyautoattack_agreement.json`` after each attack; rows of
+other models and attacks stay.
 """
 
 import argparse
