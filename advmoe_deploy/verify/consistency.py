@@ -24,7 +24,7 @@ from advmoe_deploy.parity.compare import compare_answers, is_right
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import relative_distances, tolerance_for
-from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.reports import Pair, ParityReport
 from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction, Runner
@@ -44,7 +44,7 @@ from advmoe_deploy.verify.router_probes import router_finding
 
 Labels = NDArray[np.int64]
 
-_TASK = "compare answers"
+COMPARE, STEPS = "compare answers", 4
 _FILES = 8  # images that go through PNG
 _NOISE = 0.05  # in [0, 1] pixels
 
@@ -100,39 +100,21 @@ def inspect_answers(
         rounding: the reference's own uncertainty, as the bundle's parity says.
         margin: how near the best scores are in a close call, as the bundle's parity says.
         decoding: how image files are read; without it none is.
-        progress: who listens.
+        progress: hears of :data:`STEPS` advances of the task :data:`COMPARE`.
     """
-    with task(progress := progress or Silent(), _TASK, 4):
-        found = _inspected(
-            model, runner, x_NCHW, labels_N, exact, rounding, margin, decoding, progress
-        )
-        progress.advance(_TASK)
-    return found
-
-
-def _inspected(
-    model: Classifier,
-    runner: Runner,
-    x_NCHW: Images,
-    labels_N: Labels,
-    exact: bool,
-    rounding: float,
-    margin: float,
-    decoding: Decoding | None,
-    progress: Progress,
-) -> ConsistencyReport:
+    progress = progress or Silent()
     started = time.perf_counter()
     closeness = Closeness(exact, tolerance_for(rounding))
     reference = reference_answers(model, x_NCHW)
-    progress.advance(_TASK)
+    progress.advance(COMPARE)
     answer = answers_in_batches(runner, x_NCHW)
-    progress.advance(_TASK)
+    progress.advance(COMPARE)
     evidence = Evidence(model, x_NCHW, reference, answer, closeness, margin)
     few = images_to_batch(x_NCHW)
     close_N = _close_calls(evidence)[:few]
     whole = rows_of(answer, np.arange(few), len(x_NCHW))
     findings = batch_findings(runner, x_NCHW[:few], whole, close_N, closeness)
-    progress.advance(_TASK)
+    progress.advance(COMPARE)
     parity = compare_answers(reference, answer, rounding=rounding, margin=margin)
     # What depends on its neighbours has no answer of its own that could be judged.
     if not any(finding.kind == "neighbours" for finding in findings):
@@ -144,6 +126,7 @@ def _inspected(
     if decoding is not None:
         of_files, file_images = _from_files(runner, evidence, decoding)
         findings += of_files
+    progress.advance(COMPARE)
     return _report(evidence, labels_N, parity, findings, few, file_images, started)
 
 

@@ -25,7 +25,7 @@ from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.runtime.runner import is_exact
 from advmoe_deploy.runtime.select import engine_for, open_runner
 from advmoe_deploy.specs import AttackSpec, ModelSpec
-from advmoe_deploy.verify.consistency import inspect_answers
+from advmoe_deploy.verify.consistency import COMPARE, STEPS, inspect_answers
 from advmoe_deploy.verify.examples.images import images_of, source_of
 from advmoe_deploy.verify.examples.stored import write_examples
 from advmoe_deploy.verify.examples.unfinished import go_on, keep, key_of
@@ -93,17 +93,18 @@ def verify_bundle(
     suite = attack_suite(attacks, bundle.manifest.model)
     with _torch_threads(threads), open_runner(bundle, engine, threads=threads) as runner:
         exported = bundle.manifest.parity
-        consistency = inspect_answers(
-            model,
-            runner,
-            x_NCHW,
-            labels_N,
-            exact=is_exact(runner),
-            rounding=exported.rounding,
-            margin=exported.margin,
-            decoding=manifest.decoding,
-            progress=progress,
-        )
+        with task(progress, COMPARE, STEPS):
+            consistency = inspect_answers(
+                model,
+                runner,
+                x_NCHW,
+                labels_N,
+                exact=is_exact(runner),
+                rounding=exported.rounding,
+                margin=exported.margin,
+                decoding=manifest.decoding,
+                progress=progress,
+            )
         trial = Trial(model, runner, x_NCHW, labels_N, threat, progress)
         same = consistency.same_function
         searches = searches_of(suite, differs_from_reference=not same)
