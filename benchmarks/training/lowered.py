@@ -20,6 +20,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +30,39 @@ import torch
 
 import advmoe_deploy as advmoe
 from advmoe_deploy.bundle import REFERENCE, Bundle, EngineSet, open_bundle
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.reports.checkpoint import checkpoint_folder, read_checkpoint
-from advmoe_deploy.runtime.openvino.engine import openvino_version
 from advmoe_deploy.verify.report import RobustReport
 from advmoe_deploy.zoo.resolve import resolve
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "lowered.json"
 # What tells one measurement from another; a second of the same takes the place of the first.
 KEY = ("model", "weights_sha256", "suite", "images", "engine")
-TARGETS = [
-    Target("openvino", "bf16"),
-    Target("openvino", "int8"),
-    Target("onnxruntime", "int8"),
-]
+TARGETS = {
+    "openvino:fp32": Target("openvino", "fp32"),
+    "openvino:bf16": Target("openvino", "bf16"),
+    "openvino:int8": Target("openvino", "int8"),
+    "onnxruntime:int8": Target("onnxruntime", "int8"),
+}
+LOWERED = "openvino:bf16,openvino:int8,onnxruntime:int8"
+LIBRARIES = ("advmoe-deploy", "numpy", "onnx", "onnxruntime", "openvino", "pillow", "torch")
 
 
-def exported(model: str, data: str | None, folder: Path) -> Bundle:
-    """Return the bundle of ``model`` in ``folder``, exported there if it is not yet.
+def exported(model: str, target: Target, data: str | None, out: Path) -> Bundle:
+    """Return the bundle of ``model`` for ``target`` at ``out``, exported if it is not there yet.
 
     Raises:
+        CheckFailedError: nothing of the model passes the gate at that precision.
         UsageError: the bundle there is of another model.
     """
-    out, run = folder / "bundle", resolve(model)
-    weights = read_checkpoint(checkpoint_folder(run)).weights_sha256
+    run = resolve(model)
     if not out.exists():
-        export_run(run, out, data=data, targets=TARGETS)
+        export_run(run, out, data=data, targets=[target])
     bundle = open_bundle(out)
+    weights = read_checkpoint(checkpoint_folder(run)).weights_sha256
     if bundle.manifest.files[REFERENCE].sha256 != weights:
         raise UsageError(f"{out} is of other weights than {model}; choose another --work")
     return bundle
@@ -87,41 +91,37 @@ def row_of(engine: EngineSet, report: RobustReport) -> dict[str, Any]:
     }
 
 
-def rows_of(bundle: Bundle, arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each engine that was asked for.
-
-    Raises:
-        UsageError: the bundle has no such engine.
-    """
-    manifest = bundle.manifest
-    wanted = [each for each in arguments.engines.split(",") if each]
-    known = [engine.name for engine in manifest.engines]
-    if unknown := [name for name in wanted if name not in known]:
-        raise UsageError(
-            f"{bundle.path} has no engine {', '.join(unknown)}; choose from {', '.join(known)}"
-        )
+def rows_of(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each target that was asked for; of one that the gate refuses, why."""
+    checkpoint = read_checkpoint(checkpoint_folder(resolve(arguments.model)))
     about = {
-        "model": manifest.training["recipe"]["name"],
-        "weights_sha256": manifest.files[REFERENCE].sha256,
-        "epsilon": manifest.threat.epsilon if manifest.threat else None,
+        "model": checkpoint.recipe["name"],
+        "weights_sha256": checkpoint.weights_sha256,
+        "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
         "suite": arguments.attacks,
+        "images": arguments.images or 0,  # of a refusal; else as many as there were
         "threads": arguments.threads,
         "processor": processor_name(),
         "platform": platform.platform(),
-        "versions": {**manifest.versions, "openvino": openvino_version()},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
     }
-    for engine in manifest.engines:
-        if engine.name not in wanted:
+    for name in arguments.engines.split(","):
+        place = work / name.replace(":", "-")
+        try:
+            bundle = exported(arguments.model, TARGETS[name], arguments.data, place)
+        except CheckFailedError as error:
+            yield about | {"engine": name, "refused": str(error)}
             continue
         report = advmoe.verify(
             bundle,
-            engine=engine.name,
+            engine=name,
             data=arguments.data,
             attacks=arguments.attacks,
             images=arguments.images,
             threads=arguments.threads,
-            resume=work / f"{engine.name.replace(':', '-')}-{arguments.attacks}.npz",
+            resume=work / f"{place.name}-{arguments.attacks}.npz",
         )
+        (engine,) = bundle.manifest.engines
         yield about | row_of(engine, report)
 
 
@@ -144,20 +144,21 @@ def main() -> None:
     parser.add_argument("--data", help="by default what the model was trained on")
     parser.add_argument("--images", type=int, help="of the test split; by default all")
     parser.add_argument("--attacks", default="quick", choices=["quick", "standard", "full"])
-    parser.add_argument(
-        "--engines", default=",".join(f"{t.backend}:{t.precision}" for t in TARGETS)
-    )
+    parser.add_argument("--engines", default=LOWERED)
     parser.add_argument("--work", type=Path, help="keeps bundle and attacks; by default none do")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    if unknown := {*arguments.engines.split(",")} - {*TARGETS}:
+        parser.error(f"unknown engines {', '.join(sorted(unknown))}; choose from {[*TARGETS]}")
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for row in rows_of(exported(arguments.model, arguments.data, work), arguments, work):
+        for row in rows_of(arguments, work):
             merge(arguments.out, row)
-            print(json.dumps({k: row[k] for k in ("engine", "verdict", "robust_drop")}), flush=True)
+            shown = ("engine", "verdict", "robust_drop", "refused")
+            print(json.dumps({key: row[key] for key in shown if key in row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import CheckFailedError, UsageError
 from benchmarks.training.lowered import main
 
 
@@ -25,7 +25,7 @@ def test_each_engine_is_attacked_itself(
     tiny_run: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, out = tmp_path / "work", tmp_path / "rows.json"
-    shutil.copytree(tiny_bundle.path, work / "bundle")
+    shutil.copytree(tiny_bundle.path, work / "openvino-fp32")
     assert not out.exists()
     (row,) = attack(tiny_run, work, out, monkeypatch, "openvino:fp32")
     assert (row["engine"], row["images"], row["suite"]) == ("openvino:fp32", 16, "quick")
@@ -53,11 +53,23 @@ def test_other_weights_and_unknown_engines_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work, out = tmp_path / "work", tmp_path / "rows.json"
-    shutil.copytree(tiny_bundle.path, work / "bundle")
+    shutil.copytree(tiny_bundle.path, work / "openvino-fp32")
     with pytest.raises(UsageError, match=r"is of other weights than .*trained-run"):
         attack(trained_run, work, out, monkeypatch, "openvino:fp32")
-    with pytest.raises(
-        UsageError, match=r"has no engine openvino:int4; choose from .*openvino:fp32"
-    ):
+    with pytest.raises(SystemExit):
         attack(tiny_run, work, out, monkeypatch, "openvino:fp32,openvino:int4")
     assert not out.exists()
+
+
+def test_a_precision_that_the_gate_refuses_is_a_row_with_the_reason(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CheckFailedError("nothing of this model can run in int8: it loses too much")
+
+    monkeypatch.setattr("benchmarks.training.lowered.export_run", refuse)
+    out = tmp_path / "rows.json"
+    (row,) = attack(tiny_run, tmp_path / "work", out, monkeypatch, "openvino:int8")
+    assert (row["engine"], row["images"]) == ("openvino:int8", 16)
+    assert "it loses too much" in str(row["refused"])
+    assert "robust_drop" not in row
