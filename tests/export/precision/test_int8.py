@@ -163,6 +163,19 @@ def test_weights_are_int8_and_logits_are_not(bundle: Bundle, backend: str) -> No
         assert {made[name].op_type for name in node.input} == {"DequantizeLinear"}
 
 
+def test_residual_sums_are_int8_for_tensorrt_alone(bundle: Bundle) -> None:
+    for_cpu = {engines_of(bundle, "onnxruntime").files["router.expert-0"]}
+    engines = engines_of(bundle, "tensorrt")
+    low = [name for name, precision in engines.segments.items() if precision == "int8"]
+    for_tensorrt = {s.file for s in engines.plan.segments if s.name in low}
+    for files, rounded in ((for_cpu, False), (for_tensorrt, True)):
+        for graph in (onnx.load_model(bundle.file(file)).graph for file in files):
+            sums = {name for node in graph.node if node.op_type == "Add" for name in node.output}
+            quantised = {n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
+            assert sums
+            assert sums & quantised == (sums if rounded else set())
+
+
 def test_tensorrt_gets_zero_points_of_0_and_biases_in_float32(bundle: Bundle) -> None:
     engines = engines_of(bundle, "tensorrt")
     low = [name for name, precision in engines.segments.items() if precision == "int8"]
