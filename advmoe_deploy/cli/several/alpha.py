@@ -17,8 +17,8 @@ from advmoe_deploy.settings import epsilon_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from advmoe_deploy.analysis.blend import BlendReport
     from advmoe_deploy.analysis.redundancy import Withstood
+    from advmoe_deploy.analysis.several.blend import BlendReport
     from advmoe_deploy.cli.several.sheet import Sheet, Shown
     from advmoe_deploy.specs import Frozen
 
@@ -49,7 +49,7 @@ def blend_run(asked: Asked, text: str, ui: Session) -> None:
     _require_dual(first)
 
     def make() -> tuple[Frozen, dict[str, str], Shown]:
-        from advmoe_deploy.analysis.blend import blend
+        from advmoe_deploy.analysis.several.blend import blend
         from advmoe_deploy.models.stored import open_stored
         from advmoe_deploy.zoo.resolve import resolve
 

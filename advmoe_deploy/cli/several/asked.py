@@ -9,7 +9,7 @@ from advmoe_deploy.cli.options import use_torch_threads
 from advmoe_deploy.cli.session import Session
 
 if TYPE_CHECKING:
-    from advmoe_deploy.analysis.trial import TrialSettings
+    from advmoe_deploy.analysis.several.trial import TrialSettings
     from advmoe_deploy.cli.several.sheet import Shown
     from advmoe_deploy.specs import Frozen
 
@@ -31,7 +31,7 @@ class Asked:
 
     def settings(self) -> "TrialSettings":
         """Return what to attack, and how hard."""
-        from advmoe_deploy.analysis.trial import TrialSettings
+        from advmoe_deploy.analysis.several.trial import TrialSettings
         from advmoe_deploy.data.matching import read_class_map
 
         return TrialSettings(

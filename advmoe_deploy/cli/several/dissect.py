@@ -13,7 +13,7 @@ from advmoe_deploy.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from advmoe_deploy.analysis.dissection.roles import Needed, Role, Run
+    from advmoe_deploy.analysis.several.roles import Needed, Role, Run
     from advmoe_deploy.cli.several.sheet import Shown
     from advmoe_deploy.specs import Frozen
     from advmoe_deploy.train.config import TrainConfig
@@ -29,7 +29,7 @@ _METHODS = {
 
 def dissect_runs(asked: Asked, ui: Session) -> None:
     """Dissect the runs that were named; those it lacks are named with what trains them."""
-    from advmoe_deploy.analysis.dissection.roles import read_run, roles_of
+    from advmoe_deploy.analysis.several.roles import read_run, roles_of
     from advmoe_deploy.zoo.resolve import resolve
 
     runs = [read_run(str(path), resolve(path)) for path in asked.paths]
@@ -37,7 +37,7 @@ def dissect_runs(asked: Asked, ui: Session) -> None:
     require_all(roles, runs)
 
     def make() -> "tuple[Frozen, dict[str, str], Shown]":
-        from advmoe_deploy.analysis.dissection.dissect import dissect
+        from advmoe_deploy.analysis.several.dissect import dissect
         from advmoe_deploy.cli.several.dissection import shown_dissection
 
         report = dissect(roles, asked.settings(), progress=ui.progress)
@@ -52,7 +52,7 @@ def require_all(roles: "Mapping[Role, Sequence[Run]]", runs: "Sequence[Run]") ->
     Raises:
         UsageError: a run is missing.
     """
-    from advmoe_deploy.analysis.dissection.roles import BEGINS_WITH, NEEDED
+    from advmoe_deploy.analysis.several.roles import BEGINS_WITH, NEEDED
 
     missing = [role for role in NEEDED if role not in roles]
     if not missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from advmoe_deploy.analysis.dissection.dissect import Dissected, DissectionReport
+from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
 from advmoe_deploy.cli.pages.plots import DENSE, INK, MOE, S_DENSE, UNFUSED, legend_below
 from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, Shown, cells, shares
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent

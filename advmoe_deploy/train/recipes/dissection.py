@@ -2,7 +2,7 @@
 
 A model trained on clean images, and one part of it trained adversarially by the loss of the model's
 output alone, as the paper has it. What each run becomes depends on what it begins with:
-``advmoe train RECIPE --from RUN`` (see :mod:`~advmoe_deploy.analysis.dissection.roles`).
+``advmoe train RECIPE --from RUN`` (see :mod:`~advmoe_deploy.analysis.several.roles`).
 """
 
 from advmoe_deploy.train.config import TrainConfig

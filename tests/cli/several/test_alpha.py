@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from advmoe_deploy.analysis.blend import BlendReport, _on_front, blended
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
+from advmoe_deploy.analysis.several.blend import BlendReport, _on_front, blended
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.app import run

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy.analysis.dissection.dissect import Dissected, DissectionReport
-from advmoe_deploy.analysis.dissection.roles import Role, Run, roles_of
 from advmoe_deploy.analysis.redundancy import TARGETS, TargetRow, Withstood
+from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
+from advmoe_deploy.analysis.several.roles import Role, Run, roles_of
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.dissect import _command

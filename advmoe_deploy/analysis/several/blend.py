@@ -14,7 +14,7 @@ import torch
 
 from advmoe_deploy import __version__
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
-from advmoe_deploy.analysis.trial import Trial, TrialSettings
+from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import require_routes
 from advmoe_deploy.models.families.dual import DualModel

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from advmoe_deploy import __version__
-from advmoe_deploy.analysis.dissection.roles import BEGINS_WITH, ROLES, Role, Run
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
 from advmoe_deploy.analysis.routing_change import effect_of
+from advmoe_deploy.analysis.several.roles import BEGINS_WITH, ROLES, Role, Run
+from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
 from advmoe_deploy.analysis.shares import Share
-from advmoe_deploy.analysis.trial import Trial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier, is_router_parameter

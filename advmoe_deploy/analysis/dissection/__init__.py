@@ -1,1 +1,0 @@
-"""Dissection of an adversarially trained mixture into its router and its experts."""
