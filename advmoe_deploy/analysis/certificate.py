@@ -1,20 +1,13 @@
 """Certified radii within which an answer cannot change, and the standing of each constant.
 
-Theorem 5.4 of arXiv 2502.06832, for a mixture sum_i a_i(x) f_i(x) of logits with router weights a:
-the answer y of x stands within
-
-    min over j != y of (F_y(x) - F_j(x)) / sum_i (r_i * M_i + a_i(x) * L_i)
-
-where r_i is the Lipschitz constant of a_i, and M_i and L_i are the bound and the Lipschitz constant
-of expert i's *margin* f_y - f_j. (With constants of single logits it would be unsound by a factor
-of 2.) The dual model's logits are a blend, and so are its sums.
-
-An arg-max router has no r_i: its weights jump. What holds for it is the theorem inside the ball in
-which no route changes, where r_i = 0 and a_i = 1 for the chosen expert: the smaller of the radius
-of the route and of the answer, each a margin over the formal bound of that margin. For a linear
-router the radius of the route is exact: min over j of (s_i - s_j) / ||W_i - W_j||_1.
+An arg-max router jumps, and an answer is safe only as far as its route is: the certified radius is
+the smaller of the radius of the route and of the answer behind it, each a margin over the formal
+bound of that margin. For a linear router the radius of the route is exact: min over j of
+(s_i - s_j) / ||W_i - W_j||_1. Theorem 5.4 (theorem.py) comes to the same with one bound for all
+margins of an expert, so its radius is the smaller one.
 
 All radii are l-inf, in [0, 1] pixels, before the clipping to [0, 1], which only helps.
+Radii that are all below one level of 8 bits are called vacuous: true, and about no other image.
 
 Shapes: N images, E experts, K classes.
 """
@@ -27,6 +20,8 @@ from torch import Tensor
 from advmoe_deploy.analysis.lipschitz import ForcedScores, Lipschitz, Tag
 from advmoe_deploy.analysis.shares import Share, answers, fold_rows, share_of
 from advmoe_deploy.analysis.slopes import UnboundedError, in_float64, pair_slopes, sloped_image
+from advmoe_deploy.analysis.theorem import held_radius
+from advmoe_deploy.analysis.vacuous import VACUOUS, is_vacuous
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import Frozen, ThreatModel
@@ -50,8 +45,9 @@ class Radii(Frozen):
     """Radii of all images, 0 where the answer is wrong already.
 
     ``certified`` is the share of images with a radius of at least ``epsilon``; ``quantiles`` are
-    the radii at 0 %, 1 %, ... 100 %. Where the tag is not applicable, ``note`` says why and the
-    rest is ``None``.
+    the radii at 0 %, 1 %, ... 100 %. ``vacuous``, and in words in ``note``: formal, and all below
+    one level of 8 bits. Where the tag is not applicable, ``note`` says why and the rest is
+    ``None``.
     """
 
     name: str
@@ -61,6 +57,7 @@ class Radii(Frozen):
     median: float | None = None
     certified: Share | None = None
     quantiles: tuple[float, ...] = ()
+    vacuous: bool = False
 
 
 class Certificate(Frozen):
@@ -68,23 +65,6 @@ class Certificate(Frozen):
 
     constants: tuple[Constant, ...]
     radii: tuple[Radii, ...]
-
-
-def theorem_radius(
-    logits_NK: Tensor, weights_NE: Tensor, r_E: Tensor, bound_E: Tensor, slope_E: Tensor
-) -> Tensor:
-    """Return Theorem 5.4's radius [N] of each image's own answer.
-
-    ``r_E`` are Lipschitz constants of the router's weights, ``bound_E`` and ``slope_E`` the bound
-    M and the Lipschitz constant L of each expert's margins.
-    """
-    best_N2 = logits_NK.topk(2, dim=1).values
-    return (best_N2[:, 0] - best_N2[:, 1]) / theorem_rate(weights_NE, r_E, bound_E, slope_E)
-
-
-def theorem_rate(weights_NE: Tensor, r_E: Tensor, bound_E: Tensor, slope_E: Tensor) -> Tensor:
-    """Return sum_i (r_i M_i + a_i L_i) for each image [N]; a blend's rates blend as its logits."""
-    return (r_E * bound_E).sum() + weights_NE @ slope_E
 
 
 def certificate(
@@ -118,6 +98,13 @@ def certificate(
     note = "as if the sampled constants were bounds: an estimate, nothing is guaranteed"
     sampled_N = sampled_radius(model, images, lipschitz)
     radii.append(_radii("answer", "diagnostic", note, sampled_N, right_N, threat))
+    if not isinstance(route, str) and route[0] is not None:
+        name, found = "Theorem 5.4, routes held", held_radius(model, images, route[0], lipschitz)
+        if isinstance(found, str):
+            radii.append(_refused(name, found, threat))
+        else:
+            note = "r = 0 inside the radius of the route"
+            radii.append(_radii(name, "formal", note, found, right_N, threat))
     radii.append(_theorem(model, threat))
     return Certificate(constants=_constants(model, lipschitz), radii=tuple(radii))
 
@@ -235,10 +222,12 @@ def _radii(
 ) -> Radii:
     right_N = right_N.cpu()
     radius_N = torch.where(right_N, radius_N, 0.0).clamp(max=1.0)  # more than 1 is all images
+    vacuous = tag == "formal" and is_vacuous(radius_N)
     return Radii(
         name=name,
         tag=tag,
-        note=note,
+        note=f"{note}; {VACUOUS}" if vacuous else note,
+        vacuous=vacuous,
         epsilon=threat.epsilon,
         median=float(radius_N.median()),
         certified=share_of(right_N & (radius_N >= threat.epsilon)),

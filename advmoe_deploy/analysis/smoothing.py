@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from advmoe_deploy.analysis.shares import Share, share_of
+from advmoe_deploy.analysis.vacuous import is_vacuous
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.errors import CheckFailedError, missing_extra
 from advmoe_deploy.journal import continued
@@ -78,6 +79,11 @@ class SmoothingReport(Frozen):
     largest_radius: float
     curve: CurveOfRadii
     certified: tuple[CertifiedImage, ...]
+
+    @property
+    def vacuous(self) -> bool:
+        """Whether no right answer has a radius that reaches another image of 8 bits."""
+        return is_vacuous(torch.tensor([one.radius for one in self.certified if one.correct]))
 
 
 def lower_confidence_bound(count: int, trials: int, alpha: float) -> float:

@@ -72,6 +72,9 @@ EXAMPLES = {
         "advmoe analyze bundle --budget 2m",
         "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",
         "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
+        "advmoe analyze --dissect runs/standard runs/robust-router runs/robust-experts "
+        "runs/experts-moved",
+        "advmoe analyze --alpha 0.5..1 runs/digits-jtdmoe runs/digits-rt-er",
     ),
     "serve": (
         "advmoe serve bundle --port 8000",

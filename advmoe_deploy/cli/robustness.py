@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from advmoe_deploy.analysis.certificate import local_radii
+from advmoe_deploy.analysis.vacuous import VACUOUS, is_vacuous
 from advmoe_deploy.bundle import CARD, REFERENCE, Bundle
 from advmoe_deploy.card import replace_card
 from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
@@ -130,12 +131,15 @@ def certified_routes(model: Classifier, x_NCHW: Images, threat: ThreatModel) -> 
     radii = local_radii(model, torch.from_numpy(x_NCHW))
     if isinstance(radii, str):
         return CertifiedRoutes(**known, note=radii)
-    route_N = np.zeros(0) if radii[0] is None else radii[0].clamp(max=1.0).numpy()
+    assert radii[0] is not None, "a model that routes has radii of its routes"
+    route_N, vacuous = radii[0].clamp(max=1.0).numpy(), is_vacuous(radii[0])
+    note = "formal: margins of the gates' scores over the bound of their slopes, in l-inf"
     return CertifiedRoutes(
         **known,
         certified=int((route_N >= threat.epsilon).sum()),
         median_radius=float(np.median(route_N)),
-        note="formal: margins of the gates' scores over the bound of their slopes, in l-inf",
+        vacuous=vacuous,
+        note=f"{note}; {VACUOUS}" if vacuous else note,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.analysis.certificate import certificate, local_radii, theorem_radius
+from advmoe_deploy.analysis.certificate import certificate, local_radii
 from advmoe_deploy.analysis.lipschitz import boundary_jumps, lipschitz_constants
 from advmoe_deploy.analysis.redundancy import (
     ALL_LAYERS,
@@ -24,6 +24,7 @@ from advmoe_deploy.analysis.slopes import (
     sloped_image,
     with_slope,
 )
+from advmoe_deploy.analysis.theorem import theorem_radius, theorem_rate
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.tables.analysis import bound_text
 from advmoe_deploy.data.dataset import to_float
@@ -331,7 +332,8 @@ def test_theorem_5_4_holds_for_a_soft_mixture() -> None:
     bound_E = middle_E.abs() + 1.5 * slope_E
     with torch.no_grad():
         weights_NE = router(x).softmax(dim=1)
-        radius_N = theorem_radius(mixture(x), weights_NE, gap.repeat(2), bound_E, slope_E)
+        rate_N = theorem_rate(weights_NE, gap.repeat(2), bound_E, slope_E)
+        radius_N = theorem_radius(mixture(x), rate_N)
         answer_N = mixture(x).argmax(dim=1)
         for seed in range(200):
             noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

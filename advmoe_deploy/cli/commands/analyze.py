@@ -1,5 +1,6 @@
 """The command ``analyze``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,11 @@ from advmoe_deploy.cli.options import (
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.cli.several.alpha import blend_run
+from advmoe_deploy.cli.several.asked import Asked
+from advmoe_deploy.cli.several.dissect import dissect_runs
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
+from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport, Section
@@ -31,13 +36,13 @@ REPORT = "analysis.json"
 
 
 def analyze(
-    path: Annotated[
-        Path,
+    paths: Annotated[
+        list[Path],
         typer.Argument(
             readable=False,
             metavar="RUN|BUNDLE",
             autocompletion=named_models,
-            help=f"What 'train' or 'export' wrote{NAMED}",
+            help=f"What 'train' or 'export' wrote{NAMED} Of --dissect and --alpha several.",
         ),
     ],
     data: Data = None,
@@ -64,6 +69,23 @@ def analyze(
     sigma: Annotated[
         float, typer.Option("--sigma", help="Noise of the smoothing, in [0, 1] pixels.")
     ] = 0.25,
+    dissect: Annotated[
+        bool,
+        typer.Option(
+            "--dissect",
+            help="Tell what a robust router and robust experts are each worth: of a run trained on "
+            "clean images, and of its parts trained on from there.",
+        ),
+    ] = False,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            "--alpha",
+            metavar="VALUES",
+            help="Blend a dual model anew at each alpha, such as 0.5..1, without training; runs "
+            "named after it are attacked beside it.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each PGD.")] = 20,
     epsilon: Epsilon = None,
     budget: Annotated[
@@ -89,8 +111,21 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     seconds = None if budget is None else seconds_of(budget)
-    use_torch_threads(threads)
+    alone = {"--only": only, "--smoothing": smoothing, "--budget": budget}
+    _require_sense(paths, alone, dissect=dissect, alpha=alpha)
+    use_threads(threads)
     with session(as_json, loads=True) as ui:
+        if dissect or alpha is not None:
+            several = Asked(
+                tuple(paths), data, class_map, images, epsilon, steps, seed, out, overwrite, threads
+            )
+            if alpha is not None:
+                blend_run(several, alpha, ui)
+            else:
+                dissect_runs(several, ui)
+            return
+        (path,) = paths
+        use_torch_threads(threads)
         from advmoe_deploy.analysis.analyze import Settings, sections_for
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.cli.pages import analysis_report
@@ -136,6 +171,23 @@ def analyze(
             journal.unlink(missing_ok=True)
         value = {"out": str(target), **report.model_dump(mode="json")}
         ui.show(value, lambda: analysis_tables.screen(report, target))
+
+
+def _require_sense(
+    paths: list[Path], alone: Mapping[str, object], *, dissect: bool, alpha: str | None
+) -> None:
+    """Refuse options, ``alone`` those for one model, that contradict each other."""
+    if dissect and alpha is not None:
+        raise UsageError("--dissect and --alpha are two analyses; ask for one")
+    if not dissect and alpha is None:
+        if len(paths) > 1:
+            raise UsageError(
+                f"analyze looks into one model, not {len(paths)}; --dissect takes several runs"
+            )
+        return
+    if given := [option for option, value in alone.items() if value is not None]:
+        which = "--dissect" if dissect else "--alpha"
+        raise UsageError(f"{given[0]} is for the analysis of one model; leave it out of {which}")
 
 
 def _wanted(only: str | None) -> "tuple[Section, ...] | None":

@@ -9,10 +9,12 @@ from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.certificate import Radii
 from advmoe_deploy.analysis.lipschitz import Lipschitz
 from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.vacuous import VACUOUS
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.settings import epsilon_text
 
 _MOST_LAYERS = 8
+_NAMED = {"router": "router (RA-R)", "experts": "experts (RA-E)"}  # as their paper has them
 
 
 def screen(report: AnalysisReport, out: Path) -> RenderableType:
@@ -96,7 +98,7 @@ def _experts(report: AnalysisReport) -> Group | None:
     attacks = _table("accuracy under PGD, by target", ("target", "accuracy", "routes changed"))
     for row in experts.targets:
         changed = "-" if row.route_change is None else f"{100 * row.route_change.value:.1f} %"
-        attacks.add_row(row.target, interval(row.accuracy), changed)
+        attacks.add_row(_NAMED.get(row.target, row.target), interval(row.accuracy), changed)
     attacks.add_row("all but experts, together", interval(experts.together), "")
     columns = ("expert", "clean", "under PGD", "under APGD")
     fixed = _table("one expert for every image, beside the router's choice", columns)
@@ -145,6 +147,7 @@ def _smoothing(report: AnalysisReport) -> str | None:
         f"randomized smoothing, sigma {found.settings.sigma:g}, n {found.settings.n}: accuracy "
         f"{interval(found.accuracy)}, abstains on {found.abstained} of {found.images}, "
         f"mean certified l2 radius {found.mean_radius:.3f} (at most {found.largest_radius:.3f})"
+        f"{f'; {VACUOUS}' if found.vacuous else ''}"
     )
 
 

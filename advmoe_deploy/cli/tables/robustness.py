@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 
+from advmoe_deploy.analysis.vacuous import VACUOUS
 from advmoe_deploy.cli.tables.analysis import radius_text
 from advmoe_deploy.cli.tables.bundle import new_table, robust_report
 from advmoe_deploy.cli.tables.escape import escape
@@ -45,10 +46,11 @@ def certified_text(certified: CertifiedRoutes) -> str:
     if certified.certified is None:
         return f"certified routes: none known; {certified.note}"
     median = radius_text(certified.median_radius or 0.0)
-    return (
+    found = (
         f"certified routes: {certified.certified} of {certified.images} images keep theirs within "
         f"epsilon {epsilon_text(certified.epsilon)}; the median radius is {median}"
     )
+    return f"{found}; {VACUOUS}" if certified.vacuous else found
 
 
 def _convergence(entry: Entry) -> str:

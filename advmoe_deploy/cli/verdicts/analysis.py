@@ -138,6 +138,8 @@ def _guaranteed(report: AnalysisReport) -> Said | None:
     if not answers or answers[0].certified is None:
         return Said("No answer is guaranteed: there is no formal bound for this model")
     certified = answers[0].certified.value
+    if answers[0].vacuous:
+        return Said("No answer is guaranteed: formal radii are vacuous, below one level of 8 bits")
     if certified == 0:
         return Said("No answer is guaranteed at epsilon: formal bounds are too loose to be of use")
     return Said(f"{percent(certified)} of the answers are guaranteed at epsilon, by formal bounds")
@@ -147,6 +149,11 @@ def _smoothed(report: AnalysisReport) -> Said | None:
     found = report.smoothing
     if found is None:
         return None
+    if found.vacuous:
+        return Said(
+            f"Smoothed by noise of sigma {found.settings.sigma:g} nothing is guaranteed: l2 radii "
+            "are vacuous, below one level of 8 bits"
+        )
     return Said(
         f"Smoothed by noise of sigma {found.settings.sigma:g} it is right on "
         f"{percent(found.accuracy.value)}, guaranteed within an l2 radius of "

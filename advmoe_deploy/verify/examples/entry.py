@@ -16,12 +16,16 @@ from advmoe_deploy.verify.suites import Suite
 
 
 class CertifiedRoutes(Frozen):
-    """Images whose route provably cannot change within epsilon; ``None``, and why, if unknown."""
+    """Images whose route provably cannot change within epsilon; ``None``, and why, if unknown.
+
+    ``vacuous``: no radius reaches another image of 8 bits; ``note`` says so.
+    """
 
     images: int
     epsilon: float
     certified: int | None = None
     median_radius: float | None = None
+    vacuous: bool = False
     note: str
 
 
