@@ -28,7 +28,7 @@ def sections(report: AnalysisReport) -> RenderableType:
     )
     parts: list[RenderableType] = [escape(title), f"clean accuracy {interval(report.accuracy)}"]
     parts += [escape(note) for note in report.notes]
-    for make in (_routes, _experts, _limits, _certificates, _smoothing):
+    for make in (_routes, _experts, _limits, _certificates, _radii, _capacity, _smoothing):
         part = make(report)
         if part is not None:
             parts += ["", part]
@@ -134,6 +134,56 @@ def _certificates(report: AnalysisReport) -> Table | None:
     table = _table("certified radii, l-inf", ("of", "worth", "result"))
     for radii in report.certificate.radii:
         table.add_row(radii.name, radii.tag, escape(radii_text(radii)))
+    return table
+
+
+def _radii(report: AnalysisReport) -> Table | None:
+    found = report.radii
+    if found is None:
+        return None
+    columns = ("radius", "accuracy", "auxiliary too", "sets changed", "without the best", "twin")
+    title = f"accuracy as the radius grows, {found.steps} steps; {found.macs / 1e6:.3g} M MACs"
+    twin = (
+        {point.epsilon: interval(point.accuracy) for point in found.twin.points}
+        if found.twin
+        else {}
+    )
+    if found.twin:
+        title += f", its twin {found.twin.macs / 1e6:.3g} M"
+    table = _table(title, columns if found.twin else columns[:-1])
+    for plain, auxiliary in zip(found.of("model"), found.of("auxiliary"), strict=True):
+        effect = plain.effect
+        row = [
+            epsilon_text(effect.epsilon),
+            interval(effect.accuracy_attacked),
+            interval(auxiliary.effect.accuracy_attacked),
+            f"{100 * max(layer.set_change for layer in effect.layers):.1f} %",
+            f"{100 * plain.second.value:.1f} %",
+        ]
+        table.add_row(*row, *([twin[effect.epsilon]] if twin else []))
+    return table
+
+
+def _capacity(report: AnalysisReport) -> Table | None:
+    found = report.capacity
+    if found is None:
+        return None
+    title = (
+        f"accuracy against the room of an expert, {found.batch} images a batch, epsilon "
+        f"{epsilon_text(found.epsilon)}, {found.steps} steps"
+    )
+    table = _table(title, ("capacity", "served", "M MACs", "clean", "attacked"))
+    for point in found.points:
+        table.add_row(
+            f"{point.ratio:g}",
+            f"{100 * point.served:.1f} %",
+            f"{point.macs / 1e6:.3g}",
+            interval(point.accuracy),
+            interval(point.robust_accuracy),
+        )
+    if twin := found.twin:
+        shares = interval(twin.accuracy), interval(twin.robust_accuracy)
+        table.add_row("twin", "-", f"{twin.macs / 1e6:.3g}", *shares)
     return table
 
 
