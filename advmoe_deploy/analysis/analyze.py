@@ -12,7 +12,6 @@ from torch import Tensor
 
 from advmoe_deploy import __version__
 from advmoe_deploy.analysis.budget import passes_by_section, plan_within, seconds_per_pass
-from advmoe_deploy.analysis.capacity import CapacityReport, over_capacities, require_capacities
 from advmoe_deploy.analysis.certificate import Certificate, certificate
 from advmoe_deploy.analysis.lipschitz import (
     BoundaryJumps,
@@ -20,7 +19,12 @@ from advmoe_deploy.analysis.lipschitz import (
     boundary_jumps,
     lipschitz_constants,
 )
-from advmoe_deploy.analysis.radii import Protocol, RadiiReport, over_radii
+from advmoe_deploy.analysis.protocol.capacity import (
+    CapacityReport,
+    over_capacities,
+    require_capacities,
+)
+from advmoe_deploy.analysis.protocol.radii import Protocol, RadiiReport, over_radii
 from advmoe_deploy.analysis.redundancy import ExpertReport, expert_report, steps_of_report
 from advmoe_deploy.analysis.routes import LayerUse, route_use
 from advmoe_deploy.analysis.routing_change import AttackEffect, MovedImage, effect_of

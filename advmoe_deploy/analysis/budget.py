@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from advmoe_deploy.analysis.capacity import ratios_of
-from advmoe_deploy.analysis.radii import TARGETS as OVER_RADII
-from advmoe_deploy.analysis.radii import Protocol
+from advmoe_deploy.analysis.protocol.capacity import ratios_of
+from advmoe_deploy.analysis.protocol.radii import TARGETS as OVER_RADII
+from advmoe_deploy.analysis.protocol.radii import Protocol
 from advmoe_deploy.analysis.redundancy import TARGETS
 from advmoe_deploy.analysis.smoothing import Smoothing
 from advmoe_deploy.attacks.effort import passes_of

@@ -2,21 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from advmoe_deploy.analysis.capacity import Limited, over_capacities
-from advmoe_deploy.analysis.radii import Protocol, over_radii
+from advmoe_deploy.analysis.analyze import Settings, analyze
+from advmoe_deploy.analysis.protocol.capacity import Limited, over_capacities
+from advmoe_deploy.analysis.protocol.radii import Protocol, over_radii
 from advmoe_deploy.attacks.objectives import AUXILIARY_WEIGHT
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.macs import count_macs
+from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.balance import importance_and_load_loss
 from advmoe_deploy.models.routing.routing import Routes
+from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from tests.conftest import write_run
@@ -110,11 +114,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("dense") / "run", spec_of("dense ViT"))
 
 
-def analysed(capsys: Capture, *arguments: object) -> Any:
-    assert run(["analyze", *map(str, arguments), *FEW, "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
-
-
 def test_the_whole_protocol_beside_a_twin(
     capsys: Capture, tokens: Path, dense: Path, tmp_path: Path
 ) -> None:
@@ -150,8 +149,6 @@ def test_the_whole_protocol_beside_a_twin(
 def test_macs_fall_by_what_is_not_served(tokens: Path) -> None:
     """Of two experts a row, at room for none of the second choices, half the experts' work goes."""
     spec = spec_of("token experts")
-    from advmoe_deploy.models.registry import build_model
-
     model = build_model(spec).eval()
     images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     protocol = Protocol(steps=1, capacities=(0.5, 1.5))
@@ -164,24 +161,20 @@ def test_macs_fall_by_what_is_not_served(tokens: Path) -> None:
     assert report.batch == 4
 
 
-def test_any_family_has_radii_and_room(tiny_run: Path, capsys: Capture, tmp_path: Path) -> None:
-    value = analysed(
-        capsys, tiny_run, "--radii", "8/255", "--capacity", "1,2", "--only", "routes",
-        "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert value["routes"] is not None
-    assert value["radii"]["twin"] is value["capacity"]["twin"] is None
-    even, ample = value["capacity"]["points"]
-    assert even["macs"] == ample["macs"]  # every image has an expert
-    assert ample["served"] == 1
-    assert ample["accuracy"] == value["accuracy"]
+def test_any_family_has_radii_and_room(tiny_run: Path) -> None:
+    protocol = Protocol(steps=2, radii=(8 / 255,), capacities=(1.0, 2.0))
+    settings = Settings(sections=("radii", "capacity"), images=16, protocol=protocol)
+    report = analyze(open_stored(tiny_run), settings)
+    assert report.radii
+    assert report.capacity
+    assert report.radii.twin is report.capacity.twin is None
+    even, ample = report.capacity.points
+    assert even.macs == ample.macs  # every image has an expert
+    assert ample.served == 1
+    assert ample.accuracy == report.accuracy
 
 
 def test_an_attack_grows_with_its_radius(tokens: Path) -> None:
-    from advmoe_deploy.data.dataset import to_float
-    from advmoe_deploy.data.registry import load_dataset
-    from advmoe_deploy.models.stored import open_stored
-
     test, model = load_dataset("digits").test.first(30), open_stored(tokens).model
     images, labels = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     report = over_radii(model, images, labels, Protocol(steps=3, radii=(0.3, 0.01)), Silent())

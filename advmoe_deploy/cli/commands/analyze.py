@@ -27,7 +27,7 @@ from advmoe_deploy.settings import epsilon_of
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport
-    from advmoe_deploy.analysis.radii import Protocol
+    from advmoe_deploy.analysis.protocol.radii import Protocol
     from advmoe_deploy.analysis.routing_change import MovedImage
     from advmoe_deploy.analysis.sections import Section
     from advmoe_deploy.analysis.smoothing import Smoothing
@@ -229,7 +229,7 @@ def _protocol(
     twin: "StoredModel | None",
     seed: int,
 ) -> "Protocol":
-    from advmoe_deploy.analysis.radii import Protocol
+    from advmoe_deploy.analysis.protocol.radii import Protocol
 
     given = {"steps": steps, "radii": radii, "capacities": capacities}
     said = {name: value for name, value in given.items() if value is not None}

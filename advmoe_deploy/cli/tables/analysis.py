@@ -10,6 +10,7 @@ from advmoe_deploy.analysis.certificate import Radii
 from advmoe_deploy.analysis.lipschitz import Lipschitz
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
 _MOST_LAYERS = 8
@@ -141,26 +142,28 @@ def _radii(report: AnalysisReport) -> Table | None:
     found = report.radii
     if found is None:
         return None
-    columns = ("radius", "accuracy", "auxiliary too", "sets changed", "without the best", "twin")
     title = f"accuracy as the radius grows, {found.steps} steps; {found.macs / 1e6:.3g} M MACs"
-    twin = (
-        {point.epsilon: interval(point.accuracy) for point in found.twin.points}
-        if found.twin
-        else {}
-    )
+    columns = ["radius", "accuracy", "auxiliary too", "sets changed", "without the best"]
+    twin = [found.twin.accuracy, *(p.accuracy for p in found.twin.points)] if found.twin else []
     if found.twin:
         title += f", its twin {found.twin.macs / 1e6:.3g} M"
-    table = _table(title, columns if found.twin else columns[:-1])
-    for plain, auxiliary in zip(found.of("model"), found.of("auxiliary"), strict=True):
-        effect = plain.effect
-        row = [
-            epsilon_text(effect.epsilon),
-            interval(effect.accuracy_attacked),
-            interval(auxiliary.effect.accuracy_attacked),
-            f"{100 * max(layer.set_change for layer in effect.layers):.1f} %",
-            f"{100 * plain.second.value:.1f} %",
+        columns.append("twin")
+    plain, auxiliary = found.of("model"), found.of("auxiliary")
+    clean = plain[0].effect.accuracy_clean
+    rows = [["0", interval(clean), percent(clean.value), "-", percent(found.second.value)]]
+    rows += [
+        [
+            epsilon_text(one.effect.epsilon),
+            interval(one.effect.accuracy_attacked),
+            percent(other.effect.accuracy_attacked.value),
+            percent(max(layer.set_change for layer in one.effect.layers)),
+            percent(one.second.value),
         ]
-        table.add_row(*row, *([twin[effect.epsilon]] if twin else []))
+        for one, other in zip(plain, auxiliary, strict=True)
+    ]
+    table = _table(title, tuple(columns))
+    for index, row in enumerate(rows):
+        table.add_row(*row, *(percent(share.value) for share in twin[index : index + 1]))
     return table
 
 
@@ -176,7 +179,7 @@ def _capacity(report: AnalysisReport) -> Table | None:
     for point in found.points:
         table.add_row(
             f"{point.ratio:g}",
-            f"{100 * point.served:.1f} %",
+            percent(point.served),
             f"{point.macs / 1e6:.3g}",
             interval(point.accuracy),
             interval(point.robust_accuracy),

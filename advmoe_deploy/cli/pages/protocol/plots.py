@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
-from advmoe_deploy.analysis.capacity import CapacityReport
-from advmoe_deploy.analysis.radii import RadiiReport
+from advmoe_deploy.analysis.protocol.capacity import CapacityReport
+from advmoe_deploy.analysis.protocol.radii import RadiiReport
 from advmoe_deploy.cli.pages.plots import DENSE, INK, MOE, S_DENSE, Draw, legend_below
 from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
@@ -58,8 +58,8 @@ def draw_redundancy(axes: Axes, report: RadiiReport) -> str:
     x = [100 * clean, *(100 * point.effect.accuracy_attacked.value for point in points)]
     second = [report.second.value, *(point.second.value for point in points)]
     apart = [report.disagreement, *(point.disagreement for point in points)]
-    axes.plot(x, [100 * v for v in second], "o-", color=MOE, label="right without the best expert")
-    axes.plot(x, [100 * v for v in apart], "s-", color=S_DENSE, label="two experts disagree")
+    axes.plot(x, [100 * v for v in second], "o-", color=MOE, label="without the best")
+    axes.plot(x, [100 * v for v in apart], "s-", color=S_DENSE, label="disagree")
     axes.plot((0, 100), (0, 100), color=INK, lw=0.8, ls=":")
     axes.set(ylim=(-2, 102), xlim=(-2, 102), xlabel="accuracy under attack, %", ylabel="images, %")
     axes.set_title("Redundancy and disagreement")
@@ -101,7 +101,7 @@ def draw_capacity_macs(axes: Axes, report: CapacityReport) -> str:
         if twin := report.twin:
             value = 100 * getattr(twin, name).value
             axes.plot([twin.macs / 1e6], [value], "*", ms=14, color=colour, label=f"twin, {label}")
-    axes.set(ylim=(-2, 102), xlabel="million MACs per image, router included", ylabel="accuracy, %")
+    axes.set(ylim=(-2, 102), xlabel="million MACs, with router", ylabel="accuracy, %")
     axes.set_title("Accuracy over compute")
     legend_below(axes)
     return f"{x[0]:.3g} to {x[-1]:.3g} million MACs"

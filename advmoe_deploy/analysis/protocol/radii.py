@@ -32,8 +32,8 @@ TARGETS: tuple[AttackTarget, ...] = ("model", "auxiliary")
 class Protocol:
     """How V-MoE's study attacks, where, and beside what.
 
-    ``capacities`` are ratios of :mod:`~advmoe_deploy.analysis.capacity`, none for those that its
-    family allows. ``twin`` is a dense model of the same images and classes.
+    ``capacities`` are ratios of :mod:`~advmoe_deploy.analysis.protocol.capacity`, none for those
+    that its family allows. ``twin`` is a dense model of the same images and classes.
     """
 
     steps: int = 40

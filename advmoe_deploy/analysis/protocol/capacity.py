@@ -14,7 +14,7 @@ Shapes: N rows, E experts, K experts per row.
 import torch
 from torch import Tensor
 
-from advmoe_deploy.analysis.radii import Protocol, withstood
+from advmoe_deploy.analysis.protocol.radii import Protocol, withstood
 from advmoe_deploy.analysis.shares import Share, answers, share_of
 from advmoe_deploy.attacks.white_box import BATCH, predict
 from advmoe_deploy.errors import UsageError
