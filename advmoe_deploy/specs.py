@@ -34,7 +34,14 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ComputeDtype = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 AttackTarget = Literal[
-    "model", "straight-through", "soft", "pathway", "weakest", "router", "experts"
+    "model",
+    "straight-through",
+    "auxiliary",
+    "soft",
+    "pathway",
+    "weakest",
+    "router",
+    "experts",
 ]
 AttackLoss = Literal["cross-entropy", "margin"]
 

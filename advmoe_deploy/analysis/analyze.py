@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +19,26 @@ from advmoe_deploy.analysis.lipschitz import (
     boundary_jumps,
     lipschitz_constants,
 )
+from advmoe_deploy.analysis.protocol.capacity import (
+    CapacityReport,
+    over_capacities,
+    require_capacities,
+)
+from advmoe_deploy.analysis.protocol.radii import Protocol, RadiiReport, over_radii
 from advmoe_deploy.analysis.redundancy import ExpertReport, expert_report, steps_of_report
 from advmoe_deploy.analysis.routes import LayerUse, route_use
 from advmoe_deploy.analysis.routing_change import AttackEffect, MovedImage, effect_of
+from advmoe_deploy.analysis.sections import DENSE_SECTIONS, SECTIONS, Section
 from advmoe_deploy.analysis.shares import Share, share_of
 from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import StoredModel
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
-
-Section = Literal["routes", "changes", "experts", "lipschitz", "certificate", "smoothing"]
-SECTIONS: tuple[Section, ...] = get_args(Section)
-DENSE_SECTIONS: tuple[Section, ...] = ("lipschitz", "certificate", "smoothing")
 
 # Radii at which routes are watched, in parts of the threat model's; the last is beyond it.
 _RADII = (0.25, 0.5, 1.0, 1.5)
@@ -62,6 +64,8 @@ class AnalysisReport(Frozen):
     lipschitz: tuple[Lipschitz, ...] | None
     jumps: BoundaryJumps | None
     certificate: Certificate | None
+    radii: RadiiReport | None
+    capacity: CapacityReport | None
     smoothing: SmoothingReport | None
     notes: tuple[str, ...]
     versions: dict[str, str]
@@ -71,6 +75,8 @@ class AnalysisReport(Frozen):
 @dataclass(frozen=True)
 class Settings:
     """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has.
+
+    ``protocol`` is of the sections radii and capacity.
 
     ``class_map`` is the model's name of classes that ``data`` calls otherwise. ``budget`` are the
     seconds that all of it may take: fewer images are looked at, or sections left out, and the notes
@@ -84,27 +90,10 @@ class Settings:
     epsilon: float | None = None
     steps: int = 20
     seed: int = 0
+    protocol: Protocol = field(default_factory=Protocol)
     smoothing: Smoothing = field(default_factory=Smoothing)
     journal: Path | None = None
     budget: float | None = None
-
-
-def sections_for(model: Classifier, wanted: tuple[Section, ...] | None) -> tuple[Section, ...]:
-    """Return the sections to run on ``model``: those ``wanted``, by default all but smoothing.
-
-    Raises:
-        UsageError: a section is about routes and the model has none.
-    """
-    possible = SECTIONS if model.rules else DENSE_SECTIONS
-    if wanted is None:
-        return tuple(section for section in possible if section != "smoothing")
-    for section in wanted:
-        if section not in possible:
-            raise UsageError(
-                f"{section} needs a router; of a dense model {', '.join(DENSE_SECTIONS)} "
-                "can be analysed"
-            )
-    return wanted
 
 
 def analyze(
@@ -122,10 +111,12 @@ def analyze(
     experts.
 
     Raises:
-        UsageError: no threat model, no data, or data that does not fit.
+        UsageError: no threat model, no data, data that does not fit, or a protocol that does not.
         CheckFailedError: the model's answers are not finite.
     """
     started = time.perf_counter()
+    settings.protocol.require_twin(stored)
+    require_capacities(stored, settings.protocol.capacities)
     source = absolute(settings.data or stored.data, stored.model.spec.image_size)
     threat = stored.threat_model(settings.epsilon)
     trained = Trained(stored.model.spec, stored.class_names, stored.decoding, stored.fingerprint)
@@ -162,6 +153,8 @@ class _Found:
     lipschitz: tuple[Lipschitz, ...] | None = None
     jumps: BoundaryJumps | None = None
     certificate: Certificate | None = None
+    radii: RadiiReport | None = None
+    capacity: CapacityReport | None = None
     smoothing: SmoothingReport | None = None
 
 
@@ -228,7 +221,12 @@ class _Work:
         per_pass = seconds_per_pass(self.model, self.images, self.labels, self.threat)
         watched = [target for target in _WATCHED for _ in _RADII]
         passes = passes_by_section(
-            self.model, self.sections, watched, self.settings.steps, self.settings.smoothing
+            self.model,
+            self.sections,
+            watched,
+            self.settings.steps,
+            self.settings.smoothing,
+            self.settings.protocol,
         )
         left = budget - (time.perf_counter() - started)
         plan = plan_within(left, per_pass, passes, len(self.labels))
@@ -258,6 +256,7 @@ class _Work:
             found.experts = self._experts()
         if "certificate" in sections:
             found.certificate = self._task("certificate", lambda: self._certificate(constants))
+        self._protocol(sections, found)
         if "smoothing" in sections:
             found.smoothing = self._smoothing()
 
@@ -307,6 +306,15 @@ class _Work:
             seed=self.settings.seed,
             progress=self.progress,
         )
+
+    def _protocol(self, sections: set[str], found: _Found) -> None:
+        """Fill in what V-MoE's protocol is for."""
+        model, images, labels = self.model, self.images, self.labels
+        protocol, progress = self.settings.protocol, self.progress
+        if "radii" in sections:
+            found.radii = over_radii(model, images, labels, protocol, progress)
+        if "capacity" in sections:
+            found.capacity = over_capacities(model, images, labels, self.threat, protocol, progress)
 
     def _certificate(self, constants: tuple[Lipschitz, ...]) -> Certificate:
         return certificate(self.model, self.images, self.labels, self.threat, constants)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from advmoe_deploy.analysis.protocol.capacity import ratios_of
+from advmoe_deploy.analysis.protocol.radii import TARGETS as OVER_RADII
+from advmoe_deploy.analysis.protocol.radii import Protocol
 from advmoe_deploy.analysis.redundancy import TARGETS
 from advmoe_deploy.analysis.smoothing import Smoothing
 from advmoe_deploy.attacks.effort import passes_of
@@ -47,15 +50,20 @@ def passes_by_section(
     watched: Sequence[AttackTarget],
     steps: int,
     smoothing: Smoothing,
+    protocol: Protocol,
 ) -> dict[str, int]:
     """Return how many passes each section makes with an image, about and at most."""
 
-    def attack(target: AttackTarget) -> int:
+    def attack(target: AttackTarget, steps: int = steps) -> int:
         return passes_of(model, AttackSpec(name="pgd", steps=steps, target=target), 1)
+
+    def by_protocol(target: AttackTarget) -> int:
+        return attack(target, protocol.steps)
 
     experts = len(model.experts_in_use)
     apgd = passes_of(model, AttackSpec(name="apgd", steps=steps), 1)
     # Each expert by PGD and APGD; the routed model by APGD, for PGD on it is one of the targets.
+    twin = by_protocol("model") + 1 if protocol.twin else 0
     alone = experts * (attack("model") + apgd + 3) + apgd + 2
     passes: dict[str, Callable[[], int]] = {
         "routes": lambda: 1,
@@ -63,6 +71,15 @@ def passes_by_section(
         "experts": lambda: sum(map(attack, TARGETS)) + alone,
         "lipschitz": lambda: (_LIPSCHITZ_PASSES + _JUMP_PASSES) * max(1, experts),
         "certificate": lambda: 2 * max(1, experts),
+        # After each attack all fixed experts, and each layer without its best, answer once more.
+        "radii": lambda: (
+            len(protocol.radii)
+            * (
+                sum(by_protocol(each) + experts + len(model.rules) + 3 for each in OVER_RADII)
+                + twin
+            )
+        ),
+        "capacity": lambda: len(ratios_of(model, protocol)) * (by_protocol("model") + 3) + twin,
         "smoothing": lambda: smoothing.n0 + smoothing.n,
     }
     return {section: passes[section]() for section in sections}

@@ -104,9 +104,26 @@ def effect_of(
     Raises:
         UsageError: the model routes nothing, or the attack is no PGD.
     """
-    clean_logits, clean = answers(require_routes(model), images)
-    with attack_task(progress or Silent(), model, attack, len(labels)):
+    with attack_task(progress or Silent(), require_routes(model), attack, len(labels)):
         found = attack_model(model, images, labels, threat, attack)
+    return effect_between(model, images, found, labels, threat, attack, moved=moved)
+
+
+def effect_between(
+    model: Classifier,
+    images: Tensor,
+    found: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    attack: AttackSpec,
+    *,
+    moved: list[MovedImage] | None = None,
+) -> AttackEffect:
+    """Return what has become of answers and routes where ``attack`` made ``found`` of ``images``.
+
+    A list ``moved`` gets every image whose route changed.
+    """
+    clean_logits, clean = answers(model, images)
     logits, attacked = answers(model, found)
     if moved is not None:
         for index in changed_images(clean, attacked, len(labels)).nonzero().flatten().tolist():

@@ -5,6 +5,7 @@ it, or a question of its own:
 
     model               the model as it runs, with its exact gradient
     straight-through    the gradient also enters hard routers, as in training
+    auxiliary           the same, and V-MoE's auxiliary loss beside the error
     soft                each row meets all experts, weighted by a softmax of their scores
     pathway             for each pathway: err on that fixed network, and be routed along it
     weakest             the same for one pathway an image, the one that errs most on it
@@ -42,6 +43,7 @@ from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.routing.balance import importance_and_load_loss
 from advmoe_deploy.models.routing.routing import (
     Routes,
     Routing,
@@ -51,6 +53,9 @@ from advmoe_deploy.specs import AttackLoss, AttackSpec, AttackTarget
 
 # Logits [n, K] of float images [n, C, H, W].
 Answer = Callable[[Tensor], Tensor]
+
+# Of V-MoE's auxiliary loss (arXiv 2106.05974) in what it is trained on.
+AUXILIARY_WEIGHT = 0.01
 
 # How much more the pull on the routes weighs than the error, in turn.
 PULLS = (1.0, 3.0)
@@ -66,6 +71,8 @@ def objectives_for(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) 
     """Return what to ascend in turn on the batch of ``scene``; ``clean`` are its fixed routes."""
     if attack.target == "router":
         return [_RouteObjective(scene)]
+    if attack.target == "auxiliary":
+        return [_AuxiliaryObjective(scene.model, attack.loss)]
     aims: list[Tensor | None] = [None]
     if attack.classes:
         aims = [*likeliest_targets(scene.logits_NK, scene.labels_N, attack.classes)]
@@ -125,6 +132,29 @@ class _ModelObjective:
             loss_N = attack_loss(self.loss, logits_NK, labels_N, _rows(self.targets_N, rows_N))
             (gradient,) = torch.autograd.grad(loss_N.sum(), x)
         return _ascent(gradient, loss_N, logits_NK.argmax(dim=1) != labels_N)
+
+
+class _AuxiliaryObjective:
+    """The loss that V-MoE is trained on: the error, and with its weight the auxiliary loss.
+
+    The auxiliary loss is one number for all images that are attacked at once, the mean over the
+    routed layers, and counts once for each of them.
+    """
+
+    def __init__(self, model: Classifier, loss: AttackLoss) -> None:
+        self.model = model
+        self.loss: AttackLoss = loss
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
+        x = images_NCHW.detach().requires_grad_(True)
+        routes = Routes(surrogate="probability")  # else a hard gate would run without a gradient
+        with torch.enable_grad():
+            logits_NK = self.model(x, routes)
+            error_N = attack_loss(self.loss, logits_NK, labels_N, None)
+            parts = [importance_and_load_loss(taken) for taken in routes.taken.values()]
+            loss_N = error_N + AUXILIARY_WEIGHT * torch.stack(parts).mean()
+            (gradient,) = torch.autograd.grad(loss_N.sum(), x)
+        return _ascent(gradient, loss_N, is_wrong(logits_NK, labels_N))
 
 
 class _SoftObjective:

@@ -50,8 +50,8 @@ def attack_model(
     loss, one it turned at its highest loss among those that fool; ``first_only`` settles for the
     first that fools. What fools is the model's own answer; for target ``experts``, its answer with
     the routes of the clean image. The loss is that of the answer; for target ``router``, that of
-    the gates against the clean routes. The same seed gives the same examples. The model is attacked
-    in eval mode; its own mode comes back.
+    the gates against the clean routes, for ``auxiliary`` V-MoE's auxiliary loss beside it. The same
+    seed gives the same examples. The model is attacked in eval mode; its own mode comes back.
 
     With ``answer``, logits [n, K] of images [n, C, H, W], somebody else is attacked, an engine that
     was made from the model: its answers say what fools, and the model only lends its gradients
@@ -181,7 +181,8 @@ class _Batch:
         else:
             logits_NK = self.model(images, self.clean.of(rows_N) if self.clean else None)
             loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
-        if self.spec.target == "router":  # a new route may well lower the loss of the answer
+        # A new route may well lower the loss of the answer.
+        if self.spec.target in ("router", "auxiliary"):
             (objective,) = self.objectives
             loss_N = objective(images, labels_N, rows_N).loss_N
         return _Judged(loss_N, is_wrong(logits_NK, labels_N))

@@ -71,6 +71,8 @@ EXAMPLES = {
         "advmoe analyze runs/digits-advmoe",
         "advmoe analyze bundle --budget 2m",
         "advmoe analyze bundle --only routes,experts --images 500 --steps 50 --out report",
+        "advmoe analyze runs/digits-vit-moe --radii 1/255,4/255,20/255 --twin runs/digits-vit",
+        "advmoe analyze runs/digits-vit-moe --only capacity --capacity 0.5,1,2 --out room",
         "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
         "advmoe analyze --dissect runs/standard runs/robust-router runs/robust-experts "
         "runs/experts-moved",

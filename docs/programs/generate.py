@@ -1,4 +1,4 @@
-"""Writer of docs/reference/api.md and settings.md from signatures, docstrings and fields."""
+"""Writer of docs/reference/api.md and settings.md, and of the MACs in docs/papers.md."""
 
 import ast
 import inspect
@@ -22,9 +22,11 @@ from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.train.meaning import settings_of
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify.report import RobustReport
+from docs.programs.papers import with_table
 
 PAGE = Path(__file__).parents[1] / "reference" / "api.md"
 SETTINGS_PAGE = PAGE.with_name("settings.md")
+PAPERS_PAGE = Path(__file__).parents[1] / "papers.md"
 HEAD = """# Python API
 
 `make docs` writes this page from [advmoe_deploy/api/](../../advmoe_deploy/api). Importing
@@ -112,6 +114,11 @@ def markdown(docstring: str) -> str:
 
 
 if __name__ == "__main__":
-    for page, text in ((PAGE, api_page()), (SETTINGS_PAGE, settings_page())):
+    pages = {
+        PAGE: api_page(),
+        SETTINGS_PAGE: settings_page(),
+        PAPERS_PAGE: with_table(PAPERS_PAGE.read_text(encoding="utf-8")),
+    }
+    for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
         sys.stdout.write(f"wrote {page}\n")

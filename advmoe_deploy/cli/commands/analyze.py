@@ -1,6 +1,8 @@
 """The command ``analyze``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,10 +27,13 @@ from advmoe_deploy.cli.several.asked import Asked
 from advmoe_deploy.cli.several.dissect import dissect_runs
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
 from advmoe_deploy.process import use_threads
+from advmoe_deploy.settings import epsilon_of
 
 if TYPE_CHECKING:
-    from advmoe_deploy.analysis.analyze import AnalysisReport, Section
+    from advmoe_deploy.analysis.analyze import AnalysisReport
+    from advmoe_deploy.analysis.protocol.radii import Protocol
     from advmoe_deploy.analysis.routing_change import MovedImage
+    from advmoe_deploy.analysis.sections import Section
     from advmoe_deploy.analysis.smoothing import Smoothing
     from advmoe_deploy.models.stored import StoredModel
 
@@ -53,8 +58,34 @@ def analyze(
         typer.Option(
             "--only",
             metavar="SECTIONS",
-            help="Of routes, changes, experts, lipschitz, certificate, smoothing; "
-            "by default all but smoothing.",
+            help="Of routes, changes, experts, lipschitz, certificate, radii, capacity, smoothing; "
+            "by default the first five.",
+        ),
+    ] = None,
+    radii: Annotated[
+        str | None,
+        typer.Option(
+            "--radii",
+            metavar="R1,R2,...",
+            help="Attack at each of these radii as V-MoE's study does, such as 1/255,4/255,20/255.",
+        ),
+    ] = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            "--capacity",
+            metavar="C1,C2,...",
+            help="Batch-prioritised evaluation: an expert has room for each of these parts of its "
+            "even share of a batch, such as 0.5,1,2.",
+        ),
+    ] = None,
+    twin: Annotated[
+        Path | None,
+        typer.Option(
+            "--twin",
+            readable=False,
+            metavar="RUN|BUNDLE",
+            help="A dense model that --radii and --capacity show beside this one.",
         ),
     ] = None,
     smoothing: Annotated[
@@ -86,7 +117,14 @@ def analyze(
             "named after it are attacked beside it.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each PGD.")] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            min=1,
+            help="Steps of each PGD: 20, or the 40 of V-MoE's study, unless given.",
+        ),
+    ] = None,
     epsilon: Epsilon = None,
     budget: Annotated[
         str | None,
@@ -111,13 +149,34 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     seconds = None if budget is None else seconds_of(budget)
-    alone = {"--only": only, "--smoothing": smoothing, "--budget": budget}
+    alone = {
+        "--only": only,
+        "--radii": radii,
+        "--capacity": capacity,
+        "--twin": twin,
+        "--smoothing": smoothing,
+        "--budget": budget,
+    }
     _require_sense(paths, alone, dissect=dissect, alpha=alpha)
+    chosen = _sections_named(only)
+    also = _asked_for(radii=radii, capacity=capacity, smoothing=smoothing)
+    if twin is not None and not {"radii", "capacity"} & {*chosen, *also}:
+        raise UsageError("--twin stands beside --radii or --capacity; give one of them")
+    grid = _parts(radii, "--radii", epsilon_of), _parts(capacity, "--capacity", _ratio_of)
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         if dissect or alpha is not None:
             several = Asked(
-                tuple(paths), data, class_map, images, epsilon, steps, seed, out, overwrite, threads
+                tuple(paths),
+                data,
+                class_map,
+                images,
+                epsilon,
+                steps or 20,
+                seed,
+                out,
+                overwrite,
+                threads,
             )
             if alpha is not None:
                 blend_run(several, alpha, ui)
@@ -126,8 +185,9 @@ def analyze(
             return
         (path,) = paths
         use_torch_threads(threads)
-        from advmoe_deploy.analysis.analyze import Settings, sections_for
+        from advmoe_deploy.analysis.analyze import Settings
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
+        from advmoe_deploy.analysis.sections import sections_for
         from advmoe_deploy.cli.pages import analysis_report
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.tables import analysis as analysis_tables
@@ -136,14 +196,12 @@ def analyze(
         from advmoe_deploy.models.stored import open_stored
         from advmoe_deploy.zoo.resolve import place_for, resolve
 
-        wanted, certified = _wanted(only), _smoothing(sigma, smoothing, seed)
+        wanted, certified = _wanted(chosen), _smoothing(sigma, smoothing, seed)
         pages.require_libraries()
         stored = open_stored(resolve(path))
         target = out or place_for(path, stored.path, "analysis", _beside(stored))
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        sections = sections_for(stored.model, wanted)
-        if smoothing is not None and "smoothing" not in sections:
-            sections = (*sections, "smoothing")
+        sections = sections_for(stored.model, wanted, also)
         journal = target.with_name(f".{target.name}.smoothing.jsonl")
         settings = Settings(
             sections=sections,
@@ -151,8 +209,9 @@ def analyze(
             data=data,
             class_map=read_class_map(class_map),
             epsilon=epsilon,
-            steps=steps,
+            steps=steps or 20,
             seed=seed,
+            protocol=_protocol(steps, *grid, open_stored(resolve(twin)) if twin else None, seed),
             smoothing=certified,
             journal=journal,
             budget=seconds,
@@ -190,18 +249,58 @@ def _require_sense(
         raise UsageError(f"{given[0]} is for the analysis of one model; leave it out of {which}")
 
 
-def _wanted(only: str | None) -> "tuple[Section, ...] | None":
-    from advmoe_deploy.analysis.analyze import SECTIONS
+def _sections_named(only: str | None) -> tuple[str, ...]:
+    chosen = () if only is None else names(only)
+    if only is not None and not chosen:
+        raise UsageError(f"--only '{only}' names no section; write --only routes,experts")
+    return chosen
 
-    if only is None:
-        return None
-    chosen = names(only)
+
+def _wanted(chosen: tuple[str, ...]) -> "tuple[Section, ...] | None":
+    from advmoe_deploy.analysis.sections import SECTIONS
+
     for section in chosen:
         if section not in SECTIONS:
             raise unknown_name("section", section, SECTIONS)
-    if not chosen:
-        raise UsageError(f"--only '{only}' names no section; choose from {', '.join(SECTIONS)}")
-    return tuple(section for section in SECTIONS if section in chosen)
+    return tuple(section for section in SECTIONS if section in chosen) or None
+
+
+def _asked_for(**values: object) -> "tuple[Section, ...]":
+    """Return the sections whose own option was given."""
+    return tuple(name for name, value in values.items() if value is not None)  # type: ignore[misc]
+
+
+def _parts(
+    text: str | None, option: str, number: Callable[[str], float]
+) -> tuple[float, ...] | None:
+    """Return the numbers of a list, each once; ``None`` where the option was not given."""
+    if text is None:
+        return None
+    found = tuple(dict.fromkeys(map(number, names(text))))
+    if not found:
+        raise UsageError(f"{option} '{text}' names no number; write {option} 0.5,1")
+    return found
+
+
+def _ratio_of(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (ratio := float(text)) < inf:
+            return ratio
+    raise UsageError(f"capacity '{text}' is no positive number; write --capacity 0.5,1,2")
+
+
+def _protocol(
+    steps: int | None,
+    radii: tuple[float, ...] | None,
+    capacities: tuple[float, ...] | None,
+    twin: "StoredModel | None",
+    seed: int,
+) -> "Protocol":
+    from advmoe_deploy.analysis.protocol.radii import Protocol
+
+    given = {"steps": steps, "radii": radii, "capacities": capacities}
+    said = {name: value for name, value in given.items() if value is not None}
+    return Protocol(**said, twin=twin, seed=seed)  # type: ignore[arg-type]
 
 
 def _smoothing(sigma: float, draws: int | None, seed: int) -> "Smoothing":

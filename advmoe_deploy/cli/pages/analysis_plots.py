@@ -22,6 +22,7 @@ from advmoe_deploy.cli.pages.plots import (
     Draw,
     legend_below,
 )
+from advmoe_deploy.cli.pages.protocol.plots import protocol_drawings
 from advmoe_deploy.cli.verdicts.said import listed, percent
 from advmoe_deploy.reports.text import in_plot
 from advmoe_deploy.settings import epsilon_text
@@ -68,6 +69,17 @@ def drawings_of(report: AnalysisReport) -> dict[str, tuple[Draw, float]]:
     if report.experts:
         for name, draw in _OF_EXPERTS.items():
             found[name] = partial(draw, report=report.experts), HEIGHT
+    if report.radii:
+        found["radii-routes"] = (
+            partial(
+                draw_changes,
+                effects=[point.effect for point in report.radii.of("model")],
+                title="Routes as the radius grows",
+                epsilon=report.threat.epsilon,
+            ),
+            HEIGHT,
+        )
+    found.update((name, (draw, HEIGHT)) for name, draw in protocol_drawings(report).items())
     if report.smoothing:
         found["smoothing"] = partial(draw_smoothing, report=report.smoothing), HEIGHT
     return found

@@ -11,6 +11,7 @@ from advmoe_deploy.analysis.lipschitz import Lipschitz
 from advmoe_deploy.analysis.shares import Share
 from advmoe_deploy.analysis.vacuous import VACUOUS
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
 _MOST_LAYERS = 8
@@ -30,7 +31,7 @@ def sections(report: AnalysisReport) -> RenderableType:
     )
     parts: list[RenderableType] = [escape(title), f"clean accuracy {interval(report.accuracy)}"]
     parts += [escape(note) for note in report.notes]
-    for make in (_routes, _experts, _limits, _certificates, _smoothing):
+    for make in (_routes, _experts, _limits, _certificates, _radii, _capacity, _smoothing):
         part = make(report)
         if part is not None:
             parts += ["", part]
@@ -136,6 +137,58 @@ def _certificates(report: AnalysisReport) -> Table | None:
     table = _table("certified radii, l-inf", ("of", "worth", "result"))
     for radii in report.certificate.radii:
         table.add_row(radii.name, radii.tag, escape(radii_text(radii)))
+    return table
+
+
+def _radii(report: AnalysisReport) -> Table | None:
+    found = report.radii
+    if found is None:
+        return None
+    title = f"accuracy as the radius grows, {found.steps} steps; {found.macs / 1e6:.3g} M MACs"
+    columns = ["radius", "accuracy", "auxiliary too", "sets changed", "without the best"]
+    twin = [found.twin.accuracy, *(p.accuracy for p in found.twin.points)] if found.twin else []
+    if found.twin:
+        title += f", its twin {found.twin.macs / 1e6:.3g} M"
+        columns.append("twin")
+    plain, auxiliary = found.of("model"), found.of("auxiliary")
+    clean = plain[0].effect.accuracy_clean
+    rows = [["0", interval(clean), percent(clean.value), "-", percent(found.second.value)]]
+    rows += [
+        [
+            epsilon_text(one.effect.epsilon),
+            interval(one.effect.accuracy_attacked),
+            percent(other.effect.accuracy_attacked.value),
+            percent(max(layer.set_change for layer in one.effect.layers)),
+            percent(one.second.value),
+        ]
+        for one, other in zip(plain, auxiliary, strict=True)
+    ]
+    table = _table(title, tuple(columns))
+    for index, row in enumerate(rows):
+        table.add_row(*row, *(percent(share.value) for share in twin[index : index + 1]))
+    return table
+
+
+def _capacity(report: AnalysisReport) -> Table | None:
+    found = report.capacity
+    if found is None:
+        return None
+    title = (
+        f"accuracy against the room of an expert, {found.batch} images a batch, epsilon "
+        f"{epsilon_text(found.epsilon)}, {found.steps} steps"
+    )
+    table = _table(title, ("capacity", "served", "M MACs", "clean", "attacked"))
+    for point in found.points:
+        table.add_row(
+            f"{point.ratio:g}",
+            percent(point.served),
+            f"{point.macs / 1e6:.3g}",
+            interval(point.accuracy),
+            interval(point.robust_accuracy),
+        )
+    if twin := found.twin:
+        shares = interval(twin.accuracy), interval(twin.robust_accuracy)
+        table.add_row("twin", "-", f"{twin.macs / 1e6:.3g}", *shares)
     return table
 
 

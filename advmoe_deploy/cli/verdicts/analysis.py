@@ -6,6 +6,7 @@ from collections.abc import Callable
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.reports.cautions import COLLAPSED
+from advmoe_deploy.settings import epsilon_text
 
 _EVEN = 0.8  # share of the experts from which they count as used alike
 
@@ -22,6 +23,8 @@ def conclusions(report: AnalysisReport) -> list[Said]:
         _worth,
         _jumps,
         _guaranteed,
+        _beside_twin,
+        _room,
         _smoothed,
     )
     return [said for make in makers if (said := make(report))]
@@ -143,6 +146,37 @@ def _guaranteed(report: AnalysisReport) -> Said | None:
     if certified == 0:
         return Said("No answer is guaranteed at epsilon: formal bounds are too loose to be of use")
     return Said(f"{percent(certified)} of the answers are guaranteed at epsilon, by formal bounds")
+
+
+def _beside_twin(report: AnalysisReport) -> Said | None:
+    found = report.radii
+    if found is None or found.twin is None:
+        return None
+    point, other = found.of("model")[-1].effect, found.twin.points[-1].accuracy
+    own = point.accuracy_attacked
+    said = (
+        f"at radius {epsilon_text(point.epsilon)} it keeps {percent(own.value)}, its dense twin "
+        f"{percent(other.value)}, for {found.macs / 1e6:.3g} and {found.twin.macs / 1e6:.3g} "
+        "million MACs"
+    )
+    if own.low > other.high:
+        return Said(f"It withstands more than its dense twin: {said}", "gain")
+    if own.high < other.low:
+        return Said(f"It withstands less than its dense twin: {said}", "worse")
+    return Said(f"It withstands no more than its dense twin, beyond chance: {said}", "unsure")
+
+
+def _room(report: AnalysisReport) -> Said | None:
+    found = report.capacity
+    if found is None:
+        return None
+    least = found.points[0]
+    clean, robust = percent(least.accuracy.value), percent(least.robust_accuracy.value)
+    return Said(
+        f"With room for {least.ratio:g} of an even share {percent(least.served)} of the choices "
+        f"are served: {clean} are right, {robust} attacked, for {least.macs / 1e6:.3g} of "
+        f"{found.macs / 1e6:.3g} million MACs"
+    )
 
 
 def _smoothed(report: AnalysisReport) -> Said | None:

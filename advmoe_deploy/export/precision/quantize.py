@@ -35,7 +35,7 @@ _QUANTISED = ["Conv", "Gemm", "MatMul", "MaxPool", "AveragePool"]
 # Scores and logits come out of these: 256 steps would tie what differs.
 _FLOAT_OUTPUTS = ["Gemm", "MatMul"]
 # A residual sum in int8 rounds its terms once more: on CPUs logits then differ by a fifth more, and
-# no time is won. TensorRT fuses a sum into the convolution before it only if its other term is int8.
+# no time is won. TensorRT fuses it into the convolution before it only if its other term is int8.
 _SUMS = ["Add"]
 _SYMMETRIC = {"ActivationSymmetric": True, "AddQDQPairToWeight": True, "QuantizeBias": False}
 

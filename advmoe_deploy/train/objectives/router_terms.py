@@ -15,12 +15,12 @@ from torch import Tensor
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.families.advmoe import AdvMoE
+from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
 from advmoe_deploy.models.routing.capacity import Adjust
 from advmoe_deploy.models.routing.routing import Routing, forced_route
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import Part
 from advmoe_deploy.train.distributed.collectives import all_gathered
-from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 from advmoe_deploy.train.objectives.forward import Adjustment, Forced
 from advmoe_deploy.train.objectives.losses import class_routing_loss, divergence
 

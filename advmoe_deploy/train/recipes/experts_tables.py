@@ -56,9 +56,12 @@ def expert_layers(
     return variant(baseline(backbone), name=name, model=model, balance_loss=balance, gate_noise=0.1)
 
 
-def block_moe(name: str, *layers: str, balance: str, top_k: int = 1) -> TrainConfig:
+def block_moe(
+    name: str, *layers: str, balance: str, backbone: Backbone = "resnet18"
+) -> TrainConfig:
     """Return whole residual blocks as experts."""
-    return expert_layers(name, ExpertLayers(kind="block", layers=layers), balance, top_k=top_k)
+    where = ExpertLayers(kind="block", layers=layers)
+    return expert_layers(name, where, balance, backbone=backbone)
 
 
 def conv_moe(
@@ -101,9 +104,29 @@ _CELLS: dict[str, _Cell] = {
         lambda name: conv_moe(name, "layer4", balance="entropy"),
         experts_cell(51.0, 25.0),
     ),
+    "cifar100-conv-moe-layer4-switch": (
+        "the same with the switch loss",
+        lambda name: conv_moe(name, "layer4", balance="switch"),
+        None,
+    ),
     "cifar100-conv-moe-layer4-entropy-k2": (
-        "the same with two experts an image, which collapsed in the paper",
+        "the same, entropy loss, with two experts an image, which collapsed in the paper",
         lambda name: conv_moe(name, "layer4", balance="entropy", top_k=2),
+        None,
+    ),
+    "cifar100-resnet50-block-moe-layer4-switch": (
+        "BlockMoE on ResNet-50, all blocks of conv5, switch loss",
+        lambda name: block_moe(name, "layer4", balance="switch", backbone="resnet50"),
+        None,
+    ),
+    "cifar100-resnet50-block-moe-layer4-entropy": (
+        "BlockMoE on ResNet-50, all blocks of conv5, entropy loss",
+        lambda name: block_moe(name, "layer4", balance="entropy", backbone="resnet50"),
+        None,
+    ),
+    "cifar100-resnet50-conv-moe-layer4-switch": (
+        "ConvMoE on ResNet-50, conv5, switch loss",
+        lambda name: conv_moe(name, "layer4", balance="switch", backbone="resnet50"),
         None,
     ),
     "cifar100-resnet50-conv-moe-layer4-entropy": (

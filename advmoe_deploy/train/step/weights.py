@@ -14,10 +14,10 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import first_not_finite, state_of
 from advmoe_deploy.models.families.advmoe import AdvMoE, DenseClassifier
 from advmoe_deploy.models.registry import build_model
+from advmoe_deploy.models.routing.balance import even_shift
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.data.loader import Batch
 from advmoe_deploy.train.fields import Start
-from advmoe_deploy.train.objectives.balance import even_shift
 from advmoe_deploy.train.step.learner import Learner
 from advmoe_deploy.train.step.transfer import transfer
 

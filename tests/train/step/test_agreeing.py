@@ -10,11 +10,11 @@ from torch import Tensor
 from advmoe_deploy.data.dataset import Split
 from advmoe_deploy.models.base import is_router_parameter
 from advmoe_deploy.models.families.advmoe import AdvMoE
+from advmoe_deploy.models.routing.balance import even_shift
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.train.config import TrainConfig, apply_overrides, without_router
 from advmoe_deploy.train.data.loader import Batch, DataLoader
 from advmoe_deploy.train.objectives.adversarial import ascent_of
-from advmoe_deploy.train.objectives.balance import even_shift
 from advmoe_deploy.train.objectives.losses import divergence
 from advmoe_deploy.train.objectives.router_terms import random_routes, score_terms
 from advmoe_deploy.train.step.weights import TrainedWeights

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import is_router_parameter
+from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
 from advmoe_deploy.train.combinations import FAMILIES
 from advmoe_deploy.train.fields import BalanceLoss, Loss, Method
-from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 from advmoe_deploy.train.step.weights import TrainedWeights
 from tests.toy_training import PARTS, fabric, first_batch, tiny_of
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
 from advmoe_deploy.models.routing.capacity import Adjust, NoisyRouting
 from advmoe_deploy.models.routing.routing import Routing, RoutingRule, choose
-from advmoe_deploy.train.objectives.balance import BALANCE_LOSSES
 
 
 def seeded(seed: int) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,1 @@
+"""Plots of V-MoE's protocol."""
