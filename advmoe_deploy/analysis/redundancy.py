@@ -8,7 +8,6 @@ away.
 Shapes: N images, E experts, K classes.
 """
 
-import torch
 from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
@@ -63,13 +62,28 @@ class TargetRow(Frozen):
     route_change: Share | None
 
 
+class Withstood(Frozen):
+    """What one model withstands of PGD with each target.
+
+    ``together`` counts an image only if no target but ``experts``, which is about a model that
+    nobody deploys, changed its answer.
+    """
+
+    accuracy: Share
+    targets: tuple[TargetRow, ...]
+    together: Share
+
+    def under(self, target: AttackTarget) -> Share:
+        """Return the accuracy that PGD with ``target`` leaves."""
+        return next(row.accuracy for row in self.targets if row.target == target)
+
+
 class ExpertReport(Frozen):
     """How redundant the experts are and what each part withstands.
 
     ``disagreement`` [E][E] is the share of images that two fixed experts answer differently.
-    ``gated`` is the model as it runs, attacked as each fixed expert is.
-    ``together`` is the accuracy under all attacks on the whole model: an image counts only if no
-    target but ``experts``, which is about another model, changed its answer.
+    ``gated`` is the model as it runs, attacked as each fixed expert is; ``targets`` and
+    ``together`` are those of :class:`Withstood`.
     """
 
     accuracy: Share
@@ -111,23 +125,21 @@ def expert_report(
     """
     progress = progress or Silent()
     require_routes(model)
-    targets = list(_targets(model, images, labels, threat, attack, progress))
-    standing = [right_N for row, right_N in targets if row.target != "experts"]
-    accuracy = share_of(predict(model, images) == labels)
+    found = withstood(model, images, labels, threat, attack, progress=progress, told="experts")
     gated = FixedExpertRow(
         expert=None,
-        clean_accuracy=accuracy,
-        robust_accuracy=next(row.accuracy for row, _ in targets if row.target == "model"),
+        clean_accuracy=found.accuracy,
+        robust_accuracy=found.under("model"),
         apgd_accuracy=_left_by(_apgd(attack), model, images, labels, threat, progress),
     )
     return ExpertReport(
-        accuracy=accuracy,
+        accuracy=found.accuracy,
         second=second_experts(model, images, labels),
         disagreement=disagreement(model, images),
         fixed=fixed_experts(model, images, labels, threat, attack, progress=progress),
         gated=gated,
-        targets=tuple(row for row, _ in targets),
-        together=share_of(torch.stack(standing).all(dim=0)),
+        targets=found.targets,
+        together=found.together,
     )
 
 
@@ -211,17 +223,20 @@ def _left_by(
 TARGETS: tuple[AttackTarget, ...] = ("model", "straight-through", "pathway", "router", "experts")
 
 
-def _targets(
+def withstood(
     model: Classifier,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
     attack: AttackSpec,
+    *,
     progress: Progress,
-) -> list[tuple[TargetRow, Tensor]]:
-    """Return one row per target, and which images stayed right."""
+    told: str,
+) -> Withstood:
+    """Return what ``model``, which routes, withstands; ``told`` is the task that advances."""
     rows = []
-    _, clean = answers(model, images)
+    clean_N, (_, clean) = predict(model, images) == labels, answers(model, images)
+    standing_N = clean_N
     for target in TARGETS:
         aimed = attack.model_copy(update={"target": target})
         with attack_task(progress, model, aimed, len(labels)):
@@ -230,12 +245,11 @@ def _targets(
         right_N = predict(model, found, routes_of=images if fixed else None) == labels
         changed = None
         if not fixed:
+            standing_N = standing_N & right_N
             changed = share_of(changed_images(clean, answers(model, found)[1], len(labels)))
-        rows.append(
-            (TargetRow(target=target, accuracy=share_of(right_N), route_change=changed), right_N)
-        )
-        progress.advance("experts", robust_accuracy=rows[-1][0].accuracy.value)
-    return rows
+        rows.append(TargetRow(target=target, accuracy=share_of(right_N), route_change=changed))
+        progress.advance(told, robust_accuracy=rows[-1].accuracy.value)
+    return Withstood(accuracy=share_of(clean_N), targets=tuple(rows), together=share_of(standing_N))
 
 
 class _WithoutBest:

@@ -74,6 +74,9 @@ EXAMPLES = {
         "advmoe analyze runs/digits-vit-moe --radii 1/255,4/255,20/255 --twin runs/digits-vit",
         "advmoe analyze runs/digits-vit-moe --only capacity --capacity 0.5,1,2 --out room",
         "advmoe analyze runs/digits-dense --smoothing 1000 --sigma 0.25",
+        "advmoe analyze --dissect runs/standard runs/robust-router runs/robust-experts "
+        "runs/experts-moved",
+        "advmoe analyze --alpha 0.5..1 runs/digits-jtdmoe runs/digits-rt-er",
     ),
     "serve": (
         "advmoe serve bundle --port 8000",

@@ -46,7 +46,7 @@ def require_sense(config: TrainFields) -> None:
     Raises:
         ValueError: two of them do; the line names them and the way out.
     """
-    for check in (_method, _routes, _terms, _capacity, _fixed_gate, _batches, _sparse):
+    for check in (_method, _routes, _terms, _capacity, _fixed_gate, _batches, _sparse, _start):
         check(config)
 
 
@@ -144,4 +144,12 @@ def _sparse(config: TrainFields) -> None:
         raise ValueError(
             f"sparse_ratio={config.sparse_ratio} is no smaller than model.ratio="
             f"{config.model.ratio}; there is nothing to prune"
+        )
+
+
+def _start(config: TrainFields) -> None:
+    if config.method == "router-only" and config.start is not None and config.start.new_head:
+        raise ValueError(
+            f"method router-only leaves the last layer alone, and {config.start.source} has other "
+            "classes; begin with a model of these classes, or train all of it by method joint"
         )

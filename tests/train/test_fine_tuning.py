@@ -10,6 +10,7 @@ import torch
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import AdvMoEError, CheckpointError
+from advmoe_deploy.models.base import is_router_parameter
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import build_spec
@@ -72,6 +73,34 @@ def test_the_same_classes_keep_their_head(tiny_run: Path) -> None:
         assert torch.equal(tensor, old.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="has other weights than when the run was asked"):
         transfer(model, start.model_copy(update={"weights_sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("name", "still"), [("router-only", "experts"), ("experts-only", "router")]
+)
+def test_what_no_step_moves_stays_as_it_came(
+    tiny_run: Path, tmp_path: Path, name: str, still: str
+) -> None:
+    """Its weights to the bit, and what its BatchNorms have seen: they are of the model, too."""
+    few = [*QUICK, "lr=0.1", "router_lr=0.01", "train_images=64", "test_images=4", "epochs=2"]
+    settings = [part for setting in [*few, "evaluate_every=2"] for part in ("--set", setting)]
+    line = ["train", f"digits-{name}", "--from", str(tiny_run), *settings]
+    assert run([*line, "--out", str(tmp_path / "run")]) == 0
+    _, before = load_checkpoint(tiny_run / "model")
+    _, after = load_checkpoint(tmp_path / "run" / "model")
+    theirs, moved = before.state_dict(), {"router": 0, "experts": 0}
+    for tensor_name, tensor in after.state_dict().items():
+        part = "router" if is_router_parameter(tensor_name) else "experts"
+        moved[part] += not torch.equal(tensor, theirs[tensor_name])
+    assert moved.pop(still) == 0
+    assert min(moved.values()) > 0
+
+
+def test_a_router_alone_cannot_learn_other_classes(tiny_run: Path, photos: Path) -> None:
+    with pytest.raises(AdvMoEError, match="router-only leaves the last layer alone") as caught:
+        asked_from(tiny_run, "digits-router-only", data=str(photos))
+    assert "\n" not in str(caught.value)
+    assert asked_from(tiny_run, "digits-experts-only", data=str(photos)).config.start
 
 
 def test_a_bundle_and_the_weights_of_a_checkpoint_do_as_well(

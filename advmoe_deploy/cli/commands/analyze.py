@@ -1,8 +1,6 @@
 """The command ``analyze``."""
 
-from collections.abc import Callable
-from contextlib import suppress
-from math import inf
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,29 +19,33 @@ from advmoe_deploy.cli.options import (
     seconds_of,
     use_torch_threads,
 )
+from advmoe_deploy.cli.protocol import Grid
 from advmoe_deploy.cli.session import session
+from advmoe_deploy.cli.several.alpha import blend_run
+from advmoe_deploy.cli.several.asked import Asked
+from advmoe_deploy.cli.several.dissect import dissect_runs
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
-from advmoe_deploy.settings import epsilon_of
+from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport
-    from advmoe_deploy.analysis.protocol.radii import Protocol
     from advmoe_deploy.analysis.routing_change import MovedImage
     from advmoe_deploy.analysis.sections import Section
     from advmoe_deploy.analysis.smoothing import Smoothing
     from advmoe_deploy.models.stored import StoredModel
 
 REPORT = "analysis.json"
+_STEPS = 20
 
 
 def analyze(
-    path: Annotated[
-        Path,
+    paths: Annotated[
+        list[Path],
         typer.Argument(
             readable=False,
             metavar="RUN|BUNDLE",
             autocompletion=named_models,
-            help=f"What 'train' or 'export' wrote{NAMED}",
+            help=f"What 'train' or 'export' wrote{NAMED} Of --dissect and --alpha several.",
         ),
     ],
     data: Data = None,
@@ -96,6 +98,23 @@ def analyze(
     sigma: Annotated[
         float, typer.Option("--sigma", help="Noise of the smoothing, in [0, 1] pixels.")
     ] = 0.25,
+    dissect: Annotated[
+        bool,
+        typer.Option(
+            "--dissect",
+            help="Tell what a robust router and robust experts are each worth: of a run trained on "
+            "clean images, and of its parts trained on from there.",
+        ),
+    ] = False,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            "--alpha",
+            metavar="VALUES",
+            help="Blend a dual model anew at each alpha, such as 0.5..1, without training; runs "
+            "named after it are attacked beside it.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -128,13 +147,35 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     seconds = None if budget is None else seconds_of(budget)
-    chosen = _sections_named(only)
-    also = _asked_for(radii=radii, capacity=capacity, smoothing=smoothing)
-    if twin is not None and not {"radii", "capacity"} & {*chosen, *also}:
-        raise UsageError("--twin stands beside --radii or --capacity; give one of them")
-    grid = _parts(radii, "--radii", epsilon_of), _parts(capacity, "--capacity", _ratio_of)
-    use_torch_threads(threads)
+    on_request = {"radii": radii, "capacity": capacity, "smoothing": smoothing}
+    alone: dict[str, object] = {f"--{name}": value for name, value in on_request.items()}
+    alone |= {"--only": only, "--twin": twin, "--budget": budget}
+    _require_sense(paths, alone, dissect=dissect, alpha=alpha)
+    chosen = _named(only)
+    also = tuple(name for name, value in on_request.items() if value is not None)
+    grid = Grid.of(radii, capacity, twin, {*chosen, *also})
+    use_threads(threads)
     with session(as_json, loads=True) as ui:
+        if dissect or alpha is not None:
+            several = Asked(
+                tuple(paths),
+                data,
+                class_map,
+                images,
+                epsilon,
+                steps or _STEPS,
+                seed,
+                out,
+                overwrite,
+                threads,
+            )
+            if alpha is not None:
+                blend_run(several, alpha, ui)
+            else:
+                dissect_runs(several, ui)
+            return
+        (path,) = paths
+        use_torch_threads(threads)
         from advmoe_deploy.analysis.analyze import Settings
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.analysis.sections import sections_for
@@ -151,7 +192,7 @@ def analyze(
         stored = open_stored(resolve(path))
         target = out or place_for(path, stored.path, "analysis", _beside(stored))
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        sections = sections_for(stored.model, wanted, also)
+        sections = sections_for(stored.model, wanted, _wanted(also) or ())
         journal = target.with_name(f".{target.name}.smoothing.jsonl")
         settings = Settings(
             sections=sections,
@@ -159,9 +200,9 @@ def analyze(
             data=data,
             class_map=read_class_map(class_map),
             epsilon=epsilon,
-            steps=steps or 20,
+            steps=steps or _STEPS,
             seed=seed,
-            protocol=_protocol(steps, *grid, open_stored(resolve(twin)) if twin else None, seed),
+            protocol=grid.protocol(steps, seed),
             smoothing=certified,
             journal=journal,
             budget=seconds,
@@ -182,7 +223,24 @@ def analyze(
         ui.show(value, lambda: analysis_tables.screen(report, target))
 
 
-def _sections_named(only: str | None) -> tuple[str, ...]:
+def _require_sense(
+    paths: list[Path], alone: Mapping[str, object], *, dissect: bool, alpha: str | None
+) -> None:
+    """Refuse options, ``alone`` those for one model, that contradict each other."""
+    if dissect and alpha is not None:
+        raise UsageError("--dissect and --alpha are two analyses; ask for one")
+    if not dissect and alpha is None:
+        if len(paths) > 1:
+            raise UsageError(
+                f"analyze looks into one model, not {len(paths)}; --dissect takes several runs"
+            )
+        return
+    if given := [option for option, value in alone.items() if value is not None]:
+        which = "--dissect" if dissect else "--alpha"
+        raise UsageError(f"{given[0]} is for the analysis of one model; leave it out of {which}")
+
+
+def _named(only: str | None) -> tuple[str, ...]:
     chosen = () if only is None else names(only)
     if only is not None and not chosen:
         raise UsageError(f"--only '{only}' names no section; write --only routes,experts")
@@ -190,50 +248,13 @@ def _sections_named(only: str | None) -> tuple[str, ...]:
 
 
 def _wanted(chosen: tuple[str, ...]) -> "tuple[Section, ...] | None":
+    """Return the sections of these names, or ``None`` where there is none."""
     from advmoe_deploy.analysis.sections import SECTIONS
 
     for section in chosen:
         if section not in SECTIONS:
             raise unknown_name("section", section, SECTIONS)
     return tuple(section for section in SECTIONS if section in chosen) or None
-
-
-def _asked_for(**values: object) -> "tuple[Section, ...]":
-    """Return the sections whose own option was given."""
-    return tuple(name for name, value in values.items() if value is not None)  # type: ignore[misc]
-
-
-def _parts(
-    text: str | None, option: str, number: Callable[[str], float]
-) -> tuple[float, ...] | None:
-    """Return the numbers of a list, each once; ``None`` where the option was not given."""
-    if text is None:
-        return None
-    found = tuple(dict.fromkeys(map(number, names(text))))
-    if not found:
-        raise UsageError(f"{option} '{text}' names no number; write {option} 0.5,1")
-    return found
-
-
-def _ratio_of(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < (ratio := float(text)) < inf:
-            return ratio
-    raise UsageError(f"capacity '{text}' is no positive number; write --capacity 0.5,1,2")
-
-
-def _protocol(
-    steps: int | None,
-    radii: tuple[float, ...] | None,
-    capacities: tuple[float, ...] | None,
-    twin: "StoredModel | None",
-    seed: int,
-) -> "Protocol":
-    from advmoe_deploy.analysis.protocol.radii import Protocol
-
-    given = {"steps": steps, "radii": radii, "capacities": capacities}
-    said = {name: value for name, value in given.items() if value is not None}
-    return Protocol(**said, twin=twin, seed=seed)  # type: ignore[arg-type]
 
 
 def _smoothing(sigma: float, draws: int | None, seed: int) -> "Smoothing":

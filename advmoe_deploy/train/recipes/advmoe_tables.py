@@ -16,6 +16,11 @@ from advmoe_deploy.families import Backbone
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.recipes.base import Recipe, paper_objective, variant
+from advmoe_deploy.train.recipes.dissection import (
+    on_clean_images,
+    only_experts,
+    only_router,
+)
 from advmoe_deploy.train.recipes.images import IMAGES, ImageSet
 from advmoe_deploy.train.recipes.published import advmoe_cells
 
@@ -75,6 +80,24 @@ def at_moe(images: ImageSet, backbone: Backbone) -> TrainConfig:
     return variant(advmoe(images, backbone), name=name, method="joint")
 
 
+def moe_standard(images: ImageSet, backbone: Backbone) -> TrainConfig:
+    """Return AdvMoE's network trained on clean images: where its dissection begins."""
+    name = f"{images.name}-{backbone}-moe-standard"
+    return on_clean_images(advmoe(images, backbone), name=name)
+
+
+def router_only(images: ImageSet, backbone: Backbone) -> TrainConfig:
+    """Return the ablation that trains the router alone."""
+    name = f"{images.name}-{backbone}-router-only"
+    return only_router(advmoe(images, backbone), name=name)
+
+
+def experts_only(images: ImageSet, backbone: Backbone) -> TrainConfig:
+    """Return the ablation that trains the experts alone."""
+    name = f"{images.name}-{backbone}-experts-only"
+    return only_experts(advmoe(images, backbone), name=name)
+
+
 def at_dense(images: ImageSet, backbone: Backbone) -> TrainConfig:
     """Return the dense baseline of full width."""
     base = advmoe(images, backbone)
@@ -103,19 +126,35 @@ _COLUMNS = {
     "advmoe": advmoe,
 }
 
-RECIPES = {
-    f"{data}-{backbone}-{column}": Recipe(
-        make=partial(_COLUMNS[column], IMAGES[data], backbone),
-        summary=f"{_SUMMARIES[column]}, {backbone} on {data}",
-        published=cell,
-    )
-    for (data, backbone, column), cell in advmoe_cells().items()
-} | {
-    f"{data}-{backbone}-advmoe-paper": Recipe(
-        make=partial(paper, IMAGES[data], backbone),
-        summary=f"{_SUMMARIES['paper']}, {backbone} on {data}",
-        published=cell,
-    )
-    for (data, backbone, column), cell in advmoe_cells().items()
-    if column == "advmoe"
+_DISSECTION = {
+    "moe-standard": (moe_standard, "AdvMoE's network on clean images"),
+    "router-only": (router_only, "the router alone, for --from a trained run"),
+    "experts-only": (experts_only, "the experts alone, for --from a trained run"),
 }
+
+RECIPES = (
+    {
+        f"{data}-{backbone}-{column}": Recipe(
+            make=partial(_COLUMNS[column], IMAGES[data], backbone),
+            summary=f"{_SUMMARIES[column]}, {backbone} on {data}",
+            published=cell,
+        )
+        for (data, backbone, column), cell in advmoe_cells().items()
+    }
+    | {
+        f"{data}-{backbone}-advmoe-paper": Recipe(
+            make=partial(paper, IMAGES[data], backbone),
+            summary=f"{_SUMMARIES['paper']}, {backbone} on {data}",
+            published=cell,
+        )
+        for (data, backbone, column), cell in advmoe_cells().items()
+        if column == "advmoe"
+    }
+    | {
+        f"cifar10-resnet18-{part}": Recipe(
+            make=partial(make, IMAGES["cifar10"], "resnet18"),
+            summary=f"{summary}, resnet18 on cifar10",
+        )
+        for part, (make, summary) in _DISSECTION.items()
+    }
+)

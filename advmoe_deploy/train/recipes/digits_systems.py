@@ -10,6 +10,11 @@ from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.recipes.base import Recipe, variant
 from advmoe_deploy.train.recipes.digits import DIGITS_EPSILON, digits_advmoe, digits_dense
+from advmoe_deploy.train.recipes.dissection import (
+    on_clean_images,
+    only_experts,
+    only_router,
+)
 
 
 def released() -> TrainConfig:
@@ -25,18 +30,17 @@ def released() -> TrainConfig:
 
 def router_only() -> TrainConfig:
     """Return the ablation that trains the router and leaves the experts as they started."""
-    return variant(digits_advmoe(), name="digits-router-only", method="router-only")
+    return only_router(digits_advmoe(), name="digits-router-only")
 
 
 def experts_only() -> TrainConfig:
     """Return the ablation that trains the experts and leaves the router as it started."""
-    return variant(
-        digits_advmoe(),
-        name="digits-experts-only",
-        method="experts-only",
-        balanced_start=False,
-        class_routing_weight=0.0,
-    )
+    return only_experts(digits_advmoe(), name="digits-experts-only")
+
+
+def moe_standard() -> TrainConfig:
+    """Return AdvMoE's network trained on clean images: where its dissection begins."""
+    return on_clean_images(digits_advmoe(), name="digits-moe-standard")
 
 
 def sparse() -> TrainConfig:
@@ -126,6 +130,7 @@ RECIPES = {
     make().name: Recipe(make=make, summary=_summary(make))
     for make in (
         released,
+        moe_standard,
         router_only,
         experts_only,
         sparse,

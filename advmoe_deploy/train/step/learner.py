@@ -30,7 +30,14 @@ from advmoe_deploy.train.objectives.router_terms import (
     score_terms,
 )
 from advmoe_deploy.train.step.loss_scale import LossScale
-from advmoe_deploy.train.step.methods import Named, Phase, groups_of, is_router_group, phases_of
+from advmoe_deploy.train.step.methods import (
+    Named,
+    Phase,
+    groups_of,
+    is_router_group,
+    phases_of,
+    still,
+)
 from advmoe_deploy.train.step.sparse import Pruning
 
 Found = list[Tensor | None]
@@ -85,6 +92,8 @@ class Learner:
         self.phases: tuple[Phase, ...] = phases_of(config, model)
         if self.pruning is not None:
             self.groups, self.phases = self.pruning.taking_part(self.groups, self.phases)
+        if config.start is not None:
+            still(model, {n for phase in self.phases for g in phase.groups for n in self.groups[g]})
         self.optimizers = {
             name: torch.optim.SGD(
                 self.groups[name].values(),

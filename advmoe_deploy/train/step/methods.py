@@ -2,19 +2,20 @@
 
 advmoe              a router step, then an expert step, both on the model's loss
 advmoe-released     the same with the released code's loss for the router
-router-only         the router's parameters, experts as they were initialised
-experts-only        the experts' parameters, router as it was initialised
+router-only         the router's parameters, experts as they were initialised, or as --from has them
+experts-only        the experts' parameters, router as it was initialised, or as --from has it
 joint               all parameters in one step: AT dense, AT S-Dense, AT MoE, Robust Experts, V-MoE
 sparse              dense, then which weights to keep, then those: see sparse.py
 rt-er               all parameters of expert networks
 jtdmoe              the robust mixture, then the standard one behind the robust one
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.dual import ROBUST, STANDARD, DualModel
@@ -73,6 +74,17 @@ def groups_of(model: Classifier) -> dict[str, Named]:
             group = f"{name.partition('.')[0]}.{group}"
         groups.setdefault(group, {})[name] = parameter
     return groups
+
+
+def still(model: Classifier, learning: Container[str]) -> None:
+    """Hold the BatchNorms of which no parameter is ``learning``, by name, at what they have seen.
+
+    What a trained model brings along and no step is to move would else drift with the batches.
+    """
+    for prefix, module in model.named_modules():
+        own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if isinstance(module, _BatchNorm) and not any(name in learning for name in own):
+            module.eval()
 
 
 def phases_of(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:

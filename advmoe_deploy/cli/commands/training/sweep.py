@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from contextlib import suppress
-from decimal import Decimal
 from functools import partial
 from itertools import cycle, product
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +19,7 @@ from advmoe_deploy.cli.options import (
     positive_numbers,
     use_torch_threads,
 )
+from advmoe_deploy.cli.ranges import numbers_of
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
@@ -36,8 +33,6 @@ if TYPE_CHECKING:
 PLOT = "sweep.svg"
 ACCURACIES = ("robust_accuracy", "clean_accuracy")
 _MARKERS = ("o", "s", "^")
-_RANGE = re.compile(r"(-?\d*\.?\d+)\.\.(-?\d*\.?\d+)")
-_MOST_VALUES = 1000
 
 
 def sweep(
@@ -202,48 +197,12 @@ def _draw_macs(axes: Axes, report: SweepReport) -> str:
 def _values(over: str) -> tuple[str, tuple[float, ...]]:
     key, equals, text = over.partition("=")
     try:
-        values = tuple(value for part in names(text) for value in _range(part))
+        values = numbers_of(text)
     except ValueError as error:
         raise UsageError(f"--over '{over}' is no sweep: {error}") from None
     if not equals or not values:
         raise UsageError(f"--over '{over}' is no sweep; write model.num_experts=2,4,8")
     return key, values
-
-
-def _range(text: str) -> tuple[float, ...]:
-    """Return the one value that ``text`` is, or all from A to B of ``A..B``, by A's last digit.
-
-    Raises:
-        ValueError: it is neither; the message has the way out.
-    """
-    if ".." not in text:
-        return (_number(text),)
-    found = _RANGE.fullmatch(text)
-    if not found:
-        raise ValueError(
-            f"'{text}' is no range of plain decimals; write 1..10 or 0.001..0.005, or each value"
-        )
-    first, last = map(Decimal, found.groups())
-    step = Decimal(1).scaleb(-len(found[1].partition(".")[2]))
-    count = (last - first) / step
-    if not 0 <= count < _MOST_VALUES:
-        raise ValueError(
-            f"'{text}' goes down or has more than {_MOST_VALUES:,} values; write smaller..larger"
-        )
-    if count % 1:  # the end has more digits than the start
-        digits = len(found[2].partition(".")[2])
-        raise ValueError(
-            f"'{text}' counts by {step} and never comes to {last}; write {first:.{digits}f}..{last}"
-            f" for smaller steps, or end at {first + int(count) * step}"
-        )
-    return tuple(float(first + place * step) for place in range(int(count) + 1))
-
-
-def _number(text: str) -> float:
-    with suppress(ValueError):
-        if isfinite(value := float(text)):
-            return value
-    raise ValueError(f"'{text}' is no finite number; write model.num_experts=2,4,8")
 
 
 def _recipes(text: str) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Dissection of an adversarially trained mixture into its router and its experts."""

@@ -1,0 +1,1 @@
+"""Analyses of several runs beside each other: ``analyze --dissect`` and ``analyze --alpha``."""

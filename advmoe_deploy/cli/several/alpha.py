@@ -1,0 +1,179 @@
+"""``analyze --alpha``: a dual model's blend over alpha, without training."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from advmoe_deploy.cli.ranges import numbers_of
+from advmoe_deploy.cli.session import Session
+from advmoe_deploy.cli.several.asked import Asked
+from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.settings import epsilon_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from advmoe_deploy.analysis.blend import BlendReport
+    from advmoe_deploy.analysis.redundancy import Withstood
+    from advmoe_deploy.cli.several.sheet import Sheet, Shown
+    from advmoe_deploy.specs import Frozen
+
+REPORT = "alpha.json"
+
+
+def alphas_of(text: str) -> tuple[float, ...]:
+    """Return the values of ``0.5..1`` or ``0.5,0.7``, each a share in [0, 1].
+
+    Raises:
+        UsageError: they are none, or one is given twice.
+    """
+    try:
+        values = numbers_of(text)
+    except ValueError as error:
+        raise UsageError(f"--alpha '{text}': {error}") from None
+    if not values or len(set(values)) < len(values):
+        raise UsageError(f"--alpha '{text}' has no value, or one twice; write 0.5..1 or 0.5,0.7,1")
+    if odd := [value for value in values if not 0 <= value <= 1]:
+        raise UsageError(f"--alpha {odd[0]:g} is no share in [0, 1]; write 0.5..1")
+    return values
+
+
+def blend_run(asked: Asked, text: str, ui: Session) -> None:
+    """Attack the dual model named first at each alpha, and the runs named after it as they are."""
+    alphas = alphas_of(text)
+    first, *_ = asked.paths
+    _require_dual(first)
+
+    def make() -> tuple[Frozen, dict[str, str], Shown]:
+        from advmoe_deploy.analysis.blend import blend
+        from advmoe_deploy.models.stored import open_stored
+        from advmoe_deploy.zoo.resolve import resolve
+
+        stored, *beside = [open_stored(resolve(path)) for path in asked.paths]
+        report = blend(stored, alphas, asked.settings(), beside=beside, progress=ui.progress)
+        return report, report.versions, shown_blend(report)
+
+    asked.write(ui, asked.out or Path(f"{first.resolve().name}-alpha"), REPORT, make)
+
+
+def _require_dual(path: Path) -> None:
+    """Refuse a model that blends nothing, before PyTorch is loaded."""
+    from advmoe_deploy.train.origin import origin_of
+    from advmoe_deploy.zoo.resolve import resolve
+
+    family = origin_of(str(path), resolve(path)).spec.family
+    if family != "dual-model":
+        raise UsageError(
+            f"{path} is of family {family} and blends nothing; first name one of family dual-model"
+        )
+
+
+def shown_blend(report: BlendReport) -> Shown:
+    """Return what screen and page show of ``report``."""
+    from advmoe_deploy.cli.several.sheet import Shown
+
+    return Shown(
+        "advmoe analyze --alpha",
+        report.recipe or report.model,
+        _verdict(report),
+        f"Blend of two mixtures, (1 - alpha) * standard + alpha * robust, trained at alpha "
+        f"{report.trained_alpha:g} and blended anew, untrained: {report.images} test images of "
+        f"{report.data}, l-inf epsilon {epsilon_text(report.threat.epsilon)}, PGD-{report.steps}, "
+        f"seed {report.seed}.",
+        (_sheet(report),),
+        {"front": partial(_draw_front, report=report), "over": partial(_draw_over, report=report)},
+    )
+
+
+def _verdict(report: BlendReport) -> list[Said]:
+    found = [(p, p.withstood.accuracy.value, p.withstood.together.value) for p in report.points]
+    best = max(found, key=lambda one: (one[2], one[1]))[0]
+    clean = max(found, key=lambda one: (one[1], one[2]))[0]
+    said = [
+        Said(
+            f"Most images withstand all attacks at alpha {best.alpha:g}: "
+            f"{percent(best.withstood.together.value)}, with "
+            f"{percent(best.withstood.accuracy.value)} right unattacked"
+        ),
+        Said(
+            f"Most are right unattacked at alpha {clean.alpha:g}: "
+            f"{percent(clean.withstood.accuracy.value)}, of which "
+            f"{percent(clean.withstood.together.value)} of all images withstand"
+        ),
+    ]
+    for other in report.beside:
+        said.append(
+            Said(
+                f"Beside it {other.recipe or other.run}: {percent(other.withstood.accuracy.value)} "
+                f"right unattacked, {percent(other.withstood.together.value)} withstand all"
+            )
+        )
+    return said
+
+
+def _sheet(report: BlendReport) -> Sheet:
+    from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, cells
+
+    rows = [
+        (f"alpha {p.alpha:g}", *cells(p.withstood), "yes" if p.on_front else "")
+        for p in report.points
+    ]
+    rows += [(other.recipe or other.run, *cells(other.withstood), "") for other in report.beside]
+    return Sheet(
+        "Accuracy and robustness over alpha",
+        ("model", *WITHSTOOD, "front"),
+        tuple(rows),
+        f"Front: no other alpha is as good both unattacked and under all attacks, and better in "
+        f"one. {NOTE}",
+    )
+
+
+def _draw_front(axes: Axes, report: BlendReport) -> str:
+    """Draw robust over clean accuracy, a point for each alpha, the front joined."""
+    from advmoe_deploy.cli.pages.plots import EXPERT_COLOURS, MOE, legend_below
+
+    points: dict[tuple[float, float], list[str]] = {}
+    for point in report.points:  # several at one place are named together
+        points.setdefault(_place(point.withstood), []).append(f"{point.alpha:g}")
+    front = sorted({_place(p.withstood) for p in report.points if p.on_front})
+    for (x, y), names in points.items():
+        axes.plot(x, y, "o", color=MOE, mfc=MOE if (x, y) in front else "none")
+        axes.annotate(", ".join(names), (x, y), xytext=(4, 4), textcoords="offset points")
+    axes.plot(*zip(*front, strict=True), "-", color=MOE, lw=1.2, label="front")
+    for other, colour in zip(report.beside, cycle(EXPERT_COLOURS[1:]), strict=False):
+        axes.plot(*_place(other.withstood), "s", color=colour, label=other.recipe or other.run)
+    axes.margins(0.12)
+    axes.set(xlabel="clean accuracy, %", ylabel="under all attacks, %")
+    axes.set_title("Accuracy and robustness")
+    legend_below(axes)
+    seen = (
+        f"alpha {p.alpha:g} {percent(p.withstood.accuracy.value)} and "
+        f"{percent(p.withstood.together.value)}"
+        for p in report.points
+    )
+    return f"clean and robust, {', '.join(seen)}"
+
+
+def _place(found: Withstood) -> tuple[float, float]:
+    return 100 * found.accuracy.value, 100 * found.together.value
+
+
+def _draw_over(axes: Axes, report: BlendReport) -> str:
+    """Draw each accuracy over alpha."""
+    from advmoe_deploy.cli.pages.plots import EXPERT_COLOURS, INK, legend_below
+    from advmoe_deploy.cli.several.sheet import WITHSTOOD, shares
+
+    points = sorted(report.points, key=lambda point: point.alpha)
+    x = [point.alpha for point in points]
+    for index, (name, colour) in enumerate(zip(WITHSTOOD, EXPERT_COLOURS, strict=False)):
+        y = [100 * shares(point.withstood)[index] for point in points]
+        axes.plot(x, y, "o-", color=colour, label=name)
+    axes.axvline(report.trained_alpha, color=INK, lw=0.8, ls=":", label="trained")
+    axes.set(ylim=(0, 102), xlabel="alpha", ylabel="accuracy, %")
+    axes.set_title("Over alpha")
+    legend_below(axes, 3)
+    return f"accuracies at alpha {', '.join(f'{value:g}' for value in x)}"

@@ -1,0 +1,102 @@
+"""Sheets of figures that screen and page show alike, and the page of several runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+
+from advmoe_deploy.analysis.redundancy import Withstood
+from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.plots import HEIGHT, Draw, plot_of
+from advmoe_deploy.cli.tables.bundle import new_table
+from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.specs import Frozen
+
+HTML = "report.html"
+# What is measured of every run, and of which target; the last counts all but RA-E.
+WITHSTOOD = ("clean", "PGD", "RA-R", "RA-E", "all attacks")
+NOTE = (
+    "PGD: on the model as it runs. RA-R: on its routes alone, answered by the new ones. RA-E: on "
+    "experts, by the routes of the clean image, so it is about a model that nobody deploys. All "
+    "attacks: right under every PGD but RA-E, those on pathways and straight through the router "
+    "included."
+)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: a title, the names of its columns, its rows, and what there is to say of it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """All that is shown of a report: whose it is, the verdict, how it was made, figures, plots."""
+
+    command: str
+    subject: str
+    verdict: Sequence[Said]
+    lead: str
+    sheets: Sequence[Sheet]
+    drawings: Mapping[str, Draw]
+
+
+def shares(found: Withstood) -> tuple[float, ...]:
+    """Return the shares that :data:`WITHSTOOD` names."""
+    attacked = (found.under("model"), found.under("router"), found.under("experts"))
+    return tuple(share.value for share in (found.accuracy, *attacked, found.together))
+
+
+def cells(found: Withstood) -> tuple[str, ...]:
+    """Return them in percent."""
+    return tuple(map(percent, shares(found)))
+
+
+def screen(shown: Shown, out: Path) -> RenderableType:
+    """Return the figures and the verdict for a terminal."""
+    parts: list[RenderableType] = [escape(shown.lead)]
+    for sheet in shown.sheets:
+        table = new_table(sheet.title, sheet.columns)
+        for row in sheet.rows:
+            table.add_row(*map(escape, row))
+        parts += ["", table]
+    parts += [
+        "",
+        *(escape(said.text) for said in shown.verdict),
+        "",
+        escape(f"report: {out / HTML}"),
+    ]
+    return Group(*parts)
+
+
+def write_page(
+    report: Frozen,
+    shown: Shown,
+    folder: Path,
+    name: str,
+    *,
+    versions: Mapping[str, str],
+    threads: int,
+) -> None:
+    """Write ``report`` as the JSON file ``name``, its plots and its page into ``folder``."""
+    (folder / name).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    plots = [
+        plot_of(plot, draw, height=HEIGHT, png=folder / f"{plot}.png")
+        for plot, draw in shown.drawings.items()
+    ]
+    html = render(
+        "several/page.html.jinja",
+        Head(shown.command, shown.subject, shown.verdict),
+        versions=versions,
+        threads=threads,
+        lead=shown.lead,
+        sheets=shown.sheets,
+        plots=plots,
+    )
+    (folder / HTML).write_text(html, encoding="utf-8")
