@@ -190,8 +190,8 @@ def test_what_makes_no_sense_is_one_line(
     other = write_run(tmp_path / "other", spec_of("dense ViT").model_copy(update={"image_size": 4}))
     for arguments, words in (
         ((tiny_run, "--capacity", "0.5"), "capacity 0.5 leaves images of family advmoe without"),
-        ((tiny_run, "--capacity", "0"), "'0' is no positive number"),
-        ((tiny_run, "--capacity", ","), "names no number"),
+        ((tiny_run, "--capacity", "0"), "'0' is no list of positive numbers"),
+        ((tiny_run, "--capacity", ","), "no list of positive numbers"),
         ((tiny_run, "--radii", "8"), "write 8/255"),
         ((tiny_run, "--twin", tokens), "give one of them"),
         ((tiny_run, "--radii", "8/255", "--twin", tokens), "routes, too"),

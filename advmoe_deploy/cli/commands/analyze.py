@@ -1,8 +1,6 @@
 """The command ``analyze``."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from math import inf
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,23 +19,23 @@ from advmoe_deploy.cli.options import (
     seconds_of,
     use_torch_threads,
 )
+from advmoe_deploy.cli.protocol import Grid
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.cli.several.alpha import blend_run
 from advmoe_deploy.cli.several.asked import Asked
 from advmoe_deploy.cli.several.dissect import dissect_runs
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
 from advmoe_deploy.process import use_threads
-from advmoe_deploy.settings import epsilon_of
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.analyze import AnalysisReport
-    from advmoe_deploy.analysis.protocol.radii import Protocol
     from advmoe_deploy.analysis.routing_change import MovedImage
     from advmoe_deploy.analysis.sections import Section
     from advmoe_deploy.analysis.smoothing import Smoothing
     from advmoe_deploy.models.stored import StoredModel
 
 REPORT = "analysis.json"
+_STEPS = 20
 
 
 def analyze(
@@ -149,20 +147,13 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
     seconds = None if budget is None else seconds_of(budget)
-    alone = {
-        "--only": only,
-        "--radii": radii,
-        "--capacity": capacity,
-        "--twin": twin,
-        "--smoothing": smoothing,
-        "--budget": budget,
-    }
+    on_request = {"radii": radii, "capacity": capacity, "smoothing": smoothing}
+    alone: dict[str, object] = {f"--{name}": value for name, value in on_request.items()}
+    alone |= {"--only": only, "--twin": twin, "--budget": budget}
     _require_sense(paths, alone, dissect=dissect, alpha=alpha)
-    chosen = _sections_named(only)
-    also = _asked_for(radii=radii, capacity=capacity, smoothing=smoothing)
-    if twin is not None and not {"radii", "capacity"} & {*chosen, *also}:
-        raise UsageError("--twin stands beside --radii or --capacity; give one of them")
-    grid = _parts(radii, "--radii", epsilon_of), _parts(capacity, "--capacity", _ratio_of)
+    chosen = _named(only)
+    also = tuple(name for name, value in on_request.items() if value is not None)
+    grid = Grid.of(radii, capacity, twin, {*chosen, *also})
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         if dissect or alpha is not None:
@@ -172,7 +163,7 @@ def analyze(
                 class_map,
                 images,
                 epsilon,
-                steps or 20,
+                steps or _STEPS,
                 seed,
                 out,
                 overwrite,
@@ -201,7 +192,7 @@ def analyze(
         stored = open_stored(resolve(path))
         target = out or place_for(path, stored.path, "analysis", _beside(stored))
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        sections = sections_for(stored.model, wanted, also)
+        sections = sections_for(stored.model, wanted, _wanted(also) or ())
         journal = target.with_name(f".{target.name}.smoothing.jsonl")
         settings = Settings(
             sections=sections,
@@ -209,9 +200,9 @@ def analyze(
             data=data,
             class_map=read_class_map(class_map),
             epsilon=epsilon,
-            steps=steps or 20,
+            steps=steps or _STEPS,
             seed=seed,
-            protocol=_protocol(steps, *grid, open_stored(resolve(twin)) if twin else None, seed),
+            protocol=grid.protocol(steps, seed),
             smoothing=certified,
             journal=journal,
             budget=seconds,
@@ -249,7 +240,7 @@ def _require_sense(
         raise UsageError(f"{given[0]} is for the analysis of one model; leave it out of {which}")
 
 
-def _sections_named(only: str | None) -> tuple[str, ...]:
+def _named(only: str | None) -> tuple[str, ...]:
     chosen = () if only is None else names(only)
     if only is not None and not chosen:
         raise UsageError(f"--only '{only}' names no section; write --only routes,experts")
@@ -257,50 +248,13 @@ def _sections_named(only: str | None) -> tuple[str, ...]:
 
 
 def _wanted(chosen: tuple[str, ...]) -> "tuple[Section, ...] | None":
+    """Return the sections of these names, or ``None`` where there is none."""
     from advmoe_deploy.analysis.sections import SECTIONS
 
     for section in chosen:
         if section not in SECTIONS:
             raise unknown_name("section", section, SECTIONS)
     return tuple(section for section in SECTIONS if section in chosen) or None
-
-
-def _asked_for(**values: object) -> "tuple[Section, ...]":
-    """Return the sections whose own option was given."""
-    return tuple(name for name, value in values.items() if value is not None)  # type: ignore[misc]
-
-
-def _parts(
-    text: str | None, option: str, number: Callable[[str], float]
-) -> tuple[float, ...] | None:
-    """Return the numbers of a list, each once; ``None`` where the option was not given."""
-    if text is None:
-        return None
-    found = tuple(dict.fromkeys(map(number, names(text))))
-    if not found:
-        raise UsageError(f"{option} '{text}' names no number; write {option} 0.5,1")
-    return found
-
-
-def _ratio_of(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < (ratio := float(text)) < inf:
-            return ratio
-    raise UsageError(f"capacity '{text}' is no positive number; write --capacity 0.5,1,2")
-
-
-def _protocol(
-    steps: int | None,
-    radii: tuple[float, ...] | None,
-    capacities: tuple[float, ...] | None,
-    twin: "StoredModel | None",
-    seed: int,
-) -> "Protocol":
-    from advmoe_deploy.analysis.protocol.radii import Protocol
-
-    given = {"steps": steps, "radii": radii, "capacities": capacities}
-    said = {name: value for name, value in given.items() if value is not None}
-    return Protocol(**said, twin=twin, seed=seed)  # type: ignore[arg-type]
 
 
 def _smoothing(sigma: float, draws: int | None, seed: int) -> "Smoothing":
