@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from advmoe_deploy.analysis.certificate import local_radii
-from advmoe_deploy.analysis.vacuous import VACUOUS, is_vacuous
+from advmoe_deploy.analysis.vacuous import is_vacuous
 from advmoe_deploy.bundle import CARD, REFERENCE, Bundle
 from advmoe_deploy.card import replace_card
 from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
@@ -132,14 +132,13 @@ def certified_routes(model: Classifier, x_NCHW: Images, threat: ThreatModel) -> 
     if isinstance(radii, str):
         return CertifiedRoutes(**known, note=radii)
     assert radii[0] is not None, "a model that routes has radii of its routes"
-    route_N, vacuous = radii[0].clamp(max=1.0).numpy(), is_vacuous(radii[0])
-    note = "formal: margins of the gates' scores over the bound of their slopes, in l-inf"
+    route_N = radii[0].clamp(max=1.0).numpy()
     return CertifiedRoutes(
         **known,
         certified=int((route_N >= threat.epsilon).sum()),
         median_radius=float(np.median(route_N)),
-        vacuous=vacuous,
-        note=f"{note}; {VACUOUS}" if vacuous else note,
+        vacuous=is_vacuous(radii[0]),
+        note="formal: margins of the gates' scores over the bound of their slopes, in l-inf",
     )
 
 

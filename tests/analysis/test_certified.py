@@ -176,7 +176,7 @@ def test_a_trained_network_says_that_its_radii_are_vacuous(trained_run: Path) ->
         assert (VACUOUS in radii.note) == (VACUOUS in radii_text(radii)) == radii.vacuous
     routes = certified_routes(model, x.numpy(), THREAT)
     assert routes.vacuous == found[0].vacuous
-    assert (VACUOUS in certified_text(routes)) == (VACUOUS in routes.note) == routes.vacuous
+    assert (VACUOUS in certified_text(routes)) == routes.vacuous
     answer_N, radius_N = predict(model, x), radii_of(model, x)["answer"]
     within = found_within(model, x, answer_N, radius_N, AttackSpec(name="pgd", steps=5))
     assert (predict(model, within) == answer_N).all()

@@ -13,10 +13,12 @@ from advmoe_deploy.attacks.route_aware import route_aware, withstanding
 from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.attacks.white_box import attack_model, predict
+from advmoe_deploy.data.dataset import to_float
+from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
 from tests.conftest import TINY
 from tests.families import spec_of
 from tests.toys import Linear, LinearClassifier, LinearMoE, toy_spec
@@ -202,3 +204,24 @@ def test_route_aware_means_the_pathways_of_what_routes(moe: Classifier) -> None:
         model, x, torch.tensor([0]), ThreatModel(epsilon=0.08), route_aware(model, attack)
     )
     assert [s.tolist() for s in stands] == [[True], [False]]
+
+
+def test_the_routes_of_both_mixtures_are_attacked_or_held() -> None:
+    """RA-R and RA-E of a dual model: each image has two routes."""
+    test = load_dataset("digits").test
+    x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
+    model = untrained_model(spec_of("dual model"), x)
+    x, y, wide = x[:24], y[:24], ThreatModel(epsilon=0.3)
+    clean = model.route(x)
+    assert set(clean) == {"standard", "robust"}
+    moved = model.route(attack_model(model, x, y, wide, _pgd("router")))
+    for layer, routing in clean.items():
+        assert (moved[layer].expert_ids_NK != routing.expert_ids_NK).any(), layer
+    found = attack_model(model, x, y, wide, _pgd("experts"))
+    with torch.no_grad():
+        held_N = model(found, Routes(clean)).argmax(dim=1)
+    assert (predict(model, found, routes_of=x) == held_N).all()
+
+
+def _pgd(target: AttackTarget) -> AttackSpec:
+    return AttackSpec(name="pgd", steps=5, target=target)

@@ -55,11 +55,13 @@ class Asked:
         ``make`` returns with it the versions it was made by, and what is shown of it.
         """
         from advmoe_deploy.cli.pages.page import require_libraries
-        from advmoe_deploy.cli.several.sheet import screen, write_page
         from advmoe_deploy.files import refuse_existing, staged_directory
 
         require_libraries()
         refuse_existing(target, overwrite=self.overwrite, marker=name)
+
+        from advmoe_deploy.cli.several.sheet import screen, write_page
+
         use_torch_threads(self.threads)
         report, versions, shown = make()
         with staged_directory(target, overwrite=self.overwrite) as staged:

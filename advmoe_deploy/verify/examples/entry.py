@@ -18,7 +18,7 @@ from advmoe_deploy.verify.suites import Suite
 class CertifiedRoutes(Frozen):
     """Images whose route provably cannot change within epsilon; ``None``, and why, if unknown.
 
-    ``vacuous``: no radius reaches another image of 8 bits; ``note`` says so.
+    ``vacuous``: no radius reaches another image of 8 bits.
     """
 
     images: int
