@@ -1,11 +1,13 @@
 """Fixtures that several areas share: a small run on digits, and what it exports to."""
 
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Networks this small gain nothing from threads, and on a busy machine threads that wait for each
 # other lose more than tenfold. Set before torch is loaded, and for every process a test starts.
@@ -39,6 +41,20 @@ TINY = ModelSpec(
 
 # Bundles that tests share run on every engine.
 OPENVINO = Target("openvino", "fp32")
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder ``name`` that ``make`` fills, in one of the processes that run tests."""
+    own = factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder, done = shared / "shared" / name, shared / "shared" / f"{name}.made"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
 
 
 def write_run(directory: Path, spec: ModelSpec, *, seed: int = 0) -> Path:
@@ -79,9 +95,10 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     """The export of ``tiny_run``. Read it only; copy the directory to change a file."""
     from advmoe_deploy.export.from_run import export_run
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_run(tiny_run, out, targets=[OPENVINO], made_for=PORTABLE)
-    return open_bundle(out)
+    def make(out: Path) -> None:
+        export_run(tiny_run, out, targets=[OPENVINO], made_for=PORTABLE)
+
+    return open_bundle(made_once(tmp_path_factory, "tiny", make))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,7 +126,9 @@ def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The export of ``trained_run``. Read it only."""
     from advmoe_deploy.export.from_run import export_run
 
-    return export_run(trained_run, tmp_path_factory.mktemp("trained") / "bundle")
+    return open_bundle(
+        made_once(tmp_path_factory, "trained", lambda out: export_run(trained_run, out))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -118,10 +137,12 @@ def int8_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.export.precision import gate
 
-    out = tmp_path_factory.mktemp("int8") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "MAX_DROP", 100.0)
-        return export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
+    def make(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gate, "MAX_DROP", 100.0)
+            export_run(trained_run, out, targets=[Target("onnxruntime", "int8")])
+
+    return open_bundle(made_once(tmp_path_factory, "int8", make))
 
 
 def assert_nothing_left(out: Path) -> None:
@@ -135,14 +156,15 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     """A run and a bundle of each family by name, made when first asked for. Read them only."""
     from advmoe_deploy.export.from_run import export_run
 
-    folder = tmp_path_factory.mktemp("families")
-
     class Exports(Families):
         def __missing__(self, name: str) -> tuple[Path, Bundle]:
-            run, bundle = folder / name / "run", folder / name / "bundle"
-            write_run(run, spec_of(name))
-            export_run(run, bundle, data="random:64", targets=[OPENVINO], made_for=PORTABLE)
-            self[name] = run, open_bundle(bundle)
+            def make(folder: Path) -> None:
+                run = write_run(folder / "run", spec_of(name))
+                bundle = folder / "bundle"
+                export_run(run, bundle, data="random:64", targets=[OPENVINO], made_for=PORTABLE)
+
+            folder = made_once(tmp_path_factory, name.replace(" ", "-"), make)
+            self[name] = folder / "run", open_bundle(folder / "bundle")
             return self[name]
 
     return Exports()

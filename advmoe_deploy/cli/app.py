@@ -31,6 +31,7 @@ from advmoe_deploy.cli.commands.training.show import show
 from advmoe_deploy.cli.commands.training.sweep import sweep
 from advmoe_deploy.cli.commands.training.train import train
 from advmoe_deploy.cli.commands.verify import verify
+from advmoe_deploy.cli.completion import join_words
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
@@ -88,6 +89,7 @@ for _name, _command in _COMMANDS.items():
 
 def main() -> None:
     """Run the command line of this process and exit."""
+    join_words()
     code = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be interrupted
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from advmoe_deploy.export.precision.search import Choice, Precisions, choose_pre
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target, fallback_order
 from advmoe_deploy.export.tensorrt.backend import TensorRtBackend
+from advmoe_deploy.progress import task
 from advmoe_deploy.reports import Calibration, PrecisionReport, RouterPrecision
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import Backend
@@ -93,11 +94,16 @@ class _Writer:
 
     def write(self, staged: Path) -> EngineSet:
         """Choose the precision of each segment, write what runs, and check it as it lies there."""
-        choice = self._choose() if self.target.precision != "fp32" else None
-        precisions = choice.precisions if choice else self._lowest()
-        lowered = self._lower(precisions)
-        self.backend.write(lowered, staged)
-        findings = self.backend.check(lowered, staged)
+        progress, name = self.subject.progress, f"{self.target.backend} {self.target.precision}"
+        with task(progress, name, 3):
+            choice = self._choose() if self.target.precision != "fp32" else None
+            precisions = choice.precisions if choice else self._lowest()
+            progress.advance(name)
+            lowered = self._lower(precisions)
+            self.backend.write(lowered, staged)
+            progress.advance(name)
+            findings = self.backend.check(lowered, staged)
+            progress.advance(name)
         return EngineSet(
             backend=self.target.backend,
             precision=self.target.precision,

@@ -7,6 +7,7 @@ failure, a full disk or Ctrl-C leaves nothing.
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -15,33 +16,15 @@ import onnx
 import PIL
 import torch
 
-from advmoe_deploy.bundle import (
-    CARD,
-    GOLDEN,
-    MANIFEST,
-    MODEL,
-    REFERENCE,
-    Bundle,
-    EngineSet,
-)
+from advmoe_deploy.bundle import CARD, GOLDEN, MANIFEST, REFERENCE, Bundle, EngineSet
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.errors import CheckpointError
-from advmoe_deploy.export.checks.every_expert import (
-    require_branches,
-    require_every_expert,
-    require_segments,
-    unvisited_experts,
-)
+from advmoe_deploy.export.checks.every_expert import unvisited_experts
 from advmoe_deploy.export.checks.images import absolute_source, labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import write_engine_set
-from advmoe_deploy.export.graph.stitch import graph_from_plan
-from advmoe_deploy.export.graph.unfused import unfused_graph
-from advmoe_deploy.export.graph.writer import write_model
+from advmoe_deploy.export.graph_files import check_graphs, write_baselines, write_graphs
 from advmoe_deploy.export.model_card import denormals_note, model_card
-from advmoe_deploy.export.partition.cut import Partition, partition
-from advmoe_deploy.export.passes.apply import SAMPLES, Reports, apply_passes
-from advmoe_deploy.export.passes.fuse_router import fuse_router_checked
-from advmoe_deploy.export.passes.report import declined
+from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.gate import Examples
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.subject import subject_of
@@ -51,25 +34,18 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from advmoe_deploy.models.denormals import zero_denormals
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.answers import Answers, Images
-from advmoe_deploy.parity.batches import batch_complaint, require_any_batch, steady_images
-from advmoe_deploy.parity.compare import compare_answers, predictions_of, require_parity
-from advmoe_deploy.parity.golden import golden_rows, write_golden
-from advmoe_deploy.parity.reference import Reference, reference_answers
-from advmoe_deploy.parity.tolerance import tolerance_for
+from advmoe_deploy.parity.compare import batches_in
+from advmoe_deploy.parity.golden import write_golden
+from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
-from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.openvino.engine import openvino_version
-from advmoe_deploy.runtime.plan_runner import PlanRunner
-from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.api import version_text
 from advmoe_deploy.sealing.seal import seal_bundle
 
-UNFUSED = "baselines/unfused.onnx"
+_TORCH = "answers of torch"
 
 
 def export_run(
@@ -131,16 +107,16 @@ def export_run(
         staged_directory(out, overwrite=overwrite) as staged,
         task(progress, "export", 4 + len(targets)),
     ):
-        answers = reference_answers(model, images)
+        answers = _torch_answers(model, images, progress)
         progress.advance("export")
         parts, reports = write_graphs(staged, model, images, progress)
         write_golden(staged / GOLDEN, images, answers)
         if with_reference:
             _copy_reference(run / "model" / WEIGHTS, staged, checkpoint)
         progress.advance("export")
-        _write_baselines(staged, model)
+        write_baselines(staged, model, progress)
         progress.advance("export")
-        parity = check_graphs(staged, model, parts, images, answers, data=source)
+        parity = check_graphs(staged, model, parts, images, answers, data=source, progress=progress)
         for layer, experts in unvisited_experts(parts.plan, answers).items():
             progress.note(
                 f"{layer}: {_named(experts)} visited by none of the {len(images)} images of "
@@ -181,53 +157,9 @@ def export_run(
     return Bundle(out, manifest)
 
 
-def check_graphs(
-    staged: Path,
-    model: Classifier,
-    parts: Partition,
-    images: Images,
-    answers: Answers,
-    *,
-    data: str,
-) -> ParityReport:
-    """Return how the graphs under ``staged`` compare with ``model``, which answers ``answers``.
-
-    Read from the files, as a user will: the whole graph, the unfused one and the plan on every
-    image, a few in batches of other sizes; and every expert of every layer, visited or not.
-
-    Raises:
-        CheckFailedError: a logit, a route or an expert is not what it should be.
-    """
-    plan = parts.plan
-    files = {segment.name: staged / segment.file for segment in plan.segments}
-    segments = {name: onnx.load_model(file) for name, file in files.items()}
-    graph = onnx.load_model(staged / MODEL)
-    require_every_expert(plan, graph, segments)
-    few = images[golden_rows(answers)]
-    require_segments(files, parts.samples(few[:SAMPLES]))
-    reference = Reference(model)
-    require_branches(reference, plan, graph, few[:SAMPLES])
-    uncertain = reference.uncertainty(few)
-    shape, routes = model.spec.image_shape, plan.routes
-    steady = steady_images(images, answers, margin=uncertain.margin)
-
-    def checked(runner: Runner, name: str) -> ParityReport:
-        with runner:
-            answer = predictions_of(runner, images)
-            moved = batch_complaint(runner, steady, tolerance_for(uncertain.rounding))
-        report = compare_answers(
-            answers, answer, rounding=uncertain.rounding, margin=uncertain.margin, data=data
-        )
-        require_parity(report, name)
-        require_any_batch(moved, name)
-        return report
-
-    checked(PlanRunner(plan, files, shape), "the plan")
-    if routes:
-        checked(GraphRunner(staged / UNFUSED, shape, routes=routes), UNFUSED)
-        bodies = GraphRunner(staged / MODEL, shape, routes=routes, custom_ops="bodies")
-        checked(bodies, f"{MODEL} without our kernels")
-    return checked(GraphRunner(staged / MODEL, shape, routes=routes), MODEL)
+def _torch_answers(model: Classifier, images: Images, progress: Progress) -> Answers:
+    with task(progress, _TORCH, batches_in(images)):
+        return reference_answers(model, images, passed=partial(progress.advance, _TORCH))
 
 
 def _named(experts: list[int]) -> str:
@@ -239,40 +171,6 @@ def _copy_reference(weights: Path, staged: Path, checkpoint: Checkpoint) -> None
     shutil.copyfile(weights, staged / REFERENCE)
     if sha256_of(staged / REFERENCE) != checkpoint.weights_sha256:
         raise CheckpointError(f"{weights} changed during the export; export again")
-
-
-def write_graphs(
-    staged: Path, model: Classifier, images: Images, progress: Progress
-) -> tuple[Partition, Reports]:
-    """Write every segment and the whole graphs; return the plan and what the passes did."""
-    parts, reports = apply_passes(partition(model), images, model.rules)
-    plan, graphs = parts.plan, parts.graphs
-    for segment in plan.segments:
-        write_model(graphs[segment.name], staged / segment.file)
-    whole = graph_from_plan(plan, graphs)
-    if plan.routes:
-        reports[MODEL] = (fuse_router_checked(whole, {"images": images[:SAMPLES]}),)
-    write_model(whole, staged / MODEL)
-    if plan.routes:
-        write_model(unfused_graph(plan, graphs), staged / UNFUSED)
-    for reason, count in declined(reports).items():
-        progress.note(f"{reason} ({count} times)" if count > 1 else reason)
-    return parts, reports
-
-
-def _write_baselines(staged: Path, model: Classifier) -> None:
-    """Write the dense networks an MoE is timed against: random weights, the real shapes."""
-    if not model.rules:
-        return
-    images = parity_images("random:64", model.spec)  # the same baselines whatever the data
-    specs = {"dense": model.spec.dense(), "s-dense": model.spec.s_dense()}
-    if specs["s-dense"] == specs["dense"]:  # experts of full width have no smaller counterpart
-        del specs["s-dense"]
-    for name, spec in specs.items():
-        parts, _ = apply_passes(partition(untrained_model(spec, torch.from_numpy(images))), images)
-        write_model(
-            graph_from_plan(parts.plan, parts.graphs), staged / "baselines" / f"{name}.onnx"
-        )
 
 
 def _write_engines(

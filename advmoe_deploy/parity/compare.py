@@ -4,6 +4,8 @@ Shapes: N images, T tokens, R rows of a layer (N, or N * T), C classes, E expert
 row.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 # Best scores nearer than this are a close call, unless rounding takes scores further.
 CLOSE_CALL = 1e-4
 
-_BATCH = 128
+BATCH = 128  # images at a time
 
 Flags = NDArray[np.bool_]
 
@@ -27,10 +29,21 @@ def is_right(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Fla
     return np.asarray((logits_NK.argmax(axis=1) == labels_N) & np.isfinite(logits_NK).all(axis=1))
 
 
-def predictions_of(runner: Runner, images: Images) -> Prediction:
-    """Return what ``runner`` answers to ``images``, taken in batches."""
-    batches = np.split(images, range(_BATCH, len(images), _BATCH))
-    return joined([runner.infer(batch) for batch in batches])
+def batches_in(images: Images) -> int:
+    """Return in how many batches images are answered."""
+    return -(-len(images) // BATCH)
+
+
+def predictions_of(
+    runner: Runner, images: Images, passed: Callable[[], None] | None = None
+) -> Prediction:
+    """Return what ``runner`` answers to ``images``, taken in batches; ``passed`` hears of each."""
+    answers = []
+    for batch in np.split(images, range(BATCH, len(images), BATCH)):
+        answers.append(runner.infer(batch))
+        if passed:
+            passed()
+    return joined(answers)
 
 
 def compare_answers(

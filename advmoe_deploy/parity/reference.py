@@ -17,7 +17,7 @@ from torch import Tensor
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers, first_images
-from advmoe_deploy.parity.compare import CLOSE_CALL, compare_answers, predictions_of
+from advmoe_deploy.parity.compare import BATCH, CLOSE_CALL, compare_answers, predictions_of
 from advmoe_deploy.parity.rounding import disturb
 from advmoe_deploy.parity.tolerance import error_of, margin_for, rounding_of, same_experts
 from advmoe_deploy.pruning import DROPPED
@@ -27,28 +27,33 @@ from advmoe_deploy.runtime.runner import Runner
 # Above any score, and a float32 still: less than it, a score is nothing.
 CERTAIN = 1e30
 
-_BATCH = 128
 # Images that the disturbed model answers: it says how large roundings are, not where.
 _DISTURBED_IMAGES = 16
 
 
 def reference_answers(
-    model: Classifier, images: NDArray[Any], *, preferred: int | None = None
+    model: Classifier,
+    images: NDArray[Any],
+    *,
+    preferred: int | None = None,
+    passed: Callable[[], None] | None = None,
 ) -> Answers:
     """Return what ``model`` answers to images [N, C, H, W] in [0, 1].
+
+    They are taken in batches; ``passed`` hears of each.
 
     With ``preferred``, each layer prefers that expert, or its last: the score is raised above all
     others, so that with top-1 every row goes there. A dropped expert stays dropped.
     """
     if preferred is None:
-        return _answers(model, images, Routes)
+        return _answers(model, images, Routes, passed)
 
     def adjust(rule: RoutingRule, scores_NE: Tensor, surrogate: Surrogate | None) -> Routing:
         bonus_E = torch.from_numpy(bonus_for(preferred, rule.num_experts))
         bonus_E[list(rule.dropped)] = 0
         return choose(scores_NE + bonus_E, rule, surrogate)
 
-    return _answers(model, images, lambda: Routes(adjust=adjust))
+    return _answers(model, images, lambda: Routes(adjust=adjust), passed)
 
 
 def compare_with_reference(
@@ -144,16 +149,23 @@ def bonus_for(expert: int, num_experts: int) -> NDArray[np.float32]:
     return bonus_E
 
 
-def _answers(model: Classifier, images: NDArray[Any], new_routes: Callable[[], Routes]) -> Answers:
+def _answers(
+    model: Classifier,
+    images: NDArray[Any],
+    new_routes: Callable[[], Routes],
+    passed: Callable[[], None] | None,
+) -> Answers:
     columns: dict[tuple[str, str], list[Tensor]] = {}
     logits = []
     with torch.inference_mode():
-        for x_NCHW in torch.split(torch.from_numpy(images), _BATCH):
+        for x_NCHW in torch.split(torch.from_numpy(images), BATCH):
             routes = new_routes()
             logits.append(model(x_NCHW, routes))
             for layer, routing in routes.taken.items():
                 for name in ("scores_NE", "expert_ids_NK", "weights_NK"):
                     columns.setdefault((layer, name), []).append(getattr(routing, name))
+            if passed:
+                passed()
     arrays: dict[tuple[str, str], NDArray[Any]] = {
         key: torch.cat(parts).numpy() for key, parts in columns.items()
     }

@@ -24,6 +24,7 @@ from advmoe_deploy.errors import (
 )
 from advmoe_deploy.process import without_telemetry
 
+README = "README.md"  # what the hub shows of a repository
 _SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN"
 # Modules of the exceptions that say a connection failed, by release of the client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}

@@ -10,18 +10,17 @@ from pathlib import Path
 from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE, Bundle, open_bundle
 from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import staged_directory
+from advmoe_deploy.files import refuse_existing, staged_directory
 from advmoe_deploy.models.checkpoint import WEIGHTS, load_checkpoint
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.zoo.card import run_card
 from advmoe_deploy.zoo.evaluation import read_evaluation
-from advmoe_deploy.zoo.hub import Figure, Repository, front_matter, publish
+from advmoe_deploy.zoo.hub import README, Figure, Repository, front_matter, publish
 from advmoe_deploy.zoo.pack import Packing, checkpoint_text, portable, record_of
 from advmoe_deploy.zoo.places import RUN_MARKER
 from advmoe_deploy.zoo.record import RECORD, Evaluation
 
-README = "README.md"
 # What an earlier push may have left in a repository.
 _STALE = (
     *(MANIFEST, MANIFEST_HASH, RECORD, CARD, "model.onnx", "reference.safetensors", "golden.npz"),
@@ -75,8 +74,7 @@ def write_upload(upload: Upload, target: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: ``target`` is in the way.
     """
-    if target.exists() and overwrite and not (target / README).is_file():
-        raise UsageError(f"{target} holds no {README}, so it is not replaced; choose another --out")
+    refuse_existing(target, overwrite=overwrite, marker=README)
     with staged_directory(target, overwrite=overwrite) as staged:
         for name, content in upload.files.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
 """What the shell offers for a Tab, in a process where torch cannot be loaded."""
 
 import os
+import pty
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # Else typer asks which shell is above, and a test runner may have none that it knows.
+ROOT = Path(__file__).parent.parent.parent
 SHELL_IS_SAID = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
 PROGRAM = (
     "import os, sys\n"
@@ -22,7 +26,7 @@ def offered(line: str) -> list[str]:
     words = line.split(" ")
     environment = {
         "_ADVMOE_COMPLETE": "complete_bash",
-        "COMP_WORDS": line,
+        "COMP_WORDS": "\n".join(words),
         "COMP_CWORD": str(len(words) - 1),
         "PATH": "",
     }
@@ -62,7 +66,8 @@ def test_where_a_file_is_meant_the_shell_offers_files() -> None:
     assert offered("advmoe verify bun") == offered("advmoe verify ") == []
 
 
-def test_the_script_to_source_is_printed() -> None:
+def script() -> str:
+    """Return what bash is to source."""
     done = subprocess.run(
         [sys.executable, "-m", "advmoe_deploy.cli.app", "--show-completion", "bash"],
         env={**os.environ, SHELL_IS_SAID: "1"},
@@ -71,4 +76,57 @@ def test_the_script_to_source_is_printed() -> None:
         timeout=60,
         check=True,
     )
-    assert "complete -o default -F _advmoe_completion advmoe" in done.stdout
+    return done.stdout
+
+
+def test_the_script_to_source_is_printed() -> None:
+    assert "complete -o default -F _advmoe_completion advmoe" in script()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("typed", "becomes"),
+    [
+        ("export zoo:cifar10-a", "export zoo:cifar10-advmoe"),  # a colon ends a word of bash
+        ("export zoo:", "export zoo:cifar10-advmoe"),
+        ("export z", "export zoo:cifar10-advmoe"),
+        (
+            "eval zoo:cifar10-advmoe --engine openvino-p",
+            "eval zoo:cifar10-advmoe --engine openvino-plan",
+        ),
+    ],
+)
+def test_bash_itself_completes(typed: str, becomes: str, tmp_path: Path) -> None:
+    (tmp_path / "completion.sh").write_text(script())
+    # Asked by bash it answers, and run it says what it was given.
+    (tmp_path / "advmoe").write_text(
+        f'#!/bin/sh\n[ -n "$_ADVMOE_COMPLETE" ] && exec {sys.executable} -m advmoe_deploy.cli.app\n'
+        'echo "given: $*."\n'
+    )
+    (tmp_path / "advmoe").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    terminal, of_bash = pty.openpty()
+    with subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        stdin=of_bash,
+        stdout=of_bash,
+        stderr=of_bash,
+        start_new_session=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path), "TERM": "dumb"},
+    ) as bash:
+        os.close(of_bash)
+        keys = f". {tmp_path}/completion.sh\nadvmoe {typed}\t\nexit\n"
+        os.write(terminal, keys.encode())
+        screen = "".join(iter(lambda: read(terminal), ""))
+        os.close(terminal)
+        bash.wait(timeout=60)
+    assert f"given: {becomes}." in screen
+
+
+def read(terminal: int) -> str:
+    """Return what comes next; nothing once the other end is closed."""
+    try:
+        return os.read(terminal, 4096).decode()
+    except OSError:  # how Linux says so
+        return ""

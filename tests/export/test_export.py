@@ -19,6 +19,7 @@ from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.answers import Answers, RouteAnswers
 from advmoe_deploy.parity.golden import golden_rows
+from advmoe_deploy.progress import Silent
 from advmoe_deploy.runtime.select import open_runner
 from tests.conftest import TINY, write_run
 
@@ -86,9 +87,24 @@ def test_the_unfused_baseline_is_the_same_model(tiny_bundle: Bundle) -> None:
     np.testing.assert_array_equal(a.expert_ids["router"], b.expert_ids["router"])
 
 
+class Steps(Silent):
+    """A listener that counts what is left of each task."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self.left[task] = total - done
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        self.left[task] -= steps
+
+
 def test_a_dense_model_exports_too(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", TINY.dense())
-    bundle = export_run(run, tmp_path / "bundle", data="random:32", with_reference=False)
+    run, steps = write_run(tmp_path / "run", TINY.dense()), Steps()
+    bundle = export_run(
+        run, tmp_path / "bundle", data="random:32", with_reference=False, progress=steps
+    )
     _, model = load_checkpoint(run / "model")
     with torch.inference_mode():
         logits = model(torch.from_numpy(IMAGES)).numpy()
@@ -103,6 +119,17 @@ def test_a_dense_model_exports_too(tmp_path: Path) -> None:
         "model.onnx",
         "segments/network.onnx",
     ]
+    assert list(steps.left) == [
+        "export",
+        "answers of torch",
+        "trace layers",
+        "graph passes",
+        "write graphs",
+        "compare with torch",
+        "the plan",
+        "model.onnx",
+    ]
+    assert {*steps.left.values()} == {0}, "a step that was announced was not told of"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import check_graphs, export_run, write_graphs
+from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.export.graph_files import check_graphs, write_graphs
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Silent

@@ -10,63 +10,47 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.train.run.loop import train
+from tests.toy_training import some_digits, tiny
 
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = ("digits-advmoe", "epochs=5", "ema_decay=0.9", "crop_padding=1", "flip=true")
 # Slow enough to be caught in the middle of an epoch; "fill" leaves no room after epoch 2.
 CHILD = """
-import resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
-import numpy as np
 import torch
-from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import AdvMoEError
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.recipes import apply_overrides, recipe
+from tests.toy_training import some_digits, tiny
 
 torch.set_num_threads(1)
-run, *words = sys.argv[1:]
-digits = load_dataset("digits")
-data = Dataset(
-    "digits",
-    digits.class_names,
-    digits.train.take(np.arange(64)),
-    digits.holdout.take(np.arange(20)),
-    digits.test.take(np.arange(20)),
-)
-config = apply_overrides(
-    recipe("digits-advmoe"),
-    ["model.width=4", "model.router_width=2", "epochs=5", "batch_size=16", "attack_steps=1",
-     "holdout_attack_steps=1", "test_attack_steps=1", "evaluate_every=1", "ema_decay=0.9",
-     "crop_padding=1", "flip=true"],
-)
+run, recipe, trouble = sys.argv[1:]
 
 class Listener(Silent):
     def advance(self, task, steps=1, **figures):
-        if "slow" in words and steps and task == "train":
-            time.sleep(0.1)
-        if "fill" in words and figures.get("epoch") == 2:
+        if trouble == "slow" and steps and task == "train":
+            time.sleep(0.15)
+        if trouble == "fill" and figures.get("epoch") == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 try:
-    train(config, data, Path(run), resume="resume" in words, progress=Listener())
+    train(tiny(*json.loads(recipe)), some_digits(), Path(run), progress=Listener())
 except AdvMoEError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
 
 
-def start(run: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(run), *words], stderr=subprocess.PIPE, text=True
-    )
+def start(run: Path, trouble: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(run), json.dumps(RECIPE), trouble]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def finish(run: Path, *words: str) -> str:
-    with start(run, *words) as child:
-        _, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    return errors
+def finish(run: Path, *, resume: bool = True) -> None:
+    """Train to the end, in this process."""
+    train(tiny(*RECIPE), some_digits(), run, resume=resume)
 
 
 def stop_in_epoch_3(run: Path, number: signal.Signals) -> int:
@@ -85,7 +69,7 @@ def stop_in_epoch_3(run: Path, number: signal.Signals) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    finish(run)
+    finish(run, resume=False)
     return run
 
 
@@ -105,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(uninterrupted: Path, tmp_path:
     run = tmp_path / "run"
     assert stop_in_epoch_3(run, signal.SIGKILL) == -signal.SIGKILL
     assert not (run / "model").exists()
-    finish(run, "resume")
+    finish(run)
     assert_same_run(run, uninterrupted)
 
 
@@ -117,7 +101,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_and_nothing_half_written(
     assert not (run / "model").exists()
     assert not list(run.rglob(".*"))
     load_checkpoint(run / "checkpoints" / "epoch-0002")
-    finish(run, "resume")
+    finish(run)
     assert_same_run(run, uninterrupted)
 
 
@@ -131,5 +115,5 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
     assert "file size limit" in errors.splitlines()[-1]
     assert not list(run.rglob(".*"))
     load_checkpoint(run / "checkpoints" / "epoch-0002")
-    finish(run, "resume")
+    finish(run)
     assert_same_run(run, uninterrupted)

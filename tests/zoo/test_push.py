@@ -124,8 +124,12 @@ def test_a_dry_run_uploads_nothing(
     assert hub.requests == []
     assert load_checkpoint(tmp_path / "tiny-upload/model")
     (tmp_path / "mine").mkdir()
-    for flags, said in ((["--overwrite"], "holds no README.md"), ([], "--overwrite")):
-        done = push(packed, "--to", "me/tiny", "--dry-run", "--out", "mine", *flags)
+    for out, flag, said in (
+        ("mine", ["--overwrite"], "holds no README.md"),
+        ("mine", [], "holds no README.md"),
+        ("tiny-upload", [], "pass --overwrite"),
+    ):
+        done = push(packed, "--to", "me/tiny", "--dry-run", "--out", out, *flag)
         assert (done.returncode, said in done.stderr) == (2, True)
 
 

@@ -15,7 +15,8 @@ def demo(
         Path, typer.Option("--out", readable=False, help="Where everything goes.")
     ] = Path("demo-out"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two epochs: see every stage, not robustness.")
+        bool,
+        typer.Option("--quick", help="One epoch, few images: see every stage, not robustness."),
     ] = False,
     as_json: Json = False,
 ) -> None:

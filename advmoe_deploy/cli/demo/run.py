@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.cli.demo.photographs import show_photographs
+from advmoe_deploy.cli.demo.photographs import show_photographs, timing_budget
 from advmoe_deploy.cli.demo.report import write_demo_report
 from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
-from advmoe_deploy.cli.demo.training import train_side_by_side
+from advmoe_deploy.cli.demo.training import FEW, train_side_by_side
 from advmoe_deploy.data.dataset import Dataset, Split, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
@@ -27,13 +27,13 @@ _EPSILONS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.26, 0.32)
 _MARKER = ".advmoe-demo"
 _CLASSIFIED = 100
 _STEPS = 10
-_FEW = 100  # test images that are attacked in the quick form
 
 
 def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     """Return what the whole road on digits came to, and leave it all in ``out``.
 
-    ``quick`` trains for one epoch only: enough to see every stage run, not to see robustness.
+    ``quick`` trains for one epoch, attacks few images and times fewer rounds: enough to see every
+    stage run, not to see robustness.
     An ``out`` that an earlier demo made is used again.
 
     Raises:
@@ -51,10 +51,12 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
     bundle = open_bundle(out / "bundle")
     progress.note("verify: the same attacks on the torch model and on the exported one")
     verified = verify_bundle(
-        bundle, images=_FEW if quick else None, allow_fragile=quick, progress=progress
+        bundle, images=FEW if quick else None, allow_fragile=quick, progress=progress
     )
     progress.note("profile: interleaved with the dense baseline")
-    latency = profile_bundle(bundle, batches=(1, 64), progress=progress)
+    latency = profile_bundle(
+        bundle, batches=(1, 64), budget_s=timing_budget(quick), progress=progress
+    )
     folder = _write_digits(data, out / "digits")
     batch = classify_files(
         bundle, str(folder), out / "predictions.jsonl", overwrite=True, progress=progress
@@ -67,7 +69,7 @@ def run_demo(out: Path, *, quick: bool, progress: Progress) -> DemoResult:
         verify=verified,
         profile=latency,
         macs=bundle.manifest.macs,
-        curves=_curves(out, data.test.first(_FEW) if quick else data.test, progress),
+        curves=_curves(out, data.test, quick, progress),
         load_by_class=_load_by_class(bundle, data),
         class_names=data.class_names,
         classified=batch.images - batch.errors,
@@ -86,14 +88,17 @@ def _claim(out: Path) -> None:
     (out / _MARKER).touch()
 
 
-def _curves(out: Path, test: Split, progress: Progress) -> dict[str, tuple[CurvePoint, ...]]:
+def _curves(
+    out: Path, test: Split, quick: bool, progress: Progress
+) -> dict[str, tuple[CurvePoint, ...]]:
     progress.note(
         f"robustness curve: PGD-{_STEPS} at growing epsilon, AdvMoE (its routes too) and dense"
     )
     curves = {}
+    test, epsilons = (test.first(FEW), _EPSILONS[::3]) if quick else (test, _EPSILONS)
     for label, name in (("AdvMoE", MOE), ("dense", DENSE)):
         _, model = load_checkpoint(out / "runs" / name / "model")
-        curves[label] = robustness_curve(model, test, _EPSILONS, steps=_STEPS, progress=progress)
+        curves[label] = robustness_curve(model, test, epsilons, steps=_STEPS, progress=progress)
     return curves
 
 

@@ -17,13 +17,18 @@ from advmoe_deploy.train.distributed.launch import relayed
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.loop import TrainReport, train
 
+FEW = 100  # test images that are attacked in the quick form
+
 _progress: Progress = Silent()  # of a worker process, set when it starts
 
 
 def train_side_by_side(
     names: Sequence[str], runs: Path, quick: bool, progress: Progress
 ) -> dict[str, TrainReport]:
-    """Return the report of each recipe, trained into ``runs / name``; ``quick``: one epoch."""
+    """Return the report of each recipe, trained into ``runs / name``.
+
+    ``quick``: one epoch, and few test images.
+    """
     with (
         relayed(progress) as relay,
         ProcessPoolExecutor(
@@ -46,7 +51,7 @@ def _begin(progress: Progress) -> None:
 def _train(name: str, out: Path, quick: bool) -> TrainReport:
     config = recipe(name)
     if quick:
-        config = apply_overrides(config, ["epochs=1"])
+        config = apply_overrides(config, ["epochs=1", f"test_images={FEW}"])
     named = _Named(_progress, name)
     return train(config, load_dataset(config.data), out, overwrite=True, progress=named)
 

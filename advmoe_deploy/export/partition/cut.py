@@ -25,6 +25,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.markers import mark_route
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, Step, TensorInfo
+from advmoe_deploy.progress import Progress
 
 _ROUTE = "advmoe.route.default"
 _INPUT = "advmoe.dispatch.default"
@@ -42,13 +43,13 @@ class Partition:
     samples: Callable[[NDArray[np.float32]], dict[str, Sample]]
 
 
-def partition(model: Classifier) -> Partition:
-    """Return the plan and the segments of ``model``.
+def partition(model: Classifier, progress: Progress | None = None) -> Partition:
+    """Return the plan and the segments of ``model``; ``progress`` hears of its layers.
 
     Raises:
         CheckFailedError: the model uses an operator or a form that cannot be exported.
     """
-    return _Cut(Program(_Traced(model), model.spec.image_shape)).partition()
+    return _Cut(Program(_Traced(model), model.spec.image_shape, progress)).partition()
 
 
 class _Traced(nn.Module):

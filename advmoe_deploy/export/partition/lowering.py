@@ -6,7 +6,8 @@ rename and expand before we could look.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,20 +17,25 @@ from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.partition.operators import OPERATORS
 from advmoe_deploy.export.partition.segment_writer import SegmentWriter, Shape
 from advmoe_deploy.parity.rounding import disturbed
+from advmoe_deploy.progress import Progress, Silent, task
 
 BATCH = "N"
+_TRACE = "trace layers"
 
 
 class Program:
     """A traced module with one input and one output, and what its nodes are."""
 
-    def __init__(self, module: nn.Module, image_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, image_shape: tuple[int, ...], progress: Progress | None = None
+    ) -> None:
         """Trace ``module``, in eval mode, on a batch of two that stands for any.
 
-        Its one argument are images [N, *image_shape], its answer one tensor.
+        Its one argument are images [N, *image_shape], its answer one tensor; ``progress`` hears of
+        each layer.
         """
         example = torch.zeros(2, *image_shape)
-        with torch.no_grad():
+        with _told(module, progress or Silent()), torch.no_grad():
             self.exported = torch.export.export(
                 module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
             )
@@ -100,6 +106,21 @@ class Program:
                 arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*arguments[0], **arguments[1])
         return {node: values[node] for node in results}
+
+
+@contextmanager
+def _told(module: nn.Module, progress: Progress) -> Iterator[None]:
+    """Tell ``progress`` of every layer that ``module`` runs in the block."""
+    layers = [each for each in module.modules() if next(each.children(), None) is None]
+    with task(progress, _TRACE, len(layers)):
+        hooks = [
+            layer.register_forward_hook(lambda *_: progress.advance(_TRACE)) for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def is_tensor(node: fx.Node) -> bool:

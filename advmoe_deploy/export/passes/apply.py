@@ -20,10 +20,13 @@ from advmoe_deploy.export.passes.scale_experts import scale_experts
 from advmoe_deploy.export.passes.strided_shortcut import strided_shortcut
 from advmoe_deploy.models.routing.routing import RoutingRule
 from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.progress import Progress, Silent, task
 
 PASSES = (fold_batchnorm, strided_shortcut)
 # Images that segments, passes and experts are checked on one by one; each sees all of them.
 SAMPLES = 16
+
+_PASSES = "graph passes"
 
 PlanPass = Callable[[Partition], tuple[Partition, PassReport]]
 # By graph, or by "plan" for what goes across all of them.
@@ -31,7 +34,10 @@ Reports = dict[str, tuple[PassReport, ...]]
 
 
 def apply_passes(
-    parts: Partition, images: Images, rules: Sequence[RoutingRule] = ()
+    parts: Partition,
+    images: Images,
+    rules: Sequence[RoutingRule] = (),
+    progress: Progress | None = None,
 ) -> tuple[Partition, Reports]:
     """Run all passes in place, each checked on what ``images`` give every segment.
 
@@ -42,7 +48,24 @@ def apply_passes(
     Raises:
         CheckFailedError: with experts dropped, a segment answers differently.
     """
-    few, done = images[:SAMPLES], []
+    progress, few = progress or Silent(), images[:SAMPLES]
+    with task(progress, _PASSES, 2 + len(parts.graphs)):
+        parts, across = _passes_across(parts, few, rules)
+        progress.advance(_PASSES)
+        samples = parts.samples(few)
+        progress.advance(_PASSES)
+        reports = {}
+        for name, graph in parts.graphs.items():
+            reports[name] = apply_checked(PASSES, graph, samples[name])
+            progress.advance(_PASSES)
+    return parts, {"plan": across, **reports}
+
+
+def _passes_across(
+    parts: Partition, few: Images, rules: Sequence[RoutingRule]
+) -> tuple[Partition, tuple[PassReport, ...]]:
+    """Run the passes that change several graphs at once."""
+    done = []
     if any(rule.dropped for rule in rules):
         parts, report = _across(partial(drop_experts, rules=rules), parts, few)
         if not report.applied:  # asked for, so that there is nothing to go on without
@@ -51,11 +74,7 @@ def apply_passes(
             )
         done.append(report)
     parts, report = _across(scale_experts, parts, few)
-    samples = parts.samples(few)
-    reports = {
-        name: apply_checked(PASSES, graph, samples[name]) for name, graph in parts.graphs.items()
-    }
-    return parts, {"plan": (*done, report), **reports}
+    return parts, (*done, report)
 
 
 def _across(run: PlanPass, parts: Partition, images: Images) -> tuple[Partition, PassReport]:

@@ -27,8 +27,8 @@ class Meddler(Silent):
         self.out, self.left, self.change = out, after, change
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:
-        self.left -= steps
-        if self.left == 0:
+        self.left -= steps * (task == "export")
+        if self.left == 0 and task == "export":
             (staged,) = self.out.parent.glob(f".{self.out.name}.partial-*")
             self.change(staged)
 

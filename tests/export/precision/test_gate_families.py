@@ -12,8 +12,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.checks.every_expert import require_every_expert
-from advmoe_deploy.export.from_run import check_graphs, write_graphs
 from advmoe_deploy.export.graph.stitch import graph_from_plan
+from advmoe_deploy.export.graph_files import check_graphs, write_graphs
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model

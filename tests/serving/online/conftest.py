@@ -1,9 +1,11 @@
 """Fixtures of the server's tests."""
 
+from pathlib import Path
+
 import pytest
 
-from advmoe_deploy.bundle import Bundle
-from tests.conftest import TINY, write_run
+from advmoe_deploy.bundle import Bundle, open_bundle
+from tests.conftest import TINY, made_once, write_run
 from tests.serving.online.live import SlowRunner
 
 
@@ -20,5 +22,7 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The export of another model of the same shape as the tiny one."""
     from advmoe_deploy.export.from_run import export_run
 
-    folder = tmp_path_factory.mktemp("other")
-    return export_run(write_run(folder / "run", TINY, seed=1), folder / "bundle")
+    def make(folder: Path) -> None:
+        export_run(write_run(folder / "run", TINY, seed=1), folder / "bundle")
+
+    return open_bundle(made_once(tmp_path_factory, "other", make) / "bundle")

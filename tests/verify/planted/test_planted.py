@@ -25,12 +25,6 @@ from tests.verify.planted.graphs import Edit, sealed_again, with_fault
 
 
 @pytest.fixture(scope="module")
-def trained_bundle(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The export of ``trained_run``."""
-    return export_run(trained_run, tmp_path_factory.mktemp("planted") / "bundle")
-
-
-@pytest.fixture(scope="module")
 def digits() -> tuple[Images, np.ndarray]:
     """All test images of the digits, and their labels."""
     split = load_dataset("digits").test

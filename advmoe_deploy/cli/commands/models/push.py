@@ -40,18 +40,23 @@ def push(
     """Upload a run's model or a bundle to the Hugging Face hub, with a model card."""
     if not dry_run and (out is not None or overwrite):
         raise UsageError("--out and --overwrite go with --dry-run; a push replaces what was pushed")
+    from advmoe_deploy.files import refuse_existing
     from advmoe_deploy.zoo.download import repository_of
+    from advmoe_deploy.zoo.hub import README
 
     repository = repository_of(to.removeprefix("hub:"))
     if repository.revision:
         raise UsageError(f"--to {to}: a push goes to the main branch; leave @ out")
+    name = repository.name.partition("/")[2]
+    target = out or Path(f"{name}-upload")
+    if dry_run:
+        refuse_existing(target, overwrite=overwrite, marker=README)
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import models as tables
         from advmoe_deploy.zoo.pack import Packing
         from advmoe_deploy.zoo.resolve import resolve
-        from advmoe_deploy.zoo.upload import README, push, upload_of, write_upload
+        from advmoe_deploy.zoo.upload import push, upload_of, write_upload
 
-        name = repository.name.partition("/")[2]
         how = Packing(results=tuple(results or ()), licence=license_)
         upload = upload_of(resolve(path), name, how)
         value = {
@@ -61,7 +66,6 @@ def push(
             "bytes": upload.bytes,
         }
         if dry_run:
-            target = out or Path(f"{name}-upload")
             write_upload(upload, target, overwrite=overwrite)
             value |= {"out": str(target), "readme": (target / README).read_text(encoding="utf-8")}
         else:
