@@ -74,21 +74,17 @@ def blend(
     beside: Sequence[StoredModel] = (),
     progress: Progress | None = None,
 ) -> BlendReport:
-    """Return what the dual model of ``stored`` withstands at each of ``alphas``.
+    """Return what ``stored``, of family dual-model, withstands at each of ``alphas``.
 
     The models ``beside`` it are attacked on the same images, at the same radius.
 
     Raises:
-        UsageError: the model is none of two mixtures, one beside it takes other images or knows
-            other classes, or routes nothing; data that do not fit.
+        UsageError: a model beside it takes other images, knows other classes or routes nothing;
+            data that do not fit.
     """
     started = time.perf_counter()
     progress, model = progress or Silent(), stored.model
-    if not isinstance(model, DualModel):
-        raise UsageError(
-            f"{stored.path} is of family {model.spec.family} and blends nothing; --alpha is for "
-            "family dual-model"
-        )
+    assert isinstance(model, DualModel), "whoever names the run has seen its family"
     for other in beside:
         _require_alike(stored, other)
     trial = Trial.of(stored, settings)

@@ -9,6 +9,7 @@ from advmoe_deploy.cli.session import Session
 from advmoe_deploy.cli.several.asked import Asked
 from advmoe_deploy.cli.verdicts.said import listed
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,10 +80,12 @@ def _command(role: "Needed", like: "Run", options: list[str]) -> str:
     if role == "standard":  # the others take the network of the run that they begin with
         own = like.checkpoint.model.model_dump(mode="json")
         changed |= _settings(config.model.model_dump(mode="json"), own, "model.")
-    data = like.checkpoint.data
-    from_path = ["--data", data] if data and data != config.data else []
+    data, threat = like.checkpoint.data, like.checkpoint.threat
+    alike = ["--data", data] if data and data != config.data else []
+    if threat and threat != config.threat:
+        alike += ["--epsilon", epsilon_text(threat.epsilon)]
     sets = [part for key, value in changed.items() for part in ("--set", f"{key}={value}")]
-    return " ".join(map(quote, ["advmoe", "train", name, *from_path, *sets, *options]))
+    return " ".join(map(quote, ["advmoe", "train", name, *alike, *sets, *options]))
 
 
 def _recipe(role: "Needed", like: "Run") -> "tuple[str, TrainConfig]":

@@ -120,6 +120,8 @@ def test_a_family_without_a_recipe_of_its_own_gets_settings(
         assert command[2] == "digits-rt-er"
         assert run([*command[1:], "--out", str(tmp_path / "new"), "--dry-run"]) == 0
     assert "model.num_experts=2" in shlex.split(_command("standard", like, []))
+    wider = like.checkpoint.model_copy(update={"threat": ThreatModel(epsilon=8 / 255)})
+    assert "--epsilon 8/255" in _command("standard", Run("networks", path, wider), [])
 
 
 def test_refusals_come_before_torch(runs: Path) -> None:
