@@ -63,7 +63,9 @@ def passes_by_section(
     experts = len(model.experts_in_use)
     apgd = passes_of(model, AttackSpec(name="apgd", steps=steps), 1)
     # Each expert by PGD and APGD; the routed model by APGD, for PGD on it is one of the targets.
-    twin = by_protocol("model") + 1 if protocol.twin else 0
+    twin = by_protocol("model") + 3 if protocol.twin else 0
+    # Before and after: what attacks make is judged, and answered by each expert, and without one.
+    looks = experts + len(model.rules) + 6
     alone = experts * (attack("model") + apgd + 3) + apgd + 2
     passes: dict[str, Callable[[], int]] = {
         "routes": lambda: 1,
@@ -71,15 +73,10 @@ def passes_by_section(
         "experts": lambda: sum(map(attack, TARGETS)) + alone,
         "lipschitz": lambda: (_LIPSCHITZ_PASSES + _JUMP_PASSES) * max(1, experts),
         "certificate": lambda: 2 * max(1, experts),
-        # After each attack all fixed experts, and each layer without its best, answer once more.
         "radii": lambda: (
-            len(protocol.radii)
-            * (
-                sum(by_protocol(each) + experts + len(model.rules) + 3 for each in OVER_RADII)
-                + twin
-            )
+            looks + len(protocol.radii) * (sum(by_protocol(e) + looks for e in OVER_RADII) + twin)
         ),
-        "capacity": lambda: len(ratios_of(model, protocol)) * (by_protocol("model") + 3) + twin,
+        "capacity": lambda: len(ratios_of(model, protocol)) * (by_protocol("model") + 5) + twin,
         "smoothing": lambda: smoothing.n0 + smoothing.n,
     }
     return {section: passes[section]() for section in sections}

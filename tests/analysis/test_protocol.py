@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.analysis.analyze import Settings, analyze
+from advmoe_deploy.analysis.budget import passes_by_section
 from advmoe_deploy.analysis.protocol.capacity import Limited, over_capacities
 from advmoe_deploy.analysis.protocol.radii import Protocol, over_radii
+from advmoe_deploy.analysis.smoothing import Smoothing
 from advmoe_deploy.attacks.objectives import AUXILIARY_WEIGHT
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.cli.app import run
@@ -141,6 +143,9 @@ def test_the_whole_protocol_beside_a_twin(
     assert capacity["twin"]["accuracy"] == radii["twin"]["accuracy"]
     plots = {"radii", "radii-routes", "redundancy", "capacity", "capacity-macs"}
     assert {path.stem for path in out.glob("*.png")} == plots
+    page = (out / "report.html").read_text()
+    assert "than its dense twin" in page
+    assert "With room for 0.5 of an even share" in page
     screen = capsys.readouterr().out
     assert "accuracy as the radius grows, 2 steps" in screen
     assert "room of an expert, 16 images a batch" in screen
@@ -172,6 +177,22 @@ def test_any_family_has_radii_and_room(tiny_run: Path) -> None:
     assert even.macs == ample.macs  # every image has an expert
     assert ample.served == 1
     assert ample.accuracy == report.accuracy
+
+
+def test_the_budget_knows_what_the_protocol_takes(tokens: Path, dense: Path) -> None:
+    """One batch: a pass through a model is a pass with each image."""
+    stored, twin = open_stored(tokens), open_stored(dense)
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    protocol = Protocol(steps=10, radii=(0.01, 0.02), capacities=(0.5, 1.0), twin=twin)
+    planned = passes_by_section(stored.model, ("radii", "capacity"), (), 20, Smoothing(), protocol)
+    passes: list[None] = []
+    for model in (stored.model, twin.model):
+        model.register_forward_hook(lambda *_: passes.append(None))
+    over_radii(stored.model, images, labels, protocol, Silent())
+    assert 0.8 * planned["radii"] < len(passes) < 1.2 * planned["radii"]
+    passes.clear()
+    over_capacities(stored.model, images, labels, THREAT, protocol, Silent())
+    assert 0.8 * planned["capacity"] < len(passes) < 1.2 * planned["capacity"]
 
 
 def test_an_attack_grows_with_its_radius(tokens: Path) -> None:
