@@ -129,6 +129,8 @@ def profile_bundle(
                 rounds=n,
                 warmup=warmup,
                 budget_s=budget_s,
+                progress=progress,
+                name=f"batch {batch}",
             )
             if samples is not None:
                 samples |= {f"{k}, batch {batch}": (1e3 * v).tolist() for k, v in seconds.items()}
@@ -138,7 +140,7 @@ def profile_bundle(
             for route in bundle.manifest.plan.routes:
                 load = _load(route, ids[route.layer], batch)
                 settings[f"{route.layer}.expert_load_{batch}"] = load
-            progress.advance("profile", batch=batch)
+            progress.advance("profile")
     return LatencyReport(
         rows=tuple(rows),
         ratios=tuple(ratios),

@@ -5,9 +5,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+
+from advmoe_deploy.progress import Progress, Silent, task
 
 _RESAMPLES = 2000
 
@@ -30,11 +33,14 @@ def time_interleaved(
     least: int = 30,
     most: int = 500,
     seed: int = 0,
+    progress: Progress | None = None,
+    name: str = "rounds",
 ) -> dict[str, NDArray[np.float64]]:
     """Return the seconds of each call in each round, one array per name, all of one length.
 
     In every round each call runs once, in an order shuffled anew; the collector of garbage is off
     meanwhile. Without ``rounds``, as many as ``budget_s`` allows, between ``least`` and ``most``.
+    ``progress`` hears between rounds of the task ``name``.
     """
     was_on = gc.isenabled()
     gc.collect()
@@ -47,14 +53,16 @@ def time_interleaved(
         if rounds is None:
             per_round = (time.perf_counter() - started) / max(1, warmup)
             rounds = int(np.clip(budget_s / max(per_round, 1e-9), least, most))
-        return _time_rounds(calls, rounds, seed)
+        progress = progress or Silent()
+        with task(progress, name, rounds):
+            return _time_rounds(calls, rounds, seed, partial(progress.advance, name))
     finally:
         if was_on:
             gc.enable()
 
 
 def _time_rounds(
-    calls: Mapping[str, Callable[[], object]], rounds: int, seed: int
+    calls: Mapping[str, Callable[[], object]], rounds: int, seed: int, passed: Callable[[], None]
 ) -> dict[str, NDArray[np.float64]]:
     shuffle = np.random.default_rng(seed)
     names = list(calls)
@@ -65,6 +73,7 @@ def _time_rounds(
             started = time.perf_counter_ns()
             calls[name]()
             seconds[name][index] = (time.perf_counter_ns() - started) / 1e9
+        passed()
     return seconds
 
 

@@ -13,10 +13,12 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
+from advmoe_deploy.progress import Silent
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES
 from advmoe_deploy.specs import Precision
 from tests.conftest import TINY, write_run
+from tests.export.test_export import Steps
 
 
 def test_calls_are_interleaved_and_counted() -> None:
@@ -37,6 +39,21 @@ def test_the_collector_rests_meanwhile_and_comes_back() -> None:
     time_interleaved({"a": lambda: seen.append(gc.isenabled())}, rounds=2, warmup=1)
     assert seen == [False] * 3
     assert gc.isenabled()
+
+
+def test_rounds_are_told_of_as_they_end() -> None:
+    order: list[str] = []
+
+    class Rounds(Silent):
+        def start(self, task: str, total: int, done: int = 0) -> None:
+            order.append(f"{task} of {total}")
+
+        def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+            order.append("told")
+
+    calls = {"a": lambda: order.append("call")}
+    time_interleaved(calls, rounds=2, warmup=1, progress=Rounds(), name="batch 8")
+    assert order == ["call", "batch 8 of 2", "call", "told", "call", "told"]
 
 
 def test_rounds_follow_the_budget() -> None:
@@ -83,6 +100,7 @@ def test_a_ratio_says_what_each_side_ran_on(tiny_bundle: Bundle) -> None:
 
 def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
     samples: dict[str, list[float]] = {}
+    steps = Steps()
     report = profile_bundle(
         tiny_bundle,
         engines=("onnxruntime", "onnxruntime-plan"),
@@ -90,7 +108,9 @@ def test_a_profile_has_all_rows_and_ratios(tiny_bundle: Bundle) -> None:
         n=5,
         threads=1,
         samples=samples,
+        progress=steps,
     )
+    assert steps.left == {"profile": 0, "batch 1": 0, "batch 5": 0}
     assert len(report.rows) == 2 * (2 + 3)
     assert len(report.ratios) == 2 * 2 * 3
     macs = tiny_bundle.manifest.macs
