@@ -73,7 +73,7 @@ def export_program(run: Path, out: Path, *, before: str = "", progress: str = "N
 
 def test_export_is_quiet(tiny_run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        export_program(tiny_run, tmp_path / "bundle"), capture_output=True, text=True, timeout=120
+        export_program(tiny_run, tmp_path / "bundle"), capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
