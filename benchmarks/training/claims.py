@@ -2,21 +2,20 @@
 
     python -m benchmarks.training.claims --runs FOLDER [--only switch,...] [--seeds 0,1,2]
 
-Trains what FOLDER lacks (about two minutes a run on one core), and measures it on the 400 test
-images. A claim is about the sign of a difference. The difference is taken on each seed; ``low`` and
-``high`` are Student's 95 % interval of its mean over seeds, which knows that a second training
-comes out otherwise. The claim is confirmed if the whole interval has its sign, refuted if it has
-the other one, else undecided.
+Trains what FOLDER lacks (one to five minutes a run on one core), and measures it on the 400 test
+images, robust accuracy by ``verify``'s suite ``quick``. A claim is about the sign of a difference,
+the first of two figures less the last. ``over_seeds`` is Student's 95 % interval of its mean over
+seeds, since another training comes out otherwise; ``over_images`` that over images, each taken over
+all seeds, since other images do. A claim is confirmed if both lie on its side of zero, refuted if
+both lie on the other, else undecided.
 
 Writes ``benchmarks/results/claims.json`` after each claim; those that were not asked stay.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +26,9 @@ from torch import Tensor
 import advmoe_deploy as advmoe
 from advmoe_deploy.analysis.redundancy import FixedExpert
 from advmoe_deploy.analysis.routes import route_use
-from advmoe_deploy.analysis.routing_change import effect_of
-from advmoe_deploy.analysis.several.dissect import DissectionReport, dissect
-from advmoe_deploy.analysis.several.roles import Role, read_run, roles_of
-from advmoe_deploy.analysis.several.trial import TrialSettings
-from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.analysis.routing_change import changed_images
+from advmoe_deploy.analysis.shares import answers
+from advmoe_deploy.attacks.route_aware import withstanding
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
@@ -40,8 +37,12 @@ from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
 from advmoe_deploy.train.run.report import versions
+from advmoe_deploy.verify.suites import attack_suite
 
 RESULT = Path(__file__).parents[1] / "results" / "claims.json"
+
+# Figures by name: flags or numbers by image [N], or one number of all images [1].
+Figures = dict[str, Tensor]
 
 
 class Subject(NamedTuple):
@@ -52,13 +53,20 @@ class Subject(NamedTuple):
     labels: Tensor
     threat: ThreatModel
 
-    def right(self, attack: AttackSpec, network: Classifier | None = None) -> Tensor:
-        """Return which images [N] ``network``, by default the model, gets right under attack."""
-        network = network or self.model
-        found = find_adversarial(
-            network, self.images, self.labels, self.threat, attack, first_only=True
-        )
-        return predict(network, found) == self.labels
+    def withstands(self, network: Classifier | None = None) -> Tensor:
+        """Return which images [N] withstand the suite ``quick``, of the model or a part of it."""
+        model = network or self.model
+        suite = attack_suite("quick", self.model.spec)
+        if not model.rules:
+            suite = tuple(attack for attack in suite if attack.target == "model")
+        return withstanding(model, self.images, self.labels, self.threat, suite)[-1]
+
+    def moved(self, attack: AttackSpec, epsilon: float | None = None) -> Tensor:
+        """Return which images [N] ``attack`` sends to other experts."""
+        model, x, y, threat = self
+        ball = threat if epsilon is None else ThreatModel(epsilon=epsilon)
+        found = attack_model(model, x, y, ball, attack)
+        return changed_images(answers(model, x)[1], answers(model, found)[1], len(y))
 
 
 class Seed(NamedTuple):
@@ -75,125 +83,112 @@ class Seed(NamedTuple):
         advmoe.train(recipe, run, settings=settings, start=start, resume=run.exists())
         return run
 
-    def subject(self, recipe: str, *settings: str, name: str = "") -> Subject:
-        """Return the model of the run of ``recipe``, with the test images."""
-        stored = open_stored(self.run(recipe, *settings, name=name))
+    def subject(self, run: Path) -> Subject:
+        """Return the model of ``run`` with the test images."""
+        stored = open_stored(run)
         test = load_dataset("digits").test
         x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
         return Subject(stored.model.eval().requires_grad_(False), x, y, stored.threat_model(None))
 
+    def standard(self) -> Path:
+        """Return AdvMoE's network, trained on clean images."""
+        return self.run("digits-moe-standard")
+
+    def robust_router(self) -> Path:
+        """Return the same, its router trained adversarially over these experts."""
+        return self.run("digits-router-only", start=self.standard())
+
+    def robust_experts(self) -> Path:
+        """Return the same as the standard one, its experts trained adversarially."""
+        return self.run("digits-experts-only", start=self.standard())
+
+    def experts_moved(self) -> Path:
+        """Return the experts behind the robust router, trained on adversarially."""
+        name = "digits-experts-moved"
+        return self.run("digits-experts-only", name=name, start=self.robust_router())
+
     def block_moe(self, balance: str) -> Subject:
         """Return Robust Experts' model of whole blocks, trained with the loss ``balance``."""
         name = f"digits-block-moe-{balance}"
-        return self.subject("digits-block-moe", f"balance_loss={balance}", name=name)
+        run = self.run("digits-block-moe", f"balance_loss={balance}", name=name)
+        return self.subject(run)
 
 
-@cache
-def dissected(seed: Seed) -> DissectionReport:
-    """Return what each part of AdvMoE is worth, of runs that begin with one another."""
-    standard = seed.run("digits-moe-standard")
-    router = seed.run("digits-router-only", start=standard)
-    experts = seed.run("digits-experts-only", start=standard)
-    moved = seed.run("digits-experts-only", name="digits-experts-moved", start=router)
-    runs = roles_of([read_run(run.name, run) for run in (standard, router, experts, moved)])
-    return dissect(runs, TrialSettings(images=None))
+def robust_router_gains(seed: Seed) -> Figures:
+    """Robust accuracy of a robust router over standard experts, and of the standard model."""
+    one, other = (seed.subject(run) for run in (seed.robust_router(), seed.standard()))
+    return {"robust router": one.withstands(), "standard": other.withstands()}
 
 
-def robust_router_gains(seed: Seed) -> dict[str, float]:
-    """Robust accuracy of a robust router over standard experts, less that of the standard model."""
-    return _compared(seed, "robust router", "standard")
+def robust_experts_gain_more(seed: Seed) -> Figures:
+    """Robust accuracy of robust experts under a standard router, and the other way round."""
+    one, other = (seed.subject(run) for run in (seed.robust_experts(), seed.robust_router()))
+    return {"robust experts": one.withstands(), "robust router": other.withstands()}
 
 
-def robust_experts_gain_more(seed: Seed) -> dict[str, float]:
-    """Robust accuracy of robust experts under a standard router, less that of a robust router."""
-    return _compared(seed, "robust experts", "robust router")
-
-
-def _compared(seed: Seed, one: Role, other: Role) -> dict[str, float]:
-    """Return the accuracy under all of PGD's targets of two runs, and how they differ."""
-    first, second = (dissected(seed).of(role).withstood.together.value for role in (one, other))
-    return {one: first, other: second, "difference": first - second}
-
-
-def routers_do_not_keep(seed: Seed) -> dict[str, float]:
-    """Images that PGD on the model sends elsewhere, after experts were trained on less before."""
-    before, after = (
-        dissected(seed).of(role).flips.value for role in ("robust router", "experts moved")
+def routers_do_not_keep(seed: Seed) -> Figures:
+    """Images that PGD, straight through the router, sends elsewhere, after experts moved first."""
+    attack = AttackSpec(name="pgd", target="straight-through", steps=20)
+    after, before = (
+        seed.subject(run).moved(attack) for run in (seed.experts_moved(), seed.robust_router())
     )
-    return {"before": before, "after": after, "difference": after - before}
+    return {"after": after, "before": before}
 
 
-def switch_collapses(seed: Seed) -> dict[str, float]:
-    """Effective experts, fewest over layers, with the switch loss and with the entropy loss."""
+def switch_collapses(seed: Seed) -> Figures:
+    """Effective experts, fewest over layers, with the switch loss; and half of the experts."""
     counts = {}
     for loss in ("switch", "entropy"):
         subject = seed.block_moe(loss)
         use = route_use(subject.model, subject.images, subject.labels)
-        counts[loss] = min(layer.effective_routes for layer in use)
-    return {**counts, "difference": counts["switch"] - counts["entropy"]}
+        counts[loss] = torch.tensor([min(layer.effective_routes for layer in use)])
+    half = subject.model.spec.num_experts / 2
+    return {**counts, "half of the experts": torch.tensor([half])}
 
 
-def fixed_beats_gated(seed: Seed) -> dict[str, float]:
-    """Robust accuracy of the best fixed expert less the gated model's, worst of PGD and APGD.
+def fixed_beats_gated(seed: Seed) -> Figures:
+    """Robust accuracy of the best fixed expert, and of the model that chooses among them.
 
     The expert is chosen on every other image and measured on those between, for the best of
     several on the images that chose it flatters.
     """
     subject = seed.block_moe("switch")
-    attacks = [AttackSpec(name="pgd", steps=20), AttackSpec(name="apgd", steps=20)]
-    networks: list[Classifier] = [subject.model]
-    networks += [FixedExpert(subject.model, e) for e in subject.model.experts_in_use]
-    gated_N, *fixed = (
-        torch.stack([subject.right(attack, network) for attack in attacks]).all(dim=0)
-        for network in networks
-    )
+    experts = subject.model.experts_in_use
+    fixed = [subject.withstands(FixedExpert(subject.model, expert)) for expert in experts]
     best_N = max(fixed, key=lambda right_N: int(right_N[::2].sum()))
-    best, gated = _share(best_N[1::2]), _share(gated_N[1::2])
-    return {"best fixed": best, "gated": gated, "difference": best - gated}
+    return {"best fixed": best_N[1::2], "routed": subject.withstands()[1::2]}
 
 
-def experts_or_router(seed: Seed) -> dict[str, float]:
-    """RA-E less RA-R of RT-ER: experts attacked along the clean routes, and the router alone."""
-    subject = seed.subject("digits-rt-er")
-    experts, router = (_withstands(subject, target) for target in ("experts", "router"))
-    return {"RA-E": experts, "RA-R": router, "difference": experts - router}
+def experts_or_router(seed: Seed) -> Figures:
+    """RA-E and RA-R of RT-ER: experts attacked along the clean routes, and the router alone."""
+    subject = seed.subject(seed.run("digits-rt-er"))
+    return {"RA-E": _right_under(subject, "experts"), "RA-R": _right_under(subject, "router")}
 
 
-def _withstands(subject: Subject, target: AttackTarget) -> float:
+def _right_under(subject: Subject, target: AttackTarget) -> Tensor:
     model, x, y, threat = subject
-    attack = AttackSpec(name="pgd", target=target)
-    found = attack_model(model, x, y, threat, attack, first_only=True)
-    return _share(predict(model, found, routes_of=x if target == "experts" else None) == y)
+    found = attack_model(
+        model, x, y, threat, AttackSpec(name="pgd", target=target), first_only=True
+    )
+    return predict(model, found, routes_of=x if target == "experts" else None) == y
 
 
-def _share(right_N: Tensor) -> float:
-    return float(right_N.double().mean())
+def routes_move_with_epsilon(seed: Seed) -> Figures:
+    """Images of which V-MoE's attack moves a route, at all of the radius down to 1/20 of it."""
+    subject = seed.subject(seed.run("digits-vit-moe"))
+    figures = {}
+    for part in (20, 10, 5, 1):
+        epsilon = part / 20 * subject.threat.epsilon
+        attack = AttackSpec(name="pgd", steps=40, step_size=epsilon / 40, random_start=False)
+        figures[f"{part}/20 epsilon"] = subject.moved(attack, epsilon)
+    return figures
 
 
-def routes_move_with_epsilon(seed: Seed) -> dict[str, float]:
-    """Change of V-MoE's routes, mean over layers, at 1/20 of the radius up to all of it."""
-    subject = seed.subject("digits-vit-moe")
-    changes = {}
-    for part in (1, 5, 10, 20):
-        ball = ThreatModel(epsilon=part / 20 * subject.threat.epsilon)
-        effect = effect_of(subject.model, *subject[1:3], ball, _forty_steps(ball.epsilon))
-        change = statistics.fmean(layer.set_change for layer in effect.layers)
-        changes[f"{part}/20 epsilon"] = change
-    first, *_, last = changes.values()
-    return {**changes, "difference": last - first}
-
-
-def vit_moe_beats_dense(seed: Seed) -> dict[str, float]:
-    """Robust accuracy of the ViT-MoE less that of its dense twin, under V-MoE's 40 steps."""
-    shares = {}
-    for name in ("digits-vit-moe", "digits-vit"):
-        subject = seed.subject(name)
-        shares[name] = _share(subject.right(_forty_steps(subject.threat.epsilon)))
-    return {**shares, "difference": shares["digits-vit-moe"] - shares["digits-vit"]}
-
-
-def _forty_steps(epsilon: float) -> AttackSpec:
-    return AttackSpec(name="pgd", steps=40, step_size=epsilon / 40, random_start=False)
+def vit_moe_beats_dense(seed: Seed) -> Figures:
+    """Robust accuracy of the ViT-MoE, and of the ViT of the same compute."""
+    return {
+        name: seed.subject(seed.run(name)).withstands() for name in ("digits-vit-moe", "digits-vit")
+    }
 
 
 class Claim(NamedTuple):
@@ -202,7 +197,7 @@ class Claim(NamedTuple):
     paper: str
     says: str
     sign: int
-    measure: Callable[[Seed], dict[str, float]]
+    measure: Callable[[Seed], Figures]
 
 
 CLAIMS = {
@@ -219,8 +214,8 @@ CLAIMS = {
         routers_do_not_keep,
     ),
     "switch": Claim(
-        "arXiv 2509.05086", "the switch loss collapses routes onto few experts", -1,
-        switch_collapses,
+        "arXiv 2509.05086", "the switch loss collapses routes onto less than half of the experts",
+        -1, switch_collapses,
     ),
     "fixed-expert": Claim(
         "arXiv 2509.05086", "a fixed expert withstands more than the model that chooses", +1,
@@ -241,21 +236,51 @@ CLAIMS = {
 }  # fmt: skip
 
 
-def answer(differences: Sequence[float], sign: int) -> dict[str, Any]:
-    """Return the mean difference, its interval over seeds, and what that says of the claim."""
-    mean, n = statistics.fmean(differences), len(differences)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    low, high = mean - half, mean + half
-    signs = {+1: low > 0, -1: high < 0}
-    verdict = "confirmed" if signs[sign] else "refuted" if signs[-sign] else "undecided"
-    return {"difference": mean, "low": low, "high": high, "answer": verdict}
+def interval(values: Tensor) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of ``values`` [n], n at least 2."""
+    mean, n = float(values.mean()), len(values)
+    half = float(student.ppf(0.975, n - 1)) * float(values.std()) / n**0.5
+    return mean - half, mean + half
+
+
+def answer(measured: Sequence[Figures], sign: int) -> dict[str, Any]:
+    """Return the difference of the first and the last figure, its intervals, and the answer."""
+    pairs = [list(figures.values()) for figures in measured]
+    differences_SN = torch.stack([first.double() - last.double() for first, *_, last in pairs])
+    result: dict[str, Any] = {"difference": float(differences_SN.mean())}
+    result["over_seeds"] = interval(differences_SN.mean(dim=1))
+    if differences_SN.shape[1] > 1:
+        result["over_images"] = interval(differences_SN.mean(dim=0))
+    ends = [each for key in ("over_seeds", "over_images") for each in result.get(key, ())]
+    sides = {+1: min(ends) > 0, -1: max(ends) < 0}
+    verdict = "confirmed" if sides[sign] else "refuted" if sides[-sign] else "undecided"
+    return {**result, "answer": verdict}
+
+
+def row_of(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Return what the seeds say of a claim."""
+    began = time.perf_counter()
+    measured = [claim.measure(seed) for seed in seeds]
+    means = [{k: float(v.double().mean()) for k, v in figures.items()} for figures in measured]
+    return {
+        "paper": claim.paper,
+        "says": claim.says,
+        **answer(measured, claim.sign),
+        "images": max(len(values) for values in measured[0].values()),
+        "seeds": [{"seed": seed.number, **m} for seed, m in zip(seeds, means, strict=True)],
+        "seconds": round(time.perf_counter() - began, 1),
+        "processor": processor_name(),
+        "versions": versions(),
+    }
 
 
 def merge(path: Path, name: str, row: dict[str, Any]) -> None:
     """Write ``row`` into the JSON at ``path`` in the place of that claim's last."""
     rows = json.loads(path.read_text())["claims"] if path.exists() else {}
-    ordered = sorted({**rows, name: row}.items())
-    path.write_text(json.dumps({"claims": dict(ordered)}, indent=2) + "\n")
+    ordered = dict(sorted({**rows, name: row}.items()))
+    staged = path.with_suffix(".new")
+    staged.write_text(json.dumps({"claims": ordered}, indent=2) + "\n")
+    staged.replace(path)
 
 
 def main() -> None:
@@ -267,20 +292,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    if unknown := {*arguments.only.split(",")} - {*CLAIMS}:
+        parser.error(
+            f"unknown claims {', '.join(sorted(unknown))}; choose from {', '.join(CLAIMS)}"
+        )
+    seeds = [Seed(int(number), arguments.runs) for number in arguments.seeds.split(",")]
+    if len(seeds) < 2:
+        parser.error("an interval over seeds needs two of them; --seeds 0,1,2")
     torch.set_num_threads(arguments.threads)
     for name in arguments.only.split(","):
-        claim, began = CLAIMS[name], time.perf_counter()
-        seeds = [Seed(int(number), arguments.runs) for number in arguments.seeds.split(",")]
-        measured = [claim.measure(seed) for seed in seeds]
-        row = {
-            "paper": claim.paper,
-            "says": claim.says,
-            **answer([each["difference"] for each in measured], claim.sign),
-            "seeds": [{"seed": s.number, **m} for s, m in zip(seeds, measured, strict=True)],
-            "seconds": round(time.perf_counter() - began, 1),
-            "processor": processor_name(),
-            "versions": versions(),
-        }
+        row = row_of(CLAIMS[name], seeds)
         merge(arguments.out, name, row)
         print(json.dumps({"claim": name, **row}), flush=True)
 

@@ -128,9 +128,15 @@ def rows_of(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any
 def merge(path: Path, row: dict[str, Any]) -> None:
     """Write ``row`` into the JSON at ``path``, in the place of the last of the same ``KEY``."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [each for each in rows if _key(each) != _key(row)]
+    kept = [each for each in rows if _key(each) != _key(row) and not _is_outdone(each, row)]
     rows = sorted([*kept, row], key=_key)
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def _is_outdone(refused: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Return whether ``refused`` is a refusal of what ``row`` is about."""
+    of = [name for name in KEY if name != "images"]
+    return "refused" in refused and all(refused[name] == row[name] for name in of)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

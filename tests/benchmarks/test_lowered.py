@@ -9,7 +9,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import CheckFailedError, UsageError
-from benchmarks.training.lowered import main
+from benchmarks.training.lowered import main, merge
 
 
 def attack(
@@ -73,3 +73,7 @@ def test_a_precision_that_the_gate_refuses_is_a_row_with_the_reason(
     assert (row["engine"], row["images"]) == ("openvino:int8", 16)
     assert "it loses too much" in str(row["refused"])
     assert "robust_drop" not in row
+
+    merge(out, row | {"images": 400, "refused": "for another reason"})
+    merge(out, {**{k: v for k, v in row.items() if k != "refused"}, "images": 400})
+    assert ["refused" in each for each in json.loads(out.read_text())["rows"]] == [False]
