@@ -83,11 +83,12 @@ def standard_autoattack(
 ) -> Tensor:
     """Return adversarial images by AutoAttack's standard four: APGD-CE, APGD-T, FAB-T, Square.
 
-    A routed model is attacked in its straight-through form, so that its router has a gradient, or,
-    with target soft, in its soft form. The targeted two aim as :func:`library_attack` does.
+    The model is attacked as it runs or, by the target, in its straight-through or soft form. The
+    targeted two aim as :func:`library_attack` does.
+
+    Raises:
+        UsageError: the target is not a form of the whole model, or the model has no router.
     """
-    if attack.target == "model" and model.rules:
-        attack = attack.model_copy(update={"target": "straight-through"})
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
         package = _import()
         suite = package.AutoAttack(

@@ -68,15 +68,16 @@ def _standard(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
 
 
 def _full(targets: tuple[AttackTarget, ...]) -> list[AttackSpec]:
-    forms: list[AttackTarget] = ["soft"] if "soft" in targets else []
     return [
         *_white_box(targets, steps=100),
         *(_settling(50, target=t, classes=_CLASSES) for t in _faces(targets, "pathway", "soft")),
         *(_settling(100, target=t, restarts=3, seed=1) for t in _faces(targets, "pathway")),
         AttackSpec(name="square", steps=5000),
         AttackSpec(name="rays", steps=2000),
-        AttackSpec(name="autoattack"),
-        *(AttackSpec(name="autoattack", target=form) for form in forms),
+        *(
+            AttackSpec(name="autoattack", target=form)
+            for form in _faces(targets, "straight-through", "soft")
+        ),
     ]
 
 

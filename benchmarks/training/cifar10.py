@@ -3,8 +3,7 @@
     python -m benchmarks.training.cifar10 RUN --data cifar10:PATH [--images 1000] [--threads 2]
 
 Clean accuracy is of all test images, the rest of the first ``--images``. AutoAttack is its four
-attacks one after the other, each on what the one before it left, of a routed model in its
-straight-through form; ``robust`` is what stands after these and after PGD-50 and the attacks of
+attacks one after the other, each on what the one before it left; ``robust`` is what stands after these and after PGD-50 and the attacks of
 ``verify``'s suite ``standard``, image by image. Cheap attacks come first, each takes the images by
 the chunk, and RUN/attacked.npz is written after each: the program may be stopped at any time, goes
 on where it was, and writes ``benchmarks/results/cifar10/RECIPE.json`` after every attack. FAB-T and
@@ -34,7 +33,7 @@ from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.plan import effective_routes
 from advmoe_deploy.profiling.processor import processor_name
-from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
+from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import attack_suite
 from benchmarks.training.digits import share
@@ -47,20 +46,18 @@ Flags = NDArray[np.bool_]
 Turn = Callable[[AttackSpec, NDArray[np.int64]], Flags]
 
 
-def autoattack(model: Classifier) -> list[AttackSpec]:
-    """Return AutoAttack's standard four as attacks of their own."""
-    through: AttackTarget = "straight-through" if model.rules else "model"
-    return [
-        AttackSpec(name="apgd", steps=100, target=through),
-        AttackSpec(name="apgd-t", steps=100, target=through),
-        AttackSpec(name="fab-t", steps=100, target=through),
-        AttackSpec(name="square", steps=5000),
-    ]
+# AutoAttack's standard four as attacks of their own, on the model as it runs.
+AUTOATTACK = (
+    AttackSpec(name="apgd", steps=100),
+    AttackSpec(name="apgd-t", steps=100),
+    AttackSpec(name="fab-t", steps=100),
+    AttackSpec(name="square", steps=5000),
+)
 
 
 def sequence(model: Classifier) -> list[AttackSpec]:
     """Return all attacks in the order in which they run."""
-    apgd, apgd_t, *slow = autoattack(model)
+    apgd, apgd_t, *slow = AUTOATTACK
     routed = attack_suite("standard", model.spec)[1:] if model.rules else ()  # its first is PGD-50
     return [PGD, apgd, apgd_t, *routed, *slow]
 
@@ -127,13 +124,12 @@ def attack_all(
     images: int,
 ) -> Iterable[tuple[AttackSpec, int]]:
     """Run every attack on what stands, ``turn`` saying which rows still do; yield each chunk."""
-    four = autoattack(model)
     for attack in sequence(model):
         while (done := len(standing.of(attack))) < images:
             began = time.perf_counter()
             rows = slice(done, min(done + CHUNK, images))
             # AutoAttack gets what its own attacks left, so that it is a figure of its own.
-            before = standing.after(four if attack in four else sequence(model), rows)
+            before = standing.after(AUTOATTACK if attack in AUTOATTACK else sequence(model), rows)
             left = np.flatnonzero(before)
             flags = np.ones(len(before), bool)
             flags[left] = turn(attack, left + done)
@@ -180,7 +176,6 @@ def result_of(
     report = json.loads((run / "report.json").read_text())
     images = len(standing.of(PGD))
     done = [attack for attack in sequence(model) if len(standing.of(attack)) == images]
-    four = autoattack(model)
 
     def after(attacks: Iterable[AttackSpec]) -> dict[str, Any]:
         return share(standing.after(attacks, slice(images)))
@@ -199,8 +194,8 @@ def result_of(
         "selected_epoch": report["selected_epoch"],
         "clean": share(standing.clean),
         "pgd_50": after([PGD]),
-        "autoattack": after(four) if set(four) <= set(done) else None,
-        "autoattack_so_far": after(four) | {"by": [a.name for a in four if a in done]},
+        "autoattack": after(AUTOATTACK) if set(AUTOATTACK) <= set(done) else None,
+        "autoattack_so_far": after(AUTOATTACK) | {"by": [a.name for a in AUTOATTACK if a in done]},
         "robust": after(done),
         "attacks_left": [key_of(attack) for attack in sequence(model) if attack not in done],
         "standing_after": steps,

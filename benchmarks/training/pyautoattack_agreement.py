@@ -7,8 +7,7 @@
 nothing but torch, and for the others pyautoattack, called on a plain function of the model. What is
 seeded alike and cut into the same batches should agree to the image; PGD draws other starts from
 the second batch on and may differ by a few. Both sides' images are judged by the code below, which
-finds out itself whether they lie in the ball. AutoAttack of ours attacks a routed model straight
-through its router, theirs as it runs: there, ours should leave less.
+finds out itself whether they lie in the ball.
 
 Writes ``benchmarks/results/robustness/pyautoattack_agreement.json`` after each attack; rows of
 other models and attacks stay.

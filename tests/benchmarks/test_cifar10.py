@@ -17,10 +17,10 @@ from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from benchmarks.training import cifar10
 from benchmarks.training.cifar10 import (
+    AUTOATTACK,
     Flags,
     Standing,
     attack_all,
-    autoattack,
     key_of,
     sequence,
     turner,
@@ -71,7 +71,7 @@ def test_autoattack_gets_what_its_own_attacks_left(model: Classifier, tmp_path: 
     standing = Standing(tmp_path / "s.npz", "weights", np.ones(IMAGES, bool))
     list(attack_all(turn, model, standing, IMAGES))
     left = np.ones(IMAGES, bool)
-    for attack in autoattack(model):
+    for attack in AUTOATTACK:
         assert given[key_of(attack)] == np.flatnonzero(left).tolist()
         left &= standing.of(attack)
     every = standing.after(sequence(model), slice(IMAGES))
@@ -92,12 +92,12 @@ def test_the_four_in_a_row_are_autoattack(model: Classifier, tmp_path: Path) -> 
     clean = (predict(model, x) == y).numpy()
     standing = Standing(tmp_path / "s.npz", "weights", clean)
     turn = turner(model, x, y, threat)
-    for attack in autoattack(model):
-        rows = np.flatnonzero(standing.after(autoattack(model), slice(len(y))))
+    for attack in AUTOATTACK:
+        rows = np.flatnonzero(standing.after(AUTOATTACK, slice(len(y))))
         flags = np.ones(len(y), bool)
         flags[rows] = turn(attack, rows)
         standing.add(attack, flags, 0.0)
-    ours = standing.after(autoattack(model), slice(len(y)))
+    ours = standing.after(AUTOATTACK, slice(len(y)))
     found = find_adversarial(model, x, y, threat, AttackSpec(name="autoattack"))
     theirs = clean & (predict(model, found) == y).numpy()
     assert 0 < theirs.sum() < clean.sum()

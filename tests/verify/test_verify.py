@@ -202,6 +202,9 @@ def test_suites(suite: Suite) -> None:
         assert names.count("square") == 1
         assert ("autoattack" in {attack.name for attack in each}) == (suite == "full")
         assert len(set(each)) == len(each)
+    if suite == "full":
+        forms = [a.target for a in attacks if a.name == "autoattack"]
+        assert forms == ["model", "straight-through", "soft"]
     assert {a.target for a in dense} == {"model"}
     assert {"model", "pathway", "soft"} <= {a.target for a in attacks}
     if suite != "quick":
