@@ -3,11 +3,12 @@
     python -m benchmarks.training.cifar10 RUN --data cifar10:PATH [--images 1000] [--threads 2]
 
 Clean accuracy is of all test images, the rest of the first ``--images``. AutoAttack is its four
-attacks one after the other, each on what the one before it left; ``robust`` is what stands after these and after PGD-50 and the attacks of
-``verify``'s suite ``standard``, image by image. Cheap attacks come first, each takes the images by
-the chunk, and RUN/attacked.npz is written after each: the program may be stopped at any time, goes
-on where it was, and writes ``benchmarks/results/cifar10/RECIPE.json`` after every attack. FAB-T and
-Square of AutoAttack take most of a minute of one core for every image that stands.
+attacks one after the other, each on what the one before it left; ``robust`` is what stands after
+these and after PGD-50 and the attacks of ``verify``'s suite ``standard``, image by image. Cheap
+attacks come first, each takes the images by the chunk, and RUN/attacked.npz is written after each:
+the program may be stopped at any time, goes on where it was, and writes
+``benchmarks/results/cifar10/RECIPE.json`` after every attack. FAB-T and Square of AutoAttack take
+most of a minute of one core for every image that stands.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
     python -m benchmarks.training.pyautoattack_agreement --run RUN [--data cifar10:PATH]
         [--images 512] [--attacks pgd,apgd,apgd-t,square,autoattack] [--threads 2]
+        [--keep FOLDER [--side ours|theirs]]
 
 ``ours`` goes through ``find_adversarial``. ``theirs`` is, for ``pgd``, a PGD written below on
 nothing but torch, and for the others pyautoattack, called on a plain function of the model. What is
@@ -10,13 +11,14 @@ the second batch on and may differ by a few. Both sides' images are judged by th
 finds out itself whether they lie in the ball.
 
 Writes ``benchmarks/results/robustness/pyautoattack_agreement.json`` after each attack; rows of
-other models and attacks stay.
+other models and attacks stay. AutoAttack takes an hour of one core; its sides may run at once, as
+two processes with one ``--keep``: the row is made by whoever finds both there.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ from advmoe_deploy.train.run.report import versions
 from benchmarks.training.digits import share
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "pyautoattack_agreement.json"
+SIDES = ("ours", "theirs")
 ATTACKS = ("pgd", "apgd", "apgd-t", "square", "autoattack")
 
 _BATCH = 256  # as ours, since random numbers are drawn by batch
@@ -124,28 +127,38 @@ def stands(subject: Subject, found: Tensor) -> Tensor:
     return both
 
 
-def row_of(name: str, subject: Subject, steps: int, seed: int) -> dict[str, Any]:
-    """Return what both leave by one attack, and of which images they do not say the same."""
-    spec = AttackSpec(name=name, steps=steps, seed=seed)
-    threat = ThreatModel(epsilon=subject.epsilon)
+class Side(NamedTuple):
+    """Which images [N] one side left, and the seconds that it took."""
+
+    stands_N: Tensor
+    seconds: float
+
+
+def side_of(side: str, name: str, subject: Subject, steps: int, seed: int) -> Side:
+    """Return what ``ours`` or ``theirs`` leaves by one attack."""
     began = time.perf_counter()
-    ours = find_adversarial(subject.model, subject.images, subject.labels, threat, spec)
-    between = time.perf_counter()
-    whole = name == "autoattack"  # which makes batches itself
-    size = len(subject.images) if whole else _BATCH
-    others = in_batches(theirs(name, subject, steps, seed), subject, size)
-    ended = time.perf_counter()
-    our_N, their_N = stands(subject, ours), stands(subject, others)
+    if side == "ours":
+        spec = AttackSpec(name=name, steps=steps, seed=seed)
+        threat = ThreatModel(epsilon=subject.epsilon)
+        found = find_adversarial(subject.model, subject.images, subject.labels, threat, spec)
+    else:  # AutoAttack makes batches itself
+        size = len(subject.images) if name == "autoattack" else _BATCH
+        found = in_batches(theirs(name, subject, steps, seed), subject, size)
+    return Side(stands(subject, found), time.perf_counter() - began)
+
+
+def row_of(name: str, sides: Mapping[str, Side], steps: int, seed: int) -> dict[str, Any]:
+    """Return what both ``sides`` leave by one attack, and of which images they differ."""
+    our_N, their_N = (sides[side].stands_N for side in SIDES)
     return {
         "attack": name,
-        "steps": None if whole else steps,
+        "steps": None if name == "autoattack" else steps,
         "seed": seed,
-        "ours": share(our_N.numpy()),
-        "theirs": share(their_N.numpy()),
+        **{side: share(sides[side].stands_N.numpy()) for side in SIDES},
         "difference_points": round(100 * float(our_N.float().mean() - their_N.float().mean()), 4),
         "only_ours_breaks": int((their_N & ~our_N).sum()),
         "only_theirs_breaks": int((our_N & ~their_N).sum()),
-        "seconds": {"ours": round(between - began, 1), "theirs": round(ended - between, 1)},
+        "seconds": {side: round(sides[side].seconds, 1) for side in SIDES},
     }
 
 
@@ -181,7 +194,7 @@ def _name(checkpoint: Checkpoint, run: Path) -> str:
 def rows_of(
     subject: Subject, about: dict[str, Any], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each attack that was asked for."""
+    """Yield a row for each attack that was asked for and of which both sides are known."""
     steps = {"pgd": 50, "square": arguments.queries}
     where = {
         "threads": torch.get_num_threads(),
@@ -190,8 +203,19 @@ def rows_of(
     }
     clean = share(stands(subject, subject.images).numpy())
     for name in arguments.attacks.split(","):
-        row = row_of(name, subject, steps.get(name, arguments.iterations), arguments.seed)
-        yield {**about, "clean": clean, **row, **where}
+        asked = (name, steps.get(name, arguments.iterations), arguments.seed)
+        key = "-".join(map(str, (about["weights_sha256"][:16], about["n"], *asked)))
+        sides = {}
+        for side in SIDES:
+            file = arguments.keep and arguments.keep / f"{key}-{side}.pt"
+            if file and file.exists():
+                sides[side] = Side(*torch.load(file, weights_only=True))
+            elif arguments.side in (None, side):
+                sides[side] = side_of(side, name, subject, *asked[1:])
+                if file:
+                    torch.save(tuple(sides[side]), file)
+        if len(sides) == len(SIDES):
+            yield {**about, "clean": clean, **row_of(name, sides, *asked[1:]), **where}
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
@@ -214,12 +238,18 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100, help="of APGD and APGD-T")
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", choices=SIDES, help="alone; the row is made when both are kept")
+    parser.add_argument("--keep", type=Path, help="a folder for what each side left")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     unknown = {*arguments.attacks.split(",")} - {*ATTACKS}
     if unknown:
         parser.error(f"unknown attacks {', '.join(sorted(unknown))}; choose from {ATTACKS}")
+    if arguments.side and not arguments.keep:
+        parser.error("--side needs --keep FOLDER")
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     subject, about = subject_of(arguments.run, arguments.data, arguments.images)
     for row in rows_of(subject, about, arguments):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training.pyautoattack_agreement import main, row_of, stands, subject_of
+from benchmarks.training.pyautoattack_agreement import (
+    SIDES,
+    main,
+    row_of,
+    side_of,
+    stands,
+    subject_of,
+)
 
 
 def compare(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict]:
@@ -40,9 +47,24 @@ def test_both_sides_agree_to_the_image(
 def test_autoattack_goes_the_same_way(trained_run: Path) -> None:
     subject, _ = subject_of(trained_run, None, 4)
     wide = subject._replace(epsilon=0.5)  # so that its first attack succeeds and the test is short
-    row = row_of("autoattack", wide, steps=100, seed=0)
+    sides = {side: side_of(side, "autoattack", wide, steps=100, seed=0) for side in SIDES}
+    row = row_of("autoattack", sides, steps=100, seed=0)
     assert row["ours"]["share"] == row["theirs"]["share"] == 0
     assert row["steps"] is None
+
+
+def test_sides_that_ran_apart_make_the_row(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, given = tmp_path / "rows.json", ("--attacks", "apgd", "--keep", str(tmp_path / "sides"))
+    with pytest.raises(SystemExit):
+        compare(trained_run, out, monkeypatch, "--side", "ours")
+    with pytest.raises(FileNotFoundError):  # no row yet
+        compare(trained_run, out, monkeypatch, *given, "--side", "theirs")
+    (apart,) = compare(trained_run, out, monkeypatch, *given, "--side", "ours")
+    out.unlink()
+    (together,) = compare(trained_run, out, monkeypatch, "--attacks", "apgd")
+    assert {**apart, "seconds": 0} == {**together, "seconds": 0}
 
 
 def test_what_leaves_the_ball_is_no_example(trained_run: Path) -> None:
