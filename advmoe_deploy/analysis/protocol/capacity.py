@@ -8,7 +8,7 @@ goes to the next best expert with room (Robust Experts, arXiv 2509.05086).
 An answer then depends on who else is in the batch: this is for looking at a model, and no exported
 one is limited so.
 
-Shapes: N rows, E experts, K experts per row.
+Shapes: N rows, E experts that are not dropped, K experts per row.
 """
 
 import torch
