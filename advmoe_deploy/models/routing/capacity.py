@@ -124,9 +124,10 @@ def reassigned(
 ) -> Tensor:
     """Return ids [N, K], best first: rows choose in turn among the experts that have room.
 
-    Those ``dropped`` have none; ``capacity`` times the others must be at least N * K. Every row gets K different experts and none more than
-    ``capacity`` rows. Towards the end a row must at times take an expert that is not its best, so
-    that the rows after it still find K *different* ones; that happens only if it is unavoidable.
+    Those ``dropped`` have none; ``capacity`` times the others must be at least N * K. Every row
+    gets K different experts and none more than ``capacity`` rows. Towards the end a row must at
+    times take an expert that is not its best, so that the rows after it still find K *different*
+    ones; that happens only if it is unavoidable.
     """
     order_NE = scores_NE.argsort(dim=1, descending=True, stable=True)
     room_E = torch.full_like(order_NE[0], capacity)
