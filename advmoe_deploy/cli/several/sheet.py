@@ -22,8 +22,8 @@ WITHSTOOD = ("clean", "PGD", "RA-R", "RA-E", "PGD, all targets")
 NOTE = (
     "PGD: on the model as it runs. RA-R: on its routes alone, answered by the new ones. RA-E: on "
     "experts, by the routes of the clean image, so it is about a model that nobody deploys. PGD, "
-    "all targets: right under each of these but RA-E, on pathways and straight through the router. In "
-    "brackets 95 % Wilson intervals; pairs of models are told apart by the images that only one of "
+    "all targets: right under each of these but RA-E, on pathways and straight through the router. "
+    "In brackets 95 % Wilson intervals; two models are told apart by the images that only one of "
     "them gets right."
 )
 
