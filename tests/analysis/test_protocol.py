@@ -251,6 +251,7 @@ def test_what_makes_no_sense_is_one_line(
         ((tiny_run, "--radii", "8/255", "--twin", tokens), "routes, too"),
         ((tokens, "--only", "capacity", "--twin", other), "on the same data"),
         ((other, "--radii", "8/255"), "radii needs a router"),
+        ((tokens, "--only", "radii", "--epsilon", "0.1"), "--epsilon attacks nothing where radii"),
     ):
         assert run(["analyze", *map(str, arguments), *FEW, *out]) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()

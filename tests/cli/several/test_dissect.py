@@ -223,7 +223,7 @@ def test_insights_by_hand() -> None:
         in router.text
     )
     assert "100 images decide no gain or loss: 12.0 %" in experts.text
-    assert "-1.3 to +5.2 points apart" in experts.text
+    assert "-1.3 to +5.3 points apart" in experts.text
     assert "not kept as experts move" in kept.text
     assert "20.0 % of the images" in kept.text
     assert "a robust router is worth more" in which.text
