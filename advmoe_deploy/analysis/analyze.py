@@ -1,6 +1,5 @@
 """Analysis of one model: all sections, in the order in which their results help each other."""
 
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advmoe_deploy import __version__
 from advmoe_deploy.analysis.budget import passes_by_section, plan_within, seconds_per_pass
 from advmoe_deploy.analysis.certificate import Certificate, certificate
 from advmoe_deploy.analysis.lipschitz import (
@@ -38,6 +36,7 @@ from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import StoredModel
 from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 
 # Radii at which routes are watched, in parts of the threat model's; the last is beyond it.
@@ -175,11 +174,7 @@ def _report(
         accuracy=share_of(predict(stored.model, work.images) == work.labels),
         **vars(found),
         notes=((() if stored.model.rules else (_DENSE_NOTE,)) + work.notes),
-        versions={
-            "advmoe": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        versions=installed_versions(),
         seconds=time.perf_counter() - started,
     )
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from advmoe_deploy.analysis.protocol.capacity import ratios_of
-from advmoe_deploy.analysis.protocol.radii import TARGETS as OVER_RADII
-from advmoe_deploy.analysis.protocol.radii import Protocol
+from advmoe_deploy.analysis.protocol.radii import Protocol, targets_of
 from advmoe_deploy.analysis.redundancy import TARGETS
 from advmoe_deploy.analysis.smoothing import Smoothing
 from advmoe_deploy.attacks.effort import passes_of
@@ -74,7 +73,8 @@ def passes_by_section(
         "lipschitz": lambda: (_LIPSCHITZ_PASSES + _JUMP_PASSES) * max(1, experts),
         "certificate": lambda: 2 * max(1, experts),
         "radii": lambda: (
-            looks + len(protocol.radii) * (sum(by_protocol(e) + looks for e in OVER_RADII) + twin)
+            looks
+            + len(protocol.radii) * (sum(by_protocol(e) + looks for e in targets_of(model)) + twin)
         ),
         "capacity": lambda: len(ratios_of(model, protocol)) * (by_protocol("model") + 5) + twin,
         "smoothing": lambda: smoothing.n0 + smoothing.n,

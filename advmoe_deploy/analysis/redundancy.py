@@ -11,7 +11,7 @@ Shapes: N images, E experts, K classes.
 from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
-from advmoe_deploy.analysis.shares import Share, answers, share_of
+from advmoe_deploy.analysis.shares import Marked, Share, answers, marked, share_of
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import attack_model, predict
@@ -69,9 +69,9 @@ class Withstood(Frozen):
     nobody deploys, changed its answer.
     """
 
-    accuracy: Share
+    accuracy: Marked
     targets: tuple[TargetRow, ...]
-    together: Share
+    together: Marked
 
     def under(self, target: AttackTarget) -> Share:
         """Return the accuracy that PGD with ``target`` leaves."""
@@ -249,7 +249,7 @@ def withstood(
             changed = share_of(changed_images(clean, answers(model, found)[1], len(labels)))
         rows.append(TargetRow(target=target, accuracy=share_of(right_N), route_change=changed))
         progress.advance(told, robust_accuracy=rows[-1].accuracy.value)
-    return Withstood(accuracy=share_of(clean_N), targets=tuple(rows), together=share_of(standing_N))
+    return Withstood(accuracy=marked(clean_N), targets=tuple(rows), together=marked(standing_N))
 
 
 class _WithoutBest:

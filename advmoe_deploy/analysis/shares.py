@@ -7,7 +7,7 @@ from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.white_box import BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
-from advmoe_deploy.parity.intervals import wilson_interval
+from advmoe_deploy.parity.intervals import paired_difference_interval, wilson_interval
 from advmoe_deploy.specs import Frozen
 
 
@@ -17,6 +17,38 @@ class Share(Frozen):
     value: float
     low: float
     high: float
+
+
+class Marked(Share):
+    """A share that says of which images: ``marks`` has a 1 or a 0 for each, in order."""
+
+    marks: str
+
+
+class Difference(Frozen):
+    """How much larger one share of some images is than another of the same ones.
+
+    ``low`` and ``high`` are its paired 95 % interval: two shares may differ beyond chance although
+    their own intervals overlap, for the same images are hard for both.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def marked(hits_N: Tensor) -> Marked:
+    """Return the share of rows that are true, and which they are."""
+    marks = "".join(str(int(hit)) for hit in hits_N.tolist())
+    return Marked(**share_of(hits_N).model_dump(), marks=marks)
+
+
+def difference_of(first: Marked, second: Marked) -> Difference:
+    """Return how much larger ``first`` is than ``second``, of the same images."""
+    pairs = list(zip(first.marks, second.marks, strict=True))
+    only_first, only_second = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    low, high = paired_difference_interval(only_first, only_second, len(pairs))
+    return Difference(value=first.value - second.value, low=low, high=high)
 
 
 def share_of(hits_N: Tensor) -> Share:

@@ -24,13 +24,22 @@ class Grid:
 
     @classmethod
     def of(
-        cls, radii: str | None, capacity: str | None, twin: Path | None, sections: Collection[str]
+        cls,
+        radii: str | None,
+        capacity: str | None,
+        twin: Path | None,
+        sections: Collection[str],
+        epsilon: float | None,
     ) -> "Grid":
         """Return what the options say; ``sections`` are those that were asked for.
 
         Raises:
             UsageError: they make no sense.
         """
+        if epsilon is not None and set(sections) == {"radii"}:
+            raise UsageError(
+                "--epsilon attacks nothing where radii is the only section; name it in --radii"
+            )
         if twin is not None and not {"radii", "capacity"} & set(sections):
             raise UsageError("--twin stands beside --radii or --capacity; give one of them")
         return cls(

@@ -10,11 +10,13 @@ from torch import Tensor
 from advmoe_deploy.analysis.analyze import Settings, analyze
 from advmoe_deploy.analysis.budget import passes_by_section
 from advmoe_deploy.analysis.protocol.capacity import Limited, over_capacities
-from advmoe_deploy.analysis.protocol.radii import Protocol, over_radii
+from advmoe_deploy.analysis.protocol.radii import Protocol, Standing, over_radii
+from advmoe_deploy.analysis.shares import difference_of, marked
 from advmoe_deploy.analysis.smoothing import Smoothing
 from advmoe_deploy.attacks.objectives import AUXILIARY_WEIGHT
 from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.verdicts.analysis import judged
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
@@ -134,7 +136,8 @@ def test_the_whole_protocol_beside_a_twin(
         assert not attack["random_start"]
         assert {layer["layer"] for layer in point["effect"]["layers"]} == {"block-0", "block-1"}
         assert 0 <= point["disagreement"] <= 1
-    assert len(radii["twin"]["points"]) == 2
+    assert len(radii["twin"]["points"]) == len(radii["standing"]) == 2
+    assert radii["targets"] == ["model", "auxiliary"]  # its gates have a gradient
     half, ample = capacity["points"]
     assert (half["ratio"], ample["ratio"]) == (0.5, 3.0)
     assert 0 < half["served"] < ample["served"] == 1
@@ -144,7 +147,8 @@ def test_the_whole_protocol_beside_a_twin(
     plots = {"radii", "radii-routes", "redundancy", "capacity", "capacity-macs"}
     assert {path.stem for path in out.glob("*.png")} == plots
     page = (out / "report.html").read_text()
-    assert "than its dense twin" in page
+    assert "its dense twin" in page
+    assert "points apart" in page
     assert "With room for 0.5 of an even share" in page
     screen = capsys.readouterr().out
     assert "accuracy as the radius grows, 2 steps" in screen
@@ -173,10 +177,39 @@ def test_any_family_has_radii_and_room(tiny_run: Path) -> None:
     assert report.radii
     assert report.capacity
     assert report.radii.twin is report.capacity.twin is None
+    # Its hard router gives no exact gradient, so that the loss alone is not enough beside a twin.
+    assert report.radii.targets == ("model", "auxiliary", "pathway")
+    (left,), (plain,), (other,) = (
+        report.radii.standing, report.radii.of("model"), report.radii.of("auxiliary")
+    )  # fmt: skip
+    assert left.accuracy.value == left.accuracy.marks.count("1") / 16
+    attacked = [point.effect.accuracy_attacked.value for point in (plain, other)]
+    assert left.accuracy.value <= min(attacked)
     even, ample = report.capacity.points
     assert even.macs == ample.macs  # every image has an expert
     assert ample.served == 1
     assert ample.accuracy == report.accuracy
+
+
+def standing(epsilon: float, right: int) -> Standing:
+    """Return that so many of 100 images withstand, always the first ones."""
+    return Standing(epsilon=epsilon, accuracy=marked(torch.arange(100) < right))
+
+
+def test_a_twin_is_judged_where_there_is_something_to_judge() -> None:
+    pairs = [(standing(e, ours), standing(e, 0)) for e, ours in ((0.1, 60), (0.2, 30), (0.3, 1))]
+    assert judged(pairs, 0.3, 0.1)[0].epsilon == 0.3  # what it was trained for
+    assert judged(pairs, 0.25, 0.1)[0].epsilon == 0.2  # else the largest above chance
+    assert judged(pairs[2:], 0.25, 0.1)[0].epsilon == 0.3
+
+
+def test_a_pair_is_told_apart_by_its_own_images() -> None:
+    """Wilson intervals of 50 and 58 of 100 overlap; no image speaks for the smaller one."""
+    more = difference_of(standing(0.1, 58).accuracy, standing(0.1, 50).accuracy)
+    assert more.value == pytest.approx(0.08)
+    assert 0 < more.low < 0.08 < more.high
+    same = difference_of(standing(0.1, 50).accuracy, standing(0.1, 50).accuracy)
+    assert same.low < 0 < same.high
 
 
 def test_the_budget_knows_what_the_protocol_takes(tokens: Path, dense: Path) -> None:
@@ -218,6 +251,7 @@ def test_what_makes_no_sense_is_one_line(
         ((tiny_run, "--radii", "8/255", "--twin", tokens), "routes, too"),
         ((tokens, "--only", "capacity", "--twin", other), "on the same data"),
         ((other, "--radii", "8/255"), "radii needs a router"),
+        ((tokens, "--only", "radii", "--epsilon", "0.1"), "--epsilon attacks nothing where radii"),
     ):
         assert run(["analyze", *map(str, arguments), *FEW, *out]) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()

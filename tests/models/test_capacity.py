@@ -52,6 +52,18 @@ def test_overflow_goes_to_the_next_best_expert_with_room() -> None:
     assert reassigned(scores, 1, 2).tolist() == [[0], [0], [2]]
 
 
+@pytest.mark.parametrize("overflow", ["reassign", "drop"])
+def test_a_dropped_expert_has_no_room_and_no_share(overflow: Overflow) -> None:
+    """Six rows, all for expert 0, of the two that are kept: three each."""
+    rule = RoutingRule("gate", 3, 1, "one", dropped=(1,))
+    scores = rule.masked(torch.tensor([[3.0, 2.0, 1.0]]).repeat(6, 1))
+    routing = Adjust(capacity_factor=1.0, overflow=overflow)(rule, scores, None)
+    if overflow == "reassign":
+        assert routing.expert_ids_NK.flatten().tolist() == [0, 0, 0, 2, 2, 2]
+    else:
+        assert routing.weights_NK.flatten().tolist() == [1, 1, 1, 0, 0, 0]
+
+
 def test_the_surest_rows_are_served_first_if_so_asked() -> None:
     scores = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
     rule = rule_of(2, 1)

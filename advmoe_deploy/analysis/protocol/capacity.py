@@ -8,13 +8,13 @@ goes to the next best expert with room (Robust Experts, arXiv 2509.05086).
 An answer then depends on who else is in the batch: this is for looking at a model, and no exported
 one is limited so.
 
-Shapes: N rows, E experts, K experts per row.
+Shapes: N rows, E experts that are not dropped, K experts per row.
 """
 
 import torch
 from torch import Tensor
 
-from advmoe_deploy.analysis.protocol.radii import Protocol, withstood
+from advmoe_deploy.analysis.protocol.radii import Protocol, withstanding
 from advmoe_deploy.analysis.shares import Share, answers, share_of
 from advmoe_deploy.attacks.white_box import BATCH, predict
 from advmoe_deploy.errors import UsageError
@@ -172,7 +172,8 @@ def _accuracies(
 ) -> tuple[Share, Share]:
     """Return accuracy, clean and attacked."""
     clean = share_of(predict(model, images) == labels)
-    return clean, withstood(model, images, labels, threat, protocol, progress)
+    robust_N = withstanding(model, images, labels, threat, protocol, progress)
+    return clean, share_of(robust_N)
 
 
 def _costs(model: Classifier) -> tuple[int, int]:

@@ -5,16 +5,20 @@ from the image as it is, on the loss alone and on the loss with V-MoE's auxiliar
 dense network at the compute of one expert. There the last step counts; here the worst image that
 was met does, so that accuracy is no higher. Any MoE can be looked at so.
 
+A twin has no router to hide behind. Beside it an image counts only where it withstands both, and,
+of a hard router, whose exact gradient is none, attacks along each pathway as well.
+
 Shapes: N images, E experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from advmoe_deploy.analysis.redundancy import disagreement, second_experts
 from advmoe_deploy.analysis.routing_change import AttackEffect, effect_between
-from advmoe_deploy.analysis.shares import Share, share_of
+from advmoe_deploy.analysis.shares import Marked, Share, marked, share_of
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.errors import UsageError
@@ -81,11 +85,11 @@ class RadiusPoint(Frozen):
     disagreement: float
 
 
-class TwinPoint(Frozen):
-    """Accuracy of the dense twin at one radius."""
+class Standing(Frozen):
+    """Accuracy at one radius; an image counts where it withstands each attack."""
 
     epsilon: float
-    accuracy: Share
+    accuracy: Marked
 
 
 class Twin(Frozen):
@@ -94,17 +98,22 @@ class Twin(Frozen):
     model: str
     macs: int
     accuracy: Share
-    points: tuple[TwinPoint, ...]
+    points: tuple[Standing, ...]
 
 
 class RadiiReport(Frozen):
-    """What becomes of a model as the radius grows; ``second`` and ``disagreement`` are clean."""
+    """What becomes of a model as the radius grows; ``second`` and ``disagreement`` are clean.
+
+    ``standing`` is what is left by all ``targets`` together, the smallest radius first.
+    """
 
     steps: int
     macs: int
     second: Share
     disagreement: float
     points: tuple[RadiusPoint, ...]
+    targets: tuple[AttackTarget, ...]
+    standing: tuple[Standing, ...]
     twin: Twin | None
 
     def of(self, target: AttackTarget) -> tuple[RadiusPoint, ...]:
@@ -112,25 +121,50 @@ class RadiiReport(Frozen):
         return tuple(point for point in self.points if point.effect.attack.target == target)
 
 
+def targets_of(model: Classifier) -> tuple[AttackTarget, ...]:
+    """Return what is attacked: a hard router is met by way of its pathways, too."""
+    hard = any(
+        rule.weighting == "one" or (rule.weighting == "renormalised" and rule.top_k == 1)
+        for rule in model.rules
+    )
+    return (*TARGETS, "pathway") if hard else TARGETS
+
+
 def over_radii(
     model: Classifier, images: Tensor, labels: Tensor, protocol: Protocol, progress: Progress
 ) -> RadiiReport:
     """Return what the attacks of ``protocol`` do to a routed ``model`` at each of its radii."""
-    steps = len(protocol.radii) * (len(TARGETS) + (protocol.twin is not None))
-    with task(progress, "radii", steps):
-        points = [
-            _point(model, images, labels, ThreatModel(epsilon=radius), protocol, target, progress)
-            for target in TARGETS
-            for radius in sorted(protocol.radii)
-        ]
+    targets, radii = targets_of(model), sorted(protocol.radii)
+    standing = dict.fromkeys(radii, predict(model, images) == labels)
+    with task(progress, "radii", len(radii) * (len(targets) + (protocol.twin is not None))):
+        points = []
+        for target in TARGETS:
+            for radius in radii:
+                threat = ThreatModel(epsilon=radius)
+                point, right_N = _point(model, images, labels, threat, protocol, target, progress)
+                points.append(point)
+                standing[radius] = standing[radius] & right_N
+        for target in targets[len(TARGETS) :]:
+            for radius, right_N in standing.items():
+                few = images[right_N], labels[right_N]
+                threat = ThreatModel(epsilon=radius)
+                left_N = withstanding(model, *few, threat, protocol, progress, target)
+                standing[radius] = right_N.masked_scatter(right_N, left_N)
+                progress.advance("radii", robust_accuracy=share_of(standing[radius]).value)
         return RadiiReport(
             steps=protocol.steps,
             macs=count_macs(model)[0],
             second=second_experts(model, images, labels)[-1].accuracy,
             disagreement=_mean_over_pairs(disagreement(model, images)),
             points=tuple(points),
+            targets=targets,
+            standing=_standing(standing),
             twin=_twin(images, labels, protocol, progress),
         )
+
+
+def _standing(found: Mapping[float, Tensor]) -> tuple[Standing, ...]:
+    return tuple(Standing(epsilon=e, accuracy=marked(right_N)) for e, right_N in found.items())
 
 
 def _point(
@@ -141,7 +175,8 @@ def _point(
     protocol: Protocol,
     target: AttackTarget,
     progress: Progress,
-) -> RadiusPoint:
+) -> tuple[RadiusPoint, Tensor]:
+    """Return what one attack does, and whom it leaves right, bool [N]."""
     attack = protocol.attack(threat, target)
     with attack_task(progress, model, attack, len(labels)):
         found = attack_model(model, images, labels, threat, attack)
@@ -151,38 +186,39 @@ def _point(
         disagreement=_mean_over_pairs(disagreement(model, found)),
     )
     progress.advance("radii", robust_accuracy=point.effect.accuracy_attacked.value)
-    return point
+    return point, predict(model, found) == labels
 
 
 def _twin(images: Tensor, labels: Tensor, protocol: Protocol, progress: Progress) -> Twin | None:
     if protocol.twin is None:
         return None
-    model, points = protocol.twin.model, []
+    model, found = protocol.twin.model, {}
     for radius in sorted(protocol.radii):
-        accuracy = withstood(model, images, labels, ThreatModel(epsilon=radius), protocol, progress)
-        points.append(TwinPoint(epsilon=radius, accuracy=accuracy))
-        progress.advance("radii", robust_accuracy=accuracy.value)
+        threat = ThreatModel(epsilon=radius)
+        found[radius] = withstanding(model, images, labels, threat, protocol, progress)
+        progress.advance("radii", robust_accuracy=share_of(found[radius]).value)
     return Twin(
         model=str(protocol.twin.path),
         macs=count_macs(model)[0],
         accuracy=share_of(predict(model, images) == labels),
-        points=tuple(points),
+        points=_standing(found),
     )
 
 
-def withstood(
+def withstanding(
     model: Classifier,
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
     protocol: Protocol,
     progress: Progress,
-) -> Share:
-    """Return the accuracy that the attack on the loss alone leaves ``model``."""
-    attack = protocol.attack(threat)
+    target: AttackTarget = "model",
+) -> Tensor:
+    """Return whom the attack with ``target``, by default on the loss alone, leaves right, [N]."""
+    attack = protocol.attack(threat, target)
     with attack_task(progress, model, attack, len(labels)):
         found = attack_model(model, images, labels, threat, attack)
-    return share_of(predict(model, found) == labels)
+    return predict(model, found) == labels
 
 
 def _mean_over_pairs(table_EE: tuple[tuple[float, ...], ...]) -> float:

@@ -6,13 +6,9 @@ JTDMoE trained was trained for one alpha all the same.
 """
 
 import copy
-import platform
 import time
 from collections.abc import Sequence
 
-import torch
-
-from advmoe_deploy import __version__
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
 from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
 from advmoe_deploy.errors import UsageError
@@ -20,17 +16,17 @@ from advmoe_deploy.models.base import require_routes
 from advmoe_deploy.models.families.dual import DualModel
 from advmoe_deploy.models.stored import StoredModel
 from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import Frozen, ThreatModel
 
 _TASK = "alpha"
 
 
 class BlendPoint(Frozen):
-    """One alpha. ``on_front``: no other is as good in both accuracies and better in one."""
+    """What the blend at one alpha withstands."""
 
     alpha: float
     withstood: Withstood
-    on_front: bool
 
 
 class Beside(Frozen):
@@ -42,7 +38,10 @@ class Beside(Frozen):
 
 
 class BlendReport(Frozen):
-    """Every alpha, in the order given; ``trained_alpha`` is what the model was trained with."""
+    """Every alpha, in the order given; ``trained_alpha`` is what the model was trained with.
+
+    ``front`` are the alphas to which no other is as good in both accuracies and better in one.
+    """
 
     model: str
     recipe: str
@@ -53,6 +52,7 @@ class BlendReport(Frozen):
     seed: int
     trained_alpha: float
     points: tuple[BlendPoint, ...]
+    front: tuple[float, ...]
     beside: tuple[Beside, ...]
     versions: dict[str, str]
     seconds: float
@@ -72,11 +72,13 @@ def blend(
     settings: TrialSettings,
     *,
     beside: Sequence[StoredModel] = (),
+    measured: list[BlendPoint | Beside] | None = None,
     progress: Progress | None = None,
 ) -> BlendReport:
     """Return what ``stored``, of family dual-model, withstands at each of ``alphas``.
 
-    The models ``beside`` it are attacked on the same images, at the same radius.
+    The models ``beside`` it are attacked on the same images, at the same radius. A list
+    ``measured`` is filled with what was found of each alpha and each of them as it ends.
 
     Raises:
         UsageError: a model beside it takes other images, knows other classes or routes nothing;
@@ -88,14 +90,15 @@ def blend(
     for other in beside:
         _require_alike(stored, other)
     trial = Trial.of(stored, settings)
-    found: list[Withstood] = []
-    others = []
+    measured = [] if measured is None else measured
     with task(progress, _TASK, (len(alphas) + len(beside)) * len(TARGETS)):
         for alpha in alphas:
-            found.append(trial.put_to(blended(model, alpha), progress, _TASK))
+            found = trial.put_to(blended(model, alpha), progress, _TASK)
+            measured.append(BlendPoint(alpha=alpha, withstood=found))
         for other in beside:
-            result = trial.put_to(other.model, progress, _TASK)
-            others.append(Beside(run=str(other.path), recipe=other.recipe, withstood=result))
+            found = trial.put_to(other.model, progress, _TASK)
+            measured.append(Beside(run=str(other.path), recipe=other.recipe, withstood=found))
+    points = tuple(one for one in measured if isinstance(one, BlendPoint))
     return BlendReport(
         model=str(stored.path),
         recipe=stored.recipe,
@@ -105,24 +108,22 @@ def blend(
         steps=settings.steps,
         seed=settings.seed,
         trained_alpha=model.alpha,
-        points=tuple(
-            BlendPoint(alpha=alpha, withstood=one, on_front=_on_front(one, found))
-            for alpha, one in zip(alphas, found, strict=True)
-        ),
-        beside=tuple(others),
-        versions={
-            "advmoe": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        points=points,
+        front=front_of(points),
+        beside=tuple(one for one in measured if isinstance(one, Beside)),
+        versions=installed_versions(),
         seconds=time.perf_counter() - started,
     )
 
 
-def _on_front(one: Withstood, found: Sequence[Withstood]) -> bool:
-    own = one.accuracy.value, one.together.value
-    pairs = [(other.accuracy.value, other.together.value) for other in found]
-    return not any(a >= own[0] and b >= own[1] and (a, b) != own for a, b in pairs)
+def front_of(points: Sequence[BlendPoint]) -> tuple[float, ...]:
+    """Return the alphas to which no other is as good in both accuracies and better in one."""
+    pairs = [(p.withstood.accuracy.value, p.withstood.together.value) for p in points]
+    return tuple(
+        point.alpha
+        for point, (clean, robust) in zip(points, pairs, strict=True)
+        if not any(a >= clean and b >= robust and (a, b) != (clean, robust) for a, b in pairs)
+    )
 
 
 def _require_alike(stored: StoredModel, other: StoredModel) -> None:

@@ -3,24 +3,25 @@
 Shapes: N images.
 """
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from advmoe_deploy import __version__
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
-from advmoe_deploy.analysis.routing_change import effect_of
+from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.several.roles import BEGINS_WITH, ROLES, Role, Run
 from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
-from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.shares import Marked, answers, marked
+from advmoe_deploy.attacks.effort import attack_task
+from advmoe_deploy.attacks.white_box import attack_model
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.stored import StoredModel, open_stored
 from advmoe_deploy.progress import Progress, Silent, task
+from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackTarget, Frozen, ThreatModel
 
 _TASK = "dissection"
@@ -40,8 +41,8 @@ class Dissected(Frozen):
     method: str
     loss: str
     withstood: Withstood
-    flips: Share
-    router_flips: Share
+    flips: Marked
+    router_flips: Marked
 
 
 class DissectionReport(Frozen):
@@ -66,9 +67,12 @@ def dissect(
     roles: Mapping[Role, Sequence[Run]],
     settings: TrialSettings,
     *,
+    measured: list[Dissected] | None = None,
     progress: Progress | None = None,
 ) -> DissectionReport:
     """Return what the runs of all ``roles`` withstand on the same images, under the same attacks.
+
+    A list ``measured`` is filled with what was found of each run as it ends.
 
     Raises:
         UsageError: the runs are for several radii and none is given; a run does not hold the
@@ -83,7 +87,7 @@ def dissect(
     if settings.epsilon is None:
         _require_one_radius([run for _, run in runs])
     trial = Trial.of(stored[roles["standard"][0].path], settings)
-    found = []
+    found = [] if measured is None else measured
     with task(progress, _TASK, len(runs) * (len(TARGETS) + len(_FLIPPED_BY))):
         for role, run in runs:
             found.append(_dissected(role, run, stored[run.path].model, trial, progress))
@@ -95,11 +99,7 @@ def dissect(
         steps=settings.steps,
         seed=settings.seed,
         runs=tuple(found),
-        versions={
-            "advmoe": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        versions=installed_versions(),
         seconds=time.perf_counter() - started,
     )
 
@@ -109,12 +109,8 @@ def _dissected(
 ) -> Dissected:
     flips = []
     for target in _FLIPPED_BY:
-        attack = trial.attack.model_copy(update={"target": target})
-        effect = effect_of(
-            model, trial.images, trial.labels, trial.threat, attack, progress=progress
-        )
-        flips.append(effect.route_change)
-        progress.advance(_TASK, routes_changed=effect.route_change.value)
+        flips.append(_moved(target, model, trial, progress))
+        progress.advance(_TASK, routes_changed=flips[-1].value)
     recipe = run.checkpoint.recipe
     return Dissected(
         role=role,
@@ -126,6 +122,15 @@ def _dissected(
         flips=flips[0],
         router_flips=flips[1],
     )
+
+
+def _moved(target: AttackTarget, model: Classifier, trial: Trial, progress: Progress) -> Marked:
+    """Return whom PGD with ``target`` sends to other experts."""
+    attack, images = trial.attack.model_copy(update={"target": target}), len(trial.labels)
+    with attack_task(progress, model, attack, images):
+        found = attack_model(model, trial.images, trial.labels, trial.threat, attack)
+    (_, clean), (_, attacked) = answers(model, trial.images), answers(model, found)
+    return marked(changed_images(clean, attacked, images))
 
 
 def _require_parts_kept(

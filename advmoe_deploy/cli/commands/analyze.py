@@ -153,7 +153,8 @@ def analyze(
     _require_sense(paths, alone, dissect=dissect, alpha=alpha)
     chosen = _named(only)
     also = tuple(name for name, value in on_request.items() if value is not None)
-    grid = Grid.of(radii, capacity, twin, {*chosen, *also})
+    epsilon_of_all = epsilon if chosen else None  # else sections that it is for are run, too
+    grid = Grid.of(radii, capacity, twin, {*chosen, *also}, epsilon_of_all)
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         if dissect or alpha is not None:

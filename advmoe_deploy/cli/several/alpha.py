@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 from advmoe_deploy.cli.ranges import numbers_of
 from advmoe_deploy.cli.session import Session
 from advmoe_deploy.cli.several.asked import Asked
-from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.cli.verdicts.said import Said, listed, percent
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.axes import Axes
 
     from advmoe_deploy.analysis.redundancy import Withstood
-    from advmoe_deploy.analysis.several.blend import BlendReport
+    from advmoe_deploy.analysis.several.blend import Beside, BlendPoint, BlendReport
+    from advmoe_deploy.analysis.shares import Marked
     from advmoe_deploy.cli.several.sheet import Sheet, Shown
     from advmoe_deploy.specs import Frozen
 
@@ -47,6 +50,7 @@ def blend_run(asked: Asked, text: str, ui: Session) -> None:
     alphas = alphas_of(text)
     first, *_ = asked.paths
     _require_dual(first)
+    measured: list[BlendPoint | Beside] = []
 
     def make() -> tuple[Frozen, dict[str, str], Shown]:
         from advmoe_deploy.analysis.several.blend import blend
@@ -54,10 +58,27 @@ def blend_run(asked: Asked, text: str, ui: Session) -> None:
         from advmoe_deploy.zoo.resolve import resolve
 
         stored, *beside = [open_stored(resolve(path)) for path in asked.paths]
-        report = blend(stored, alphas, asked.settings(), beside=beside, progress=ui.progress)
+        report = blend(
+            stored,
+            alphas,
+            asked.settings(),
+            beside=beside,
+            measured=measured,
+            progress=ui.progress,
+        )
         return report, report.versions, shown_blend(report)
 
-    asked.write(ui, asked.out or Path(f"{first.resolve().name}-alpha"), REPORT, make)
+    def found() -> dict[str, Withstood]:
+        return {_name(one): one.withstood for one in measured}
+
+    out = asked.out or Path(f"{first.resolve().name}-alpha")
+    asked.write(ui, out, REPORT, make, measured, found)
+
+
+def _name(one: BlendPoint | Beside) -> str:
+    from advmoe_deploy.analysis.several.blend import BlendPoint
+
+    return f"alpha {one.alpha:g}" if isinstance(one, BlendPoint) else one.recipe or one.run
 
 
 def _require_dual(path: Path) -> None:
@@ -90,45 +111,56 @@ def shown_blend(report: BlendReport) -> Shown:
 
 
 def _verdict(report: BlendReport) -> list[Said]:
-    found = [(p, p.withstood.accuracy.value, p.withstood.together.value) for p in report.points]
-    best = max(found, key=lambda one: (one[2], one[1]))[0]
-    clean = max(found, key=lambda one: (one[1], one[2]))[0]
-    said = [
-        Said(
-            f"Most images withstand all attacks at alpha {best.alpha:g}: "
-            f"{percent(best.withstood.together.value)}, with "
-            f"{percent(best.withstood.accuracy.value)} right unattacked"
-        ),
-        Said(
-            f"Most are right unattacked at alpha {clean.alpha:g}: "
-            f"{percent(clean.withstood.accuracy.value)}, of which "
-            f"{percent(clean.withstood.together.value)} of all images withstand"
+    return [
+        _best(report, "Most images withstand PGD with every target", lambda one: one.together),
+        _best(report, "Most are right unattacked", lambda one: one.accuracy),
+        *(
+            Said(
+                f"Beside it {_name(other)}: {percent(other.withstood.accuracy.value)} right "
+                f"unattacked, {percent(other.withstood.together.value)} withstand PGD with every "
+                "target"
+            )
+            for other in report.beside
         ),
     ]
-    for other in report.beside:
-        said.append(
-            Said(
-                f"Beside it {other.recipe or other.run}: {percent(other.withstood.accuracy.value)} "
-                f"right unattacked, {percent(other.withstood.together.value)} withstand all"
-            )
-        )
-    return said
+
+
+def _best(report: BlendReport, what: str, share: Callable[[Withstood], Marked]) -> Said:
+    """Return the best alpha, and those that these images, by which it was picked, leave as good."""
+    from advmoe_deploy.analysis.shares import difference_of
+
+    best = max(report.points, key=lambda p: (share(p.withstood).value, _place(p.withstood)))
+    alike = [
+        f"{p.alpha:g}"
+        for p in report.points
+        if p is not best and difference_of(share(best.withstood), share(p.withstood)).low <= 0
+    ]
+    found = best.withstood
+    text = (
+        f"{what} at alpha {best.alpha:g}: {percent(found.accuracy.value)} are right unattacked, "
+        f"{percent(found.together.value)} withstand"
+    )
+    if not alike:
+        return Said(text)
+    return Said(
+        f"{text}; {report.images} images do not tell it from alpha {listed(alike)}", "unsure"
+    )
 
 
 def _sheet(report: BlendReport) -> Sheet:
     from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, cells
 
     rows = [
-        (f"alpha {p.alpha:g}", *cells(p.withstood), "yes" if p.on_front else "")
+        (_name(p), *cells(p.withstood), "yes" if p.alpha in report.front else "")
         for p in report.points
     ]
-    rows += [(other.recipe or other.run, *cells(other.withstood), "") for other in report.beside]
+    rows += [(_name(other), *cells(other.withstood), "") for other in report.beside]
     return Sheet(
         "Accuracy and robustness over alpha",
         ("model", *WITHSTOOD, "front"),
         tuple(rows),
-        f"Front: no other alpha is as good both unattacked and under all attacks, and better in "
-        f"one. {NOTE}",
+        f"Front: on these images no other alpha is as good both unattacked and under PGD with all "
+        f"targets, and better in one. {NOTE}",
     )
 
 
@@ -139,7 +171,7 @@ def _draw_front(axes: Axes, report: BlendReport) -> str:
     points: dict[tuple[float, float], list[str]] = {}
     for point in report.points:  # several at one place are named together
         points.setdefault(_place(point.withstood), []).append(f"{point.alpha:g}")
-    front = sorted({_place(p.withstood) for p in report.points if p.on_front})
+    front = sorted({_place(p.withstood) for p in report.points if p.alpha in report.front})
     for (x, y), names in points.items():
         axes.plot(x, y, "o", color=MOE, mfc=MOE if (x, y) in front else "none")
         axes.annotate(", ".join(names), (x, y), xytext=(4, 4), textcoords="offset points")
@@ -147,7 +179,7 @@ def _draw_front(axes: Axes, report: BlendReport) -> str:
     for other, colour in zip(report.beside, cycle(EXPERT_COLOURS[1:]), strict=False):
         axes.plot(*_place(other.withstood), "s", color=colour, label=other.recipe or other.run)
     axes.margins(0.12)
-    axes.set(xlabel="clean accuracy, %", ylabel="under all attacks, %")
+    axes.set(xlabel="clean accuracy, %", ylabel="PGD, all targets, %")
     axes.set_title("Accuracy and robustness")
     legend_below(axes)
     seen = (
@@ -170,7 +202,7 @@ def _draw_over(axes: Axes, report: BlendReport) -> str:
     points = sorted(report.points, key=lambda point: point.alpha)
     x = [point.alpha for point in points]
     for index, (name, colour) in enumerate(zip(WITHSTOOD, EXPERT_COLOURS, strict=False)):
-        y = [100 * shares(point.withstood)[index] for point in points]
+        y = [100 * shares(point.withstood)[index].value for point in points]
         axes.plot(x, y, "o-", color=colour, label=name)
     axes.axvline(report.trained_alpha, color=INK, lw=0.8, ls=":", label="trained")
     axes.set(ylim=(0, 102), xlabel="alpha", ylabel="accuracy, %")

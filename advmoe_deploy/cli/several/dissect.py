@@ -14,6 +14,8 @@ from advmoe_deploy.settings import epsilon_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from advmoe_deploy.analysis.redundancy import Withstood
+    from advmoe_deploy.analysis.several.dissect import Dissected
     from advmoe_deploy.analysis.several.roles import Needed, Role, Run
     from advmoe_deploy.cli.several.sheet import Shown
     from advmoe_deploy.specs import Frozen
@@ -37,14 +39,19 @@ def dissect_runs(asked: Asked, ui: Session) -> None:
     roles = roles_of(runs)
     require_all(roles, runs)
 
+    measured: list[Dissected] = []
+
     def make() -> "tuple[Frozen, dict[str, str], Shown]":
         from advmoe_deploy.analysis.several.dissect import dissect
         from advmoe_deploy.cli.several.dissection import shown_dissection
 
-        report = dissect(roles, asked.settings(), progress=ui.progress)
+        report = dissect(roles, asked.settings(), measured=measured, progress=ui.progress)
         return report, report.versions, shown_dissection(report)
 
-    asked.write(ui, asked.out or Path("dissection"), REPORT, make)
+    def found() -> "Mapping[str, Withstood]":
+        return {f"{one.role}, {one.run}": one.withstood for one in measured}
+
+    asked.write(ui, asked.out or Path("dissection"), REPORT, make, measured, found)
 
 
 def require_all(roles: "Mapping[Role, Sequence[Run]]", runs: "Sequence[Run]") -> None:

@@ -6,9 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
+from advmoe_deploy.analysis.shares import difference_of
 from advmoe_deploy.cli.pages.plots import DENSE, INK, MOE, S_DENSE, UNFUSED, legend_below
 from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, Shown, cells, shares
-from advmoe_deploy.cli.verdicts.said import Said, listed, percent
+from advmoe_deploy.cli.tables.analysis import interval
+from advmoe_deploy.cli.verdicts.said import Said, listed, percent, points
 from advmoe_deploy.settings import epsilon_text
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def shown_dissection(report: DissectionReport) -> Shown:
         insights(report),
         f"Dissection of {report.family}: {report.images} test images of {report.data}, l-inf "
         f"epsilon {epsilon_text(report.threat.epsilon)}, PGD-{report.steps}, seed {report.seed}. "
-        "Differences are told where 95 % Wilson intervals do not overlap.",
+        "Differences are told where their paired 95 % interval, of the same images, is without 0.",
         (_accuracies(report), _flips(report)),
         {
             "withstood": partial(_draw_withstood, report=report),
@@ -54,43 +56,56 @@ def insights(report: DissectionReport) -> list[Said]:
 def _worth(part: Dissected, report: DissectionReport, what: str) -> Said:
     """Return whether one robust part withstands more than none."""
     one, none = part.withstood.together, report.of("standard").withstood.together
-    figures = f"{percent(one.value)} withstand every attack, {percent(none.value)} without it"
+    more = difference_of(one, none)
+    figures = (
+        f"{percent(one.value)} withstand PGD with every target, {percent(none.value)} without it, "
+        f"{points(more)} apart"
+    )
     router, experts = (part.withstood.under(target) for target in ("router", "experts"))
-    left = f"attacks on the routes alone leave {percent(router.value)}, "
-    left += f"on the experts alone {percent(experts.value)}"
-    if one.low > none.high:
-        return Said(f"{what}: gains robustness: {figures}; {left}", "gain")
-    if one.high < none.low:
-        return Said(f"{what}: loses robustness: {figures}; {left}", "worse")
-    return Said(f"{what}: gains nothing beyond chance: {figures}; {left}", "unsure")
+    figures += f"; attacks on the routes alone leave {percent(router.value)}, "
+    figures += f"on the experts alone {percent(experts.value)}"
+    if more.low > 0:
+        return Said(f"{what}: gains robustness: {figures}", "gain")
+    if more.high < 0:
+        return Said(f"{what}: loses robustness: {figures}", "worse")
+    return Said(f"{what}: {report.images} images decide no gain or loss: {figures}", "unsure")
 
 
 def _kept(report: DissectionReport) -> Said:
     """Return whether a robust router is as robust once the experts behind it are trained on."""
-    before, after = report.of("robust router"), report.of("experts moved")
+    before, after = report.of("robust router").flips, report.of("experts moved").flips
+    more = difference_of(after, before)
     figures = (
-        f"PGD on the model moves the routes of {percent(before.flips.value)} of the images with "
-        f"the experts that the router was trained with, of {percent(after.flips.value)} once these "
-        "were trained on"
+        f"PGD on the model moves the routes of {percent(before.value)} of the images with the "
+        f"experts that the router was trained with, of {percent(after.value)} once these were "
+        f"trained on, {points(more)} apart"
     )
-    if after.flips.low > before.flips.high:
+    if more.low > 0:
         return Said(f"A router's robustness is not kept as experts move: {figures}", "worse")
-    if after.flips.high < before.flips.low:
+    if more.high < 0:
         return Said(f"A router withstands more once experts have moved: {figures}")
     return Said(
-        f"A router's robustness is kept as experts move, but for chance: {figures}", "unsure"
+        f"Whether a router's robustness is kept as experts move, {report.images} images do not "
+        f"decide: {figures}",
+        "unsure",
     )
 
 
 def _which(report: DissectionReport) -> Said:
     router = report.of("robust router").withstood.together
     experts = report.of("robust experts").withstood.together
-    figures = f"{percent(experts.value)} by the experts, {percent(router.value)} by the router"
-    if experts.low > router.high:
+    more = difference_of(experts, router)
+    figures = (
+        f"{percent(experts.value)} by the experts, {percent(router.value)} by the router, "
+        f"{points(more)} apart"
+    )
+    if more.low > 0:
         return Said(f"Alone, robust experts are worth more than a robust router: {figures}")
-    if experts.high < router.low:
+    if more.high < 0:
         return Said(f"Alone, a robust router is worth more than robust experts: {figures}")
-    return Said(f"Neither part alone is clearly worth more: {figures}", "unsure")
+    return Said(
+        f"Which part alone is worth more, {report.images} images do not decide: {figures}", "unsure"
+    )
 
 
 def _together(report: DissectionReport) -> list[Said]:
@@ -99,9 +114,8 @@ def _together(report: DissectionReport) -> list[Said]:
         for run in report.runs
         if run.role == "both"
     ]
-    return (
-        [Said(f"Both parts trained adversarially: {listed(found)} withstand all")] if found else []
-    )
+    said = f"Both parts trained adversarially: PGD with every target leaves {listed(found)}"
+    return [Said(said)] if found else []
 
 
 def _accuracies(report: DissectionReport) -> Sheet:
@@ -117,10 +131,7 @@ def _flips(report: DissectionReport) -> Sheet:
     return Sheet(
         "Images sent to other experts",
         ("run", "by PGD on the model", "by PGD on the routes"),
-        tuple(
-            (_name(run), percent(run.flips.value), percent(run.router_flips.value))
-            for run in report.runs
-        ),
+        tuple((_name(run), interval(run.flips), interval(run.router_flips)) for run in report.runs),
         "PGD on the model takes its gradient straight through the router and meets experts too. "
         "The scores of a router that looks at the image alone are changed by no expert: PGD on its "
         "routes finds about as much before the experts moved as after.",
@@ -132,7 +143,7 @@ def _draw_withstood(axes: Axes, report: DissectionReport) -> str:
     colours = (INK, MOE, DENSE, S_DENSE, UNFUSED)
     width = 0.8 / len(colours)
     for index, (column, colour) in enumerate(zip(WITHSTOOD, colours, strict=True)):
-        heights = [100 * shares(run.withstood)[index] for run in report.runs]
+        heights = [100 * shares(run.withstood)[index].value for run in report.runs]
         x = [place + (index - 2) * width for place in range(len(heights))]
         axes.bar(x, heights, width, color=colour, alpha=0.8, label=column)
     _name_runs(axes, report)

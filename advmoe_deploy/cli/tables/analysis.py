@@ -145,23 +145,25 @@ def _radii(report: AnalysisReport) -> Table | None:
     if found is None:
         return None
     title = f"accuracy as the radius grows, {found.steps} steps; {found.macs / 1e6:.3g} M MACs"
-    columns = ["radius", "accuracy", "auxiliary too", "sets changed", "without the best"]
+    columns = ["radius", "accuracy", "auxiliary too", "all", "sets changed", "without the best"]
     twin = [found.twin.accuracy, *(p.accuracy for p in found.twin.points)] if found.twin else []
     if found.twin:
         title += f", its twin {found.twin.macs / 1e6:.3g} M"
         columns.append("twin")
     plain, auxiliary = found.of("model"), found.of("auxiliary")
     clean = plain[0].effect.accuracy_clean
-    rows = [["0", interval(clean), percent(clean.value), "-", percent(found.second.value)]]
+    value = percent(clean.value)
+    rows = [["0", interval(clean), value, value, "-", percent(found.second.value)]]
     rows += [
         [
             epsilon_text(one.effect.epsilon),
             interval(one.effect.accuracy_attacked),
             percent(other.effect.accuracy_attacked.value),
+            percent(left.accuracy.value),
             percent(max(layer.set_change for layer in one.effect.layers)),
             percent(one.second.value),
         ]
-        for one, other in zip(plain, auxiliary, strict=True)
+        for one, other, left in zip(plain, auxiliary, found.standing, strict=True)
     ]
     table = _table(title, tuple(columns))
     for index, row in enumerate(rows):

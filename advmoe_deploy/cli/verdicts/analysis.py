@@ -1,10 +1,12 @@
 """Conclusions of an analysis, in words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from advmoe_deploy.analysis.analyze import AnalysisReport
-from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.analysis.protocol.radii import Standing
+from advmoe_deploy.analysis.shares import difference_of
+from advmoe_deploy.cli.verdicts.said import Said, listed, percent, points
 from advmoe_deploy.reports.cautions import COLLAPSED
 from advmoe_deploy.settings import epsilon_text
 
@@ -35,7 +37,9 @@ def _withstands(report: AnalysisReport) -> Said:
     if report.experts is None:
         return Said(f"{clean} of {of} are right, unattacked")
     together = report.experts.together.value
-    said = f"{percent(together)} of {of} withstand every PGD attack; {clean} are right unattacked"
+    said = (
+        f"{percent(together)} of {of} withstand PGD with every target; {clean} are right unattacked"
+    )
     return Said(said, "" if together else "worse")
 
 
@@ -152,18 +156,39 @@ def _beside_twin(report: AnalysisReport) -> Said | None:
     found = report.radii
     if found is None or found.twin is None:
         return None
-    point, other = found.of("model")[-1].effect, found.twin.points[-1].accuracy
-    own = point.accuracy_attacked
-    said = (
-        f"at radius {epsilon_text(point.epsilon)} it keeps {percent(own.value)}, its dense twin "
-        f"{percent(other.value)}, for {found.macs / 1e6:.3g} and {found.twin.macs / 1e6:.3g} "
+    pairs = list(zip(found.standing, found.twin.points, strict=True))
+    own, other = judged(pairs, report.threat.epsilon, 1 / len(report.class_names))
+    more = difference_of(own.accuracy, other.accuracy)
+    figures = (
+        f"at radius {epsilon_text(own.epsilon)} {percent(own.accuracy.value)} withstand all of "
+        f"{listed(list(found.targets))}, of its dense twin {percent(other.accuracy.value)}, "
+        f"{points(more)} apart, for {found.macs / 1e6:.3g} and {found.twin.macs / 1e6:.3g} "
         "million MACs"
     )
-    if own.low > other.high:
-        return Said(f"It withstands more than its dense twin: {said}", "gain")
-    if own.high < other.low:
-        return Said(f"It withstands less than its dense twin: {said}", "worse")
-    return Said(f"It withstands no more than its dense twin, beyond chance: {said}", "unsure")
+    if more.low > 0:
+        return Said(f"It withstands more than its dense twin: {figures}", "gain")
+    if more.high < 0:
+        return Said(f"It withstands less than its dense twin: {figures}", "worse")
+    return Said(
+        f"Whether it withstands more than its dense twin, {report.images} images do not decide: "
+        f"{figures}",
+        "unsure",
+    )
+
+
+def judged(
+    pairs: Sequence[tuple[Standing, Standing]], epsilon: float, chance: float
+) -> tuple[Standing, Standing]:
+    """Return a model and its twin at the radius to judge them by.
+
+    That is ``epsilon``, or the largest where the better one is above ``chance``: further on both
+    stand at 0 and differ in nothing. ``pairs`` are of growing radii.
+    """
+    for pair in pairs:
+        if math.isclose(pair[0].epsilon, epsilon, rel_tol=1e-6):
+            return pair
+    above = [pair for pair in pairs if max(one.accuracy.value for one in pair) > chance]
+    return above[-1] if above else pairs[0]
 
 
 def _room(report: AnalysisReport) -> Said | None:

@@ -1,7 +1,10 @@
 """A sentence of a verdict, and whether it is good news."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from advmoe_deploy.analysis.shares import Difference
 
 # Green on a page is a gain, and nothing else: neither what is as it was nor what had to be.
 Tone = Literal["gain", "", "unsure", "worse"]
@@ -18,6 +21,11 @@ class Said:
 def percent(share: float) -> str:
     """Return a share in percent."""
     return f"{100 * share:.1f} %"
+
+
+def points(difference: "Difference") -> str:
+    """Return the 95 % interval of a difference, in points."""
+    return f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f} points"
 
 
 def listed(parts: list[str]) -> str:

@@ -35,8 +35,8 @@ class Adjust:
     Args:
         noise: standard deviation of what is added to the raw scores (Robust Experts: 0.1; V-MoE:
             1 / E). The choice and its weights come from the noisy scores.
-        capacity_factor: each expert takes at most ceil(factor * N * K / E) rows, ``None`` for any
-            number.
+        capacity_factor: each expert takes at most ceil(factor * N * K / E) rows, E those that are
+            not dropped; ``None`` for any number.
         overflow: what becomes of a row whose expert is full. ``reassign`` (Robust Experts, arXiv
             2509.05086): its next best expert with room; for a factor of 1 or more all rows find K.
             ``drop`` (V-MoE, arXiv 2106.05974): that choice gets weight 0; first choices are
@@ -73,8 +73,8 @@ class Adjust:
         noisy_NE = self._noisy(scores_NE)
         routing = choose(noisy_NE, rule, surrogate)
         if self.capacity_factor is not None:
-            rows, experts = scores_NE.shape
-            capacity = math.ceil(self.capacity_factor * rows * rule.top_k / experts)
+            rows = len(scores_NE)
+            capacity = math.ceil(self.capacity_factor * rows * rule.top_k / len(rule.kept))
             routing = self._limited(routing, min(capacity, rows), rule, surrogate)
         if not self.noise:
             return routing
@@ -99,7 +99,7 @@ class Adjust:
             )
             return Routing(scores_NE, routing.expert_ids_NK, routing.weights_NK * kept_NK)
         ids_NK = torch.empty_like(routing.expert_ids_NK)
-        ids_NK[order_N] = reassigned(scores_NE[order_N], rule.top_k, capacity)
+        ids_NK[order_N] = reassigned(scores_NE[order_N], rule.top_k, capacity, rule.dropped)
         return Routing(scores_NE, ids_NK, weights_of(scores_NE, ids_NK, rule, surrogate))
 
 
@@ -119,15 +119,19 @@ def _within(ids_NK: Tensor, num_experts: int, capacity: int) -> Tensor:
 
 
 @torch.no_grad()
-def reassigned(scores_NE: Tensor, top_k: int, capacity: int) -> Tensor:
+def reassigned(
+    scores_NE: Tensor, top_k: int, capacity: int, dropped: tuple[int, ...] = ()
+) -> Tensor:
     """Return ids [N, K], best first: rows choose in turn among the experts that have room.
 
-    ``capacity`` * E must be at least N * K. Every row gets K different experts and none more than
-    ``capacity`` rows. Towards the end a row must at times take an expert that is not its best, so
-    that the rows after it still find K *different* ones; that happens only if it is unavoidable.
+    Those ``dropped`` have none; ``capacity`` times the others must be at least N * K. Every row
+    gets K different experts and none more than ``capacity`` rows. Towards the end a row must at
+    times take an expert that is not its best, so that the rows after it still find K *different*
+    ones; that happens only if it is unavoidable.
     """
     order_NE = scores_NE.argsort(dim=1, descending=True, stable=True)
     room_E = torch.full_like(order_NE[0], capacity)
+    room_E[list(dropped)] = 0
     parts = []
     served = 0
     while served < len(order_NE):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
-from advmoe_deploy.analysis.several.blend import BlendReport, _on_front, blended
-from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.redundancy import TARGETS, TargetRow, Withstood
+from advmoe_deploy.analysis.several.blend import BlendPoint, BlendReport, blended, front_of
+from advmoe_deploy.analysis.shares import marked
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.alpha import alphas_of, shown_blend
@@ -20,6 +20,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.families.dual import DualModel
 from advmoe_deploy.models.stored import open_stored
+from advmoe_deploy.specs import ThreatModel
 from tests.conftest import write_run
 from tests.families import spec_of
 
@@ -76,11 +77,34 @@ def test_only_the_blend_follows_alpha(dual: Path) -> None:
 
 def test_the_front_by_hand() -> None:
     def found(clean: float, robust: float) -> Withstood:
-        shares = [Share(value=value, low=value, high=value) for value in (clean, robust)]
+        shares = [marked(torch.arange(10) < 10 * value) for value in (clean, robust)]
         return Withstood(accuracy=shares[0], targets=(), together=shares[1])
 
-    points = [found(0.9, 0.1), found(0.8, 0.5), found(0.8, 0.4), found(0.7, 0.5), found(0.6, 0.6)]
-    assert [_on_front(point, points) for point in points] == [True, True, False, False, True]
+    pairs = [(0.9, 0.1), (0.8, 0.5), (0.8, 0.4), (0.7, 0.5), (0.6, 0.6)]
+    points = [BlendPoint(alpha=i / 4, withstood=found(*pair)) for i, pair in enumerate(pairs)]
+    assert front_of(points) == (0.0, 0.25, 1.0)
+
+
+def test_alphas_that_the_images_do_not_tell_apart_are_named() -> None:
+    """Of 100 images the first 50, 48 and 20 are left: 2 more are chance, 30 more are not."""
+
+    def point(alpha: float, robust: int) -> BlendPoint:
+        clean, left = (marked(torch.arange(100) < count) for count in (90, robust))
+        rows = tuple(TargetRow(target=t, accuracy=left, route_change=None) for t in TARGETS)
+        found = Withstood(accuracy=clean, targets=rows, together=left)
+        return BlendPoint(alpha=alpha, withstood=found)
+
+    points = (point(0.5, 20), point(0.7, 50), point(1, 48))
+    report = BlendReport(
+        model="m", recipe="r", data="digits", images=100, threat=ThreatModel(epsilon=0.1), steps=1,
+        seed=0, trained_alpha=0.7, points=points, front=(0.7,), beside=(), versions={}, seconds=1.0,
+    )  # fmt: skip
+    robust, _ = shown_blend(report).verdict
+    assert robust.text == (
+        "Most images withstand PGD with every target at alpha 0.7: 90.0 % are right unattacked, "
+        "50.0 % withstand; 100 images do not tell it from alpha 1"
+    )
+    assert robust.tone == "unsure"
 
 
 @pytest.mark.parametrize(

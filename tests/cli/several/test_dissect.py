@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from advmoe_deploy.analysis.redundancy import TARGETS, TargetRow, Withstood
 from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
 from advmoe_deploy.analysis.several.roles import Role, Run, roles_of
-from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.several.trial import Trial
+from advmoe_deploy.analysis.shares import Marked, marked
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.dissect import _command
 from advmoe_deploy.cli.several.dissection import insights, shown_dissection
@@ -187,11 +189,12 @@ def test_other_networks_and_bundles_are_refused(
         assert says in capsys.readouterr().err
 
 
-def share(percent: float) -> Share:
-    return Share(value=percent / 100, low=percent / 100 - 0.05, high=percent / 100 + 0.05)
+def share(percent: int) -> Marked:
+    """Return so many of 100 images, always the first ones."""
+    return marked(torch.arange(100) < percent)
 
 
-def dissected(role: Role, together: float, flips: float, of_routes: float = 50) -> Dissected:
+def dissected(role: Role, together: int, flips: int, of_routes: int = 50) -> Dissected:
     rows = tuple(
         TargetRow(target=target, accuracy=share(of_routes), route_change=None) for target in TARGETS
     )
@@ -208,16 +211,47 @@ def test_insights_by_hand() -> None:
         seed=0,
         runs=(
             dissected("standard", 10, 50), dissected("robust router", 30, 20),
-            dissected("robust experts", 12, 50), dissected("experts moved", 60, 45),
+            dissected("robust experts", 12, 50), dissected("experts moved", 60, 28),
             dissected("both", 70, 30),
         ),
         versions={}, seconds=1.0,
     )  # fmt: skip
     router, experts, kept, which, both = insights(report)
     assert (router.tone, experts.tone, kept.tone) == ("gain", "unsure", "worse")
-    assert "gains robustness: 30.0 % withstand every attack, 10.0 % without it" in router.text
-    assert "gains nothing beyond chance: 12.0 %" in experts.text
+    assert (
+        "gains robustness: 30.0 % withstand PGD with every target, 10.0 % without it, +"
+        in router.text
+    )
+    assert "100 images decide no gain or loss: 12.0 %" in experts.text
+    assert "-1.3 to +5.3 points apart" in experts.text
     assert "not kept as experts move" in kept.text
     assert "20.0 % of the images" in kept.text
     assert "a robust router is worth more" in which.text
     assert "70.0 % of r" in both.text
+
+
+def test_what_was_measured_outlives_what_stops_it(
+    capsys: Capture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacks on the second run fail: the first one's figures are shown beside the error."""
+    attacked: list[None] = []
+
+    def once(self: Trial, *arguments: object) -> Withstood:
+        if attacked:
+            raise OSError("no space left")
+        attacked.append(None)
+        return put_to(self, *arguments)  # type: ignore[arg-type]
+
+    put_to = Trial.put_to
+    monkeypatch.setattr(Trial, "put_to", once)
+    line = ["analyze", "--dissect", *(str(runs / name) for name in NAMES), "--images", "4"]
+    out = tmp_path / "out"
+    assert run([*line, "--steps", "1", "--out", str(out), "--json"]) != 0
+    (kept,) = json.loads(capsys.readouterr().out)["measured"]
+    assert kept["role"] == "standard"
+    attacked.clear()
+    assert run([*line, "--steps", "1", "--out", str(out)]) != 0
+    screen = capsys.readouterr().out
+    assert "Measured before it was stopped" in screen
+    assert "standard" in screen
+    assert not out.exists()

@@ -29,10 +29,10 @@ def protocol_drawings(report: AnalysisReport) -> dict[str, Draw]:
 
 
 def draw_radii(axes: Axes, report: RadiiReport) -> str:
-    """Draw accuracy over the radius, under each loss, beside the dense twin's."""
+    """Draw accuracy over the radius, under each attack and all, beside the dense twin's."""
     for target, label, line in (
         ("model", "on the loss", "o-"),
-        ("auxiliary", "and auxiliary loss", "^--"),
+        ("auxiliary", "auxiliary loss, straight through the router", "^--"),
     ):
         effects = [point.effect for point in report.of(target)]  # type: ignore[arg-type]
         x = [0.0, *(effect.epsilon for effect in effects)]
@@ -40,6 +40,9 @@ def draw_radii(axes: Axes, report: RadiiReport) -> str:
         axes.plot(x, [100 * share.value for share in shares], line, color=MOE, label=label)
         low, high = ([100 * getattr(s, end) for s in shares] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=MOE, alpha=0.1, linewidth=0)
+    x = [0.0, *(left.epsilon for left in report.standing)]
+    together = [shares[0].value, *(left.accuracy.value for left in report.standing)]
+    axes.plot(x, [100 * v for v in together], ":", color=INK, lw=1.2, label="all targets")
     if twin := report.twin:
         x = [0.0, *(point.epsilon for point in twin.points)]
         values = [twin.accuracy.value, *(point.accuracy.value for point in twin.points)]
