@@ -14,6 +14,7 @@ import torch
 
 from advmoe_deploy import __version__
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
+from advmoe_deploy.analysis.several.roles import on_the_same_data
 from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import require_routes
@@ -79,8 +80,8 @@ def blend(
     The models ``beside`` it are attacked on the same images, at the same radius.
 
     Raises:
-        UsageError: a model beside it takes other images, knows other classes or routes nothing;
-            data that do not fit.
+        UsageError: a model beside it takes or was trained on other images, knows other classes or
+            routes nothing; data that do not fit.
     """
     started = time.perf_counter()
     progress, model = progress or Silent(), stored.model
@@ -132,4 +133,9 @@ def _require_alike(stored: StoredModel, other: StoredModel) -> None:
         raise UsageError(
             f"{other.path} takes images {theirs} of {len(other.class_names)} classes, {stored.path}"
             f" {ours} of {len(stored.class_names)}; name runs on the same data"
+        )
+    if not on_the_same_data(stored, other):
+        raise UsageError(
+            f"{other.path} was trained on other images ({other.data}) than {stored.path} "
+            f"({stored.data}); name runs on the same data"
         )
