@@ -129,14 +129,14 @@ def test_times_are_taken(command: str, tiny_bundle: Bundle, capsys: Capture) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "also"), re.findall(r"`advmoe ([^`]+)`; also ([^|]+) \|", PAGE)
+    ("command", "also"), re.findall(r"`advmoe ([^`]+)`; also ([^|;]+?)(?:;| \|)", PAGE)
 )
 def test_what_a_row_also_names_is_there(command: str, also: str) -> None:
     """Other values of the setting at the end of its command, or recipes with one beginning."""
     first, *others = also.split(", ")
-    if setting := re.search(r"--set (\S+)=", command):
-        base = recipe(shlex.split(command)[1])
-        found = [apply_overrides(base, [f"{setting[1]}={value}"]) for value in (first, *others)]
+    if settings := re.findall(r"--set (\S+)", command):
+        base, key = recipe(shlex.split(command)[1]), settings.pop().partition("=")[0]
+        found = [apply_overrides(base, [*settings, f"{key}={value}"]) for value in (first, *others)]
     else:
         begin = first.removesuffix("-moe-standard")
         found = [recipe(name) for name in (first, *(f"{begin}{other}" for other in others))]
