@@ -92,7 +92,7 @@ def test_the_listener_hears_native_lookups(listener: Path, tmp_path: Path) -> No
     assert heard.read_text().splitlines() == ["lookup localhost 0", "connect  9"]
 
 
-# One process for all of them, as nobody starts it, for libraries take seconds to load.
+# One process for all of these, as nobody starts it, for libraries take seconds to load.
 COMMANDS = """
 import json, sys
 from pathlib import Path
@@ -106,37 +106,56 @@ for command in json.loads(sys.argv[3]):
 """
 
 
+def leaves_nothing(arguments: list[str], listener: Path, heard: Path, home: Path) -> None:
+    """Run python with ``arguments``, and look at whom it asked and what is left in ``home``."""
+    home.mkdir()
+    run_python(arguments, home.parent, HOME=str(home), LD_PRELOAD=str(listener), LOOKUPS=str(heard))
+    assert not heard.exists(), heard.read_text()
+    left = {file.relative_to(home).parts[:2] for file in home.rglob("*") if file.is_file()}
+    assert left <= {(".cache", "advmoe-deploy")}, left
+
+
 @LINUX
 def test_no_command_leaves_an_id_or_looks_up_a_name(
-    tiny_run: Path, tiny_bundle: Bundle, listener: Path, tmp_path: Path
+    tiny_bundle: Bundle, listener: Path, tmp_path: Path
 ) -> None:
-    home, heard, work = tmp_path / "home", tmp_path / "heard", tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    Image.new("L", (8, 8)).save(work / "black.png")
+    home, heard = tmp_path / "home", tmp_path / "heard"
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
     bundle = str(tiny_bundle.path)
-    small = ["model.width=8", "model.router_width=4", "epochs=1", "train_images=80"]
-    small += ["test_images=20", "holdout_attack_steps=1", "test_attack_steps=1"]
-    settings = [word for setting in small for word in ("--set", setting)]
     commands = (
         ["list"],
         ["predict", bundle, "--input", "black.png", "--output", "a.parquet"],
         ["profile", bundle, "--batch", "1", "--against", "", "--html", "page.html"],
         ["doctor"],
         ["verify", bundle, "--images", "2", "--engine", "openvino", "--allow-fragile"],
-        ["export", str(tiny_run), "--format", "openvino", "--out", "bundle"],
-        ["train", "digits-advmoe", "--out", "run", *settings],
     )
-    run_python(
-        ["-c", COMMANDS, str(heard), str(home), json.dumps(commands)],
-        work,
-        HOME=str(home),
-        LD_PRELOAD=str(listener),
-        LOOKUPS=str(heard),
-    )
-    assert not heard.exists(), f"as the process ended: {heard.read_text()}"
-    left = {file.relative_to(home).parts[:2] for file in home.rglob("*") if file.is_file()}
-    assert left <= {(".cache", "advmoe-deploy")}, left
+    program = ["-c", COMMANDS, str(heard), str(home), json.dumps(commands)]
+    leaves_nothing(program, listener, heard, home)
+
+
+SMALL = [
+    *("--set", "model.width=8", "--set", "model.router_width=4", "--set", "epochs=1"),
+    *("--set", "train_images=80", "--set", "test_images=20"),
+    *("--set", "holdout_attack_steps=1", "--set", "test_attack_steps=1"),
+]
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "RUN", "--format", "openvino", "--out", "bundle"),
+        ("train", "digits-advmoe", "--out", "run", *SMALL),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_is_started_alone_leaves_nothing_either(
+    command: tuple[str, ...], tiny_run: Path, listener: Path, tmp_path: Path
+) -> None:
+    """No other command has loaded its libraries, or told them to be quiet."""
+    arguments = [str(tiny_run) if word == "RUN" else word for word in command]
+    program = ["-m", "advmoe_deploy.cli.app", *arguments]
+    leaves_nothing(program, listener, tmp_path / "heard", tmp_path / "home")
 
 
 @LINUX

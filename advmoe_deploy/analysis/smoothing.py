@@ -69,7 +69,10 @@ class CurveOfRadii(Frozen):
 
 
 class SmoothingReport(Frozen):
-    """What the smoothed classifier is certified for. ``abstained`` counts images."""
+    """What the smoothed classifier is certified for. ``abstained`` counts images.
+
+    ``vacuous``: no right answer has a radius that reaches another image of 8 bits.
+    """
 
     settings: Smoothing
     images: int
@@ -79,11 +82,7 @@ class SmoothingReport(Frozen):
     largest_radius: float
     curve: CurveOfRadii
     certified: tuple[CertifiedImage, ...]
-
-    @property
-    def vacuous(self) -> bool:
-        """Whether no right answer has a radius that reaches another image of 8 bits."""
-        return is_vacuous(torch.tensor([one.radius for one in self.certified if one.correct]))
+    vacuous: bool = False
 
 
 def lower_confidence_bound(count: int, trials: int, alpha: float) -> float:
@@ -177,6 +176,7 @@ def _report(done: Sequence[CertifiedImage], settings: Smoothing) -> SmoothingRep
             radius=tuple(grid.tolist()), accuracy=tuple(held_GN.double().mean(dim=1).tolist())
         ),
         certified=tuple(done),
+        vacuous=is_vacuous(radius_N[right_N]),
     )
 
 

@@ -1,5 +1,6 @@
 """Options of V-MoE's protocol: radii, capacities, and the dense twin beside."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from advmoe_deploy.settings import epsilon_of
 
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.protocol.radii import Protocol
+
+_FRACTIONS = re.compile(r"([\d.]+)(/\d+)\.\.([\d.]+)\2")  # of one denominator
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,28 @@ class Grid:
 
 
 def _radii(text: str) -> tuple[float, ...]:
-    found = tuple(dict.fromkeys(map(epsilon_of, names(text))))
+    try:
+        written = [radius for part in names(text) for radius in _written(part)]
+    except ValueError as error:
+        raise UsageError(f"--radii '{text}': {error}") from None
+    found = tuple(dict.fromkeys(map(epsilon_of, written)))
     if not found:
         raise UsageError(f"--radii '{text}' names no radius; write --radii 1/255,4/255")
     return found
 
 
+def _written(part: str) -> list[str]:
+    """Return the one radius that ``part`` is, or all of a range such as ``1/255..4/255``."""
+    if ".." not in part:
+        return [part]
+    fractions = _FRACTIONS.fullmatch(part)
+    counted, below = (f"{fractions[1]}..{fractions[3]}", fractions[2]) if fractions else (part, "")
+    return [f"{value:.12g}{below}" for value in numbers_of(counted, "1/255..4/255")]
+
+
 def _ratios(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(dict.fromkeys(numbers_of(text)))
+        found = tuple(dict.fromkeys(numbers_of(text, "0.5,1,2")))
     except ValueError as error:
         raise UsageError(f"--capacity: {error}") from None
     if not found or min(found) <= 0:

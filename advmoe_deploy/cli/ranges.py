@@ -11,23 +11,25 @@ _RANGE = re.compile(r"(-?\d*\.?\d+)\.\.(-?\d*\.?\d+)")
 _MOST_VALUES = 1000
 
 
-def numbers_of(text: str) -> tuple[float, ...]:
+def numbers_of(text: str, example: str) -> tuple[float, ...]:
     """Return the numbers of a list, each one or a range that counts by its start's last digit.
+
+    ``example`` is what to write instead of what is no number.
 
     Raises:
         ValueError: a part is neither; the message has the way out.
     """
-    return tuple(value for part in names(text) for value in _range(part))
+    return tuple(value for part in names(text) for value in _range(part, example))
 
 
-def _range(text: str) -> tuple[float, ...]:
+def _range(text: str, example: str) -> tuple[float, ...]:
     """Return the one value that ``text`` is, or all from A to B of ``A..B``, by A's last digit.
 
     Raises:
         ValueError: it is neither; the message has the way out.
     """
     if ".." not in text:
-        return (_number(text),)
+        return (_number(text, example),)
     found = _RANGE.fullmatch(text)
     if not found:
         raise ValueError(
@@ -49,8 +51,8 @@ def _range(text: str) -> tuple[float, ...]:
     return tuple(float(first + place * step) for place in range(int(count) + 1))
 
 
-def _number(text: str) -> float:
+def _number(text: str, example: str) -> float:
     with suppress(ValueError):
         if isfinite(value := float(text)):
             return value
-    raise ValueError(f"'{text}' is no finite number; write 2,4,8")
+    raise ValueError(f"'{text}' is no finite number; write {example}")

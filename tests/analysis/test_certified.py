@@ -1,5 +1,6 @@
 """No attack of verify's finds anything within a certified radius, and empty radii say so."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,21 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.certificate import Certificate, Radii, certificate, local_radii
 from advmoe_deploy.analysis.lipschitz import lipschitz_constants
-from advmoe_deploy.analysis.smoothing import Smoothing, SmoothingReport, certify
+from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.smoothing import CertifiedImage, Smoothing, SmoothingReport, certify
+from advmoe_deploy.analysis.smoothing import _report as report_of_smoothing
 from advmoe_deploy.analysis.theorem import held_radius
 from advmoe_deploy.analysis.vacuous import LEVEL, VACUOUS, is_vacuous
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.robustness import certified_routes
-from advmoe_deploy.cli.tables.analysis import radii_text
+from advmoe_deploy.cli.tables.analysis import radii_text, sections
+from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.cli.tables.robustness import certified_text
+from advmoe_deploy.cli.verdicts.analysis import conclusions
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
@@ -32,6 +38,9 @@ from tests.toys import Linear, LinearMoE, toy_spec
 THREAT = ThreatModel(epsilon=0.02)
 WITHIN = 0.999  # of a radius: what is proved is about sums that are not rounded
 IMAGES = 6
+SMOOTH = Smoothing(n=20)
+NONE = Share(value=0, low=0, high=0.6)
+HALF = Share(value=0.5, low=0.15, high=0.85)
 
 
 def middling(images: Tensor) -> Tensor:
@@ -172,11 +181,13 @@ def test_a_trained_network_says_that_its_radii_are_vacuous(trained_run: Path) ->
     found = formal(certificate_of(model, x, y))
     assert [radii.name for radii in found] == ["route", "answer", "Theorem 5.4, routes held"]
     for radii in found:
-        assert radii.vacuous == (radii.quantiles[-1] < LEVEL)
-        assert (VACUOUS in radii.note) == (VACUOUS in radii_text(radii)) == radii.vacuous
+        assert radii.vacuous
+        assert radii.quantiles[-1] < LEVEL
+        assert VACUOUS in radii.note
+        assert VACUOUS in radii_text(radii)
     routes = certified_routes(model, x.numpy(), THREAT)
-    assert routes.vacuous == found[0].vacuous
-    assert (VACUOUS in certified_text(routes)) == routes.vacuous
+    assert routes.vacuous
+    assert VACUOUS in certified_text(routes)
     answer_N, radius_N = predict(model, x), radii_of(model, x)["answer"]
     within = found_within(model, x, answer_N, radius_N, AttackSpec(name="pgd", steps=5))
     assert (predict(model, within) == answer_N).all()
@@ -193,9 +204,70 @@ def test_wide_radii_are_not_called_vacuous(toy: LinearMoE) -> None:
 
 def test_smoothing_of_nothing_is_vacuous(toy: LinearMoE) -> None:
     x = middling(digits(3)[0])
-    wrong = certify(toy, x, (predict(toy, x) + 1) % 10, Smoothing(n=20))
+    wrong = certify(toy, x, (predict(toy, x) + 1) % 10, SMOOTH)
     assert isinstance(wrong, SmoothingReport)
     assert wrong.vacuous
+    assert wrong.model_dump(mode="json")["vacuous"] is True
+
+
+def report_of(found: Certificate | None, smoothed: SmoothingReport | None) -> AnalysisReport:
+    """An analysis of nothing but what can be certified."""
+    return AnalysisReport(
+        model="run",
+        recipe="digits-advmoe",
+        family="advmoe",
+        data="digits",
+        images=4,
+        threat=THREAT,
+        steps=1,
+        seed=0,
+        class_names=("a", "b"),
+        accuracy=NONE,
+        certificate=found,
+        smoothing=smoothed,
+        notes=(),
+        versions={},
+        seconds=0,
+        **dict.fromkeys(
+            ("routes", "changes", "experts", "lipschitz", "jumps", "radii", "capacity")
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("certified", "vacuous", "says"),
+    [
+        (None, False, "there is no formal bound for this model"),
+        (NONE, True, "formal radii are vacuous, below one level of 8 bits"),
+        (NONE, False, "formal bounds are too loose to be of use"),
+        (HALF, False, "50.0 % of the answers are guaranteed at epsilon"),
+    ],
+)
+def test_the_verdict_of_a_certificate(certified: Share | None, vacuous: bool, says: str) -> None:
+    answer = Radii(
+        name="answer",
+        tag="formal",
+        note="by hand",
+        epsilon=THREAT.epsilon,
+        median=0.001,
+        certified=certified,
+        vacuous=vacuous,
+    )
+    found = Certificate(constants=(), radii=(answer,))
+    assert says in conclusions(report_of(found, None))[-1].text
+
+
+@pytest.mark.parametrize("radius", [0.003, 0.3])
+def test_smoothing_says_on_the_screen_what_its_radii_are_worth(
+    radius: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = CertifiedImage(image=0, label=1, answer=1, count=20, radius=radius)
+    found = report_of_smoothing([one, one.model_copy(update={"answer": 0, "radius": 0.3})], SMOOTH)
+    report = report_of(None, found)
+    draw_on(sys.stdout, sections(report))
+    screen, said = " ".join(capsys.readouterr().out.split()), conclusions(report)[-1].text
+    assert (VACUOUS in screen) == ("l2 radii are vacuous" in said) == (radius < LEVEL)
+    assert ("guaranteed within an l2 radius of 0.150" in said) == (radius > LEVEL)
 
 
 def test_the_theorem_blends_its_rates_as_a_dual_model_blends_logits() -> None:

@@ -13,6 +13,7 @@ from advmoe_deploy.analysis import smoothing
 from advmoe_deploy.analysis.smoothing import CertifiedImage
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.protocol import Grid
 from tests.conftest import TINY, write_run
 from tests.families import spec_of
 
@@ -107,12 +108,29 @@ def test_a_section_that_crashes_takes_no_other_with_it(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("1/255..4/255", (1, 2, 3, 4)),
+        ("0.5/255..0.7/255,4/255", (0.5, 0.6, 0.7, 4)),
+        ("4/255,4/255", (4,)),
+    ],
+)
+def test_radii_are_a_list_or_a_range(text: str, levels: tuple[float, ...]) -> None:
+    radii = Grid.of(text, None, None, ("radii",)).radii
+    assert radii == pytest.approx([level / 255 for level in levels])
+    assert Grid.of("0.01..0.03", None, None, ("radii",)).radii == (0.01, 0.02, 0.03)
+
+
 def test_bad_inputs_leave_nothing(capsys: Capture, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     for arguments, code, words in (
         ([tmp_path / "empty"], 3, "neither a finished run nor a bundle"),
         ([tiny_run, "--epsilon", "2"], 2, "outside (0, 1]"),
+        ([tiny_run, "--radii", "1/255..2/510"], 2, "'1/255..2/510' is no range"),
+        ([tiny_run, "--sigma", "0.5"], 2, "give --smoothing 1000 too"),
+        ([tiny_run, tiny_run], 2, "--dissect and --alpha take several runs"),
         ([tiny_run, "--data", "digit"], 2, "did you mean digits"),
         ([tiny_run, "--data", "folder:/x?size=16"], 3, "/x"),
     ):

@@ -95,7 +95,7 @@ def test_every_command_has_examples() -> None:
         (["analyze", "missing"], 3, "missing is no directory"),
         (["analyze", "missing", "--only", "routs"], 2, "did you mean routes"),
         (["analyze", "missing", "--only", " , "], 2, "names no section"),
-        (["analyze", "missing", "--sigma", "0"], 2, "smoothing: sigma"),
+        (["analyze", "missing", "--smoothing", "9", "--sigma", "0"], 2, "smoothing: sigma"),
         (["analyze", "missing", "--images", "0"], 2, "images"),
         (["serve", "missing"], 3, "missing is no directory"),
         (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),

@@ -132,6 +132,15 @@ def test_a_dense_model_exports_too(tmp_path: Path) -> None:
     assert {*steps.left.values()} == {0}, "a step that was announced was not told of"
 
 
+def test_every_step_of_a_routed_export_is_told_of_once(tiny_run: Path, tmp_path: Path) -> None:
+    steps = Steps()
+    export_run(
+        tiny_run, tmp_path / "bundle", data="random:32", with_reference=False, progress=steps
+    )
+    assert "trace layers" in steps.left
+    assert not {task: left for task, left in steps.left.items() if left}
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [

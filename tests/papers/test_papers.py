@@ -4,6 +4,7 @@ Trainings are planned on images of the right shape, analyses are made of random 
 would train or attack for long is stopped at its data: by then all it says has been checked.
 """
 
+import itertools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ import pytest
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.specs import ModelSpec
+from advmoe_deploy.train.config import apply_overrides
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.published import advmoe_cells
 from docs.programs.generate import PAPERS_PAGE
@@ -126,11 +128,39 @@ def test_times_are_taken(command: str, tiny_bundle: Bundle, capsys: Capture) -> 
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
+@pytest.mark.parametrize(
+    ("command", "also"), re.findall(r"`advmoe ([^`]+)`; also ([^|;]+?)(?:;| \|)", PAGE)
+)
+def test_what_a_row_also_names_is_there(command: str, also: str) -> None:
+    """Other values of the setting at the end of its command, or recipes with one beginning."""
+    first, *others = also.split(", ")
+    if settings := re.findall(r"--set (\S+)", command):
+        base, key = recipe(shlex.split(command)[1]), settings.pop().partition("=")[0]
+        found = [apply_overrides(base, [*settings, f"{key}={value}"]) for value in (first, *others)]
+    else:
+        begin = first.removesuffix("-moe-standard")
+        found = [recipe(name) for name in (first, *(f"{begin}{other}" for other in others))]
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
+def test_the_page_names_every_cell_of_advmoes_tables() -> None:
+    (columns,) = re.findall(r"COLUMN of ([^|]+) \|", PAGE)
+    grids = re.findall(r"DATA of (.+?) with NETWORK of (.+?)(?:, and|;)", PAGE)
+    named = [
+        f"{data}-{network}-{column}"
+        for sets, networks in grids
+        for data in sets.split(", ")
+        for network in networks.split(", ")
+        for column in columns.split(", ")
+    ]
+    assert len(named) == 60, "as the row says"
+    assert {*named} == {"-".join(cell) for cell in advmoe_cells()}
+    assert all(recipe(name).model for name in named)
+
+
 def test_every_recipe_of_a_paper_is_on_the_page() -> None:
     """By name, or as a cell of AdvMoE's tables, which are named by their parts."""
     cells = {"-".join(cell) for cell in advmoe_cells()}
-    for part in {part for cell in advmoe_cells() for part in cell}:
-        assert re.search(rf"\b{part}\b", PAGE), part
     for name in RECIPES.keys() - cells:
         of_paper = name.startswith(("cifar100-", "tiny-imagenet-rt", "cifar10-rt", "cifar10-vit"))
         if of_paper and not name.endswith("-advmoe-paper"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
+from advmoe_deploy.analysis.several.roles import on_the_same_data
 from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import require_routes
@@ -81,8 +82,8 @@ def blend(
     ``measured`` is filled with what was found of each alpha and each of them as it ends.
 
     Raises:
-        UsageError: a model beside it takes other images, knows other classes or routes nothing;
-            data that do not fit.
+        UsageError: a model beside it takes or was trained on other images, knows other classes or
+            routes nothing; data that do not fit.
     """
     started = time.perf_counter()
     progress, model = progress or Silent(), stored.model
@@ -133,4 +134,9 @@ def _require_alike(stored: StoredModel, other: StoredModel) -> None:
         raise UsageError(
             f"{other.path} takes images {theirs} of {len(other.class_names)} classes, {stored.path}"
             f" {ours} of {len(stored.class_names)}; name runs on the same data"
+        )
+    if not on_the_same_data(stored, other):
+        raise UsageError(
+            f"{other.path} was trained on other images ({other.data}) than {stored.path} "
+            f"({stored.data}); name runs on the same data"
         )

@@ -14,11 +14,12 @@ Beside them any number of ``both``: router and experts trained adversarially, jo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from advmoe_deploy.bundle import MANIFEST
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.reports.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
+from advmoe_deploy.specs import Fingerprint
 
 Role = Literal["standard", "robust router", "robust experts", "experts moved", "both"]
 Needed = Literal["standard", "robust router", "robust experts", "experts moved"]
@@ -71,7 +72,7 @@ def roles_of(runs: Sequence[Run]) -> dict[Role, list[Run]]:
 
     Raises:
         UsageError: a run has no role in a dissection, two have the same of :data:`NEEDED`, the
-            networks differ, or a run began with weights that are none of these runs'.
+            networks or data differ, or a run began with weights that are none of these runs'.
     """
     for run in runs:
         _require_same_network(runs[0], run)
@@ -90,6 +91,25 @@ def roles_of(runs: Sequence[Run]) -> dict[Role, list[Run]]:
             names = " and ".join(run.name for run in same)
             raise UsageError(f"{names} are both the run '{needed}' of a dissection; name one")
     return found
+
+
+class TrainedOn(Protocol):
+    """A model of which it is known on what it was trained: a source, and what that held."""
+
+    @property
+    def data(self) -> str:
+        """The data source; empty if unknown."""
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Its content, if it is recorded."""
+
+
+def on_the_same_data(one: TrainedOn, other: TrainedOn) -> bool:
+    """Return whether two models were trained on the same images, as far as is known."""
+    if one.fingerprint and other.fingerprint:
+        return one.fingerprint.images == other.fingerprint.images
+    return one.data == other.data or not (one.data and other.data)
 
 
 def _trained(run: Run) -> str:
@@ -160,3 +180,8 @@ def _require_same_network(first: Run, run: Run) -> None:
         )
     if run.checkpoint.class_names != first.checkpoint.class_names:
         raise UsageError(f"{run.name} has other classes than {first.name}; leave one of them out")
+    if not on_the_same_data(first.checkpoint, run.checkpoint):
+        raise UsageError(
+            f"{run.name} was trained on other images ({run.checkpoint.data}) than {first.name} "
+            f"({first.checkpoint.data}); leave one of them out"
+        )

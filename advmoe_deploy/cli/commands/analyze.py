@@ -57,7 +57,7 @@ def analyze(
             "--only",
             metavar="SECTIONS",
             help="Of routes, changes, experts, lipschitz, certificate, radii, capacity, smoothing; "
-            "by default the first five.",
+            "by default the first five, with those of --radii, --capacity and --smoothing.",
         ),
     ] = None,
     radii: Annotated[
@@ -65,7 +65,8 @@ def analyze(
         typer.Option(
             "--radii",
             metavar="R1,R2,...",
-            help="Attack at each of these radii as V-MoE's study does, such as 1/255,4/255,20/255.",
+            help="Attack at each of these radii as V-MoE's study does, such as 1/255,4/255 or "
+            "1/255..20/255.",
         ),
     ] = None,
     capacity: Annotated[
@@ -96,8 +97,9 @@ def analyze(
         ),
     ] = None,
     sigma: Annotated[
-        float, typer.Option("--sigma", help="Noise of the smoothing, in [0, 1] pixels.")
-    ] = 0.25,
+        float | None,
+        typer.Option("--sigma", help="Noise of --smoothing, in [0, 1] pixels; by default 0.25."),
+    ] = None,
     dissect: Annotated[
         bool,
         typer.Option(
@@ -120,7 +122,8 @@ def analyze(
         typer.Option(
             "--steps",
             min=1,
-            help="Steps of each PGD: 20, or the 40 of V-MoE's study, unless given.",
+            help="Steps of each PGD; by default 20, and 40 for --radii and --capacity, as V-MoE's "
+            "study has it.",
         ),
     ] = None,
     epsilon: Epsilon = None,
@@ -138,7 +141,8 @@ def analyze(
         typer.Option(
             "--out",
             readable=False,
-            help="By default RUN/analysis, BUNDLE-analysis, or ./NAME-analysis of a name.",
+            help="By default RUN/analysis, BUNDLE-analysis, or ./NAME-analysis of a name; of "
+            "--dissect ./dissection, of --alpha ./NAME-alpha.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -149,10 +153,12 @@ def analyze(
     seconds = None if budget is None else seconds_of(budget)
     on_request = {"radii": radii, "capacity": capacity, "smoothing": smoothing}
     alone: dict[str, object] = {f"--{name}": value for name, value in on_request.items()}
-    alone |= {"--only": only, "--twin": twin, "--budget": budget}
+    alone |= {"--sigma": sigma, "--only": only, "--twin": twin, "--budget": budget}
     _require_sense(paths, alone, dissect=dissect, alpha=alpha)
     chosen = _named(only)
     also = tuple(name for name, value in on_request.items() if value is not None)
+    if sigma is not None and "smoothing" not in (*chosen, *also):
+        raise UsageError("--sigma is the noise of --smoothing; give --smoothing 1000 too")
     epsilon_of_all = epsilon if chosen else None  # else sections that it is for are run, too
     grid = Grid.of(radii, capacity, twin, {*chosen, *also}, epsilon_of_all)
     use_threads(threads)
@@ -233,7 +239,8 @@ def _require_sense(
     if not dissect and alpha is None:
         if len(paths) > 1:
             raise UsageError(
-                f"analyze looks into one model, not {len(paths)}; --dissect takes several runs"
+                f"analyze looks into one model, not {len(paths)}; --dissect and --alpha take "
+                "several runs"
             )
         return
     if given := [option for option, value in alone.items() if value is not None]:
@@ -258,14 +265,14 @@ def _wanted(chosen: tuple[str, ...]) -> "tuple[Section, ...] | None":
     return tuple(section for section in SECTIONS if section in chosen) or None
 
 
-def _smoothing(sigma: float, draws: int | None, seed: int) -> "Smoothing":
+def _smoothing(sigma: float | None, draws: int | None, seed: int) -> "Smoothing":
     from pydantic import ValidationError
 
     from advmoe_deploy.analysis.smoothing import Smoothing
 
-    fields = {"sigma": sigma, "seed": seed, **({"n": draws} if draws else {})}
+    given = {"sigma": sigma, "n": draws, "seed": seed}
     try:
-        return Smoothing.model_validate(fields)
+        return Smoothing.model_validate({k: v for k, v in given.items() if v is not None})
     except ValidationError as error:
         raise UsageError(f"smoothing: {one_line(error)}") from None
 

@@ -35,7 +35,7 @@ def alphas_of(text: str) -> tuple[float, ...]:
         UsageError: they are none, or one is given twice.
     """
     try:
-        values = numbers_of(text)
+        values = numbers_of(text, "0.5..1 or 0.5,0.7,1")
     except ValueError as error:
         raise UsageError(f"--alpha '{text}': {error}") from None
     if not values or len(set(values)) < len(values):

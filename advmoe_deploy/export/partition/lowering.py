@@ -110,17 +110,24 @@ class Program:
 
 @contextmanager
 def _told(module: nn.Module, progress: Progress) -> Iterator[None]:
-    """Tell ``progress`` of every layer that ``module`` runs in the block."""
+    """Tell ``progress`` of every layer once: as ``module`` first runs it in the block, or after."""
     layers = [each for each in module.modules() if next(each.children(), None) is None]
+    waiting = set(layers)
+
+    def ran(layer: nn.Module, *_: object) -> None:
+        if layer in waiting:  # experts may share a layer, which then runs again
+            waiting.remove(layer)
+            progress.advance(_TRACE)
+
     with task(progress, _TRACE, len(layers)):
-        hooks = [
-            layer.register_forward_hook(lambda *_: progress.advance(_TRACE)) for layer in layers
-        ]
+        hooks = [layer.register_forward_hook(ran) for layer in layers]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+        if waiting:  # which the model holds and never runs
+            progress.advance(_TRACE, len(waiting))
 
 
 def is_tensor(node: fx.Node) -> bool:

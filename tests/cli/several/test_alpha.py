@@ -2,13 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from advmoe_deploy.analysis.redundancy import TARGETS, TargetRow, Withstood
-from advmoe_deploy.analysis.several.blend import BlendPoint, BlendReport, blended, front_of
+from advmoe_deploy.analysis.several.blend import (
+    BlendPoint,
+    BlendReport,
+    _require_alike,
+    blended,
+    front_of,
+)
 from advmoe_deploy.analysis.shares import marked
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.app import run
@@ -113,7 +120,7 @@ def test_alphas_that_the_images_do_not_tell_apart_are_named() -> None:
         ("0.5..2", "1.1 is no share"),
         ("0.5,0.5", "or one twice"),
         (",", "has no value"),
-        ("half", "is no finite number"),
+        ("half", "is no finite number; write 0.5..1 or 0.5,0.7,1"),
     ],
 )
 def test_alphas_are_shares(text: str, says: str) -> None:
@@ -122,9 +129,18 @@ def test_alphas_are_shares(text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_runs_on_other_data_do_not_stand_beside(dual: Path) -> None:
+    stored = open_stored(dual)
+    _require_alike(stored, stored)
+    with pytest.raises(UsageError, match=r"trained on other images \(cifar10\)"):
+        _require_alike(stored, replace(stored, data="cifar10"))
+
+
 def test_what_blends_nothing_is_refused(capsys: Capture, tiny_run: Path, dual: Path) -> None:
     assert run(["analyze", "--alpha", "0.5..1", str(tiny_run)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is of family advmoe and blends nothing" in line
     assert run(["analyze", "--alpha", "0.5", str(dual), "--smoothing", "10"]) == 2
     assert "--smoothing is for the analysis of one model" in capsys.readouterr().err
+    assert run(["analyze", "--alpha", "0.5", str(dual), "--sigma", "0.5"]) == 2
+    assert "--sigma is for the analysis of one model" in capsys.readouterr().err

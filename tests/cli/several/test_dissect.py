@@ -168,6 +168,19 @@ def test_what_does_not_fit_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_runs_on_other_data_are_refused(runs: Path) -> None:
+    def trained_on(**data: object) -> list[Run]:
+        standard, router, *others = named(runs)
+        known = {**router.checkpoint.provenance, **data}
+        checkpoint = router.checkpoint.model_copy(update={"provenance": known})
+        return [standard, Run(router.name, router.path, checkpoint), *others]
+
+    for data in ({"fingerprint": {"images": "0", "dealt": "0"}}, {"fingerprint": None}):
+        with pytest.raises(UsageError, match=r"robust-router was trained on other images \(there"):
+            roles_of(trained_on(data="there", **data))
+    assert len(roles_of(trained_on(data="there"))) == 4, "the same images in another place"
+
+
 def test_other_networks_and_bundles_are_refused(
     capsys: Capture, runs: Path, tmp_path: Path, tiny_run: Path
 ) -> None:

@@ -89,7 +89,7 @@ def test_ranges_count_by_their_last_digit() -> None:
         ),
         ("k=4..2", "write smaller..larger"),
         ("k=1..1000000", "more than 1,000 values"),
-        ("lr=nan", "'nan' is no finite number"),
+        ("lr=nan", "'nan' is no finite number; write model.num_experts=2,4,8"),
         ("lr=0.1,1e999", "'1e999' is no finite number"),
         ("model.num_experts=two", "'two' is no finite number"),
         ("model.num_experts", "write model.num_experts=2,4,8"),

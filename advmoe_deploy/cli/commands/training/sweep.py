@@ -197,7 +197,7 @@ def _draw_macs(axes: Axes, report: SweepReport) -> str:
 def _values(over: str) -> tuple[str, tuple[float, ...]]:
     key, equals, text = over.partition("=")
     try:
-        values = numbers_of(text)
+        values = numbers_of(text, "model.num_experts=2,4,8")
     except ValueError as error:
         raise UsageError(f"--over '{over}' is no sweep: {error}") from None
     if not equals or not values:
