@@ -117,9 +117,9 @@ def test_a_section_that_crashes_takes_no_other_with_it(
     ],
 )
 def test_radii_are_a_list_or_a_range(text: str, levels: tuple[float, ...]) -> None:
-    radii = Grid.of(text, None, None, ("radii",)).radii
+    radii = Grid.of(text, None, None, ("radii",), None).radii
     assert radii == pytest.approx([level / 255 for level in levels])
-    assert Grid.of("0.01..0.03", None, None, ("radii",)).radii == (0.01, 0.02, 0.03)
+    assert Grid.of("0.01..0.03", None, None, ("radii",), None).radii == (0.01, 0.02, 0.03)
 
 
 def test_bad_inputs_leave_nothing(capsys: Capture, tiny_run: Path, tmp_path: Path) -> None:
