@@ -146,7 +146,7 @@ def test_what_withstands_nothing_ends_with_1_unless_that_is_allowed(
 def test_too_few_images_are_undecided(
     int8_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--engine", "onnxruntime:int8", "--images", "20", "--max-drop", "10"]
+    options = ["--engine", "onnxruntime:int8", "--images", "20", "--max-drop", "5"]
     code = run(["verify", str(int8_bundle.path), *options])
     printed = capsys.readouterr()
     assert code == 6
