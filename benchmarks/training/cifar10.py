@@ -1,14 +1,14 @@
 """Measure a run on CIFAR-10's test images: clean, PGD-50, AutoAttack, attacks on its routes.
 
-    python -m benchmarks.training.cifar10 RUN --data cifar10:PATH [--images 1000] [--threads 2]
+    python -m benchmarks.training.cifar10 RUN|zoo:NAME --data cifar10:PATH [--images 1000]
 
 Clean accuracy is of all test images, the rest of the first ``--images``. AutoAttack is its four
 attacks one after the other, each on what the one before it left; ``robust`` is what stands after
 these and after PGD-50 and the attacks of ``verify``'s suite ``standard``, image by image. Cheap
-attacks come first, each takes the images by the chunk, and RUN/attacked.npz is written after each:
-the program may be stopped at any time, goes on where it was, and writes
-``benchmarks/results/cifar10/RECIPE.json`` after every attack. FAB-T and Square of AutoAttack take
-most of a minute of one core for every image that stands.
+attacks come first, each takes the images by the chunk, and RECIPE.attacked.json in
+``benchmarks/results/cifar10`` is written after each: the program may be stopped at any time, goes
+on where it was, on any machine, and writes RECIPE.json there after every attack. FAB-T and Square
+of AutoAttack take most of a minute of one core for every image that stands.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import attack_suite
+from advmoe_deploy.zoo.resolve import resolve
 from benchmarks.training.digits import share
 
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10"
@@ -72,7 +73,7 @@ class Standing:
     """What each attack left of the images it has seen: flags by attack, kept in a file.
 
     A flag is true where the image was right and the attack did not turn it, or did not get it since
-    another had turned it before.
+    another had turned it before. The file holds them as digits, an image each.
     """
 
     def __init__(self, path: Path, weights: str, clean: Flags) -> None:
@@ -80,11 +81,14 @@ class Standing:
         self.flags: dict[str, Flags] = {}
         self.seconds = 0.0
         if path.exists():
-            with np.load(path, allow_pickle=False) as kept:
-                if str(kept["weights"]) != weights:
-                    raise UsageError(f"{path} is of other weights; remove it to attack these")
-                self.seconds = float(kept["seconds"])
-                self.flags = {n: kept[n] for n in kept.files if n not in ("weights", "seconds")}
+            kept = json.loads(path.read_text())
+            if kept["weights_sha256"] != weights:
+                raise UsageError(f"{path} is of other weights; remove it to attack these")
+            self.seconds = kept["seconds"]
+            self.flags = {
+                key: np.array([digit == "1" for digit in digits], bool)
+                for key, digits in kept["standing"].items()
+            }
 
     def of(self, attack: AttackSpec) -> Flags:
         """Return the flags of the images that ``attack`` has seen."""
@@ -102,9 +106,11 @@ class Standing:
         """Append a chunk to the flags of ``attack`` and write the file whole or not at all."""
         self.flags[key_of(attack)] = np.concatenate([self.of(attack), flags])
         self.seconds += seconds
-        partial_ = self.path.with_suffix(".partial.npz")
-        np.savez(partial_, weights=self.weights, seconds=self.seconds, **self.flags)  # type: ignore[arg-type]
-        partial_.replace(self.path)
+        digits = {
+            key: "".join("01"[flag] for flag in flags.tolist()) for key, flags in self.flags.items()
+        }
+        kept = {"weights_sha256": self.weights, "seconds": self.seconds, "standing": digits}
+        write_atomically(self.path, (json.dumps(kept, indent=2) + "\n").encode())
 
 
 def turner(model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Turn:
@@ -161,20 +167,30 @@ def routes_of(model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel) -> d
     return {"routes": found}
 
 
-def routes_in(file: Path, weights: str, images: int) -> dict[str, Any]:
-    """Return what an earlier call measured of the routes, nothing if it was of something else."""
+def row_in(file: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the row that an earlier call wrote of the same training, or nothing."""
     if not file.exists():
         return {}
     (row,) = json.loads(file.read_text())["rows"]
-    same = row["weights_sha256"] == weights and row["pgd_50"]["n"] == images
-    return {"routes": row["routes"]} if same else {}
+    return row if row["seed"] == checkpoint.recipe["seed"] else {}
 
 
-def result_of(
-    checkpoint: Checkpoint, model: Classifier, standing: Standing, run: Path
-) -> dict[str, Any]:
+def known_routes(earlier: dict[str, Any], weights: str, images: int) -> dict[str, Any]:
+    """Return the routes that an earlier call measured of these weights and as many images."""
+    same = earlier and earlier["weights_sha256"] == weights and earlier["pgd_50"]["n"] == images
+    return {"routes": earlier["routes"]} if same else {}
+
+
+def trained(run: Path, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return epoch and time of the training; a model of the zoo travels without its report."""
+    if (run / "report.json").exists():
+        report = json.loads((run / "report.json").read_text())
+        return {"selected_epoch": report["selected_epoch"], "train_seconds": report["seconds"]}
+    return {key: earlier.get(key) for key in ("selected_epoch", "train_seconds")}
+
+
+def result_of(checkpoint: Checkpoint, model: Classifier, standing: Standing) -> dict[str, Any]:
     """Return what is known of the run by now: by attacks that have seen all of PGD's images."""
-    report = json.loads((run / "report.json").read_text())
     images = len(standing.of(PGD))
     done = [attack for attack in sequence(model) if len(standing.of(attack)) == images]
 
@@ -192,7 +208,6 @@ def result_of(
         "settings": checkpoint.recipe | {"data": checkpoint.recipe["data"].partition(":")[0]},
         "test_images": len(standing.clean),
         "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
-        "selected_epoch": report["selected_epoch"],
         "clean": share(standing.clean),
         "pgd_50": after([PGD]),
         "autoattack": after(AUTOATTACK) if set(AUTOATTACK) <= set(done) else None,
@@ -201,7 +216,6 @@ def result_of(
         "attacks_left": [key_of(attack) for attack in sequence(model) if attack not in done],
         "standing_after": steps,
         "macs": macs_of(model.spec).model_dump(),
-        "train_seconds": report["seconds"],
         "attack_seconds": round(standing.seconds, 1),
     }
 
@@ -209,35 +223,38 @@ def result_of(
 def main() -> None:
     """Attack what is left, print a line per chunk, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", help="a run, or zoo:NAME")
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    checkpoint, model = load_checkpoint(arguments.run / "model")
+    run = resolve(arguments.run)
+    checkpoint, model = load_checkpoint(run / "model")
     assert checkpoint.threat is not None
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     test = load_test_split(arguments.data)
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     clean = (predict(model, x) == y).numpy()
-    standing = Standing(arguments.run / "attacked.npz", checkpoint.weights_sha256, clean)
     out = arguments.out / f"{checkpoint.recipe['name']}.json"
-    first = slice(arguments.images)
-    routes = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    standing = Standing(out.with_suffix(".attacked.json"), checkpoint.weights_sha256, clean)
+    earlier = row_in(out, checkpoint)
+    facts = trained(run, earlier)
     if model.rules:
-        known = routes_in(out, checkpoint.weights_sha256, arguments.images)
-        routes = known or routes_of(model, x[first], y[first], checkpoint.threat)
+        first = slice(arguments.images)
+        facts |= known_routes(earlier, checkpoint.weights_sha256, arguments.images) or routes_of(
+            model, x[first], y[first], checkpoint.threat
+        )
     turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):
         print(json.dumps({"attack": key_of(attack), "images": images}), flush=True)
         if images < arguments.images:
             continue
-        row = result_of(checkpoint, model, standing, arguments.run) | routes
+        row = result_of(checkpoint, model, standing) | facts
         where = {"processor": processor_name(), "versions": versions()}
         result = {"epsilon": row["epsilon"], **where, "rows": [row]}
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
         told = {n: row[n]["share"] for n in ("pgd_50", "autoattack_so_far", "robust")}
         print(json.dumps(told), flush=True)

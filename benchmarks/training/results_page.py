@@ -30,7 +30,7 @@ HEAD = """\
 CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255: [one schedule](../training.md) of hours
 on two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test
 images (of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the
-standard four, on an MoE in its straight-through form; *worst* is what stands, image by image, after
+standard four; *worst* is what stands, image by image, after
 PGD-50, AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
 {raw}[Program](../../benchmarks/training/cifar10.py), and
 [of this page](../../benchmarks/training/results_page.py).

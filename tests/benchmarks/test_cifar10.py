@@ -45,10 +45,10 @@ def test_what_was_stopped_goes_on_to_the_same_flags(
 ) -> None:
     monkeypatch.setattr(cifar10, "CHUNK", 3)
     clean = np.arange(IMAGES) % 4 != 0
-    whole = Standing(tmp_path / "whole.npz", "weights", clean)
+    whole = Standing(tmp_path / "whole.json", "weights", clean)
     chunks = len(list(attack_all(by_lot, model, whole, IMAGES)))
     assert chunks == 4 * len(sequence(model))
-    file = tmp_path / "stopped.npz"
+    file = tmp_path / "stopped.json"
     stopped = attack_all(by_lot, model, Standing(file, "weights", clean), IMAGES)
     for _ in range(chunks // 2):
         next(stopped)
@@ -68,7 +68,7 @@ def test_autoattack_gets_what_its_own_attacks_left(model: Classifier, tmp_path: 
         given[key_of(attack)] = rows.tolist()
         return by_lot(attack, rows)
 
-    standing = Standing(tmp_path / "s.npz", "weights", np.ones(IMAGES, bool))
+    standing = Standing(tmp_path / "s.json", "weights", np.ones(IMAGES, bool))
     list(attack_all(turn, model, standing, IMAGES))
     left = np.ones(IMAGES, bool)
     for attack in AUTOATTACK:
@@ -79,7 +79,7 @@ def test_autoattack_gets_what_its_own_attacks_left(model: Classifier, tmp_path: 
 
 
 def test_flags_of_other_weights_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "s.npz"
+    file = tmp_path / "s.json"
     Standing(file, "one", np.ones(2, bool)).add(cifar10.PGD, np.ones(2, bool), 1.0)
     with pytest.raises(UsageError, match="other weights"):
         Standing(file, "another", np.ones(2, bool))
@@ -90,7 +90,7 @@ def test_the_four_in_a_row_are_autoattack(model: Classifier, tmp_path: Path) -> 
     test, threat = load_dataset("digits").test.first(30), ThreatModel(epsilon=0.12)
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     clean = (predict(model, x) == y).numpy()
-    standing = Standing(tmp_path / "s.npz", "weights", clean)
+    standing = Standing(tmp_path / "s.json", "weights", clean)
     turn = turner(model, x, y, threat)
     for attack in AUTOATTACK:
         rows = np.flatnonzero(standing.after(AUTOATTACK, slice(len(y))))
