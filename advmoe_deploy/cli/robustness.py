@@ -39,7 +39,7 @@ EXAMPLES = "examples.npz"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """What to verify: engines, the first of which gives the figures, and on which images."""
 
     engines: tuple[str, ...]
@@ -64,7 +64,7 @@ class Seen:
 
 def robustness_of(
     bundle: Bundle,
-    asked: Asked,
+    options: Options,
     folder: Path,
     *,
     measured: list[AttackOutcome],
@@ -72,21 +72,21 @@ def robustness_of(
 ) -> Seen:
     """Return what there is to say of ``bundle``; adversarial examples are put into ``folder``."""
     started = time.perf_counter()
-    names = [EXAMPLES, *(f"examples-{each.replace(':', '-')}.npz" for each in asked.engines[1:])]
+    names = [EXAMPLES, *(f"examples-{each.replace(':', '-')}.npz" for each in options.engines[1:])]
     reports = []
-    for engine, name in zip(asked.engines, names, strict=True):
+    for engine, name in zip(options.engines, names, strict=True):
         measured.clear()
-        reports.append(_verified(bundle, asked, engine, folder / name, measured, progress))
+        reports.append(_verified(bundle, options, engine, folder / name, measured, progress))
     model, threat = reference_model(bundle), reports[0].threat
     clean_NCHW, labels_N = images_of(
-        bundle, source_of(bundle, asked.data), asked.images, asked.class_map
+        bundle, source_of(bundle, options.data), options.images, options.class_map
     )
     examples = read_examples(folder / EXAMPLES)
     examples.require_of(clean_NCHW, labels_N, folder / EXAMPLES)
     robustness = Robustness(
         bundle=bundle.path.resolve().name,
         model=bundle.manifest.files[REFERENCE].sha256,
-        suite=asked.attacks,
+        suite=options.attacks,
         engines=tuple(reports),
         examples=tuple(names),
         convergence=convergence(model, clean_NCHW, labels_N, threat, progress),
@@ -100,7 +100,7 @@ def robustness_of(
 
 def _verified(
     bundle: Bundle,
-    asked: Asked,
+    options: Options,
     engine: str,
     examples: Path,
     measured: list[AttackOutcome],
@@ -109,14 +109,14 @@ def _verified(
     return verify_bundle(
         bundle,
         engine=engine,
-        data=asked.data,
-        class_map=asked.class_map,
-        attacks=asked.attacks,
-        images=asked.images,
-        epsilon=asked.epsilon,
-        max_drop=asked.max_drop,
-        threads=asked.threads,
-        allow_fragile=asked.allow_fragile,
+        data=options.data,
+        class_map=options.class_map,
+        attacks=options.attacks,
+        images=options.images,
+        epsilon=options.epsilon,
+        max_drop=options.max_drop,
+        threads=options.threads,
+        allow_fragile=options.allow_fragile,
         measured=measured,
         examples=examples,
         progress=progress,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.analyze import Settings, analyze
 from advmoe_deploy.analysis.budget import passes_by_section
-from advmoe_deploy.analysis.protocol.capacity import Limited, over_capacities
+from advmoe_deploy.analysis.protocol.capacity import CapacityLimited, over_capacities
 from advmoe_deploy.analysis.protocol.radii import Protocol, Standing, over_radii
 from advmoe_deploy.analysis.shares import difference_of, marked
 from advmoe_deploy.analysis.smoothing import Smoothing
@@ -92,19 +92,19 @@ def test_little_room_by_hand() -> None:
     model.spec = model.spec.model_copy(update={"family": "vit-moe"})
     images = pixels((1.0, 0.9, 0.8, 0.1))  # 1.0, 0.9 and 0.8 to expert 0, 0.1 to expert 2
     routes = Routes()
-    logits = Limited(model, 0.75)(images, routes)
+    logits = CapacityLimited(model, 0.75)(images, routes)
     assert routes.taken["pixels"].weights_NK.flatten().tolist() == [1, 0, 0, 1]
     assert float(logits[0, 0]) == pytest.approx((1.0 * 1 + 0.1 * 3) / 4)
-    assert torch.equal(Limited(model, 3.0)(images), model(images))  # room for all
+    assert torch.equal(CapacityLimited(model, 3.0)(images), model(images))  # room for all
 
 
 def test_who_has_no_residual_goes_to_the_next_best_expert() -> None:
     model, images = PixelMoE(toy_spec()), pixels((1.0, 0.9, 0.1, 0.2))
     routes = Routes()
-    Limited(model, 1.0)(images, routes)  # two rows each
+    CapacityLimited(model, 1.0)(images, routes)  # two rows each
     assert routes.taken["pixels"].expert_ids_NK.flatten().tolist() == [0, 0, 2, 2]
     images = pixels((1.0, 0.9, 0.8, 0.2))
-    Limited(model, 1.0)(images, routes)
+    CapacityLimited(model, 1.0)(images, routes)
     assert routes.taken["pixels"].expert_ids_NK.flatten().tolist() == [0, 0, 1, 2]
 
 

@@ -71,7 +71,7 @@ class CapacityReport(Frozen):
     twin: DensePoint | None
 
 
-class Limited(Classifier):
+class CapacityLimited(Classifier):
     """``model`` whose experts have room for a share of a batch, the surest rows first."""
 
     def __init__(self, model: Classifier, ratio: float) -> None:
@@ -128,7 +128,7 @@ def over_capacities(
     with task(progress, "capacity", len(ratios) + (protocol.twin is not None)):
         points = []
         for ratio in ratios:
-            limited = Limited(model, ratio)
+            limited = CapacityLimited(model, ratio)
             served, computed = _served(limited, images)
             clean, robust = _accuracies(limited, images, labels, threat, protocol, progress)
             points.append(
@@ -183,7 +183,7 @@ def _costs(model: Classifier) -> tuple[int, int]:
     return chosen, (all_experts - chosen) * model.spec.top_k // left if left else 0
 
 
-def _served(limited: Limited, images: Tensor) -> tuple[float, float]:
+def _served(limited: CapacityLimited, images: Tensor) -> tuple[float, float]:
     """Return which share of choices got the expert they wanted, and which got any."""
     _, taken = answers(limited.model, images, Routes(adjust=limited.adjust))
     rules = {rule.layer: rule for rule in limited.rules}

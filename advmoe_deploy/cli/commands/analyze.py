@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advmoe_deploy.cli.completion import named_models
+from advmoe_deploy.cli.grid import Grid
 from advmoe_deploy.cli.options import (
     NAMED,
     ClassMap,
@@ -19,11 +20,10 @@ from advmoe_deploy.cli.options import (
     seconds_of,
     use_torch_threads,
 )
-from advmoe_deploy.cli.protocol import Grid
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.cli.several.alpha import blend_run
-from advmoe_deploy.cli.several.asked import Asked
 from advmoe_deploy.cli.several.dissect import dissect_runs
+from advmoe_deploy.cli.several.options import Options
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
 from advmoe_deploy.process import use_threads
 
@@ -164,7 +164,7 @@ def analyze(
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         if dissect or alpha is not None:
-            several = Asked(
+            several = Options(
                 tuple(paths),
                 data,
                 class_map,

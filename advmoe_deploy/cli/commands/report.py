@@ -63,7 +63,7 @@ def report(
         from advmoe_deploy.bundle import CARD
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.pages import robust_report
-        from advmoe_deploy.cli.robustness import Asked, put_on_card, robustness_of, worst
+        from advmoe_deploy.cli.robustness import Options, put_on_card, robustness_of, worst
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
@@ -77,7 +77,7 @@ def report(
         beside = bundle.resolve().with_name(f"{bundle.resolve().name}-report")
         target = out or place_for(bundle, opened.path, "report", beside)
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        asked = Asked(
+        options = Options(
             engines=engines,
             attacks=attacks.value,
             data=data,
@@ -93,7 +93,7 @@ def report(
             ui.keeping(measured, lambda: tables.attack_outcomes(measured, engines[0])),
             staged_directory(target, overwrite=overwrite) as staged,
         ):
-            seen = robustness_of(opened, asked, staged, measured=measured, progress=ui.progress)
+            seen = robustness_of(opened, options, staged, measured=measured, progress=ui.progress)
             robust_report.write_report(seen, opened, staged, REPORT, threads=threads)
         trouble = put_on_card(opened, seen.entry.advmoe) if card else None
         file = opened.path / CARD if card and trouble is None else None

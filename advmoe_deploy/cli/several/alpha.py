@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from advmoe_deploy.cli.ranges import numbers_of
 from advmoe_deploy.cli.session import Session
-from advmoe_deploy.cli.several.asked import Asked
+from advmoe_deploy.cli.several.options import Options
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.settings import epsilon_text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.analysis.redundancy import Withstood
     from advmoe_deploy.analysis.several.blend import Beside, BlendPoint, BlendReport
     from advmoe_deploy.analysis.shares import Marked
-    from advmoe_deploy.cli.several.sheet import Sheet, Shown
+    from advmoe_deploy.cli.several.presentation import Presentation, Table
     from advmoe_deploy.specs import Frozen
 
 REPORT = "alpha.json"
@@ -45,23 +45,23 @@ def alphas_of(text: str) -> tuple[float, ...]:
     return values
 
 
-def blend_run(asked: Asked, text: str, ui: Session) -> None:
+def blend_run(options: Options, text: str, ui: Session) -> None:
     """Attack the dual model named first at each alpha, and the runs named after it as they are."""
     alphas = alphas_of(text)
-    first, *_ = asked.paths
+    first, *_ = options.paths
     _require_dual(first)
     measured: list[BlendPoint | Beside] = []
 
-    def make() -> tuple[Frozen, dict[str, str], Shown]:
+    def make() -> tuple[Frozen, dict[str, str], Presentation]:
         from advmoe_deploy.analysis.several.blend import blend
         from advmoe_deploy.models.stored import open_stored
         from advmoe_deploy.zoo.resolve import resolve
 
-        stored, *beside = [open_stored(resolve(path)) for path in asked.paths]
+        stored, *beside = [open_stored(resolve(path)) for path in options.paths]
         report = blend(
             stored,
             alphas,
-            asked.settings(),
+            options.settings(),
             beside=beside,
             measured=measured,
             progress=ui.progress,
@@ -71,8 +71,8 @@ def blend_run(asked: Asked, text: str, ui: Session) -> None:
     def found() -> dict[str, Withstood]:
         return {_name(one): one.withstood for one in measured}
 
-    out = asked.out or Path(f"{first.resolve().name}-alpha")
-    asked.write(ui, out, REPORT, make, measured, found)
+    out = options.out or Path(f"{first.resolve().name}-alpha")
+    options.write(ui, out, REPORT, make, measured, found)
 
 
 def _name(one: BlendPoint | Beside) -> str:
@@ -93,11 +93,11 @@ def _require_dual(path: Path) -> None:
         )
 
 
-def shown_blend(report: BlendReport) -> Shown:
+def shown_blend(report: BlendReport) -> Presentation:
     """Return what screen and page show of ``report``."""
-    from advmoe_deploy.cli.several.sheet import Shown
+    from advmoe_deploy.cli.several.presentation import Presentation
 
-    return Shown(
+    return Presentation(
         "advmoe analyze --alpha",
         report.recipe or report.model,
         _verdict(report),
@@ -105,7 +105,7 @@ def shown_blend(report: BlendReport) -> Shown:
         f"{report.trained_alpha:g} and blended anew, untrained: {report.images} test images of "
         f"{report.data}, l-inf epsilon {epsilon_text(report.threat.epsilon)}, PGD-{report.steps}, "
         f"seed {report.seed}.",
-        (_sheet(report),),
+        (_table(report),),
         {"front": partial(_draw_front, report=report), "over": partial(_draw_over, report=report)},
     )
 
@@ -147,15 +147,15 @@ def _best(report: BlendReport, what: str, share: Callable[[Withstood], Marked]) 
     )
 
 
-def _sheet(report: BlendReport) -> Sheet:
-    from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, cells
+def _table(report: BlendReport) -> Table:
+    from advmoe_deploy.cli.several.presentation import NOTE, WITHSTOOD, Table, cells
 
     rows = [
         (_name(p), *cells(p.withstood), "yes" if p.alpha in report.front else "")
         for p in report.points
     ]
     rows += [(_name(other), *cells(other.withstood), "") for other in report.beside]
-    return Sheet(
+    return Table(
         "Accuracy and robustness over alpha",
         ("model", *WITHSTOOD, "front"),
         tuple(rows),
@@ -197,7 +197,7 @@ def _place(found: Withstood) -> tuple[float, float]:
 def _draw_over(axes: Axes, report: BlendReport) -> str:
     """Draw each accuracy over alpha."""
     from advmoe_deploy.cli.pages.plots import EXPERT_COLOURS, INK, legend_below
-    from advmoe_deploy.cli.several.sheet import WITHSTOOD, shares
+    from advmoe_deploy.cli.several.presentation import WITHSTOOD, shares
 
     points = sorted(report.points, key=lambda point: point.alpha)
     x = [point.alpha for point in points]

@@ -6,7 +6,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.cli.session import Session
-from advmoe_deploy.cli.several.asked import Asked
+from advmoe_deploy.cli.several.options import Options
 from advmoe_deploy.cli.verdicts.said import listed
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.settings import epsilon_text
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.analysis.redundancy import Withstood
     from advmoe_deploy.analysis.several.dissect import Dissected
     from advmoe_deploy.analysis.several.roles import Needed, Role, Run
-    from advmoe_deploy.cli.several.sheet import Shown
+    from advmoe_deploy.cli.several.presentation import Presentation
     from advmoe_deploy.specs import Frozen
     from advmoe_deploy.train.config import TrainConfig
 
@@ -30,28 +30,28 @@ _METHODS = {
 }
 
 
-def dissect_runs(asked: Asked, ui: Session) -> None:
+def dissect_runs(options: Options, ui: Session) -> None:
     """Dissect the runs that were named; those it lacks are named with what trains them."""
     from advmoe_deploy.analysis.several.roles import read_run, roles_of
     from advmoe_deploy.zoo.resolve import resolve
 
-    runs = [read_run(str(path), resolve(path)) for path in asked.paths]
+    runs = [read_run(str(path), resolve(path)) for path in options.paths]
     roles = roles_of(runs)
     require_all(roles, runs)
 
     measured: list[Dissected] = []
 
-    def make() -> "tuple[Frozen, dict[str, str], Shown]":
+    def make() -> "tuple[Frozen, dict[str, str], Presentation]":
         from advmoe_deploy.analysis.several.dissect import dissect
         from advmoe_deploy.cli.several.dissection import shown_dissection
 
-        report = dissect(roles, asked.settings(), measured=measured, progress=ui.progress)
+        report = dissect(roles, options.settings(), measured=measured, progress=ui.progress)
         return report, report.versions, shown_dissection(report)
 
     def found() -> "Mapping[str, Withstood]":
         return {f"{one.role}, {one.run}": one.withstood for one in measured}
 
-    asked.write(ui, asked.out or Path("dissection"), REPORT, make, measured, found)
+    options.write(ui, options.out or Path("dissection"), REPORT, make, measured, found)
 
 
 def require_all(roles: "Mapping[Role, Sequence[Run]]", runs: "Sequence[Run]") -> None:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
 from advmoe_deploy.analysis.shares import difference_of
 from advmoe_deploy.cli.pages.plots import DENSE, INK, MOE, S_DENSE, UNFUSED, legend_below
-from advmoe_deploy.cli.several.sheet import NOTE, WITHSTOOD, Sheet, Shown, cells, shares
+from advmoe_deploy.cli.several.presentation import (
+    NOTE,
+    WITHSTOOD,
+    Presentation,
+    Table,
+    cells,
+    shares,
+)
 from advmoe_deploy.cli.tables.analysis import interval
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent, points
 from advmoe_deploy.settings import epsilon_text
@@ -25,9 +32,9 @@ _MEANING = {
 }
 
 
-def shown_dissection(report: DissectionReport) -> Shown:
+def shown_dissection(report: DissectionReport) -> Presentation:
     """Return what screen and page show of ``report``."""
-    return Shown(
+    return Presentation(
         "advmoe analyze --dissect",
         report.family,
         insights(report),
@@ -118,8 +125,8 @@ def _together(report: DissectionReport) -> list[Said]:
     return [Said(said)] if found else []
 
 
-def _accuracies(report: DissectionReport) -> Sheet:
-    return Sheet(
+def _accuracies(report: DissectionReport) -> Table:
+    return Table(
         "What each run withstands",
         ("run", *WITHSTOOD),
         tuple((_name(run), *cells(run.withstood)) for run in report.runs),
@@ -127,8 +134,8 @@ def _accuracies(report: DissectionReport) -> Sheet:
     )
 
 
-def _flips(report: DissectionReport) -> Sheet:
-    return Sheet(
+def _flips(report: DissectionReport) -> Table:
+    return Table(
         "Images sent to other experts",
         ("run", "by PGD on the model", "by PGD on the routes"),
         tuple((_name(run), interval(run.flips), interval(run.router_flips)) for run in report.runs),

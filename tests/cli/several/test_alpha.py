@@ -20,7 +20,7 @@ from advmoe_deploy.analysis.shares import marked
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.alpha import alphas_of, shown_blend
-from advmoe_deploy.cli.several.sheet import screen
+from advmoe_deploy.cli.several.presentation import screen
 from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset

@@ -18,7 +18,7 @@ from advmoe_deploy.analysis.shares import Marked, marked
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.dissect import _command
 from advmoe_deploy.cli.several.dissection import insights, shown_dissection
-from advmoe_deploy.cli.several.sheet import screen
+from advmoe_deploy.cli.several.presentation import screen
 from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint

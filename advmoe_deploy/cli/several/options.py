@@ -1,4 +1,4 @@
-"""What ``analyze`` was asked for where it looks at several runs."""
+"""Options of ``analyze`` where it looks at several runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from advmoe_deploy.cli.session import Session
 if TYPE_CHECKING:
     from advmoe_deploy.analysis.redundancy import Withstood
     from advmoe_deploy.analysis.several.trial import TrialSettings
-    from advmoe_deploy.cli.several.sheet import Shown
+    from advmoe_deploy.cli.several.presentation import Presentation
     from advmoe_deploy.specs import Frozen
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """Runs as they were named, and options of the command line."""
 
     paths: tuple[Path, ...]
@@ -49,7 +49,7 @@ class Asked:
         ui: Session,
         target: Path,
         name: str,
-        make: "Callable[[], tuple[Frozen, dict[str, str], Shown]]",
+        make: "Callable[[], tuple[Frozen, dict[str, str], Presentation]]",
         measured: "Sequence[Frozen]",
         found: "Callable[[], Mapping[str, Withstood]]",
     ) -> None:
@@ -65,7 +65,7 @@ class Asked:
         require_libraries()
         refuse_existing(target, overwrite=self.overwrite, marker=name)
 
-        from advmoe_deploy.cli.several.sheet import screen, so_far, write_page
+        from advmoe_deploy.cli.several.presentation import screen, so_far, write_page
 
         use_torch_threads(self.threads)
         with ui.keeping(measured, lambda: so_far(found())):

@@ -1,4 +1,4 @@
-"""Sheets of figures that screen and page show alike, and the page of several runs."""
+"""Tables of figures that screen and page show alike, and the page of several runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """A table: a title, the names of its columns, its rows, and what there is to say of it."""
 
     title: str
@@ -39,14 +39,14 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Presentation:
     """All that is shown of a report: whose it is, the verdict, how it was made, figures, plots."""
 
     command: str
     subject: str
     verdict: Sequence[Said]
     lead: str
-    sheets: Sequence[Sheet]
+    tables: Sequence[Table]
     drawings: Mapping[str, Draw]
 
 
@@ -64,22 +64,22 @@ def cells(found: Withstood) -> tuple[str, ...]:
 def so_far(found: Mapping[str, Withstood]) -> RenderableType:
     """Return what was found before it was stopped, by name."""
     rows = tuple((name, *cells(one)) for name, one in found.items())
-    return drawn(Sheet("Measured before it was stopped", ("of", *WITHSTOOD), rows))
+    return drawn(Table("Measured before it was stopped", ("of", *WITHSTOOD), rows))
 
 
-def drawn(sheet: Sheet) -> RenderableType:
-    """Return a sheet for a terminal."""
-    table = new_table(sheet.title, sheet.columns)
-    for row in sheet.rows:
-        table.add_row(*map(escape, row))
-    return table
+def drawn(table: Table) -> RenderableType:
+    """Return a table for a terminal."""
+    drawing = new_table(table.title, table.columns)
+    for row in table.rows:
+        drawing.add_row(*map(escape, row))
+    return drawing
 
 
-def screen(shown: Shown, out: Path) -> RenderableType:
+def screen(shown: Presentation, out: Path) -> RenderableType:
     """Return the figures and the verdict for a terminal."""
     parts: list[RenderableType] = [escape(shown.lead)]
-    for sheet in shown.sheets:
-        parts += ["", drawn(sheet)]
+    for table in shown.tables:
+        parts += ["", drawn(table)]
     parts += [
         "",
         *(escape(said.text) for said in shown.verdict),
@@ -91,7 +91,7 @@ def screen(shown: Shown, out: Path) -> RenderableType:
 
 def write_page(
     report: Frozen,
-    shown: Shown,
+    shown: Presentation,
     folder: Path,
     name: str,
     *,
@@ -110,7 +110,7 @@ def write_page(
         versions=versions,
         threads=threads,
         lead=shown.lead,
-        sheets=shown.sheets,
+        tables=shown.tables,
         plots=plots,
     )
     (folder / HTML).write_text(html, encoding="utf-8")
