@@ -72,7 +72,8 @@ def jtdmoe() -> TrainConfig:
 def vit_moe() -> TrainConfig:
     """Return V-MoE: a ViT of four blocks, two of them with four experts a token can go to.
 
-    On digits a ViT stays at chance unless pixels are normalised and steps are many.
+    On digits a ViT stays at chance for long unless pixels are normalised, steps are many, and some
+    of the loss is of clean images.
     """
     model = _model(
         family="vit-moe",
@@ -88,8 +89,11 @@ def vit_moe() -> TrainConfig:
     return variant(
         base,
         name=base.name,
-        loss="n-fgsm",
-        epochs=30,
+        loss="trades",
+        beta=3.0,
+        attack_steps=2,
+        attack_step_size=None,
+        epochs=20,
         batch_size=16,
         weight_decay=5e-4,
         balance_loss="importance-load",
