@@ -45,6 +45,7 @@ from advmoe_deploy.cli.session import (
     forget_shown,
     print_error,
     print_json_error,
+    was_stopped,
 )
 from advmoe_deploy.errors import printable
 
@@ -133,6 +134,8 @@ def _invoke(arguments: list[str]) -> int:
 
 def _complain(error: BaseException, arguments: list[str], *, as_json: bool) -> int:
     code, message = describe(error)
+    if code == INTERRUPTED and was_stopped():
+        return code
     if code == INTERRUPTED and (command := command_that_goes_on(arguments)):
         message = f"{message}; to go on: {command}"
     message = printable(one_line(message))
