@@ -84,8 +84,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "doctor": doctor,
 }
+# Who says what to do with more arguments than one takes.
+_TAKES_MORE = {"predict": {"allow_extra_args": True}}
 for _name, _command in _COMMANDS.items():
-    app.command(_name, epilog=epilog(_name))(_command)
+    app.command(_name, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(_command)
 
 
 def main() -> None:

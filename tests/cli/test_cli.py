@@ -100,6 +100,7 @@ def test_every_command_has_examples() -> None:
         (["serve", "missing"], 3, "missing is no directory"),
         (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),
         (["predict", "missing", "--input", "x", "--output", "y.jsonl"], 3, "no directory"),
+        (["serve", "missing", "--prot", "1"], 2, "(Possible options: --host, --port); see"),
         (["list", "engine"], 2, "did you mean engines"),
     ],
 )
