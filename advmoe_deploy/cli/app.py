@@ -136,13 +136,12 @@ def _invoke(arguments: list[str]) -> int:
 
 def _complain(error: BaseException, arguments: list[str], *, as_json: bool) -> int:
     code, message = describe(error)
-    if code == INTERRUPTED and was_stopped():
-        return code
     if code == INTERRUPTED and (command := command_that_goes_on(arguments)):
         message = f"{message}; to go on: {command}"
     message = printable(one_line(message))
     try:
-        print_error(message)
+        if not (code == INTERRUPTED and was_stopped()):
+            print_error(message)
         if as_json:
             print_json_error(message, code)
     except BrokenPipeError:

@@ -68,18 +68,6 @@ def describe(error: BaseException) -> tuple[int, str]:
     )
 
 
-def one_line(text: str) -> str:
-    """Return ``text`` without line breaks."""
-    return " ".join(text.split())
-
-
-def _parser_message(error: Exception) -> str:
-    message = str(getattr(error, "format_message", error.__str__)())
-    context = getattr(error, "ctx", None)
-    command = getattr(context, "command_path", "advmoe")
-    return f"{message.rstrip('.')}; see '{command} --help'"
-
-
 def _forget_hidden(error: Any) -> None:
     """Leave options that no help shows out of what the parser offers instead."""
     context = getattr(error, "ctx", None)
@@ -92,3 +80,15 @@ def _forget_hidden(error: Any) -> None:
         for name in each.opts
     }
     error.possibilities = [name for name in error.possibilities if name in shown]
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` without line breaks."""
+    return " ".join(text.split())
+
+
+def _parser_message(error: Exception) -> str:
+    message = str(getattr(error, "format_message", error.__str__)())
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "advmoe")
+    return f"{message.rstrip('.')}; see '{command} --help'"

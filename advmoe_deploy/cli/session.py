@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 # Whether this run has put its one JSON object on stdout.
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
+# Whether the interrupt that ended this run was the usual way to, and has been told.
+_stopped: ContextVar[bool] = ContextVar("stopped", default=False)
 # What makes the line on stderr of the error of this run, where that is no plain one.
 _spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
 _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
-# Whether the interrupt that ended this run was the usual way to, and has been told.
-_stopped: ContextVar[bool] = ContextVar("stopped", default=False)
 # How to go on with what this run was stopped at.
 _unfinished: ContextVar["_Unfinished | None"] = ContextVar("unfinished", default=None)
 
