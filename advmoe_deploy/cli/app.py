@@ -45,6 +45,7 @@ from advmoe_deploy.cli.session import (
     forget_shown,
     print_error,
     print_json_error,
+    was_stopped,
 )
 from advmoe_deploy.errors import printable
 
@@ -83,8 +84,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "doctor": doctor,
 }
+# Who says what to do with more arguments than one takes.
+_TAKES_MORE = {"predict": {"allow_extra_args": True}}
 for _name, _command in _COMMANDS.items():
-    app.command(_name, epilog=epilog(_name))(_command)
+    app.command(_name, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(_command)
 
 
 def main() -> None:
@@ -137,7 +140,8 @@ def _complain(error: BaseException, arguments: list[str], *, as_json: bool) -> i
         message = f"{message}; to go on: {command}"
     message = printable(one_line(message))
     try:
-        print_error(message)
+        if not (code == INTERRUPTED and was_stopped()):
+            print_error(message)
         if as_json:
             print_json_error(message, code)
     except BrokenPipeError:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -51,6 +52,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, AdvMoEError):
         return error.exit_code, str(error)
     if isinstance(error, ParserError):
+        _forget_hidden(error)
         return 2, _parser_message(error)
     if isinstance(error, ImportError) and (missing := missing_package(error)):
         return missing.exit_code, str(missing)
@@ -64,6 +66,20 @@ def describe(error: BaseException) -> tuple[int, str]:
         INTERNAL,
         f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it",
     )
+
+
+def _forget_hidden(error: Any) -> None:
+    """Leave options that no help shows out of what the parser offers instead."""
+    context = getattr(error, "ctx", None)
+    if context is None or not getattr(error, "possibilities", None):
+        return
+    shown = {
+        name
+        for each in context.command.get_params(context)
+        if not getattr(each, "hidden", False)
+        for name in each.opts
+    }
+    error.possibilities = [name for name in error.possibilities if name in shown]
 
 
 def one_line(text: str) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Whether this run has put its one JSON object on stdout.
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
+# Whether the interrupt that ended this run was the usual way to, and has been told.
+_stopped: ContextVar[bool] = ContextVar("stopped", default=False)
 # What makes the line on stderr of the error of this run, where that is no plain one.
 _spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
@@ -40,12 +42,14 @@ class Session:
         self.progress = progress
         self._stdout = stdout
         self._as_json = as_json
+        self._has_shown = False
 
     def show(self, value: Mapping[str, Any], draw: Callable[[], "RenderableType"]) -> None:
         """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
         from advmoe_deploy.cli.tables.render import draw_on
 
         self._clear()
+        self._has_shown = True
         if self._as_json:
             print_json(value, self._stdout)
         else:
@@ -71,6 +75,20 @@ class Session:
     ) -> None:
         """Have an interrupt name the command that goes on: this one with ``more``."""
         _unfinished.set(_Unfinished(more, without, has_state))
+
+    @contextmanager
+    def until_stopped(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Take an interrupt of the block, once it has shown something, for its usual end.
+
+        ``tell`` is called with the line, and no error is printed.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._has_shown:
+                tell("stopped by Ctrl-C")
+                _stopped.set(True)
+            raise
 
     @contextmanager
     def keeping(
@@ -129,6 +147,11 @@ def print_error(message: str) -> None:
     print(spell(message), file=sys.stderr, flush=True)  # noqa: T201
 
 
+def was_stopped() -> bool:
+    """Return whether this run ended as it was meant to by an interrupt, and has said so."""
+    return _stopped.get()
+
+
 def print_json_error(message: str, code: int) -> None:
     """Print an error as JSON, unless this run has printed its object already."""
     if not _shown.get():
@@ -150,6 +173,7 @@ def command_that_goes_on(arguments: Sequence[str]) -> str | None:
 def forget_shown() -> None:
     """Begin a run that has shown nothing."""
     _shown.set(False)
+    _stopped.set(False)
     _unfinished.set(None)
     _spell.set(None)
     _kept.set(None)

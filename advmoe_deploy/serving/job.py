@@ -16,7 +16,7 @@ from advmoe_deploy.serving.parts import Inputs
 from advmoe_deploy.serving.rows import RowFormat
 from advmoe_deploy.serving.search import Skipped
 from advmoe_deploy.serving.spread import SpreadJob, windows_by_ray
-from advmoe_deploy.serving.tally import FolderAccuracy, Tally, Unread, labels_in
+from advmoe_deploy.serving.tally import FolderAccuracy, Tally, Unread, labels_in, trained_on
 from advmoe_deploy.specs import Frozen, Precision
 
 # Where a job runs.
@@ -126,7 +126,7 @@ def tally_of(source: str, inputs: Inputs, bundle: Bundle, progress: Progress) ->
     labels, note = labels_in(source, inputs.names(), bundle.manifest.class_names)
     if note:
         progress.note(note)
-    return Tally(labels)
+    return Tally(labels, trained_on=trained_on(source, bundle.manifest.data))
 
 
 @contextmanager

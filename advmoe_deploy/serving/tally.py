@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from advmoe_deploy.data.layouts.listing import Wanted
+from advmoe_deploy.data.registry import folder_in
 from advmoe_deploy.journal import Row
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.specs import Frozen
@@ -24,13 +26,15 @@ class Unread(Frozen):
 class FolderAccuracy(Frozen):
     """Share of the images with an answer whose class is what their folder is called.
 
-    ``interval`` is the 95 % Wilson interval.
+    ``interval`` is the 95 % Wilson interval. With ``trained_on`` the model was trained on images of
+    that folder, and the share flatters it.
     """
 
     correct: int
     images: int
     share: float
     interval: tuple[float, float]
+    trained_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,23 @@ def labels_in(
     )
 
 
+def trained_on(source: str, data: str) -> bool:
+    """Return whether ``source`` is the folder of training images that the data source has.
+
+    That is the folder in ``data`` itself, or its split for the training.
+    """
+    found = folder_in(data)
+    if found is None:
+        return False
+    root, asked = found[0].resolve(), Path(source).resolve()
+    return asked == root or (asked.parent == root and asked.name.lower() in Wanted.train)
+
+
 class Tally:
     """Counts of rows as they come."""
 
-    def __init__(self, labels: FolderLabels | None) -> None:
-        self._labels = labels
+    def __init__(self, labels: FolderLabels | None, *, trained_on: bool = False) -> None:
+        self._labels, self._trained_on = labels, trained_on
         self._answered = self._correct = 0
         self.unread: list[Unread] = []
 
@@ -107,4 +123,5 @@ class Tally:
             images=self._answered,
             share=self._correct / self._answered,
             interval=wilson_interval(self._correct, self._answered),
+            trained_on=self._trained_on,
         )

@@ -30,6 +30,7 @@ _STEPS = (5, 10, 20)
 _SLACK = 0.05
 _MOST_LOST_GRADIENTS = 0.01
 _MOST_BROKEN = 0.02
+_TASK = "signs of masked gradients"
 
 
 def masking_signs(
@@ -53,7 +54,7 @@ def masking_signs(
         known = _left_by_suite(outcomes, right_N)
         probe = _Probe(model, x, y, threat, progress or Silent(), known)
         searches = len(_STEPS) + 2 - (known is not None)
-        with task(probe.progress, "signs of masking", searches):
+        with task(probe.progress, _TASK, searches):
             signs += [probe.steps(), probe.unbounded(), probe.losses(), probe.gradients()]
     return tuple(signs)
 
@@ -166,5 +167,5 @@ class _Probe:
         ball = threat or self.threat
         with attack_task(self.progress, self.model, attack, len(self.y_N)):
             found = attack_model(self.model, self.x_NCHW, self.y_N, ball, attack, first_only=True)
-        self.progress.advance("signs of masking")
+        self.progress.advance(_TASK)
         return float((predict(self.model, found) == self.y_N).float().mean())

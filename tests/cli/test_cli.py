@@ -100,6 +100,7 @@ def test_every_command_has_examples() -> None:
         (["serve", "missing"], 3, "missing is no directory"),
         (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),
         (["predict", "missing", "--input", "x", "--output", "y.jsonl"], 3, "no directory"),
+        (["serve", "missing", "--prot", "1"], 2, "(Possible options: --host, --port); see"),
         (["list", "engine"], 2, "did you mean engines"),
     ],
 )
@@ -464,6 +465,18 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     out = capsys.readouterr().out
     faster = "MoE on onnxruntime-plan fp32 2.50x as fast as dense on onnxruntime fp32"
     assert faster in " ".join(out.split())
+    counted = "12 of 100 images only the reference gets right: this decides, not the interval"
+    assert counted in " ".join(out.split())
+    exact = robust.consistency.model_copy(update={"exact": False})
+    draw_on(sys.stdout, tables.robust_report(robust.model_copy(update={"consistency": exact})))
+    assert "this decides" not in capsys.readouterr().out
     said = ("ROBUSTNESS WAS LOST", "0.5 points", "warning: gradients may be masked")
-    for text in ("5.000", "images/s", "1.5 M", "97.0 %", "a drop of 10.00 points", *said):
+    for text in (
+        "5.000",
+        "images/s",
+        "1.5 M",
+        "97.0 %",
+        "drop in robust accuracy: 10.00 points",
+        *said,
+    ):
         assert text in out

@@ -144,9 +144,16 @@ def test_ctrl_c_stops_the_server_with_130(tiny_bundle: Bundle, tmp_path: Path) -
     with started("serve", str(tiny_bundle.path), "--port", "0", cwd=tmp_path) as process:
         assert httpx.get(f"{url_of(process)}/v2/health/ready").status_code == 200
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "advmoe: error: interrupted"
+    assert err.splitlines()[-1] == "stopped by Ctrl-C"
+    assert "error" not in err
+    takes = [(line.rpartition("/")[2], line.partition("http")[0]) for line in out.splitlines()]
+    assert takes == [
+        ("infer  # tensors", "POST "),
+        ("image  # an image file", "POST "),
+        ("  # a page to drop an image on", "GET "),
+    ]
 
 
 def test_a_port_in_use_is_one_line_and_5(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -221,7 +228,7 @@ def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> N
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "advmoe: error: interrupted"
+    assert err.splitlines()[-1] == "stopped by Ctrl-C"
     assert "Traceback" not in err
 
 

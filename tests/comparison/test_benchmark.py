@@ -73,7 +73,18 @@ def test_the_command_marks_the_best(capsys: Capture, int8_bundle: Bundle) -> Non
     assert out.count("* ") == 2  # the row, and the line on it
     for text in ("dense network", "clean %", "robust %", "ms at 1", "best for size"):
         assert text in out
+    assert "holds no other engine" not in out
     assert max(map(len, out.splitlines()[:5])) <= 80
+
+
+def test_a_lone_engine_and_no_attacks_are_told_with_the_way_out(
+    capsys: Capture, trained_bundle: Bundle
+) -> None:
+    command = ["benchmark", str(trained_bundle.path), "--images", "20", "--batch", "1"]
+    assert run(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the bundle holds no other engine or precision; 'advmoe export' puts them in by" in out
+    assert "robust accuracy is not measured unless asked for: --attacks quick does" in out
 
 
 def test_without_data_the_rest_is_measured_and_attacks_are_refused(

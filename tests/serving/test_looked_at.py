@@ -14,6 +14,7 @@ from PIL import Image
 import advmoe_deploy
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.tables.predict import batch_lines
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.stored import reference_model
@@ -21,7 +22,7 @@ from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.tally import labels_in
+from advmoe_deploy.serving.tally import labels_in, trained_on
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.verify.trial import Trial
 from tests.serving.online.live import running, wait_until_ready
@@ -136,6 +137,28 @@ def test_accuracy_of_a_labelled_folder_is_that_of_eval(
     assert resumed.accuracy == report.accuracy
 
 
+def test_the_folder_of_the_training_flatters_which_is_said(labelled: Path) -> None:
+    data = f"folder:{labelled.parent}?size=8"
+    assert trained_on(str(labelled.parent), data)
+    assert trained_on(f"{labelled.parent}/", data)
+    assert trained_on(str(labelled.parent / "train"), data)
+    for other in (labelled.parent / "test", labelled.parent / "other", labelled.parent.parent):
+        assert not trained_on(str(other), data)
+    assert not trained_on(str(labelled), "digits")
+
+
+def test_the_accuracy_of_the_training_has_a_note(
+    capsys: Capture, trained_bundle: Bundle, labelled: Path, tmp_path: Path
+) -> None:
+    training = {**trained_bundle.manifest.training, "data": f"folder:{labelled}?size=8"}
+    manifest = trained_bundle.manifest.model_copy(update={"training": training})
+    own = Bundle(trained_bundle.path, manifest)
+    report = classify_files(own, str(labelled), tmp_path / "a.jsonl")
+    assert "note: the model was trained on images of this folder" in "".join(batch_lines(report))
+    other = classify_files(trained_bundle, str(labelled), tmp_path / "b.jsonl")
+    assert "trained on" not in "".join(batch_lines(other))
+
+
 def test_verify_and_a_server_are_right_about_as_many(
     trained_bundle: Bundle, labelled: Path
 ) -> None:
@@ -178,6 +201,7 @@ def test_labels_are_sub_folders_that_are_all_classes(tmp_path: Path) -> None:
         ([], 2, "no input; name a picture"),
         (["3", "--input", "4"], 2, "two inputs, '3' and --input '4'; give one"),
         (["3"], 2, "--output FILE.jsonl, .parquet or .csv"),
+        (["3", "4", "5"], 2, "one input, and these are 3; give their folder, a pattern in quotes"),
         (["-"], 2, "many inputs need --output"),
         (["3", "--output", "-", "--json"], 2, "leave out one of them"),
         (["3", "--output", "-", "--resume"], 2, "go with an --output file"),

@@ -1,5 +1,6 @@
 """The command ``predict``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,7 @@ _STDOUT = "-"
 
 
 def predict(
+    context: typer.Context,
     bundle: BundlePath,
     source: Annotated[
         str | None,
@@ -83,7 +85,7 @@ def predict(
 
     A folder whose sub-folders are called as classes of the model also gives accuracy.
     """
-    found = _input(source, named)
+    found = _input(source, context.args, named)
     to_stdout = output == _STDOUT
     if (resume or overwrite) and (output is None or to_stdout):
         raise UsageError("--resume and --overwrite go with an --output file; name one")
@@ -145,8 +147,14 @@ def predict(
     _require_read(report, on_error)
 
 
-def _input(source: str | None, named: str | None) -> str:
+def _input(source: str | None, others: Sequence[str], named: str | None) -> str:
     """Return the input, which is given once: behind the bundle, or by its option."""
+    if others:
+        raise UsageError(
+            f"predict takes one input, and these are {1 + len(others)}; give their folder, a "
+            "pattern in quotes or a .txt list: advmoe predict BUNDLE 'photos/*.jpg' --output "
+            "FILE.jsonl"
+        )
     if source is not None and named is not None:
         raise UsageError(f"two inputs, '{source}' and --input '{named}'; give one")
     found = source if named is None else named

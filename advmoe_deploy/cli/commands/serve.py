@@ -156,7 +156,7 @@ def serve(
     files: Annotated[str | None, typer.Option("--input", "--output", hidden=True)] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve over the Open Inference Protocol."""
+    """Serve over HTTP (Open Inference Protocol), with a web page."""
     if files is not None:
         raise UsageError("serve answers requests; 'advmoe predict' classifies files, same options")
     use_threads(threads)
@@ -202,6 +202,7 @@ def serve(
                 from advmoe_deploy.serving.online.operations.traces import tracing
 
                 watchers.append(stack.enter_context(tracing()))
+            stack.enter_context(ui.until_stopped(tell))
             serve_bundles(
                 [offered(*each) for each in places],
                 host,
@@ -218,7 +219,7 @@ def serve(
                 allow_reload=allow_reload,
                 page=page,
                 tell=tell,
-                announce=partial(_announce, ui, tell),
+                announce=partial(_announce, ui, tell, page=page),
                 watchers=watchers,
             )
 
@@ -229,23 +230,36 @@ def _announce(
     url: str,
     grpc: str | None,
     models: "list[Started]",
+    *,
+    page: bool,
 ) -> None:
     several = len({model.name for model in models}) < len(models)
-    offered = [
-        {
-            "model": model.name,
-            "version": model.version,
-            "engine": model.engine,
-            "precision": model.precision,
-            "infer": f"{url}/v2/models/{model.name}/"
-            + (f"versions/{model.version}/infer" if several else "infer"),
-        }
-        for model in models
-    ]
+    offered = [_offered(url, model, by_version=several) for model in models]
     names = ", ".join(f"'{name}'" for name in dict.fromkeys(model.name for model in models))
     where = url if grpc is None else f"{url} and by gRPC at {grpc}"
     engines = ", ".join(dict.fromkeys(f"{model.engine} {model.precision}" for model in models))
     tell(f"serving {names} at {where}; computed by {engines}; Ctrl-C or SIGTERM stops it")
-    value = {"url": url, "grpc": grpc, **offered[0], "models": offered}
-    lines = [f"POST {each['infer']}" for each in offered] + [f"gRPC {grpc}"] * (grpc is not None)
+    place = f"{url}/" if page else None
+    value = {"url": url, "page": place, "grpc": grpc, **offered[0], "models": offered}
+    lines = [
+        f"POST {each[kind]}  # {takes}"
+        for each in offered
+        for kind, takes in (("infer", "tensors"), ("image", "an image file"))
+    ]
+    lines += [f"GET {place}  # a page to drop an image on"] * page
+    lines += [f"gRPC {grpc}"] * (grpc is not None)
     ui.show(value, lambda: "\n".join(lines))
+
+
+def _offered(url: str, model: "Started", *, by_version: bool) -> dict[str, str]:
+    """Return what answers, and the addresses that take tensors and image files."""
+    address = f"{url}/v2/models/{model.name}"
+    address += f"/versions/{model.version}" if by_version else ""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "engine": model.engine,
+        "precision": model.precision,
+        "infer": f"{address}/infer",
+        "image": f"{address}/image",
+    }

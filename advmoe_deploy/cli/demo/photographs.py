@@ -120,7 +120,7 @@ def _server(bundle: Path) -> Iterator[str]:
     ) as process:
         try:
             assert process.stdout is not None
-            method, _, url = process.stdout.readline().strip().partition(" ")
+            method, url, *_ = *process.stdout.readline().split(), "", ""
             if method != "POST":
                 raise CheckFailedError(f"the server ended at once; try: advmoe serve {bundle}")
             yield url

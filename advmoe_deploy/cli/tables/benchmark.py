@@ -36,7 +36,12 @@ def _lines(report: BenchmarkReport) -> list[str]:
     lines += [f"clean: {source}" for source in clean]
     lines += [f"robust: {source}" for source in robust]
     if not robust:
-        lines.append("robust accuracy is unmeasured; --attacks quick measures it")
+        lines.append("robust accuracy is not measured unless asked for: --attacks quick does")
+    if len([each for each in contenders if each.model == "own"]) == 1 and not report.left_out:
+        lines.append(
+            "the bundle holds no other engine or precision; 'advmoe export' puts them in by "
+            "--format openvino, and by --precision int8"
+        )
     if any(each.model == "dense" for each in contenders):
         lines.append(
             "vs dense: times as fast as the dense network of the same backbone at batch "

@@ -103,12 +103,23 @@ def robust_report(report: RobustReport) -> RenderableType:
         f"routes agree on {percent(report.route_agreement)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",
-        f"robust accuracy lost: {report.robust_drop.sentence()}",
+        f"drop in robust accuracy: {report.robust_drop.figures()}",
+        *_how_judged(report),
         *(f"warning: {line}" for line in report.warnings),
         *(f"{finding.kind}: {finding.message}" for finding in report.findings),
         robust_verdict(report),
     ]
-    return Group(table, *map(escape, lines))
+    return Group(table, *map(escape, (_LEGEND, *lines)))
+
+
+def _how_judged(report: RobustReport) -> list[str]:
+    """Return why the interval of the drop does not decide, where it does not."""
+    if not report.consistency.same_function:
+        return []
+    return [
+        f"{report.robust_drop.counted()}: this decides, not the interval, for engine and "
+        "reference answer alike to the rounding of float32"
+    ]
 
 
 def robust_verdict(report: RobustReport) -> str:
@@ -150,6 +161,12 @@ def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> Renderabl
     return table
 
 
+_LEGEND = (
+    "found on: whose answers were attacked, those of the reference (the trained model in PyTorch) "
+    "or of the engine (what is shipped); images: those left to attack; flipped: attacked images "
+    "that the engine sends to another expert, whether or not their class changed; the attacks: "
+    "docs/robustness.md"
+)
 _OUTCOMES = ("attack", "found on", "images", "reference", "engine", "flipped", "seconds")
 
 

@@ -29,6 +29,11 @@ def batch_lines(report: BatchReport) -> list[str]:
             f"accuracy {percent(found.share)} (95 %: {percent(low)} to {percent(high)}), "
             f"{found.correct} of {found.images} images, by the names of their folders"
         )
+    if found and found.trained_on:
+        lines.append(
+            "note: the model was trained on images of this folder, which flatters it; 'advmoe eval "
+            "BUNDLE' has the accuracy on its test images alone"
+        )
     if report.errors:
         # repr escapes what a terminal would obey.
         named = ", ".join(f"{each.path!r} ({each.error})" for each in report.unread)

@@ -52,7 +52,6 @@ def _section(measured: Robustness) -> str:
 
 def _engine(report: RobustReport) -> str:
     tf32 = " with TF32" if report.tf32 else ""
-    drop = report.robust_drop.sentence()
     lines = [
         f"`--engine {report.engine}`, {report.precision}{tf32}: {report.verdict}, against a limit "
         f"of {report.max_drop:g} points.\n",
@@ -60,7 +59,7 @@ def _engine(report: RobustReport) -> str:
         "|---|---:|---:|---:|",
         *(_row(*row, images=report.images) for row in _rows(report)),
         "",
-        f"Robust accuracy lost: {drop}.",
+        f"Drop in robust accuracy: {report.robust_drop.figures()}.",
         *(f"- warning: {line}" for line in report.warnings),
         *(f"- {finding.kind}: {finding.message}" for finding in report.findings),
     ]

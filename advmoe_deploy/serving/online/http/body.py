@@ -37,6 +37,13 @@ from advmoe_deploy.serving.online.protocol import (
     tensor_bytes,
 )
 
+# How files of the usual formats begin, which no JSON does, and what is said of one.
+_IMAGE_FILES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
+_IMAGE_FILE = (
+    "the body is an image file, and this address takes tensors; POST the file to the one that ends "
+    "in /image instead of /infer"
+)
+
 
 @dataclass(frozen=True)
 class InferResponse:
@@ -72,7 +79,8 @@ def read_request(
             microseconds and microseconds / 1e6,
         )
     except JsonError as error:
-        raise RefusedError(str(error)) from None
+        is_image = bytes(body[:4]).startswith(_IMAGE_FILES)
+        raise RefusedError(_IMAGE_FILE if is_image else str(error)) from None
 
 
 def write_response(

@@ -31,6 +31,8 @@ _ID, _PARENT = REQUEST_ID.encode(), PARENT.encode()
 _OPEN = {"/v2/health/live", "/v2/health/ready", "/"}
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
 
+_WAY_ROUND = "ask from the page's own backend, or put page and server behind one proxy"
+
 
 class Guard:
     """Middleware that lets only requests through that call this server by one of its names.
@@ -100,9 +102,9 @@ class Guard:
             )
         origin = headers.get(b"origin")
         if origin is not None and origin.rpartition(b"//")[2].lower() != authority.lower():
-            return 403, "requests from pages of another origin are refused"
+            return 403, f"requests from pages of another origin are refused; {_WAY_ROUND}"
         if headers.get(b"sec-fetch-site") in {b"cross-site", b"same-site"}:
-            return 403, "requests from pages of another site are refused"
+            return 403, f"requests from pages of another site are refused; {_WAY_ROUND}"
         return None
 
 

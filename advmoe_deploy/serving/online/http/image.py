@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.decode import decode
+from advmoe_deploy.data.decode import decode, known_formats
 from advmoe_deploy.errors import DataError, MachineError
 from advmoe_deploy.runtime.routing import softmax
 from advmoe_deploy.runtime.runner import Prediction
@@ -26,7 +26,12 @@ from advmoe_deploy.serving.online.http.reading import GONE, left, never, read_bo
 from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.limits import BYTES_OF_PIXEL, Hold
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, ServedModel
+from advmoe_deploy.serving.online.protocol import (
+    InferRequest,
+    RefusedError,
+    ServedModel,
+    short_line,
+)
 from advmoe_deploy.serving.online.service import Arrival, Service
 
 TOP = 5  # classes of an answer unless the request says how many
@@ -95,6 +100,8 @@ class Image:
     ) -> tuple[NDArray[np.float32], tuple[int, int], float]:
         """Return the one image, its file's size, and when that was read; the file is let go of."""
         body = await read_body(self._models, receive, headers, 1, hold, arrival)
+        if not body:
+            raise RefusedError("the body is empty; send the file itself (curl --data-binary @FILE)")
         read = time.perf_counter()
         return *await self._decoded(arrival.service, body, hold, is_gone), read
 
@@ -178,14 +185,17 @@ def _require_image(headers: Mapping[bytes, bytes]) -> None:
     kind = given.partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind != _PLAIN_BYTES:
         raise UnreadError(
-            f"content-type '{kind}' is no image; send the file's bytes as image/png, image/jpeg, "
-            f"image/webp or {_PLAIN_BYTES}",
+            f"content-type '{kind}' is no image; send the file itself (curl --data-binary @FILE) "
+            f"as {_PLAIN_BYTES} or image/...: {', '.join(known_formats())} are read",
             415,
         )
 
 
 def _top(query: bytes, classes: int) -> int:
-    asked = parse_qs(query.decode("latin-1"), keep_blank_values=True, max_num_fields=8)
+    asked = parse_qs(query.decode("latin-1"), keep_blank_values=True)
+    for name in asked.keys() - {"top"}:
+        shown = short_line(name)
+        raise UnreadError(f"'{shown}' is unknown in the address; ?top=N is all it takes")
     (text,) = asked.get("top", [str(min(TOP, classes))])[:1]
     if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= classes):
         raise UnreadError(f"top is '{text}'; it must be a number from 1 to {classes}")

@@ -107,15 +107,20 @@ def test_as_many_classes_as_were_asked_for(live: Live, query: str, status: int) 
         assert answer.json()["error"] == "top is '11'; it must be a number from 1 to 10"
     for bad in ("?top=", "?top=0", "?top=-1", "?top=x", "?top=%F0%9F%98%80", "?top=99999999999"):
         assert post(live, encoded("PNG"), query=bad).status_code == 400
+    for unknown in ("?tpo=2", "?top=2&" + "&".join(f"a{n}=" for n in range(20))):
+        answer = post(live, encoded("PNG"), query=unknown)
+        assert answer.status_code == 400
+        assert answer.json()["error"].endswith("is unknown in the address; ?top=N is all it takes")
 
 
 BAD: dict[str, tuple[bytes, str | None, int, str]] = {
-    "nothing": (b"", "image/png", 400, "not a PNG"),
+    "nothing": (b"", "image/png", 400, "the body is empty; send the file itself"),
     "text": (b"hello", "image/png", 400, "not a PNG"),
     "cut": (encoded("PNG")[:200], "image/png", 400, "damaged image"),
     "vector": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml", 400, "not a PNG"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0", None, 400, "not a PNG"),
-    "form": (encoded("PNG"), "application/x-www-form-urlencoded", 415, "send the file's bytes as"),
+    "form": (encoded("PNG"), "multipart/form-data; boundary=x", 415, "curl --data-binary @FILE"),
+    "bmp": (encoded("BMP"), "text/plain", 415, "PNG, JPEG, WEBP, BMP, GIF"),
     "json": (b"{}", "application/json", 415, "content-type 'application/json' is no image"),
     "pixels": (encoded("PNG", 800, 700)[:900], "image/png", 413, "560000 pixels; the server takes"),
     "bytes": (b"\0" * ((1 << 20) + 1), "image/png", 413, "exceeds the limit"),
@@ -135,6 +140,13 @@ def test_what_is_no_image_is_refused_in_one_line(
     assert live.service.budget.used == 0
     assert post(live, encoded("PNG")).status_code == 200
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_an_image_file_in_the_place_of_tensors_is_shown_the_way(live: Live, kind: str) -> None:
+    answer = httpx.post(live.url + INFER, content=encoded(kind))
+    assert answer.status_code == 400
+    assert "POST the file to the one that ends in /image" in answer.json()["error"]
 
 
 def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone_never_begun(

@@ -76,7 +76,7 @@ def test_an_image_is_dropped(tiny_bundle: Bundle, tmp_path: Path) -> None:
         ).json()
         assert f"{answer['label']} ({100 * answer['probability']:.1f} %)" in text
         assert f"expert {answer['routes'][0]['expert_ids'][0]}" in text
-        assert f"margin {answer['routes'][0]['margin']:.3f}" in text
+        assert f"{answer['routes'][0]['margin']:.3f} ahead of the next" in text
         assert "as seen here" in text
         assert "advmoe, version 1" in text
         assert browser.run("return document.title") == "advmoe serve"
