@@ -14,7 +14,6 @@ from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
-from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import DataLoader, on_device
@@ -28,7 +27,7 @@ from advmoe_deploy.train.run.router_robustness import (
     with_router,
 )
 from advmoe_deploy.train.run.tensorboard import Board
-from advmoe_deploy.train.run.trouble import costly, trouble
+from advmoe_deploy.train.run.trouble import costly, trouble, unused
 from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.step.weights import TrainedWeights, place
 
@@ -227,6 +226,9 @@ class Session:
         cost: dict[str, object],
     ) -> TrainReport:
         config = self.config
+        # On the hold-out as well, for a test set may be too small to judge by.
+        kept = state.history[state.best_epoch - 1]
+        lines, remedies = unused(config, measured.expert_load, kept.expert_load)
         return TrainReport(
             **cost,
             run=str(self.folder.path),
@@ -246,7 +248,8 @@ class Session:
             device=self.fabric.device.type,
             devices=self.fabric.world_size,
             versions=versions(),
-            warnings=(*costly(config), *of_routes(measured.expert_load)),
+            warnings=(*costly(config), *lines),
+            remedies=remedies,
         )
 
 

@@ -8,7 +8,7 @@ import typer
 
 from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads, with_short
-from advmoe_deploy.cli.session import Session, session
+from advmoe_deploy.cli.session import Session, session, this_command
 from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
@@ -122,7 +122,12 @@ def train(
         )
         report = train_requested(asked, ui.progress)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
-            ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
+            mended = (f"--set={setting}" for setting in report.remedies)
+            again = this_command(*mended, "--overwrite", without=("--resume",))
+            ui.show(
+                report.model_dump(mode="json"),
+                lambda: training_tables.train_report(report, again),
+            )
 
 
 def _show_plan(ui: Session, asked: "TrainRequest") -> None:
