@@ -126,8 +126,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
-    # Alone, it explains itself.
-    result = command.main(arguments or ["--help"], prog_name="advmoe", standalone_mode=False)
+    if arguments[:1] in ([], ["help"]):  # alone, it explains itself
+        arguments = [*arguments[1:], "--help"]
+    result = command.main(arguments, prog_name="advmoe", standalone_mode=False)
     return result if isinstance(result, int) else 0
 
 

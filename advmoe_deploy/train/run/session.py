@@ -61,6 +61,8 @@ class Session:
         leads = self.fabric.is_global_zero
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
         steps, done = self.config.epochs * per_epoch, state.epoch * per_epoch
+        if done < steps:
+            self.progress.note(self._announced())
         with task(self.progress, "train", steps, done), board or nullcontext():
             for _ in range(state.epoch, self.config.epochs):
                 state = self._epoch(state)
@@ -96,6 +98,8 @@ class Session:
         if self.fabric.is_global_zero:
             self.folder.write_metrics(state.history)
         self.progress.note(f"going on after epoch {state.epoch}")
+        if state.epoch == self.config.epochs:
+            self.progress.note("it was the last: nothing is trained, the test alone is made again")
         if state.processes != self.fabric.world_size or state.threads != torch.get_num_threads():
             self.progress.note(
                 f"so far with processes={state.processes} and threads={state.threads}, now "
@@ -103,6 +107,18 @@ class Session:
                 "same but for rounding, not bit for bit"
             )
         return state
+
+    def _announced(self) -> str:
+        """Return what the time left cannot know: steps of unequal length, and the test."""
+        config = self.config
+        images = len(self.data.test.first(config.test_images))
+        longer = ""
+        if config.shared_epochs:
+            longer = f"from epoch {config.shared_epochs + 1} on steps take longer, for the router; "
+        return (
+            f"training of {config.epochs} epochs, then a test ({images:,} images, "
+            f"PGD-{config.test_attack_steps}); {longer}the time left is that of training alone"
+        )
 
     def _epoch(self, before: RunState) -> RunState:
         began = perf_counter()

@@ -85,7 +85,7 @@ def train(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a model adversarially by a recipe, or on a folder of your own."""
+    """Train a robust model by a recipe, or on your own images."""
     short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
