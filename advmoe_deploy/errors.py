@@ -20,7 +20,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -114,13 +114,50 @@ def missing_extra(package: str, *extras: str) -> BackendUnavailableError:
     return BackendUnavailableError(f"{package} is not installed; run: {install_line(*extras)}")
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Return a :class:`UsageError` that offers the nearest known names."""
+# As alike as two names must be for one to be offered for the other, and how much less alike than
+# the likest others that are offered may be.
+_ALIKE, _BEHIND = 0.6, 0.1
+_OFFERED = 3
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, listed_by: str = "") -> UsageError:
+    """Return a :class:`UsageError` that offers the nearest known names.
+
+    Where none is near it names them all, or the command ``listed_by`` that does.
+    """
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
-    if near:
+    if near := nearest(name, choices):
         return UsageError(f"unknown {kind} '{name}'; did you mean {', '.join(near)}?")
-    return UsageError(f"unknown {kind} '{name}'; choose from {', '.join(choices)}")
+    way_out = f"'{listed_by}' names them" if listed_by else f"choose from {', '.join(choices)}"
+    return UsageError(f"unknown {kind} '{name}'; {way_out}")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return those of ``known`` that ``name`` may be a slip of, the likest first."""
+    alike = {each: _alike(name, each) for each in known}
+    least = max(_ALIKE, max(alike.values(), default=0.0) - _BEHIND)
+    near = sorted((each for each in alike if alike[each] >= least), key=lambda each: -alike[each])
+    return near[:_OFFERED]
+
+
+def _alike(name: str, known: str) -> float:
+    """Return how alike both are, 1 at most; the last part of a dotted name may stand for it."""
+    if known.startswith(name) and name:
+        return 1.0
+    spellings = {known, known.rpartition(".")[2]} if "." not in name else {known}
+    return max(difflib.SequenceMatcher(None, name, each).ratio() for each in spellings)
+
+
+def missing_folder(path: Path, what: str, way_out: str) -> str:
+    """Return the line that there is no ``what`` at ``path``: the like one beside it, or a way out.
+
+    ``what`` is a noun, such as "run".
+    """
+    near: list[str] = []
+    with suppress(OSError):
+        near = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_dir()))
+    offered = f"did you mean {path.parent / near[0]}?" if near else way_out
+    return f"there is no {what} {path}; {offered}"
 
 
 _OUT_OF_MEMORY = "out of memory; lower the batch size"

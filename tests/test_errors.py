@@ -19,7 +19,9 @@ from advmoe_deploy.errors import (
     MachineError,
     file_error,
     install_line,
+    missing_folder,
     naming,
+    nearest,
     reading,
     writing,
 )
@@ -179,3 +181,27 @@ def test_of_a_checkout_that_is_not_installed_the_folder_is_named(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where nothing is installed
     root = Path(__file__).parents[1]
     assert install_line("gpu", "rtx") == f"pip install '{root}[gpu]' or '{root}[rtx]'"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "near"),
+    [
+        ("onxx", ["onnx", "triton", "web"], ["onnx"]),
+        ("image_sze", ["model.image_size", "model.stem", "test_images"], ["model.image_size"]),
+        ("avdmoe", ["advmoe", "at-moe", "cifar10-jtdmoe"], ["advmoe"]),
+        ("digits-advmo", ["digits-advmoe", "digits-advmoe-paper", "advmoe"], None),
+        ("onnx", ["onnxruntime", "openvino"], ["onnxruntime"]),
+        ("epoch", ["epochs", "even_loads"], ["epochs"]),
+        ("pickle", ["onnx", "web"], []),
+    ],
+)
+def test_only_near_names_are_offered(name: str, known: list[str], near: list[str] | None) -> None:
+    assert nearest(name, known) == (known[:2] if near is None else near)
+
+
+def test_a_folder_that_is_not_there_has_the_like_one_beside_it_named(tmp_path: Path) -> None:
+    (tmp_path / "pets-advmoe").mkdir()
+    (tmp_path / "pet-advmof").write_text("a file is none")
+    slip = missing_folder(tmp_path / "pet-advmoe", "run", "train one")
+    assert slip.endswith(f"pet-advmoe; did you mean {tmp_path}/pets-advmoe?")
+    assert missing_folder(tmp_path / "x" / "y", "run", "train one").endswith("y; train one")

@@ -41,8 +41,8 @@ from advmoe_deploy.cli.failures import (
     watched_interrupts,
 )
 from advmoe_deploy.cli.session import (
+    begin,
     command_that_goes_on,
-    forget_shown,
     print_error,
     print_json_error,
     was_stopped,
@@ -104,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     debug, as_json = "--debug" in arguments, "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    forget_shown()
+    begin(arguments)
     with watched_interrupts() as interrupts:
         try:
             code = _invoke(arguments)
@@ -124,19 +124,20 @@ def run(arguments: Sequence[str]) -> int:
             error = KeyboardInterrupt() if interrupts.came else raised
             if debug:
                 traceback.print_exc()
-    return _complain(error, arguments, as_json=as_json)
+    return _complain(error, as_json=as_json)
 
 
 def _invoke(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
-    # Alone, it explains itself.
-    result = command.main(arguments or ["--help"], prog_name="advmoe", standalone_mode=False)
+    if arguments[:1] in ([], ["help"]):  # alone, it explains itself
+        arguments = [*arguments[1:], "--help"]
+    result = command.main(arguments, prog_name="advmoe", standalone_mode=False)
     return result if isinstance(result, int) else 0
 
 
-def _complain(error: BaseException, arguments: list[str], *, as_json: bool) -> int:
+def _complain(error: BaseException, *, as_json: bool) -> int:
     code, message = describe(error)
-    if code == INTERRUPTED and (command := command_that_goes_on(arguments)):
+    if code == INTERRUPTED and (command := command_that_goes_on()):
         message = f"{message}; to go on: {command}"
     message = printable(one_line(message))
     try:

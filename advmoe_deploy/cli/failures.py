@@ -88,7 +88,11 @@ def one_line(text: str) -> str:
 
 
 def _parser_message(error: Exception) -> str:
-    message = str(getattr(error, "format_message", error.__str__)())
+    message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "advmoe")
-    return f"{message.rstrip('.')}; see '{command} --help'"
+    if command == "advmoe train" and "extra argument" in message:
+        message += "; a folder of images is named by --data FOLDER"
+    if message.endswith("?"):
+        return f"{message} See '{command} --help'"
+    return f"{message}; see '{command} --help'"

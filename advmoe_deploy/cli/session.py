@@ -23,6 +23,8 @@ _stopped: ContextVar[bool] = ContextVar("stopped", default=False)
 _spell: ContextVar[Callable[[str], str] | None] = ContextVar("spell", default=None)
 # What had been measured when the command failed.
 _kept: ContextVar[Mapping[str, Any] | None] = ContextVar("kept", default=None)
+# The command line of this run, without the program's own name.
+_arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
 # How to go on with what this run was stopped at.
 _unfinished: ContextVar["_Unfinished | None"] = ContextVar("unfinished", default=None)
 
@@ -158,20 +160,26 @@ def print_json_error(message: str, code: int) -> None:
         print_json({"error": message, "exit_code": code, **(_kept.get() or {})}, sys.stdout)
 
 
-def command_that_goes_on(arguments: Sequence[str]) -> str | None:
-    """Return the whole command that goes on where that of ``arguments`` was stopped, if any does.
+def this_command(*more: str, without: Sequence[str] = ()) -> str:
+    """Return the command line of this run, as a shell takes it, with ``more`` of single words."""
+    kept = [argument for argument in _arguments.get() if argument not in without]
+    return shlex.join(["advmoe", *kept, *(one for one in more if one not in kept)])
+
+
+def command_that_goes_on() -> str | None:
+    """Return the whole command that goes on where this run was stopped, if any does.
 
     Whoever began something that can be resumed has said so by :meth:`Session.resumable`.
     """
     found = _unfinished.get()
     if found is None or not found.has_state():
         return None
-    kept = [argument for argument in arguments if argument not in found.without]
-    return shlex.join(["advmoe", *kept, *(one for one in found.more if one not in kept)])
+    return this_command(*found.more, without=found.without)
 
 
-def forget_shown() -> None:
-    """Begin a run that has shown nothing."""
+def begin(arguments: Sequence[str]) -> None:
+    """Begin a run of this command line, which has shown nothing."""
+    _arguments.set(tuple(arguments))
     _shown.set(False)
     _stopped.set(False)
     _unfinished.set(None)

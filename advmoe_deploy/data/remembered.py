@@ -8,7 +8,7 @@ from pathlib import Path
 from advmoe_deploy.data.matching import label_map
 from advmoe_deploy.data.registry import absolute, folder_in, load_dataset
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, InputError, UsageError
+from advmoe_deploy.errors import DataError, InputError, UsageError, missing_folder
 from advmoe_deploy.reports.checkpoint import Known
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 
@@ -79,7 +79,7 @@ def remembered(
     source = absolute(data, _SIZE) if data else ""
     if data and (folder := folder_in(data)):
         if not folder[0].is_dir():
-            raise DataError(f"{folder[0]} is no folder; name where the data lie")
+            raise DataError(missing_folder(folder[0], "folder", "name where the data lie"))
         source = data if folder[1] else f"folder:{folder[0].resolve()}"
     threat = ThreatModel(epsilon=epsilon) if epsilon is not None else None
     return Remembered(_names(classes), source, threat, note)

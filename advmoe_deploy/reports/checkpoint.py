@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError, InputError, one_line
+from advmoe_deploy.errors import CheckpointError, InputError, missing_folder, one_line
 from advmoe_deploy.specs import ClassNames, Fingerprint, Frozen, ModelSpec, ThreatModel
 
 CHECKPOINT_VERSION = 1
@@ -66,15 +66,22 @@ def checkpoint_folder(path: Path) -> Path:
     for folder in (path / _RUN_MODEL, path):
         if (folder / CHECKPOINT).is_file():
             return folder
+    way_out = "name what 'advmoe train' or 'advmoe export' wrote"
+    if not path.exists():
+        raise InputError(missing_folder(path, "run or bundle", way_out))
     what = "no directory" if not path.is_dir() else "neither a finished run nor a bundle"
-    raise InputError(f"{path} is {what}; name what 'advmoe train' or 'advmoe export' wrote")
+    raise InputError(f"{path} is {what}; {way_out}")
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Return ``checkpoint.json`` of ``directory``, weights unseen."""
     file = directory / CHECKPOINT
     if not file.is_file():
-        raise CheckpointError(f"{directory} holds no {CHECKPOINT}; name what 'advmoe train' wrote")
+        way_out = "name what 'advmoe train' wrote"
+        run = directory.parent if directory.name == _RUN_MODEL else directory
+        if not run.is_dir():
+            raise CheckpointError(missing_folder(run, "run", way_out))
+        raise CheckpointError(f"{directory} holds no {CHECKPOINT}; {way_out}")
     try:
         fields = json.loads(file.read_bytes())
         version = fields.get("version") if isinstance(fields, dict) else None

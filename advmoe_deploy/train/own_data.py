@@ -65,7 +65,7 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
     names = ", ".join(data.class_names[:_NAMED])
     if more := len(data.class_names[_NAMED:]):
         names += f" and {more} more"
-    seen = f"their shorter side is {survey.side} in the middle; " if survey else ""
+    seen = f"{_central_squares(survey, size)}; " if survey else ""
     images = data.train.images[:_MEASURED_IMAGES]
     mean, std = _mean_and_std(images)
     measured = f"of {len(images):,} training images"
@@ -78,6 +78,17 @@ def of_images(data: Dataset, survey: Survey | None) -> list[Choice]:
         Choice("model.std", [round(max(float(v), _LEAST_STD), 4) for v in std], measured),
         Choice("model.stem", "imagenet" if size > _SMALL_STEM else "small", "by the image size"),
     ]
+
+
+def _central_squares(survey: Survey, size: int) -> str:
+    """Return what becomes of the images, and why the size is not theirs where it is smaller."""
+    scaled = "the central square of each is cut out and scaled to it"
+    if survey.side <= size:
+        return scaled
+    return (
+        f"{scaled}; shorter sides are {survey.side} (median), but time grows with the square of "
+        "the size"
+    )
 
 
 def _mean_and_std(
@@ -114,7 +125,9 @@ def of_family(
         Choice("crop_padding", size // 8, "an eighth of the size"),
     ]
     epochs = early.epochs if "epochs" in given else None
-    return choices + (_many() if images >= MANY else _few(images, epsilon, epochs))
+    if images >= MANY:
+        return choices + _many()
+    return choices + _few(images, epsilon, epochs) + _even(early)
 
 
 def _few(images: int, epsilon: float, given_epochs: int | None) -> list[Choice]:
@@ -127,6 +140,13 @@ def _few(images: int, epsilon: float, given_epochs: int | None) -> list[Choice]:
         Choice("attack_step_size", _STEP_SHARE * epsilon, f"{_STEP_SHARE} of epsilon"),
         Choice("evaluate_every", max(1, (given_epochs or epochs) // 6), "six times or so"),
     ]
+
+
+def _even(early: TrainConfig) -> list[Choice]:
+    """Return what keeps a router of few steps from sending all images to one expert."""
+    if early.model.family != "advmoe" or early.method != "advmoe":
+        return []
+    return [Choice("even_loads", True, "so few steps may not teach the router to use each expert")]
 
 
 def _many() -> list[Choice]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.folder import Survey, survey
@@ -111,7 +112,12 @@ def recipe_or_family(name: str) -> TrainConfig:
         return recipe(name)
     if name in FAMILIES:
         return family_recipe(name, 0)
-    raise unknown_name("recipe", name, [*RECIPES, *FAMILIES])
+    if Path(name).is_dir():
+        raise UsageError(
+            f"'{name}' is a folder, where a recipe is expected; to train on its images: "
+            f"advmoe train advmoe --data {quote(name)}"
+        )
+    raise unknown_name("recipe", name, [*RECIPES, *FAMILIES], listed_by="advmoe list recipes")
 
 
 def _source(name: str, data: str | None, given: Mapping[str, str]) -> str:

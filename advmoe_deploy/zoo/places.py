@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from advmoe_deploy.bundle import MANIFEST
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import UsageError, nearest
 
 Source = Literal["packaged", "own"]
 
@@ -75,7 +75,7 @@ def is_plain(name: str) -> bool:
     return bool(name) and Path(name).name == name and not name.startswith(".")
 
 
-def near(name: str, cutoff: float = 0.4) -> list[str]:
+def near(name: str, cutoff: float) -> list[str]:
     """Return the names of models that are like ``name``, the likest first."""
     known = sorted({known for known, _, _ in models()})
     return difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
@@ -83,6 +83,6 @@ def near(name: str, cutoff: float = 0.4) -> list[str]:
 
 def unknown_model(name: str) -> UsageError:
     """Return the error that no model is called ``name``, with the nearest names."""
-    likely = near(name)
+    likely = nearest(name, {known for known, _, _ in models()})
     hint = f"did you mean {', '.join(likely)}? " if likely else ""
     return UsageError(f"unknown model '{name}'; {hint}{_LIST}")

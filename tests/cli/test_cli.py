@@ -67,7 +67,7 @@ def test_every_command_has_examples() -> None:
         (["train", "digits-dense", "--data", "digitz"], 2, "did you mean digits"),
         (["train", "digits-dense", "--devices", "0"], 2, "see 'advmoe train --help'"),
         (["train"], 2, "RECIPE"),
-        (["trian"], 2, "trian"),
+        (["trian"], 2, "Did you mean 'train'? See 'advmoe --help'"),
         (["--nonsense"], 2, "see 'advmoe --help'"),
         (["import", "missing", "--from", "advmoe"], 3, "missing is no file"),
         (["import", "missing", "--from", "advmo"], 2, "did you mean advmoe"),
@@ -77,7 +77,7 @@ def test_every_command_has_examples() -> None:
         (["export", "missing", "--format", "wbe"], 2, "did you mean web?"),
         (["export", "x", "--format", "onnx", "--precision", "int9"], 2, "did you mean int8"),
         (["export", "x", "--format", "onnx", "--precision", "bf16"], 2, "does not compute in bf16"),
-        (["export", "missing", "--format", "onnx"], 3, "missing"),
+        (["export", "missing", "--format", "onnx"], 3, "there is no run missing; name what"),
         (["inspect", "missing"], 3, "missing is no directory"),
         (["verify", "missing"], 3, "missing is no directory"),
         (["verify", "missing", "--max-drop", "-1"], 2, "max-drop"),
@@ -89,10 +89,10 @@ def test_every_command_has_examples() -> None:
         (["report", "missing", "--epsilon", "0"], 2, "write 8/255"),
         (["analyze", "missing", "--epsilon", "nan"], 2, "write 8/255"),
         (["export", "x", "--format", "web", "--epsilon", "8/0"], 2, "is no number; write 8/255"),
-        (["analyze", "missing", "--epsilon", "8/255"], 3, "missing is no directory"),
+        (["analyze", "missing", "--epsilon", "8/255"], 3, "no run or bundle missing"),
         (["profile", "missing", "--batch", "1,x"], 2, "'1,x' is no list"),
         (["profile", "missing", "--against", "dens"], 2, "did you mean dense"),
-        (["analyze", "missing"], 3, "missing is no directory"),
+        (["analyze", "missing"], 3, "no run or bundle missing"),
         (["analyze", "missing", "--only", "routs"], 2, "did you mean routes"),
         (["analyze", "missing", "--only", " , "], 2, "names no section"),
         (["analyze", "missing", "--smoothing", "9", "--sigma", "0"], 2, "smoothing: sigma"),
@@ -154,11 +154,18 @@ def test_list_and_doctor(capsys: Capture) -> None:
         assert "onnxruntime" in capsys.readouterr().out
 
 
-def test_alone_it_explains_itself(capsys: Capture) -> None:
+def test_alone_it_explains_itself(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run([]) == 0
     out, err = capsys.readouterr()
     assert "Usage: advmoe [OPTIONS] COMMAND" in out
     assert err == ""
+    assert run(["help"]) == 0
+    assert capsys.readouterr().out == out
+    commands = out[out.index("Commands:") : out.index("Exit codes")]
+    assert "..." not in commands  # each has its whole sentence
+    assert run(["help", "train"]) == 0
+    assert "Usage: advmoe train" in capsys.readouterr().out
 
 
 def test_recipes_are_grouped_and_chosen(capsys: Capture) -> None:

@@ -220,7 +220,7 @@ def next_of(told: str) -> list[str]:
         (["--classes", "cat,cat"], 2, "names cat twice"),
         (["--classes", "missing.txt"], 3, "is no file; name one with a class a line"),
         (["--data", "photos3"], 2, "has 3 classes, and the model has 10"),
-        (["--data", "missing/"], 3, "is no folder"),
+        (["--data", "missing/"], 3, "there is no folder "),
         (["--data", "digitz"], 2, "did you mean digits"),
         (["--data", "digits"], 2, "has images of (1, 8, 8), the model takes (3, 32, 32)"),
         (["--epsilon", "8"], 2, "write 8/255"),

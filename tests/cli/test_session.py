@@ -2,13 +2,15 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 from advmoe_deploy.cli.session import (
+    begin,
     command_that_goes_on,
-    forget_shown,
     print_json,
     session,
+    this_command,
 )
 
 
@@ -24,16 +26,23 @@ def test_json_has_null_for_what_json_cannot_say() -> None:
 
 
 def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
-    forget_shown()
-    line = ["predict", "b", "--input", "my photos", "--overwrite"]
-    assert command_that_goes_on(line) is None
+    begin(["predict", "b", "--input", "my photos", "--overwrite"])
+    assert command_that_goes_on() is None
     with session(as_json=False) as ui:
         state = tmp_path / "state"
-        ui.resumable("--resume", without=("--overwrite",), has_state=state.is_file)
-        assert command_that_goes_on(line) is None  # nothing was kept yet
+        go_on = partial(ui.resumable, "--resume", without=("--overwrite",), has_state=state.is_file)
+        go_on()
+        assert command_that_goes_on() is None  # nothing was kept yet
         state.touch()
-        assert command_that_goes_on(line) == "advmoe predict b --input 'my photos' --resume"
-        again = ["predict", "b", "--resume"]
-        assert command_that_goes_on(again) == "advmoe predict b --resume"
-    forget_shown()
-    assert command_that_goes_on(line) is None
+        assert command_that_goes_on() == "advmoe predict b --input 'my photos' --resume"
+        begin(["predict", "b", "--resume"])
+        go_on()
+        assert command_that_goes_on() == "advmoe predict b --resume"
+    begin([])
+    assert command_that_goes_on() is None
+
+
+def test_the_command_of_this_run_with_more() -> None:
+    begin(["train", "advmoe", "--data", "my photos", "--resume"])
+    again = this_command("--set=even_loads=true", "--overwrite", without=("--resume",))
+    assert again == "advmoe train advmoe --data 'my photos' --set=even_loads=true --overwrite"

@@ -153,7 +153,7 @@ def test_what_is_no_folder_of_classes_is_one_line(tmp_path: Path) -> None:
     assert "or remove the folder" in refused(f"{tmp_path}/empty")
     assert "cats holds 1 image; give each class at least 5" in refused(f"{tmp_path}/few")
     assert "holds 10 images and no class folders" in refused(f"{tmp_path}/loose")
-    assert "is no folder" in refused(f"{tmp_path}/missing")
+    assert "there is no folder" in refused(f"{tmp_path}/missing")
     assert "And no folder is called 'fotos'" in refused("fotos")
 
 

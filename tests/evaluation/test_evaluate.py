@@ -174,5 +174,5 @@ def test_data_that_do_not_fit_a_run_are_refused_without_torch(
     )
     assert done.stdout.split() == ["2", "3", "2"]
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
-    said = ("did you mean digits", "gone is no folder", "of 2 classes, the model takes (1, 8, 8)")
+    said = ("did you mean digits", "there is no folder", "of 2 classes, the model takes (1, 8, 8)")
     assert all(text in line for text, line in zip(said, lines, strict=True))

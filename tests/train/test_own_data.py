@@ -52,6 +52,7 @@ def test_one_line_trains_on_a_folder_and_says_what_it_chose(
     assert caplog.text.count("is kept for the test") == 1
     config = json.loads((out / "config.json").read_text())
     assert config["chosen"]["batch_size"] == "16: for 24 training images"
+    assert config["even_loads"]
     # What the user said is none of our choices.
     assert not {"epochs", "threat.epsilon", "model.image_size"} & {*config["chosen"]}
     checkpoint = read_checkpoint(out / "model")
@@ -59,7 +60,9 @@ def test_one_line_trains_on_a_folder_and_says_what_it_chose(
     assert checkpoint.model.image_shape == (3, 8, 8)
     assert checkpoint.provenance["data"] == f"folder:{photos}?size=8"
     assert run([*line, "--epsilon", "4/255", "--resume"]) == 0
-    assert "going on after epoch 1" in capfd.readouterr().err
+    assert "nothing is trained" in capfd.readouterr().err
+    assert run(line) == 2
+    assert "holds a finished run; pass --overwrite to replace it" in capfd.readouterr().err
 
 
 def test_mean_and_deviation_are_those_of_the_training_part(photos: Path, tmp_path: Path) -> None:
@@ -164,7 +167,11 @@ REFUSED = [
     (["nope"], 2, "unknown recipe 'nope'"),
     (["advmo"], 2, "did you mean advmoe"),
     (["advmoe"], 2, "pass --data FOLDER"),
-    (["advmoe", "--data", "missing/"], 3, "is no folder"),
+    (["advmoe", "--data", "missing/"], 3, "there is no folder "),
+    (["advmoe", "--data", "./fotos"], 3, "fotos; did you mean"),
+    (["photos"], 2, "to train on its images: advmoe train advmoe --data photos"),
+    (["nothing-like-any"], 2, "'advmoe list recipes' names them"),
+    (["advmoe", "photos"], 2, "a folder of images is named by --data FOLDER"),
     (["advmoe", "--data", "missing"], 2, "And no folder is called 'missing'"),
     (["advmoe", "--data", "one"], 3, "holds 1 class folder, cats; give at least two"),
     (["advmoe", "--data", "empty"], 3, "dogs holds no image"),
@@ -190,7 +197,11 @@ REFUSED = [
 ELSEWHERE = [
     (["import", "x.pth", "--from", "advmoe"], 3, "x.pth is no file"),
     (["import", "x.pth", "--from", "advmo"], 2, "did you mean advmoe"),
-    (["import", "one/cats/0.png", "--from", "advmoe", "--data", "missing/"], 3, "is no folder"),
+    (
+        ["import", "one/cats/0.png", "--from", "advmoe", "--data", "missing/"],
+        3,
+        "there is no folder ",
+    ),
     (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no finite number; write"),
     (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),

@@ -79,7 +79,7 @@ def test_the_cifar10_recipe_runs_in_reduced_precision(tmp_path: Path) -> None:
 def test_a_run_in_the_way_is_refused(tmp_path: Path) -> None:
     config, data, run = tiny("digits-dense", "epochs=1"), some_digits(), tmp_path / "run"
     train(config, data, run)
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="finished run; pass --overwrite"):
         train(config, data, run)
     with pytest.raises(UsageError, match=r"trained with lr=0\.02"):
         train(apply_overrides(config, ["lr=0.5"]), data, run, resume=True)

@@ -149,7 +149,10 @@ def analyze(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Look into a model: routes, experts, what attacks do to both, and what can be certified."""
+    """Look into a model: routes, experts, attacks on both.
+
+    And what can be certified of them.
+    """
     seconds = None if budget is None else seconds_of(budget)
     on_request = {"radii": radii, "capacity": capacity, "smoothing": smoothing}
     alone: dict[str, object] = {f"--{name}": value for name, value in on_request.items()}

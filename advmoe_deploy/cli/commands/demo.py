@@ -20,7 +20,10 @@ def demo(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Go the whole road on handwritten digits, in minutes, and leave an HTML report."""
+    """Go the whole road on handwritten digits, in minutes.
+
+    It leaves a report as a page.
+    """
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.cli.demo.run import run_demo
         from advmoe_deploy.cli.demo.screen import screen

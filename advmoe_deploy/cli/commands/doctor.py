@@ -16,7 +16,7 @@ from advmoe_deploy.runtime.onnxruntime.kernels.build import find_compiler
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine has, what runs here, and which extra brings what is missing.
+    """Say what runs on this machine, and what brings the rest.
 
     Ends with 4 if no engine is installed, and with 3 if the library of our operators is not the one
     that was compiled.

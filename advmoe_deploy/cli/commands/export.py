@@ -58,30 +58,32 @@ def export(
     data: Data = None,
     class_map: ClassMap = None,
     overwrite: Overwrite = False,
+    threads: Threads = 0,
+    as_json: Json = False,
     reference: Annotated[
         bool,
         typer.Option("--reference/--no-reference", help="Ship the weights that verify attacks."),
     ] = True,
-    onnx_only: OnnxOnly = False,
-    build_config: BuildConfig = None,
-    set_build: SetBuild = None,
     prune_unused: Annotated[
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
     ] = False,
+    onnx_only: OnnxOnly = False,
+    build_config: BuildConfig = None,
+    set_build: SetBuild = None,
     mount: Mount = None,
     device: Device = None,
     max_batch: MaxBatch = None,
     images: Images = None,
     epsilon: Epsilon = None,
+    runtime: Runtime = None,
     storage_uri: StorageUri = None,
     image: Image = None,
     server: Server = None,
-    runtime: Runtime = None,
-    threads: Threads = 0,
-    as_json: Json = False,
 ) -> None:
-    """Export a trained model to a bundle, checked against the model before it is written.
+    """Export a model to a bundle, checked before it is written.
+
+    It answers as the model does, or nothing is written.
 
     Of a bundle, format triton makes a model repository for NVIDIA's server, web a page that runs it
     in the browser, and kserve the manifests of a service on Kubernetes.

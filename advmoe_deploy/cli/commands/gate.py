@@ -54,7 +54,10 @@ def gate(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Hold a bundle against a baseline; exit 1 if it lost accuracy, 6 if undecided."""
+    """Hold a bundle against a baseline.
+
+    Exit 1 if it lost accuracy, 6 if undecided.
+    """
     for option, file in (("--junit", junit), ("--markdown", markdown)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option}: {file} is a directory; name a file in it")

@@ -74,7 +74,10 @@ def import_checkpoint(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Import a checkpoint of the papers' released code as a run that 'advmoe export' takes."""
+    """Import a checkpoint of the papers' released code as a run.
+
+    'advmoe export' takes it as it takes what was trained here.
+    """
     run = out or Path("runs") / file.stem
     use_threads(threads)
     with session(as_json, loads=True) as ui:

@@ -18,7 +18,7 @@ def inspect(
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle or a run holds, after checking every file's hash."""
+    """Show what a bundle or a run holds; every hash is checked."""
     with session(as_json) as ui:
         from advmoe_deploy.bundle import open_bundle
         from advmoe_deploy.cli.tables import bundle as tables

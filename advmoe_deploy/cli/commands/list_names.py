@@ -62,7 +62,7 @@ def list_names(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List recipes, families of networks, trained models at hand, engines and data sets."""
+    """List recipes, families, trained models, engines and data."""
     if (data or family) and kind != "recipes":
         raise UsageError("--data and --family choose among recipes; write 'advmoe list recipes'")
     chosen = partial(_recipes, data, family)

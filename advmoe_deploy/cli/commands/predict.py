@@ -81,9 +81,10 @@ def predict(
     ] = Place.local,
     as_json: Json = False,
 ) -> None:
-    """Classify images: one on the screen, many into a file, a row per input, unreadable or not.
+    """Classify images: one on the screen, many into a file.
 
-    A folder whose sub-folders are called as classes of the model also gives accuracy.
+    Each input has a row, readable or not. A folder whose sub-folders are called as classes of the
+    model also gives accuracy.
     """
     found = _input(source, context.args, named)
     to_stdout = output == _STDOUT

@@ -54,7 +54,10 @@ def report(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Verify a bundle and write a page, JSON as RobustBench's and the examples; exits as verify."""
+    """Verify a bundle and write a page about it.
+
+    Beside it, JSON as RobustBench's and the examples that were found; exits as verify does.
+    """
     if len(set(engine or ())) < len(engine or ()):
         raise UsageError(f"--engine: {', '.join(engine or ())} names one twice; name each once")
     use_torch_threads(threads)

@@ -71,7 +71,10 @@ def verify(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Attack the model and its export alike; exit 1 if robustness was lost, 6 if undecided."""
+    """Attack the model and its export alike, and compare them.
+
+    Exit 1 if robustness was lost, 6 if undecided.
+    """
     if save_examples is not None and save_examples.is_dir():
         raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     seconds = seconds_of(budget)

@@ -267,6 +267,8 @@ def _pruning_rows(pruning: Pruning | None) -> list[tuple[str, str]]:
 
 
 def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
+    noise = (parity.data or "").startswith("random:")
+    whose = "of this noise" if noise else "of these images, those trained on among them"
     return [
         (
             f"logits, {parity.images} images",
@@ -281,7 +283,7 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
             else "none",
         ),
         *(
-            (f"rows per expert, {layer.layer}", ", ".join(map(str, layer.expert_load)))
+            (f"experts of {layer.layer}", f"got {', '.join(map(str, layer.expert_load))} {whose}")
             for layer in parity.layers
         ),
     ]

@@ -60,6 +60,6 @@ def _use(use: ExpertUse) -> str:
     shares = [f"{expert}: {percent(share)}" for expert, share in enumerate(use.shares[:_EXPERTS])]
     more = ", ..." if len(use.shares) > _EXPERTS else ""
     return (
-        f"experts of {use.layer}: {', '.join(shares)}{more}; {use.effective_routes:.2f} effective "
-        f"routes of {len(use.shares)}"
+        f"of these images the experts of {use.layer} got {', '.join(shares)}{more}; "
+        f"{use.effective_routes:.2f} effective routes of {len(use.shares)}"
     )

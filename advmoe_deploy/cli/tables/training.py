@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from advmoe_deploy.train.run.sweep import SweepReport
 
 
-def train_report(report: "TrainReport") -> RenderableType:
-    """Return what a training run came to, and the next step."""
+def train_report(report: "TrainReport", again: str) -> RenderableType:
+    """Return what a training run came to, and the next step.
+
+    ``again`` is the command that trains it with the report's remedies.
+    """
     routes = report.effective_routes
     rows = [
         ("recipe", report.recipe),
@@ -34,6 +37,8 @@ def train_report(report: "TrainReport") -> RenderableType:
         left = f"{report.nonzero_macs:,}, {percent(report.density)} of the weights"
         rows.insert(-1, ("MACs that are left", left))
     hint = f"next: advmoe export {quote(report.run)} --format onnx"
+    if report.remedies:
+        hint = f"next: {again}\nor, as it is: advmoe export {quote(report.run)} --format onnx"
     warnings = (escape(f"warning: {line}") for line in report.warnings)
     return Group(facts(f"{report.run}", rows), *warnings, escape(hint))
 

@@ -10,7 +10,7 @@ from advmoe_deploy.data.layouts.shards import webdataset_shards
 from advmoe_deploy.data.layouts.tables import image_tables
 from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
 from advmoe_deploy.data.layouts.unsplit import unsplit_class_folders
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, missing_folder
 
 Layout = Callable[[Tree, Wanted], tuple[Listing, Listing] | None]
 TABLES_FIRST: tuple[Layout, ...] = (image_tables, cifar_batches, webdataset_shards, class_folders)
@@ -38,7 +38,7 @@ def listings_of(
     if root.is_file():
         raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; name where the data lie: {way_out}")
+        raise DataError(missing_folder(root, "folder", f"name where the data lie: {way_out}"))
     tree = tree_of(root)
     for layout in layouts:
         if found := layout(tree, wanted):

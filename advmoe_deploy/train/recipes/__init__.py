@@ -27,5 +27,5 @@ RECIPES: dict[str, Recipe] = {
 def recipe(name: str) -> TrainConfig:
     """Return the recipe of this name; an unknown one is a UsageError that offers the nearest."""
     if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
+        raise unknown_name("recipe", name, RECIPES, listed_by="advmoe list recipes")
     return RECIPES[name].make()

@@ -41,13 +41,12 @@ from advmoe_deploy.models.checkpoint import (
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import DATA, RunData
-from advmoe_deploy.train.run.place import CONFIG, is_occupied, require_place, require_same
+from advmoe_deploy.train.run.place import CONFIG, REPORT, is_occupied, require_place, require_same
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 MODEL = "model"
-REPORT = "report.json"
 RESUME = "resume.safetensors"
 STATE = "state.json"
 _EPOCH_NAME = re.compile(r"epoch-(\d{4,})")

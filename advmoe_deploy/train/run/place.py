@@ -13,6 +13,7 @@ from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import DATA, RunData, require_same_content
 
 CONFIG = "config.json"
+REPORT = "report.json"
 
 
 def require_place(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -28,7 +29,12 @@ def require_place(path: Path, *, resume: bool, overwrite: bool) -> None:
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path} exists and is no run; choose another --out")
     if not overwrite:
-        raise UsageError(f"{path} holds a run; pass --resume to go on, or choose another --out")
+        finished = (path / REPORT).is_file()
+        kind = "a finished run" if finished else "a run that did not end"
+        go_on = "" if finished else "--resume to go on with it, "
+        raise UsageError(
+            f"{path} holds {kind}; pass {go_on}--overwrite to replace it, or choose another --out"
+        )
 
 
 def is_occupied(path: Path) -> bool:

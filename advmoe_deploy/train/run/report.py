@@ -54,7 +54,8 @@ class TrainReport(Frozen):
     weights are those of ``selected_epoch``, chosen on the hold-out. ``effective_routes``, of the
     routed layer with the fewest, is ``None`` for a dense model; ``density`` and ``nonzero_macs``
     are of method ``sparse``. ``warnings`` say what went without an error and is hardly wanted:
-    experts that nobody visits, a router that costs more than it saves.
+    experts that nobody visits, a router that costs more than it saves. ``remedies`` are settings,
+    each ``key=value``, that train it otherwise.
     """
 
     run: str
@@ -81,6 +82,7 @@ class TrainReport(Frozen):
     devices: int
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,6 @@ from advmoe_deploy.errors import DivergedError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.progress import Progress, task
-from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import DataLoader, on_device
@@ -28,7 +27,7 @@ from advmoe_deploy.train.run.router_robustness import (
     with_router,
 )
 from advmoe_deploy.train.run.tensorboard import Board
-from advmoe_deploy.train.run.trouble import costly, trouble
+from advmoe_deploy.train.run.trouble import costly, trouble, unused
 from advmoe_deploy.train.step.sparse import is_selectable, nonzero_macs
 from advmoe_deploy.train.step.weights import TrainedWeights, place
 
@@ -62,6 +61,8 @@ class Session:
         leads = self.fabric.is_global_zero
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
         steps, done = self.config.epochs * per_epoch, state.epoch * per_epoch
+        if done < steps:
+            self.progress.note(self._announced())
         with task(self.progress, "train", steps, done), board or nullcontext():
             for _ in range(state.epoch, self.config.epochs):
                 state = self._epoch(state)
@@ -97,6 +98,8 @@ class Session:
         if self.fabric.is_global_zero:
             self.folder.write_metrics(state.history)
         self.progress.note(f"going on after epoch {state.epoch}")
+        if state.epoch == self.config.epochs:
+            self.progress.note("it was the last: nothing is trained, the test alone is made again")
         if state.processes != self.fabric.world_size or state.threads != torch.get_num_threads():
             self.progress.note(
                 f"so far with processes={state.processes} and threads={state.threads}, now "
@@ -104,6 +107,18 @@ class Session:
                 "same but for rounding, not bit for bit"
             )
         return state
+
+    def _announced(self) -> str:
+        """Return what the time left cannot know: steps of unequal length, and the test."""
+        config = self.config
+        images = len(self.data.test.first(config.test_images))
+        longer = ""
+        if config.shared_epochs:
+            longer = f"from epoch {config.shared_epochs + 1} on steps take longer, for the router; "
+        return (
+            f"training of {config.epochs} epochs, then a test ({images:,} images, "
+            f"PGD-{config.test_attack_steps}); {longer}the time left is that of training alone"
+        )
 
     def _epoch(self, before: RunState) -> RunState:
         began = perf_counter()
@@ -227,6 +242,9 @@ class Session:
         cost: dict[str, object],
     ) -> TrainReport:
         config = self.config
+        # On the hold-out as well, for a test set may be too small to judge by.
+        kept = state.history[state.best_epoch - 1]
+        lines, remedies = unused(config, measured.expert_load, kept.expert_load)
         return TrainReport(
             **cost,
             run=str(self.folder.path),
@@ -246,7 +264,8 @@ class Session:
             device=self.fabric.device.type,
             devices=self.fabric.world_size,
             versions=versions(),
-            warnings=(*costly(config), *of_routes(measured.expert_load)),
+            warnings=(*costly(config), *lines),
+            remedies=remedies,
         )
 
 

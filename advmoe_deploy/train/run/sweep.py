@@ -17,9 +17,8 @@ from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import RunData
-from advmoe_deploy.train.run.folder import REPORT
 from advmoe_deploy.train.run.loop import train
-from advmoe_deploy.train.run.place import CONFIG, require_same
+from advmoe_deploy.train.run.place import CONFIG, REPORT, require_same
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.swept import sweep_configs, value_text
 

@@ -1,11 +1,12 @@
 """Ways in which a run fails without an error, told while it still runs, or before it begins."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from advmoe_deploy.models.macs import macs_of
-from advmoe_deploy.reports.cautions import COLLAPSED, of_costs
+from advmoe_deploy.reports.cautions import COLLAPSED, of_costs, of_routes
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.report import EpochRecord
 
@@ -43,10 +44,37 @@ def trouble(
         )
     if _collapsed(record) and not (measured and _collapsed(measured[-1])):
         yield (
-            f"epoch {record.epoch}: the router has collapsed, {record.effective_routes:.2f} of "
-            f"{config.model.num_experts} routes are in use; raise balance_weight, or lower "
-            "router_lr"
+            f"epoch {record.epoch}: the router sends nearly all images to one expert "
+            f"({record.effective_routes:.2f} of {config.model.num_experts} routes in use); it may "
+            "recover, and the model that is kept is judged at the end"
         )
+
+
+def unused(
+    config: TrainConfig, *loads: Mapping[str, Sequence[int]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what is to be said of a model that uses but one expert, and settings that mend it.
+
+    It is judged by all ``loads`` together, each the rows of every expert by routed layer.
+    """
+    summed: Counter[tuple[str, int]] = Counter()
+    for load in loads:
+        summed.update({(layer, e): n for layer, row in load.items() for e, n in enumerate(row)})
+    pooled = {layer: [summed[layer, e] for e in range(len(row))] for layer, row in loads[0].items()}
+    settings = ("even_loads=true",) if _could_be_even(config) else ()
+    way_out = (
+        "train with even_loads=true (now false), or a dense network"
+        if settings
+        else f"train with a higher balance_weight (now {config.balance_weight:g}) or a lower "
+        f"router_lr (now {config.router_lr:g}), or a dense network"
+    )
+    lines = of_routes(pooled, way_out=way_out)
+    return lines, settings if lines else ()
+
+
+def _could_be_even(config: TrainConfig) -> bool:
+    learns = config.method in ("advmoe", "joint", "router-only")
+    return config.model.family == "advmoe" and learns and not config.even_loads
 
 
 def _fell(best: EpochRecord, last: EpochRecord, record: EpochRecord) -> bool:

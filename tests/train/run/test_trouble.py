@@ -8,7 +8,7 @@ from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import EpochRecord
-from advmoe_deploy.train.run.trouble import trouble
+from advmoe_deploy.train.run.trouble import trouble, unused
 from tests.toy_training import some_digits, tiny
 
 
@@ -54,6 +54,24 @@ def test_a_collapse_is_told_when_it_begins() -> None:
     assert "1.05 of 2 routes" in lines[0][1]
 
 
+def test_the_model_that_is_kept_is_judged_by_all_that_was_counted() -> None:
+    config = tiny("digits-advmoe-agreeing")
+    test, holdout = {"router": (12, 0)}, {"router": (0, 9)}
+    assert unused(config, test, {"router": (9, 0)})[1] == ("even_loads=true",)
+    assert unused(config, test, holdout) == ((), ())
+    assert unused(config, test, {"router": (3, 0)}) == ((), ())  # 15 may be chance
+
+
+def test_the_way_out_of_one_expert_names_what_is_set_now() -> None:
+    lone = {"router": (40, 0)}
+    ((line,), settings) = unused(tiny("digits-advmoe", "even_loads=true"), lone)
+    assert "balance_weight (now 0.5)" in line
+    assert "router_lr (now 0.01)" in line
+    assert not settings
+    dense = tiny("digits-s-dense")
+    assert unused(dense, {}) == ((), ())
+
+
 class Notes(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -70,4 +88,4 @@ def test_a_run_says_what_its_records_tell(tmp_path: Path) -> None:
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     record = EpochRecord.model_validate_json(line)
     collapsed = (record.effective_routes or 2) < 1.1
-    assert collapsed == any("collapsed" in line for line in notes.lines)
+    assert collapsed == any("to one expert" in line for line in notes.lines)

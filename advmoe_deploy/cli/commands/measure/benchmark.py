@@ -47,7 +47,10 @@ def benchmark(
     ] = min(2, usable_cpus()),
     as_json: Json = False,
 ) -> None:
-    """Set all engines and precisions of a bundle beside each other: size, accuracy, time."""
+    """Set the engines and precisions of a bundle side by side.
+
+    By size, accuracy and time.
+    """
     batches = positive_numbers(batch, "--batch")
     use_threads(threads)
     with session(as_json, loads=True) as ui:

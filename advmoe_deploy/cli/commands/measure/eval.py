@@ -48,7 +48,10 @@ def evaluate(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure clean accuracy: with its interval, by class, with calibration; no attacks."""
+    """Measure clean accuracy, by class too; nothing is attacked.
+
+    With intervals, calibration and the use of the experts.
+    """
     if report_file is not None and report_file.is_dir():
         raise UsageError(f"--report: {report_file} is a directory; name a file in it")
     use_threads(threads)

@@ -40,7 +40,10 @@ def add(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Put a run's model under a name: weights, what was measured, and a model card."""
+    """Put a run's model under a name, for zoo:NAME.
+
+    Its weights, what was measured, and a model card.
+    """
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import models as tables
         from advmoe_deploy.zoo.pack import Packing, pack_run

@@ -37,7 +37,7 @@ def push(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Upload a run's model or a bundle to the Hugging Face hub, with a model card."""
+    """Upload a run's model or a bundle to the Hugging Face hub."""
     if not dry_run and (out is not None or overwrite):
         raise UsageError("--out and --overwrite go with --dry-run; a push replaces what was pushed")
     from advmoe_deploy.files import refuse_existing

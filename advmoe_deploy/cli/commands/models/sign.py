@@ -22,7 +22,10 @@ def sign(
     ],
     as_json: Json = False,
 ) -> None:
-    """Sign a bundle, so that --require-signature tells it from what others made of it."""
+    """Sign a bundle, to tell it from what others made of it.
+
+    --require-signature asks for that.
+    """
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables.escape import escape

@@ -24,7 +24,7 @@ def show(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show every setting of a recipe: its value, its default, what it may be, its meaning."""
+    """Show each setting of a recipe: value, default, meaning."""
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import settings as tables
         from advmoe_deploy.train.config import apply_overrides

@@ -69,7 +69,10 @@ def sweep(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe at several values of one setting; interrupted, the same command goes on."""
+    """Train a recipe at several values of one setting.
+
+    Interrupted, the same command goes on.
+    """
     key, values = _values(over)
     use_threads(threads, processes=devices)
     with session(as_json, loads=True) as ui:

@@ -8,7 +8,7 @@ import typer
 
 from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads, with_short
-from advmoe_deploy.cli.session import Session, session
+from advmoe_deploy.cli.session import Session, session, this_command
 from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def train(
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a model adversarially by a recipe, or on a folder of your own."""
+    """Train a robust model by a recipe, or on your own images."""
     short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
@@ -122,7 +122,12 @@ def train(
         )
         report = train_requested(asked, ui.progress)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts one such process per device
-            ui.show(report.model_dump(mode="json"), lambda: training_tables.train_report(report))
+            mended = (f"--set={setting}" for setting in report.remedies)
+            again = this_command(*mended, "--overwrite", without=("--resume",))
+            ui.show(
+                report.model_dump(mode="json"),
+                lambda: training_tables.train_report(report, again),
+            )
 
 
 def _show_plan(ui: Session, asked: "TrainRequest") -> None:
