@@ -24,6 +24,9 @@ _EPSILON = 8 / 255
 _STEP_SHARE = 0.625
 _FEW_STEPS = 300
 _FEW_EPOCHS = (24, 40)
+# Its share of the recipe's learning rate: at all of it the loss of batches so small leaps, and what
+# was learned is lost in one run of several.
+_FEW_RATE = 0.5
 # Mean and deviation are those of so many images; a constant channel is not blown up.
 _MEASURED_IMAGES = 5000
 _LEAST_STD = 1 / 255
@@ -127,16 +130,17 @@ def of_family(
     epochs = early.epochs if "epochs" in given else None
     if images >= MANY:
         return choices + _many()
-    return choices + _few(images, epsilon, epochs) + _even(early)
+    return choices + _few(images, epsilon, epochs, early.lr) + _even(early)
 
 
-def _few(images: int, epsilon: float, given_epochs: int | None) -> list[Choice]:
+def _few(images: int, epsilon: float, given_epochs: int | None, lr: float) -> list[Choice]:
     batch = 16 if images < 64 else 32 if images < 512 else 64
     least, most = _FEW_EPOCHS
     epochs = min(most, max(least, math.ceil(_FEW_STEPS / math.ceil(images / batch))))
     return [
         Choice("epochs", epochs, f"for {images:,} training images; --epochs takes another"),
         Choice("batch_size", batch, f"for {images:,} training images"),
+        Choice("lr", _FEW_RATE * lr, "half the recipe's, for small batches"),
         Choice("attack_step_size", _STEP_SHARE * epsilon, f"{_STEP_SHARE} of epsilon"),
         Choice("evaluate_every", max(1, (given_epochs or epochs) // 6), "six times or so"),
     ]
@@ -161,6 +165,7 @@ def of_origin(
     """Return those of ``choices`` that a trained model leaves open, and what it brings along."""
     kept = [choice for choice in choices if choice.key not in _OF_NETWORK]
     if is_family:
+        kept = [choice for choice in kept if choice.key != "lr"]
         gentle = base.lr * _FINE_TUNING
         kept.append(Choice("lr", gentle, "a quarter of the recipe's, to keep what was learned"))
     return kept

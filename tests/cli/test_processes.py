@@ -57,7 +57,9 @@ def test_help_starts_without_the_heavy_imports(tmp_path: Path) -> None:
 def test_an_unknown_recipe_in_a_process(tmp_path: Path) -> None:
     done = advmoe("train", "zzz", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("advmoe: error: unknown recipe 'zzz'; 'advmoe list recipes' names them")
+    assert done.stderr.startswith(
+        "advmoe: error: unknown recipe 'zzz'; 'advmoe list recipes' names them"
+    )
     assert len(done.stderr.splitlines()) == 1
 
 

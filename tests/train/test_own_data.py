@@ -52,7 +52,7 @@ def test_one_line_trains_on_a_folder_and_says_what_it_chose(
     assert caplog.text.count("is kept for the test") == 1
     config = json.loads((out / "config.json").read_text())
     assert config["chosen"]["batch_size"] == "16: for 24 training images"
-    assert config["even_loads"]
+    assert (config["even_loads"], config["lr"]) == (True, 0.01)
     # What the user said is none of our choices.
     assert not {"epochs", "threat.epsilon", "model.image_size"} & {*config["chosen"]}
     checkpoint = read_checkpoint(out / "model")
