@@ -1,4 +1,4 @@
-"""Writer of docs/reference/api.md and settings.md, and of the MACs in docs/papers.md."""
+"""Writer of docs/reference/api.md and settings.md, and of the tables in docs/papers.md."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.train.meaning import settings_of
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.verify.report import RobustReport
-from docs.programs.papers import with_table
+from docs.programs.papers import with_tables
 
 PAGE = Path(__file__).parents[1] / "reference" / "api.md"
 SETTINGS_PAGE = PAGE.with_name("settings.md")
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     pages = {
         PAGE: api_page(),
         SETTINGS_PAGE: settings_page(),
-        PAPERS_PAGE: with_table(PAPERS_PAGE.read_text(encoding="utf-8")),
+        PAPERS_PAGE: with_tables(PAPERS_PAGE.read_text(encoding="utf-8")),
     }
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Multiply-accumulates beside AdvMoE's paper, from the recipes: a part of docs/papers.md."""
+"""The tables of docs/papers.md that programs make; AdvMoE's MACs beside its paper's are here."""
 
 import math
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.recipes import RECIPES
 from advmoe_deploy.train.recipes.published import advmoe_cells
+from docs.programs import claims
 
 BEGIN, END = "<!-- MACs: 'make docs' writes these lines -->\n\n", "\n<!-- end of MACs -->"
 # Of columns that cost the same one is shown: sparse as S-Dense, AT MoE as AdvMoE.
@@ -90,10 +91,15 @@ def macs_table() -> str:
     return HEAD + "".join(rows)
 
 
-def with_table(page: str) -> str:
-    """Return ``page`` with the table of now between its marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}{macs_table()}{END}{rest.split(END)[1]}"
+def with_tables(page: str) -> str:
+    """Return ``page`` with the tables of now between their marks."""
+    page = _between(page, claims.BEGIN, claims.claims_table(), claims.END)
+    return _between(page, BEGIN, macs_table(), END)
+
+
+def _between(page: str, begin: str, table: str, end: str) -> str:
+    before, rest = page.split(begin)
+    return f"{before}{begin}{table}{end}{rest.split(end)[1]}"
 
 
 def _giga(count: int) -> str:

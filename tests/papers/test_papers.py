@@ -22,7 +22,7 @@ from advmoe_deploy.train.config import apply_overrides
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.published import advmoe_cells
 from docs.programs.generate import PAPERS_PAGE
-from docs.programs.papers import Cost, reason_of, with_table
+from docs.programs.papers import Cost, reason_of, with_tables
 from tests.conftest import TINY, write_run
 from tests.data.packed import png
 from tests.families import spec_of
@@ -168,7 +168,7 @@ def test_every_recipe_of_a_paper_is_on_the_page() -> None:
 
 
 def test_the_page_has_the_macs_of_now() -> None:
-    assert with_table(PAGE) == PAGE, "run 'make docs'"
+    assert with_tables(PAGE) == PAGE, "run 'make docs'"
 
 
 @pytest.mark.parametrize(
