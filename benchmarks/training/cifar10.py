@@ -172,7 +172,11 @@ def row_in(file: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     if not file.exists():
         return {}
     (row,) = json.loads(file.read_text())["rows"]
-    return row if row["seed"] == checkpoint.recipe["seed"] else {}
+    return row if row["settings"] == _settings(checkpoint) else {}
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    return checkpoint.recipe | {"data": checkpoint.recipe["data"].partition(":")[0]}
 
 
 def known_routes(earlier: dict[str, Any], weights: str, images: int) -> dict[str, Any]:
@@ -205,7 +209,7 @@ def result_of(checkpoint: Checkpoint, model: Classifier, standing: Standing) -> 
         "recipe": checkpoint.recipe["name"],
         "seed": checkpoint.recipe["seed"],
         "weights_sha256": checkpoint.weights_sha256,
-        "settings": checkpoint.recipe | {"data": checkpoint.recipe["data"].partition(":")[0]},
+        "settings": _settings(checkpoint),
         "test_images": len(standing.clean),
         "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
         "clean": share(standing.clean),
@@ -247,17 +251,26 @@ def main() -> None:
         facts |= known_routes(earlier, checkpoint.weights_sha256, arguments.images) or routes_of(
             model, x[first], y[first], checkpoint.threat
         )
+    if len(standing.of(PGD)) == arguments.images:
+        write_row(out, result_of(checkpoint, model, standing) | facts)
     turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):
         print(json.dumps({"attack": key_of(attack), "images": images}), flush=True)
-        if images < arguments.images:
-            continue
-        row = result_of(checkpoint, model, standing) | facts
-        where = {"processor": processor_name(), "versions": versions()}
-        result = {"epsilon": row["epsilon"], **where, "rows": [row]}
-        write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
-        told = {n: row[n]["share"] for n in ("pgd_50", "autoattack_so_far", "robust")}
-        print(json.dumps(told), flush=True)
+        if images == arguments.images:
+            write_row(out, result_of(checkpoint, model, standing) | facts)
+
+
+def write_row(out: Path, row: dict[str, Any]) -> None:
+    """Write what is known by now, and print its figures."""
+    result = {
+        "epsilon": row["epsilon"],
+        "processor": processor_name(),
+        "versions": versions(),
+        "rows": [row],
+    }
+    write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
+    told = {n: row[n]["share"] for n in ("pgd_50", "autoattack_so_far", "robust")}
+    print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ HEAD = """\
 CIFAR-10, ResNet-18 at 32x32, N = 2, ratio 0.5, l-inf 8/255: [one schedule](../training.md) of hours
 on two CPU cores. The checkpoint is chosen on a hold-out. Clean accuracy is of all {test} test
 images (of 10,000, {missing} are not in our copy), the rest of the first n. AutoAttack is the
-standard four; *worst* is what stands, image by image, after
+standard four, on an MoE in its straight-through form; *worst* is what stands, image by image, after
 PGD-50, AutoAttack and the attacks on routes of `verify --attacks standard`. 95 % intervals.
 {raw}[Program](../../benchmarks/training/cifar10.py), and
 [of this page](../../benchmarks/training/results_page.py).
@@ -60,7 +60,8 @@ def row(name: str, title: str) -> str:
         return f"| {title} | not trained | | | | | | {macs} | |"
     (found,) = json.loads(path.read_text())["rows"]
     routes = f"{found['routes']['clean']:.2f} of 2" if "routes" in found else ""
-    seconds = f"{found['train_seconds'] / 60:.0f} min"
+    trained_s = found["train_seconds"]  # a model of the zoo has lost it
+    seconds = f"{trained_s / 60:.0f} min" if trained_s else ""
     cells = " | ".join(cell(found, column) for column in COLUMNS)
     return f"| {title} | {cells} | {found['robust']['n']} | {routes} | {macs} | {seconds} |"
 

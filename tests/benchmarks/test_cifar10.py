@@ -1,5 +1,6 @@
 """The measurement on CIFAR-10: it goes on where it was, and its four attacks are AutoAttack."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,29 @@ def test_flags_of_other_weights_are_refused(tmp_path: Path) -> None:
     Standing(file, "one", np.ones(2, bool)).add(cifar10.PGD, np.ones(2, bool), 1.0)
     with pytest.raises(UsageError, match="other weights"):
         Standing(file, "another", np.ones(2, bool))
+
+
+def test_what_is_known_of_the_training_is_of_the_same_settings(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(trained_run / "model")[0]
+    row = {"settings": cifar10._settings(checkpoint), "selected_epoch": 7, "train_seconds": 60.0}
+    file = tmp_path / "row.json"
+    assert cifar10.row_in(file, checkpoint) == {}
+    file.write_text(json.dumps({"rows": [row]}))
+    assert cifar10.row_in(file, checkpoint) == row
+    # A model of the zoo travels without the report of its run.
+    assert cifar10.trained(tmp_path, row) == {"selected_epoch": 7, "train_seconds": 60.0}
+    other = checkpoint.model_copy(update={"recipe": checkpoint.recipe | {"epochs": 99}})
+    assert cifar10.row_in(file, other) == {}
+
+
+def test_routes_are_measured_anew_of_other_weights_or_images() -> None:
+    row = {"weights_sha256": "a", "pgd_50": {"n": 500}, "routes": {"clean": 2.0}}
+    assert cifar10.known_routes(row, "a", 500) == {"routes": {"clean": 2.0}}
+    assert cifar10.known_routes(row, "b", 500) == {}
+    assert cifar10.known_routes(row, "a", 1000) == {}
+    assert cifar10.known_routes({}, "a", 500) == {}
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ def drawn(table: Table) -> RenderableType:
     least = [column for column in _LEAST if column in table.columns]
     drawing = new_table(table.title, table.columns, least)
     for row in table.rows:
-        drawing.add_row(*(escape(cell.replace(" (", "\n(")) for cell in row))
+        name, *figures = map(escape, row)
+        drawing.add_row(name, *(each.replace(" (", "\n(") for each in figures))
     return drawing
 
 
