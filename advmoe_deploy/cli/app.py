@@ -85,7 +85,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 # Who says what to do with more arguments than one takes.
-_TAKES_MORE = {"predict": {"allow_extra_args": True}}
+_TAKES_MORE = {name: {"allow_extra_args": True} for name in ("train", "predict")}
 for _name, _command in _COMMANDS.items():
     app.command(_name, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(_command)
 

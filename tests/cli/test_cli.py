@@ -101,6 +101,7 @@ def test_every_command_has_examples() -> None:
         (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),
         (["predict", "missing", "--input", "x", "--output", "y.jsonl"], 3, "no directory"),
         (["serve", "missing", "--prot", "1"], 2, "(Possible options: --host, --port); see"),
+        (["serve", "missing", "--no-pag"], 2, "--no-access-log, --no-page"),
         (["list", "engine"], 2, "did you mean engines"),
     ],
 )
