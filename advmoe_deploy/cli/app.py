@@ -85,7 +85,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 # Who says what to do with more arguments than one takes.
-_TAKES_MORE = {"predict": {"allow_extra_args": True}}
+_TAKES_MORE = {name: {"allow_extra_args": True} for name in ("train", "predict")}
 for _name, _command in _COMMANDS.items():
     app.command(_name, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(_command)
 
@@ -130,9 +130,15 @@ def run(arguments: Sequence[str]) -> int:
 def _invoke(arguments: list[str]) -> int:
     command: Any = typer.main.get_command(app)
     if arguments[:1] in ([], ["help"]):  # alone, it explains itself
-        arguments = [*arguments[1:], "--help"]
+        arguments = [*_topic(arguments[1:]), "--help"]
     result = command.main(arguments, prog_name="advmoe", standalone_mode=False)
     return result if isinstance(result, int) else 0
+
+
+def _topic(arguments: list[str]) -> list[str]:
+    """Return the command that help is asked for, in a list that is empty where it is for all."""
+    words = [each for each in arguments if not each.startswith("-")]
+    return [] if words[:1] == ["help"] else words[:1]
 
 
 def _complain(error: BaseException, *, as_json: bool) -> int:

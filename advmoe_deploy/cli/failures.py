@@ -77,7 +77,7 @@ def _forget_hidden(error: Any) -> None:
         name
         for each in context.command.get_params(context)
         if not getattr(each, "hidden", False)
-        for name in each.opts
+        for name in (*each.opts, *each.secondary_opts)
     }
     error.possibilities = [name for name in error.possibilities if name in shown]
 
@@ -91,8 +91,6 @@ def _parser_message(error: Exception) -> str:
     message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "advmoe")
-    if command == "advmoe train" and "extra argument" in message:
-        message += "; a folder of images is named by --data FOLDER"
     if message.endswith("?"):
         return f"{message} See '{command} --help'"
     return f"{message}; see '{command} --help'"

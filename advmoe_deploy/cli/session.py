@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from advmoe_deploy.cli.tables.progress import Screen
     from advmoe_deploy.specs import Frozen
 
-# Whether this run has put its one JSON object on stdout.
-_shown: ContextVar[bool] = ContextVar("shown", default=False)
+# Whether this run has put its result on stdout: no ContextVar, for a server tells it from a task,
+# which has a context of its own.
+_shown = Event()
 # Whether the interrupt that ended this run was the usual way to, and has been told.
 _stopped: ContextVar[bool] = ContextVar("stopped", default=False)
 # What makes the line on stderr of the error of this run, where that is no plain one.
@@ -44,14 +46,13 @@ class Session:
         self.progress = progress
         self._stdout = stdout
         self._as_json = as_json
-        self._has_shown = False
 
     def show(self, value: Mapping[str, Any], draw: Callable[[], "RenderableType"]) -> None:
         """Put ``value`` on stdout as JSON if that was asked for, else what ``draw`` returns."""
         from advmoe_deploy.cli.tables.render import draw_on
 
         self._clear()
-        self._has_shown = True
+        _shown.set()
         if self._as_json:
             print_json(value, self._stdout)
         else:
@@ -87,7 +88,7 @@ class Session:
         try:
             yield
         except KeyboardInterrupt:
-            if self._has_shown:
+            if _shown.is_set():
                 tell("stopped by Ctrl-C")
                 _stopped.set(True)
             raise
@@ -126,7 +127,7 @@ def session(as_json: bool, *, loads: bool = False) -> Iterator[Session]:
 def print_json(value: Mapping[str, Any], stdout: TextIO) -> None:
     """Print ``value`` as the one JSON object of this run."""
     print(json.dumps(_standard(value), indent=2, allow_nan=False), file=stdout, flush=True)
-    _shown.set(True)
+    _shown.set()
 
 
 def _standard(value: Any) -> Any:
@@ -156,7 +157,7 @@ def was_stopped() -> bool:
 
 def print_json_error(message: str, code: int) -> None:
     """Print an error as JSON, unless this run has printed its object already."""
-    if not _shown.get():
+    if not _shown.is_set():
         print_json({"error": message, "exit_code": code, **(_kept.get() or {})}, sys.stdout)
 
 
@@ -180,7 +181,7 @@ def command_that_goes_on() -> str | None:
 def begin(arguments: Sequence[str]) -> None:
     """Begin a run of this command line, which has shown nothing."""
     _arguments.set(tuple(arguments))
-    _shown.set(False)
+    _shown.clear()
     _stopped.set(False)
     _unfinished.set(None)
     _spell.set(None)

@@ -126,6 +126,20 @@ class RobustReport(Frozen):
         return (str(self.reference),) if self.fragile and not self.allow_fragile else ()
 
     @property
+    def decided_by(self) -> str:
+        """What decides on robust accuracy where the interval of its drop does not; else empty.
+
+        It is empty, too, where the verdict is on something else.
+        """
+        elsewhere = self.lost == "clean" or (self.fragility and not self.lost)
+        if elsewhere or not self.consistency.same_function:
+            return ""
+        return (
+            f"{self.robust_drop.counted()}: whether robustness was lost is decided by this, not by "
+            "the interval, for engine and reference answer alike to the rounding of float32"
+        )
+
+    @property
     def parity(self) -> ParityReport:
         """How clean answers compare."""
         return self.consistency.parity

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -26,8 +27,10 @@ from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.train.recipes import recipe
+from advmoe_deploy.verify.examples.card import _engine
 from advmoe_deploy.verify.findings import ConsistencyReport
-from advmoe_deploy.verify.report import RobustReport
+from advmoe_deploy.verify.report import ReferenceReport, RobustReport
+from advmoe_deploy.verify.verdict import judge_reference
 
 Capture = pytest.CaptureFixture[str]
 
@@ -101,6 +104,7 @@ def test_every_command_has_examples() -> None:
         (["serve", "missing", "--input", "x"], 2, "'advmoe predict' classifies files"),
         (["predict", "missing", "--input", "x", "--output", "y.jsonl"], 3, "no directory"),
         (["serve", "missing", "--prot", "1"], 2, "(Possible options: --host, --port); see"),
+        (["serve", "missing", "--no-pag"], 2, "--no-access-log, --no-page"),
         (["list", "engine"], 2, "did you mean engines"),
     ],
 )
@@ -166,6 +170,11 @@ def test_alone_it_explains_itself(capsys: Capture, monkeypatch: pytest.MonkeyPat
     assert "..." not in commands  # each has its whole sentence
     assert run(["help", "train"]) == 0
     assert "Usage: advmoe train" in capsys.readouterr().out
+    assert run(["help", "--json", "train"]) == 0
+    assert "Usage: advmoe train" in capsys.readouterr().out
+    for everything in (["help", "help"], ["help", "--json"]):
+        assert run(everything) == 0
+        assert capsys.readouterr().out == out
 
 
 def test_recipes_are_grouped_and_chosen(capsys: Capture) -> None:
@@ -419,6 +428,47 @@ def row(model: Any, p50: float) -> LatencyRow:
     )
 
 
+def robust_report(
+    bundle: Bundle, clean: Drop, robust: Drop, reference: ReferenceReport | None = None
+) -> RobustReport:
+    accuracy = Pair(reference=0.97, engine=0.96)
+    consistency = ConsistencyReport(
+        images=100,
+        exact=True,
+        size_images=64,
+        file_images=8,
+        accuracy=accuracy,
+        prediction_agreement=1.0,
+        probability_difference=0.0,
+        logit_difference=0.0,
+        parity=bundle.manifest.parity,
+        findings=(),
+        seconds=0.1,
+    )
+    return RobustReport(
+        passed=False,
+        verdict="failed",
+        engine="onnxruntime",
+        data="digits",
+        images=100,
+        threat=ThreatModel(epsilon=0.1),
+        max_drop=0.5,
+        clean_accuracy=accuracy,
+        robust_accuracy=Pair(reference=0.8, engine=0.7),
+        robust_interval=(0.6, 0.8),
+        clean_drop=clean.report(0.5, counted=True),
+        robust_drop=robust.report(0.5, counted=True),
+        reference=reference,
+        transferred_accuracy=0.75,
+        route_agreement=1.0,
+        consistency=consistency,
+        warnings=("gradients may be masked",),
+        masking=(),
+        attacks=(),
+        seconds=1.0,
+    )
+
+
 def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     ratio = LatencyRatio(
         a="dense",
@@ -433,50 +483,21 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
     rows = (row("moe", 2.0), row("dense", 5.0))
     latency = LatencyReport(rows=rows, ratios=(ratio,), versions={})
     draw_on(sys.stdout, latency_tables.latency_report(latency))
-    accuracy = Pair(reference=0.97, engine=0.96)
-    consistency = ConsistencyReport(
-        images=100,
-        exact=True,
-        size_images=64,
-        file_images=8,
-        accuracy=accuracy,
-        prediction_agreement=1.0,
-        probability_difference=0.0,
-        logit_difference=0.0,
-        parity=tiny_bundle.manifest.parity,
-        findings=(),
-        seconds=0.1,
-    )
-    robust = RobustReport(
-        passed=False,
-        verdict="failed",
-        engine="onnxruntime",
-        data="digits",
-        images=100,
-        threat=ThreatModel(epsilon=0.1),
-        max_drop=0.5,
-        clean_accuracy=accuracy,
-        robust_accuracy=Pair(reference=0.8, engine=0.7),
-        robust_interval=(0.6, 0.8),
-        clean_drop=Drop(images=100, only_reference=1, only_engine=0).report(0.5),
-        robust_drop=Drop(images=100, only_reference=12, only_engine=2).report(0.5),
-        transferred_accuracy=0.75,
-        route_agreement=1.0,
-        consistency=consistency,
-        warnings=("gradients may be masked",),
-        masking=(),
-        attacks=(),
-        seconds=1.0,
+    robust = robust_report(
+        tiny_bundle,
+        Drop(images=100, only_reference=1, only_engine=0),
+        Drop(images=100, only_reference=12, only_engine=2),
     )
     draw_on(sys.stdout, tables.robust_report(robust))
     out = capsys.readouterr().out
     faster = "MoE on onnxruntime-plan fp32 2.50x as fast as dense on onnxruntime fp32"
     assert faster in " ".join(out.split())
-    counted = "12 of 100 images only the reference gets right: this decides, not the interval"
-    assert counted in " ".join(out.split())
+    count = "12 of 100 images only the reference gets right"
+    assert f"{count}: whether robustness was lost is decided by this" in " ".join(out.split())
+    assert "docs/" not in out  # which an installed package has not
     exact = robust.consistency.model_copy(update={"exact": False})
     draw_on(sys.stdout, tables.robust_report(robust.model_copy(update={"consistency": exact})))
-    assert "this decides" not in capsys.readouterr().out
+    assert count not in capsys.readouterr().out
     said = ("ROBUSTNESS WAS LOST", "0.5 points", "warning: gradients may be masked")
     for text in (
         "5.000",
@@ -487,3 +508,32 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
         *said,
     ):
         assert text in out
+
+
+def test_the_interval_is_set_aside_only_where_robustness_is_decided_by_a_count(
+    tiny_bundle: Bundle,
+) -> None:
+    kept, lost = (Drop(images=100, only_reference=n, only_engine=0) for n in (0, 9))
+    weak = judge_reference(np.arange(100) < 12, chance=0.1)
+    assert weak.verdict != "passed"
+    for clean, robust, reference, decides in (
+        (kept, kept, None, True),
+        (kept, lost, weak, True),
+        (lost, kept, None, False),  # accuracy was lost
+        (kept, kept, weak, False),  # nothing to preserve
+    ):
+        report = robust_report(tiny_bundle, clean, robust, reference)
+        assert bool(report.decided_by) == decides
+        assert ("decided by this" in _engine(report)) == decides  # on the card
+
+
+def test_the_load_of_experts_says_whose_it_is(capsys: Capture, tiny_bundle: Bundle) -> None:
+    parity = tiny_bundle.manifest.parity
+    for data, whose in (("digits", "of these images"), ("random:64", "of this noise")):
+        changed = parity.model_copy(update={"data": data})
+        manifest = tiny_bundle.manifest.model_copy(update={"parity": changed})
+        draw_on(sys.stdout, tables.export_report(Bundle(tiny_bundle.path, manifest)))
+        out = " ".join(capsys.readouterr().out.split())
+        load = ", ".join(map(str, parity.layers[0].expert_load))
+        assert f"got {load} {whose}" in out
+        assert "trained on" not in out

@@ -158,6 +158,16 @@ def test_ctrl_c_stops_the_server_with_130(tiny_bundle: Bundle, tmp_path: Path) -
     ]
 
 
+def test_ctrl_c_leaves_the_one_object_of_a_server(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with started("serve", str(tiny_bundle.path), "--port", "0", "--json", cwd=tmp_path) as process:
+        url = url_of(process)
+        assert httpx.get(f"{url}/v2/health/ready").status_code == 200
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "stopped by Ctrl-C")
+    assert json.loads(out)["url"] == url
+
+
 def test_a_port_in_use_is_one_line_and_5(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

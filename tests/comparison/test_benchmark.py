@@ -83,7 +83,7 @@ def test_a_lone_engine_and_no_attacks_are_told_with_the_way_out(
     command = ["benchmark", str(trained_bundle.path), "--images", "20", "--batch", "1"]
     assert run(command) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "the bundle holds no other engine or precision; 'advmoe export' puts them in by" in out
+    assert "export its run again with --overwrite and --format openvino or --precision int8" in out
     assert "robust accuracy is not measured unless asked for: --attacks quick does" in out
 
 

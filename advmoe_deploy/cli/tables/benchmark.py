@@ -39,8 +39,8 @@ def _lines(report: BenchmarkReport) -> list[str]:
         lines.append("robust accuracy is not measured unless asked for: --attacks quick does")
     if len([each for each in contenders if each.model == "own"]) == 1 and not report.left_out:
         lines.append(
-            "the bundle holds no other engine or precision; 'advmoe export' puts them in by "
-            "--format openvino, and by --precision int8"
+            "the bundle holds no other engine or precision; to put them in, export its run again "
+            "with --overwrite and --format openvino or --precision int8"
         )
     if any(each.model == "dense" for each in contenders):
         lines.append(

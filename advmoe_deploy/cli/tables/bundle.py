@@ -104,22 +104,12 @@ def robust_report(report: RobustReport) -> RenderableType:
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",
         f"drop in robust accuracy: {report.robust_drop.figures()}",
-        *_how_judged(report),
+        *([report.decided_by] if report.decided_by else []),
         *(f"warning: {line}" for line in report.warnings),
         *(f"{finding.kind}: {finding.message}" for finding in report.findings),
         robust_verdict(report),
     ]
     return Group(table, *map(escape, (_LEGEND, *lines)))
-
-
-def _how_judged(report: RobustReport) -> list[str]:
-    """Return why the interval of the drop does not decide, where it does not."""
-    if not report.consistency.same_function:
-        return []
-    return [
-        f"{report.robust_drop.counted()}: this decides, not the interval, for engine and "
-        "reference answer alike to the rounding of float32"
-    ]
 
 
 def robust_verdict(report: RobustReport) -> str:
@@ -164,8 +154,9 @@ def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> Renderabl
 _LEGEND = (
     "found on: whose answers were attacked, those of the reference (the trained model in PyTorch) "
     "or of the engine (what is shipped); images: those left to attack; flipped: attacked images "
-    "that the engine sends to another expert, whether or not their class changed; the attacks: "
-    "docs/robustness.md"
+    "that the engine sends to another expert, whether or not their class changed; attack: its "
+    "name, its steps and its way, where it is not on the model as it runs: along fixed pathways, "
+    "or on the soft form at a temperature; margin is its loss, else cross-entropy"
 )
 _OUTCOMES = ("attack", "found on", "images", "reference", "engine", "flipped", "seconds")
 
@@ -268,7 +259,7 @@ def _pruning_rows(pruning: Pruning | None) -> list[tuple[str, str]]:
 
 def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
     noise = (parity.data or "").startswith("random:")
-    whose = "of this noise" if noise else "of these images, those trained on among them"
+    whose = "of this noise" if noise else "of these images"
     return [
         (
             f"logits, {parity.images} images",

@@ -59,11 +59,15 @@ def _engine(report: RobustReport) -> str:
         "|---|---:|---:|---:|",
         *(_row(*row, images=report.images) for row in _rows(report)),
         "",
-        f"Drop in robust accuracy: {report.robust_drop.figures()}.",
+        f"Drop in robust accuracy: {report.robust_drop.figures()}.{_judged(report)}",
         *(f"- warning: {line}" for line in report.warnings),
         *(f"- {finding.kind}: {finding.message}" for finding in report.findings),
     ]
     return "\n".join(lines)
+
+
+def _judged(report: RobustReport) -> str:
+    return f" {report.decided_by}." if report.decided_by else ""
 
 
 def _rows(report: RobustReport) -> Iterator[tuple[str, float, float]]:

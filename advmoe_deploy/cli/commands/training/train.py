@@ -9,6 +9,7 @@ import typer
 from advmoe_deploy.cli.completion import recipes
 from advmoe_deploy.cli.options import Data, Json, Overwrite, Threads, use_torch_threads, with_short
 from advmoe_deploy.cli.session import Session, session, this_command
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[
         str,
         typer.Argument(
@@ -86,6 +88,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a robust model by a recipe, or on your own images."""
+    if context.args:
+        raise UsageError(
+            f"train takes one recipe, and nothing behind it, such as '{context.args[0]}'; a folder "
+            "of images is named by --data FOLDER"
+        )
     short = {"epochs": epochs, "seed": seed, "model.image_size": image_size}
     changes = with_short({**short, "threat.epsilon": epsilon}, settings or ())
     use_threads(threads, processes=devices)
