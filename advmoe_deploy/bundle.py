@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import BundleError, one_line, reading
+from advmoe_deploy.errors import BundleError, missing_folder, one_line, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
@@ -295,7 +295,9 @@ def hash_line(name: str, content: bytes) -> bytes:
 def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
     """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
-        raise BundleError(f"{path} is no directory; name a bundle that 'advmoe export' wrote")
+        way_out = "name a bundle that 'advmoe export' wrote"
+        missing = missing_folder(path, "bundle", way_out)
+        raise BundleError(f"{path} is no directory; {way_out}" if path.exists() else missing)
     with reading(path / MANIFEST):
         text = read_at_most(path / MANIFEST, _MOST_OF_MANIFEST)  # once: what is parsed was hashed
     with reading(path / MANIFEST_HASH):

@@ -118,6 +118,9 @@ def missing_extra(package: str, *extras: str) -> BackendUnavailableError:
 # the likest others that are offered may be.
 _ALIKE, _BEHIND = 0.6, 0.1
 _OFFERED = 3
+# As alike as a path that is not there must be to the name of a folder or a model: many of them
+# end alike.
+LIKELY = 0.75
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, listed_by: str = "") -> UsageError:
@@ -132,10 +135,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, listed_by: str =
     return UsageError(f"unknown {kind} '{name}'; {way_out}")
 
 
-def nearest(name: str, known: Iterable[str]) -> list[str]:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = _ALIKE) -> list[str]:
     """Return those of ``known`` that ``name`` may be a slip of, the likest first."""
     alike = {each: _alike(name, each) for each in known}
-    least = max(_ALIKE, max(alike.values(), default=0.0) - _BEHIND)
+    least = max(cutoff, max(alike.values(), default=0.0) - _BEHIND)
     near = sorted((each for each in alike if alike[each] >= least), key=lambda each: -alike[each])
     return near[:_OFFERED]
 
@@ -149,15 +152,16 @@ def _alike(name: str, known: str) -> float:
 
 
 def missing_folder(path: Path, what: str, way_out: str) -> str:
-    """Return the line that there is no ``what`` at ``path``: the like one beside it, or a way out.
+    """Return the line that there is no ``what`` at ``path``: the like one beside it, and a way out.
 
-    ``what`` is a noun, such as "run".
+    ``what`` is a noun, such as "run"; ``way_out`` says what else to do.
     """
     near: list[str] = []
     with suppress(OSError):
-        near = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_dir()))
-    offered = f"did you mean {path.parent / near[0]}?" if near else way_out
-    return f"there is no {what} {path}; {offered}"
+        beside = (each.name for each in path.parent.iterdir() if each.is_dir())
+        near = nearest(path.name, beside, cutoff=LIKELY)
+    offered = f"did you mean {path.parent / near[0]}? If not, " if near else ""
+    return f"there is no {what} {path}; {offered}{way_out}"
 
 
 _OUT_OF_MEMORY = "out of memory; lower the batch size"

@@ -203,5 +203,6 @@ def test_a_folder_that_is_not_there_has_the_like_one_beside_it_named(tmp_path: P
     (tmp_path / "pets-advmoe").mkdir()
     (tmp_path / "pet-advmof").write_text("a file is none")
     slip = missing_folder(tmp_path / "pet-advmoe", "run", "train one")
-    assert slip.endswith(f"pet-advmoe; did you mean {tmp_path}/pets-advmoe?")
+    assert slip.endswith(f"pet-advmoe; did you mean {tmp_path}/pets-advmoe? If not, train one")
+    assert missing_folder(tmp_path / "pets-dense", "run", "train one").endswith("e; train one")
     assert missing_folder(tmp_path / "x" / "y", "run", "train one").endswith("y; train one")

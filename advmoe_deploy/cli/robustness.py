@@ -39,7 +39,7 @@ EXAMPLES = "examples.npz"
 
 
 @dataclass(frozen=True)
-class Options:
+class VerifyOptions:
     """What to verify: engines, the first of which gives the figures, and on which images."""
 
     engines: tuple[str, ...]
@@ -64,7 +64,7 @@ class Seen:
 
 def robustness_of(
     bundle: Bundle,
-    options: Options,
+    options: VerifyOptions,
     folder: Path,
     *,
     measured: list[AttackOutcome],
@@ -100,7 +100,7 @@ def robustness_of(
 
 def _verified(
     bundle: Bundle,
-    options: Options,
+    options: VerifyOptions,
     engine: str,
     examples: Path,
     measured: list[AttackOutcome],

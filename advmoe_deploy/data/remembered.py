@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from advmoe_deploy.data.layouts.find import require_folder
 from advmoe_deploy.data.matching import label_map
 from advmoe_deploy.data.registry import absolute, folder_in, load_dataset
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, InputError, UsageError, missing_folder
+from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.reports.checkpoint import Known
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 
@@ -78,8 +79,7 @@ def remembered(
     """
     source = absolute(data, _SIZE) if data else ""
     if data and (folder := folder_in(data)):
-        if not folder[0].is_dir():
-            raise DataError(missing_folder(folder[0], "folder", "name where the data lie"))
+        require_folder(folder[0], "name where the data lie")
         source = data if folder[1] else f"folder:{folder[0].resolve()}"
     threat = ThreatModel(epsilon=epsilon) if epsilon is not None else None
     return Remembered(_names(classes), source, threat, note)

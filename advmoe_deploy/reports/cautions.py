@@ -10,7 +10,8 @@ COLLAPSED = 1.1
 # Of fewer rows, all may have gone to one expert by chance: of 16, an expert that gets a fifth of
 # all images has none in three of a hundred cases.
 _FEWEST_ROWS = 16
-_WAY_OUT = "train with a higher balance_weight or a lower router_lr, or a dense network"
+# For where the settings of the training are not at hand; its own summary names their values.
+_WAY_OUT = "train with even_loads=true (AdvMoE) or a balance_loss, or a dense network"
 _NAMED = 3
 
 

@@ -3,7 +3,6 @@
 A model there is a folder NAME laid out as a run, or as a bundle.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -60,6 +59,11 @@ def models() -> Iterator[tuple[str, Source, Path]]:
                 yield folder.name, source, folder
 
 
+def names() -> set[str]:
+    """Return the names of all models."""
+    return {name for name, _, _ in models()}
+
+
 def find(name: str) -> Path | None:
     """Return the folder of the model called ``name``; the user's own comes before a packaged one.
 
@@ -75,14 +79,8 @@ def is_plain(name: str) -> bool:
     return bool(name) and Path(name).name == name and not name.startswith(".")
 
 
-def near(name: str, cutoff: float) -> list[str]:
-    """Return the names of models that are like ``name``, the likest first."""
-    known = sorted({known for known, _, _ in models()})
-    return difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
-
-
 def unknown_model(name: str) -> UsageError:
     """Return the error that no model is called ``name``, with the nearest names."""
-    likely = nearest(name, {known for known, _, _ in models()})
+    likely = nearest(name, names())
     hint = f"did you mean {', '.join(likely)}? " if likely else ""
     return UsageError(f"unknown model '{name}'; {hint}{_LIST}")

@@ -10,15 +10,13 @@ from pathlib import Path
 
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.bundle import open_bundle as bundle_at
-from advmoe_deploy.errors import BundleError
+from advmoe_deploy.errors import LIKELY, BundleError, nearest
 from advmoe_deploy.sealing.signature import require_signature
-from advmoe_deploy.zoo.places import RUN_MARKER, find, is_plain, near, unknown_model
+from advmoe_deploy.zoo.places import RUN_MARKER, find, is_plain, names, unknown_model
 
 StrPath = str | os.PathLike[str]
 
 _ZOO, _HUB = "zoo:", "hub:"
-# A path that is not there is called a misspelt model only if it is very like one.
-_LIKELY = 0.75
 
 
 def resolve(source: StrPath) -> Path:
@@ -43,7 +41,8 @@ def resolve(source: StrPath) -> Path:
         return Path(source)
     if found := find(name):
         return found
-    if text != name or near(name, _LIKELY):
+    # A path that is not there is called a misspelt model only if it is very like one.
+    if text != name or nearest(name, names(), cutoff=LIKELY):
         raise unknown_model(name)
     return Path(source)
 

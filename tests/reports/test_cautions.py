@@ -55,6 +55,7 @@ def test_routes_by_hand() -> None:
     assert of_routes({"router": (100,)}) == ()
     (line,) = of_routes({"a": (100, 1), "b": (50, 50), "c": (0, 0, 100)})
     assert "in use in a, c (1.00 effective routes)" in line
+    assert "train with even_loads=true (AdvMoE) or a balance_loss" in line
 
 
 @pytest.mark.parametrize("remedies", [(), ("even_loads=true",)])

@@ -168,7 +168,7 @@ REFUSED = [
     (["advmo"], 2, "did you mean advmoe"),
     (["advmoe"], 2, "pass --data FOLDER"),
     (["advmoe", "--data", "missing/"], 3, "there is no folder "),
-    (["advmoe", "--data", "./fotos"], 3, "fotos; did you mean"),
+    (["advmoe", "--data", "./phtos"], 3, "phtos; did you mean"),
     (["photos"], 2, "to train on its images: advmoe train advmoe --data photos"),
     (["nothing-like-any"], 2, "'advmoe list recipes' names them"),
     (["advmoe", "photos"], 2, "a folder of images is named by --data FOLDER"),
@@ -202,6 +202,11 @@ ELSEWHERE = [
         3,
         "there is no folder ",
     ),
+    (
+        ["import", "one/cats/0.png", "--from", "advmoe", "--data", "./photos.zip"],
+        3,
+        "photos.zip is a file; unpack it (unzip photos.zip)",
+    ),
     (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no finite number; write"),
     (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
@@ -223,6 +228,7 @@ def test_every_refusal_is_one_line_before_pytorch_is_loaded(photos: Path, tmp_pa
         write_png(tmp_path / "one" / "cats" / f"{index}.png", index)
         write_png(tmp_path / "empty" / "cats" / f"{index}.png", index)
     (tmp_path / "empty" / "dogs").mkdir()
+    (tmp_path / "photos.zip").touch()
     cases = [(["train", *arguments], code, says) for arguments, code, says in REFUSED] + ELSEWHERE
     before = sorted(tmp_path.iterdir())
     done = subprocess.run(

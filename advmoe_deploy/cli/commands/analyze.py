@@ -23,7 +23,7 @@ from advmoe_deploy.cli.options import (
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.cli.several.alpha import blend_run
 from advmoe_deploy.cli.several.dissect import dissect_runs
-from advmoe_deploy.cli.several.options import Options
+from advmoe_deploy.cli.several.options import TrialOptions
 from advmoe_deploy.errors import UsageError, one_line, unknown_name
 from advmoe_deploy.process import use_threads
 
@@ -151,7 +151,7 @@ def analyze(
 ) -> None:
     """Look into a model: routes, experts, attacks on both.
 
-    And what can be certified of them.
+    It also says what can be certified of them.
     """
     seconds = None if budget is None else seconds_of(budget)
     on_request = {"radii": radii, "capacity": capacity, "smoothing": smoothing}
@@ -167,7 +167,7 @@ def analyze(
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         if dissect or alpha is not None:
-            several = Options(
+            several = TrialOptions(
                 tuple(paths),
                 data,
                 class_map,

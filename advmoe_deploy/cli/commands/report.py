@@ -56,7 +56,8 @@ def report(
 ) -> None:
     """Verify a bundle and write a page about it.
 
-    Beside it, JSON as RobustBench's and the examples that were found; exits as verify does.
+    It also writes JSON like RobustBench's and the examples that were found, and exits as verify
+    does.
     """
     if len(set(engine or ())) < len(engine or ()):
         raise UsageError(f"--engine: {', '.join(engine or ())} names one twice; name each once")
@@ -66,7 +67,7 @@ def report(
         from advmoe_deploy.bundle import CARD
         from advmoe_deploy.cli.pages import page as pages
         from advmoe_deploy.cli.pages import robust_report
-        from advmoe_deploy.cli.robustness import Options, put_on_card, robustness_of, worst
+        from advmoe_deploy.cli.robustness import VerifyOptions, put_on_card, robustness_of, worst
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
@@ -80,7 +81,7 @@ def report(
         beside = bundle.resolve().with_name(f"{bundle.resolve().name}-report")
         target = out or place_for(bundle, opened.path, "report", beside)
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
-        options = Options(
+        options = VerifyOptions(
             engines=engines,
             attacks=attacks.value,
             data=data,

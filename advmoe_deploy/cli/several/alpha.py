@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from advmoe_deploy.cli.ranges import numbers_of
 from advmoe_deploy.cli.session import Session
-from advmoe_deploy.cli.several.options import Options
+from advmoe_deploy.cli.several.options import TrialOptions
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.settings import epsilon_text
@@ -45,7 +45,7 @@ def alphas_of(text: str) -> tuple[float, ...]:
     return values
 
 
-def blend_run(options: Options, text: str, ui: Session) -> None:
+def blend_run(options: TrialOptions, text: str, ui: Session) -> None:
     """Attack the dual model named first at each alpha, and the runs named after it as they are."""
     alphas = alphas_of(text)
     first, *_ = options.paths

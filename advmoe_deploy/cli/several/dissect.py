@@ -6,7 +6,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from advmoe_deploy.cli.session import Session
-from advmoe_deploy.cli.several.options import Options
+from advmoe_deploy.cli.several.options import TrialOptions
 from advmoe_deploy.cli.verdicts.said import listed
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.settings import epsilon_text
@@ -30,7 +30,7 @@ _METHODS = {
 }
 
 
-def dissect_runs(options: Options, ui: Session) -> None:
+def dissect_runs(options: TrialOptions, ui: Session) -> None:
     """Dissect the runs that were named; those it lacks are named with what trains them."""
     from advmoe_deploy.analysis.several.roles import read_run, roles_of
     from advmoe_deploy.zoo.resolve import resolve

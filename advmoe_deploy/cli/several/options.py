@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class TrialOptions:
     """Runs as they were named, and options of the command line."""
 
     paths: tuple[Path, ...]

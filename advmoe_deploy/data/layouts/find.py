@@ -35,16 +35,25 @@ def listings_of(
         DataError: there is none that can be read; the message says what was found, and ends with
             ``way_out`` where nothing better is known. Or the test images have other classes.
     """
-    if root.is_file():
-        raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
-    if not root.is_dir():
-        raise DataError(missing_folder(root, "folder", f"name where the data lie: {way_out}"))
+    require_folder(root, f"name where the data lie: {way_out}")
     tree = tree_of(root)
     for layout in layouts:
         if found := layout(tree, wanted):
             train, test = found
             return train, in_order_of(train, test)
     raise DataError(_hint(tree, wanted, way_out))
+
+
+def require_folder(root: Path, way_out: str) -> None:
+    """Refuse what is no folder, with ``way_out`` where nothing better is known.
+
+    Raises:
+        DataError: ``root`` is a file, or not there.
+    """
+    if root.is_file():
+        raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
+    if not root.is_dir():
+        raise DataError(missing_folder(root, "folder", way_out))
 
 
 def _hint(tree: Tree, wanted: Wanted, way_out: str) -> str:

@@ -62,7 +62,8 @@ class Session:
         board = Board(self.folder.tensorboard, state.epoch + 1) if leads else None
         steps, done = self.config.epochs * per_epoch, state.epoch * per_epoch
         if done < steps:
-            self.progress.note(self._announced())
+            images = len(self.data.test.first(self.config.test_images))
+            self.progress.note(announced(self.config, images, state.epoch))
         with task(self.progress, "train", steps, done), board or nullcontext():
             for _ in range(state.epoch, self.config.epochs):
                 state = self._epoch(state)
@@ -107,18 +108,6 @@ class Session:
                 "same but for rounding, not bit for bit"
             )
         return state
-
-    def _announced(self) -> str:
-        """Return what the time left cannot know: steps of unequal length, and the test."""
-        config = self.config
-        images = len(self.data.test.first(config.test_images))
-        longer = ""
-        if config.shared_epochs:
-            longer = f"from epoch {config.shared_epochs + 1} on steps take longer, for the router; "
-        return (
-            f"training of {config.epochs} epochs, then a test ({images:,} images, "
-            f"PGD-{config.test_attack_steps}); {longer}the time left is that of training alone"
-        )
 
     def _epoch(self, before: RunState) -> RunState:
         began = perf_counter()
@@ -267,6 +256,20 @@ class Session:
             warnings=(*costly(config), *lines),
             remedies=remedies,
         )
+
+
+def announced(config: TrainConfig, images: int, done: int) -> str:
+    """Return what an estimate of the time left cannot know, once so many epochs are ``done``.
+
+    Steps take unequal times, and a test on so many ``images`` follows.
+    """
+    longer = ""
+    if done < config.shared_epochs:
+        longer = f"; from epoch {config.shared_epochs + 1} on steps take longer, for the router"
+    return (
+        f"epochs: {config.epochs}, then a test that no time left counts ({images:,} images, "
+        f"PGD-{config.test_attack_steps}){longer}"
+    )
 
 
 def _fields(measured: Measured) -> dict[str, object]:

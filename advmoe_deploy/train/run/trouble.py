@@ -61,15 +61,25 @@ def unused(
     for load in loads:
         summed.update({(layer, e): n for layer, row in load.items() for e, n in enumerate(row)})
     pooled = {layer: [summed[layer, e] for e in range(len(row))] for layer, row in loads[0].items()}
-    settings = ("even_loads=true",) if _could_be_even(config) else ()
-    way_out = (
-        "train with even_loads=true (now false), or a dense network"
-        if settings
-        else f"train with a higher balance_weight (now {config.balance_weight:g}) or a lower "
-        f"router_lr (now {config.router_lr:g}), or a dense network"
-    )
-    lines = of_routes(pooled, way_out=way_out)
-    return lines, settings if lines else ()
+    lines = of_routes(pooled, way_out=f"train {_otherwise(config)}, or a dense network")
+    return lines, ("even_loads=true",) if lines and _could_be_even(config) else ()
+
+
+def _otherwise(config: TrainConfig) -> str:
+    """Return how to train instead, by settings that act in a run of ``config``."""
+    if _could_be_even(config):
+        return "with even_loads=true (now false)"
+    if config.method == "experts-only":
+        return "the router as well, with method=joint (now experts-only)"
+    if config.method == "advmoe-released":  # which has no term for even loads
+        return "with method=advmoe and even_loads=true (now advmoe-released)"
+    layers = config.model.expert_layers
+    if layers is not None and layers.gate.startswith("fixed"):
+        return f"with a model.expert_layers.gate that learns (now {layers.gate})"
+    balance = f"higher balance_weight (now {config.balance_weight:g})"
+    if config.balance_loss is None:  # without which the weight does nothing
+        balance = "balance_loss such as switch (now null)"
+    return f"with a {balance} or a lower router_lr (now {config.router_lr:g})"
 
 
 def _could_be_even(config: TrainConfig) -> bool:

@@ -132,7 +132,10 @@ def test_a_broken_bundle_leaves_the_old_one_serving(server: Served, tmp_path: Pa
     content[len(content) // 2] ^= 1
     (broken / MODEL).write_bytes(content)
     load = server.url + "/v2/repository/models/advmoe/load"
-    for target, reason in ((broken, "SHA-256 differs"), (tmp_path / "nothing", "is no directory")):
+    for target, reason in (
+        (broken, "SHA-256 differs"),
+        (tmp_path / "nothing", "there is no bundle"),
+    ):
         server.point(target)
         failed = server.outcomes()["failed"]
         answer = httpx.post(load)

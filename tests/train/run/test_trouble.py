@@ -6,10 +6,11 @@ import pytest
 
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.recipes import apply_overrides
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import EpochRecord
 from advmoe_deploy.train.run.trouble import trouble, unused
-from tests.toy_training import some_digits, tiny
+from tests.toy_training import some_digits, tiny, tiny_of
 
 
 def told(config: TrainConfig, *epochs: dict[str, float | None]) -> list[tuple[int, str]]:
@@ -62,14 +63,47 @@ def test_the_model_that_is_kept_is_judged_by_all_that_was_counted() -> None:
     assert unused(config, test, {"router": (3, 0)}) == ((), ())  # 15 may be chance
 
 
-def test_the_way_out_of_one_expert_names_what_is_set_now() -> None:
-    lone = {"router": (40, 0)}
-    ((line,), settings) = unused(tiny("digits-advmoe", "even_loads=true"), lone)
-    assert "balance_weight (now 0.5)" in line
-    assert "router_lr (now 0.01)" in line
-    assert not settings
-    dense = tiny("digits-s-dense")
-    assert unused(dense, {}) == ((), ())
+@pytest.mark.parametrize(
+    ("config", "way_out", "settings"),
+    [
+        (tiny("digits-advmoe"), "with even_loads=true (now false)", ["even_loads=true"]),
+        (
+            tiny("digits-advmoe", "even_loads=true"),
+            "with a balance_loss such as switch (now null) or a lower router_lr (now 0.01)",
+            ["balance_loss=switch", "router_lr=0.005"],
+        ),
+        (
+            tiny("digits-advmoe", "even_loads=true", "balance_loss=switch"),
+            "with a higher balance_weight (now 0.5) or a lower router_lr (now 0.01)",
+            ["balance_weight=1", "router_lr=0.005"],
+        ),
+        (tiny("digits-rt-er"), "with a balance_loss such as switch", ["balance_loss=switch"]),
+        (tiny("digits-jtdmoe"), "with a balance_loss such as switch", ["balance_loss=switch"]),
+        (tiny("digits-experts-only"), "as well, with method=joint", ["method=joint"]),
+        (
+            tiny("digits-advmoe-released"),
+            "with method=advmoe and even_loads=true",
+            ["method=advmoe", "even_loads=true"],
+        ),
+        (
+            tiny_of("robust-experts", "joint", "model.expert_layers.gate=fixed-gap-fc"),
+            "with a model.expert_layers.gate that learns (now fixed-gap-fc)",
+            ["model.expert_layers.gate=gap-fc"],
+        ),
+    ],
+    ids=lambda each: each.name if isinstance(each, TrainConfig) else None,
+)
+def test_the_way_out_of_one_expert_acts_in_the_run(
+    config: TrainConfig, way_out: str, settings: list[str]
+) -> None:
+    ((line,), remedies) = unused(config, {"router": (40, 0)})
+    assert way_out in line
+    assert apply_overrides(config, settings) != config  # what is named can be set
+    assert list(remedies) == (["even_loads=true"] if "(now false)" in way_out else [])
+
+
+def test_a_network_without_routes_is_not_told_of_them() -> None:
+    assert unused(tiny("digits-s-dense"), {"router": (40,)}) == ((), ())
 
 
 class Notes(Silent):

@@ -49,7 +49,7 @@ def benchmark(
 ) -> None:
     """Set the engines and precisions of a bundle side by side.
 
-    By size, accuracy and time.
+    It compares them by size, accuracy and time.
     """
     batches = positive_numbers(batch, "--batch")
     use_threads(threads)

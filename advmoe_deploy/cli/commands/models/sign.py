@@ -24,7 +24,7 @@ def sign(
 ) -> None:
     """Sign a bundle, to tell it from what others made of it.
 
-    --require-signature asks for that.
+    Commands that open a bundle ask for the signature by --require-signature.
     """
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
