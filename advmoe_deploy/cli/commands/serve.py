@@ -241,13 +241,10 @@ def _announce(
     tell(f"serving {names} at {where}; computed by {engines}; Ctrl-C or SIGTERM stops it")
     place = f"{url}/" if page else None
     value = {"url": url, "page": place, "grpc": grpc, **offered[0], "models": offered}
-    lines = [
-        f"POST {each[kind]}  # {takes}"
-        for each in offered
-        for kind, takes in (("infer", "tensors"), ("image", "an image file"))
-    ]
-    lines += [f"GET {place}  # a page to drop an image on"] * page
+    lines = [f"POST {each['infer']}  # tensors" for each in offered]
     lines += [f"gRPC {grpc}"] * (grpc is not None)
+    lines += [f"POST {each['image']}  # an image file" for each in offered]
+    lines += [f"GET {place}  # a page to drop an image on"] * page
     ui.show(value, lambda: "\n".join(lines))
 
 
