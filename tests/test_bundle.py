@@ -135,7 +135,7 @@ def test_there_is_one_name_per_class(copied: Path) -> None:
 
 
 def test_no_bundle_at_all(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no directory"):
+    with pytest.raises(BundleError, match="there is no bundle"):
         open_bundle(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"no manifest\.json"):
         open_bundle(tmp_path)
