@@ -40,7 +40,7 @@ def address(tiny_bundle: Bundle) -> Iterator[str]:
 
 
 def test_train_export_predict(tmp_path: Path) -> None:
-    said = output_of("train_export_predict.py", tmp_path, 1)
+    said = output_of("train_export_predict.py", tmp_path, "epochs=1", "model.width=8")
     assert said.count("is called") == 5
     assert (tmp_path / "bundle" / "manifest.json").is_file()
 
