@@ -296,8 +296,9 @@ def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
     """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
         way_out = "name a bundle that 'advmoe export' wrote"
-        missing = missing_folder(path, "bundle", way_out)
-        raise BundleError(f"{path} is no directory; {way_out}" if path.exists() else missing)
+        if path.exists():
+            raise BundleError(f"{path} is no directory; {way_out}")
+        raise BundleError(missing_folder(path, "bundle", way_out))
     with reading(path / MANIFEST):
         text = read_at_most(path / MANIFEST, _MOST_OF_MANIFEST)  # once: what is parsed was hashed
     with reading(path / MANIFEST_HASH):

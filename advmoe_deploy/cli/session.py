@@ -52,12 +52,12 @@ class Session:
         from advmoe_deploy.cli.tables.render import draw_on
 
         self._clear()
-        _shown.set()
         if self._as_json:
             print_json(value, self._stdout)
         else:
             draw_on(self._stdout, draw())
             self._stdout.flush()
+        _shown.set()  # not before: what could not be printed is followed by its error
 
     def write(self, text: str) -> None:
         """Put ``text`` on stdout as it is, at once."""

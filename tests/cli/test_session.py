@@ -5,10 +5,13 @@ import json
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from advmoe_deploy.cli.session import (
     begin,
     command_that_goes_on,
     print_json,
+    print_json_error,
     session,
     this_command,
 )
@@ -46,3 +49,13 @@ def test_the_command_of_this_run_with_more() -> None:
     begin(["train", "advmoe", "--data", "my photos", "--resume"])
     again = this_command("--set=even_loads=true", "--overwrite", without=("--resume",))
     assert again == "advmoe train advmoe --data 'my photos' --set=even_loads=true --overwrite"
+
+
+def test_what_could_not_be_printed_is_followed_by_its_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begin(["show"])
+    with session(True) as ui, pytest.raises(TypeError):
+        ui.show({"odd": object()}, str)
+    print_json_error("odd", 70)
+    assert json.loads(capsys.readouterr().out) == {"error": "odd", "exit_code": 70}
