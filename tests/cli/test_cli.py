@@ -2,44 +2,21 @@
 
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import typer
-from PIL import Image
 
-from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.cli import failures
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import app, run
 from advmoe_deploy.cli.examples import EXAMPLES
 from advmoe_deploy.cli.options import positive_numbers
-from advmoe_deploy.cli.tables import bundle as tables
-from advmoe_deploy.cli.tables import latency as latency_tables
-from advmoe_deploy.cli.tables.render import draw_on
-from advmoe_deploy.errors import BundleError, MachineError, UsageError
-from advmoe_deploy.parity.drop import Drop
-from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow, Pair
-from advmoe_deploy.specs import ThreatModel
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.train.recipes import recipe
-from advmoe_deploy.verify.examples.card import _engine
-from advmoe_deploy.verify.findings import ConsistencyReport
-from advmoe_deploy.verify.report import ReferenceReport, RobustReport
-from advmoe_deploy.verify.verdict import judge_reference
-
-Capture = pytest.CaptureFixture[str]
-
-
-def said(capsys: Capture) -> str:
-    """Return the one line on stderr."""
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    return line
+from tests.commands import Capture, answer, said
 
 
 def test_the_version(capsys: Capture) -> None:
@@ -139,12 +116,6 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: Capture) -> None:
         assert "Traceback" in capsys.readouterr().err
 
 
-def answer(capsys: Capture, *arguments: str) -> Any:
-    """Run a command with --json and return its object."""
-    assert run([*arguments, "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
-
-
 def test_list_and_doctor(capsys: Capture) -> None:
     names = answer(capsys, "list")
     assert {"recipes", "families", "models", "engines", "data"} == set(names)
@@ -235,55 +206,6 @@ def test_one_changed_byte_is_found(
     assert name in said(capsys)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three images and a text file, all called .png."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for index in range(3):
-        Image.new("L", (8, 8), 80 * index).save(folder / f"{index}.png")
-    (folder / "text.png").write_text("text")
-    return folder
-
-
-def test_predict_counts_what_it_could_not_read(
-    capsys: Capture, tiny_bundle: Bundle, folder: Path
-) -> None:
-    output = folder.parent / "a.jsonl"
-    files = ["--input", str(folder), "--output", str(output)]
-    value = answer(capsys, "predict", str(tiny_bundle.path), *files)
-    assert (value["images"], value["errors"], value["output"]) == (4, 1, str(output))
-    assert len(output.read_text().splitlines()) == 4
-    assert run(["predict", str(tiny_bundle.path), *files, "--overwrite"]) == 0
-    assert "1 unreadable" in capsys.readouterr().out
-    assert run(["predict", str(tiny_bundle.path), *files, "--overwrite", "--on-error", "fail"]) == 3
-    assert "1 of 4 inputs could not be read" in capsys.readouterr().err
-
-
-def test_predict_fails_if_nothing_could_be_read(
-    capsys: Capture, tiny_bundle: Bundle, tmp_path: Path
-) -> None:
-    (tmp_path / "a.png").write_text("text")
-    output = tmp_path / "a.jsonl"
-    files = ["--input", str(tmp_path), "--output", str(output)]
-    assert run(["predict", str(tiny_bundle.path), *files, "--json"]) == 3
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["errors"] == 1  # one object: the report, not the error
-    assert "none of 1 inputs" in captured.err
-    assert json.loads(output.read_text())["error"].startswith("not a PNG")
-
-
-def test_targets_that_cannot_be(capsys: Capture, tiny_bundle: Bundle, folder: Path) -> None:
-    start = ["predict", str(tiny_bundle.path), "--input", str(folder), "--output"]
-    for target, code in (("a.txt", 2), ("0.png/a.jsonl", 3)):
-        assert run([*start, str(folder / target)]) == code
-        said(capsys)
-    for source in ("nothing/*.png", "missing"):
-        command = ["predict", str(tiny_bundle.path), "--input", str(folder / source)]
-        assert run([*command, "--output", str(folder / "a.jsonl")]) == 3
-        assert "no such file or folder" in said(capsys)
-
-
 def test_serve_refuses_the_world(capsys: Capture, tiny_bundle: Bundle) -> None:
     assert run(["serve", str(tiny_bundle.path), "--host", "0.0.0.0"]) == 2
     assert "(--token-file), use 127.0.0.1 behind a proxy" in said(capsys)
@@ -303,237 +225,8 @@ def test_serve_without_fastapi_names_the_extra(
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "package", "extra"),
-    [
-        (["train", "digits-dense"], "torch", "train"),
-        (["train", "digits-dense"], "lightning_fabric", "train"),
-        (["verify", "BUNDLE"], "torch", "train"),
-        (["export", "RUN", "--format", "onnx"], "torch", "train"),
-        (["predict", "BUNDLE", "--input", "IN", "--output", "a.jsonl"], "onnxruntime", "cpu"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_extra(
-    tiny_bundle: Bundle, folder: Path, arguments: list[str], package: str, extra: str
-) -> None:
-    places = {"BUNDLE": str(tiny_bundle.path), "IN": str(folder)}
-    program = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        "from advmoe_deploy.cli.app import run; sys.exit(run(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *(places.get(a, a) for a in arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 4, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"advmoe: error: {package.replace('_', '-')} is not installed")
-    assert f"pip install 'advmoe-deploy[{extra}]'" in line
-    assert not list(folder.glob(".*"))
-
-
-def raising(error: BaseException) -> Callable[..., None]:
-    def command(*_: object, **__: object) -> None:
-        raise error
-
-    return command
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (BundleError("two\nlines"), 3, "two lines"),
-        (MachineError("full"), 5, "full"),
-        (OSError(28, "No space left on device", "/x"), 5, "/x: the disk is full"),
-        (PermissionError(13, "Permission denied", "/x"), 5, "permission denied"),
-        (NotADirectoryError(20, "Not a directory", "/x"), 3, "/x: not a directory"),
-        (MemoryError(), 5, "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 5, "out of memory"),
-        (ValueError("a bug"), 70, "unexpected ValueError: a bug; --debug shows where"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_every_way_to_end_has_its_code(
-    capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    code: int,
-    message: str,
-) -> None:
-    monkeypatch.setattr("advmoe_deploy.bundle.open_bundle", raising(error))
-    assert run(["inspect", "x"]) == code
-    assert message in said(capsys)
-
-
-def test_an_interrupt_that_native_code_disguised_is_still_one(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
-
-    def native(_: Path) -> Bundle:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise RuntimeError("the callback failed") from None
-        raise AssertionError
-
-    monkeypatch.setattr("advmoe_deploy.bundle.open_bundle", native)
-    assert run(["inspect", "x"]) == 130
-    assert said(capsys) == "advmoe: error: interrupted"
-
-
-def test_what_libraries_print_goes_to_stderr(
-    capsys: Capture, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def noisy(path: Path) -> Bundle:
-        print("noise")  # noqa: T201
-        return open_bundle(path)
-
-    monkeypatch.setattr("advmoe_deploy.bundle.open_bundle", noisy)
-    assert run(["inspect", str(tiny_bundle.path), "--json"]) == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["bundle"] == str(tiny_bundle.path)
-    assert captured.err == "noise\n"
-
-
 def test_positive_numbers() -> None:
     assert positive_numbers("1, 8,64", "--batch") == (1, 8, 64)
     for text in ("", "0", "-1", "1.5", "1;2"):
         with pytest.raises(UsageError, match="--batch"):
             positive_numbers(text, "--batch")
-
-
-def test_parser_errors_have_a_base_of_their_own() -> None:
-    assert failures.ParserError.__name__ == "ClickException"
-
-
-def row(model: Any, p50: float) -> LatencyRow:
-    return LatencyRow(
-        model=model,
-        engine="onnxruntime",
-        precision="fp32",
-        batch=8,
-        threads=2,
-        device="cpu",
-        n=30,
-        warmup=5,
-        p50_ms=p50,
-        p90_ms=p50,
-        p99_ms=p50,
-        images_per_s=8000 / p50,
-        macs=1_500_000,
-    )
-
-
-def robust_report(
-    bundle: Bundle, clean: Drop, robust: Drop, reference: ReferenceReport | None = None
-) -> RobustReport:
-    accuracy = Pair(reference=0.97, engine=0.96)
-    consistency = ConsistencyReport(
-        images=100,
-        exact=True,
-        size_images=64,
-        file_images=8,
-        accuracy=accuracy,
-        prediction_agreement=1.0,
-        probability_difference=0.0,
-        logit_difference=0.0,
-        parity=bundle.manifest.parity,
-        findings=(),
-        seconds=0.1,
-    )
-    return RobustReport(
-        passed=False,
-        verdict="failed",
-        engine="onnxruntime",
-        data="digits",
-        images=100,
-        threat=ThreatModel(epsilon=0.1),
-        max_drop=0.5,
-        clean_accuracy=accuracy,
-        robust_accuracy=Pair(reference=0.8, engine=0.7),
-        robust_interval=(0.6, 0.8),
-        clean_drop=clean.report(0.5, counted=True),
-        robust_drop=robust.report(0.5, counted=True),
-        reference=reference,
-        transferred_accuracy=0.75,
-        route_agreement=1.0,
-        consistency=consistency,
-        warnings=("gradients may be masked",),
-        masking=(),
-        attacks=(),
-        seconds=1.0,
-    )
-
-
-def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
-    ratio = LatencyRatio(
-        a="dense",
-        a_engine="onnxruntime",
-        b="moe",
-        batch=8,
-        engine="onnxruntime-plan",
-        ratio=2.5,
-        ci_low=2.4,
-        ci_high=2.6,
-    )
-    rows = (row("moe", 2.0), row("dense", 5.0))
-    latency = LatencyReport(rows=rows, ratios=(ratio,), versions={})
-    draw_on(sys.stdout, latency_tables.latency_report(latency))
-    robust = robust_report(
-        tiny_bundle,
-        Drop(images=100, only_reference=1, only_engine=0),
-        Drop(images=100, only_reference=12, only_engine=2),
-    )
-    draw_on(sys.stdout, tables.robust_report(robust))
-    out = capsys.readouterr().out
-    faster = "MoE on onnxruntime-plan fp32 2.50x as fast as dense on onnxruntime fp32"
-    assert faster in " ".join(out.split())
-    count = "12 of 100 images only the reference gets right"
-    assert f"{count}: whether robustness was lost is decided by this" in " ".join(out.split())
-    assert "docs/" not in out  # which an installed package has not
-    exact = robust.consistency.model_copy(update={"exact": False})
-    draw_on(sys.stdout, tables.robust_report(robust.model_copy(update={"consistency": exact})))
-    assert count not in capsys.readouterr().out
-    said = ("ROBUSTNESS WAS LOST", "0.5 points", "warning: gradients may be masked")
-    for text in (
-        "5.000",
-        "images/s",
-        "1.5 M",
-        "97.0 %",
-        "drop in robust accuracy: 10.00 points",
-        *said,
-    ):
-        assert text in out
-
-
-def test_the_interval_is_set_aside_only_where_robustness_is_decided_by_a_count(
-    tiny_bundle: Bundle,
-) -> None:
-    kept, lost = (Drop(images=100, only_reference=n, only_engine=0) for n in (0, 9))
-    weak = judge_reference(np.arange(100) < 12, chance=0.1)
-    assert weak.verdict != "passed"
-    for clean, robust, reference, decides in (
-        (kept, kept, None, True),
-        (kept, lost, weak, True),
-        (lost, kept, None, False),  # accuracy was lost
-        (kept, kept, weak, False),  # nothing to preserve
-    ):
-        report = robust_report(tiny_bundle, clean, robust, reference)
-        assert bool(report.decided_by) == decides
-        assert ("decided by this" in _engine(report)) == decides  # on the card
-
-
-def test_the_load_of_experts_says_whose_it_is(capsys: Capture, tiny_bundle: Bundle) -> None:
-    parity = tiny_bundle.manifest.parity
-    for data, whose in (("digits", "of these images"), ("random:64", "of this noise")):
-        changed = parity.model_copy(update={"data": data})
-        manifest = tiny_bundle.manifest.model_copy(update={"parity": changed})
-        draw_on(sys.stdout, tables.export_report(Bundle(tiny_bundle.path, manifest)))
-        out = " ".join(capsys.readouterr().out.split())
-        load = ", ".join(map(str, parity.layers[0].expert_load))
-        assert f"got {load} {whose}" in out
-        assert "trained on" not in out
