@@ -27,11 +27,11 @@ from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
+from tests.commands import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
 from tests.toys import PixelMoE, toy_spec
 
-Capture = pytest.CaptureFixture[str]
 FEW = ("--images", "16", "--steps", "2")
 THREAT = ThreatModel(epsilon=0.1)
 
@@ -254,7 +254,7 @@ def test_what_makes_no_sense_is_one_line(
         ((tokens, "--only", "radii", "--epsilon", "0.1"), "--epsilon attacks nothing where radii"),
     ):
         assert run(["analyze", *map(str, arguments), *FEW, *out]) == 2, arguments
-        (line,) = capsys.readouterr().err.splitlines()
+        line = said(capsys)
         assert words in line
     assert not (tmp_path / "out").exists()
 

@@ -14,10 +14,10 @@ from advmoe_deploy.analysis.smoothing import CertifiedImage
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.grid import Grid
+from tests.commands import Capture, said
 from tests.conftest import TINY, write_run
 from tests.families import spec_of
 
-Capture = pytest.CaptureFixture[str]
 QUICK = ("--images", "24", "--steps", "2")
 PLOTS = {
     "attack-on-answer", "attack-on-routes", "attack-targets", "disagreement", "expert-by-class",
@@ -135,7 +135,7 @@ def test_bad_inputs_leave_nothing(capsys: Capture, tiny_run: Path, tmp_path: Pat
         ([tiny_run, "--data", "folder:/x?size=16"], 3, "/x"),
     ):
         assert run(["analyze", *map(str, arguments), "--out", str(out)]) == code
-        (line,) = capsys.readouterr().err.splitlines()
+        line = said(capsys)
         assert words in line
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

@@ -14,9 +14,9 @@ from advmoe_deploy.export.precision import gate
 from advmoe_deploy.reports.cautions import COLLAPSED
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
+from tests.commands import Capture
 from tests.data.images import write_photos
 
-Capture = pytest.CaptureFixture[str]
 CUT = (AttackSpec(name="pgd", steps=2), AttackSpec(name="square", steps=2))
 # So small that it is trained in seconds, and to nothing.
 SMALL = ["epochs=1", "model.width=4", "model.router_width=4", "model.image_size=8"]

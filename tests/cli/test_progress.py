@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from advmoe_deploy.cli.tables.progress import PlainProgress, RichProgress, Tasks
-
-Capture = pytest.CaptureFixture[str]
+from tests.commands import Capture
 
 FIGURES = {
     "loss": 1.907,

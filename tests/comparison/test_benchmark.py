@@ -10,8 +10,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.comparison.compare import _with_best, benchmark_bundle
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, Timing
 from advmoe_deploy.errors import BundleError, DataError, UsageError
-
-Capture = pytest.CaptureFixture[str]
+from tests.commands import Capture, said
 
 
 @pytest.fixture(scope="module")
@@ -114,5 +113,5 @@ def test_nonsense_is_refused(capsys: Capture, tiny_bundle: Bundle) -> None:
         (["--batch", "0"], "'0' is no list of positive numbers"),
     ):
         assert run(["benchmark", str(tiny_bundle.path), *options]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = said(capsys)
         assert message in line

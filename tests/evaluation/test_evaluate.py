@@ -21,9 +21,8 @@ from advmoe_deploy.evaluation.measure import (
     reliability_of,
 )
 from advmoe_deploy.parity.intervals import wilson_interval
+from tests.commands import Capture, said
 from tests.data.images import write_folders, write_png
-
-Capture = pytest.CaptureFixture[str]
 
 
 def test_classes_by_hand() -> None:
@@ -129,7 +128,7 @@ def test_nonsense_is_refused_in_a_line(
     capsys: Capture, trained_run: Path, options: list[str], code: int, message: str
 ) -> None:
     assert run(["eval", str(trained_run), *options]) == code
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     assert message in line
 
 

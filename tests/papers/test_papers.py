@@ -23,13 +23,13 @@ from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.published import advmoe_cells
 from docs.programs.generate import PAPERS_PAGE
 from docs.programs.papers import Cost, reason_of, with_tables
+from tests.commands import Capture
 from tests.conftest import TINY, write_run
 from tests.data.packed import png
 from tests.families import spec_of
 
 PAGE = PAPERS_PAGE.read_text(encoding="utf-8")
 COMMANDS = list(dict.fromkeys(re.findall(r"`advmoe ([^`]+)`", PAGE)))
-Capture = pytest.CaptureFixture[str]
 SPECS: dict[str, ModelSpec] = {
     "digits-advmoe": TINY,
     "digits-block-moe": spec_of("block experts"),

@@ -5,15 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, Bundle, hash_line, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.export.targets import PORTABLE, Target
 from advmoe_deploy.runtime.select import engine_for, open_runner, own_engine, resolved
 from advmoe_deploy.serving.batch import classify_files
-
-Capture = pytest.CaptureFixture[str]
+from tests.commands import Capture
 
 
 def with_fields(bundle: Bundle, copy: Path, **fields: Any) -> Bundle:

@@ -23,6 +23,7 @@ from advmoe_deploy.card import replace_card
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import AdvMoEError, BundleError, InputError
 from advmoe_deploy.sealing.signature import require_signature, sign_bundle
+from tests.commands import said
 from tests.sealing.bundles import put, put_manifest
 
 pytest.importorskip("model_signing")
@@ -219,7 +220,7 @@ def test_the_commands(
     for command in (["serve"], ["predict", *files], ["verify"]):
         words = [command[0], str(signed), *command[1:], "--require-signature", public]
         assert run(words) == 3
-        (line,) = capsys.readouterr().err.splitlines()
+        line = said(capsys)
         assert "is not a signature of this bundle" in line
     assert not out.exists()
 

@@ -25,9 +25,8 @@ from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.tally import labels_in, trained_on
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.verify.trial import Trial
+from tests.commands import Capture, said
 from tests.serving.online.live import running, wait_until_ready
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -222,5 +221,5 @@ def test_what_cannot_be_is_refused_in_a_line(
     (labelled.parent / "text.png").write_text("text")
     monkeypatch.chdir(labelled)
     assert predict(trained_bundle, *arguments) == code
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     assert message in line

@@ -11,9 +11,8 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.train.fields import TrainFields
 from advmoe_deploy.train.meaning import GROUPS, settings_of
 from advmoe_deploy.train.recipes import RECIPES, apply_overrides, recipe
+from tests.commands import Capture
 from tests.data.images import write_photos
-
-Capture = pytest.CaptureFixture[str]
 
 
 def test_every_setting_is_in_one_group_and_has_a_meaning() -> None:

@@ -1,10 +1,8 @@
 """Names of models: which folder each leads to, and what a command makes of it."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from advmoe_deploy.zoo.entries import listed_models
 from advmoe_deploy.zoo.pack import Packing, pack_run
 from advmoe_deploy.zoo.places import own_folder
 from advmoe_deploy.zoo.resolve import name_of, place_for, resolve
-
-Capture = pytest.CaptureFixture[str]
+from tests.commands import Capture, answer
 
 
 @pytest.fixture
@@ -107,11 +104,6 @@ def test_a_bundle_is_opened_by_name_and_a_run_is_not(zoo: Path) -> None:
     assert advmoe_deploy.open_bundle("zoo:tiny-bundle").path == zoo / "own/tiny-bundle"
     with pytest.raises(BundleError, match="advmoe export zoo:both --format onnx"):
         advmoe_deploy.open_bundle("zoo:both")
-
-
-def answer(capsys: Capture, *arguments: str) -> Any:
-    assert run([*arguments, "--json"]) == 0, capsys.readouterr().err
-    return json.loads(capsys.readouterr().out)
 
 
 def test_commands_write_beside_the_user_not_into_the_zoo(zoo: Path, capsys: Capture) -> None:

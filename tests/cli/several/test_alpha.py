@@ -28,10 +28,9 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.families.dual import DualModel
 from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.specs import ThreatModel
+from tests.commands import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +137,7 @@ def test_runs_on_other_data_do_not_stand_beside(dual: Path) -> None:
 
 def test_what_blends_nothing_is_refused(capsys: Capture, tiny_run: Path, dual: Path) -> None:
     assert run(["analyze", "--alpha", "0.5..1", str(tiny_run)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     assert "is of family advmoe and blends nothing" in line
     assert run(["analyze", "--alpha", "0.5", str(dual), "--smoothing", "10"]) == 2
     assert "--smoothing is for the analysis of one model" in capsys.readouterr().err

@@ -23,10 +23,10 @@ from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.specs import ThreatModel
+from tests.commands import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
 
-Capture = pytest.CaptureFixture[str]
 QUICK = [
     *("epochs=1", "train_images=64", "test_images=4", "attack_steps=1"),
     *("test_attack_steps=1", "holdout_attack_steps=1"),
@@ -93,7 +93,7 @@ def test_four_runs_are_told_apart_and_attacked_alike(
 
 def test_what_is_missing_comes_with_the_commands_that_train_it(capsys: Capture, runs: Path) -> None:
     assert run(["analyze", "--dissect", str(runs / "standard")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     commands = line.partition("; train: ")[2].split("; ")
     assert [shlex.split(command)[2] for command in commands] == [
         "digits-router-only",
@@ -191,7 +191,7 @@ def test_other_networks_and_bundles_are_refused(
         (tmp_path, "neither a finished run"),
     ):
         assert run(["analyze", "--dissect", str(runs / "standard"), str(path)]) in (2, 3)
-        (line,) = capsys.readouterr().err.splitlines()
+        line = said(capsys)
         assert says in line
     for arguments, says in (
         ([str(tiny_run), str(dense)], "analyze looks into one model, not 2"),

@@ -28,11 +28,11 @@ from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     find_compiler,
 )
 from advmoe_deploy.runtime.select import open_runner
+from tests.commands import Capture
 
 COMPILER = find_compiler()
 PREBUILT = (FOLDER / LIBRARY).exists()
 compiles = pytest.mark.skipif(COMPILER is None or PREBUILT, reason="nothing is compiled here")
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture

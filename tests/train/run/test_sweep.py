@@ -17,6 +17,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.sweep import sweep
 from advmoe_deploy.train.run.swept import sweep_configs
+from tests.commands import said
 
 TINY = [
     "epochs=1",
@@ -100,7 +101,7 @@ def test_what_is_no_sweep_is_one_line(
     over: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["sweep", "digits-advmoe", "--over", over]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     assert f"--over '{over}' is no sweep" in line
     assert why in line
 

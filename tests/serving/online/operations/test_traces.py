@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from tests.commands import said
 from tests.serving.online.live import INFER, ONE, request_for
 
 SERVE = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0", "--drain=0"]
@@ -155,7 +156,7 @@ def test_a_variable_that_makes_no_sense_is_one_line(
     needs_the_sdk()
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "1")  # and batches of 512
     assert run(["serve", str(tiny_bundle.path), "--trace", "--port=0"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(capsys)
     assert "max_queue_size" in line
     assert "environment variables" in line
 
