@@ -157,7 +157,8 @@ class TrainFields(Frozen):
     channels_last: bool = True
     """Lay out images as convolutions on a GPU like best."""
     evaluate_every: int = Field(1, ge=1)
-    """Epochs between measurements on the hold-out; the best of them is the result."""
+    """Epochs between measurements on the hold-out; the best of them is the result. The last epoch is
+    measured too, and the first in which experts part, for their router may collapse there."""
     holdout_attack_steps: int = Field(10, ge=1)
     """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)
@@ -175,3 +176,8 @@ class TrainFields(Frozen):
     def shared_epochs(self) -> int:
         """Epochs that all experts share."""
         return int(self.shared_start * self.epochs + 1e-9)  # 0.6 of 5 is 3
+
+    def evaluates(self, epoch: int) -> bool:
+        """Return whether the model is measured on the hold-out after ``epoch``, counted from 1."""
+        parts = self.shared_epochs > 0 and epoch == self.shared_epochs + 1
+        return parts or epoch == self.epochs or epoch % self.evaluate_every == 0

@@ -112,7 +112,7 @@ class Session:
     def _epoch(self, before: RunState) -> RunState:
         began = perf_counter()
         epoch, config = before.epoch + 1, self.config
-        evaluates = epoch == config.epochs or epoch % config.evaluate_every == 0
+        evaluates = config.evaluates(epoch)
         self.weights.begin_epoch(before.epoch)
         if config.balanced_start and before.epoch == config.shared_epochs:
             self.weights.balance_start(next(self.loader.epoch(before.epoch)))

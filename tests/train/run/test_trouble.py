@@ -6,7 +6,7 @@ import pytest
 
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.recipes import apply_overrides
+from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import EpochRecord
 from advmoe_deploy.train.run.trouble import trouble, unused
@@ -53,6 +53,14 @@ def test_a_collapse_is_told_when_it_begins() -> None:
     lines = told(tiny(), *routes)  # type: ignore[arg-type]
     assert [epoch for epoch, _ in lines] == [2, 5]
     assert "1.05 of 2 routes" in lines[0][1]
+
+
+def test_routes_are_counted_as_soon_as_experts_part() -> None:
+    config = recipe("cifar10-advmoe-cpu")
+    assert config.shared_epochs == 13
+    evaluated = [epoch for epoch in range(1, 16) if config.evaluates(epoch)]
+    assert evaluated == [3, 6, 9, 12, 14, 15]
+    assert not recipe("cifar10-s-dense-cpu").evaluates(14)
 
 
 def test_the_model_that_is_kept_is_judged_by_all_that_was_counted() -> None:
