@@ -5,8 +5,9 @@
 ResNet-18 at 32x32, random images. AdvMoE alternates as ``cifar10-advmoe-cpu`` does once its experts
 have parted, the router's step on one of so many batches: a call is as many batches as that takes.
 Beside it AdvMoE ``masked`` (every expert computed), AT MoE, S-Dense and the dense network, each in
-float32 and in bfloat16, interleaved in one process. ``convolutions`` are those of one AdvMoE batch
-alone, twice forward and twice backward, each on its own contiguous inputs: what a step cannot beat.
+float32 and in bfloat16, interleaved in one process. ``convolutions`` are those of one pathway on
+AdvMoE's batches alone, the router's left out, twice forward and twice backward, each on its own
+contiguous inputs: what a step cannot beat.
 
 Writes ``benchmarks/results/whole_step.json`` with every raw sample.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from advmoe_deploy.data.dataset import Split
+from advmoe_deploy.models.backbones.layers import RoutedConv2d, convolve
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.profiling.processor import processor_name
@@ -130,28 +133,37 @@ def convolutions(precision: str, batch: int) -> Callable[[], object]:
     fabric = Fabric(accelerator="cpu", devices=1, precision=config.precision)
     model = TrainedWeights(fabric, config.model_copy(update={"model": spec})).learner.model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    seen: list[tuple[nn.Conv2d, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda conv, given: seen.append((conv, given[0])))
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    with torch.no_grad():
-        model(torch.rand(batch, *spec.image_shape).to(memory_format=torch.channels_last))
-    for hook in hooks:
-        hook.remove()
     alone = [
-        (conv.to(dtype), x.to(dtype).detach().requires_grad_(conv.in_channels > spec.in_channels))
-        for conv, x in seen
+        (
+            partial(convolve, conv.to(dtype), dispatch=None),
+            x.to(dtype).detach().requires_grad_(at > 0),
+        )
+        for at, (conv, x) in enumerate(convolved(model, batch))  # the first's input is the images
     ]
 
     def run() -> None:
         for _ in range(2 * batches_per_call()):  # to find the examples, and to train on them
             for conv, x in alone:
-                y = conv(x)
+                y = conv(x_NCHW=x)
                 y.backward(torch.ones_like(y))
 
     return run
+
+
+def convolved(model: Classifier, batch: int) -> list[tuple[nn.Module, Tensor]]:
+    """Return every convolution of a pathway with its input in a forward pass, in their order."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda conv, given: seen.append((conv, given[0])))
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | RoutedConv2d)
+    ]
+    with torch.no_grad():
+        images = torch.rand(batch, *model.spec.image_shape)
+        model(images.to(memory_format=torch.channels_last))
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def row_of(name: str, times: dict[str, Any], batch: int) -> dict[str, Any]:
