@@ -7,7 +7,7 @@ SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --dis
 .PHONY: help demo test lint slow docs site wheel clean
 
 help:
-	@echo "make demo    train, export, verify, profile and classify on real digits (under six minutes)"
+	@echo "make demo    time a trained model, then train, export and verify one on digits (six minutes)"
 	@echo "make test    lint, type check and every test that CI runs"
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff and mypy only"

@@ -20,9 +20,9 @@ def demo(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Go the whole road on handwritten digits, in minutes.
+    """Time a trained model, then go the whole road on digits.
 
-    It leaves a report as a page.
+    It takes minutes and leaves a report as a page.
     """
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.cli.demo.run import run_demo

@@ -43,7 +43,7 @@ class DemoResult(Frozen):
             (
                 f"  under {len(self.verify.attacks)} attacks, on routes too",
                 percent(self.verify.robust_accuracy.engine),
-                "",
+                "not run",
             ),
             ("effective routes", f"{moe.effective_routes or 1:.2f}", "-"),
             (

@@ -123,7 +123,7 @@ RECIPES = {
     ),
     "digits-advmoe-agreeing": Recipe(
         make=digits_advmoe_agreeing,
-        summary="AdvMoE whose experts agree, so that moving a route moves no answer",
+        summary="AdvMoE whose experts agree, so that moving a route moves few answers",
         measured="clean 98.0 to 98.5 %, PGD-50 86.2 to 87.0 %, on its routes too 84.5 to 85.0 %",
     ),
     "digits-advmoe-paper": Recipe(
