@@ -265,6 +265,7 @@ def write_row(out: Path, row: dict[str, Any]) -> None:
     result = {
         "epsilon": row["epsilon"],
         "processor": processor_name(),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "rows": [row],
     }
