@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from advmoe_deploy.data.effort import Pieces, require_few_scans
 from advmoe_deploy.data.upright import upright
 from advmoe_deploy.decoding import FORMATS, Decoding
 from advmoe_deploy.errors import DataError, MachineError, reason_of
@@ -72,7 +73,7 @@ def head_of(data: bytes, where: str) -> Head:
         DataError: no image of the formats that are read, or a damaged one.
     """
     formats = [*known_formats()]
-    with _told(where, formats), _opened(io.BytesIO(data), formats) as image:
+    with _told(where, formats), _opened(io.BytesIO(data), where, formats) as image:
         grey = image.mode in _GREY or image.mode.startswith(("I", "F"))
         return Head(*image.size, is_grey=grey)
 
@@ -112,14 +113,15 @@ def decode(
 
     Raises:
         DataError: no image of the formats that are read, damaged, truncated, above ``max_pixels``,
-            of more than 4,194,304 rows, or of pixels without a range.
+            of more than 4,194,304 rows, of pixels without a range, or made to take long: a JPEG of
+            more than 100 scans, or headers in millions of pieces.
         MachineError: the memory does not suffice.
     """
     formats = [name for name in known_formats() if name in decoding.formats]
     mode = _MODES.get(decoding.channels)
     if mode is None:
         raise DataError(f"{where}: an image has 1 or 3 channels, the model {decoding.channels}")
-    with _told(where, formats), _opened(file, formats) as image:
+    with _told(where, formats), _opened(file, where, formats) as image:
         width, height = image.size
         admit(width * height)
         if width * height > decoding.max_pixels:
@@ -161,9 +163,13 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def _opened(file: BinaryIO, formats: list[str]) -> Image.Image:
+def _opened(file: BinaryIO, where: str, formats: list[str]) -> Image.Image:
+    pieces = Pieces(file, where)
     with _no_warnings():
-        return Image.open(file, formats=formats)
+        image = Image.open(cast("BinaryIO", pieces), formats=formats)
+    if image.format in ("JPEG", "MPO"):
+        require_few_scans(pieces, where)
+    return image
 
 
 def _upright(image: Image.Image, where: str, mode: str) -> Image.Image:

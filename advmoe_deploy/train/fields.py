@@ -157,8 +157,8 @@ class TrainFields(Frozen):
     channels_last: bool = True
     """Lay out images as convolutions on a GPU like best."""
     evaluate_every: int = Field(1, ge=1)
-    """Epochs between measurements on the hold-out; the best of them is the result. The last epoch is
-    measured too, and the first in which experts part, for their router may collapse there."""
+    """Epochs between measurements on the hold-out, of which the best is the result; the last epoch
+    is measured too, and the first in which experts part, where a router may collapse."""
     holdout_attack_steps: int = Field(10, ge=1)
     """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)

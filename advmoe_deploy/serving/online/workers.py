@@ -30,7 +30,8 @@ class Workers:
         """Return what ``work`` returns in one of the threads, begun within ``timeout_s``.
 
         Raises:
-            RefusedError: it would not be, or was not (503), or its client has left.
+            RefusedError: it would not be, or was not (503), said no later than that.
+            ClientLeftError: nobody waits for it any more.
         """
         wait_s = self.waiting / THREADS * self._pace_s
         if self.waiting >= self._most:
@@ -38,23 +39,26 @@ class Workers:
             raise _overloaded(reason, wait_s)
         if wait_s > timeout_s:
             raise _overloaded(f"its turn would come in {wait_s:.1f} s only", wait_s)
-        until = time.monotonic() + timeout_s
 
         def begin() -> T:
             began = time.monotonic()
             if is_gone():
                 raise ClientLeftError
-            if began > until:
-                raise _overloaded("its time was over before its turn came", wait_s)
             try:
                 return work()
             finally:
                 self._pace_s += _FRESH * (time.monotonic() - began - self._pace_s)
 
         self.waiting += 1
+        job = self._pool.submit(begin)
+        result = asyncio.wrap_future(job)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, begin)
+            done, _ = await asyncio.wait({result}, timeout=timeout_s)
+            if not done and job.cancel():  # which what has begun withstands
+                raise _overloaded("its time was over before its turn came", wait_s)
+            return await result
         finally:
+            result.cancel()
             self.waiting -= 1
 
     def close(self) -> None:

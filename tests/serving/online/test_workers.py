@@ -66,13 +66,12 @@ def test_too_many_are_refused_at_once_and_told_when_to_come_back() -> None:
 def test_what_is_late_or_wanted_by_nobody_is_not_begun() -> None:
     async def test(workers: Workers, work: Work, tasks: list["asyncio.Task[int]"]) -> None:
         gone: list[int] = []
-        late = asyncio.create_task(ask(workers, work, timeout_s=0.0))
         left = asyncio.create_task(ask(workers, work, is_gone=lambda: bool(gone)))
-        await asyncio.sleep(0.01)
+        with pytest.raises(RefusedError, match="its time was over") as over:
+            await ask(workers, work, timeout_s=0.05)  # said while all threads are busy
+        assert workers.waiting == THREADS + 1
         gone.append(1)
         work.let_go.set()
-        with pytest.raises(RefusedError, match="its time was over") as over:
-            await late
         with pytest.raises(RefusedError, match="the client has left") as nobody:
             await left
         assert (over.value.status, nobody.value.status) == (503, 499)
