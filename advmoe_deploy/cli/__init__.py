@@ -3,7 +3,20 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
+INTERRUPTED = 130
+
+if Path(sys.argv[0]).stem == "advmoe" or "advmoe_deploy.cli.app" in sys.orig_argv:
+
+    def _interrupted(*_: object) -> None:
+        os.write(2, b"advmoe: error: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    # Ctrl-C ends the program as later, though nothing is loaded that could say so. It stays ignored
+    # where a shell has it ignored, in what it runs in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
 if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "serve":
     # A server that is told to stop ends well at any moment. Until it serves, nothing is under way.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

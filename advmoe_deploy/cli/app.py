@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from advmoe_deploy import __version__
+from advmoe_deploy.cli import INTERRUPTED
 from advmoe_deploy.cli.commands.analyze import analyze
 from advmoe_deploy.cli.commands.demo import demo
 from advmoe_deploy.cli.commands.doctor import doctor
@@ -35,7 +36,6 @@ from advmoe_deploy.cli.completion import join_words
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
-    INTERRUPTED,
     describe,
     one_line,
     watched_interrupts,
@@ -93,7 +93,10 @@ for _name, _command in _COMMANDS.items():
 def main() -> None:
     """Run the command line of this process and exit."""
     join_words()
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # once more, while the first was being told
+        code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be interrupted
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)

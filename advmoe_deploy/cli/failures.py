@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
+from advmoe_deploy.cli import INTERRUPTED
 from advmoe_deploy.cli.extras import missing_package
 from advmoe_deploy.errors import INTERNAL, AdvMoEError, file_error, machine_error
 
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 # Typer keeps its parser's exceptions to itself, save for this one and thereby its bases.

@@ -27,7 +27,7 @@ from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
 from tests.toys import PixelMoE, toy_spec

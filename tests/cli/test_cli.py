@@ -16,7 +16,7 @@ from advmoe_deploy.cli.examples import EXAMPLES
 from advmoe_deploy.cli.options import positive_numbers
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.train.recipes import recipe
-from tests.commands import Capture, answer, said
+from tests.cli.command_line import Capture, answer, said
 
 
 def test_the_version(capsys: Capture) -> None:

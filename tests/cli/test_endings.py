@@ -13,7 +13,7 @@ from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli import failures
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BundleError, MachineError
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 
 
 @pytest.mark.parametrize(

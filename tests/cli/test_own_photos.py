@@ -14,7 +14,7 @@ from advmoe_deploy.export.precision import gate
 from advmoe_deploy.reports.cautions import COLLAPSED
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 from tests.data.images import write_photos
 
 CUT = (AttackSpec(name="pgd", steps=2), AttackSpec(name="square", steps=2))

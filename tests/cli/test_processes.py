@@ -228,6 +228,25 @@ def test_sigterm_is_handled_from_the_first_import_on_by_a_server_alone(
     assert done.returncode == code
 
 
+@pytest.mark.parametrize(("name", "ours"), [("advmoe", True), ("notebook", False)])
+def test_ctrl_c_is_handled_from_the_first_import_on_by_the_program_alone(
+    name: str, ours: bool
+) -> None:
+    program = (
+        f"import os, signal, sys\nsys.argv[0] = '/somewhere/{name}'\n"
+        "import advmoe_deploy.cli\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.pause()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    if ours:
+        assert (done.returncode, done.stderr) == (130, "advmoe: error: interrupted\n")
+    else:
+        assert "KeyboardInterrupt" in done.stderr
+
+
 def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> None:
     arguments = ["serve", str(tiny_bundle.path), "--port", "0", "--timeout", "600"]
     with started(*arguments, cwd=tmp_path) as process:

@@ -10,7 +10,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.comparison.compare import _with_best, benchmark_bundle
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, Timing
 from advmoe_deploy.errors import BundleError, DataError, UsageError
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from advmoe_deploy.evaluation.measure import (
     reliability_of,
 )
 from advmoe_deploy.parity.intervals import wilson_interval
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.data.images import write_folders, write_png
 
 

@@ -23,7 +23,7 @@ from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.train.recipes.published import advmoe_cells
 from docs.programs.generate import PAPERS_PAGE
 from docs.programs.papers import Cost, reason_of, with_tables
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 from tests.conftest import TINY, write_run
 from tests.data.packed import png
 from tests.families import spec_of

@@ -20,7 +20,7 @@ from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.trouble import costly
 from advmoe_deploy.verify import verify as verify_module
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 
 COSTLY, UNUSED = "the router takes", "only one expert is in use in router"
 

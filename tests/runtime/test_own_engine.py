@@ -10,7 +10,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.export.targets import PORTABLE, Target
 from advmoe_deploy.runtime.select import engine_for, open_runner, own_engine, resolved
 from advmoe_deploy.serving.batch import classify_files
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 
 
 def with_fields(bundle: Bundle, copy: Path, **fields: Any) -> Bundle:

@@ -23,7 +23,7 @@ from advmoe_deploy.card import replace_card
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import AdvMoEError, BundleError, InputError
 from advmoe_deploy.sealing.signature import require_signature, sign_bundle
-from tests.commands import said
+from tests.cli.command_line import said
 from tests.sealing.bundles import put, put_manifest
 
 pytest.importorskip("model_signing")

@@ -25,7 +25,7 @@ from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.tally import labels_in, trained_on
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.verify.trial import Trial
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.serving.online.live import running, wait_until_ready
 
 

@@ -11,7 +11,7 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.train.fields import TrainFields
 from advmoe_deploy.train.meaning import GROUPS, settings_of
 from advmoe_deploy.train.recipes import RECIPES, apply_overrides, recipe
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 from tests.data.images import write_photos
 
 

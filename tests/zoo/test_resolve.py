@@ -16,7 +16,7 @@ from advmoe_deploy.zoo.entries import listed_models
 from advmoe_deploy.zoo.pack import Packing, pack_run
 from advmoe_deploy.zoo.places import own_folder
 from advmoe_deploy.zoo.resolve import name_of, place_for, resolve
-from tests.commands import Capture, answer
+from tests.cli.command_line import Capture, answer
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.families.dual import DualModel
 from advmoe_deploy.models.stored import open_stored
 from advmoe_deploy.specs import ThreatModel
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
 

@@ -23,7 +23,7 @@ from advmoe_deploy.cli.tables.render import draw_on
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.specs import ThreatModel
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.conftest import write_run
 from tests.families import spec_of
 

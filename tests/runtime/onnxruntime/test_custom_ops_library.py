@@ -28,7 +28,7 @@ from advmoe_deploy.runtime.onnxruntime.kernels.build import (
     find_compiler,
 )
 from advmoe_deploy.runtime.select import open_runner
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 
 COMPILER = find_compiler()
 PREBUILT = (FOLDER / LIBRARY).exists()

@@ -17,7 +17,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.sweep import sweep
 from advmoe_deploy.train.run.swept import sweep_configs
-from tests.commands import said
+from tests.cli.command_line import said
 
 TINY = [
     "epochs=1",

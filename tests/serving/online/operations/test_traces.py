@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from tests.commands import said
+from tests.cli.command_line import said
 from tests.serving.online.live import INFER, ONE, request_for
 
 SERVE = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0", "--drain=0"]

@@ -15,7 +15,7 @@ from advmoe_deploy.families import IMPORT_SOURCES
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
 from advmoe_deploy.models.upstream.importer import IMPORTERS, import_checkpoint
 from advmoe_deploy.specs import ThreatModel
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 from tests.data.images import write_png
 from tests.models.upstream.test_dual import released
 from tests.models.upstream.test_robust_experts import released as released_experts

@@ -14,7 +14,7 @@ from advmoe_deploy.analysis.smoothing import CertifiedImage
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.grid import Grid
-from tests.commands import Capture, said
+from tests.cli.command_line import Capture, said
 from tests.conftest import TINY, write_run
 from tests.families import spec_of
 

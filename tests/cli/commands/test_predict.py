@@ -8,7 +8,7 @@ from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from tests.commands import Capture, answer, said
+from tests.cli.command_line import Capture, answer, said
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.verify.examples.baseline import read_baseline
 from advmoe_deploy.verify.examples.gate import Check, GateReport
 
-ACTION = Path(__file__).parents[2] / ".github/actions/gate/action.yml"
+ACTION = Path(__file__).parents[3] / ".github/actions/gate/action.yml"
 CUT = (AttackSpec(name="pgd", steps=5), AttackSpec(name="square", steps=5))
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from advmoe_deploy.cli.tables.progress import PlainProgress, RichProgress, Tasks
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 
 FIGURES = {
     "loss": 1.907,

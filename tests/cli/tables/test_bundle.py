@@ -16,7 +16,7 @@ from advmoe_deploy.verify.examples.card import _engine
 from advmoe_deploy.verify.findings import ConsistencyReport
 from advmoe_deploy.verify.report import ReferenceReport, RobustReport
 from advmoe_deploy.verify.verdict import judge_reference
-from tests.commands import Capture
+from tests.cli.command_line import Capture
 
 
 def row(model: Any, p50: float) -> LatencyRow:
