@@ -12,8 +12,8 @@ from advmoe_deploy.errors import DataError
 
 # As libtiff allows in a TIFF; encoders write about ten.
 MOST_SCANS = 100
-# Pieces of 32 bytes on average, and some more: nothing but a file made for it has smaller ones.
-_PIECES, _BYTES_OF_PIECE = 10_000, 32
+# Pieces of 128 bytes on average, and 20,000 more: an encoder that writes row by row stays below.
+_PIECES, _BYTES_OF_PIECE = 20_000, 128
 _CHUNK = 4096
 # In JPEG's coded data FF is followed by 00, a restart or another FF; TEM (01) has no length either.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
