@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import BundleError, missing_folder, one_line, reading
+from advmoe_deploy.errors import OR_A_MODEL, BundleError, missing_folder, one_line, reading
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.pruning import Pruning
@@ -295,7 +295,7 @@ def hash_line(name: str, content: bytes) -> bytes:
 def _read_manifest(path: Path) -> tuple[bytes, list[bytes]]:
     """Return what stands in the manifest, and the lines that guard it."""
     if not path.is_dir():
-        way_out = "name a bundle that 'advmoe export' wrote"
+        way_out = f"name a bundle that 'advmoe export' wrote, {OR_A_MODEL}"
         if path.exists():
             raise BundleError(f"{path} is no directory; {way_out}")
         raise BundleError(missing_folder(path, "bundle", way_out))

@@ -151,6 +151,9 @@ def _alike(name: str, known: str) -> float:
     return max(difflib.SequenceMatcher(None, name, each).ratio() for each in spellings)
 
 
+OR_A_MODEL = "or a model that 'advmoe list models' names"
+
+
 def missing_folder(path: Path, what: str, way_out: str) -> str:
     """Return the line that there is no ``what`` at ``path``: the like one beside it, and a way out.
 

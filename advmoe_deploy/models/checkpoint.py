@@ -4,7 +4,6 @@ checkpoint.json        spec, threat model, recipe, metrics, and the weights' SHA
 weights.safetensors    the state dict
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from advmoe_deploy.errors import CheckpointError, reading
+from advmoe_deploy.errors import CheckpointError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.registry import build_model
@@ -22,6 +21,7 @@ from advmoe_deploy.reports.checkpoint import (
     WEIGHTS,
     Checkpoint,
     read_checkpoint,
+    read_weights,
 )
 from advmoe_deploy.specs import ModelSpec
 
@@ -57,16 +57,8 @@ def load_checkpoint(directory: Path) -> tuple[Checkpoint, Classifier]:
             the spec, or holds values that are not finite.
     """
     checkpoint = read_checkpoint(directory)
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} is missing; train again or copy the run again")
-    with reading(weights):
-        content = weights.read_bytes()  # once: what is loaded is what was hashed
-    if hashlib.sha256(content).hexdigest() != checkpoint.weights_sha256:
-        raise CheckpointError(
-            f"{weights} is truncated or changed (SHA-256 differs); copy the run again"
-        )
-    return checkpoint, model_from_weights(checkpoint.model, content, weights)
+    content = read_weights(directory, checkpoint.weights_sha256)
+    return checkpoint, model_from_weights(checkpoint.model, content, directory / WEIGHTS)
 
 
 def model_from_weights(spec: ModelSpec, content: bytes, weights: Path) -> Classifier:

@@ -1,5 +1,6 @@
 """What a checkpoint says besides its weights, read without PyTorch."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,14 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from advmoe_deploy.decoding import ModelDecoding
-from advmoe_deploy.errors import CheckpointError, InputError, missing_folder, one_line
+from advmoe_deploy.errors import (
+    OR_A_MODEL,
+    CheckpointError,
+    InputError,
+    missing_folder,
+    one_line,
+    reading,
+)
 from advmoe_deploy.specs import ClassNames, Fingerprint, Frozen, ModelSpec, ThreatModel
 
 CHECKPOINT_VERSION = 1
@@ -66,7 +74,7 @@ def checkpoint_folder(path: Path) -> Path:
     for folder in (path / _RUN_MODEL, path):
         if (folder / CHECKPOINT).is_file():
             return folder
-    way_out = "name what 'advmoe train' or 'advmoe export' wrote"
+    way_out = f"name what 'advmoe train' or 'advmoe export' wrote, {OR_A_MODEL}"
     if not path.exists():
         raise InputError(missing_folder(path, "run or bundle", way_out))
     what = "no directory" if not path.is_dir() else "neither a finished run nor a bundle"
@@ -77,7 +85,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """Return ``checkpoint.json`` of ``directory``, weights unseen."""
     file = directory / CHECKPOINT
     if not file.is_file():
-        way_out = "name what 'advmoe train' wrote"
+        way_out = f"name what 'advmoe train' wrote, {OR_A_MODEL}"
         run = directory.parent if directory.name == _RUN_MODEL else directory
         if not run.is_dir():
             raise CheckpointError(missing_folder(run, "run", way_out))
@@ -94,3 +102,21 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{file}: {one_line(error)}; train again") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}); copy the run again") from None
+
+
+def read_weights(directory: Path, sha256: str) -> bytes:
+    """Return the weights' file in ``directory``, read once: these bytes are the ones hashed.
+
+    Raises:
+        CheckpointError: it is missing, or its SHA-256 is not ``sha256``.
+    """
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is missing; train again or copy the run again")
+    with reading(weights):
+        content = weights.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{weights} is damaged: truncated or changed (SHA-256 differs); copy the run again"
+        )
+    return content

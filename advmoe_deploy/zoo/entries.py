@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from advmoe_deploy.bundle import MANIFEST
-from advmoe_deploy.errors import InputError
+from advmoe_deploy.bundle import MANIFEST, SCHEMA_VERSION, open_bundle
+from advmoe_deploy.errors import BundleError, InputError
+from advmoe_deploy.reports.checkpoint import read_weights
 from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
 from advmoe_deploy.zoo.places import RUN_MARKER, Source, models
 from advmoe_deploy.zoo.record import read_fields, read_record
@@ -61,6 +62,8 @@ def _entry(name: str, source: Source, folder: Path) -> ListedModel:
 
 def _of_run(folder: Path) -> dict[str, Any]:
     fields = read_fields(folder / RUN_MARKER)
+    # Hashed: what was measured says nothing of other weights than these. 12 MB take 10 ms.
+    read_weights((folder / RUN_MARKER).parent, fields["weights_sha256"])
     known = _described(fields["model"], fields["threat"], fields["provenance"])
     metrics = fields["metrics"]
     if "clean_accuracy" in metrics:
@@ -88,8 +91,18 @@ def _of_run(folder: Path) -> dict[str, Any]:
 
 def _of_bundle(folder: Path) -> dict[str, Any]:
     fields = read_fields(folder / MANIFEST)
+    _require_whole(folder, fields)
     known = _described(fields["model"], fields["threat"], fields["training"])
     return known | {"macs": fields["macs"]["executed"]}
+
+
+def _require_whole(bundle: Path, fields: dict[str, Any]) -> None:
+    try:
+        open_bundle(bundle)  # which hashes every file
+    except BundleError as error:
+        if fields.get("schema_version") != SCHEMA_VERSION:
+            raise
+        raise BundleError(f"damaged: {error}") from None
 
 
 def _attack_in_training(recipe: dict[str, Any]) -> str | None:

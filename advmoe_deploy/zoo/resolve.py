@@ -13,6 +13,7 @@ from advmoe_deploy.bundle import open_bundle as bundle_at
 from advmoe_deploy.errors import LIKELY, BundleError, nearest
 from advmoe_deploy.sealing.signature import require_signature
 from advmoe_deploy.zoo.places import RUN_MARKER, find, is_plain, names, unknown_model
+from advmoe_deploy.zoo.record import read_record
 
 StrPath = str | os.PathLike[str]
 
@@ -23,14 +24,22 @@ def resolve(source: StrPath) -> Path:
     """Return the folder of the run or bundle that ``source`` names.
 
     A path comes back as it is, whether or not something is there: who reads it says what is wrong.
+    A run that has a record comes back only if that can be read.
 
     Raises:
         UsageError: no model has that name, or it is not of the form ``hub:USER/NAME``.
         InputError: the repository does not exist, may not be read, or holds nothing of ours; what
-            came from it is damaged.
+            came from it, or a record, is damaged.
         MachineError: the hub cannot be reached, or the disk is full.
         BackendUnavailableError: the client of the hub is not installed.
     """
+    found = _folder_of(source)
+    if _is_run(found):
+        read_record(found)
+    return found
+
+
+def _folder_of(source: StrPath) -> Path:
     text = os.fspath(source)
     if text.startswith(_HUB):
         from advmoe_deploy.zoo.download import download
@@ -45,6 +54,10 @@ def resolve(source: StrPath) -> Path:
     if text != name or nearest(name, names(), cutoff=LIKELY):
         raise unknown_model(name)
     return Path(source)
+
+
+def _is_run(found: Path) -> bool:
+    return not (found / MANIFEST).is_file() and (found / RUN_MARKER).is_file()
 
 
 def place_for(source: StrPath, found: Path, kind: str, own: Path) -> Path:
@@ -70,7 +83,7 @@ def require_bundle(source: StrPath, found: Path) -> Path:
     Raises:
         BundleError: it is a run.
     """
-    if not (found / MANIFEST).is_file() and (found / RUN_MARKER).is_file():
+    if _is_run(found):
         raise BundleError(
             f"{os.fspath(source)} is a run, where a bundle is needed; make one of it: "
             f"advmoe export {os.fspath(source)} --format onnx"

@@ -16,7 +16,7 @@ from advmoe_deploy.zoo.entries import listed_models
 from advmoe_deploy.zoo.pack import Packing, pack_run
 from advmoe_deploy.zoo.places import own_folder
 from advmoe_deploy.zoo.resolve import name_of, place_for, resolve
-from tests.cli.command_line import Capture, answer
+from tests.cli.command_line import Capture, answer, said
 
 
 @pytest.fixture
@@ -157,8 +157,37 @@ def test_the_list_says_what_is_known(zoo: Path, capsys: Capture) -> None:
     )
 
 
-def test_a_record_that_is_damaged_is_named(zoo: Path) -> None:
-    (zoo / "packaged/tiny-advmoe/record.json").write_text('{"version": 1}')
+@pytest.mark.parametrize("text", ["{}", '{"version": 1}'])
+def test_a_record_that_is_damaged_is_named(zoo: Path, capsys: Capture, text: str) -> None:
+    (zoo / "packaged/tiny-advmoe/record.json").write_text(text)
+    for command in (["inspect"], ["export", "--format", "onnx"], ["add", "--name", "copy"]):
+        assert run([command[0], "zoo:tiny-advmoe", *command[1:]]) == 3
+        assert "record.json: data: Field required" in said(capsys)
     with pytest.raises(InputError, match=r"record\.json: data: Field required"):
-        pack_run(resolve("tiny-advmoe"), zoo / "copy", Packing())
+        pack_run(zoo / "packaged/tiny-advmoe", zoo / "copy", Packing())
     assert not os.path.lexists(zoo / "copy")
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+def test_the_list_says_what_is_damaged(zoo: Path, capsys: Capture, how: str) -> None:
+    for file in (zoo / "own/both/model/weights.safetensors", zoo / "own/tiny-bundle/model.onnx"):
+        content = file.read_bytes()
+        damaged = {"cut": content[:-9], "changed": content[:-1] + bytes([content[-1] ^ 1])}
+        file.unlink()
+        if how in damaged:
+            file.write_bytes(damaged[how])
+    found = {each.name: each for each in listed_models() if each.source == "own"}
+    for name in ("both", "tiny-bundle"):
+        assert ("missing" if how == "gone" else "damaged") in found[name].note
+        assert found[name].clean_accuracy is found[name].robust_accuracy is None
+    assert run(["list", "models"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["both", "unusable", "-", "-"] in [row[:4] for row in rows]
+    assert ["tiny-bundle", "unusable", "-", "-"] in [row[:4] for row in rows]
+    assert not [row for row in rows if row[:2] == ["tiny-advmoe", "unusable"]]
+
+
+def test_what_is_not_there_may_have_been_a_name(zoo: Path) -> None:
+    for load in (advmoe_deploy.load_model, advmoe_deploy.export, advmoe_deploy.open_bundle):
+        with pytest.raises(InputError, match=r"no-such; .* or a model that 'advmoe list models'"):
+            load("no-such")

@@ -112,7 +112,7 @@ def _measured(entry: Mapping[str, Any]) -> str:
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     clean, robust = entry["clean_accuracy"], entry["robust_accuracy"]
     return (
-        entry["data"] or "-",
+        "unusable" if entry["note"] else entry["data"] or "-",
         "-" if clean is None else percent(clean),
         "-" if robust is None else percent(robust),
         "-" if entry["epsilon"] is None else epsilon_text(entry["epsilon"]),
