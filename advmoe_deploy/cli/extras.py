@@ -11,7 +11,6 @@ OPTIONAL = {
     "cuda": ("cuda-bindings", "gpu"),
     "torch": ("torch", "train"),
     "lightning_fabric": ("lightning-fabric", "train"),
-    "datasets": ("datasets", "train"),
     "pyautoattack": ("pyautoattack", "train"),
     "scipy": ("scipy", "train"),
     "sklearn": ("scikit-learn", "train"),

@@ -1,9 +1,5 @@
-"""Data sets of the hub, from any layout in a folder, or from the hub itself.
+"""Data sets of the hub, from any layout in a folder, or from the hub's own tables."""
 
-A row holds an image as {bytes, path} and an integer label.
-"""
-
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +12,9 @@ from advmoe_deploy.data.layouts.find import TABLES_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, missing_extra
-from advmoe_deploy.process import without_telemetry
+from advmoe_deploy.errors import DataError, InputError, MachineError
+from advmoe_deploy.hub.client import snapshot
+from advmoe_deploy.hub.faults import Repository
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
 _SEED = 20230810
@@ -39,7 +36,7 @@ class HubSet:
     @property
     def way_out(self) -> str:
         """What to do when the data cannot be had."""
-        return f"give {self.name}:PATH or set {FOLDER_VARIABLE}"
+        return f"pass --data {self.name}:PATH or set {FOLDER_VARIABLE}"
 
     @property
     def wanted(self) -> Wanted:
@@ -81,8 +78,8 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
     class.
 
     Raises:
-        DataError: a file is missing or damaged, there are too few images, or the hub cannot be
-            reached.
+        DataError: a file is missing or damaged, there are too few images, or the hub refuses them.
+        MachineError: the hub cannot be reached and its cache does not hold them.
     """
     train, test, names = _listed(hub_set, folder)
     order = np.random.default_rng(_SEED).permutation(len(train)).astype(np.int64)
@@ -115,14 +112,11 @@ def load_first_of_hub(
 def _listed(hub_set: HubSet, folder: Path | None) -> tuple[Listing, Listing, tuple[str, ...]]:
     """Return training images, test images and classes, unread."""
     folder = folder or _default_folder(hub_set)
-    where = str(folder or hub_set.hub_name)
-    if folder is None:
-        train, test = (_from_hub(hub_set, split) for split in (hub_set.train, hub_set.test))
-    else:
-        train, test = _in_folder(hub_set, folder, hub_set.wanted)
-    names = _class_names(hub_set, where, train.class_names)
+    folder = folder or _from_hub(hub_set, hub_set.train, hub_set.test)
+    train, test = _in_folder(hub_set, folder, hub_set.wanted)
+    names = _class_names(hub_set, str(folder), train.class_names)
     for listing in (train, test):
-        require_labels(where, listing, len(names))
+        require_labels(str(folder), listing, len(names))
     return train, test, names
 
 
@@ -131,13 +125,10 @@ def load_hub_test(hub_set: HubSet, folder: Path | None, decoding: Decoding) -> S
 
     The rest is as for :func:`load_hub_set`; classes are as the test images' files number them.
     """
-    folder = folder or _default_folder(hub_set)
-    if folder is None:
-        test = _from_hub(hub_set, hub_set.test)
-    else:
-        _, test = _in_folder(hub_set, folder, hub_set.wanted.test_alone)
-    where = str(folder or hub_set.hub_name)
-    require_labels(where, test, len(_class_names(hub_set, where, test.class_names)))
+    folder = folder or _default_folder(hub_set) or _from_hub(hub_set, hub_set.test)
+    _, test = _in_folder(hub_set, folder, hub_set.wanted.test_alone)
+    names = _class_names(hub_set, str(folder), test.class_names)
+    require_labels(str(folder), test, len(names))
     return read_split(_dealt_test(test), decoding, exact=True)
 
 
@@ -169,27 +160,18 @@ def _default_folder(hub_set: HubSet) -> Path | None:
     return Path(root) / hub_set.name if root else None
 
 
-def _from_hub(hub_set: HubSet, split: str) -> Listing:
+def _from_hub(hub_set: HubSet, *splits: str) -> Path:
+    """Return the folder, in the cache of the hub's client, with the tables of ``splits``.
+
+    Raises:
+        DataError: the hub refuses them.
+        MachineError: it cannot be reached and the cache does not hold them, or the disk is full.
+        BackendUnavailableError: the client is not installed.
+    """
+    repository = Repository(hub_set.hub_name, kind="dataset")
     try:
-        with without_telemetry():
-            import datasets
-    except ImportError:
-        raise missing_extra("datasets", "train") from None
-    try:
-        table = datasets.load_dataset(hub_set.hub_name, split=split)
-        table = table.cast_column(hub_set.image, datasets.Image(decode=False))
-        encoded = [row["bytes"] for row in table[hub_set.image]]
-        names = tuple(getattr(table.features[hub_set.label], "names", ()))
-        return Listing(
-            labels_N=np.asarray(table[hub_set.label], dtype=np.int64),
-            class_names=names,
-            encoded=encoded.__getitem__,
-            where=lambda row: f"{hub_set.hub_name}, {split}, row {row}",
-            stamp=lambda row: hashlib.sha256(encoded[row] or b"").hexdigest(),
-        )
-    # ValueError, FileNotFoundError and several network errors, by version and by cause.
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = type(error).__name__
-        raise DataError(
-            f"{hub_set.hub_name} cannot be had from the hub ({reason}); {hub_set.way_out}"
-        ) from None
+        return snapshot(repository, [f"*{split}*.parquet" for split in splits])
+    except MachineError as error:
+        raise MachineError(f"{error}, or {hub_set.way_out}") from None
+    except InputError as error:
+        raise DataError(f"{error}, or {hub_set.way_out}") from None

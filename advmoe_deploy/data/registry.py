@@ -28,7 +28,8 @@ def load_dataset(source: str, decoding: Decoding | None = None) -> Dataset:
 
     Raises:
         UsageError: no such name, a path that is missing or too much, or a size out of range.
-        DataError: a file is missing or damaged, or the hub cannot be reached.
+        DataError: a file is missing or damaged, or the hub refuses it.
+        MachineError: the hub cannot be reached.
     """
     source = absolute(source, decoding.size if decoding else None)
     name, folder, found = _found(source, decoding)

@@ -9,14 +9,16 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE
-from advmoe_deploy.errors import BundleError, CheckpointError, InputError, UsageError, naming
+from advmoe_deploy.errors import BundleError, CheckpointError, InputError, MachineError, UsageError
 from advmoe_deploy.files import sha256_of, staged_directory
+from advmoe_deploy.hub.client import snapshot
+from advmoe_deploy.hub.faults import FULL, Repository
 from advmoe_deploy.process import cache_folder
-from advmoe_deploy.zoo.hub import Repository, snapshot
 from advmoe_deploy.zoo.places import RUN_MARKER
 from advmoe_deploy.zoo.record import RECORD, read_fields
 
@@ -117,11 +119,25 @@ def _linked(asked: Repository, folder: Path, names: Sequence[str]) -> Path:
     user, _, name = asked.name.partition("/")
     target = cache_folder() / "hub" / user / folder.name / name
     if not all(_is_same(folder / each, target / each) for each in names):
-        with staged_directory(target, overwrite=True) as staged, naming(target):
+        with _room_for(target), staged_directory(target, overwrite=True) as staged:
             for each in names:
                 (staged / each).parent.mkdir(parents=True, exist_ok=True)
                 _link((folder / each).resolve(), staged / each)
     return target
+
+
+@contextmanager
+def _room_for(target: Path) -> Iterator[None]:
+    """Say of a full disk which it is: the error of a copy names the file that was copied first."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise MachineError(
+            f"{target}: the disk of our own cache is full; free some space, or set XDG_CACHE_HOME "
+            "to a folder on another disk"
+        ) from error
 
 
 def _is_same(file: Path, linked: Path) -> bool:

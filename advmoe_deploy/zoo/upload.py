@@ -11,14 +11,15 @@ from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE, Bundl
 from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import refuse_existing, staged_directory
+from advmoe_deploy.hub.faults import Repository
 from advmoe_deploy.models.checkpoint import WEIGHTS, load_checkpoint
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.zoo.card import run_card
 from advmoe_deploy.zoo.evaluation import read_evaluation
-from advmoe_deploy.zoo.hub import README, Figure, Repository, front_matter, publish
 from advmoe_deploy.zoo.pack import Packing, checkpoint_text, portable, record_of
 from advmoe_deploy.zoo.places import RUN_MARKER
+from advmoe_deploy.zoo.publish import README, Figure, front_matter, publish
 from advmoe_deploy.zoo.record import RECORD, Evaluation
 
 # What an earlier push may have left in a repository.

@@ -263,7 +263,7 @@ with np.load(bundle.file("golden.npz")) as golden:
         assert (answer.expert_ids["router"] == golden["router.expert_ids"]).all()
 print("same answers")
 """
-    done = run_without(("torch", "onnx", "sklearn", "datasets"), program)
+    done = run_without(("torch", "onnx", "sklearn"), program)
     assert done.stdout == "same answers\n", done.stderr
 
 

@@ -2,94 +2,16 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from advmoe_deploy.bundle import Bundle
-from tests.zoo.hub_server import TOKEN, Hub, running_hub
-
-Done = subprocess.CompletedProcess[str]
-WEIGHTS = "model/weights.safetensors"
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running_hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Nothing of the user's: another home, and a hub on this machine."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ADVMOE_", "XDG_"))}
-    return {
-        **kept,
-        "HOME": str(tmp_path),
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "PYTHONWARNINGS": "default",
-    }
-
-
-@pytest.fixture
-def advmoe(environment: dict[str, str], tmp_path: Path) -> Callable[..., Done]:
-    """The command line in a process of its own, where the client reads its environment."""
-
-    def run(*arguments: str, **variables: str) -> Done:
-        command = [sys.executable, "-m", "advmoe_deploy.cli.app", *arguments]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return run
-
-
-@pytest.fixture
-def resolved(environment: dict[str, str]) -> Callable[..., Done]:
-    """What the resolver answers in a process of its own, which loads no torch and so is quick."""
-    program = (
-        "import sys; from advmoe_deploy.zoo.resolve import resolve as r; print(r(sys.argv[1]))"
-    )
-
-    def run(source: str, **variables: str) -> Done:
-        return subprocess.run(
-            [sys.executable, "-c", program, source],
-            env={**environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return run
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
-def refused(done: Done, code: int, *said: str) -> None:
-    """Check that it ended with ``code`` and one line that says all of ``said``."""
-    assert done.returncode == code, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert all(each in line for each in said), line
-    assert done.stdout == ""
+from tests.zoo.hub_commands import WEIGHTS, Done, files_in, refused
+from tests.zoo.hub_server import TOKEN, Hub
 
 
 def test_a_run_is_exported_and_loaded(
@@ -197,44 +119,6 @@ def test_a_private_repository_is_read_with_a_token(
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_without_a_network(
-    hub: Hub, advmoe: Callable[..., Done], resolved: Callable[..., Done], trained_run: Path
-) -> None:
-    hub.put("me/tiny", files_in(trained_run))
-    gone = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    offline = {"HF_HUB_OFFLINE": "1"}
-    refused(advmoe("inspect", "hub:me/tiny", **gone), 5, "127.0.0.1:9 cannot be reached", "network")
-    refused(advmoe("inspect", "hub:me/tiny", **offline), 5, "HF_HUB_OFFLINE", "unset it")
-    found = resolved("hub:me/tiny").stdout
-    assert found.endswith("/tiny\n")
-    for variables in (gone, offline):
-        done = resolved("hub:me/tiny", **variables)
-        assert (done.stdout, done.stderr) == (found, "")
-
-
-@pytest.mark.slow
-def test_a_hub_in_trouble(hub: Hub, advmoe: Callable[..., Done]) -> None:
-    hub.status = 500
-    refused(advmoe("inspect", "hub:me/tiny"), 5, "HTTP 500", "try again later")
-
-
-@pytest.mark.slow
-def test_half_a_file_is_not_taken_for_a_whole_one(
-    hub: Hub,
-    advmoe: Callable[..., Done],
-    resolved: Callable[..., Done],
-    trained_run: Path,
-    tmp_path: Path,
-) -> None:
-    hub.put("me/tiny", files_in(trained_run))
-    hub.cut = WEIGHTS
-    refused(advmoe("inspect", "hub:me/tiny"), 5, "hub:me/tiny@", "try again")
-    assert not list(tmp_path.rglob("weights.safetensors"))
-    refused(advmoe("inspect", "hub:me/tiny", HF_HUB_OFFLINE="1"), 5, "not whole in the cache")
-    hub.cut = ""
-    assert resolved("hub:me/tiny").returncode == 0
-
-
 def test_a_wrong_hash_says_whose_fault_it_is(
     hub: Hub,
     advmoe: Callable[..., Done],
@@ -272,35 +156,3 @@ def test_a_manifest_that_lists_code_is_refused(
         manifest["files"][name] = manifest["files"]["model.onnx"]
         hub.put("me/odd", {**files, "manifest.json": json.dumps(manifest).encode()})
         refused(advmoe("inspect", "hub:me/odd"), 3, name, "no export writes")
-
-
-@pytest.mark.slow
-def test_a_full_disk(hub: Hub, advmoe: Callable[..., Done], small_disk: Path) -> None:
-    checkpoint = {"model/checkpoint.json": b"{}"}
-    hub.put("me/large", {**checkpoint, WEIGHTS: os.urandom(1 << 20)})
-    done = advmoe("inspect", "hub:me/large", HF_HOME=str(small_disk))
-    refused(done, 5, "disk of the hub's cache is full", "HF_HOME")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB, where this machine lets us mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount") or "mount"
-    command = [mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_without_the_client_the_extra_is_named(environment: dict[str, str]) -> None:
-    program = (
-        "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from advmoe_deploy.cli.app import run\n"
-        "sys.exit(run(['inspect', 'hub:me/tiny']))\n"
-    )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    refused(done, 4, "pip install 'advmoe-deploy[hub]'")

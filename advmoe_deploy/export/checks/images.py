@@ -11,7 +11,7 @@ from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.data.matching import in_order_of, label_map
 from advmoe_deploy.data.registry import absolute, load_dataset
 from advmoe_deploy.decoding import Decoding
-from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.errors import DataError, MachineError, UsageError
 from advmoe_deploy.models.checkpoint import Checkpoint
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.specs import ModelSpec
@@ -19,7 +19,8 @@ from advmoe_deploy.specs import ModelSpec
 PARITY_IMAGES = 1000
 _NOISE = "random:"
 
-_ADVICE = "pass --data, or --data random:1000 to check on noise"
+_ON_NOISE = "--data random:1000 to check on noise"
+_ADVICE = f"pass --data, or {_ON_NOISE}"
 
 
 def absolute_source(source: str, size: int) -> str:
@@ -38,6 +39,7 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
     Raises:
         UsageError: ``source`` is missing, unknown, of another image size or of other classes.
         DataError: the data set cannot be read.
+        MachineError: it is to come from the hub, which cannot be reached.
     """
     if not source:
         raise UsageError(f"the run does not say what it was trained on; {_ADVICE}")
@@ -45,8 +47,8 @@ def parity_images(source: str | None, spec: ModelSpec, decoding: Decoding | None
         return _noise(source, spec)
     try:
         data = load_dataset(source, decoding)
-    except DataError as error:
-        raise DataError(f"{error}; {_ADVICE}") from None
+    except (DataError, MachineError) as error:
+        raise type(error)(f"{error}; or pass {_ON_NOISE}") from None
     splits = (data.test, data.holdout, data.train)
     images = np.concatenate([split.images[:PARITY_IMAGES] for split in splits])
     if images.shape[1:] != spec.image_shape:
@@ -78,7 +80,7 @@ def labelled_images(
         try:
             data = load_dataset(source, checkpoint.decoding)
             return _fitting(data, checkpoint, class_map or {})
-        except (DataError, UsageError) as error:
+        except (DataError, MachineError, UsageError) as error:
             say(f"accuracy is not measured on {source}: {error}")
     return None
 

@@ -285,7 +285,7 @@ def test_a_bundle_without_graphs_is_told_how_to_get_them(
 
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "sklearn", "datasets"):
+for name in ("torch", "sklearn"):
     sys.modules[name] = None
 """
 

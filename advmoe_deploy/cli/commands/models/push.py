@@ -42,7 +42,7 @@ def push(
         raise UsageError("--out and --overwrite go with --dry-run; a push replaces what was pushed")
     from advmoe_deploy.files import refuse_existing
     from advmoe_deploy.zoo.download import repository_of
-    from advmoe_deploy.zoo.hub import README
+    from advmoe_deploy.zoo.publish import README
 
     repository = repository_of(to.removeprefix("hub:"))
     if repository.revision:

@@ -1,0 +1,1 @@
+"""Hugging Face hub: the one part that knows its client."""
