@@ -184,6 +184,7 @@ def serve(
             connections=connections,
             keep_alive_s=keep_alive,
             body_s=body_timeout,
+            drain_s=drain,
             window=monitor_window,
         )
         if (tls_cert is None) != (tls_key is None):
@@ -212,7 +213,6 @@ def serve(
                 threads=threads,
                 limits=limits,
                 hosts=allow_host or (),
-                drain_s=drain,
                 grpc_port=grpc_port,
                 token=None if token_file is None else read_token(Path(token_file)),
                 tls=read_tls(Path(tls_cert), Path(tls_key)) if tls_cert and tls_key else None,

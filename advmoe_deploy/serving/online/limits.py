@@ -36,6 +36,7 @@ class Limits:
             and lose a request if the server is the first to close.
         head_s: until the head of a request has to be there.
         body_s: until its body has to be there, and until an answer has to be read.
+        drain_s: after SIGTERM in which the server is not ready, and still takes requests.
         window: images that the route monitor judges together; 0 judges none.
     """
 
@@ -50,6 +51,7 @@ class Limits:
     keep_alive_s: float = 75.0
     head_s: float = 10.0
     body_s: float = 30.0
+    drain_s: float = 1.0
     window: int = 512
 
     @property
@@ -68,10 +70,10 @@ class Limits:
                 "a limit of time is 0, which nothing keeps; raise --timeout or --body-timeout"
             )
         times = (self.delay_s, self.timeout_s, self.keep_alive_s, self.head_s, self.body_s)
-        if not all(0 <= seconds <= _DAY_S for seconds in times):
+        if not all(0 <= seconds <= _DAY_S for seconds in (*times, self.drain_s)):
             raise UsageError(
                 "a limit of time is not from 0 to a day; change --delay-ms, --timeout, "
-                "--keep-alive or --body-timeout"
+                "--keep-alive, --body-timeout or --drain"
             )
         if self.queue < self.max_images:
             raise UsageError(

@@ -79,7 +79,6 @@ def serve(
     threads: int = 0,
     limits: Limits | None = None,
     hosts: Sequence[str] = (),
-    drain_s: float = 1.0,
     grpc_port: int | None = None,
     token: Token | None = None,
     tls: Tls | None = None,
@@ -101,7 +100,6 @@ def serve(
         threads: of each engine; 0 is :func:`~advmoe_deploy.process.default_threads`.
         limits: on requests and on all of them together; the queue is each model's own.
         hosts: by which other names requests may call a server on the loopback, such as a proxy's.
-        drain_s: seconds after SIGTERM in which the server is not ready, and still takes requests.
         grpc_port: of the same protocol over gRPC, which is off by default; 0 takes any free one.
         token: what requests have to show, but for those that ask for the server's health.
         tls: of both ports.
@@ -168,7 +166,6 @@ def serve(
             listener,
             lambda: announce(url, beside and beside.address, started),
             hosts=names,
-            drain_s=drain_s,
             beside=beside,
             token=token,
             tls=tls,

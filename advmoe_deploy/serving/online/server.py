@@ -65,15 +65,14 @@ class Server(uvicorn.Server):
         self,
         app: ASGIApp,
         limits: Limits,
-        drain_s: float = 0.0,
         beside: Beside | None = None,
         tls: ssl.SSLContext | None = None,
         shed: Shedding = lambda _: None,
     ) -> None:
-        """Take ``app``; between readiness going off and the listener closing lie ``drain_s``."""
+        """Take ``app``, and what else begins and ends with it."""
         self._shed = shed
         self._limits, self._backlog = fitting(limits)
-        self._drain_s, self._beside, self._tls = drain_s, beside, tls
+        self._beside, self._tls = beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
         self._begins, self._ends = Turns(), Turns()  # of requests, and of connections
@@ -166,7 +165,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Be not ready, wait, close the listener, answer what is under way, close connections."""
         self.stopping = True
-        await self._while(lambda: self._announced, self._drain_s)
+        await self._while(lambda: self._announced, self._limits.drain_s)
         if self._beside is not None:
             self._beside.refuse()
         for acceptor in self._acceptors:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -67,6 +67,7 @@ def running(
 
     Requests may have loaded what ``again`` returns, if given, as ``opened``.
     """
+    limits = replace(limits, drain_s=drain_s)
     models = Models(limits)
     service = models.add(served_model(bundle, limits=limits), runner)
     offers = {(service.model.name, service.model.version): Offer(bundle, again=again)}
@@ -74,7 +75,7 @@ def running(
     reserved = socket.create_server(("127.0.0.1", 0))
     beside = GrpcServer(models, reserved, reloader=reloader)
     app = build_app(models, LOOPBACK, reloader=reloader, allow_reload=again is not None)
-    server = Server(app, limits, drain_s, beside, shed=shedding(models))
+    server = Server(app, limits, beside, shed=shedding(models))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:

@@ -58,6 +58,8 @@ def test_no_time_at_all_is_no_limit_to_serve_by(field: str) -> None:
         ("delay_s", math.nan, "--delay-ms"),
         ("delay_s", -0.001, "--delay-ms"),
         ("keep_alive_s", 1e300, "--keep-alive"),
+        ("drain_s", float("inf"), "--drain"),
+        ("drain_s", float("nan"), "--drain"),
         ("body_s", math.inf, "--body-timeout"),
         ("queue", 10**30, "images or connections"),
         ("queue", 0, "images or connections"),

@@ -146,7 +146,6 @@ def run_app(
     announce: Callable[[], None],
     *,
     hosts: frozenset[str] | None,
-    drain_s: float,
     beside: Beside | None = None,
     token: Token | None = None,
     tls: Tls | None = None,
@@ -181,7 +180,7 @@ def run_app(
         watchers=watchers,
     )
     context = None if tls is None else tls.context
-    server = Server(app, models.limits, drain_s, beside, context, shedding(models))
+    server = Server(app, models.limits, beside, context, shedding(models))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)

@@ -255,13 +255,13 @@ from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
 
-bundle, models = open_bundle(Path(sys.argv[1])), Models(Limits())
+bundle, models = open_bundle(Path(sys.argv[1])), Models(Limits(drain_s=0.0))
 with open_runner(bundle) as runner, socket.create_server(("127.0.0.1", 0)) as other:
     models.add(served_model(bundle), runner)
     beside = GrpcServer(models, other.dup())  # which leaves the port to the other when closed
     with socket.create_server(("127.0.0.1", 0)) as own:
         try:
-            run_app(models, own, lambda: None, hosts=None, drain_s=0.0, beside=beside)
+            run_app(models, own, lambda: None, hosts=None, beside=beside)
         except MachineError as error:
             print(error)
 """
