@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
 from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.operations.requests import Watcher
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.online.server import Server
@@ -62,10 +63,12 @@ def running(
     drain_s: float = 0.0,
     again: Callable[[], Bundle] | None = None,
     opened: Callable[[Bundle], Runner] = open_runner,
+    watchers: Sequence[Watcher] = (),
 ) -> Iterator[Live]:
     """Serve ``runner`` on a free port of the loopback until the block ends or it is stopped.
 
-    Requests may have loaded what ``again`` returns, if given, as ``opened``.
+    Requests may have loaded what ``again`` returns, if given, as ``opened``. The ``watchers`` are
+    told of each that has ended.
     """
     limits = replace(limits, drain_s=drain_s)
     models = Models(limits)
@@ -73,8 +76,10 @@ def running(
     offers = {(service.model.name, service.model.version): Offer(bundle, again=again)}
     reloader = None if again is None else Reloader(models, offers, opened)
     reserved = socket.create_server(("127.0.0.1", 0))
-    beside = GrpcServer(models, reserved, reloader=reloader)
-    app = build_app(models, LOOPBACK, reloader=reloader, allow_reload=again is not None)
+    beside = GrpcServer(models, reserved, reloader=reloader, watchers=watchers)
+    app = build_app(
+        models, LOOPBACK, reloader=reloader, allow_reload=again is not None, watchers=watchers
+    )
     server = Server(app, limits, beside, shed=shedding(models))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy

@@ -5,7 +5,7 @@ The former show no token, the latter tell by their host or origin.
 
 import asyncio
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,11 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from advmoe_deploy.serving.online.access.token import HOW_TO_ENTER, Token
 from advmoe_deploy.serving.online.http.reading import left
 from advmoe_deploy.serving.online.operations.requests import (
-    PARENT,
     REQUEST_ID,
     Record,
     Watcher,
-    id_of,
+    record_of,
     tell,
 )
 from advmoe_deploy.serving.online.protocol import CLIENT_LEFT
@@ -26,7 +25,7 @@ from advmoe_deploy.serving.online.protocol import CLIENT_LEFT
 HEADERS = "advmoe.headers"
 # The key under which is its record.
 RECORD = "advmoe.record"
-_ID, _PARENT = REQUEST_ID.encode(), PARENT.encode()
+_ID = REQUEST_ID.encode()
 # Who looks whether a server lives has no token; the page for people asks them for it.
 _OPEN = {"/v2/health/live", "/v2/health/ready", "/"}
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", re.IGNORECASE)
@@ -62,18 +61,19 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = scope[HEADERS] = dict(scope["headers"])
-        record = scope[RECORD] = _record(headers)
+        record = scope[RECORD] = record_of(headers)
         app = self._refused(scope, headers) or self._app
         try:
-            await app(scope, receive, _with_id(record, send))
+            await app(scope, receive, _with_id(record, scope, send))
         except asyncio.CancelledError:
-            record.status = CLIENT_LEFT
+            record.status = record.status if record.answered else CLIENT_LEFT
             raise
         finally:
             if self._watchers:
                 path: bytes = scope.get("raw_path") or scope["path"].encode()
                 record.method, record.name = scope["method"], path.decode("latin-1")
-                record.status = left(scope) or record.status
+                if not record.answered:
+                    record.status = left(scope) or record.status
                 tell(record, self._watchers)
 
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
@@ -108,19 +108,19 @@ class Guard:
         return None
 
 
-def _record(headers: Mapping[bytes, bytes]) -> Record:
-    given, parent = (headers.get(name, b"").decode("latin-1") for name in (_ID, _PARENT))
-    return Record("http", id_of(given), parent=parent)
+def _with_id(record: Record, scope: Scope, send: Send) -> Send:
+    """Return what sends an answer with the id of ``record``, and notes its status there.
 
-
-def _with_id(record: Record, send: Send) -> Send:
-    """Return what sends an answer with the id of ``record``, and notes its status there."""
+    Whoever leaves after the body of the answer has its answer: what is refused unread lingers.
+    """
     header = (_ID, record.id.encode())
 
     def sent(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             record.status = message["status"]
             message["headers"] = [*message["headers"], header]
+        elif message.get("body") and not left(scope):
+            record.answered = True
         return send(message)
 
     return sent

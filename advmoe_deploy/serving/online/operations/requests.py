@@ -3,7 +3,7 @@
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from advmoe_deploy.serving.online.job import Times
@@ -13,6 +13,7 @@ from advmoe_deploy.serving.online.protocol import ServedModel
 REQUEST_ID = "x-request-id"
 # That of the W3C which says whose part a request is: https://www.w3.org/TR/trace-context/
 PARENT = "traceparent"
+_HEADERS = REQUEST_ID.encode(), PARENT.encode()
 _GIVEN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -25,6 +26,7 @@ class Record:
         method: of HTTP.
         parent: what it says to be part of, unchecked.
         status: that of HTTP, over gRPC as well.
+        answered: whether its client was there when the answer was sent.
         infers: whether it asks for an inference; ``model``, ``engine``, ``images`` and ``times``
             are known of those alone, each as soon as it is.
         began: by the performance counter.
@@ -37,6 +39,7 @@ class Record:
     method: str = ""
     parent: str = ""
     status: int = 500
+    answered: bool = False
     infers: bool = False
     model: ServedModel | None = None
     engine: str = ""
@@ -48,6 +51,12 @@ class Record:
 
 # What is told of every request that has ended.
 Watcher = Callable[[Record], None]
+
+
+def record_of(headers: Mapping[bytes, bytes]) -> Record:
+    """Return the record of a request over HTTP that has just come, by its ``headers``."""
+    given, parent = (headers.get(name, b"").decode("latin-1") for name in _HEADERS)
+    return Record("http", id_of(given), parent=parent)
 
 
 def id_of(given: str) -> str:

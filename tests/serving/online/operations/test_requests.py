@@ -11,7 +11,18 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.runner import Prediction
-from tests.serving.online.live import INFER, ONE, Live, SlowRunner, request_for, running
+from advmoe_deploy.serving.online.operations.requests import Record
+from tests.serving.online.live import (
+    INFER,
+    ONE,
+    Live,
+    SlowRunner,
+    post,
+    request_for,
+    running,
+    wait_for,
+    wait_until_ready,
+)
 
 OWN = re.compile(r"[0-9a-f]{32}")
 STRANGE = ["", "a b", "a" * 129, "a~", "a,b", "ä", '"', "a;b=c"]
@@ -101,3 +112,30 @@ def test_calls_have_an_id(live: Live) -> None:
     # Before the end there is nothing, for else clients would not ask another server.
     assert "x-request-id" not in dict(refused.value.initial_metadata())
     assert dict(refused.value.trailing_metadata())["x-request-id"] == "mine"
+
+
+def test_whoever_has_read_a_refusal_has_not_left(tiny_bundle: Bundle, slow: SlowRunner) -> None:
+    """What is refused unread lingers for the rest of its body, which the client does not send."""
+    image = INFER.replace("infer", "image").encode()
+    long = post(b"x", length=60 << 20)
+    requests = {
+        413: long,
+        415: long.replace(INFER.encode(), image).replace(
+            b"Host", b"Content-Type: text/plain\r\nHost"
+        ),
+        400: long.replace(INFER.encode(), image + b"?top=0"),
+        499: post(b"x", length=100),
+    }
+    told: list[Record] = []
+    with running(tiny_bundle, slow, watchers=[told.append]) as live:
+        wait_until_ready(live.address)
+        for status, request in requests.items():
+            connection = live.connect()
+            connection.sendall(request)
+            if status != 499:
+                assert connection.recv(12) == b"HTTP/1.1 %d" % status
+                while not connection.recv(1 << 16).endswith(b"}"):
+                    pass
+            connection.close()
+        wait_for(lambda: sum(each.infers for each in told) == len(requests))
+    assert {each.status for each in told if each.infers} == {*requests}
