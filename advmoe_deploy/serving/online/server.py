@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         limits: Limits,
         beside: Beside | None = None,
         tls: ssl.SSLContext | None = None,
-        shed: Shedding = lambda _: None,
+        shed: Shedding = lambda _, __: None,
     ) -> None:
         """Take ``app``, and what else begins and ends with it."""
         self._shed = shed

@@ -227,6 +227,10 @@ class Service:
         """
         return await self._shared.decoders.run(work, self.model.limits.timeout_s, is_gone)
 
+    def sign(self, record: Record) -> None:
+        """Note on ``record`` which model and engine are asked."""
+        record.model, record.engine = self.model, self._runner.name
+
     @contextmanager
     def counted(
         self, began: float, record: Record, left: Callable[[], int] = lambda: 0
@@ -237,7 +241,8 @@ class Service:
         of one whose client has left, and 0 while it is there.
         """
         status, times = 500, Times()
-        record.model, record.engine, record.times = self.model, self._runner.name, times
+        self.sign(record)
+        record.times = times
         try:
             yield times
             status = 200

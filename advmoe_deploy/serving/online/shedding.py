@@ -5,34 +5,66 @@ reading and parsing them is not there to compute the others.
 """
 
 import re
-import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
+from advmoe_deploy.serving.online.http.accept import refusal
 from advmoe_deploy.serving.online.job import Times
 from advmoe_deploy.serving.online.models import Models
-from advmoe_deploy.serving.online.protocol import RefusedError
+from advmoe_deploy.serving.online.operations.requests import (
+    REQUEST_ID,
+    Record,
+    Watcher,
+    record_of,
+    tell,
+)
+from advmoe_deploy.serving.online.protocol import CLIENT_LEFT, RefusedError
+from advmoe_deploy.serving.online.service import Service
 
 _TO_INFER = re.compile(rb"/v2/models/([\w.~-]+)(?:/versions/(\d+))?/(?:infer|image)")
 # The longest body that is dropped so that its connection stays; beyond it a new one costs less.
 _SHORT_BYTES = 256 << 10
 
 
-class Shed(NamedTuple):
-    """Why a request is refused, and in how many seconds it may be worth another try."""
+class Shed:
+    """A request that is refused unread, for a ``reason``; it is counted and told of at its end."""
 
-    reason: str
-    retry_s: int
+    def __init__(
+        self,
+        reason: str,
+        retry_s: int,
+        record: Record,
+        service: Service,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        """Begin; in ``retry_s`` seconds the request may be worth another try."""
+        self.reason, self._retry_s, self._record = reason, retry_s, record
+        self._service, self._watchers, self._ended = service, watchers, False
+
+    def answer(self, status: int, message: str, *, last: bool = True) -> bytes:
+        """End it, and return the text of its answer, the ``last`` on its connection or not."""
+        self._end(status)
+        own_id = f"\r\n{REQUEST_ID}: {self._record.id}\r\n".encode()
+        return refusal(status, message, self._retry_s, last=last).replace(b"\r\n", own_id, 1)
+
+    def leave(self) -> None:
+        """End it, unless it has its answer: its client has left."""
+        if not self._ended:
+            self._end(CLIENT_LEFT)
+
+    def _end(self, status: int) -> None:
+        self._ended, self._record.status = True, status
+        tell(self._record, self._watchers)
+        self._service.metrics.request(status, self._record.seconds, Times())
 
 
-Shedding = Callable[[bytes], "Shed | None"]
+# Of the target and the headers of a request.
+Shedding = Callable[[bytes, Sequence[tuple[bytes, bytes]]], "Shed | None"]
 
 
-def shedding(models: Models) -> Shedding:
-    """Return what says of the target of a request whether its model has no room, and counts it."""
+def shedding(models: Models, watchers: Sequence[Watcher] = ()) -> Shedding:
+    """Return what says of a request, by its head, whether its model has no room."""
 
-    def shed(target: bytes) -> Shed | None:
-        began = time.perf_counter()
+    def shed(target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Shed | None:
         found = _TO_INFER.fullmatch(target)
         if found is None:
             return None
@@ -44,8 +76,11 @@ def shedding(models: Models) -> Shedding:
         overload = service.overload()
         if overload is None:
             return None
-        service.metrics.request(503, time.perf_counter() - began, Times())
-        return Shed(f"overloaded: {overload}", overload.retry_s)
+        record = record_of(dict(headers))
+        record.method, record.name, record.infers = "POST", target.decode(), True
+        service.sign(record)
+        reason = f"overloaded: {overload}"
+        return Shed(reason, overload.retry_s, record, service, watchers)
 
     return shed
 

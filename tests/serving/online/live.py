@@ -80,7 +80,7 @@ def running(
     app = build_app(
         models, LOOPBACK, reloader=reloader, allow_reload=again is not None, watchers=watchers
     )
-    server = Server(app, limits, beside, shed=shedding(models))
+    server = Server(app, limits, beside, shed=shedding(models, watchers))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:

@@ -13,7 +13,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, has_more, refusal
-from advmoe_deploy.serving.online.http.reading import REFUSED, links
+from advmoe_deploy.serving.online.http.reading import REFUSED, links, without_upgrade
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
 from advmoe_deploy.serving.online.turns import Flow, Turns
@@ -86,6 +86,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests that nobody waits for their answers, and let go of the timers."""
         self._be_alone()
+        if self._refused_unread is not None:
+            self._refused_unread.leave()
         super().connection_lost(exc)
         self._over = True
         if self._unread is not None:
@@ -131,18 +133,9 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parse(self._without_upgrade() + data[upgrade.args[0] :])
-
-    def _without_upgrade(self) -> bytes:
-        """Return the head of the request without its wish for another protocol.
-
-        A server may ignore the wish (RFC 9110, section 7.8); the parser takes what follows it for
-        that protocol, and would not find the body.
-        """
-        version = self.parser.get_http_version().encode()
-        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)
-        kept = (b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade")
-        return b"".join((first, *kept, b"\r\n"))
+            method, version = self.parser.get_method(), self.parser.get_http_version()
+            head = without_upgrade(method, self.url, version, self.headers)
+            self._parse(head + data[upgrade.args[0] :])
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -200,7 +193,7 @@ class Connection(HttpToolsProtocol):
         """
         if not self.is_idle or self.parser.get_method() != b"POST":
             return False
-        self._refused_unread = shed = self._shed(self.url)
+        self._refused_unread = shed = self._shed(self.url, self.headers)
         if shed is None:
             return False
         if self.expect_100_continue or not is_short(self.headers):
@@ -245,7 +238,7 @@ class Connection(HttpToolsProtocol):
         self._part = self._refused_unread = None
         stays = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
         last = self._stopping() or self._crowded or not stays
-        self.transport.write(refusal(503, shed.reason, shed.retry_s, last=last))
+        self.transport.write(shed.answer(503, shed.reason, last=last))
         if last:
             self._over = True
             self.transport.close()
@@ -343,7 +336,8 @@ class Connection(HttpToolsProtocol):
             cycle.scope[REFUSED] = status  # type: ignore[literal-required]
             cycle.disconnected = True  # whoever reads the body need not wait
             cycle.message_event.set()
-        self.transport.write(refusal(status, message))
+        shed = self._refused_unread
+        self.transport.write(shed.answer(status, message) if shed else refusal(status, message))
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()

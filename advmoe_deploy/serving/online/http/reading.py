@@ -1,8 +1,8 @@
-"""Bodies of requests, read within the limits."""
+"""Requests as they are read: wishes for another protocol, and bodies within the limits."""
 
 import asyncio
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +21,19 @@ GONE = "advmoe.gone"
 DROP = "advmoe.drop"
 # The key under which is the status by which the connection itself refused the rest of a request.
 REFUSED = "advmoe.refused"
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
+    """Return the head of a request without its wish for another protocol.
+
+    A server may ignore the wish (RFC 9110, section 7.8); the parser takes what follows it for that
+    protocol, and would not find the body.
+    """
+    first = b"%b %b HTTP/%b\r\n" % (method, url, version.encode())
+    kept = (b"%b: %b\r\n" % each for each in headers if each[0] != b"upgrade")
+    return b"".join((first, *kept, b"\r\n"))
 
 
 class Reader(Protocol):

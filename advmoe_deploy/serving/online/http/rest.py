@@ -180,7 +180,7 @@ def run_app(
         watchers=watchers,
     )
     context = None if tls is None else tls.context
-    server = Server(app, models.limits, beside, context, shedding(models))
+    server = Server(app, models.limits, beside, context, shedding(models, watchers))
     models.is_stopping = lambda: server.stopping
     server.is_busy = lambda: models.busy
     server.run_until_stopped(listener)

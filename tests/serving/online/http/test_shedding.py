@@ -11,6 +11,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.serving.online.limits import Limits
+from advmoe_deploy.serving.online.operations.requests import Record
 from tests.serving.online.live import (
     GOOD,
     INFER,
@@ -29,11 +30,17 @@ LIMITS = Limits(max_images=5, max_body=1 << 20, queue=5, batch=4)
 
 
 @pytest.fixture
-def full(tiny_bundle: Bundle) -> Iterator[tuple[Live, SlowRunner]]:
+def told() -> list[Record]:
+    """The requests that have ended."""
+    return []
+
+
+@pytest.fixture
+def full(tiny_bundle: Bundle, told: list[Record]) -> Iterator[tuple[Live, SlowRunner]]:
     """A server whose queue is full."""
     slow = SlowRunner()
     slow.let_go.set()
-    with running(tiny_bundle, slow, LIMITS) as live:
+    with running(tiny_bundle, slow, LIMITS, watchers=[told.append]) as live:
         wait_until_ready(live.address)
         slow.let_go.clear()
         live.connect().sendall(post(json.dumps(request_for(np.repeat(ONE, 5, axis=0))).encode()))
@@ -121,3 +128,31 @@ def test_a_server_that_stops_answers_half_a_request_without_room(
     live.server.stop(announced=False)
     slow.let_go.set()
     assert all_of(connection).startswith(b"HTTP/1.1 503")
+
+
+def test_who_is_refused_has_an_id_and_is_told_of(
+    full: tuple[Live, SlowRunner], told: list[Record]
+) -> None:
+    live, _ = full
+    mine = GOOD.replace(b"Host", b"X-Request-Id: mine\r\nTraceparent: 00-1\r\nHost")
+    connection = live.connect()
+    connection.sendall(mine)
+    assert b"\r\nx-request-id: mine\r\n" in answered(connection)[1]
+    connection.sendall(GOOD)
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", answered(connection)[1])
+    long = live.connect()
+    long.sendall(post(b"x" * 100, "X-Request-Id: long", length=900_000))
+    assert b"\r\nx-request-id: long\r\n" in all_of(long)
+    connection.sendall(mine[:-1])
+    httpx.get(live.url + "/v2/health/live")  # by then the half was read
+    connection.close()
+    wait_for(lambda: sum(each.infers for each in told) == 4)
+    first, second, third, fourth = (each for each in told if each.infers)
+    assert (first.id, first.parent, first.method, first.name) == ("mine", "00-1", "POST", INFER)
+    assert [each.status for each in (first, second, third, fourth)] == [503, 503, 503, 499]
+    assert {each.engine for each in (first, third, fourth)} == {"slow"}
+    assert first.model is live.service.model
+    assert first.seconds > 0
+    figures = httpx.get(live.url + "/metrics").content
+    assert b'advmoe_requests_total{model="advmoe",status="503",version="1"} 3.0' in figures
+    assert b'advmoe_requests_total{model="advmoe",status="499",version="1"} 1.0' in figures
