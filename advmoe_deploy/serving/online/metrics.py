@@ -280,8 +280,7 @@ def _drift_families(drifts: Sequence[Drift], windows: int) -> Iterator[Metric]:
     )
     for each in drifts:
         drift.add_metric([each.layer, each.of], each.value)
-        if each.of != "entropy":
-            alert.add_metric([each.layer, each.of], float(each.is_alarming))
+        alert.add_metric([each.layer, each.of], float(each.is_alarming))
     yield drift
     yield alert
     yield CounterMetricFamily("advmoe_route_windows", "Windows of the route monitor.", windows)

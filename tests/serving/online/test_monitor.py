@@ -21,6 +21,7 @@ from advmoe_deploy.serving.online.operations.monitor import (
     FALSE_ALARMS,
     Monitor,
     bound_of,
+    entropy_range,
     total_variation,
 )
 from tests.serving.online.live import INFER, request_for, running, wait_until_ready
@@ -84,9 +85,41 @@ def test_drift_by_hand() -> None:
     # Bins have a tenth each; here they have 1/4, 1/2, 1/4: 0.15 + 0.4 + 0.15 too much.
     assert found["r", "margin"] == pytest.approx(0.7)
     assert found["", "class_margin"] == pytest.approx(0.9)
-    bits = [-sum(p * math.log2(p) for p in (q, 1 - q)) for q in (0.7, 0.75)]
-    assert found["r", "entropy"] == pytest.approx(bits[0] - bits[1])
+    assert found["r", "entropy"] == pytest.approx(bits(0.7, 0.3) - bits(0.75, 0.25))
     assert total_variation(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 1
+
+
+def bits(*shares: float) -> float:
+    return -sum(share * math.log2(share) for share in shares if share)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "most", "least", "greatest"),
+    [
+        ((0.7, 0.3), 0.1, (0.8, 0.2), (0.6, 0.4)),
+        ((0.7, 0.3), 0.3, (1.0, 0.0), (0.5, 0.5)),
+        ((0.5, 0.5), 0.2, (0.7, 0.3), (0.5, 0.5)),
+        ((0.1, 0.1, 0.2, 0.6), 0.1, (0.0, 0.1, 0.2, 0.7), (0.15, 0.15, 0.2, 0.5)),
+        ((0.1, 0.1, 0.4, 0.4), 0.15, (0.0, 0.05, 0.4, 0.55), (0.175, 0.175, 0.325, 0.325)),
+        ((0.2, 0.8), 2.0, (0.0, 1.0), (0.5, 0.5)),
+    ],
+)
+def test_range_of_entropies_by_hand(
+    recorded: tuple[float, ...],
+    most: float,
+    least: tuple[float, ...],
+    greatest: tuple[float, ...],
+) -> None:
+    down, up = entropy_range(np.array(recorded), most)
+    assert down == pytest.approx(bits(*recorded) - bits(*least), abs=1e-8)
+    assert up == pytest.approx(bits(*greatest) - bits(*recorded), abs=1e-8)
+
+
+def test_loads_that_stay_even_raise_no_alarm() -> None:
+    monitor = Monitor(report((300, 300, 300)), 6)
+    monitor.add(6, {"r": np.array([[0], [1], [2]] * 2)}, {})
+    assert {each.of for each in monitor.drifts} == {"load", "entropy"}
+    assert not any(each.is_alarming for each in monitor.drifts)
 
 
 def test_traffic_as_recorded_raises_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +138,7 @@ def test_traffic_as_recorded_raises_no_alarm(caplog: pytest.LogCaptureFixture) -
     [
         (traffic(512, share=0.35), {("r", "load")}),
         (traffic(512, most=0.5), {("r", "margin"), ("", "class_margin")}),
-        (traffic(512, share=0.0), {("r", "load")}),
+        (traffic(512, share=0.0), {("r", "load"), ("r", "entropy")}),
     ],
 )
 def test_other_traffic_is_noticed_and_forgiven(

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 CLASSES = ""
 # How often a figure whose images come as recorded is called drifted, at most, by window.
 FALSE_ALARMS = 1e-4
+# What loads that are even, and stay so, may seem to change their entropy by.
+_ROUNDING_BITS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Drift:
     """What became of a figure in the last whole window: ``value``, alarming above ``limit``.
 
     ``layer`` is that of a route, or :data:`CLASSES`; ``of`` is "load", "margin" or "class_margin",
-    a total variation in [0, 1], or "entropy", the change in bits of the loads' entropy, which has
-    no limit.
+    a total variation in [0, 1], or "entropy", the change in bits of the loads' entropy, whose limit
+    is what loads within theirs can change it by.
     """
 
     layer: str
     of: str
     value: float
-    limit: float = math.inf
+    limit: float
 
     @property
     def is_alarming(self) -> bool:
@@ -64,7 +66,7 @@ class _Figure:
     recorded_B: NDArray[np.float64]
     edges: NDArray[np.float32] | None = None
     counts_B: NDArray[np.float64] = field(init=False)
-    alarmed: bool = False
+    alarmed: set[str] = field(default_factory=set)  # of what there are alarms
 
     def __post_init__(self) -> None:
         self.counts_B = np.zeros(len(self.recorded_B))
@@ -83,10 +85,12 @@ class _Figure:
         if not total:  # the engine does not tell
             return []
         drift = total_variation(shares_B, self.recorded_B)
-        drifts = [Drift(self.layer, self.of, drift, limit + _chance(self.recorded_B, limit))]
+        most = limit + _chance(self.recorded_B, limit)
+        drifts = [Drift(self.layer, self.of, drift, most)]
         if self.of == "load":
-            moved = abs(_entropy(shares_B) - _entropy(self.recorded_B))
-            drifts.append(Drift(self.layer, "entropy", moved))
+            moved = _entropy(shares_B) - _entropy(self.recorded_B)
+            down, up = entropy_range(self.recorded_B, most)
+            drifts.append(Drift(self.layer, "entropy", abs(moved), up if moved > 0 else down))
         return drifts
 
 
@@ -118,22 +122,50 @@ class Monitor:
         for figure in self._figures:
             own = figure.close(limit)
             self.drifts += own
-            alarmed = any(drift.is_alarming for drift in own)
-            if own and alarmed != figure.alarmed:
-                figure.alarmed = alarmed
-                _say(own[0])
+            for drift in own:
+                if drift.is_alarming != (drift.of in figure.alarmed):
+                    figure.alarmed ^= {drift.of}
+                    _say(drift)
 
 
 def _say(drift: Drift) -> None:
     of = f"{drift.of} of {drift.layer}" if drift.layer else drift.of
     became = "is not what the export recorded" if drift.is_alarming else "is as recorded again"
-    line = f"route monitor: {of} {became}: drift {drift.value:.3f}, limit {drift.limit:.3f}"
+    bits = " bits" * (drift.of == "entropy")
+    line = f"route monitor: {of} {became}: drift {drift.value:.3f}{bits}, limit {drift.limit:.3f}"
     _log.warning("%s", short_line(line))
 
 
 def total_variation(first_B: NDArray[np.float64], second_B: NDArray[np.float64]) -> float:
     """Return half the sum of the differences of two distributions, in [0, 1]."""
     return float(np.abs(first_B - second_B).sum() / 2)
+
+
+def entropy_range(recorded_B: NDArray[np.float64], most: float) -> tuple[float, float]:
+    """Return by how many bits entropy can fall and rise within a total variation of ``most``.
+
+    It is least where that share goes from the smallest to the largest bin, and greatest where the
+    largest are cut to one level and the smallest filled up to another (Ho and Yeung 2010, "The
+    interplay between entropy and variational distance"). So it alarms only where loads do.
+    """
+    ordered_B, own = np.sort(recorded_B), _entropy(recorded_B)
+    least_B = ordered_B.copy()
+    taken = np.minimum(ordered_B, np.maximum(0, most - (np.cumsum(ordered_B) - ordered_B)))
+    taken[-1] = 0.0
+    least_B -= taken
+    least_B[-1] += taken.sum()
+    even_B = ordered_B + _filled(ordered_B, most) - _filled(-ordered_B[::-1], most)[::-1]
+    return own - _entropy(least_B) + _ROUNDING_BITS, _entropy(even_B) - own + _ROUNDING_BITS
+
+
+def _filled(ordered_B: NDArray[np.float64], most: float) -> NDArray[np.float64]:
+    """Return what fills the first bins up to one level, not above their mean: ``most`` in all."""
+    count_B = np.arange(1, len(ordered_B) + 1)
+    needed_B = ordered_B * count_B - np.cumsum(ordered_B)  # to fill all before to this one's level
+    bins = int(np.searchsorted(needed_B, most, side="right"))
+    level = (most + ordered_B[:bins].sum()) / bins
+    filled_B: NDArray[np.float64] = np.maximum(0.0, min(level, ordered_B.mean()) - ordered_B)
+    return filled_B
 
 
 def bound_of(images: int, recorded: int) -> float:
