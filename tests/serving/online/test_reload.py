@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from advmoe_deploy.bundle import MODEL, Bundle, open_bundle
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, MODEL, Bundle, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
+from advmoe_deploy.sealing.seal import seal_again
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
 from advmoe_deploy.serving.online.operations.reload import Reloader
@@ -124,6 +125,17 @@ def test_no_request_fails_and_no_answer_is_mixed(server: Served) -> None:
     assert server.log.read_text().count("loaded 'advmoe' again: version 1") == SWAPS
 
 
+def with_other_answers(bundle: Bundle, place: Path) -> Path:
+    """Return a copy of ``bundle``, every hash of which is right, whose golden logits are others."""
+    shutil.copytree(bundle.path, place, ignore=shutil.ignore_patterns(MANIFEST, MANIFEST_HASH))
+    with np.load(place / GOLDEN) as arrays:
+        changed = dict(arrays)
+    changed["logits"] += 1
+    np.savez(place / GOLDEN, **changed)
+    seal_again(place, bundle.manifest)
+    return open_bundle(place).path
+
+
 def test_a_broken_bundle_leaves_the_old_one_serving(server: Served, tmp_path: Path) -> None:
     before = server.logits()
     broken = tmp_path / "broken"
@@ -135,6 +147,7 @@ def test_a_broken_bundle_leaves_the_old_one_serving(server: Served, tmp_path: Pa
     for target, reason in (
         (broken, "SHA-256 differs"),
         (tmp_path / "nothing", "there is no bundle"),
+        (with_other_answers(server.versions[1], tmp_path / "other"), "answers the golden images"),
     ):
         server.point(target)
         failed = server.outcomes()["failed"]
@@ -146,7 +159,7 @@ def test_a_broken_bundle_leaves_the_old_one_serving(server: Served, tmp_path: Pa
         np.testing.assert_array_equal(server.logits(), before)
         assert httpx.get(server.url + "/v2/health/ready").status_code == 200
     log = server.log.read_text()
-    assert log.count("'advmoe' serves as before, it was not loaded: ") == 4
+    assert log.count("'advmoe' serves as before, it was not loaded: ") == 6
     assert "Traceback" not in log
     server.point(server.versions[0].path)
     server.hang_up()
