@@ -168,6 +168,8 @@ def missing_folder(path: Path, what: str, way_out: str) -> str:
 
 
 _OUT_OF_MEMORY = "out of memory; lower the batch size"
+# Of folders such as /proc, which are there.
+_NO_PLACE = "nothing can be written there, though the folder is there; choose another target"
 _NETWORK = "the file system of another machine does not answer; mount it again, or use a local copy"
 # Where two texts stand, the first is for reading and the second for writing.
 _TEXTS: dict[int, tuple[type[AdvMoEError], str] | tuple[type[AdvMoEError], str, str]] = {
@@ -285,7 +287,10 @@ def reason_of(error: OSError, doing: Doing | None = None) -> str:
     if error.errno not in _TEXTS:
         return error.strerror or str(error)
     _, *texts = _TEXTS[error.errno]
-    return texts[-1] if (doing or _doing(error)) == "write" else texts[0]
+    if (doing or _doing(error)) != "write":
+        return texts[0]
+    has_folder = isinstance(error.filename, str) and Path(error.filename).parent.is_dir()
+    return _NO_PLACE if error.errno == errno.ENOENT and has_folder else texts[-1]
 
 
 def printable(text: str) -> str:

@@ -56,12 +56,12 @@ def test_the_text_fits_the_errno_and_what_was_being_done(
     for doing, words in ((reading, reading_says), (writing, writing_says)):
         found = refused(lambda doing=doing: fail(doing, OSError(number, os.strerror(number))))
         assert type(found) is kind
-        assert str(found).startswith("some file: ")
+        assert str(found).startswith(f"{Path('nowhere', 'some file')}: ")
         assert words in str(found)
 
 
 def fail(doing: Doing, error: OSError) -> None:
-    with doing(Path("some file")):
+    with doing(Path("nowhere", "some file")):
         raise error
 
 
@@ -76,6 +76,16 @@ def refused(work: Callable[[], object]) -> AdvMoEError:
     raise AssertionError("nothing was wrong")
 
 
+def test_a_folder_that_is_there_is_not_called_missing(tmp_path: Path) -> None:
+    """As /proc, in which nobody makes a file."""
+
+    def write() -> None:
+        with writing(tmp_path / "new"):
+            raise OSError(errno.ENOENT, "")
+
+    assert "though the folder is there" in str(refused(write))
+
+
 def test_a_rename_is_a_write_and_a_library_speaks_for_itself() -> None:
     assert "may write to" in str(file_error(OSError(errno.EACCES, "", "a", None, "b")))
     assert str(file_error(OSError("cc failed"))) == "cc failed"
@@ -85,7 +95,9 @@ def test_a_rename_is_a_write_and_a_library_speaks_for_itself() -> None:
 def test_a_name_that_is_there_is_kept() -> None:
     inner, nameless = OSError(errno.EIO, "", "inner"), OSError(errno.EIO, "")
     assert str(refused(lambda: fail(naming, inner))).startswith("inner: ")
-    assert str(refused(lambda: fail(naming, nameless))).startswith("some file: ")
+    assert str(refused(lambda: fail(naming, nameless))).startswith(
+        f"{Path('nowhere', 'some file')}: "
+    )
 
 
 def test_what_the_system_really_says(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def golden_arrays(bundle: Bundle) -> dict[str, NDArray[Any]]:
     content = bundle.read(GOLDEN)
     try:
         arrays = read_arrays(content)
-        shape = arrays["images"].shape
+        shape = arrays["images"].shape if "images" in arrays else ()
         _require_answers(bundle, arrays, shape[:1])
     except _HOSTILE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -58,7 +58,7 @@ def golden_arrays(bundle: Bundle) -> dict[str, NDArray[Any]]:
 def _require_answers(
     bundle: Bundle, arrays: dict[str, NDArray[Any]], images: tuple[int, ...]
 ) -> None:
-    """Raise :class:`ValueError` or :class:`KeyError` where what the model answered is not there."""
+    """Raise :class:`ValueError` where what the model answered is not there."""
     model, float32 = bundle.manifest.model, np.dtype(np.float32)
     expected: dict[str, tuple[np.dtype[Any], int, tuple[int, ...]]]
     expected = {"images": (float32, 4, ()), "logits": (float32, 2, (*images, model.num_classes))}
@@ -69,6 +69,8 @@ def _require_answers(
         expected[f"{route.layer}.weights"] = float32, len(chosen), chosen
         expected[f"{route.layer}.expert_ids"] = np.dtype(np.int64), len(chosen), chosen
     for name, (dtype, axes, sizes) in expected.items():
+        if name not in arrays:
+            raise ValueError(f"it has no '{name}'")
         found = arrays[name]
         if found.dtype != dtype or found.ndim != axes or found.shape[: len(sizes)] != sizes:
             raise ValueError(f"'{name}' is {found.dtype} of shape {[*found.shape]}")

@@ -97,7 +97,8 @@ def _of_key(key: Path, kind: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:100]
+        # The first sentence: what follows is advice on that library's own use, with an address.
+        reason = " ".join(str(error).split()).partition(". ")[0][:100]
         raise InputError(
             f"{key} is no {kind} elliptic-curve key in PEM without a password ({reason}); make a "
             "pair: openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in "

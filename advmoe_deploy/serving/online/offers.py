@@ -53,6 +53,8 @@ def split_offer(text: str) -> tuple[str | None, str, str]:
         UsageError: the name or version cannot be part of an address, or there is no bundle.
     """
     found = _NAMED.fullmatch(text)
+    if not text:
+        raise UsageError("'' names no bundle; write BUNDLE or NAME=BUNDLE")
     if found is None:
         return None, VERSION, text
     name, version, place = found["name"], found["version"], found["place"]

@@ -76,8 +76,8 @@ def short_line(text: str) -> str:
 class ServedModel:
     """Name, tensors and limits of a model on offer; ``outputs`` maps names to (dtype, shape).
 
-    ``labels`` are the names of its classes, if they have names; ``identity`` and ``decoding`` are
-    those of its bundle, whose export ``recorded`` how its images were routed.
+    ``labels`` are the names of its classes, if they have names; ``family``, ``identity`` and
+    ``decoding`` are those of its bundle, whose export ``recorded`` how its images were routed.
     """
 
     name: str
@@ -89,6 +89,7 @@ class ServedModel:
     limits: Limits = field(default_factory=Limits)
     version: str = VERSION
     labels: tuple[str, ...] = ()
+    family: str = ""
 
     @property
     def longest(self) -> int:
@@ -134,6 +135,7 @@ def served_model(
         limits or Limits(),
         version,
         manifest.class_names,
+        spec.family,
     )
 
 

@@ -148,7 +148,7 @@ def test_names_and_versions_are_read() -> None:
     assert split_offer("cats=zoo:cats") == ("cats", "1", "zoo:cats")
     assert split_offer("cats:3=a=b") == ("cats", "3", "a=b")
     assert split_offer("=a") == (None, "1", "=a")
-    for text in ("stats=a", "a b=c", "a:0=c", "a:=c", "a:x=c", "a:01=c", "a="):
+    for text in ("", "stats=a", "a b=c", "a:0=c", "a:=c", "a:x=c", "a:01=c", "a="):
         with pytest.raises(UsageError):
             split_offer(text)
 

@@ -23,7 +23,7 @@ from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.sealing.seal import seal_again
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
-from advmoe_deploy.serving.online.operations.reload import Reloader
+from advmoe_deploy.serving.online.operations.reload import Reloader, differences
 from advmoe_deploy.serving.online.protocol import InferRequest, RefusedError, served_model
 from advmoe_deploy.serving.online.serve import serve
 from advmoe_deploy.serving.online.service import Arrival
@@ -176,6 +176,7 @@ def test_stock_clients_have_it_loaded(server: Served) -> None:
             client.load_model("cats")
     load = server.url + "/v2/repository/models/advmoe/load"
     answer = httpx.post(load).json()
+    assert server.log.read_text().endswith("'advmoe' is as it was; nothing was loaded\n")
     own = {"version": "1", "bundle": server.versions[1].identity, "changed": False}
     assert answer == {"name": "advmoe", "versions": [own]}
     for body in (b"[", b"[]", b" " * 9999):
@@ -300,3 +301,46 @@ def test_nothing_is_loaded_before_the_models_are_warm(tiny_bundle: Bundle) -> No
         models.close()
 
     asyncio.run(run())
+
+
+def test_what_clients_may_trip_over_is_said(tiny_bundle: Bundle) -> None:
+    manifest = tiny_bundle.manifest
+    spec = manifest.model.model_copy(update={"family": "expert-networks", "image_size": 9})
+    names = ("nought", *manifest.class_names[1:])
+
+    def became(**changes: object) -> str:
+        other = Bundle(tiny_bundle.path, manifest.model_copy(update=changes))
+        return differences(served_model(tiny_bundle, "cats"), served_model(other, "cats"))
+
+    assert became(created="now") == ""
+    assert became(class_names=names) == (
+        f"1 of 10 classes are called otherwise, such as 'nought', was '{manifest.class_names[0]}'"
+    )
+    assert became(class_names=names[:9]) == "it has 9 classes, had 10"
+    assert became(model=spec) == (
+        "its family is expert-networks, was advmoe; it takes images of (1, 9, 9), took (1, 8, 8)"
+    )
+
+
+def test_another_model_under_the_same_name_is_a_warning(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("a\nb", *tiny_bundle.manifest.class_names[1:])
+    other = Bundle(tiny_bundle.path, tiny_bundle.manifest.model_copy(update={"class_names": names}))
+
+    async def run() -> None:
+        slow = SlowRunner()
+        slow.let_go.set()
+        reloader, models, _ = reloader_of(tiny_bundle, "1", runner=slow, then=lambda: other)
+        models.start()
+        await models.warm_up()
+        reloader.start()
+        await reloader.reload("cats")
+        await reloader.end()
+        models.close()
+
+    asyncio.run(run())
+    (warned,) = (each for each in caplog.records if each.levelname == "WARNING")
+    line = warned.getMessage()
+    assert line.startswith("'cats' version 1 answers otherwise than before: 1 of 10 classes")
+    assert "\n" not in line

@@ -21,7 +21,13 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.serving.online.golden import Golden, golden_of
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.offers import Offer
-from advmoe_deploy.serving.online.protocol import NotReadyError, RefusedError, served_model
+from advmoe_deploy.serving.online.protocol import (
+    NotReadyError,
+    RefusedError,
+    ServedModel,
+    served_model,
+    short_line,
+)
 from advmoe_deploy.serving.online.service import Service
 
 _log = logging.getLogger(__name__)
@@ -93,8 +99,9 @@ class Reloader:
     async def _reload(self, name: str) -> list[Service]:
         with self._models.loading():
             async with self._one:
+                before = [service.model for service in self._models.of(name)]
                 fresh = await self._swapped(name)
-        self._say(name, fresh)
+        self._say(name, before, fresh)
         return fresh
 
     async def _swapped(self, name: str) -> list[Service]:
@@ -111,13 +118,20 @@ class Reloader:
         self._models.reloads["loaded" if fresh else "unchanged"] += 1
         return fresh
 
-    def _say(self, name: str, fresh: list[Service]) -> None:
+    def _say(self, name: str, before: list[ServedModel], fresh: list[Service]) -> None:
         versions = ", ".join(service.model.version for service in fresh)
-        line = f"loaded '{name}' again: " + (f"version {versions}" if fresh else "as it was")
+        line = f"loaded '{name}' again: version {versions}"
+        if not fresh:
+            line = f"'{name}' is as it was; nothing was loaded"
         try:
             self._tell(line)
         except Exception:  # noqa: BLE001, RUF100 - it is loaded, whoever could not hear of it
             _log.exception("%s; nobody could be told", line)
+        old = {model.version: model for model in before}
+        for service in fresh:
+            if others := differences(old[service.model.version], service.model):
+                of = f"'{name}' version {service.model.version}"
+                _log.warning("%s", short_line(f"{of} answers otherwise than before: {others}"))
 
     async def _load(self, name: str, fresh: list[Service]) -> None:
         """Append to ``fresh`` a warm service for each version of ``name`` whose bundle changed."""
@@ -183,6 +197,24 @@ class Reloader:
 
     async def _thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def differences(old: ServedModel, new: ServedModel) -> str:
+    """Return what clients may trip over where ``new`` takes the place of ``old``; mostly nothing.
+
+    Other weights are what a bundle is loaded again for.
+    """
+    found = []
+    if new.family != old.family:
+        found.append(f"its family is {new.family}, was {old.family}")
+    if new.image_shape != old.image_shape:
+        found.append(f"it takes images of {new.image_shape}, took {old.image_shape}")
+    if len(new.labels) != len(old.labels):
+        found.append(f"it has {len(new.labels)} classes, had {len(old.labels)}")
+    elif others := [(n, o) for n, o in zip(new.labels, old.labels, strict=True) if n != o]:
+        of = f"{len(others)} of {len(new.labels)} classes are called otherwise"
+        found.append(f"{of}, such as '{others[0][0]}', was '{others[0][1]}'")
+    return "; ".join(found)
 
 
 async def load_on_request(
