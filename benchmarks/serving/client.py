@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 HOST = "127.0.0.1"
+# Of a client, for all that is no connection to the server.
+_OWN_DESCRIPTORS = 128
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Sample:
     latencies_s: list[float] = field(default_factory=list)  # of those with 200
     unanswered: Counter[str] = field(default_factory=Counter)  # why, of those with 0
     late_s: float = 0.0  # by how much the client itself fell behind its own times, at most
+    not_asked: int = 0  # requests for which the client had no connection left: its own limit
 
     def count(self, status: int, client: "Client", seconds: float) -> None:
         """Take in the answer that ``client`` had after so long."""
@@ -43,6 +46,7 @@ class Sample:
         return {
             "seconds": round(self.seconds, 3),
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
+            **({"not_asked": self.not_asked} if self.not_asked else {}),
             **({"unanswered": dict(self.unanswered)} if self.unanswered else {}),
             **({"client_late_ms": round(1e3 * self.late_s, 3)} if self.late_s else {}),
             "per_s": round(self.answers[200] / self.seconds, 2),
@@ -146,11 +150,21 @@ def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Samp
 
 
 def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample:
-    """Ask at random times, ``per_s`` on average, however long answers take."""
+    """Ask at random times, ``per_s`` on average, however long answers take.
+
+    What finds no connection idle, and none left to be opened, is the client's failure: not asked.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OWN_DESCRIPTORS
+    opened = 0
 
     async def one(sample: Sample, idle: list[Client], at: float) -> None:
+        nonlocal opened
         await asyncio.sleep(max(0.0, at - time.perf_counter()))
         sample.late_s = max(sample.late_s, time.perf_counter() - at)
+        if not idle and opened >= most:
+            sample.not_asked += 1
+            return
+        opened += not idle
         client = idle.pop() if idle else Client(port)
         status, _ = await client.ask(request)
         sample.count(status, client, time.perf_counter() - at)
@@ -169,11 +183,15 @@ def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample
 
 
 @contextmanager
-def probed(port: int, pid: int) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary that holds, after the block, health's latencies and the peak memory."""
-    stop, found, result = Event(), Queue(), dict[str, Any]()
-    probe = Process(target=_probe, args=(port, pid, stop, found), daemon=True)
+def probed(port: int, pid: int, pause_s: float = 0.02) -> Iterator[dict[str, Any]]:
+    """Yield a dictionary that holds, after the block, health's latencies and the peak memory.
+
+    Health is asked again ``pause_s`` after its answer; the block begins after the first one.
+    """
+    begun, stop, found, result = Event(), Event(), Queue(), dict[str, Any]()
+    probe = Process(target=_probe, args=(port, pid, pause_s, begun, stop, found), daemon=True)
     probe.start()
+    begun.wait(timeout=60)
     try:
         yield result
     finally:
@@ -187,19 +205,21 @@ def probed(port: int, pid: int) -> Iterator[dict[str, Any]]:
         result["memory_mib"] = round(memory / 1024, 1)
 
 
-def _probe(port: int, pid: int, stop: Any, found: Any) -> None:
+def _probe(port: int, pid: int, pause_s: float, begun: Any, stop: Any, found: Any) -> None:
     with suppress(PermissionError):  # ahead of the clients, so that it waits for the server alone
         os.nice(-10)
     request = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
     async def run() -> tuple[list[float], int]:
         client, latencies_s, memory = Client(port), list[float](), 0
+        await client.ask(request)  # before the block, and not counted
+        begun.set()
         while not latencies_s or not stop.is_set():  # once at least, however short the block
             began = time.perf_counter()
             status, _ = await client.ask(request)
             latencies_s.append(time.perf_counter() - began if status == 200 else float("inf"))
             memory = max(memory, memory_of(pid))
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause_s)
         return latencies_s, memory
 
     found.put(asyncio.run(run()))

@@ -1,6 +1,7 @@
 """Measure ``advmoe serve`` on the loopback: speed, overload, malformed requests, stops and more.
 
-    python -m benchmarks.serving.main BUNDLE [--engine onnxruntime] [--seconds 60] [--parts speed]
+    python -m benchmarks.serving.main BUNDLE --other BUNDLE [--apart] [--seconds 60]
+    python -m benchmarks.serving.main BUNDLE --parts speed overload [--apart] [--seconds 60]
 
 Clients and server share the machine's cores, or have their own with ``--apart``, as where clients
 are other machines: the server, and the bare runner that it is compared with, on the first half.
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,15 @@ LIBRARIES = (
 
 def main() -> None:
     """Measure the parts that are wanted and write the JSON."""
+    wanted = wanted_of(None)
+    many_descriptors()
+    result = measure(wanted)
+    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def wanted_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what is to be measured; ``None`` are the arguments of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--engine", default="onnxruntime")
@@ -56,13 +67,10 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="clients on cores of their own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULT)
-    wanted = parser.parse_args()
+    wanted = parser.parse_args(arguments)
     if "reload" in wanted.parts and wanted.other is None:
-        parser.error("'reload' needs --other: a bundle of the same image shape")
-    many_descriptors()
-    result = measure(wanted)
-    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        parser.error("'reload' needs --other: a bundle of the same image shape; or choose --parts")
+    return wanted
 
 
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -85,6 +93,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "load_before": load,
+        "seconds": wanted.seconds,
     }
     options = [f"--engine={wanted.engine}", f"--threads={wanted.threads}"]
     if "speed" in wanted.parts:

@@ -1,14 +1,15 @@
 """Requests that are malformed at random, and those that are costly by design: 4xx, and no more."""
 
+import gzip
 import json
 import random
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from benchmarks.serving.server import Running
 from benchmarks.serving.speed import images_of
 
 MIB = 1 << 20
+AGAIN = 5  # how often each costly request is sent, one after the other
+# Memory that comes and goes whatever is asked: of the allocator, and of threads that begin.
+NOISE_MIB = 8.0
+HALVES, HALF_HEADS = 20, 200
 JUNK = [None, True, -1, 1.5, 10**30, "", "\ud800", "x\n" * 99, [], [[]], {}, {"a": [1]}, [None]]
 
 
@@ -34,23 +39,102 @@ def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
         for _ in range(count // 4):
             hurried(port, [random_request(running.model, images) for _ in range(4)])
     result["hurried"] = seen
-    for name, request in costly(running.model, images).items():
-        before, began = memory_of(pid), time.perf_counter()
-        with probed(port, pid) as seen:
-            status = status_of(port, request)
-        result[name] = {
-            "mib": round(len(request) / MIB, 2),
-            "status": status,
-            "seconds": round(time.perf_counter() - began, 3),
-            **seen,
-            "more_memory_mib": round(seen["memory_mib"] - before / 1024, 1),
-        }
+    for name, (request, length) in costly(running.model, images).items():
+        result[name] = held(port, pid, length, lambda asked=request: status_of(port, asked))
+        result[name]["holds"]["refused"] = 400 <= result[name]["status"] < 500
+    result["half bodies"] = held(port, pid, *half_bodies(running.model, port), again=1)
+    result["half heads"] = held(port, pid, *half_heads(port), again=1)
     result["traceback"] = "Traceback" in running.said
     return result
 
 
-def costly(model: str, images: np.ndarray) -> dict[str, bytes]:
+def held(
+    port: int, pid: int, length: int, ask: Callable[[], Any], again: int = AGAIN
+) -> dict[str, Any]:
+    """Return what came of a request of so many bytes, unpacked, and what must hold meanwhile.
+
+    Health is asked all the time beside it.
+    """
+    before, began = memory_of(pid), time.perf_counter()
+    with probed(port, pid, pause_s=0.001) as seen:
+        found = [ask() for _ in range(again)]
+    mib, more = length / MIB, seen["memory_mib"] - before / 1024
+    return {
+        "mib": round(mib, 2),
+        "n": again,
+        "status": found[0] if len(set(map(str, found))) == 1 else found,
+        "seconds": round((time.perf_counter() - began) / again, 3),
+        **seen,
+        "more_memory_mib": round(more, 1),
+        "holds": {
+            f"memory <= 4 x body + {NOISE_MIB:g} MiB": more <= 4 * mib + NOISE_MIB,
+            "health under 50 ms": seen["health_max_ms"] < 50,
+        },
+    }
+
+
+class Costly(NamedTuple):
+    """A request, and the bytes that its body unpacks to, its head included."""
+
+    request: bytes
+    length: int
+
+
+def costly(model: str, images: np.ndarray) -> dict[str, Costly]:
     """Return requests that cost a careless server seconds or gigabytes each."""
+    plain = {name: Costly(each, len(each)) for name, each in _plain(model, images).items()}
+    return plain | {
+        "gzip of 64 MiB of spaces": _packed(model, b" " * (64 * MIB)),
+        "gzip beyond the limit": _packed(model, bytes(256 * MIB)),
+    }
+
+
+def _packed(model: str, body: bytes) -> Costly:
+    """Return a request whose body is packed: it is one of the unpacked length for what it costs."""
+    small = gzip.compress(body, 1, mtime=0)
+    head = _head(model, "Content-Encoding: gzip", f"Content-Length: {len(small)}")
+    return Costly(head + small, min(len(body), 64 * MIB))
+
+
+def half_bodies(model: str, port: int) -> tuple[int, Callable[[], dict[str, int]]]:
+    """Return the bytes of halves of long bodies, and what sends them and waits for the rest.
+
+    Returned are counts of the answers that came all the same, 0 for those that are waited for.
+    """
+    half = 30 * MIB
+    head = _head(model, f"Content-Length: {2 * half}", "Inference-Header-Content-Length: 9")
+
+    return HALVES * half, lambda: _left_open(port, [head + bytes(half)] * HALVES)
+
+
+def half_heads(port: int) -> tuple[int, Callable[[], dict[str, int]]]:
+    """Return the bytes of beginnings of requests, and what sends them and waits."""
+    begin = b"POST /v2/models"
+    return HALF_HEADS * len(begin), lambda: _left_open(port, [begin] * HALF_HEADS)
+
+
+def _left_open(port: int, requests: Sequence[bytes]) -> dict[str, int]:
+    answers: Counter[int] = Counter()
+    with ExitStack() as stack:
+        opened = []
+        for request in requests:
+            opened.append(stack.enter_context(socket.create_connection((HOST, port), timeout=5)))
+            with suppress(OSError):
+                opened[-1].sendall(request)
+        time.sleep(1.0)
+        for connection in opened:
+            connection.settimeout(0)
+            try:
+                answer = connection.recv(4096)
+            except BlockingIOError:
+                answer = b""
+            except OSError:
+                answer = b"HTTP/1.1 -1"  # it was reset
+            answers[int(answer.split(None, 2)[1]) if answer else 0] += 1
+    return _named(answers)
+
+
+def _plain(model: str, images: np.ndarray) -> dict[str, bytes]:
     tensor = {"name": "images", "datatype": "FP32", "shape": list(images.shape), "data": [0.5]}
     chunked, wordy = _head(model, "Transfer-Encoding: chunked"), b"a" * (16 * MIB)
     long = "x" * (16 * MIB)

@@ -42,6 +42,7 @@ def overload(running: Running, bundle: Bundle, seconds: float) -> dict[str, Any]
             "answered with 200 or 503": set(sample.answers) <= {200, 503},
             "health under 50 ms": seen["health_max_ms"] < 50,
         }
+    rows["4x"]["holds"]["all were asked"] = "not_asked" not in rows["4x"]
     for name in ("4x", "1500 clients"):
         kept = rows[name]["per_s"] >= 0.9 * capacity
         rows[name]["holds"]["capacity kept"] = kept

@@ -13,12 +13,15 @@ from tritonclient.grpc import service_pb2
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
-from benchmarks.serving.client import HOST, Sample, memory_of, probed
+from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
+from advmoe_deploy.serving.online.protocol import served_model
+from benchmarks.serving.client import HOST, Sample, probed
+from benchmarks.serving.malformed import held
 from benchmarks.serving.server import Running
 from benchmarks.serving.speed import BATCH, images_of
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-MIB = 1 << 20
+INVALID = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -32,7 +35,7 @@ def rpc(
         "logits_differ_by": _difference(running, bundle, engine),
         "one_client": closed_loop(running, one, 1, seconds).summary(),
         "clients_32": closed_loop(running, one, BATCH, seconds).summary(),
-        "malformed": malformed(running, one, count),
+        "malformed": malformed(running, one, count, longest_of(bundle)),
         "traceback": "Traceback" in running.said,
     }
 
@@ -71,7 +74,16 @@ def closed_loop(running: Running, request: bytes, clients: int, seconds: float) 
     return asyncio.run(run())
 
 
-def malformed(running: Running, request: bytes, count: int) -> dict[str, Any]:
+def longest_of(bundle: Bundle) -> int:
+    """Return the bytes of the longest message that a server of ``bundle`` takes.
+
+    Longer ones are refused by gRPC's own library, before any code of ours sees them.
+    """
+    model = served_model(bundle)
+    return min(model.limits.max_body, model.longest + MAX_ENVELOPE)
+
+
+def malformed(running: Running, request: bytes, count: int, longest: int) -> dict[str, Any]:
     """Return what ``count`` damaged messages and the costly ones were answered."""
     chance, pid = random.Random(0), running.process.pid
     with grpc.insecure_channel(f"{HOST}:{running.grpc}", OPTIONS) as channel:
@@ -80,17 +92,16 @@ def malformed(running: Running, request: bytes, count: int) -> dict[str, Any]:
             answers = Counter(_status(ask, _damaged(request, chance)) for _ in range(count))
         named = {str(status): number for status, number in sorted(answers.items())}
         result: dict[str, Any] = {"random": {"answers": named, **seen}}
-        for name, costly in _costly().items():
-            before, began = memory_of(pid), time.perf_counter()
-            with probed(running.port, pid) as seen:
-                status = _status(ask, costly)
-            result[name] = {
-                "mib": round(len(costly) / MIB, 2),
-                "status": status,
-                "seconds": round(time.perf_counter() - began, 3),
-                **seen,
-                "more_memory_mib": round(seen["memory_mib"] - before / 1024, 1),
-            }
+        for name, costly in costly_messages(longest).items():
+            for packed in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+                row = held(
+                    running.port,
+                    pid,
+                    len(costly),
+                    lambda message=costly, how=packed: _status(ask, message, how),
+                )
+                row["holds"]["INVALID_ARGUMENT"] = row["status"] == INVALID
+                result[name + " in gzip" * (packed == grpc.Compression.Gzip)] = row
     return result
 
 
@@ -114,25 +125,40 @@ def _damaged(request: bytes, chance: random.Random) -> bytes:
     return bytes(damaged[: chance.choice((len(damaged), chance.randrange(len(damaged))))])
 
 
-def _costly() -> dict[str, bytes]:
-    """Return messages that grow to many times their size, or take long to walk through."""
-    size = 8 * MIB
-    varint = b"\x80\x80\x80\x04"  # 8 MiB
-    inside = b"\x2a" + varint
+def costly_messages(longest: int) -> dict[str, bytes]:
+    """Return messages that grow to many times their size, or take long to walk through.
+
+    None is longer than the ``longest`` that is read.
+    """
+    size = longest - 32  # for what lies around
+    name, tensors, shape, contents = 1, 5, 3, 5  # numbers of fields
     return {
         "empty tensors": b"\x2a\x00" * (size // 2),
         "empty raw contents": b"\x3a\x00" * (size // 2),
         "parameters": b"\x22\x00" * (size // 2),
-        "a long name": b"\x0a" + varint + b"x" * size,
-        "a shape of many numbers": inside + b"\x1a" + varint + bytes(size),
-        "numbers one by one": inside + b"\x35\x00\x00\x00\x3f" * (size // 5),
+        "a long name": _field(name, b"x" * size),
+        "a shape of many numbers": _field(tensors, _field(shape, bytes(size))),
+        "numbers one by one": _field(
+            tensors, _field(contents, b"\x35\x00\x00\x00\x3f" * (size // 5))
+        ),
         "bytes of no protobuf": b"\xff" * size,
     }
 
 
-def _status(ask: Any, request: bytes) -> int:
+def _field(number: int, content: bytes) -> bytes:
+    """Return a field of protobuf that has bytes: its number, their length, and they."""
+    length, varint = len(content), bytearray()
+    while length > 127:
+        varint.append(length & 127 | 128)
+        length >>= 7
+    return bytes([number << 3 | 2, *varint, length]) + content
+
+
+def _status(
+    ask: Any, request: bytes, packed: grpc.Compression = grpc.Compression.NoCompression
+) -> int:
     try:
-        ask(request, timeout=60)
+        ask(request, timeout=60, compression=packed)
     except grpc.RpcError as error:
         return int(error.code().value[0])
     return 200

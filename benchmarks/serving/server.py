@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_READY = r"serving '(.+)' at http://\S+:(\d+)(?: and by gRPC at \S+:(\d+))?;"
+READY = r"serving '(.+)' at http://\S+:(\d+)(?: and by gRPC at \S+:(\d+))?;"
 ADVMOE = [sys.executable, "-m", "advmoe_deploy.cli.app"]
 
 
@@ -67,7 +67,7 @@ def serving(
             while found is None:
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text())
-                found = re.search(_READY, log.read_text())
+                found = re.search(READY, log.read_text())
             rpc = None if found[3] is None else int(found[3])
             yield Running(process, int(found[2]), found[1], log, delay_ms, rpc)
             process.send_signal(signal.SIGTERM)

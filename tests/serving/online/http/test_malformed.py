@@ -71,6 +71,6 @@ def test_requests_ahead_of_their_answers_are_forgotten_with_their_clients(
 @pytest.mark.slow
 def test_costly_requests_are_refused(live: Live, capfd: pytest.CaptureFixture[str]) -> None:
     port = int(live.address.split(":")[1])
-    for name, request in costly("advmoe", ONE).items():
+    for name, (request, _) in costly("advmoe", ONE).items():
         assert status_of(port, request) in REFUSED, name
     assert_well(live, capfd.readouterr().err)
