@@ -202,6 +202,7 @@ def test_labels_are_sub_folders_that_are_all_classes(tmp_path: Path) -> None:
         (["3"], 2, "--output FILE.jsonl, .parquet or .csv"),
         (["3", "4", "5"], 2, "one input, and these are 3; give their folder, a pattern in quotes"),
         (["-"], 2, "many inputs need --output"),
+        (["-", "--output", "-", "--engine", "ray"], 2, "say --on ray"),
         (["3", "--output", "-", "--json"], 2, "leave out one of them"),
         (["3", "--output", "-", "--resume"], 2, "go with an --output file"),
         (["3", "--overwrite"], 2, "go with an --output file"),

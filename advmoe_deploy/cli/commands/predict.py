@@ -94,6 +94,8 @@ def predict(
         raise UsageError("--json prints one object, and --output - lines; leave out one of them")
     if output is None and (found == "-" or on is Place.ray):
         raise UsageError("many inputs need --output: FILE.jsonl, .parquet or .csv, or - for stdout")
+    if engine == Place.ray.value:
+        raise UsageError("'ray' is no engine but a place to compute on; say --on ray")
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
