@@ -5,9 +5,10 @@ import os
 import platform
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from advmoe_deploy.errors import UsageError, naming, reading, writing
@@ -29,6 +30,40 @@ def write_sums(root: Path) -> None:
     files = sorted(file for file in root.rglob("*") if file.is_file())
     lines = [f"{sha256_of(file)}  {file.relative_to(root).as_posix()}\n" for file in files]
     (root / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write ``content`` to a file that a user named, so that a reader sees the old or the new one.
+
+    A link stays, and what it leads to is written. So does what is no regular file, such as a pipe
+    or a device, which takes the content as it takes that of any other program.
+    """
+    with writing(path):
+        if is_stream(path):
+            with path.open("ab") as stream:
+                stream.write(content)
+            return
+    write_atomically(Path(os.path.realpath(path)), content)
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether ``path`` takes what is written and cannot be replaced by a file.
+
+    A pipe, a device, and a file that this process writes its messages to, as ``/dev/stdout`` is.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(found.st_mode) or any(
+        os.path.samestat(found, messages) for messages in _messages()
+    )
+
+
+def _messages() -> Iterator[os.stat_result]:
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it is closed
+            yield os.fstat(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,7 +15,9 @@ from advmoe_deploy.files import (
     sha256_of,
     staged_directory,
     write_atomically,
+    write_output,
 )
+from tests.cli.command_line import read_meanwhile
 
 
 def test_staged_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -118,6 +120,53 @@ def test_write_atomically(tmp_path: Path) -> None:
     write_atomically(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_an_output_follows_links_to_what_is_there_and_to_what_is_not(tmp_path: Path) -> None:
+    link, chained, target = tmp_path / "link", tmp_path / "chained", tmp_path / "to" / "target"
+    link.symlink_to("to/target")
+    chained.symlink_to(link)
+    for name, content in ((link, b"one"), (chained, b"two"), (target, b"three")):
+        write_output(name, content)
+        assert target.read_bytes() == content
+        assert os.listdir(target.parent) == ["target"]
+    assert link.is_symlink()
+    assert chained.is_symlink()
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="links"):
+        write_output(tmp_path / "circle", b"")
+    assert (tmp_path / "circle").is_symlink()
+
+
+def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for name in (pipe, link):
+        with read_meanwhile(pipe) as read:
+            write_output(name, b"content")
+        assert read() == b"content"
+        assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_an_output_joins_the_messages_that_go_to_the_same_file(tmp_path: Path) -> None:
+    stdout, program = (
+        tmp_path / "stdout",
+        (
+            "import sys; from pathlib import Path; from advmoe_deploy.files import write_output\n"
+            "print('before', flush=True); write_output(Path(sys.argv[1]), b'output\\n')\n"
+            "print('after', flush=True)\n"
+        ),
+    )
+    (tmp_path / "link").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    for name in (stdout, *([tmp_path / "link"] if sys.platform == "linux" else [])):
+        with stdout.open("ab") as file:
+            file.truncate(0)
+            command = [sys.executable, "-c", program, str(name)]
+            subprocess.run(command, stdout=file, check=True, timeout=60)
+        assert stdout.read_text() == "before\noutput\nafter\n"
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_sha256_of_the_empty_file(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra, writing
+from advmoe_deploy.files import is_stream
 from advmoe_deploy.journal import Row
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.routing import softmax
@@ -91,9 +94,21 @@ def writer_for(output: Path) -> Callable[[BinaryIO, Iterable[bytes], RowFormat],
 
 
 def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None:
-    """Write JSON ``lines`` to ``output``, which appears only when it is whole."""
+    """Write JSON ``lines`` to ``output``, which appears only when it is whole.
+
+    A link is followed; a pipe or a device is written through, once all rows are there.
+    """
     write = writer_for(output)
-    partial = output.with_name(f".{output.name}.writing")
+    with writing(output):
+        if is_stream(output):
+            with tempfile.TemporaryFile() as whole:  # for Parquet, which seeks
+                write(whole, lines, columns)
+                whole.seek(0)
+                with output.open("ab") as stream:
+                    shutil.copyfileobj(whole, stream)
+            return
+    target = Path(os.path.realpath(output))
+    partial = target.with_name(f".{target.name}.writing")
     with writing(partial):
         partial.unlink(missing_ok=True)  # of a run that was killed
     try:
@@ -101,7 +116,7 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
             write(file, lines, columns)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(output)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 

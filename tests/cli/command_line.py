@@ -1,6 +1,11 @@
-"""A command of ``advmoe``, run here: its JSON, and the one line of its error."""
+"""A command of ``advmoe``, run here: its JSON, the one line of its error, a pipe it writes to."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,3 +25,15 @@ def said(capsys: Capture) -> str:
     """Return the one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+@contextmanager
+def read_meanwhile(pipe: Path) -> Iterator[Callable[[], bytes]]:
+    """Read ``pipe`` to its end during the block; yield what returns its content afterwards."""
+    with ThreadPoolExecutor(1) as readers:
+        content = readers.submit(pipe.read_bytes)
+        try:
+            yield lambda: content.result(timeout=60)
+        finally:  # where nobody wrote, a test fails and does not hang
+            with suppress(OSError):
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))

@@ -1,6 +1,7 @@
 """The page that ``advmoe profile --html`` writes."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.pages.profile_report import write_profile_report
 from advmoe_deploy.profiling.profile import profile_bundle
+from tests.cli.command_line import read_meanwhile
 
 
 def test_the_page_shows_every_figure_of_the_report(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -74,3 +76,16 @@ def test_a_directory_is_refused_before_the_work(
     assert run(["profile", str(tiny_bundle.path), option, str(tmp_path)]) == 2
     assert f"{option}: {tmp_path} is a directory; name a file in it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_written_through_and_a_link_followed(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    pipe, link, page = tmp_path / "pipe", tmp_path / "link.html", tmp_path / "page.html"
+    os.mkfifo(pipe)
+    link.symlink_to(page)
+    command = ["profile", str(tiny_bundle.path), "--batch", "1", "--against", ""]
+    with read_meanwhile(pipe) as read:
+        assert run([*command, "--out", str(pipe), "--html", str(link)]) == 0
+    assert json.loads(read())["rows"][0]["batch"] == 1
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")

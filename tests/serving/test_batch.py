@@ -28,6 +28,7 @@ from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
 from advmoe_deploy.serving.names import shown
 from advmoe_deploy.serving.resume import open_journal
+from tests.cli.command_line import read_meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,22 @@ def test_an_existing_output_is_refused(tiny_bundle: Bundle, folder: Path, tmp_pa
     assert output.read_text() == "precious"
     classify_files(tiny_bundle, str(folder), output, overwrite=True)
     assert len(rows_of(output)) == 22
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_pipe_is_written_through_and_a_link_followed(
+    suffix: str, tiny_bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    pipe, link, output = (tmp_path / f"{name}.{suffix}" for name in ("pipe", "link", "output"))
+    os.mkfifo(pipe)
+    link.symlink_to(output)
+    classify_files(tiny_bundle, str(folder), link)
+    with read_meanwhile(pipe) as read:
+        classify_files(tiny_bundle, str(folder), pipe, overwrite=True)
+    assert read() == output.read_bytes()
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {pipe.name, link.name, output.name}
 
 
 def test_nonsense_is_refused(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A verification that was killed goes on where it was, and ends as it would have."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as module
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn, RobustReport
@@ -42,10 +43,16 @@ def test_what_was_killed_ends_the_same(
         for name in set(expected.files) - {"header"}:
             assert np.array_equal(expected[name], found[name])
     ran.clear()
-    assert figures(verify_bundle(trained_bundle, images=40, threads=1, resume=state)) == figures(
+    link = tmp_path / "link.npz"
+    link.symlink_to(state)
+    assert figures(verify_bundle(trained_bundle, images=40, threads=1, resume=link)) == figures(
         whole
     )
     assert ran == []
+    assert link.is_symlink()
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UsageError, match="no file that a state can be read from again"):
+        verify_bundle(trained_bundle, images=40, threads=1, resume=tmp_path / "pipe.npz")
 
 
 def _dying_after(run_attack: object, count: int) -> object:

@@ -68,7 +68,7 @@ def gate(
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.cli.tables import robustness as robustness_tables
         from advmoe_deploy.data.matching import read_class_map
-        from advmoe_deploy.files import write_atomically
+        from advmoe_deploy.files import write_output
         from advmoe_deploy.runtime.select import engine_for
         from advmoe_deploy.verify.examples.baseline import read_baseline
         from advmoe_deploy.verify.examples.gate import Conditions, gate_bundle
@@ -89,9 +89,9 @@ def gate(
             report = gate_bundle(opened, baseline, how, measured=measured, progress=ui.progress)
         ui.show(report.model_dump(mode="json"), lambda: robustness_tables.gate_report(report))
         if junit is not None:
-            write_atomically(junit, gate_files.junit(report))
+            write_output(junit, gate_files.junit(report))
         if markdown is not None:
-            write_atomically(markdown, gate_files.markdown(report))
+            write_output(markdown, gate_files.markdown(report))
     if report.verdict != "passed":
         raise _refusal(report)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from advmoe_deploy.cli.pages.page import Head, render
 from advmoe_deploy.cli.verdicts.evaluation import evaluation_verdict
 from advmoe_deploy.evaluation.report import EvalReport
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.files import write_output
 
 # Classes whose confusion matrix still fits a page.
 _MATRIX, _PAIRS = 30, 20
@@ -28,4 +28,4 @@ def write_eval_report(report: EvalReport, out: Path, *, threads: int = 0) -> Non
         matrix=report.confusion if len(report.classes) <= _MATRIX else (),
         pairs=report.most_confused(_PAIRS),
     )
-    write_atomically(out, page.encode())
+    write_output(out, page.encode())

@@ -7,7 +7,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.pages.page import Head, render
 from advmoe_deploy.cli.pages.plots import HEIGHT, draw_throughput, plot_of, subjects
 from advmoe_deploy.cli.verdicts.latency import latency_verdict, macs_verdict, tone_of
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.files import write_output
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, LatencyRow
 
 
@@ -25,7 +25,7 @@ def write_profile_report(report: LatencyReport, bundle: Bundle, out: Path) -> No
         macs=macs,
         latency_of=latency_values(report),
     )
-    write_atomically(out, page.encode())
+    write_output(out, page.encode())
 
 
 def latency_values(report: LatencyReport, salt: str = "throughput") -> dict[str, object]:

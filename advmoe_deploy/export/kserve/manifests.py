@@ -13,7 +13,7 @@ from typing import Any, Literal
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.kserve.yaml_text import yaml_text
-from advmoe_deploy.files import refuse_existing, write_atomically
+from advmoe_deploy.files import refuse_existing, write_output
 
 Runtime = Literal["advmoe", "triton"]
 Values = dict[str, Any]
@@ -72,7 +72,7 @@ def write_manifests(
         raise UsageError(f"{out} is a directory; name a file such as {out / 'kserve.yaml'}")
     refuse_existing(out, overwrite=overwrite)
     manifests = Manifests(kubernetes_name(name), bundle.identity, storage_uri, image, runtime)
-    write_atomically(out, manifests.text().encode())
+    write_output(out, manifests.text().encode())
 
 
 def kubernetes_name(text: str) -> str:

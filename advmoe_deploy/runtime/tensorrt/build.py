@@ -21,7 +21,7 @@ from advmoe_deploy.errors import (
     MachineError,
     reason_of,
 )
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.files import write_output
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports.devices import EngineDevice, GpuLibrary
 from advmoe_deploy.runtime.shared_libraries import load_library
@@ -333,7 +333,7 @@ def _keep_timings(config: Any, file: Path | None) -> None:
     cache = config.get_timing_cache() if file is not None else None
     if file is not None and cache is not None:
         try:
-            write_atomically(file, bytes(memoryview(cache.serialize())))
+            write_output(file, bytes(memoryview(cache.serialize())))
         except OSError as error:  # a convenience only: the engine that was built is worth more
             warnings.warn(f"TensorRT's timings could not be kept: {reason_of(error)}", stacklevel=2)
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.errors import DataError, one_line, reading
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.files import write_output
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.report import FoundOn, RobustReport
@@ -136,7 +136,7 @@ def write_examples(path: Path, trial: Trial, report: RobustReport, bundle: Bundl
         fooled_engine=fooled.engine_N,
         header=np.array(header.model_dump_json()),
     )
-    write_atomically(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def read_examples(path: Path) -> StoredExamples:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.errors import DataError, reading
-from advmoe_deploy.files import write_atomically
+from advmoe_deploy.errors import DataError, UsageError, reading
+from advmoe_deploy.files import is_stream, write_output
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn
@@ -64,7 +64,7 @@ def keep(path: Path, key: Key, trial: Trial) -> None:
     progress = _Progress(key=key, outcomes=tuple(trial.outcomes))
     arrays: dict[str, Any] = {**trial.state(), "progress": progress.model_dump_json()}
     np.savez_compressed(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def go_on(path: Path, key: Key, trial: Trial) -> int:
@@ -73,10 +73,13 @@ def go_on(path: Path, key: Key, trial: Trial) -> int:
     Where there is no such file nothing was done yet.
 
     Raises:
+        UsageError: a pipe or a device is there, which gives back nothing that was written.
         DataError: it is damaged, or of another verification.
     """
     if not path.exists():
         return 0
+    if is_stream(path) and not path.is_dir():
+        raise UsageError(f"{path} is no file that a state can be read from again; name another")
     state = _read(path)
     try:
         progress = _Progress.model_validate_json(str(state.pop("progress")))

@@ -52,7 +52,7 @@ def profile(
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import latency as tables
-        from advmoe_deploy.files import write_atomically
+        from advmoe_deploy.files import write_output
         from advmoe_deploy.profiling.profile import profile_bundle
 
         if html is not None:
@@ -75,6 +75,6 @@ def profile(
         # Shown first: a file that cannot be written takes no measurement with it.
         ui.show(report.model_dump(mode="json"), lambda: tables.latency_report(report))
         if out is not None:
-            write_atomically(out, (report.model_dump_json(indent=2) + "\n").encode())
+            write_output(out, (report.model_dump_json(indent=2) + "\n").encode())
         if html is not None:
             profile_report.write_profile_report(report, opened, html)
