@@ -26,7 +26,7 @@ from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.reports import LatencyReport, LatencyRow, ProfiledModel
+from advmoe_deploy.reports import LatencyRatio, LatencyRow, ProfiledModel
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.select import backend_of, open_runner, parse_engine
 from advmoe_deploy.runtime.tensorrt.load import graph_files
@@ -49,14 +49,6 @@ class _Labelled:
     labels_N: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Accuracy:
-    """What one engine reaches."""
-
-    clean: MeasuredShare | None
-    robust: MeasuredShare | None
-
-
 def benchmark_bundle(
     bundle: Bundle,
     *,
@@ -67,6 +59,7 @@ def benchmark_bundle(
     attacks: Suite | None = None,
     batches: Sequence[int] = (1, 8, 64),
     threads: int = 2,
+    measured: list[Contender] | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
     """Return size, accuracy and time of every engine and precision that ``bundle`` can run here.
@@ -82,6 +75,8 @@ def benchmark_bundle(
             recorded, where it did.
         batches: batch sizes to time.
         threads: of the engines.
+        measured: filled with each engine as its accuracy is known, and with their times as far as
+            they are if the timing fails, where a list is given.
         progress: who listens.
 
     Raises:
@@ -99,7 +94,7 @@ def benchmark_bundle(
     if attacks is not None and labelled is None:
         raise UsageError(f"attacks need labelled images: {notes[0]}")
     names, left_out = _engines(bundle)
-    found: dict[str, _Accuracy] = {}
+    found = measured if measured is not None else []
     with task(progress, "accuracy", len(names)):
         for name in names:
             try:
@@ -107,27 +102,33 @@ def benchmark_bundle(
             except BackendUnavailableError as error:
                 left_out.append(f"{name}: {error}")
                 continue
-            robust = _recorded(bundle, name)
+            found.append(_contender(bundle, name, clean))
             if attacks is not None and labelled is not None:
                 robust = _attacked(bundle, name, labelled, class_map, attacks, threads, progress)
-            found[name] = _Accuracy(clean, robust)
+                found[-1] = found[-1].model_copy(update={"robust": robust})
             progress.advance("accuracy")
     if not found:
         raise BackendUnavailableError(f"no engine of {bundle.path} runs here: {left_out[0]}")
-    latency = profile_bundle(
-        bundle,
-        engines=[*found],
-        batches=batches,
-        against=("dense",),
-        threads=threads,
-        budget_s=_BUDGET_S,
-        progress=progress,
-    )
+    rows: list[LatencyRow] = []
+    try:
+        latency = profile_bundle(
+            bundle,
+            engines=[each.name for each in found],
+            batches=batches,
+            against=("dense",),
+            threads=threads,
+            budget_s=_BUDGET_S,
+            measured=rows,
+            progress=progress,
+        )
+    except BaseException:
+        found[:] = _timed(bundle, found, rows, ())
+        raise
     return BenchmarkReport(
         bundle=str(bundle.path),
         aim=aim,
         data=labelled.source if labelled else None,
-        contenders=_with_best(_contenders(bundle, found, latency), aim),
+        contenders=_with_best(_timed(bundle, found, latency.rows, latency.ratios), aim),
         left_out=tuple(left_out),
         notes=tuple(notes),
         latency=latency,
@@ -225,24 +226,29 @@ def _attacked(
     )
 
 
-def _contenders(
-    bundle: Bundle, found: Mapping[str, _Accuracy], latency: LatencyReport
+def _contender(bundle: Bundle, key: str, clean: MeasuredShare | None) -> Contender:
+    """Return one engine, neither attacked nor timed yet."""
+    name, precision = parse_engine(key)
+    return Contender(
+        model="own",
+        engine=name,
+        precision=precision or "fp32",
+        bytes=_bytes(bundle, name, precision or "fp32"),
+        clean=clean,
+        robust=_recorded(bundle, key),
+        timings=(),
+    )
+
+
+def _timed(
+    bundle: Bundle,
+    found: Sequence[Contender],
+    rows: Sequence[LatencyRow],
+    ratios: Sequence[LatencyRatio],
 ) -> list[Contender]:
+    """Return the engines ``found`` and the dense network, where the bundle has one, with times."""
+    contenders = [*found]
     own: ProfiledModel = "moe" if bundle.manifest.plan.routes else "dense"
-    contenders = []
-    for key, accuracy in found.items():
-        name, precision = parse_engine(key)
-        contenders.append(
-            Contender(
-                model="own",
-                engine=name,
-                precision=precision or "fp32",
-                bytes=_bytes(bundle, name, precision or "fp32"),
-                clean=accuracy.clean,
-                robust=accuracy.robust,
-                timings=_timings(latency, own, name, precision or "fp32"),
-            )
-        )
     if own == "moe" and bundle.has(_DENSE):
         dense = Contender(
             model="dense",
@@ -251,10 +257,14 @@ def _contenders(
             bytes=bundle.manifest.files[_DENSE].bytes,
             clean=None,
             robust=None,
-            timings=_timings(latency, "dense", "onnxruntime", "fp32"),
+            timings=(),
         )
         contenders.append(dense)
-    return contenders
+    called: dict[str, ProfiledModel] = {"own": own, "dense": "dense"}
+    return [
+        each.model_copy(update={"timings": _timings(each, called[each.model], rows, ratios)})
+        for each in contenders
+    ]
 
 
 def _bytes(bundle: Bundle, engine: str, precision: Precision) -> int:
@@ -271,12 +281,16 @@ def _bytes(bundle: Bundle, engine: str, precision: Precision) -> int:
 
 
 def _timings(
-    latency: LatencyReport, model: ProfiledModel, engine: str, precision: Precision
+    each: Contender,
+    model: ProfiledModel,
+    rows: Sequence[LatencyRow],
+    ratios: Sequence[LatencyRatio],
 ) -> tuple[Timing, ...]:
-    own = (engine, precision)
-    ratios = {
+    """Return the times of ``each``, which ``rows`` call ``model``."""
+    own = (each.engine, each.precision)
+    dense = {
         ratio.batch: ratio.ratio
-        for ratio in latency.ratios
+        for ratio in ratios
         if ratio.a == "dense" and (ratio.engine, ratio.precision) == own and model != "dense"
     }
 
@@ -285,11 +299,12 @@ def _timings(
             batch=row.batch,
             p50_ms=row.p50_ms,
             images_per_s=row.images_per_s,
-            dense_ratio=ratios.get(row.batch),
+            dense_ratio=dense.get(row.batch),
         )
 
-    rows = [r for r in latency.rows if r.model == model and (r.engine, r.precision) == own]
-    return tuple(map(timing, rows))
+    return tuple(
+        timing(row) for row in rows if row.model == model and (row.engine, row.precision) == own
+    )
 
 
 def _with_best(contenders: Sequence[Contender], aim: Aim) -> tuple[Contender, ...]:

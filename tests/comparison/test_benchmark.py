@@ -1,6 +1,8 @@
 """The table over all engines of a bundle: what is in it, and which is the best for an aim."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,9 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.comparison.compare import _with_best, benchmark_bundle
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, Timing
 from advmoe_deploy.errors import BundleError, DataError, UsageError
+from advmoe_deploy.profiling import profile
+from advmoe_deploy.profiling.timing import time_interleaved
+from advmoe_deploy.verify import verify as verify_module
 from tests.cli.command_line import Capture, said
 
 
@@ -115,3 +120,47 @@ def test_nonsense_is_refused(capsys: Capture, tiny_bundle: Bundle) -> None:
         assert run(["benchmark", str(tiny_bundle.path), *options]) == 2
         line = said(capsys)
         assert message in line
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_crash_of_the_timing_keeps_what_was_measured(
+    ended: int, capsys: Capture, int8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def time(*arguments: Any, **options: Any) -> Any:
+        if len(batches) == ended:
+            raise RuntimeError("the engine died")
+        batches.append(1)
+        return time_interleaved(*arguments, **{**options, "rounds": 2})
+
+    monkeypatch.setattr(profile, "time_interleaved", time)
+    command = ["benchmark", str(int8_bundle.path), "--images", "20", "--batch", "1,2"]
+    assert run([*command, "--json"]) == 70
+    kept = json.loads(capsys.readouterr().out)
+    assert kept["exit_code"] == 70
+    assert "the engine died" in kept["error"]
+    assert [each["engine"] for each in kept["measured"]] == ["onnxruntime"] * 3
+    assert [(each["clean"] or {}).get("images") for each in kept["measured"]] == [20, 20, None]
+    for each in kept["measured"]:
+        assert [timing["batch"] for timing in each["timings"]] == [1][:ended]
+    batches.clear()
+    assert run(command) == 70
+    out = capsys.readouterr().out
+    for text in ("unfinished", "onnxruntime:int8", "clean %", *["ms at 1"][:ended]):
+        assert text in out
+
+
+def test_a_crash_of_the_attacks_keeps_the_accuracy_on_clean_images(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(*_: object, **__: object) -> None:
+        raise RuntimeError("the attack died")
+
+    monkeypatch.setattr(verify_module, "verify_bundle", verify)
+    measured: list[Contender] = []
+    with pytest.raises(RuntimeError, match="the attack died"):
+        benchmark_bundle(tiny_bundle, images=8, attacks="quick", measured=measured)
+    (first,) = measured
+    assert first.clean is not None
+    assert (first.name, first.clean.images) == ("onnxruntime:fp32", 8)

@@ -1,6 +1,6 @@
 """What ``benchmark`` shows on the screen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 
@@ -9,23 +9,33 @@ from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, MeasuredShare, Timing
 
 _MARK = "*"
+_COLUMNS = ("MB", "clean %", "robust %")
 
 
 def benchmark_report(report: BenchmarkReport) -> RenderableType:
     """Return a row per engine and precision, the best for the aim marked, and what was measured."""
     batches = [timing.batch for timing in report.contenders[0].timings]
-    columns = ("engine", "MB", "clean %", "robust %", *(f"ms at {n}" for n in batches))
+    columns = ("engine", *_COLUMNS, *(f"ms at {n}" for n in batches))
     least = ("vs dense", "MB") if report.aim == "size" else ("MB", "vs dense")
     table = new_table(report.bundle, (*columns, "vs dense"), least)
     for each in report.contenders:
-        table.add_row(
-            escape(f"{_MARK if each.best else ' '} {each.name}"),
-            f"{each.bytes / 1e6:.2f}",
-            *(_percent(share) for share in (each.clean, each.robust)),
-            *(f"{timing.p50_ms:.3g}" for timing in each.timings),
-            _ratio(_deciding(each, report)),
-        )
+        mark = _MARK if each.best else " "
+        table.add_row(escape(f"{mark} {each.name}"), *_cells(each), _ratio(_deciding(each, report)))
     return Group(table, *map(escape, _lines(report)))
+
+
+def unfinished(contenders: Sequence[Contender]) -> RenderableType:
+    """Return what is known of each engine, where the comparison did not come to its end."""
+    batches = [timing.batch for timing in contenders[0].timings]
+    table = new_table("unfinished", ("engine", *_COLUMNS, *(f"ms at {n}" for n in batches)))
+    for each in contenders:
+        table.add_row(escape(each.name), *_cells(each))
+    return table
+
+
+def _cells(each: Contender) -> list[str]:
+    shares = (_percent(share) for share in (each.clean, each.robust))
+    return [f"{each.bytes / 1e6:.2f}", *shares, *(f"{t.p50_ms:.3g}" for t in each.timings)]
 
 
 def _lines(report: BenchmarkReport) -> list[str]:

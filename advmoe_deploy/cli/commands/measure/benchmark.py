@@ -1,13 +1,16 @@
 """The command ``benchmark``."""
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from advmoe_deploy.cli.options import BundlePath, ClassMap, Data, Json, Suite, positive_numbers
 from advmoe_deploy.cli.session import session
 from advmoe_deploy.process import usable_cpus, use_threads
+
+if TYPE_CHECKING:
+    from advmoe_deploy.comparison.report import Contender
 
 
 class Aim(str, Enum):
@@ -54,19 +57,24 @@ def benchmark(
     batches = positive_numbers(batch, "--batch")
     use_threads(threads)
     with session(as_json, loads=True) as ui:
-        from advmoe_deploy import api
+        from advmoe_deploy.api import open_bundle
         from advmoe_deploy.cli.tables import benchmark as tables
+        from advmoe_deploy.comparison.compare import benchmark_bundle
         from advmoe_deploy.data.matching import read_class_map
 
-        report = api.benchmark(
-            bundle,
-            aim=aim.value,
-            data=data,
-            class_map=read_class_map(class_map),
-            images=images,
-            attacks=attacks.value if attacks else None,
-            batches=batches,
-            threads=threads,
-            progress=ui.progress,
-        )
+        opened = open_bundle(bundle)
+        measured: list[Contender] = []
+        with ui.keeping(measured, lambda: tables.unfinished(measured)):
+            report = benchmark_bundle(
+                opened,
+                aim=aim.value,
+                data=data,
+                class_map=read_class_map(class_map),
+                images=images,
+                attacks=attacks.value if attacks else None,
+                batches=batches,
+                threads=threads,
+                measured=measured,
+                progress=ui.progress,
+            )
         ui.show(report.model_dump(mode="json"), lambda: tables.benchmark_report(report))
