@@ -42,7 +42,7 @@ class _Package(ModuleType):
     """This package, whose public names are those of :mod:`advmoe_deploy.api`, imported when used.
 
     Three of them, ``train``, ``export`` and ``verify``, are also sub-packages, which the import
-    system would put in their place; those are reached by ``from advmoe_deploy.train... import``.
+    system would put in their place; the modules of those are attributes of the functions.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advmoe_deploy.api.arguments import checked
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.zoo.resolve import StrPath, open_bundle, opened, place_for, resolve
+from advmoe_deploy.zoo.resolve import StrPath, opened, place_for, resolve
+from advmoe_deploy.zoo.resolve import open_bundle as bundle_of
 
 if TYPE_CHECKING:
     from advmoe_deploy.models.base import Classifier
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.train.run.report import TrainReport
 
 
+@checked()
 def train(
     recipe: str,
     out: StrPath | None = None,
@@ -71,6 +74,7 @@ def train(
     return train_requested(asked, progress or Silent())
 
 
+@checked()
 def import_checkpoint(
     file: StrPath,
     source: str,
@@ -114,6 +118,7 @@ def import_checkpoint(
     )
 
 
+@checked()
 def load_model(run: StrPath) -> Classifier:
     """Return the PyTorch model of a run, in eval mode: images [N, C, H, W] in [0, 1] to logits.
 
@@ -131,6 +136,7 @@ def load_model(run: StrPath) -> Classifier:
     return open_stored(resolve(run)).model
 
 
+@checked()
 def export(
     run: StrPath,
     out: StrPath | None = None,
@@ -185,7 +191,7 @@ def export(
         require_bundle_request(format, options)
         beside = source.resolve().with_name(f"{source.resolve().name}-{format}")
         return build_from_bundle(
-            open_bundle(source),
+            bundle_of(source),
             Path(out) if out is not None else place_for(run, source, format, beside),
             build=build,
             precisions=precisions,
@@ -214,6 +220,25 @@ def export(
     return bundle
 
 
+@checked()
+def open_bundle(path: StrPath, *, signed_by: StrPath | None = None) -> Bundle:
+    """Return a bundle after checking the hash of every file.
+
+    Args:
+        path: the bundle; ``NAME`` or ``zoo:NAME`` of ``advmoe list models``; or
+            ``hub:USER/NAME[@REVISION]``.
+        signed_by: the public key, in PEM, of whoever must have signed it; by default nobody.
+
+    Raises:
+        InputError: something is missing, changed, not listed, not signed or of another version.
+        UsageError: no bundle has that name.
+        MachineError: the hub cannot be reached.
+        BackendUnavailableError: the client of the hub, or what checks signatures, is missing.
+    """
+    return bundle_of(path, signed_by=signed_by)
+
+
+@checked()
 def open_runner(bundle: Bundle | StrPath, engine: str | None = None, *, threads: int = 0) -> Runner:
     """Return a runner, whose ``infer(images)`` gives logits and routes; a context manager.
 

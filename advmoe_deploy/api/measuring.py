@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advmoe_deploy.api.arguments import checked, place
 from advmoe_deploy.bundle import MANIFEST, Bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.zoo.resolve import StrPath, opened, resolve
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.verify.suites import Suite
 
 
+@checked()
 def evaluate(
     model: Bundle | StrPath,
     *,
@@ -68,6 +70,7 @@ def evaluate(
     return evaluate_run(found, data=data, class_map=class_map, images=images, progress=progress)
 
 
+@checked(resume=place)
 def verify(
     bundle: Bundle | StrPath,
     *,
@@ -130,6 +133,7 @@ def verify(
     )
 
 
+@checked()
 def profile(
     bundle: Bundle | StrPath,
     *,
@@ -165,6 +169,7 @@ def profile(
     )
 
 
+@checked()
 def benchmark(
     bundle: Bundle | StrPath,
     *,

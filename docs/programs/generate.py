@@ -32,7 +32,16 @@ HEAD = """# Python API
 `make docs` writes this page from [advmoe_deploy/api/](../../advmoe_deploy/api). Importing
 `advmoe_deploy` loads no library; the first use of a name does. Images are float32 `[N, C, H, W]`
 in [0, 1]. Errors are those of [errors.py](../../advmoe_deploy/errors.py), all of them
-`AdvMoEError`, each of one line."""
+`AdvMoEError`, each of one line. Where a list of strings is meant, one string is a list of one.
+
+`train`, `export` and `verify` are functions, and sub-packages of the same names have the modules:
+`import advmoe_deploy.train.config` and `from advmoe_deploy.train import config` both work, and
+`advmoe_deploy.train(...)` beside them.
+
+`threads` bounds the engine alone. PyTorch, which computes half of `verify` and of `export`, keeps
+the threads that it has, and those that wait spin, which on a busy machine takes the cores from
+others. A command sees to both (`--threads`); from Python, set `OMP_WAIT_POLICY=PASSIVE` in the
+environment before PyTorch is imported, and call `torch.set_num_threads`."""
 SETTINGS_HEAD = """# Settings of a training
 
 `make docs` writes this page from [fields.py](../../advmoe_deploy/train/fields.py) and
@@ -42,7 +51,7 @@ fraction, `8/255`. `model.expert_layers` and `model.transformer` are null where 
 family."""
 OBJECTS = [getattr(api, name) for name in api.__all__]
 FUNCTIONS = sorted(
-    filter(inspect.isfunction, OBJECTS),
+    map(inspect.unwrap, filter(inspect.isfunction, OBJECTS)),
     key=lambda f: (f.__module__, f.__code__.co_firstlineno),
 )
 TYPES = [
@@ -82,10 +91,11 @@ def entry(thing: Callable[..., Any] | type, code: str) -> str:
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """Return the lines of the source above the docstring."""
+    """Return the lines of the source from ``def`` to the docstring."""
     source = inspect.getsource(function)
-    body = ast.parse(source).body[0].body[0]  # type: ignore[attr-defined]
-    return re.sub("  # .*", "", "\n".join(source.splitlines()[: body.lineno - 1])).rstrip(":")
+    definition: Any = ast.parse(source).body[0]
+    lines = source.splitlines()[definition.lineno - 1 : definition.body[0].lineno - 1]
+    return re.sub("  # .*", "", "\n".join(lines)).rstrip(":")
 
 
 def outline(type_: type) -> str:

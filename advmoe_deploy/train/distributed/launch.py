@@ -36,15 +36,13 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
     any, else the CPU.
 
     Raises:
-        BackendUnavailableError: there are fewer accelerators than ``devices``, or none for the
-            precision.
+        UsageError, BackendUnavailableError: as :func:`require_machine`.
         AdvMoEError: what a process raised; a full disk and the like as MachineError.
     """
-    _require_precision(precision)
+    require_machine(devices, precision)
     if under_torchrun():
         fabric = _fabric("ddp", int(os.environ["LOCAL_WORLD_SIZE"]), precision)
     else:
-        _require_devices(devices)
         fabric = _fabric("ddp_spawn" if devices > 1 else "auto", devices, precision)
     if under_torchrun():
         _join_torchrun()
@@ -57,6 +55,19 @@ def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -
         except ProcessRaisedException as error:
             raise _own_error(error) or error from None
     return result
+
+
+def require_machine(devices: int, precision: str) -> None:
+    """Refuse what this machine cannot launch.
+
+    Raises:
+        UsageError: ``devices`` is less than 1.
+        BackendUnavailableError: there are fewer accelerators than ``devices``, or none for the
+            precision.
+    """
+    _require_precision(precision)
+    if not under_torchrun():
+        _require_devices(devices)
 
 
 def under_torchrun() -> bool:

@@ -18,6 +18,7 @@ from advmoe_deploy.train.distributed.launch import (
     is_first_process,
     launch,
     process_total,
+    require_machine,
     was_restarted,
 )
 from advmoe_deploy.train.fit import require_fit
@@ -54,10 +55,12 @@ def train(
         UsageError: the folder is in the way, another configuration trained it, or the data do
             not fit the model.
         CheckpointError: the newest checkpoint is truncated or changed.
+        BackendUnavailableError: the machine has too few GPUs, or none for the precision.
         DivergedError: a loss, gradient or weight is not finite; the last checkpoint is good.
         MachineError: the disk is full or may not be written; the last checkpoint is good.
     """
     require_fit(config, data, process_total(devices))
+    require_machine(devices, config.precision)
     config = config.model_copy(update={"data": data.source})
     if config.chosen:
         progress.note(told(config))
