@@ -1,7 +1,7 @@
 """Settings of commands: ``key=value``, keys dotted, values JSON, fractions or plain words."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from advmoe_deploy.errors import UsageError, unknown_name
@@ -28,6 +28,31 @@ def put_setting(fields: Fields, setting: str, known: Collection[str]) -> str:
             raise UsageError(f"{key} has no place once {part} is {target!r}; set it whole")
     target[last] = _value(text)
     return key
+
+
+def require_no_truth_as_number(given: Fields, taken: Fields) -> None:
+    """Refuse true and false where what was made of them is no truth: they would count as 1 and 0.
+
+    Args:
+        given: nested fields as they were asked for.
+        taken: the same fields after validation.
+
+    Raises:
+        UsageError: there is such a value; the message names the first.
+    """
+    for key, value in _mistaken(given, taken):
+        raise UsageError(f"{key}: {json.dumps(value)} is no number; write {value:d}, say")
+
+
+def _mistaken(given: Any, taken: Any, key: str = "") -> Iterator[tuple[str, bool]]:
+    if isinstance(given, bool) and not isinstance(taken, bool):
+        yield key, given
+    elif isinstance(given, dict) and isinstance(taken, dict):
+        for name in given.keys() & taken.keys():
+            yield from _mistaken(given[name], taken[name], f"{key}.{name}" if key else name)
+    elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
+        for part, other in zip(given, taken, strict=False):
+            yield from _mistaken(part, other, key)
 
 
 def number_of(text: str) -> float:
@@ -81,14 +106,17 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
     """Return what ``--set key=value`` says: numbers, lists such as ``0.5,0.4,0.3``, or text.
 
     Raises:
-        UsageError: a setting is no ``key=value``.
+        UsageError: a setting is no ``key=value``, or its value is true or false, which none takes.
     """
     parsed: dict[str, object] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not key or not equals or not text:
             raise UsageError(f"--set '{setting}' is no KEY=VALUE; write image_size=64")
-        parsed[key] = _value_or_list(text, as_list=key in ("mean", "std"))
+        value = _value_or_list(text, as_list=key in ("mean", "std"))
+        if any(isinstance(each, bool) for each in (value if isinstance(value, tuple) else [value])):
+            raise UsageError(f"--set '{setting}' is no number; write image_size=64")
+        parsed[key] = value
     return parsed
 
 

@@ -36,6 +36,7 @@ from advmoe_deploy.cli.completion import join_words
 from advmoe_deploy.cli.examples import epilog
 from advmoe_deploy.cli.failures import (
     BROKEN_PIPE,
+    Command,
     describe,
     one_line,
     watched_interrupts,
@@ -87,7 +88,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 # Who says what to do with more arguments than one takes.
 _TAKES_MORE = {name: {"allow_extra_args": True} for name in ("train", "predict")}
 for _name, _command in _COMMANDS.items():
-    app.command(_name, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(_command)
+    app.command(_name, cls=Command, epilog=epilog(_name), context_settings=_TAKES_MORE.get(_name))(
+        _command
+    )
 
 
 def main() -> None:

@@ -10,7 +10,12 @@ from pydantic import ValidationError
 
 from advmoe_deploy.errors import DataError, UsageError, one_line
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.settings import Fields, dotted_keys, put_setting
+from advmoe_deploy.settings import (
+    Fields,
+    dotted_keys,
+    put_setting,
+    require_no_truth_as_number,
+)
 
 BuildConfig = Annotated[
     Path | None,
@@ -53,9 +58,11 @@ def build_options(file: Path | None, settings: Sequence[str]) -> BuildOptions:
         if isinstance(value := fields.get(key), (str, float)):  # 8.6 is read as a number
             fields[key] = str(value).split(",")
     try:
-        return BuildOptions.model_validate(fields)
+        options = BuildOptions.model_validate(fields)
     except ValidationError as error:
         raise UsageError(one_line(error)) from None
+    require_no_truth_as_number(fields, options.model_dump())
+    return options
 
 
 def _read(file: Path) -> Fields:

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from advmoe_deploy.cli import INTERRUPTED
 from advmoe_deploy.cli.extras import missing_package
@@ -17,6 +18,18 @@ BROKEN_PIPE = 141
 
 # Typer keeps its parser's exceptions to itself, save for this one and thereby its bases.
 ParserError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class Command(TyperCommand):
+    """A command whose parser says of each of its errors which command it is about."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse ``args`` for the context ``ctx``."""
+        try:
+            return super().parse_args(ctx, args)
+        except ParserError as error:
+            vars(error)["ctx"] = vars(error).get("ctx") or ctx
+            raise
 
 
 class Interrupts:
