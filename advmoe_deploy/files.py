@@ -38,12 +38,11 @@ def write_output(path: Path, content: bytes) -> None:
     A link stays, and what it leads to is written. So does what is no regular file, such as a pipe
     or a device, which takes the content as it takes that of any other program.
     """
-    with writing(path):
-        if is_stream(path):
-            with path.open("ab") as stream:
-                stream.write(content)
-            return
-    write_atomically(Path(os.path.realpath(path)), content)
+    if is_stream(path):
+        with writing(path), path.open("ab") as stream:
+            stream.write(content)
+    else:
+        write_atomically(path.resolve(), content)
 
 
 def is_stream(path: Path) -> bool:
@@ -51,13 +50,20 @@ def is_stream(path: Path) -> bool:
 
     A pipe, a device, and a file that this process writes its messages to, as ``/dev/stdout`` is.
     """
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return not stat.S_ISREG(found.st_mode) or any(
-        os.path.samestat(found, messages) for messages in _messages()
+    found = _found(path)
+    return found is not None and (
+        not stat.S_ISREG(found.st_mode)
+        or any(os.path.samestat(found, messages) for messages in _messages())
     )
+
+
+def _found(path: Path) -> os.stat_result | None:
+    """Return what is to be replaced at ``path``; links that lead in a circle raise."""
+    with writing(path):
+        try:
+            return path.stat()
+        except FileNotFoundError:
+            return None
 
 
 def _messages() -> Iterator[os.stat_result]:
@@ -115,8 +121,8 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises:
         UsageError: ``target`` exists and ``overwrite`` is false.
     """
-    target = target.resolve()
     refuse_existing(target, overwrite=overwrite)
+    target = target.resolve()
     partial = _partial_name(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,13 +143,14 @@ def refuse_existing(target: Path, *, overwrite: bool, marker: str | None = None)
     With ``marker`` only a directory that holds a file of that name may be, and not the one we are
     in.
     """
+    is_there = _found(target) is not None
     if marker and Path.cwd().is_relative_to(target.resolve()):
         raise UsageError(f"{target} holds the current directory; choose another target")
-    if marker and target.exists() and not (target / marker).is_file():
+    if marker and is_there and not (target / marker).is_file():
         raise UsageError(
             f"{target} exists and holds no {marker}, so it is not replaced; choose another target"
         )
-    if target.exists() and not overwrite:
+    if is_there and not overwrite:
         raise UsageError(f"{target} exists; pass --overwrite or choose another target")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import (
+    refuse_existing,
     remove_abandoned,
     sha256_of,
     staged_directory,
@@ -132,10 +133,20 @@ def test_an_output_follows_links_to_what_is_there_and_to_what_is_not(tmp_path: P
         assert os.listdir(target.parent) == ["target"]
     assert link.is_symlink()
     assert chained.is_symlink()
-    (tmp_path / "circle").symlink_to("circle")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_links_in_a_circle_are_refused_before_the_work(tmp_path: Path, overwrite: bool) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
     with pytest.raises(OSError, match="links"):
-        write_output(tmp_path / "circle", b"")
-    assert (tmp_path / "circle").is_symlink()
+        write_output(circle, b"")
+    with pytest.raises(OSError, match="links"), staged_directory(circle, overwrite=overwrite):
+        pytest.fail("the work began")
+    with pytest.raises(OSError, match="links"):
+        refuse_existing(circle, overwrite=overwrite, marker="manifest.json")
+    assert os.listdir(tmp_path) == ["circle"]
+    assert circle.is_symlink()
 
 
 def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:

@@ -99,15 +99,14 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
     A link is followed; a pipe or a device is written through, once all rows are there.
     """
     write = writer_for(output)
-    with writing(output):
-        if is_stream(output):
-            with tempfile.TemporaryFile() as whole:  # for Parquet, which seeks
-                write(whole, lines, columns)
-                whole.seek(0)
-                with output.open("ab") as stream:
-                    shutil.copyfileobj(whole, stream)
-            return
-    target = Path(os.path.realpath(output))
+    if is_stream(output):
+        with writing(output), tempfile.TemporaryFile() as whole:  # for Parquet, which seeks
+            write(whole, lines, columns)
+            whole.seek(0)
+            with output.open("ab") as stream:
+                shutil.copyfileobj(whole, stream)
+        return
+    target = output.resolve()
     partial = target.with_name(f".{target.name}.writing")
     with writing(partial):
         partial.unlink(missing_ok=True)  # of a run that was killed
