@@ -152,6 +152,11 @@ def test_wrong_values_are_refused_in_a_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_argument_is_told_as_python_does() -> None:
+    with pytest.raises(TypeError, match=re.escape("verify() got an unexpected keyword argument")):
+        call_with("verify", image=3)
+
+
 def test_numbers_of_numpy_are_numbers_and_one_string_is_a_list_of_one(tiny_bundle: Bundle) -> None:
     report = advmoe_deploy.profile(
         tiny_bundle, batches=[np.int64(2)], against="dense", engines="onnxruntime:fp32"

@@ -36,7 +36,10 @@ def checked(**own: Rule) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            given = form.bind(*args, **kwargs)
+            try:
+                given = form.bind(*args, **kwargs)
+            except TypeError as error:  # as Python says it of a function without this decorator
+                raise TypeError(f"{function.__name__}() {error}") from None
             for name, value in given.arguments.items():
                 if value is not None or form.parameters[name].default is not None:
                     given.arguments[name] = rules[name](name, value)

@@ -135,7 +135,7 @@ def _source(name: str, data: str | None, given: Mapping[str, str]) -> str:
 
 def _require_apart(origin: Origin, target: Path) -> None:
     """Refuse to replace the model that a run is to begin with."""
-    if origin.path.resolve().is_relative_to(target.resolve()):
+    if origin.path.resolve().is_relative_to(os.path.realpath(target)):  # of a circle that is itself
         raise UsageError(
             f"--from {origin.source} lies in {target}, which would be replaced; choose another "
             "--out"

@@ -24,6 +24,21 @@ def test_the_version(capsys: Capture) -> None:
     assert capsys.readouterr().out.startswith("advmoe 0.")
 
 
+def test_a_target_whose_links_lead_in_a_circle_is_refused_in_a_line(
+    capsys: Capture, tiny_bundle: Bundle, tiny_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    out = ["--out", str(tmp_path / "circle"), "--overwrite"]
+    for command in (
+        ["export", str(tiny_run)],
+        ["export", str(tiny_bundle.path), "--format", "triton"],
+        ["report", str(tiny_bundle.path)],
+    ):
+        assert run([*command, *out]) == 3
+        assert said(capsys).startswith(f"advmoe: error: {tmp_path / 'circle'}: its links lead in a")
+    assert (tmp_path / "circle").is_symlink()
+
+
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_help_ends_with_examples(capsys: Capture, command: str) -> None:
     assert run([command, "--help"]) == 0

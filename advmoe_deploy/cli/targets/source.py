@@ -1,5 +1,6 @@
 """The bundle that something is made of, and where that goes."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,6 @@ class Source:
         folder = bundle.path.resolve()
         beside = folder.with_name(f"{folder.name}-{ending}")
         out = self.out or place_for(self.path, bundle.path, ending, beside)
-        if out.resolve().is_relative_to(folder):
+        if Path(os.path.realpath(out)).is_relative_to(folder):  # of a circle that is itself
             raise UsageError(f"{out} is in the bundle, which takes no more files; name another")
         return out
