@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ def said(capsys: Capture) -> str:
 
 @contextmanager
 def read_meanwhile(pipe: Path) -> Iterator[Callable[[], bytes]]:
-    """Read ``pipe`` to its end during the block; yield what returns its content afterwards."""
-    with ThreadPoolExecutor(1) as readers:
-        content = readers.submit(pipe.read_bytes)
+    """Read ``pipe`` to its end during the block; yield what returns its content afterwards.
+
+    Held open for writing as well, it can be opened before anybody writes, and ends with the block
+    even if something took its place.
+    """
+    held = os.open(pipe, os.O_RDWR)
+    with pipe.open("rb") as stream, ThreadPoolExecutor(1) as readers:
+        content = readers.submit(stream.read)
         try:
             yield lambda: content.result(timeout=60)
-        finally:  # where nobody wrote, a test fails and does not hang
-            with suppress(OSError):
-                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        finally:
+            os.close(held)
