@@ -52,6 +52,7 @@ NEVER = {
 TORCH_FREE = ("runtime", "serving", "profiling", "evaluation", "comparison")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "publish")
+POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # Windows has none of them
 MOST_FILES = 15
 MARKERS = ("__init__.py", "py.typed")  # with nothing to look for in them
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -110,6 +111,15 @@ def test_no_import_circle() -> None:
     modules = {module_name(path): path for path in [*MODULES, *BENCHMARKS]}
     graph = {name: imported(path) & {*modules} - {name} for name, path in modules.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+@pytest.mark.parametrize("root", [PACKAGE, ROOT / "tests"], ids=lambda root: root.name)
+def test_files_can_be_imported_where_posix_is_not(root: Path) -> None:
+    for path in root.rglob("*.py"):
+        top = ast.parse(path.read_text(encoding="utf-8")).body  # not inside of functions
+        names = {each.name for node in top if isinstance(node, ast.Import) for each in node.names}
+        names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        assert not names & POSIX, path
 
 
 def test_every_module_has_a_layer() -> None:
