@@ -39,7 +39,6 @@ LAYERS = [
     {"train", "export"},
     {"serving", "verify", "analysis", "profiling", "evaluation"},
     {"zoo", "comparison"},
-    {"measuring"},
     {"api"},
     {"cli"},
 ]
@@ -122,9 +121,14 @@ def test_files_can_be_imported_where_posix_is_not(root: Path) -> None:
         assert not names & POSIX, path
 
 
-def test_every_module_has_a_layer() -> None:
-    for path in MODULES:
-        layer_of(part_of(path))
+def test_layers_name_what_is_there() -> None:
+    assert sorted(part for parts in LAYERS for part in parts) == sorted({*map(part_of, MODULES)})
+
+
+def test_the_map_of_the_readme_names_every_folder() -> None:
+    where = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things live")[2]
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert not {name for name in folders if f" {name}/" not in where}
 
 
 def test_torch_free_parts_import_without_torch() -> None:
