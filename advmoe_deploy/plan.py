@@ -104,7 +104,7 @@ class RouteStep(Frozen):
 
     @property
     def rows(self) -> str:
-        """How many rows are routed, as a shape says it."""
+        """Number of rows that are routed, as a shape says it."""
         return "N" if self.tokens is None else f"{self.tokens}*N"
 
     @property

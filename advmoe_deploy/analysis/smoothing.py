@@ -70,7 +70,7 @@ class CurveOfRadii(Frozen):
 
 
 class SmoothingReport(Frozen):
-    """What the smoothed classifier is certified for. ``abstained`` counts images.
+    """Certificates of the smoothed classifier. ``abstained`` counts images.
 
     ``vacuous``: no right answer has a radius that reaches another image of 8 bits.
     """

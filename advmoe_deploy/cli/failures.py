@@ -20,7 +20,7 @@ ParserError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class Interrupts:
-    """Whether Ctrl-C came, even where native code made another error of it."""
+    """Record of Ctrl-C, kept even where native code made another error of it."""
 
     def __init__(self) -> None:
         self.came = False

@@ -51,7 +51,7 @@ class _Labelled:
 
 @dataclass(frozen=True)
 class _Accuracy:
-    """What one engine reaches."""
+    """Accuracy of one engine, clean and attacked."""
 
     clean: MeasuredShare | None
     robust: MeasuredShare | None

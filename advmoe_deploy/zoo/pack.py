@@ -41,7 +41,7 @@ _TRAIN_REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Packing:
-    """How to pack: whether to round to fp16, and what goes into record and card.
+    """Settings of packing: whether to round to fp16, and what goes into record and card.
 
     ``results`` are files that :func:`~advmoe_deploy.zoo.evaluation.read_evaluation` reads; without
     any, what the run says of itself is taken. ``data`` are the images on which rounding is

@@ -11,7 +11,7 @@ from advmoe_deploy.process import usable_cpus, use_threads
 
 
 class Aim(str, Enum):
-    """What an engine can be best for."""
+    """Aim that an engine can be best for."""
 
     latency = "latency"
     throughput = "throughput"
