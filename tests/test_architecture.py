@@ -1,6 +1,7 @@
 """The layers of the package: imports point down only, in no circle, and folders stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -52,6 +53,7 @@ TORCH_FREE = ("runtime", "serving", "profiling", "evaluation", "comparison")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "publish")
 POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # Windows has none of them
+NO_NOUN = re.compile("(How|It|What|Whatever|When|Where|Whether|Who|Whoever|Whose|Why) ")
 MOST_FILES = 15
 MARKERS = ("__init__.py", "py.typed")  # with nothing to look for in them
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -150,6 +152,16 @@ def test_root_links_lead_into_the_package(name: str) -> None:
     link = ROOT / name
     assert link.is_symlink()
     assert link.resolve() == PACKAGE / name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_docstrings_begin_with_a_noun(path: Path) -> None:
+    """Those of modules and classes; a function says what it returns or does."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            assert not NO_NOUN.match(first), first
 
 
 def test_files_stay_small() -> None:

@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Handshakes:
-    """How connections become those of TLS: so many at once, in so many seconds each."""
+    """Limits of TLS's handshakes: so many at once, in so many seconds each."""
 
     context: ssl.SSLContext
     most: int
