@@ -229,11 +229,11 @@ class Bundle:
         return content
 
     def sealed(self, name: str) -> Sealed:
-        """Return a listed file for whoever loads it later."""
+        """Return a listed file that is loaded later."""
         return Sealed(self.file(name), lambda: self.read(name))
 
     def graph(self, name: str) -> Sealed:
-        """Return a listed ONNX graph for whoever loads it later; its data come with it."""
+        """Return a listed ONNX graph that is loaded later; its data come with it."""
         return Sealed(self.file(name), lambda: self_contained(self.read(name), name, self._beside))
 
     def _beside(self, name: str) -> bytes | None:

@@ -188,7 +188,7 @@ class Plan(Frozen):
 class _Walk:
     """Goes through the steps and knows which tensors there are by now.
 
-    An input of the plan is declared by whoever reads it first.
+    An input of the plan is declared by the step that reads it first.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ def this_command(*more: str, without: Sequence[str] = ()) -> str:
 def command_that_goes_on() -> str | None:
     """Return the whole command that goes on where this run was stopped, if any does.
 
-    Whoever began something that can be resumed has said so by :meth:`Session.resumable`.
+    Commands that can be resumed have said so by :meth:`Session.resumable`.
     """
     found = _unfinished.get()
     if found is None or not found.has_state():
