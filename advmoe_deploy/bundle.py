@@ -78,7 +78,7 @@ class FileRecord(Frozen):
 
 
 class EngineSet(Frozen):
-    """What was written for one backend at one precision, and what was measured of it.
+    """Graphs or engines of one backend at one precision, and what was measured of them.
 
     ``plan`` joins as few graphs as its precisions allow; ``compute_dtypes`` is what each of them
     computes in, quantised parts aside. ``segments`` says at which precision each segment of the
@@ -101,7 +101,7 @@ class EngineSet(Frozen):
 
     @property
     def name(self) -> str:
-        """What to pass as an engine to run it."""
+        """Name to pass as an engine to run it."""
         return f"{self.backend}:{self.precision}"
 
     @property
@@ -145,7 +145,7 @@ class EngineSet(Frozen):
 
 
 class BundleManifest(Frozen):
-    """What a bundle holds; ``files`` maps relative POSIX paths to their hashes.
+    """Contents of a bundle; ``files`` maps relative POSIX paths to their hashes.
 
     ``decoding`` is how image files are read for the model; ``pruning`` says which experts were left
     out, ``None`` if none were; ``denormal_weights`` how many weights were denormal numbers and are
@@ -229,11 +229,11 @@ class Bundle:
         return content
 
     def sealed(self, name: str) -> Sealed:
-        """Return a listed file for whoever loads it later."""
+        """Return a listed file that is loaded later."""
         return Sealed(self.file(name), lambda: self.read(name))
 
     def graph(self, name: str) -> Sealed:
-        """Return a listed ONNX graph for whoever loads it later; its data come with it."""
+        """Return a listed ONNX graph that is loaded later; its data come with it."""
         return Sealed(self.file(name), lambda: self_contained(self.read(name), name, self._beside))
 
     def _beside(self, name: str) -> bytes | None:
@@ -250,7 +250,7 @@ class Bundle:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What went without an error and is hardly wanted: see :mod:`reports.cautions`."""
+        """Warnings of what is hardly wanted, though no error: see :mod:`reports.cautions`."""
         return of_export(self.manifest.macs, self.manifest.parity)
 
     @property

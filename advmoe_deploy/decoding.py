@@ -65,7 +65,7 @@ class Decoding(Frozen):
         return cls(size=size, channels=channels, shorter_side=shorter_side)
 
     def description(self) -> str:
-        """Return the decoder in words, for whoever has to write one without this package."""
+        """Return the decoder in words, for those who write one without this package."""
         square, colour = f"{self.size} x {self.size}", {1: "luminance (ITU-R 601)", 3: "RGB"}
         return (
             "The first frame of a file is turned upright by its EXIF orientation and read as "

@@ -4,18 +4,18 @@ The first line says what the job is, every other line is a row.
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from advmoe_deploy.closing import Closing
-from advmoe_deploy.errors import UsageError, writing
+from advmoe_deploy.errors import MachineError, UsageError, writing
 
 Row = dict[str, Any]
 
@@ -28,6 +28,7 @@ class Journal(Closing):
 
         Raises:
             UsageError: another process uses it, or a link or another kind of file is there.
+            MachineError: the system has no locks of POSIX.
         """
         self.path = path
         self.count = 0
@@ -107,9 +108,13 @@ def continued(path: Path | None, job: Row) -> tuple[Journal, list[Row]]:
 
 
 def _locked(path: Path) -> BinaryIO:
+    if sys.platform == "win32":
+        raise MachineError(f"{path}: files cannot be locked on Windows yet; run it in WSL")
+    import fcntl
+
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _opened(path)
+        file = _opened(path, os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -118,11 +123,10 @@ def _locked(path: Path) -> BinaryIO:
     return file
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path, guards: int) -> BinaryIO:
     """Open a file of our own: what somebody planted there may lead to one that must not change."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | guards, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UsageError(f"{path} is a link, where a journal is to be; remove it") from None

@@ -104,7 +104,7 @@ class RouteStep(Frozen):
 
     @property
     def rows(self) -> str:
-        """How many rows are routed, as a shape says it."""
+        """Number of rows that are routed, as a shape says it."""
         return "N" if self.tokens is None else f"{self.tokens}*N"
 
     @property
@@ -188,7 +188,7 @@ class Plan(Frozen):
 class _Walk:
     """Goes through the steps and knows which tensors there are by now.
 
-    An input of the plan is declared by whoever reads it first.
+    An input of the plan is declared by the step that reads it first.
     """
 
     def __init__(

@@ -83,6 +83,10 @@ def require_private(folder: Path, closed: int) -> None:
 
     A link to a folder is none.
     """
+    if sys.platform == "win32":
+        raise InputError(
+            f"{folder} may be open to others: who writes to it is not known on Windows"
+        )
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & closed:
         raise InputError(f"{folder} is open to others, so no code is loaded from it; delete it")

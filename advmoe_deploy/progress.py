@@ -11,8 +11,8 @@ class Progress(Protocol):
     def start(self, task: str, total: int, done: int = 0) -> None:
         """A task of ``total`` steps begins, of which an earlier run has ``done`` some.
 
-        One that begins before another ends is a part of it. ``LANE: task`` is a part of what else
-        its lane does, for where several work side by side.
+        One that begins before another ends is a part of it. ``OWNER: task`` is a part of what else
+        its owner does, for where several work side by side.
         """
 
     def advance(self, task: str, steps: int = 1, **figures: float) -> None:

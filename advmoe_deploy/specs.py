@@ -53,7 +53,7 @@ class Frozen(BaseModel):
 
 
 class ExpertLayers(Frozen):
-    """Where a ResNet of Robust Experts (arXiv 2509.05086) holds experts, and how they are gated."""
+    """Layers with experts of a ResNet of Robust Experts (arXiv 2509.05086), and their gate."""
 
     kind: ExpertKind
     """What an expert is: a whole residual block, or one convolution."""
@@ -282,7 +282,7 @@ ClassNames = Annotated[tuple[str, ...], AfterValidator(_one_per_class)]
 
 
 class Fingerprint(Frozen):
-    """What a data set holds, as two SHA-256 sums over its pixels.
+    """Fingerprint of a data set: two SHA-256 sums over its pixels.
 
     ``images`` tells which images are to train and which to test on, and which of them are of one
     class; it is the same for every layout, order and spelling of the classes. ``dealt`` tells the
@@ -299,7 +299,7 @@ Pixels = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v
 
 
 class ThreatModel(Frozen):
-    """What the attacker may do."""
+    """Threat model: the norm and the radius of the attacker."""
 
     norm: Literal["linf"] = "linf"
     """Norm of the perturbation."""

@@ -1,6 +1,7 @@
 """The layers of the package: imports point down only, in no circle, and folders stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -39,7 +40,6 @@ LAYERS = [
     {"train", "export"},
     {"serving", "verify", "analysis", "profiling", "evaluation"},
     {"zoo", "comparison"},
-    {"measuring"},
     {"api"},
     {"cli"},
 ]
@@ -52,6 +52,8 @@ NEVER = {
 TORCH_FREE = ("runtime", "serving", "profiling", "evaluation", "comparison")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "publish")
+POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # Windows has none of them
+NO_NOUN = re.compile("(How|It|What|Whatever|When|Where|Whether|Who|Whoever|Whose|Why) ")
 MOST_FILES = 15
 MARKERS = ("__init__.py", "py.typed")  # with nothing to look for in them
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -112,9 +114,23 @@ def test_no_import_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
-def test_every_module_has_a_layer() -> None:
-    for path in MODULES:
-        layer_of(part_of(path))
+@pytest.mark.parametrize("root", [PACKAGE, ROOT / "tests"], ids=lambda root: root.name)
+def test_files_can_be_imported_where_posix_is_not(root: Path) -> None:
+    for path in root.rglob("*.py"):
+        top = ast.parse(path.read_text(encoding="utf-8")).body  # not inside of functions
+        names = {each.name for node in top if isinstance(node, ast.Import) for each in node.names}
+        names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        assert not names & POSIX, path
+
+
+def test_layers_name_what_is_there() -> None:
+    assert sorted(part for parts in LAYERS for part in parts) == sorted({*map(part_of, MODULES)})
+
+
+def test_the_map_of_the_readme_names_every_folder() -> None:
+    where = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things live")[2]
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert not {name for name in folders if f" {name}/" not in where}
 
 
 def test_torch_free_parts_import_without_torch() -> None:
@@ -136,6 +152,16 @@ def test_root_links_lead_into_the_package(name: str) -> None:
     link = ROOT / name
     assert link.is_symlink()
     assert link.resolve() == PACKAGE / name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_docstrings_begin_with_a_noun(path: Path) -> None:
+    """Those of modules and classes; a function says what it returns or does."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            assert not NO_NOUN.match(first), first
 
 
 def test_files_stay_small() -> None:

@@ -1,9 +1,11 @@
 """Code blocks of README and docs/ run, in order, page by page; links and paths lead somewhere."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,13 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A file of the repository or, without its name, of the package; or a folder of the repository.
 PATH = re.compile(
-    r"`((?:[\w.-]+/)*[\w-]+\.(?:py|c|h|yml)|(?:advmoe_deploy|benchmarks|docs|examples|tests)/(?:\w+/)*)`"
+    r"`((?:[\w.-]+/)*[\w-]+\.(?:py|c|h|yml|md)|(?:advmoe_deploy|benchmarks|docs|examples|tests)/(?:\w+/)*)`"
 )
 
+
+# "`NAME`, `NAME` and `NAME`, if need be, in `FILE.py`"
+NAME = re.compile(r"`([A-Za-z_]\w*)`")
+NAMED = re.compile(r"((?:`[A-Za-z_]\w*`(?:,?\sand\s|,\s)?)+)[^`.;|]*\b(?:in|of)\s`([\w/]+\.py)`")
 
 # Pages whose blocks train for half a minute and more; 'make slow' runs them.
 LONG = {"analysis", "gate", "quickstart", "systems", "zoo"}
@@ -103,6 +109,27 @@ def test_paths_in_prose_exist(page: Path) -> None:
     for path in (path for path in paths if not re.search("[A-Z]{3}", path)):  # NAME: a placeholder
         found = any((root / path).exists() for root in (ROOT, ROOT / "advmoe_deploy", page.parent))
         assert found, f"{page.name} speaks of {path}"
+
+
+def test_names_are_defined_where_contributing_says() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    said = [(name, path) for names, path in NAMED.findall(text) for name in NAME.findall(names)]
+    assert len(said) > 30
+    for name, path in said:
+        files = [root / path for root in (ROOT / "advmoe_deploy", ROOT) if (root / path).is_file()]
+        assert files, path
+        assert name in {*names_in(files[0])}, f"{name} is not defined in {path}"
+
+
+def names_in(file: Path) -> Iterator[str]:
+    """Yield the names that a file defines, parameters and fields included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,17 +1,22 @@
 """Every program in examples/ runs, as somebody would start it."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.cli.app import run
+from advmoe_deploy.data.decode import decode_file
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.runtime.select import open_runner
 from tests.models.upstream.test_upstream import TINY, model_of, released_of, write_released
 from tests.serving.online.live import served, wait_until_ready
@@ -19,17 +24,44 @@ from tests.serving.online.live import served, wait_until_ready
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def output_of(name: str, *arguments: object) -> str:
+def output_of(name: str, *arguments: object, **environment: str) -> str:
     command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture
-def digit(tmp_path: Path) -> Path:
-    Image.fromarray(load_dataset("digits").test.images[0, 0]).save(tmp_path / "digit.png")
-    return tmp_path / "digit.png"
+def pictures(tmp_path: Path) -> list[Path]:
+    """A wide, a turned and a 16-bit picture, and one with nothing to it."""
+    rng, turned = np.random.default_rng(7), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    noise = rng.integers(0, 256, (4, 90, 90, 3), np.uint8)
+    Image.fromarray(noise[0, :40]).save(tmp_path / "wide.png")
+    Image.fromarray(noise[1, :60]).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(noise[2, ..., 0].astype(np.uint16) * 100).save(tmp_path / "sixteen.png")
+    Image.fromarray(noise[3, :8, :8]).save(tmp_path / "small.png")
+    return [tmp_path / f"{name}.png" for name in ("sixteen", "small", "turned", "wide")]
+
+
+@pytest.fixture
+def predicted(
+    tiny_bundle: Bundle, pictures: list[Path], tmp_path: Path
+) -> list[tuple[str, float, list[int]]]:
+    """Class, probability and experts of each picture, as ``advmoe predict`` has them."""
+    rows = tmp_path / "rows.jsonl"
+    asked = ("predict", tiny_bundle.path, tmp_path / "*.png", "--output", rows)
+    assert run([*map(str, asked)]) == 0
+    answers = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["path"] for row in answers] == [*map(str, pictures)]
+    return [(row["label"], row["probability"], row["expert_ids"]["router"]) for row in answers]
 
 
 @pytest.fixture
@@ -45,19 +77,38 @@ def test_train_export_predict(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "manifest.json").is_file()
 
 
-def test_plain_onnxruntime_answers_what_we_answer(tiny_bundle: Bundle, digit: Path) -> None:
-    said = output_of("plain_onnxruntime.py", tiny_bundle.path, digit, digit)
-    with open_runner(tiny_bundle) as runner:
-        image = load_dataset("digits").test.images[:1].astype("float32") / 255
-        best = int(runner.infer(image).logits.argmax())
-    assert said.count(f"digit.png: {tiny_bundle.manifest.class_names[best]} (") == 2
+def test_plain_onnxruntime_answers_what_we_answer(
+    tiny_bundle: Bundle, pictures: list[Path], predicted: list, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    said = output_of("plain_onnxruntime.py", tiny_bundle.path, *pictures, HOME=str(home))
+    shown = re.findall(r"png: (\w+) \(([\d.]+)%\); router.expert_ids (\[\d\])", said)
+    assert len(shown) == len(predicted), said
+    for (name, percent, ids), (label, probability, experts) in zip(shown, predicted, strict=True):
+        assert (name, json.loads(ids)) == (label, experts)
+        assert float(percent) == pytest.approx(100 * probability, abs=0.06)  # it shows one decimal
+    assert not [*home.iterdir()]
     program = (EXAMPLES / "plain_onnxruntime.py").read_text()
     assert "advmoe_deploy" not in program
 
 
-def test_ask_server(address: str, digit: Path) -> None:
-    said = output_of("ask_server.py", f"http://{address}/v2/models/advmoe", digit)
-    assert said.startswith("logits [1, 10] [")
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (8, 3), (72, 3)])
+def test_plain_onnxruntime_sees_our_pixels(size: int, channels: int, pictures: list[Path]) -> None:
+    decoding = Decoding.of(size, channels)
+    pixels_of = runpy.run_path(str(EXAMPLES / "plain_onnxruntime.py"))["pixels_of"]
+    for picture in pictures:
+        ours = decode_file(picture, decoding).pixels
+        theirs = pixels_of(picture, decoding.model_dump(mode="json"))
+        assert np.array_equal(np.rint(theirs * 255).astype(np.uint8), ours), picture.name
+
+
+def test_ask_server(address: str, pictures: list[Path], predicted: list) -> None:
+    for picture, (label, probability, experts) in zip(pictures, predicted, strict=True):
+        said = output_of("ask_server.py", f"http://{address}/v2/models/advmoe", picture)
+        name, percent = said.splitlines()[0].rstrip("%").split(": ")
+        assert (name, float(percent)) == (label, pytest.approx(100 * probability, abs=0.006))
+        assert said.endswith(f"experts of router: {experts}\n")
 
 
 def test_import_released(tmp_path: Path) -> None:

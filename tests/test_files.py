@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy.errors import UsageError
+from advmoe_deploy.errors import InputError, MachineError, UsageError
 from advmoe_deploy.files import (
     refuse_existing,
     remove_abandoned,
@@ -18,6 +18,8 @@ from advmoe_deploy.files import (
     write_atomically,
     write_output,
 )
+from advmoe_deploy.journal import Journal
+from advmoe_deploy.process import require_private
 from tests.cli.command_line import read_meanwhile
 
 
@@ -197,3 +199,14 @@ def test_what_a_kill_left_of_single_files_is_swept(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     remove_abandoned(tmp_path)
     assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_what_windows_cannot_promise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(MachineError, match="cannot be locked on Windows"):
+        Journal(tmp_path / "journal")
+    with pytest.raises(InputError, match="not known on Windows"):
+        require_private(tmp_path, 0o077)
+    assert not os.listdir(tmp_path)

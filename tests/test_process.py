@@ -13,6 +13,8 @@ from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.process import default_threads, quota_cpus, step_back, usable_cpus
+from tests.models.upstream.test_upstream import TINY as RELEASED
+from tests.models.upstream.test_upstream import model_of, released_of, write_released
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD and /proc are Linux's")
 
@@ -119,15 +121,24 @@ def leaves_nothing(arguments: list[str], listener: Path, heard: Path, home: Path
 def test_no_command_leaves_an_id_or_looks_up_a_name(
     tiny_bundle: Bundle, listener: Path, tmp_path: Path
 ) -> None:
+    """Commands of seconds: not analyze, benchmark, demo, gate, serve and sweep, nor a hub's."""
     home, heard = tmp_path / "home", tmp_path / "heard"
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    write_released(tmp_path / "best.pth", *released_of(model_of(RELEASED)))
     bundle = str(tiny_bundle.path)
     commands = (
         ["list"],
+        ["show", "digits-advmoe"],
+        ["train", "digits-advmoe", "--out", "run", "--dry-run"],
+        ["inspect", bundle],
+        ["import", "best.pth", "--from", "advmoe", "--set", "image_size=16", "--out", "imported"],
+        ["export", bundle, "--format", "triton", "--out", "repository"],
         ["predict", bundle, "--input", "black.png", "--output", "a.parquet"],
         ["profile", bundle, "--batch", "1", "--against", "", "--html", "page.html"],
         ["doctor"],
         ["verify", bundle, "--images", "2", "--engine", "openvino", "--allow-fragile"],
+        ["eval", bundle, "--images", "2"],
+        ["report", bundle, "--images", "2", "--allow-fragile", "--no-card", "--out", "report"],
     )
     program = ["-c", COMMANDS, str(heard), str(home), json.dumps(commands)]
     leaves_nothing(program, listener, heard, home)

@@ -45,7 +45,7 @@ _WATCHED: tuple[AttackTarget, ...] = ("model", "router")
 
 
 class AnalysisReport(Frozen):
-    """What was found. A section that was not run is ``None``; ``notes`` say what could not be."""
+    """Results of an analysis. A section that was not run is ``None``; ``notes`` say why."""
 
     model: str
     recipe: str
@@ -73,7 +73,7 @@ class AnalysisReport(Frozen):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to analyse. ``steps`` are PGD's; ``journal`` is where smoothing keeps what it has.
+    """Settings of an analysis: ``steps`` are PGD's; smoothing keeps what it has in ``journal``.
 
     ``protocol`` is of the sections radii and capacity.
 

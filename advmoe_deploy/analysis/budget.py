@@ -24,7 +24,7 @@ _JUMP_PASSES = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits: the images, the sections, and the sections that do not."""
+    """Plan within a budget: the images, the sections that fit, and those that do not."""
 
     images: int
     sections: tuple[str, ...]

@@ -41,7 +41,7 @@ Tag = Literal["formal", "diagnostic", "not applicable"]
 _TASK, _JUMPS = "lipschitz", "jumps at boundaries"
 _HALVINGS = 20
 _LOOSEST = 100.0  # times what was sampled; a bound of a deep network is millions of times that
-_CLIMBERS, _CLIMB = 32, 20  # images that climb to steeper places, and their steps
+_ASCENTS, _ASCENT_STEPS = 32, 20  # from as many images to steeper places
 
 Margin = Callable[[Tensor], Tensor]  # images [N, C, H, W] to one margin each, [N]
 
@@ -85,17 +85,17 @@ def lipschitz_constants(
     images: Tensor,
     threat: ThreatModel,
     *,
-    draws: int = 2,
+    samples: int = 2,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Lipschitz, ...]:
     """Return the constants of every fixed expert and every router; of a dense model, its own.
 
-    Gradients are sampled at ``images``, at ``draws`` random points of each one's ball, and on the
+    Gradients are sampled at ``images``, at ``samples`` random points of each one's ball, and on the
     way from the steepest of these to steeper ones, in steps of the ball's radius.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(draws))]
+    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(samples))]
     x = torch.cat(points)
     if not model.rules:
         bound, reason = margin_bound(model, None)
@@ -281,9 +281,9 @@ def _largest_gradient(
         for batch in torch.split(images, BATCH):
             norms.append(_gradient(margin_at(batch), batch)[1])
         norm_N = torch.cat(norms)
-        x = images[norm_N.topk(min(_CLIMBERS, len(images))).indices]
+        x = images[norm_N.topk(min(_ASCENTS, len(images))).indices]
         largest, margin = float(norm_N.max()), margin_at(x)
-        for _ in range(_CLIMB):
+        for _ in range(_ASCENT_STEPS):
             gradient, norm_N = _gradient(margin, x)
             largest = max(largest, float(norm_N.max()))
             x = (x - step * gradient.sign()).clamp(0, 1)

@@ -63,7 +63,7 @@ class TargetRow(Frozen):
 
 
 class Withstood(Frozen):
-    """What one model withstands of PGD with each target.
+    """Shares of images on which one model withstands PGD with each target.
 
     ``together`` counts an image only if no target but ``experts``, which is about a model that
     nobody deploys, changed its answer.
@@ -79,7 +79,7 @@ class Withstood(Frozen):
 
 
 class ExpertReport(Frozen):
-    """How redundant the experts are and what each part withstands.
+    """Redundancy of the experts, and what each part withstands.
 
     ``disagreement`` [E][E] is the share of images that two fixed experts answer differently.
     ``gated`` is the model as it runs, attacked as each fixed expert is; ``targets`` and

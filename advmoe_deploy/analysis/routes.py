@@ -14,7 +14,7 @@ from advmoe_deploy.specs import Frozen
 
 
 class LayerUse(Frozen):
-    """How one routed layer uses its experts on clean images.
+    """Use of the experts of one routed layer on clean images.
 
     ``load`` counts choices per expert, ``by_class`` the same per class of image [classes][experts];
     a row counts once for each of its ``top_k`` experts. ``effective_routes`` is exp of the entropy

@@ -33,7 +33,7 @@ class Histogram(Frozen):
 
 
 class LayerChange(Frozen):
-    """What happened to the routes of one layer, means over all rows.
+    """Change of the routes of one layer, means over all rows.
 
     ``set_change`` is 1 - mean intersection over union of the chosen experts, ``flip_rate`` the
     share of rows whose best expert changed, ``js_distance`` the Jensen-Shannon distance (root of

@@ -26,7 +26,7 @@ class Marked(Share):
 
 
 class Difference(Frozen):
-    """How much larger one share of some images is than another of the same ones.
+    """Difference of two shares of the same images, the first less the second.
 
     ``low`` and ``high`` are its paired 95 % interval: two shares may differ beyond chance although
     their own intervals overlap, for the same images are hard for both.

@@ -56,7 +56,7 @@ class Sloped(Tensor):
 
     @property
     def moved(self) -> float:
-        """How far all elements together move at most; found out when first asked for."""
+        """Largest move of all elements together; found out when first asked for."""
         if self.convolved is not None:
             self.least = min(self.least, self.convolved.scaled())
             self.convolved = None

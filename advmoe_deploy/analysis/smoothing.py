@@ -34,9 +34,10 @@ _CURVE_POINTS = 41
 
 
 class Smoothing(Frozen):
-    """How to certify: ``n0`` draws pick the class, ``n`` others count it; noise is N(0, sigma^2).
+    """Parameters of a certificate: ``n0`` samples pick the class, ``n`` others count it.
 
-    ``sigma`` is in [0, 1] pixels. The radius is at most sigma * Phi^-1(alpha ** (1 / n)).
+    Noise is N(0, sigma^2), ``sigma`` in [0, 1] pixels. The radius is at most
+    sigma * Phi^-1(alpha ** (1 / n)).
     """
 
     sigma: float = Field(0.25, gt=0, allow_inf_nan=False)
@@ -69,7 +70,7 @@ class CurveOfRadii(Frozen):
 
 
 class SmoothingReport(Frozen):
-    """What the smoothed classifier is certified for. ``abstained`` counts images.
+    """Certificates of the smoothed classifier. ``abstained`` counts images.
 
     ``vacuous``: no right answer has a radius that reaches another image of 8 bits.
     """
@@ -93,7 +94,7 @@ def lower_confidence_bound(count: int, trials: int, alpha: float) -> float:
 
 
 def l2_radius(count: int, settings: Smoothing) -> float:
-    """Return the radius that ``count`` of ``settings.n`` draws certify; 0 means to abstain."""
+    """Return the radius that ``count`` of ``settings.n`` samples certify; 0 means to abstain."""
     share = lower_confidence_bound(count, settings.n, settings.alpha)
     return settings.sigma * float(_stats().norm.ppf(share)) if share > 0.5 else 0.0
 
@@ -142,12 +143,12 @@ def _certified(
 
 
 def _counts(
-    model: Classifier, image: Tensor, draws: int, sigma: float, generator: torch.Generator
+    model: Classifier, image: Tensor, samples: int, sigma: float, generator: torch.Generator
 ) -> Tensor:
-    """Return how often each class is the answer under ``draws`` noises, int64 [K]."""
+    """Return how often each class is the answer under ``samples`` noises, int64 [K]."""
     total = torch.zeros(model.spec.num_classes, dtype=torch.int64)
-    for start in range(0, draws, _BATCH):
-        shape = (min(_BATCH, draws - start), *image.shape)
+    for start in range(0, samples, _BATCH):
+        shape = (min(_BATCH, samples - start), *image.shape)
         noise = torch.randn(shape, generator=generator).to(image)
         logits = model(image + sigma * noise)
         if not bool(torch.isfinite(logits).all()):

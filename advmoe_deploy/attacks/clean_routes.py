@@ -8,7 +8,7 @@ from advmoe_deploy.models.routing.routing import Routes, Routing
 
 
 class CleanRoutes:
-    """What every routed layer decided for one batch of images, to be forced on its attacked rows.
+    """Decisions of every routed layer for one batch, to be forced on its attacked rows.
 
     Shapes: N images, T routed rows per image (1, or its tokens), E experts, K experts per row.
     """

@@ -1,4 +1,4 @@
-"""What an attack makes large, per image: cross-entropy, or the lead of a wrong class.
+"""Losses of attacks, per image: cross-entropy, or the lead of a wrong class.
 
 Shapes: N images, K classes.
 """

@@ -17,7 +17,7 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 @dataclass(frozen=True)
 class Ascent:
-    """Where an attack stands: the direction to go, each image's loss, and who is fooled."""
+    """State of an ascent: the direction to go, each image's loss, and who is fooled."""
 
     gradient_NCHW: Tensor
     loss_N: Tensor
@@ -25,7 +25,7 @@ class Ascent:
 
 
 class Objective(Protocol):
-    """What an attack ascends: ``objective(images, labels, rows) -> Ascent``."""
+    """Objective that an attack ascends: ``objective(images, labels, rows) -> Ascent``."""
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
         """Return the ascent at ``images_NCHW``, which stand for ``rows_N`` of a batch."""

@@ -62,7 +62,7 @@ def rays(
 
 @dataclass
 class _State:
-    """Where the search stands for each image left.
+    """State of the search for each image left.
 
     ``signs_AD`` is the best direction, ``radius_A`` its radius or infinity while none fools, and
     ``flip_A`` the block that is being tried. While ``halving_A``, the new direction fools at

@@ -38,11 +38,11 @@ class Scene:
 
     @property
     def error_goal(self) -> float:
-        """How far a wrong class has to lead, in logits."""
+        """Lead that a wrong class has to have, in logits."""
         spread_N = self.logits_NK.amax(dim=1) - self.logits_NK.amin(dim=1)
         return _GOAL * float(spread_N.median())
 
     @property
     def route_goal(self) -> float:
-        """How far a route has to lead, in scores."""
+        """Lead that a route has to have, in scores."""
         return _GOAL * min(map(route_gap, self.routings.values()))

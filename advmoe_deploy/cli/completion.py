@@ -1,4 +1,4 @@
-"""What the shell offers when Tab is pressed. Nothing here may load torch, or take long."""
+"""Completion for the shell's Tab. Nothing here may load torch, or take long."""
 
 import os
 from collections.abc import Iterable

@@ -33,7 +33,7 @@ class Command(TyperCommand):
 
 
 class Interrupts:
-    """Whether Ctrl-C came, even where native code made another error of it."""
+    """Record of Ctrl-C, kept even where native code made another error of it."""
 
     def __init__(self) -> None:
         self.came = False

@@ -19,7 +19,7 @@ _FRACTIONS = re.compile(r"([\d.]+)(/\d+)\.\.([\d.]+)\2")  # of one denominator
 
 @dataclass(frozen=True)
 class Grid:
-    """Where to attack and with how much room, ``None`` for the protocol's own, and the twin."""
+    """Radii and capacities of an analysis, ``None`` for the protocol's own, and the twin."""
 
     radii: tuple[float, ...] | None
     capacities: tuple[float, ...] | None

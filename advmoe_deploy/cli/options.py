@@ -115,28 +115,28 @@ AllowFragile = Annotated[
 
 
 class LogFormat(str, Enum):
-    """How the server's log is written."""
+    """Format of the server's log."""
 
     text = "text"
     json = "json"
 
 
 class OnError(str, Enum):
-    """What unreadable inputs do to the exit code of a batch job."""
+    """Policy on unreadable inputs: what they do to the exit code of a batch job."""
 
     keep = "keep"
     fail = "fail"
 
 
 class Place(str, Enum):
-    """Where a batch job runs."""
+    """Place where a batch job runs."""
 
     local = "local"
     ray = "ray"
 
 
 class Suite(str, Enum):
-    """How hard ``verify`` attacks."""
+    """Attack suites of ``verify``, by effort."""
 
     quick = "quick"
     standard = "standard"

@@ -40,7 +40,7 @@ EXAMPLES = "examples.npz"
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to verify: engines, the first of which gives the figures, and on which images."""
+    """Options of a verification: engines, the first of which gives the figures, and the images."""
 
     engines: tuple[str, ...]
     attacks: Suite

@@ -32,7 +32,7 @@ _unfinished: ContextVar["_Unfinished | None"] = ContextVar("unfinished", default
 
 
 class _Unfinished(NamedTuple):
-    """What a command line needs in addition, and must not say, to go on; once there is a state."""
+    """Options that a command line needs, or must not have, to go on; once there is a state."""
 
     more: tuple[str, ...]
     without: tuple[str, ...]
@@ -40,7 +40,7 @@ class _Unfinished(NamedTuple):
 
 
 class Session:
-    """Where a command says what came out, drawn for people or as one JSON object."""
+    """Output of a command, drawn for people or as one JSON object."""
 
     def __init__(self, stdout: TextIO, progress: "Screen", *, as_json: bool) -> None:
         self.progress = progress
@@ -170,7 +170,7 @@ def this_command(*more: str, without: Sequence[str] = ()) -> str:
 def command_that_goes_on() -> str | None:
     """Return the whole command that goes on where this run was stopped, if any does.
 
-    Whoever began something that can be resumed has said so by :meth:`Session.resumable`.
+    Commands that can be resumed have said so by :meth:`Session.resumable`.
     """
     found = _unfinished.get()
     if found is None or not found.has_state():

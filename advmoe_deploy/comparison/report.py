@@ -44,7 +44,7 @@ class Contender(Frozen):
 
     @property
     def name(self) -> str:
-        """What to call it: as ``--engine`` takes it, or the dense network's."""
+        """Name as ``--engine`` takes it, or that of the dense network."""
         return "dense network" if self.model == "dense" else f"{self.engine}:{self.precision}"
 
 

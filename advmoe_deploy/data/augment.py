@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Moves:
-    """How each image is shifted, by up to ``crop_padding`` pixels, and whether it is mirrored."""
+    """Shifts of images, by up to ``crop_padding`` pixels, and which are mirrored."""
 
     crop_padding: int
     shifts_2N: Tensor | None

@@ -59,7 +59,7 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Head:
-    """What the head of an image file says: its size in pixels, and whether it is grey."""
+    """Head of an image file: its size in pixels, and whether it is grey."""
 
     width: int
     height: int

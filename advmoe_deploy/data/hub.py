@@ -35,12 +35,12 @@ class HubSet:
 
     @property
     def way_out(self) -> str:
-        """What to do when the data cannot be had."""
+        """Way out when the data cannot be had."""
         return f"pass --data {self.name}:PATH or set {FOLDER_VARIABLE}"
 
     @property
     def wanted(self) -> Wanted:
-        """What to look for in a folder: its own names first, then what others call them."""
+        """Names to look for in a folder: its own first, then those that others use."""
         usual = Wanted()
         validation = ("val", "valid", "validation")
         test = (*validation, "test") if self.test in validation else usual.test

@@ -20,7 +20,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Trained:
-    """What a model was made for: its spec, its class names, how its images are read, its data."""
+    """Spec of a trained model, its class names, its decoder of images, and its data."""
 
     spec: ModelSpec
     class_names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What an imported run remembers: its classes, its data and its threat model, held against it."""
+"""Classes, data and threat model that an imported run remembers, held against it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _SIZE = 32
 
 @dataclass(frozen=True)
 class Remembered:
-    """What was said of a model before its file was read; ``note`` hears what is assumed."""
+    """Classes, data and threat that were named for a model; ``note`` hears what is assumed."""
 
     class_names: tuple[str, ...]
     source: str

@@ -36,7 +36,7 @@ from advmoe_deploy.specs import Precision
 
 @dataclass(frozen=True)
 class _Labelled:
-    """What is asked about: test images [N, C, H, W] of a source, labelled as the model's are."""
+    """Test images [N, C, H, W] of a source, labelled as the model's are."""
 
     source: str
     x_NCHW: Images
@@ -59,7 +59,7 @@ class _Labelled:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is asked: how it computes, and the experts of its routed layers."""
+    """Subject of an evaluation: how it computes, and the experts of its routed layers."""
 
     path: Path
     kind: Literal["run", "bundle"]

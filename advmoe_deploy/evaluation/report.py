@@ -32,7 +32,7 @@ class ConfidenceBin(Frozen):
 
 
 class Reliability(Frozen):
-    """How far confidence, the probability of the predicted class, is the chance of being right.
+    """Agreement of confidence, the predicted class's probability, with the chance of being right.
 
     ``ece`` is the expected calibration error: the mean distance of accuracy from confidence over
     the ``bins``, each weighted by its images. ``negative_log_likelihood``, in nats, is that of the
@@ -49,7 +49,7 @@ class Reliability(Frozen):
 
 
 class ExpertUse(Frozen):
-    """Where one layer sends its rows: images or tokens, each once for every expert it goes to.
+    """Load of one layer's experts: images or tokens, each once for every expert it goes to.
 
     ``effective_routes`` is exp of the entropy of ``shares``: as many as there are experts where all
     are used alike.
@@ -62,7 +62,7 @@ class ExpertUse(Frozen):
 
 
 class Confusion(Frozen):
-    """How many images of one class were taken for another."""
+    """Number of images of one class that were taken for another."""
 
     label: str
     taken_for: str
@@ -70,7 +70,7 @@ class Confusion(Frozen):
 
 
 class EvalReport(Frozen):
-    """What a model answers to the clean test images of ``data``; nothing was attacked.
+    """Results on the clean test images of ``data``; nothing was attacked.
 
     ``kind`` says whether it is a run, computed by ``torch``, or a bundle, by its ``engine``.
     ``accuracy`` has a 95 % Wilson interval. Row L of ``confusion`` counts the images of class L by

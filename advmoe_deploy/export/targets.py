@@ -50,7 +50,7 @@ class Target:
 
     @property
     def folder(self) -> str:
-        """Where in the bundle they go; engines are told apart by their device, too."""
+        """Folder of theirs in the bundle; engines are told apart by their device, too."""
         return f"engines/{self.backend}-{self.precision}"
 
 

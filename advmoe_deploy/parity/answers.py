@@ -39,7 +39,7 @@ class RouteAnswers:
 
     @property
     def expert_load(self) -> tuple[int, ...]:
-        """How many rows each expert gets; a row counts for each of its experts."""
+        """Numbers of rows that experts get; a row counts for each of its experts."""
         load = np.bincount(self.expert_ids.reshape(-1), minlength=self.scores.shape[1])
         return tuple(load.tolist())
 

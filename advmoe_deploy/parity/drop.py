@@ -25,7 +25,7 @@ _MOST_IMAGES = 10**9
 
 
 class Drop(Frozen):
-    """How many of ``images`` images only the reference gets right, and how many only the engine.
+    """Numbers of ``images`` images that only the reference, and that only the engine gets right.
 
     Images that both get right, or both wrong, say nothing of a difference. Where the true drop is
     nil, the images of either kind are a matter of chance, and of 100 images a whole point is one
@@ -64,7 +64,7 @@ class Drop(Frozen):
 
     @property
     def p(self) -> float:
-        """How likely a difference this large is, in either direction, where there is none.
+        """Probability of a difference this large, in either direction, where there is none.
 
         Source: Q. McNemar, Psychometrika 12 (1947), exact: each image that differs is a fair coin.
         """
@@ -73,7 +73,7 @@ class Drop(Frozen):
 
     @property
     def p_lost(self) -> float:
-        """How likely the engine gets as few right or fewer where there is no difference."""
+        """Probability that the engine gets as few right or fewer where there is no difference."""
         return _heads_at_most(self.only_engine, self._discordant)
 
     @property

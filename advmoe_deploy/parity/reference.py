@@ -77,7 +77,7 @@ def compare_with_reference(
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How far float32 takes a model from itself in float64.
+    """Distance of a model in float32 from itself in float64.
 
     ``rounding`` is the largest difference of logits and routing weights, relative to a row's
     largest where that exceeds 1, and ``scores`` that of scores as they are, both over images that
@@ -89,7 +89,7 @@ class Uncertainty:
 
     @property
     def margin(self) -> float:
-        """How near the best scores are where another processor may choose the other expert."""
+        """Margin of the best scores below which another processor may choose the other expert."""
         return margin_for(self.scores, least=CLOSE_CALL)
 
 

@@ -1,4 +1,4 @@
-"""Whether a lower precision gains time on this CPU; where it does not, that is worth a line."""
+"""Gain in time of a lower precision on this CPU; where there is none, a line says so."""
 
 from contextlib import ExitStack
 from functools import partial

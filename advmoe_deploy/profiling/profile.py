@@ -48,7 +48,7 @@ class _Subject:
 
     @property
     def device(self) -> str:
-        """What it runs on."""
+        """Device that it runs on."""
         return f"gpu ({gpu().name})" if self.engine in ON_GPU else f"cpu ({processor_name()})"
 
     @property

@@ -25,7 +25,7 @@ class Macs(Frozen):
 
 
 class LayerParity(Frozen):
-    """How the routes of one layer compare; rows are images or, where those are routed, tokens.
+    """Parity of the routes of one layer; rows are images or, where those are routed, tokens.
 
     ``rows`` are those compared: not those of images in which an earlier layer flipped, for after
     that everything differs. They are ``close_calls`` where the last score chosen and the first not
@@ -47,7 +47,7 @@ class LayerParity(Frozen):
 
 
 class ParityReport(Frozen):
-    """How an exported model compares with its torch reference on the same images.
+    """Parity of an exported model and its torch reference on the same images.
 
     ``route_agreement`` is the share of rows, over all layers, that go to the same experts, close
     calls (scores within ``margin``) aside; 0 if there is none to compare, 1 if nothing routes.
@@ -122,7 +122,7 @@ class Pair(Frozen):
 
 
 class Calibration(Frozen):
-    """What int8 scales were taken from: training images, clean and attacked on the torch model.
+    """Images that int8 scales were taken from: of training, clean and attacked on the torch model.
 
     ``attack`` and ``epsilon`` are ``None`` where no threat model is declared, and then there are no
     attacked images. ``all_rows`` names experts that none of the images visits: they were calibrated
@@ -151,7 +151,7 @@ class Calibration(Frozen):
 
 
 class RouterPrecision(Frozen):
-    """What routers in the lower precision would have done, and what it costs that they are not.
+    """Routes that routers of the lower precision would take, and the cost that they are not.
 
     Agreement is that of :class:`ParityReport`; times are medians in ms of one batch, taken in turn.
     """
@@ -183,7 +183,7 @@ class OwnAttack(Frozen):
 
 
 class PrecisionReport(Frozen):
-    """How a lower precision compares with the torch model, and what had to stay in a higher one.
+    """Comparison of a lower precision with the torch model, and what had to stay in a higher one.
 
     ``raised`` says of each segment that did why. ``prediction_agreement`` is the share
     of the parity's images that get the same class. Accuracies, shares in [0, 1], are those of
@@ -263,7 +263,7 @@ class LatencyRow(Frozen):
 
 
 class LatencyRatio(Frozen):
-    """How many times slower ``a`` is than ``b``: ratio of medians, 95 % bootstrap interval.
+    """Ratio of the median latency of ``a`` to that of ``b``, with a 95 % bootstrap interval.
 
     ``a`` ran on ``a_engine`` in ``a_precision``, ``b`` on ``engine`` in ``precision``.
     """
@@ -286,7 +286,7 @@ class LatencyRatio(Frozen):
 
     @property
     def words(self) -> str:
-        """How fast ``b`` is beside ``a``, both on their engines where those differ."""
+        """Speed of ``b`` beside ``a`` in words, with their engines where those differ."""
         a, b = (MODEL_NAMES.get(name, name) for name in (self.a, self.b))
         if not self.same_engine:
             a = f"{a} on {self.a_engine} {self.a_precision}"

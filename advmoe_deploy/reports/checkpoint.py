@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its weights, read without PyTorch."""
+"""Record of a checkpoint beside its weights, read without PyTorch."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ class Checkpoint(Frozen):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model whose weights came alone; ``data`` goes into its provenance."""
+    """Classes and threat of a model whose weights came alone; ``data`` goes into its provenance."""
 
     class_names: tuple[str, ...]
     threat: ThreatModel | None = None

@@ -39,20 +39,20 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
 
 
 class Work(Protocol):
-    """What a batch goes through: it is routed, and the rows of each lane run together."""
+    """Computation of a batch: it is routed, and the rows of each pathway run together."""
 
     @property
-    def lanes(self) -> int:
-        """How many lanes there are, at most."""
+    def pathways(self) -> int:
+        """Number of pathways, at most."""
 
     def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
-        """Return the lane of each image [N, C, H, W], and the rows to hand to :meth:`run`."""
+        """Return the pathway of each image [N, C, H, W], and the rows to hand to :meth:`run`."""
 
     def count(self, rows: int) -> int:
         """Return how many of so many rows should run at once."""
 
-    def run(self, lane: int, rows: Rows) -> Prediction:
-        """Return the prediction for rows of one lane."""
+    def run(self, pathway: int, rows: Rows) -> Prediction:
+        """Return the prediction for rows of one pathway."""
 
 
 def work_of(runner: Runner) -> Work:
@@ -65,9 +65,9 @@ def work_of(runner: Runner) -> Work:
 
 
 class _Whole:
-    """One lane: whatever routes does so inside, and sends rows to experts there."""
+    """One pathway: whatever routes does so inside, and sends rows to experts there."""
 
-    lanes = 1
+    pathways = 1
 
     def __init__(self, runner: Runner, sizes: Sequence[int]) -> None:
         self._runner, self._sizes = runner, sizes
@@ -78,18 +78,18 @@ class _Whole:
     def count(self, rows: int) -> int:
         return _bucket(rows, self._sizes)[0]
 
-    def run(self, lane: int, rows: Rows) -> Prediction:
+    def run(self, pathway: int, rows: Rows) -> Prediction:
         images = rows.tensors["images"]
         return self._runner.infer(_padded(images, self._sizes))[: len(images)]
 
 
 class _Pathways:
-    """A lane for each expert of the last step, which makes the logits."""
+    """A pathway for each expert of the last step, which makes the logits."""
 
     def __init__(self, runner: PlanRunner, step: ExpertsStep, sizes: Sequence[int]) -> None:
         self._runner, self._step, self._sizes = runner, step, sizes
         self._route = runner.plan.route(step.layer)
-        self.lanes = len(self._route.kept)
+        self.pathways = len(self._route.kept)
 
     def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
         parts, start = [], 0
@@ -109,9 +109,9 @@ class _Pathways:
     def count(self, rows: int) -> int:
         return _bucket(rows, self._sizes)[0]
 
-    def run(self, lane: int, rows: Rows) -> Prediction:
+    def run(self, pathway: int, rows: Rows) -> Prediction:
         x = rows.tensors[self._step.input]
-        answer = self._runner.run_expert(self._step, lane, _padded(x, self._sizes))[: len(x)]
+        answer = self._runner.run_expert(self._step, pathway, _padded(x, self._sizes))[: len(x)]
         if self._route.weighting != "one":
             answer = answer * rows.tensors[self._route.weights]
         return prediction_of(self._runner.routes, {**rows.tensors, "logits": answer}, len(x))

@@ -47,7 +47,7 @@ class Runner(Protocol):
 
     @property
     def precision(self) -> Precision:
-        """What the answers were computed in, at the lowest."""
+        """Lowest precision that answers were computed in."""
 
     @property
     def tf32(self) -> bool:

@@ -30,7 +30,7 @@ class Window:
 
     @property
     def errors(self) -> int:
-        """How many rows have no answer."""
+        """Number of rows without an answer."""
         return count_errors(self.rows)
 
 

@@ -24,7 +24,7 @@ Place = Literal["local", "ray"]
 
 
 class BatchReport(Frozen):
-    """What a batch job did: ``images`` rows, of which ``errors`` have no answer.
+    """Results of a batch job: ``images`` rows, of which ``errors`` have no answer.
 
     ``resumed`` rows came from an earlier, interrupted run; ``images_per_s`` is about the others.
     ``unread`` are the first few without an answer, ``skipped`` says what else is there and why it
@@ -46,7 +46,7 @@ class BatchReport(Frozen):
 
 @dataclass(frozen=True)
 class Job:
-    """How inputs are classified."""
+    """Settings of a batch job."""
 
     bundle: Bundle
     columns: RowFormat

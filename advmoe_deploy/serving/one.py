@@ -19,7 +19,7 @@ class ClassAnswer(Frozen):
 
 
 class OneAnswer(Frozen):
-    """What a model says of one picture; ``expert_ids`` by layer, of tokens a list for each."""
+    """Answer to one picture; ``expert_ids`` by layer, of tokens a list for each."""
 
     path: str
     label: str

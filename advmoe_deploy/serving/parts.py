@@ -23,7 +23,7 @@ class Part(Protocol):
     """Some inputs in a fixed order, counted from 0."""
 
     def __len__(self) -> int:
-        """How many inputs there are."""
+        """Number of inputs."""
 
     def names(self, start: int) -> Iterator[str]:
         """Yield the name of each in its row, from the input numbered ``start`` on."""

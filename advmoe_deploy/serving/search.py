@@ -32,7 +32,7 @@ _Place = tuple[Path, bool]
 
 
 class Skipped(Frozen):
-    """What is no input for one ``reason``: how many files or folders, and their names.
+    """Files or folders that are no inputs for one ``reason``: their number, and some names.
 
     Of what lies in shards, ``examples`` are the first few of each shard.
     """

@@ -34,7 +34,7 @@ _SECONDS_TO_ANSWER = 10
 
 @dataclass(frozen=True)
 class SpreadJob:
-    """What a worker has to know: the bundle by ``folder`` and ``identity``, and how it is run.
+    """Job of a worker: the bundle by ``folder`` and ``identity``, and how it is run.
 
     Relative paths of inputs are relative to ``cwd``. ``threads`` are those of one worker.
     """

@@ -1,4 +1,4 @@
-"""What the rows of a batch job come to: errors, and accuracy where folders name the classes."""
+"""Totals of the rows of a batch job: errors, and accuracy where folders name the classes."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

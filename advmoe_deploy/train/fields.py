@@ -130,7 +130,7 @@ class TrainFields(Frozen):
     """The router takes its step on one of so many batches."""
     random_routes: float = Field(0.0, ge=0, le=1)
     """Share of the images sent to random experts in the experts' step, attacked and clean, so that
-    each learns from all kinds and whoever moves a route moves little else."""
+    each learns from all kinds, and to move a route moves little else."""
     route_stability: float = Field(0.0, ge=0)
     """Weight of KL(scores || scores under attack) in the router's loss."""
     balanced_start: bool = False

@@ -150,7 +150,7 @@ def _stem(source: str) -> str:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is known of a run before its images are; ``early`` holds what was said, validated."""
+    """Request of a run before its images are known; ``early`` holds what was said, validated."""
 
     name: str
     base: TrainConfig

@@ -51,7 +51,7 @@ _NOISE = 0.05  # in [0, 1] pixels
 
 @dataclass(frozen=True)
 class Limits:
-    """What a lower precision may change.
+    """Limits on what a lower precision may change.
 
     ``logits`` is the distance, relative to an image's norm, that a quarter may exceed;
     ``probability`` the mean total variation, one image of ``FAR`` aside; ``far`` the share of

@@ -33,7 +33,7 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Closeness:
-    """What counts as the same logits: within ``tolerance`` of float32, or in a lower precision."""
+    """Tolerance of logits: within ``tolerance`` of float32, or in a lower precision."""
 
     exact: bool
     tolerance: float
@@ -47,7 +47,7 @@ class Closeness:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What both answer to ``x_NCHW``; ``margin`` is what a close call of routes is."""
+    """Answers of both to ``x_NCHW``; ``margin`` is what a close call of routes is."""
 
     model: Classifier
     x_NCHW: Images
@@ -58,7 +58,7 @@ class Evidence:
 
     @property
     def images(self) -> int:
-        """How many images were answered."""
+        """Number of images that were answered."""
         return len(self.x_NCHW)
 
     def ids(self, layer: str) -> NDArray[np.int64]:
@@ -80,7 +80,7 @@ class Evidence:
 
     @cached_property
     def along(self) -> Logits:
-        """What the reference answers if it goes the way that the engine says it went."""
+        """Answers of the reference if it goes the way that the engine says it went."""
         return self.routed({layer: self.ids(layer) for layer in self.reference.routes})
 
     @cached_property

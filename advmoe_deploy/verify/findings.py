@@ -33,7 +33,7 @@ class Finding(Frozen):
 
 
 class ConsistencyReport(Frozen):
-    """How an engine answers clean images, beside its torch reference and beside itself.
+    """Consistency of an engine on clean images with its torch reference and with itself.
 
     ``exact`` says that it was held to what float32 rounds, not to the limits of a lower precision.
     ``size_images`` images were asked in batches of several sizes. ``probability_difference`` is the

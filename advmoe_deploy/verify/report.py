@@ -44,7 +44,7 @@ class Sign(Frozen):
 
 
 class ReferenceReport(Frozen):
-    """Whether the reference withstands more than chance explains; else nothing can be preserved.
+    """Robustness of the reference beside chance: if it has none, nothing can be preserved.
 
     ``robust_accuracy`` of ``images`` has a 95 % interval. ``chance`` is what an answer that looks
     at no image gets right: one by the number of classes or, where those are shown to be unequal,
@@ -73,7 +73,7 @@ class ReferenceReport(Frozen):
 
 
 class RobustReport(Frozen):
-    """Whether robustness survived the export. Accuracies are shares in [0, 1].
+    """Verdict on the robustness of an export. Accuracies are shares in [0, 1].
 
     ``robust_accuracy`` counts an image as robust only if no attack changed its answer. With
     ``tf32``, fp32 was rounded to TF32 where that is faster. A finding of ``consistency`` fails the
@@ -110,7 +110,7 @@ class RobustReport(Frozen):
 
     @property
     def lost(self) -> Accuracy | None:
-        """What failed this report; ``None`` where no accuracy did."""
+        """Accuracy that failed this report; ``None`` where none did."""
         if self.robust_drop.verdict == "failed":
             return "robust"
         return "clean" if self.clean_drop.verdict == "failed" else None
@@ -127,7 +127,7 @@ class RobustReport(Frozen):
 
     @property
     def decided_by(self) -> str:
-        """What decides on robust accuracy where the interval of its drop does not; else empty.
+        """Ground of the verdict on robust accuracy where its drop's interval is none; else empty.
 
         It is empty, too, where the verdict is on something else.
         """
@@ -141,10 +141,10 @@ class RobustReport(Frozen):
 
     @property
     def parity(self) -> ParityReport:
-        """How clean answers compare."""
+        """Comparison of clean answers."""
         return self.consistency.parity
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Where the engine does not answer as the reference does."""
+        """Findings of the engine not answering as the reference does."""
         return self.consistency.findings

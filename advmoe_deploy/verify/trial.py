@@ -54,7 +54,7 @@ def searches_of(
 
 @dataclass
 class Sides:
-    """What holds of each image [N] on the reference and on the engine."""
+    """Flags of each image [N] on the reference and on the engine."""
 
     reference_N: Flags
     engine_N: Flags

@@ -41,12 +41,12 @@ _TRAIN_REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Packing:
-    """How to pack: whether to round to fp16, and what goes into record and card.
+    """Settings of packing: whether to round to fp16, and what goes into record and card.
 
     ``results`` are files that :func:`~advmoe_deploy.zoo.evaluation.read_evaluation` reads; without
     any, what the run says of itself is taken. ``data`` are the images on which rounding is
     measured, by default the run's own. ``licence`` is that of the weights. ``portable`` leaves out
-    where the data lay on this machine, for whoever gets the model has them elsewhere.
+    where the data lay on this machine, for those who get the model have them elsewhere.
     """
 
     half: bool = False

@@ -64,7 +64,7 @@ class Evaluation(Frozen):
 
 
 class Rounding(Frozen):
-    """What rounding float32 weights to fp16 did, measured on ``images`` images of ``data``.
+    """Effect of rounding float32 weights to fp16, measured on ``images`` images of ``data``.
 
     ``lost`` weights were nearer to zero than fp16 can say, and are zero. The agreements are shares:
     of predictions, and of the routes of the layer where they agree least.

@@ -1,4 +1,4 @@
-"""What ``advmoe push`` uploads: files of a run's model or of a bundle, and a README.
+"""Uploads of ``advmoe push``: files of a run's model or of a bundle, and a README.
 
 The README is the model card, headed by metadata in the hub's own form: what was measured.
 """
@@ -31,7 +31,7 @@ _STALE = (
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be in a repository: by path in it, a file of this machine or its content."""
+    """Contents of a repository: by path in it, a file of this machine or its content."""
 
     kind: str
     files: Mapping[str, Path | bytes]

@@ -15,9 +15,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from advmoe_deploy.bundle import REFERENCE, open_bundle
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.train.run.report import versions
 
 RESULT = Path(__file__).parents[1] / "results" / "loaded_cpu.json"
@@ -25,13 +29,28 @@ COMMAND = "import sys; from advmoe_deploy.cli.app import run; sys.exit(run(sys.a
 BUSY = "import torch\ntorch.set_num_threads({cores})\na = torch.rand(1000, 1000)\nwhile True: a @ a"
 
 
-def seconds_of(bundle: Path) -> float:
-    """Return how long one call takes as a process of its own."""
+def timed(bundle: Path) -> tuple[float, dict[str, Any]]:
+    """Return how long one call takes as a process of its own, and its report."""
     options = ["--images", "5", "--threads", "1", "--json"]
     began = time.perf_counter()
     command = [sys.executable, "-c", COMMAND, "verify", str(bundle), *options]
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - began
+    done = subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began, json.loads(done.stdout)
+
+
+def circumstances(bundle: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Return of what, on what and when it was measured."""
+    manifest = open_bundle(bundle).manifest
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "model": manifest.training["recipe"]["name"],
+        "weights_sha256": manifest.files[REFERENCE].sha256,
+        **{name: report[name] for name in ("data", "images", "engine", "precision")},
+        "threads": 1,
+        "cores": os.cpu_count(),
+        "processor": processor_name(),
+        "versions": {**versions(), "onnxruntime": onnxruntime_version()},
+    }
 
 
 @contextmanager
@@ -52,17 +71,15 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    seconds_of(arguments.bundle)
+    _, report = timed(arguments.bundle)
     alone, loaded = [], []
     for _ in range(arguments.rounds):
-        alone.append(seconds_of(arguments.bundle))
+        alone.append(timed(arguments.bundle)[0])
         with busy():
-            loaded.append(seconds_of(arguments.bundle))
+            loaded.append(timed(arguments.bundle)[0])
         print(f"alone {alone[-1]:.1f} s, loaded {loaded[-1]:.1f} s", flush=True)
     result = {
-        "cores": os.cpu_count(),
-        "processor": processor_name(),
-        "versions": versions(),
+        **circumstances(arguments.bundle, report),
         "alone_seconds": alone,
         "loaded_seconds": loaded,
         "ratio_of_medians": statistics.median(loaded) / statistics.median(alone),

@@ -139,11 +139,11 @@ def _with_margins(runner: Any) -> Callable[[np.ndarray], Prediction]:
     work = work_of(runner)
 
     def answer(images: np.ndarray) -> Prediction:
-        lanes_N, rows = work.route(images)
-        order_N = np.argsort(lanes_N, kind="stable")
+        pathways_N, rows = work.route(images)
+        order_N = np.argsort(pathways_N, kind="stable")
         parts = [
-            work.run(int(lane), rows[order_N[lanes_N[order_N] == lane]])
-            for lane in np.unique(lanes_N)
+            work.run(int(pathway), rows[order_N[pathways_N[order_N] == pathway]])
+            for pathway in np.unique(pathways_N)
         ]
         return picked(joined(parts), np.argsort(order_N))
 

@@ -1,7 +1,6 @@
 """What the shell offers for a Tab, in a process where torch cannot be loaded."""
 
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def test_bash_itself_completes(typed: str, becomes: str, tmp_path: Path) -> None
     )
     (tmp_path / "advmoe").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    terminal, of_bash = pty.openpty()
+    terminal, of_bash = os.openpty()
     with subprocess.Popen(
         ["bash", "--norc", "--noprofile", "-i"],
         stdin=of_bash,

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -96,6 +95,7 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 def test_a_full_disk_ends_with_5_and_nothing_half_written(
     tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
+    resource = pytest.importorskip("resource")
     (tmp_path / "list.txt").write_text("missing.png\n" * 3000)
     limit = 100_000  # bytes per file: to a program, the same as a disk that fills up
     done = subprocess.run(

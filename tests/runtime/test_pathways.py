@@ -1,4 +1,4 @@
-"""Routing and pathways apart give what the runner gives, whatever meets in a lane."""
+"""Routing and pathways apart give what the runner gives, whatever meets at a pathway."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,14 @@ IMAGES = to_float(load_dataset("digits").test.images[:24])
 
 
 def assert_same(work: Work, runner: Runner) -> None:
-    """Route two halves, let rows of both meet in their lanes, and compare with the runner."""
+    """Route two halves, let rows of both meet at their pathways, and compare with the runner."""
     expected, halves = runner.infer(IMAGES), [work.route(IMAGES[:7]), work.route(IMAGES[7:])]
-    lanes = np.concatenate([lanes for lanes, _ in halves])
+    pathways = np.concatenate([pathways for pathways, _ in halves])
     rows = joined_rows([rows for _, rows in halves])
-    for lane in np.unique(lanes):
-        own = np.flatnonzero(lanes == lane)
+    for pathway in np.unique(pathways):
+        own = np.flatnonzero(pathways == pathway)
         own = own[: work.count(len(own))]
-        answer = work.run(int(lane), rows[own])
+        answer = work.run(int(pathway), rows[own])
         np.testing.assert_allclose(answer.logits, expected.logits[own], rtol=1e-4, atol=1e-5)
         for layer, ids in expected.expert_ids.items():
             np.testing.assert_array_equal(answer.expert_ids[layer], ids[own])
@@ -35,26 +35,26 @@ def assert_same(work: Work, runner: Runner) -> None:
 def test_rows_of_two_batches_meet_in_the_pathway_they_share(tiny_bundle: Bundle) -> None:
     with open_runner(tiny_bundle, "onnxruntime-plan") as runner:
         work = work_of(runner)
-        assert work.lanes == 2
-        lanes, _ = work.route(IMAGES)
-        np.testing.assert_array_equal(lanes, runner.infer(IMAGES).expert_ids["router"][:, 0])
-        assert {*lanes} == {0, 1}
+        assert work.pathways == 2
+        pathways, _ = work.route(IMAGES)
+        np.testing.assert_array_equal(pathways, runner.infer(IMAGES).expert_ids["router"][:, 0])
+        assert {*pathways} == {0, 1}
         assert_same(work, runner)
 
 
 def test_weights_of_whole_networks_are_applied(families: Families) -> None:
     with open_runner(families["expert networks"][1], "onnxruntime-plan") as runner:
         work = work_of(runner)
-        assert work.lanes == 2
+        assert work.pathways == 2
         assert_same(work, runner)
 
 
-def test_a_graph_that_routes_inside_has_one_lane(tiny_bundle: Bundle) -> None:
+def test_a_graph_that_routes_inside_is_one_pathway(tiny_bundle: Bundle) -> None:
     with open_runner(tiny_bundle) as runner:
         work = work_of(runner)
-        assert (work.lanes, work.count(63)) == (1, 63)
-        lanes, rows = work.route(IMAGES)
-        assert not lanes.any()
+        assert (work.pathways, work.count(63)) == (1, 63)
+        pathways, rows = work.route(IMAGES)
+        assert not pathways.any()
         answer, expected = work.run(0, rows[4:9]), runner.infer(IMAGES[4:9])
         np.testing.assert_array_equal(answer.logits, expected.logits)
         np.testing.assert_array_equal(answer.expert_ids["router"], expected.expert_ids["router"])
@@ -94,11 +94,11 @@ def test_routing_meets_few_sizes_as_well(
 
         monkeypatch.setattr(runner, "before_last", counted)
         images = np.concatenate([IMAGES] * 3)[:70]
-        lanes, rows = work.route(images)
+        pathways, rows = work.route(images)
         assert sizes == [64, 8]
         assert rows.tensors["router.margins"].shape == (70,)
-        assert len(lanes) == len(rows.tensors["router.weights"]) == 70
-        np.testing.assert_array_equal(lanes, runner.infer(images).expert_ids["router"][:, 0])
+        assert len(pathways) == len(rows.tensors["router.weights"]) == 70
+        np.testing.assert_array_equal(pathways, runner.infer(images).expert_ids["router"][:, 0])
 
 
 def test_rows_keep_their_tensors_together() -> None:

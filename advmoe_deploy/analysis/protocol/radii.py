@@ -34,7 +34,7 @@ TARGETS: tuple[AttackTarget, ...] = ("model", "auxiliary")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How V-MoE's study attacks, where, and beside what.
+    """Attacks of V-MoE's study: how and where it attacks, and beside what.
 
     ``capacities`` are ratios of :mod:`~advmoe_deploy.analysis.protocol.capacity`, none for those
     that its family allows. ``twin`` is a dense model of the same images and classes.
@@ -102,7 +102,7 @@ class Twin(Frozen):
 
 
 class RadiiReport(Frozen):
-    """What becomes of a model as the radius grows; ``second`` and ``disagreement`` are clean.
+    """Results by growing radius; ``second`` and ``disagreement`` are of clean images.
 
     ``standing`` is what is left by all ``targets`` together, the smallest radius first.
     """

@@ -24,7 +24,7 @@ _TASK = "alpha"
 
 
 class BlendPoint(Frozen):
-    """What the blend at one alpha withstands."""
+    """Accuracies of the blend at one alpha."""
 
     alpha: float
     withstood: Withstood

@@ -268,12 +268,12 @@ def _wanted(chosen: tuple[str, ...]) -> "tuple[Section, ...] | None":
     return tuple(section for section in SECTIONS if section in chosen) or None
 
 
-def _smoothing(sigma: float | None, draws: int | None, seed: int) -> "Smoothing":
+def _smoothing(sigma: float | None, samples: int | None, seed: int) -> "Smoothing":
     from pydantic import ValidationError
 
     from advmoe_deploy.analysis.smoothing import Smoothing
 
-    given = {"sigma": sigma, "n": draws, "seed": seed}
+    given = {"sigma": sigma, "n": samples, "seed": seed}
     try:
         return Smoothing.model_validate({k: v for k, v in given.items() if v is not None})
     except ValidationError as error:

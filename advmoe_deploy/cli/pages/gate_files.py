@@ -1,4 +1,4 @@
-"""What a gate leaves for other programs: JUnit's XML, and a summary in Markdown."""
+"""Files that a gate leaves for other programs: JUnit's XML, and a summary in Markdown."""
 
 import re
 from xml.etree import ElementTree as ET

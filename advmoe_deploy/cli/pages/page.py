@@ -17,7 +17,7 @@ from advmoe_deploy.settings import epsilon_text
 
 @dataclass(frozen=True)
 class Head:
-    """What every page begins with: whose it is, the verdict, its reasons, and warnings."""
+    """Head of every page: its model, the verdict, its reasons, and warnings."""
 
     command: str
     subject: str

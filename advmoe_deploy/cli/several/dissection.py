@@ -1,4 +1,4 @@
-"""What is shown of a dissection: its three insights in words, its figures, its plots."""
+"""Presentation of a dissection: its three insights in words, its figures, its plots."""
 
 from __future__ import annotations
 

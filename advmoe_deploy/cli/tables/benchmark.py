@@ -1,4 +1,4 @@
-"""What ``benchmark`` shows on the screen."""
+"""Tables of ``benchmark``."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What ``eval`` shows on the screen."""
+"""Tables of ``eval``."""
 
 from rich.console import Group, RenderableType
 

@@ -1,4 +1,4 @@
-"""What ``predict`` shows on the screen."""
+"""Lines of ``predict``."""
 
 from collections import Counter
 

@@ -35,8 +35,8 @@ class Running:
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
-    def lane(self) -> str:
-        """Whose work it is, where several are at it side by side: ``LANE: task``."""
+    def owner(self) -> str:
+        """The one of several side by side whose work it is: ``OWNER: task``; else empty."""
         return self.name.rpartition(": ")[0]
 
     @property
@@ -79,7 +79,7 @@ class Tasks:
         """Return whether the task belongs to one that began before it."""
         found = self._of(name)
         return found is not None and any(
-            other.lane == found.lane for other in self.running[: self.running.index(found)]
+            other.owner == found.owner for other in self.running[: self.running.index(found)]
         )
 
     def seconds_left(self, task: Running) -> float | None:
@@ -100,8 +100,8 @@ class Tasks:
         return min(task.done + share, task.total)
 
     def _part_of(self, task: Running) -> Running | None:
-        lane = [other for other in self.running if other.lane == task.lane]
-        behind = lane[lane.index(task) + 1 :] if task in lane else []
+        own = [other for other in self.running if other.owner == task.owner]
+        behind = own[own.index(task) + 1 :] if task in own else []
         return behind[0] if behind else None
 
     def _of(self, name: str) -> Running | None:
@@ -166,10 +166,10 @@ class PlainProgress:
 
     def _line(self, task: Running) -> str:
         """Return where ``task`` is within those that it is a part of, and how long they take."""
-        lane = [each for each in self._tasks.running if each.lane == task.lane]
-        path = ", ".join(f"{each.name} {each.count.strip()}" for each in lane)
-        left = self._tasks.seconds_left(lane[0])
-        figures = "  ".join(text for each in lane for text in _figures(each))
+        tasks = [each for each in self._tasks.running if each.owner == task.owner]
+        path = ", ".join(f"{each.name} {each.count.strip()}" for each in tasks)
+        left = self._tasks.seconds_left(tasks[0])
+        figures = "  ".join(text for each in tasks for text in _figures(each))
         return f"{path}{'' if left is None else f', {_clock(left)} left'} {figures}".rstrip()
 
     def _write(self, line: str) -> None:

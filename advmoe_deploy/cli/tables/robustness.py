@@ -1,4 +1,4 @@
-"""What ``report`` and ``gate`` show on the screen."""
+"""Tables of ``report`` and ``gate``."""
 
 from pathlib import Path
 

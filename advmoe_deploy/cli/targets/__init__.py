@@ -1,1 +1,1 @@
-"""What ``export`` makes of a bundle: a module for each format, with its options and its work."""
+"""Targets of an export from a bundle: a module for each format, with its options and its work."""

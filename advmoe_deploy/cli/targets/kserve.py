@@ -11,7 +11,7 @@ from advmoe_deploy.errors import UsageError
 
 
 class Kind(str, Enum):
-    """What serves in a pod."""
+    """Server in a pod."""
 
     advmoe = "advmoe"
     triton = "triton"

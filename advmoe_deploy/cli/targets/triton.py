@@ -10,7 +10,7 @@ from advmoe_deploy.cli.targets.source import Source
 
 
 class Kind(str, Enum):
-    """What the models of a repository run on."""
+    """Runtime of the models of a repository."""
 
     cpu = "cpu"
     gpu = "gpu"

@@ -45,7 +45,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a data set looks for: its columns, and the names of its splits, the best first.
+    """Names that a data set looks for: of columns, and of splits, the best first.
 
     With ``is_test_alone`` no training images are wanted: the test images stand in their place.
     With ``may_split`` class folders need no test split of their own.

@@ -25,7 +25,7 @@ _LARGEST_JSON = 1 << 20
 
 @dataclass(frozen=True)
 class _Member:
-    """Where the bytes of an image lie in a shard."""
+    """Position of an image's bytes in a shard."""
 
     name: str
     offset: int

@@ -139,7 +139,7 @@ def _compute_dtype(step: Step, compute_dtypes: Mapping[str, ComputeDtype]) -> Co
 
 
 def _find_ends(plan: Plan, groups: list[_Group]) -> None:
-    """Fill in what crosses from group to group; the plan's outputs come from whoever makes them."""
+    """Fill in what crosses from group to group; outputs come from the group that makes them."""
     makers = [{name for step in g.steps for name in _made(plan, step)} for g in groups]
     needs = [dict.fromkeys(n for step in g.steps for n in _read(plan, step)) for g in groups]
     for index, group in enumerate(groups):

@@ -84,7 +84,7 @@ def kubernetes_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Manifests:
-    """What the two manifests of a service are made of; ``name`` is a label of RFC 1123."""
+    """Values of the two manifests of a service; ``name`` is a label of RFC 1123."""
 
     name: str
     digest: str

@@ -12,7 +12,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Sample:
-    """What one segment is given and what it answers, by tensor name, in the torch model.
+    """Inputs and outputs of one segment, by tensor name, in the torch model.
 
     ``exact`` is the answer to the same inputs in float64, ``disturbed`` what it would be for the
     first few of them with sums rounded as on any processor (:mod:`advmoe_deploy.parity.rounding`).

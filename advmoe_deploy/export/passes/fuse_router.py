@@ -28,7 +28,7 @@ _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 @dataclass(frozen=True)
 class _Tail:
-    """What a router's scores come from: a linear layer, and the pooling before it or nothing."""
+    """Tail of a router: a linear layer, and the pooling before it or nothing."""
 
     gemm: NodeProto
     pooling: tuple[NodeProto, ...]

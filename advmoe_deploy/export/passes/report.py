@@ -20,7 +20,7 @@ from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 
 @dataclass(frozen=True)
 class PassReport:
-    """How often a pass rewrote the graph, and for each place it declined, why."""
+    """Count of a pass's rewrites, and for each place it declined, the reason."""
 
     name: str
     applied: int

@@ -104,7 +104,7 @@ class AccuracyGate:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one choice of precisions gave; accuracies and drops where there are labels.
+    """Results of one choice of precisions; accuracies and drops where there are labels.
 
     ``batches`` says how answers depend on the batch, if they do.
     """
@@ -151,7 +151,7 @@ class Findings:
 
     @property
     def complaint(self) -> str:
-        """What is not good enough; nothing if all is."""
+        """Complaint of what is not good enough; empty if all is."""
         if self.parity.non_finite:
             return f"{self.parity.non_finite} of {self.parity.images} images give no finite logits"
         if not self.routes_agree:

@@ -68,7 +68,7 @@ class EngineBuilder(Maker, Protocol):
 
     @property
     def device(self) -> Device:
-        """What they are tied to."""
+        """Device that they are tied to."""
 
 
 class OnCpu:

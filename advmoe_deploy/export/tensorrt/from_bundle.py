@@ -199,7 +199,7 @@ def answers_of_experts(
     images: Images,
     shapes: Mapping[str, Mapping[str, Shapes]],
 ) -> dict[str, tuple[Arrays, Arrays]]:
-    """Return by expert rows of its layer, whoever they are sent to, and what its graph answers.
+    """Return by expert rows of its layer, sent there or not, and what its graph answers.
 
     The rows are those of a few ``images``, and no more than ``shapes`` has room for.
     """

@@ -99,7 +99,7 @@ class _Models:
         return self._config(name, "python", self.max_batch)
 
     def write_segment(self, segment: Segment) -> str:
-        """Write a segment as a model; an expert's batches are of rows, of whoever's images."""
+        """Write a segment as a model; an expert's batches are of rows of any images."""
         name = self._name_of(segment)
         (self._folder(name) / "model.onnx").write_bytes(self.bundle.graph(segment.file).read())
         first = {tensor.shape[0] for tensor in (*segment.inputs, *segment.outputs)}

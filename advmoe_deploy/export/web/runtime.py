@@ -39,7 +39,7 @@ class Release:
 
     @property
     def spec(self) -> str:
-        """What npm calls it."""
+        """Package and version as npm spells them."""
         return f"{self.package}@{self.version}"
 
 

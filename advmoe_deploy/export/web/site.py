@@ -35,7 +35,7 @@ _BASELINES = ("dense", "s-dense")
 
 @dataclass(frozen=True)
 class Site:
-    """What was written: the facts that the page shows, and the size in bytes of each file."""
+    """Facts that a written page shows, and the size in bytes of each file."""
 
     path: Path
     facts: Mapping[str, Any]

@@ -34,7 +34,7 @@ class Shortcut(nn.Module):
 
 
 class _Block(nn.Module):
-    """What the two residual blocks have in common: the shortcut and the sum."""
+    """Base of the two residual blocks: the shortcut and the sum."""
 
     expansion = 1
 

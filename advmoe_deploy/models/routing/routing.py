@@ -22,7 +22,7 @@ Surrogate = Literal["probability", "score"]
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How one routed layer turns scores into a route; the plan says the same to every engine.
+    """Rule by which one layer turns scores into a route; the plan says the same to every engine.
 
     ``weighting`` of the chosen experts: ``one`` is 1 (top-1 only), ``probability`` their softmax
     over all experts, ``renormalised`` that divided by its sum over the chosen. No row is ever sent

@@ -1,7 +1,7 @@
 """Form of the custom operators on this machine: our kernels, or bodies of standard operators.
 
 The library is the one that came in the wheel, else it is compiled once into the user's cache, else
-there is none and the bodies run; whoever asks is told which, and why.
+there is none and the bodies run; callers are told which, and why.
 """
 
 import atexit

@@ -108,7 +108,7 @@ def probe(owner: Any, name: str) -> Any:
 
 
 class Messages(Closing):
-    """What TensorRT says: its last error is mostly a generic one, and the cause comes before it.
+    """Messages of TensorRT: its last error is mostly generic, and the cause comes before it.
 
     Whatever ``file`` is given gets all of it, the searches of a build included.
     """
@@ -154,7 +154,7 @@ class Messages(Closing):
 
 @dataclass(frozen=True)
 class Heard:
-    """What TensorRT says during a call, that of other threads included."""
+    """Messages of TensorRT during a call, those of other threads included."""
 
     messages: Messages
     start: int

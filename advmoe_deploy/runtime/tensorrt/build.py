@@ -68,7 +68,7 @@ _TO_START: dict[GpuLibrary, str] = {
 
 
 class BuildOptions(Frozen):
-    """How engines are built.
+    """Options of the build of engines.
 
     Args:
         batch: the batch sizes.

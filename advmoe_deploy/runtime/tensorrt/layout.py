@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of ``plan`` lie, and how many images there may be."""
+    """Layout of the tensors of ``plan``, and how many images there may be."""
 
     plan: Plan
     batch: BatchProfile
@@ -51,7 +51,7 @@ class Layout:
 
     @cached_property
     def factors(self) -> dict[str, int]:
-        """How many rows of each tensor belong to an image."""
+        """Number of rows of each tensor that belong to an image."""
         return {name: rows_per_image(self.plan, name) for name in self.tensors}
 
     @cached_property

@@ -141,7 +141,7 @@ class Program(Closing):
 
     @property
     def memory_bytes(self) -> int:
-        """What a context needs for the tensors inside."""
+        """Memory that a context needs for the tensors inside."""
         size = probe(self._engine, "device_memory_size_v2")
         return int(probe(self._engine, "device_memory_size") if size is None else size)
 
@@ -240,7 +240,7 @@ def numpy_type(trt: Any, kind: Any, owner: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of one run lies, and its shape there."""
+    """Address of a tensor of one run, and its shape there."""
 
     address: int
     shape: tuple[int, ...]

@@ -60,7 +60,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """What it is, by version 3 of the protocol: row by row, and everything queued is done.
+        """Description by version 3 of the protocol: row by row, and everything queued is done.
 
         Raises:
             UsageError: it was taken back, for its memory is used again.

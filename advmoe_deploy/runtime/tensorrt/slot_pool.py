@@ -24,7 +24,7 @@ class SlotPool(Generic[L]):
         self._is_closed = False
         self._closing = Lock()
         self._lending = Lock()
-        # After the last execution slot is gone, None says so to whoever still waits.
+        # After the last execution slot is gone, None says so to threads that still wait.
         self._free: LifoQueue[L | None] = LifoQueue()
         for slot in slots:
             self._free.put(slot)

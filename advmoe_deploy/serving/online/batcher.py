@@ -1,8 +1,8 @@
 """Batches of many requests' images, routed once and computed by pathway.
 
-One thread computes. What arrives is routed in slices; the rows of each pathway wait in a lane of
-their own until it is full, or until nothing else is to be done. A model whose routing lies inside
-its graphs has one lane, and the graph itself sends each row to its experts. Large requests take
+One thread computes. What arrives is routed in slices; the rows of each pathway wait for each other
+until they fill a batch, or until nothing else is to be done. A model whose routing lies inside its
+graphs is one pathway here, and the graph itself sends each row to its experts. Large requests take
 turns with small ones, slice by slice.
 """
 
@@ -56,7 +56,7 @@ class Batcher:
         self._next_sweep = 0.0
         self._waiting = 0  # images of jobs without an answer
         self._arrived: deque[Job] = deque()
-        self._lanes: dict[int, deque[Piece]] = {}
+        self._pieces: dict[int, deque[Piece]] = {}  # by pathway
         self._pace_s = 0.0  # seconds per image
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -160,7 +160,7 @@ class Batcher:
             del self._jobs[job]
             self._waiting -= job.left
             if failure is not None:
-                job.release()  # rows of it may stay in a lane for a while
+                job.release()  # rows of it may wait at a pathway for a while
             self._ended.append((job, failure))
 
     def _hand_over(self) -> None:
@@ -177,7 +177,7 @@ class Batcher:
             except Exception as error:
                 _log.exception("no batch could be made; what waits has failed")
                 with self._changed:
-                    self._lanes.clear()
+                    self._pieces.clear()
                     for job in list(self._jobs):
                         self._end(job, error)
                     self._hand_over()
@@ -205,9 +205,9 @@ class Batcher:
         return more and self._expecting()
 
     def _next_slices(self) -> list[Slice]:
-        """Return slices of jobs in turns, so many that each lane could be full."""
-        inside = sum(len(piece.numbers) for lane in self._lanes.values() for piece in lane)
-        room, slices = self._limits.batch * self._work.lanes - inside, list[Slice]()
+        """Return slices of jobs in turns, so many that each pathway's batch could be full."""
+        inside = sum(len(piece.numbers) for pathway in self._pieces.values() for piece in pathway)
+        room, slices = self._limits.batch * self._work.pathways - inside, list[Slice]()
         with self._changed:
             while self._arrived and room > 0:
                 job = self._arrived.popleft()
@@ -232,34 +232,37 @@ class Batcher:
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
             self._finish(dict.fromkeys((each.job for each in slices), 0), error)
 
-    def _sort(self, slices: list[Slice], lanes: NDArray[np.int64], rows: Rows) -> None:
-        """Put the rows of the slices into their lanes."""
+    def _sort(self, slices: list[Slice], pathways: NDArray[np.int64], rows: Rows) -> None:
+        """Put the rows of the slices where those of their pathways wait."""
         at, now = 0, time.monotonic()
         for job, numbers, _ in slices:
-            own_lanes, own_rows = lanes[at : at + len(numbers)], rows[at : at + len(numbers)]
+            own_pathways, own_rows = pathways[at : at + len(numbers)], rows[at : at + len(numbers)]
             at += len(numbers)
-            for lane in np.unique(own_lanes):
-                own = np.flatnonzero(own_lanes == lane)
+            for pathway in np.unique(own_pathways):
+                own = np.flatnonzero(own_pathways == pathway)
                 piece = Piece(job, numbers[own], own_rows[own], now)
-                self._lanes.setdefault(int(lane), deque()).append(piece)
+                self._pieces.setdefault(int(pathway), deque()).append(piece)
 
     def _next_batch(self) -> tuple[int, list[Piece]] | None:
-        """Return the lane that is full, or whose first rows wait longest, and rows of it."""
+        """Return the pathway whose batch is full, or that waits longest, and rows of it."""
         with self._changed:
-            for lane, pieces in self._lanes.items():
-                self._lanes[lane] = deque(piece for piece in pieces if piece.job in self._jobs)
-        sizes = {lane: sum(len(p.numbers) for p in pieces) for lane, pieces in self._lanes.items()}
-        waiting = [lane for lane, size in sizes.items() if size]
+            for pathway, pieces in self._pieces.items():
+                self._pieces[pathway] = deque(piece for piece in pieces if piece.job in self._jobs)
+        sizes = {
+            pathway: sum(len(p.numbers) for p in pieces) for pathway, pieces in self._pieces.items()
+        }
+        waiting = [pathway for pathway, size in sizes.items() if size]
         if not waiting:
             return None
-        first = min(waiting, key=lambda lane: self._lanes[lane][0].since)
-        fresh = time.monotonic() - self._lanes[first][0].since < self._limits.delay_s
-        full = [lane for lane in waiting if sizes[lane] >= self._limits.batch]
-        lane = full[0] if full and fresh else first
-        return lane, self._taken(lane, self._work.count(min(sizes[lane], self._limits.batch)))
+        first = min(waiting, key=lambda pathway: self._pieces[pathway][0].since)
+        fresh = time.monotonic() - self._pieces[first][0].since < self._limits.delay_s
+        full = [pathway for pathway in waiting if sizes[pathway] >= self._limits.batch]
+        pathway = full[0] if full and fresh else first
+        count = self._work.count(min(sizes[pathway], self._limits.batch))
+        return pathway, self._taken(pathway, count)
 
-    def _taken(self, lane: int, count: int) -> list[Piece]:
-        taken, pieces = [], self._lanes[lane]
+    def _taken(self, pathway: int, count: int) -> list[Piece]:
+        taken, pieces = [], self._pieces[pathway]
         while count:
             piece = pieces.popleft()
             if len(piece.numbers) > count:
@@ -269,7 +272,7 @@ class Batcher:
             count -= len(piece.numbers)
         return taken
 
-    def _compute(self, lane: int, pieces: list[Piece]) -> None:
+    def _compute(self, pathway: int, pieces: list[Piece]) -> None:
         began, at, done = time.monotonic(), 0, Counter[Job]()
         for piece in pieces:
             done[piece.job] += len(piece.numbers)
@@ -277,7 +280,7 @@ class Batcher:
             if not job.begun:
                 job.times.wait, job.begun = began - job.came, True
         try:
-            answer = self._work.run(lane, joined_rows([piece.rows for piece in pieces]))
+            answer = self._work.run(pathway, joined_rows([piece.rows for piece in pieces]))
             for piece in pieces:
                 piece.job.put(piece.numbers, answer[at : at + len(piece.numbers)])
                 at += len(piece.numbers)

@@ -1,4 +1,4 @@
-"""Requests on their way through the batcher: a job each, cut into pieces that share a lane."""
+"""Requests on their way through the batcher: a job each, cut into pieces that share a pathway."""
 
 import asyncio
 import math
@@ -24,7 +24,7 @@ class OverloadedError(Exception):
 
 @dataclass
 class Times:
-    """Where the time of one request went, in seconds; filled in while it is answered.
+    """Times of the parts of one request, in seconds; filled in while it is answered.
 
     ``wait`` is that in the queue, and ``compute`` of the batches that had images of it.
     """
@@ -50,7 +50,7 @@ class Job:
         self.images, self.answer, self.is_gone, self.times = images, answer, is_gone, times
         self.size = len(images)
         self.deadline, self.came = deadline, time.monotonic()
-        self.routed = 0  # images that a lane has, or had
+        self.routed = 0  # images that wait at a pathway, or did
         self.left = self.size  # images without an answer
         self.begun = False  # whether an image is in a batch, or was
         self._prediction: Prediction | None = None
@@ -106,7 +106,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one job that share a lane ``since`` some time; ``numbers`` [R] are their places."""
+    """Rows of one job that wait at one pathway ``since`` then; ``numbers`` [R] are their places."""
 
     job: Job
     numbers: NDArray[np.int64]

@@ -37,7 +37,7 @@ _TOGETHER = 256
 
 
 class Metrics:
-    """What one model did since it was loaded."""
+    """Counters and times of one model since it was loaded."""
 
     def __init__(
         self, gauges: Callable[[], dict[str, float]], monitor: Monitor | None = None

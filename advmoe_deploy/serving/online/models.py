@@ -16,7 +16,7 @@ OUTCOMES = ("loaded", "unchanged", "failed")
 
 
 class Models:
-    """What a server has on offer, for one event loop.
+    """Models that a server has on offer, for one event loop.
 
     Attributes:
         is_stopping: whether the server is; none is ready then.

@@ -1,4 +1,4 @@
-"""What a server is told to offer: bundles, with the names and versions they get."""
+"""Offers of a server: bundles, with the names and versions they get."""
 
 import re
 from collections.abc import Callable, Sequence

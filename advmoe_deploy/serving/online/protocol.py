@@ -141,7 +141,7 @@ def served_model(
 
 @dataclass(frozen=True)
 class Wanted:
-    """How an output is to be written: ``binary`` or as JSON.
+    """Form in which an output is wanted: ``binary`` or as JSON.
 
     With ``classes``, it is so many of the best ones as text instead of its numbers.
     """

@@ -69,7 +69,7 @@ class Arrival:
 
 
 class Shared:
-    """What the models of a server share: memory, and threads.
+    """Memory and threads that the models of a server share.
 
     Those for large bodies have no limit but the memory; images are small until they are decoded.
     """

@@ -77,7 +77,7 @@ def method(name: str) -> Callable[[Any, bytes, Any], Awaitable[Answer]]:
 
 
 class _Call:
-    """What the library would tell of a call, of which Ray Serve knows the half."""
+    """Context of a call as gRPC's library has it; Ray Serve knows half of it."""
 
     def __init__(self, message: bytes, context: Any) -> None:
         self._message, self._context = message, context

@@ -1,4 +1,4 @@
-"""What a replica begins with: a bundle, checked, and engines that answered its golden images."""
+"""Start of a replica: a bundle, checked, and engines that answered its golden images."""
 
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ from advmoe_deploy.serving.online.golden import golden_of
 
 @dataclass(frozen=True)
 class Origin:
-    """Where replicas find the bundle, and by which ``identity`` they know that it is the same."""
+    """Folder of the bundle, and the ``identity`` by which replicas know that it is the same."""
 
     folder: Path
     identity: str

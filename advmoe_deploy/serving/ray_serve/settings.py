@@ -17,7 +17,7 @@ MOST_QUEUED = 256
 
 
 class Settings(Frozen):
-    """What an application is built of.
+    """Settings of an application.
 
     Attributes:
         bundle: what ``advmoe export`` wrote, under the same path on every machine.

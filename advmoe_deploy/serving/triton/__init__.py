@@ -1,1 +1,1 @@
-"""What runs inside of NVIDIA's Triton Inference Server."""
+"""Parts that run inside of NVIDIA's Triton Inference Server."""

@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on, in parts; ``done`` is the share of the run that is over.
+    """Images of one step, in parts; ``done`` is the share of the run that is over.
 
     ``step`` counts from 0 in each epoch.
     """

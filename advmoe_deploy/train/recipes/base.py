@@ -22,7 +22,7 @@ class Recipe:
 
     @property
     def figures(self) -> str:
-        """What the paper reports, if it does, and what we measured."""
+        """Figures that the paper reports, if it does, and those we measured."""
         ours = f"measured: {self.measured}" if self.measured else "not measured"
         if (cell := self.published) is None:
             return ours

@@ -25,7 +25,7 @@ ExpertLoad = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one split gave. ``expert_load`` counts clean rows; empty for a dense model."""
+    """Measurements on one split. ``expert_load`` counts clean rows; empty for a dense model."""
 
     images: int
     clean_correct: int

@@ -54,7 +54,7 @@ _KEPT = 2
 
 
 class RunState(Frozen):
-    """Where a run stands after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out.
+    """State of a run after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out.
 
     ``best_epoch`` is 0 as long as no epoch could be the result. ``processes`` and ``threads`` of
     the last epoch decide how sums are rounded.

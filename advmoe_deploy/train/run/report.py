@@ -46,7 +46,7 @@ class EpochRecord(Frozen):
 
 
 class TrainReport(Frozen):
-    """What a run reached: accuracies are shares of the ``images`` of the test set.
+    """Results of a run: accuracies are shares of the ``images`` of the test set.
 
     ``pgd_accuracy`` is that under ``attack`` at ``threat``, on the model as it runs: what papers
     report. ``robust_accuracy`` counts the images that the same effort on the routes and pathways

@@ -32,7 +32,7 @@ _SCORE, _MASK = "score.", "mask."
 
 
 class Pruning:
-    """What is pruned of ``model``, and at which stage that is."""
+    """Pruning of ``model``, and the stage that it is at."""
 
     def __init__(self, config: TrainConfig, model: Classifier) -> None:
         self.stage = DENSE

@@ -22,7 +22,7 @@ _ENTRY = "report.json"
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a bundle is held against: shares in [0, 1], an l-inf radius in [0, 1] pixels.
+    """Baseline of a gate: shares in [0, 1], an l-inf radius in [0, 1] pixels.
 
     ``images`` is ``None`` where nobody says of how many images the shares are; ``examples`` where
     there are none, and ``note`` says why. ``suite`` is what it was attacked with, if that is known.

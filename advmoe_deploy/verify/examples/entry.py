@@ -30,7 +30,7 @@ class CertifiedRoutes(Frozen):
 
 
 class Robustness(Frozen):
-    """What was measured of one bundle; the first of ``engines`` is the one of the entry.
+    """Robustness of one bundle; the first of ``engines`` is the one of the entry.
 
     ``model`` is the SHA-256 of the reference weights, ``examples`` the file of each engine.
     """

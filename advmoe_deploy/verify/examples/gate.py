@@ -45,7 +45,7 @@ class Check(Frozen):
 
 
 class GateReport(Frozen):
-    """What every check said; ``paired`` says that images were compared one by one."""
+    """Results of all checks; ``paired`` says that images were compared one by one."""
 
     verdict: Verdict
     bundle: str
@@ -62,7 +62,7 @@ class GateReport(Frozen):
 
 @dataclass(frozen=True)
 class Conditions:
-    """How the bundle is asked; see :func:`~advmoe_deploy.verify.verify.verify_bundle`."""
+    """Conditions of a check; see :func:`~advmoe_deploy.verify.verify.verify_bundle`."""
 
     engine: str | None = None
     data: str | None = None

@@ -51,7 +51,7 @@ class Search(Frozen):
 
 
 class Header(Frozen):
-    """What the examples were made with and for; ``model`` is the SHA-256 of the torch weights.
+    """Header of stored examples; ``model`` is the SHA-256 of the torch weights.
 
     ``same_function`` says that the engine was shown to answer as the reference does.
     """

@@ -27,7 +27,7 @@ from advmoe_deploy.verify.trial import Trial
 
 
 class Key(Frozen):
-    """What has to be the same for a verification to go on; hashes are SHA-256."""
+    """Key of a verification, which goes on only where all of it is the same; hashes are SHA-256."""
 
     bundle: str
     engine: str

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Aim(str, Enum):
-    """What an engine can be best for."""
+    """Aim that an engine can be best for."""
 
     latency = "latency"
     throughput = "throughput"

@@ -1,1 +1,1 @@
-"""What TensorRT for RTX alone has; its builder needs no GPU, and runs in tests."""
+"""Parts of TensorRT for RTX alone; its builder needs no GPU, and runs in tests."""

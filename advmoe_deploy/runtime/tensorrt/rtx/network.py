@@ -19,7 +19,7 @@ class NetworkTensor:
 
 @dataclass(frozen=True)
 class Network:
-    """What a parser made of a graph.
+    """Network that a parser made of a graph.
 
     ``made`` has every tensor that a layer makes, by name; ``kinds`` how many layers there are of
     each of TensorRT's kinds.

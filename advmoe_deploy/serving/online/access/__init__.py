@@ -1,1 +1,1 @@
-"""Who may ask a server that other machines reach: tokens, and TLS."""
+"""Access to a server that other machines reach: tokens, and TLS."""

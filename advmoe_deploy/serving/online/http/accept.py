@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Handshakes:
-    """How connections become those of TLS: so many at once, in so many seconds each."""
+    """Limits of TLS's handshakes: so many at once, in so many seconds each."""
 
     context: ssl.SSLContext
     most: int
@@ -222,7 +222,7 @@ class Acceptor:
 def has_more(transport: asyncio.BaseTransport) -> bool:
     """Return whether something came that was not read yet: to close now would lose it."""
     sock = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
+    if sys.platform == "win32" or sock is None or sock.fileno() < 0:  # it has no poll()
         return False
     poll = select.poll()
     poll.register(sock.fileno(), select.POLLIN)

@@ -37,7 +37,7 @@ def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -
 
 
 class Reader(Protocol):
-    """What reads requests from a connection."""
+    """Reader of requests from a connection."""
 
     def drop_rest(self, request: int) -> None:
         """Drop what is still to come of the body of this ``request``, by its number, unseen."""

@@ -36,7 +36,7 @@ _ROUNDING_BITS = 1e-9
 
 @dataclass(frozen=True)
 class Drift:
-    """What became of a figure in the last whole window: ``value``, alarming above ``limit``.
+    """Drift of a figure in the last whole window: ``value``, alarming above ``limit``.
 
     ``layer`` is that of a route, or :data:`CLASSES`; ``of`` is "load", "margin" or "class_margin",
     a total variation in [0, 1], or "entropy", the change in bits of the loads' entropy, whose limit

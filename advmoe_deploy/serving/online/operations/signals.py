@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -47,6 +48,8 @@ def _terminal_error() -> int | None:
 
     ENXIO: there is none; EIO: it was hung up; others, such as EMFILE, say nothing of it.
     """
+    if sys.platform == "win32":
+        return None
     try:
         os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:

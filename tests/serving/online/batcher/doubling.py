@@ -17,10 +17,10 @@ SMALL = Limits(max_images=50, batch=8, queue=100, delay_s=0.0)
 
 
 class Doubling:
-    """Doubles each image's one pixel; the lane is the pixel modulo the number of lanes."""
+    """Doubles each image's one pixel; the pathway is the pixel modulo the number of pathways."""
 
-    def __init__(self, lanes: int = 1) -> None:
-        self.lanes = lanes
+    def __init__(self, pathways: int = 1) -> None:
+        self.pathways = pathways
         self.open = threading.Event()
         self.open.set()
         self.begun = threading.Event()
@@ -30,19 +30,19 @@ class Doubling:
     def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
         pixels = images.reshape(-1).astype(np.int64)
         self.routed.append(pixels.tolist())
-        return pixels % self.lanes, Rows({"x": images})
+        return pixels % self.pathways, Rows({"x": images})
 
     def count(self, rows: int) -> int:
         return rows
 
-    def run(self, lane: int, rows: Rows) -> Prediction:
+    def run(self, pathway: int, rows: Rows) -> Prediction:
         pixels = rows.tensors["x"].reshape(-1).astype(np.int64)
-        self.ran.append((lane, pixels.tolist()))
+        self.ran.append((pathway, pixels.tolist()))
         self.begun.set()
         assert self.open.wait(timeout=30)
         if (pixels == 13).any():
             raise ValueError("thirteen")
-        ids = np.full((len(pixels), 1), lane)
+        ids = np.full((len(pixels), 1), pathway)
         return Prediction(2 * rows.tensors["x"].reshape(-1, 1), {"r": ids}, {"r": ids * 1.0})
 
 

@@ -28,8 +28,8 @@ def test_a_failure_is_the_answer_of_its_own_batch_alone() -> None:
 def test_a_failure_of_routing_is_an_answer_and_does_not_end_the_thread() -> None:
     class Odd(Doubling):
         def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
-            lanes, rows = super().route(images)
-            return (lanes.astype(object) + 0.5j if 13 in images else lanes), rows
+            pathways, rows = super().route(images)
+            return (pathways.astype(object) + 0.5j if 13 in images else pathways), rows
 
     work = Odd()
 

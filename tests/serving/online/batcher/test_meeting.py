@@ -1,4 +1,4 @@
-"""Rows of many requests meet in lanes: every request gets its own answer."""
+"""Rows of many requests meet at pathways: every request gets its own answer."""
 
 import asyncio
 
@@ -11,9 +11,9 @@ from advmoe_deploy.serving.online.limits import Limits
 from tests.serving.online.batcher.doubling import SMALL, Doubling, alive, held, image, within
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_every_request_gets_its_own_answer(lanes: int) -> None:
-    work = Doubling(lanes)
+@pytest.mark.parametrize("pathways", [1, 3])
+def test_every_request_gets_its_own_answer(pathways: int) -> None:
+    work = Doubling(pathways)
 
     async def test(batcher: Batcher) -> None:
         sizes = np.random.default_rng(0).integers(1, 20, 8)
@@ -22,7 +22,7 @@ def test_every_request_gets_its_own_answer(lanes: int) -> None:
         answers = await asyncio.gather(*jobs)
         for pixels, answer in zip(wanted, answers, strict=True):
             assert answer.logits[:, 0].tolist() == (2 * pixels).tolist()
-            assert answer.expert_ids["r"][:, 0].tolist() == (pixels % lanes).tolist()
+            assert answer.expert_ids["r"][:, 0].tolist() == (pixels % pathways).tolist()
         assert batcher.waiting == 0
 
     within(work, test)
@@ -30,7 +30,7 @@ def test_every_request_gets_its_own_answer(lanes: int) -> None:
 
 
 def test_rows_of_many_requests_are_routed_together_and_meet_in_their_pathway() -> None:
-    work = Doubling(lanes=2)
+    work = Doubling(pathways=2)
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, work)
@@ -97,17 +97,17 @@ def test_many_answers_of_a_batch_wake_the_event_loop_once() -> None:
 
 
 def test_a_lane_does_not_wait_for_the_end_of_a_large_request() -> None:
-    work = Doubling(lanes=2)
+    work = Doubling(pathways=2)
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, work)
-        large = batcher.submit(image(*range(20, 116, 2)), 30, alive)  # all of lane 0
+        large = batcher.submit(image(*range(20, 116, 2)), 30, alive)  # all of pathway 0
         small = batcher.submit(image(1), 30, alive)
         work.open.set()
         await asyncio.gather(first, large, small)
 
     within(work, test)
-    assert [lane for lane, _ in work.ran].index(1) <= 3
+    assert [pathway for pathway, _ in work.ran].index(1) <= 3
 
 
 def test_a_batch_waits_for_those_on_their_way_and_no_longer() -> None:

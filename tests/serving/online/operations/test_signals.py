@@ -1,18 +1,19 @@
 """Signals: a closed terminal ends a server that was not told to stay; an operator loads again."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import pytest
 
 from advmoe_deploy.bundle import Bundle
 from tests.serving.online.live import wait_for
+
+fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
 
 SERVE = [sys.executable, "-m", "advmoe_deploy.cli.app", "serve", "--port=0", "--drain=0"]
 UNCHANGED = 'advmoe_reloads_total{outcome="unchanged"} 1.0'
