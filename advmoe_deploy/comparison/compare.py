@@ -49,17 +49,6 @@ class _Labelled:
     labels_N: NDArray[np.int64]
 
 
-<<<<<<< HEAD
-=======
-@dataclass(frozen=True)
-class _Accuracy:
-    """Accuracy of one engine, clean and attacked."""
-
-    clean: MeasuredShare | None
-    robust: MeasuredShare | None
-
-
->>>>>>> f7b89ad4cf53b91d15549b7cf5b91a92a35417ad
 def benchmark_bundle(
     bundle: Bundle,
     *,
