@@ -150,7 +150,7 @@ def test_contradictions_are_one_line(photos: Path, settings: list[str], says: st
     ("settings", "epochs", "size", "epsilon"),
     [
         (["epochs=24.0", "model.image_size=16.0", 'threat.epsilon="8/255"'], 24, 16, 8 / 255),
-        (['epochs="3"', 'model.image_size="8"', "threat.epsilon=true"], 3, 8, 1),
+        (['epochs="3"', 'model.image_size="8"', "threat.epsilon=1.0"], 3, 8, 1),
     ],
 )
 def test_a_value_in_another_spelling_counts_as_validated(
