@@ -7,6 +7,7 @@ from pathlib import Path
 
 INTERRUPTED = 130
 
+# Signals of other programs, which may import this, are theirs.
 if Path(sys.argv[0]).stem == "advmoe" or "advmoe_deploy.cli.app" in sys.orig_argv:
 
     def _interrupted(*_: object) -> None:
@@ -17,12 +18,14 @@ if Path(sys.argv[0]).stem == "advmoe" or "advmoe_deploy.cli.app" in sys.orig_arg
     # where a shell has it ignored, in what it runs in the background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
-if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "serve":
-    # A server that is told to stop ends well at any moment. Until it serves, nothing is under way.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    # SIGHUP loads bundles again, and none is loaded yet. Where 'nohup' has it ignored it stays so.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: None)
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "serve":
+        # A server that is told to stop ends well at any moment. Until it serves nothing is under
+        # way.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        # SIGHUP loads bundles again, and none is loaded yet. Where 'nohup' has it ignored it stays
+        # so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda *_: None)
 
 from advmoe_deploy.process import prepare  # noqa: E402, RUF100 - the signals do not wait for it
 

@@ -15,8 +15,9 @@ MOST_SCANS = 100
 # Pieces of 128 bytes on average, and 20,000 more: an encoder that writes row by row stays below.
 _PIECES, _BYTES_OF_PIECE = 20_000, 128
 _CHUNK = 4096
-# In JPEG's coded data FF is followed by 00, a restart or another FF; TEM (01) has no length either.
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+# Markers with a length, and the end. In coded data libjpeg passes over those below C0 and restarts,
+# two bytes each: to skip a length behind one would hide the scans that follow it.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 

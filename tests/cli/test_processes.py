@@ -213,13 +213,19 @@ def test_sigterm_while_it_starts_ends_well(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
-    [(["serve"], 0), (["--debug", "serve"], 0), (["predict", "serve"], -signal.SIGTERM)],
+    ("name", "arguments", "code"),
+    [
+        ("advmoe", ["serve"], 0),
+        ("advmoe", ["--debug", "serve"], 0),
+        ("advmoe", ["predict", "serve"], -signal.SIGTERM),
+        ("theirs.py", ["serve"], -signal.SIGTERM),
+    ],
 )
 def test_sigterm_is_handled_from_the_first_import_on_by_a_server_alone(
-    arguments: list[str], code: int
+    name: str, arguments: list[str], code: int
 ) -> None:
     program = (
+        f"import sys\nsys.argv[0] = '/somewhere/{name}'\n"
         "import os, signal, advmoe_deploy.cli\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "signal.pause()\n"

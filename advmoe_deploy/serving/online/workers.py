@@ -40,17 +40,21 @@ class Workers:
         if wait_s > timeout_s:
             raise _overloaded(f"its turn would come in {wait_s:.1f} s only", wait_s)
 
+        # The pool keeps what is cancelled until a thread is free: without the image, that is.
+        waits = [work]
+        del work
+
         def begin() -> T:
             began = time.monotonic()
-            if is_gone():
+            if is_gone() or not waits:
                 raise ClientLeftError
             try:
-                return work()
+                return waits.pop()()
             finally:
                 self._pace_s += _FRESH * (time.monotonic() - began - self._pace_s)
 
-        self.waiting += 1
         job = self._pool.submit(begin)
+        self.waiting += 1
         result = asyncio.wrap_future(job)
         try:
             done, _ = await asyncio.wait({result}, timeout=timeout_s)
@@ -59,6 +63,7 @@ class Workers:
             return await result
         finally:
             result.cancel()
+            waits.clear()
             self.waiting -= 1
 
     def close(self) -> None:

@@ -38,6 +38,20 @@ def test_a_jpeg_of_too_many_scans_is_refused() -> None:
             decode(io.BytesIO(scans(more)), "x", DECODING)
 
 
+def test_a_length_that_libjpeg_does_not_read_hides_no_scans() -> None:
+    jpeg = encoded("JPEG", progressive=True)
+    first = jpeg.index(b"\xff\xda")
+    scan = jpeg[first : first + 2 + int.from_bytes(jpeg[first + 2 : first + 4], "big")]
+    restarts, reserved = b"\xff\xdd\x00\x04\x00\x01", b"\xff\x02\xff\xff"
+    for more in (3, 3000):  # the few show that libjpeg does take it for an image
+        file = io.BytesIO(jpeg[:first] + restarts + scan + reserved + more * scan + b"\xff\xd9")
+        if more < MOST_SCANS:
+            assert decode(file, "x", DECODING).original == (32, 32)
+        else:
+            with pytest.raises(DataError, match="100 scans"):
+                decode(file, "x", DECODING)
+
+
 def test_what_only_looks_like_a_scan_does_not_count() -> None:
     looks = b"\xff\xda" * 5000
     jpeg = encoded("JPEG", comment=looks) + looks  # in a segment, and behind the image's end

@@ -1,7 +1,9 @@
 """Decoders of image files: what cannot begin in time is refused, what nobody wants not begun."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -77,6 +79,26 @@ def test_what_is_late_or_wanted_by_nobody_is_not_begun() -> None:
         assert (over.value.status, nobody.value.status) == (503, 499)
 
     assert within(test).begun == THREADS
+
+
+def test_an_image_that_is_refused_is_not_kept_until_a_thread_is_free() -> None:
+    class Body:
+        def __call__(self) -> int:
+            return 0
+
+    async def test(workers: Workers, work: Work, tasks: list["asyncio.Task[int]"]) -> None:
+        body = Body()
+        kept = weakref.ref(body)
+        late = asyncio.create_task(workers.run(body, 0.05, bool))
+        del body
+        with pytest.raises(RefusedError, match="its time was over"):
+            await late
+        del late
+        gc.collect()
+        assert kept() is None
+        assert not work.let_go.is_set()
+
+    within(test)
 
 
 def test_whoever_would_wait_too_long_by_the_pace_is_refused_at_once() -> None:
