@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -11,7 +12,8 @@ INTERRUPTED = 130
 if Path(sys.argv[0]).stem == "advmoe" or "advmoe_deploy.cli.app" in sys.orig_argv:
 
     def _interrupted(*_: object) -> None:
-        os.write(2, b"advmoe: error: interrupted\n")
+        with suppress(OSError):  # stderr is closed
+            os.write(2, b"advmoe: error: interrupted\n")
         os._exit(INTERRUPTED)
 
     # Ctrl-C ends the program as later, though nothing is loaded that could say so. It stays ignored

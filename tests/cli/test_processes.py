@@ -253,6 +253,17 @@ def test_ctrl_c_is_handled_from_the_first_import_on_by_the_program_alone(
         assert "KeyboardInterrupt" in done.stderr
 
 
+def test_ctrl_c_ends_with_its_code_though_nobody_can_be_told() -> None:
+    program = (
+        "import os, signal, sys\nsys.argv[0] = '/somewhere/advmoe'\n"
+        "import advmoe_deploy.cli\n"
+        "os.close(2)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.pause()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 130
+
+
 def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> None:
     arguments = ["serve", str(tiny_bundle.path), "--port", "0", "--timeout", "600"]
     with started(*arguments, cwd=tmp_path) as process:
