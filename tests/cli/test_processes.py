@@ -261,7 +261,8 @@ def test_ctrl_c_ends_with_its_code_though_nobody_can_be_told() -> None:
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "signal.pause()\n"
     )
-    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 130
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 130
 
 
 def test_a_second_ctrl_c_does_not_wait(tiny_bundle: Bundle, tmp_path: Path) -> None:
