@@ -85,7 +85,8 @@ def require_private(folder: Path, closed: int) -> None:
     """
     if sys.platform == "win32":
         raise InputError(
-            f"{folder} may be open to others: who writes to it is not known on Windows"
+            f"who can write to {folder} cannot be checked on Windows, so no code is loaded from "
+            "it; run this in WSL"
         )
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & closed:

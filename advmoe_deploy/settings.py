@@ -48,7 +48,7 @@ def _mistaken(given: Any, taken: Any, key: str = "") -> Iterator[tuple[str, bool
     if isinstance(given, bool) and not isinstance(taken, bool):
         yield key, given
     elif isinstance(given, dict) and isinstance(taken, dict):
-        for name in given.keys() & taken.keys():
+        for name in (each for each in given if each in taken):
             yield from _mistaken(given[name], taken[name], f"{key}.{name}" if key else name)
     elif isinstance(given, list | tuple) and isinstance(taken, list | tuple):
         for part, other in zip(given, taken, strict=False):

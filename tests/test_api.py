@@ -128,6 +128,8 @@ def test_what_is_of_no_use_to_an_argument_is_refused_before_anything_is_done(
         ("verify", {"max_drop": nan}, "max_drop=nan makes no sense; pass a number of at least 0"),
         ("verify", {"max_drop": -5}, "max_drop=-5 makes no sense"),
         ("verify", {"max_drop": "x"}, "max_drop='x' is no number"),
+        ("verify", {"max_drop": 10**400}, "is too large; pass a smaller number"),
+        ("export", {"out": "a\0b"}, "holds a NUL, which no path does"),
         ("verify", {"budget": -1.0}, "budget=-1 makes no sense"),
         ("verify", {"images": 2.5}, "images=2.5 is no whole number; pass one of at least 1"),
         ("verify", {"images": "5"}, "images='5' is no whole number"),

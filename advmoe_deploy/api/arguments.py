@@ -54,6 +54,8 @@ def place(name: str, value: Any) -> Any:
     """Return ``value``, which is a path or text that names something as a path does."""
     if not isinstance(value, str | os.PathLike):
         raise _refusal(name, value, "is no path; pass a string or a pathlib.Path")
+    if "\0" in os.fsdecode(value):
+        raise _refusal(name, value, "holds a NUL, which no path does")
     return value
 
 
@@ -83,7 +85,10 @@ def _whole(least: int) -> Rule:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal(name, value, "is no number; pass one")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise _refusal(name, value, "is too large; pass a smaller number") from None
 
 
 def _no_less_than_zero(name: str, value: Any) -> float:

@@ -8,25 +8,14 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.registry import build_model
-from advmoe_deploy.specs import build_spec
+from tests.conftest import TINY
 
 
 @pytest.fixture(scope="module")
 def model() -> AdvMoE:
     """A tiny AdvMoE after sixty plain steps: right about most digits, not robust."""
     torch.manual_seed(0)
-    spec = build_spec(
-        family="advmoe",
-        num_experts=2,
-        ratio=0.5,
-        width=8,
-        router_width=4,
-        in_channels=1,
-        image_size=8,
-        mean=[0.3],
-        std=[0.4],
-    )
-    built = build_model(spec)
+    built = build_model(TINY)
     assert isinstance(built, AdvMoE)
     train = load_dataset("digits").train
     x, y = torch.from_numpy(to_float(train.images)), torch.from_numpy(train.labels)

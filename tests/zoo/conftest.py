@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,12 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def advmoe(environment: dict[str, str], tmp_path: Path) -> Callable[..., Done]:
-    """The command line in a process of its own, where the client reads its environment."""
+def python(environment: dict[str, str], tmp_path: Path) -> Callable[..., Done]:
+    """Python in a process of its own, where the client reads its environment."""
 
     def run(*arguments: str, **variables: str) -> Done:
-        command = [sys.executable, "-m", "advmoe_deploy.cli.app", *arguments]
         return subprocess.run(
-            command,
+            [sys.executable, *arguments],
             cwd=tmp_path,
             env={**environment, **variables},
             capture_output=True,
@@ -53,23 +53,18 @@ def advmoe(environment: dict[str, str], tmp_path: Path) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def resolved(environment: dict[str, str]) -> Callable[..., Done]:
-    """What the resolver answers in a process of its own, which loads no torch and so is quick."""
+def advmoe(python: Callable[..., Done]) -> Callable[..., Done]:
+    """The command line, in a process of its own."""
+    return partial(python, "-m", "advmoe_deploy.cli.app")
+
+
+@pytest.fixture
+def resolved(python: Callable[..., Done]) -> Callable[..., Done]:
+    """What the resolver answers, in a process that loads no torch and so is quick."""
     program = (
         "import sys; from advmoe_deploy.zoo.resolve import resolve as r; print(r(sys.argv[1]))"
     )
-
-    def run(source: str, **variables: str) -> Done:
-        return subprocess.run(
-            [sys.executable, "-c", program, source],
-            env={**environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return run
+    return partial(python, "-c", program)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Data sets of the hub, by its real client from a hub of our own on this machine."""
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +30,7 @@ def cifar10(hub: Hub, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def read(environment: dict[str, str]) -> Callable[..., Done]:
+def read(python: Callable[..., Done]) -> Callable[..., Done]:
     """The SHA-256 of the test images that a loader returns, in a process without torch."""
     program = (
         "import hashlib, sys\n"
@@ -47,17 +45,7 @@ def read(environment: dict[str, str]) -> Callable[..., Done]:
         "print(hashlib.sha256(test.images.tobytes()).hexdigest())\n"
     )
 
-    def run(loader: str = "load_dataset", **variables: str) -> Done:
-        return subprocess.run(
-            [sys.executable, "-c", program, loader],
-            env={**environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return run
+    return lambda loader="load_dataset", **more: python("-c", program, loader, **more)
 
 
 def test_tables_come_from_the_hub_once(

@@ -43,8 +43,8 @@ class Shed:
     def answer(self, status: int, message: str, *, last: bool = True) -> bytes:
         """End it, and return the text of its answer, the ``last`` on its connection or not."""
         self._end(status)
-        own_id = f"\r\n{REQUEST_ID}: {self._record.id}\r\n".encode()
-        return refusal(status, message, self._retry_s, last=last).replace(b"\r\n", own_id, 1)
+        own_id = f"{REQUEST_ID}: {self._record.id}\r\n"
+        return refusal(status, message, self._retry_s, last=last, own=own_id)
 
     def leave(self) -> None:
         """End it, unless it has its answer: its client has left."""

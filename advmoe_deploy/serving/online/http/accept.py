@@ -230,16 +230,19 @@ def has_more(transport: asyncio.BaseTransport) -> bool:
 
 
 @lru_cache(64)  # under overload it is the same for many
-def refusal(status: int, message: str, retry_s: int = 1, *, last: bool = True) -> bytes:
+def refusal(
+    status: int, message: str, retry_s: int = 1, *, last: bool = True, own: str = ""
+) -> bytes:
     """Return the text of an answer that says why a request is refused.
 
-    If it is the ``last``, its connection ends; ``retry_s`` is for status 503.
+    If it is the ``last``, its connection ends; ``retry_s`` is for status 503, and ``own`` a line of
+    the head, with its end, of this request alone.
     """
     body = json.dumps({"error": message}).encode()
     retry = f"retry-after: {retry_s}\r\n" if status == 503 else ""
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n{retry}{'connection: close' if last else ''}"
+        f"content-length: {len(body)}\r\n{own}{retry}{'connection: close' if last else ''}"
     )
     return (head if last else head.rstrip()).encode() + b"\r\n\r\n" + body
 
