@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from advmoe_deploy.errors import UsageError, naming, reading, writing
 
@@ -95,6 +96,25 @@ def write_in_turn(contents: Sequence[tuple[Path, bytes]]) -> None:
         for partial, _, _ in staged:
             if partial.exists():
                 partial.unlink()
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file for writing and reading that takes ``target``'s place when the block ends well.
+
+    On any exception it is removed, and so is what a process that was killed left of one.
+    """
+    partial = _partial_name(target)
+    try:
+        with writing(target):
+            remove_abandoned(target.parent, re.escape(target.name))
+            with partial.open("x+b") as file:  # new, so that no link leads elsewhere
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_to_disk(path: Path, content: bytes) -> None:

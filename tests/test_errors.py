@@ -1,6 +1,7 @@
 """One text per errno, for what was being done, with the file's name and the right exit code."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -157,6 +158,18 @@ def predicted(bundle: Path, cwd: Path) -> str:
     assert (done.returncode, done.stdout) == (5, ""), done.stderr
     (line,) = done.stderr.splitlines()
     return line.removeprefix("advmoe: error: ")
+
+
+def test_a_model_that_may_not_be_looked_into_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVMOE_ZOO", str(tmp_path))
+    (tmp_path / "closed").mkdir(mode=0)
+    done = as_nobody("list", "models", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    closed = json.loads(done.stdout)["models"][0]
+    assert (closed["name"], closed["kind"]) == ("closed", "unknown")
+    assert "permission denied" in closed["note"]
 
 
 def test_what_may_not_be_read_is_not_about_writing(tiny_bundle: Bundle, tmp_path: Path) -> None:

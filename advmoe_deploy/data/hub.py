@@ -170,7 +170,7 @@ def _from_hub(hub_set: HubSet, *splits: str) -> Path:
     """
     repository = Repository(hub_set.hub_name, kind="dataset")
     try:
-        return snapshot(repository, [f"*{split}*.parquet" for split in splits])
+        return snapshot(repository, [f"*/{split}-*.parquet" for split in splits])
     except MachineError as error:
         raise MachineError(f"{error}, or {hub_set.way_out}") from None
     except InputError as error:

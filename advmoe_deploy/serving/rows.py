@@ -5,7 +5,6 @@ import importlib
 import io
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import UsageError, missing_extra, writing
-from advmoe_deploy.files import is_stream
+from advmoe_deploy.files import is_stream, staged_file
 from advmoe_deploy.journal import Row
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.runtime.routing import softmax
@@ -106,18 +105,8 @@ def write_rows(output: Path, lines: Iterable[bytes], columns: RowFormat) -> None
             with output.open("ab") as stream:
                 shutil.copyfileobj(whole, stream)
         return
-    target = output.resolve()
-    partial = target.with_name(f".{target.name}.writing")
-    with writing(partial):
-        partial.unlink(missing_ok=True)  # of a run that was killed
-    try:
-        with writing(partial), partial.open("xb") as file:  # new, so no link leads elsewhere
-            write(file, lines, columns)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_file(output.resolve()) as file:
+        write(file, lines, columns)
 
 
 def _write_jsonl(file: BinaryIO, lines: Iterable[bytes], _: RowFormat) -> None:

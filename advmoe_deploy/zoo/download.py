@@ -64,7 +64,7 @@ def _files_of(asked: Repository, folder: Path) -> list[str]:
     """Return the names of the files to download; those that may be absent are among them."""
     if (folder / MANIFEST).is_file():
         listed = read_fields(folder / MANIFEST).get("files")
-        if not isinstance(listed, dict):
+        if not isinstance(listed, dict) or not all(isinstance(v, dict) for v in listed.values()):
             raise BundleError(f"{asked}: {MANIFEST} lists no files; ask its owner")
         for name in listed:
             _require_harmless(asked, name)
@@ -102,7 +102,7 @@ def _hashes(folder: Path) -> dict[str, object]:
     if not (folder / MANIFEST).is_file():
         return {_WEIGHTS: read_fields(folder / RUN_MARKER).get("weights_sha256")}
     records = read_fields(folder / MANIFEST)["files"].items()
-    return {name: dict(record).get("sha256") for name, record in records}
+    return {name: record.get("sha256") for name, record in records}
 
 
 def _differs(file: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from advmoe_deploy.bundle import MANIFEST, SCHEMA_VERSION, open_bundle
-from advmoe_deploy.errors import BundleError, InputError
+from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
 from advmoe_deploy.reports.checkpoint import read_weights
 from advmoe_deploy.specs import Frozen, ModelSpec, ThreatModel
 from advmoe_deploy.zoo.places import RUN_MARKER, Source, models
@@ -44,19 +44,18 @@ def listed_models() -> list[ListedModel]:
 
 
 def _entry(name: str, source: Source, folder: Path) -> ListedModel:
-    is_run = (folder / RUN_MARKER).is_file()
-    known = {
-        "name": name,
-        "source": source,
-        "path": str(folder),
-        "kind": "run" if is_run else "bundle",
-        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-    }
+    known = {"name": name, "source": source, "path": str(folder), "kind": "unknown", "bytes": 0}
     try:
+        is_run = (folder / RUN_MARKER).is_file()
+        known["kind"] = "run" if is_run else "bundle"
+        known["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         known |= _of_run(folder) if is_run else _of_bundle(folder)
         return ListedModel.model_validate(known)
-    except (InputError, ValidationError, OSError, KeyError, TypeError, AttributeError) as error:
-        note = str(error) if isinstance(error, InputError) else f"damaged ({type(error).__name__})"
+    except (AdvMoEError, OSError) as error:
+        said = file_error(error) if isinstance(error, OSError) else error
+        return ListedModel.model_validate({**known, "note": str(said or error)})
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        note = f"damaged ({type(error).__name__})"
         return ListedModel.model_validate({**known, "note": note})
 
 

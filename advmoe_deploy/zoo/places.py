@@ -51,12 +51,22 @@ def is_model(folder: Path) -> bool:
 
 
 def models() -> Iterator[tuple[str, Source, Path]]:
-    """Yield name, source and folder of every model, in order of names within a source."""
+    """Yield name, source and folder of every model, in order of names within a source.
+
+    A folder that may not be looked into is among them.
+    """
     for source, place in places().items():
         folders = sorted(place.iterdir()) if place.is_dir() else []
         for folder in folders:
-            if is_model(folder) and not folder.name.startswith("."):
+            if _may_be_model(folder) and not folder.name.startswith("."):
                 yield folder.name, source, folder
+
+
+def _may_be_model(folder: Path) -> bool:
+    try:
+        return is_model(folder)
+    except OSError:  # it may not be looked into
+        return True
 
 
 def names() -> set[str]:

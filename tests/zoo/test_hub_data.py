@@ -25,7 +25,10 @@ def cifar10(hub: Hub, tmp_path: Path) -> Path:
     folder = tmp_path / "tables"
     write_table(folder / TABLES["train"], TRAIN)
     write_table(folder / TABLES["test"], TEST)
-    hub.put("uoft-cs/cifar10", {**files_in(folder), "README.md": b"x", "cifar10.py": b"y"})
+    hub.put(
+        "uoft-cs/cifar10",
+        {**files_in(folder), "README.md": b"x", "cifar10.py": b"y", "old/latest-0.parquet": b"z"},
+    )
     return folder
 
 

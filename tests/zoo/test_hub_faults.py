@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.errors import MachineError
-from advmoe_deploy.hub.faults import Repository
+from advmoe_deploy.hub.faults import Repository, explained
 from advmoe_deploy.zoo.download import _linked
 from tests.zoo.hub_commands import WEIGHTS, Done, files_in, refused
 from tests.zoo.hub_server import Hub, sha256
@@ -100,6 +100,17 @@ def test_of_a_copy_the_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         _linked(Repository("me/tiny"), tmp_path / "hf/commit", [WEIGHTS])
     assert str(caught.value).startswith(f"{tmp_path}/ours/advmoe-deploy/hub/me/commit/tiny: ")
     assert not [file for file in (tmp_path / "ours").rglob("*") if file.is_file()]
+
+
+def test_what_the_clients_own_transport_raises() -> None:
+    said = r"hub:me/tiny: .*CAS service error.*; try again"
+    with pytest.raises(MachineError, match=said), explained(Repository("me/tiny")):
+        raise RuntimeError("Data processing error:\nCAS service error")
+
+
+def test_a_manifest_whose_files_are_no_records(hub: Hub, advmoe: Callable[..., Done]) -> None:
+    hub.put("me/tiny", {"manifest.json": b'{"files": {"model.onnx": "0"}}'})
+    refused(advmoe("inspect", "hub:me/tiny"), 3, "manifest.json lists no files", "ask its owner")
 
 
 def test_without_the_client_the_extra_is_named(environment: dict[str, str]) -> None:
