@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
+import onnx
 import pytest
 from filelock import FileLock
 
@@ -24,6 +26,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.targets import PORTABLE, Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
+from advmoe_deploy.progress import Progress
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 from tests.families import Families, spec_of
 
@@ -82,6 +85,31 @@ def own_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def baselines_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace and optimise each dense baseline once: all exports of one architecture write the same.
+
+    It is half of the time of an export.
+    """
+    from advmoe_deploy.export import graph_files
+    from advmoe_deploy.export.graph.writer import write_model
+
+    trace = graph_files._baseline
+
+    def once(spec: ModelSpec, progress: Progress) -> onnx.ModelProto:
+        key = sha256(spec.model_dump_json().encode()).hexdigest()[:16]
+
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            write_model(trace(spec, progress), folder / "model.onnx")
+
+        return onnx.load_model(made_once(tmp_path_factory, f"baseline-{key}", make) / "model.onnx")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_files, "_baseline", once)
+        yield
 
 
 @pytest.fixture(scope="session")

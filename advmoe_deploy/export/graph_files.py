@@ -40,6 +40,7 @@ from advmoe_deploy.reports import ParityReport
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.specs import ModelSpec
 
 UNFUSED = "baselines/unfused.onnx"
 _WRITE, _BASELINES, _COMPARE = "write graphs", "baselines", "compare with torch"
@@ -72,17 +73,20 @@ def write_baselines(staged: Path, model: Classifier, progress: Progress) -> None
     """Write the dense networks an MoE is timed against: random weights, the real shapes."""
     if not model.rules:
         return
-    images = parity_images("random:64", model.spec)  # the same baselines whatever the data
     specs = {"dense": model.spec.dense(), "s-dense": model.spec.s_dense()}
     if specs["s-dense"] == specs["dense"]:  # experts of full width have no smaller counterpart
         del specs["s-dense"]
     with task(progress, _BASELINES, len(specs)):
         for name, spec in specs.items():
-            network = untrained_model(spec, torch.from_numpy(images))
-            parts, _ = apply_passes(partition(network, progress), images, progress=progress)
-            whole = graph_from_plan(parts.plan, parts.graphs)
-            write_model(whole, staged / "baselines" / f"{name}.onnx")
+            write_model(_baseline(spec, progress), staged / "baselines" / f"{name}.onnx")
             progress.advance(_BASELINES)
+
+
+def _baseline(spec: ModelSpec, progress: Progress) -> onnx.ModelProto:
+    images = parity_images("random:64", spec)  # the same baselines whatever the data
+    network = untrained_model(spec, torch.from_numpy(images))
+    parts, _ = apply_passes(partition(network, progress), images, progress=progress)
+    return graph_from_plan(parts.plan, parts.graphs)
 
 
 def check_graphs(
