@@ -23,6 +23,7 @@ from advmoe_deploy.bundle import REFERENCE, open_bundle
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.onnxruntime.engine import onnxruntime_version
 from advmoe_deploy.train.run.report import versions
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "loaded_cpu.json"
 COMMAND = "import sys; from advmoe_deploy.cli.app import run; sys.exit(run(sys.argv[1:]))"
@@ -84,9 +85,9 @@ def main() -> None:
         "loaded_seconds": loaded,
         "ratio_of_medians": statistics.median(loaded) / statistics.median(alone),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write(RESULT, result)
     print(f"loaded / alone: {result['ratio_of_medians']:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
