@@ -117,7 +117,7 @@ def _differs(file: Path) -> str:
 def _linked(asked: Repository, folder: Path, names: Sequence[str]) -> Path:
     """Return a folder called as the repository with links to the files of ``folder``."""
     user, _, name = asked.name.partition("/")
-    target = cache_folder() / "hub" / user / folder.name / name
+    target = _own_cache() / "hub" / user / folder.name / name
 
     def is_whole() -> bool:
         return all(_is_same(folder / each, target / each) for each in names)
@@ -127,6 +127,15 @@ def _linked(asked: Repository, folder: Path, names: Sequence[str]) -> Path:
             if not is_whole():  # another process may have been there meanwhile, and reads it now
                 _link_anew(folder, target, names)
     return target
+
+
+def _own_cache() -> Path:
+    try:
+        return cache_folder()
+    except RuntimeError:
+        raise MachineError(
+            "nothing says where the home is, and so our own cache; set XDG_CACHE_HOME to a folder"
+        ) from None
 
 
 def _link_anew(folder: Path, target: Path, names: Sequence[str]) -> None:

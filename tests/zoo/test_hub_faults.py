@@ -106,6 +106,17 @@ def test_of_a_copy_the_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(files_in(tmp_path / "ours").values())  # nothing but an empty lock
 
 
+def test_without_a_home_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MachineError, match="set XDG_CACHE_HOME"):
+        _linked(Repository("me/tiny"), Path("commit"), [])
+
+
 def test_who_asks_at_once_links_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one would take away the folder that another was just given."""
     commit, names, linked = tmp_path / "hf/commit", ["a.json", "b.json"], []
