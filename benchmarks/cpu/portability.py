@@ -36,6 +36,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.specs import ModelSpec, VisionTransformer
+from advmoe_deploy.train.run.report import versions
 from benchmarks.cpu.export import robust_experts, untrained_bundle
 from benchmarks.program import run_program, with_kept_rows, with_part, write
 
@@ -141,7 +142,11 @@ def main() -> None:
             for row in rows_of(name, Path(folder), arguments.data, pythons):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "layers"}), flush=True)
-    facts = {"data": arguments.data.partition(":")[0], "processor": processor_name()}
+    facts = {
+        "data": arguments.data.partition(":")[0],
+        "processor": processor_name(),
+        "versions": versions(),
+    }
     key = ("model", "runtime", "form")
     result = with_kept_rows(arguments.out, facts, rows, key)
     result["all_passed"] = all(row["passed"] for row in result["rows"])

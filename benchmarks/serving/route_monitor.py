@@ -99,6 +99,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             cost = _cost(lambda: engine(some), engine(some), report)
     return {
         "run": wanted.run.name,
+        "weights_sha256": checkpoint.weights_sha256,
         "model": checkpoint.model.model_dump(mode="json"),
         "data": wanted.data,
         "trained_epsilon": own.epsilon,

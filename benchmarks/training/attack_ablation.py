@@ -95,6 +95,7 @@ def main() -> None:
     result = {
         "recipe": checkpoint.recipe.get("name"),
         "seed": checkpoint.recipe.get("seed"),
+        "weights_sha256": checkpoint.weights_sha256,
         "epsilon": threat.epsilon,
         "threads": arguments.threads,
         "processor": processor_name(),

@@ -55,6 +55,7 @@ def row_of(name: str, data: Dataset) -> dict[str, Any]:
         "row": name,
         "settings": list(ROWS[name]),
         "steps": STEPS,
+        "seed": config.seed,
         "batch": config.batch_size,
         "lr": config.lr,
         "router_lr": config.router_lr,

@@ -109,6 +109,8 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
         "family": config.model.family,
         "backbone": config.model.backbone,
         "epochs": report.epochs,
+        "seed": config.seed,
+        "test_images": report.images,
         "losses": [round(loss, 4) for loss in losses],
         "loss_fell": losses[-1] < losses[0],
         "clean_accuracy": report.clean_accuracy,
