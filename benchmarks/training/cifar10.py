@@ -28,7 +28,6 @@ from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_test_split
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.models.macs import macs_of
@@ -38,6 +37,7 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import attack_suite
 from advmoe_deploy.zoo.resolve import resolve
+from benchmarks.program import run_program, write
 from benchmarks.training.digits import share
 
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10"
@@ -110,7 +110,7 @@ class Standing:
             key: "".join("01"[flag] for flag in flags.tolist()) for key, flags in self.flags.items()
         }
         kept = {"weights_sha256": self.weights, "seconds": self.seconds, "standing": digits}
-        write_atomically(self.path, (json.dumps(kept, indent=2) + "\n").encode())
+        write(self.path, kept)
 
 
 def turner(model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Turn:
@@ -236,14 +236,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     run = resolve(arguments.run)
     checkpoint, model = load_checkpoint(run / "model")
-    assert checkpoint.threat is not None
+    if checkpoint.threat is None or "name" not in checkpoint.recipe:
+        raise UsageError(f"{arguments.run} says no recipe or no radius; name a run of ours")
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    test = load_test_split(arguments.data)
+    test = load_test_split(arguments.data, checkpoint.decoding)
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     clean = (predict(model, x) == y).numpy()
     out = arguments.out / f"{checkpoint.recipe['name']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     standing = Standing(out.with_suffix(".attacked.json"), checkpoint.weights_sha256, clean)
+    require_images(arguments.images, len(clean), attacked := len(standing.of(PGD)))
     earlier = row_in(out, checkpoint)
     facts = trained(run, earlier)
     if model.rules:
@@ -251,13 +253,24 @@ def main() -> None:
         facts |= known_routes(earlier, checkpoint.weights_sha256, arguments.images) or routes_of(
             model, x[first], y[first], checkpoint.threat
         )
-    if len(standing.of(PGD)) == arguments.images:
+    if attacked == arguments.images:
         write_row(out, result_of(checkpoint, model, standing) | facts)
     turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):
         print(json.dumps({"attack": key_of(attack), "images": images}), flush=True)
         if images == arguments.images:
             write_row(out, result_of(checkpoint, model, standing) | facts)
+
+
+def require_images(asked: int, there: int, attacked: int) -> None:
+    """Refuse more images than there are, and fewer than an earlier call began to attack.
+
+    Raises:
+        UsageError: ``asked`` is no such number.
+    """
+    least = max(1, attacked)
+    if not least <= asked <= there:
+        raise UsageError(f"--images {asked} is not possible here; ask for {least} to {there}")
 
 
 def write_row(out: Path, row: dict[str, Any]) -> None:
@@ -269,10 +282,10 @@ def write_row(out: Path, row: dict[str, Any]) -> None:
         "versions": versions(),
         "rows": [row],
     }
-    write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
+    write(out, result)
     told = {n: row[n]["share"] for n in ("pgd_50", "autoattack_so_far", "robust")}
     print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

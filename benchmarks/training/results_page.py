@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.zoo.record import Share
@@ -145,8 +146,10 @@ def main() -> None:
     raw = "[Raw](../../benchmarks/results/cifar10). " if found else ""
     head = HEAD.format(test=f"{test:,}", missing=10_000 - test, raw=raw)
     rows = "\n".join(row(name, title) for name, title in ROWS.items())
-    (ours,) = json.loads((RESULTS / f"{OURS}.json").read_text())["rows"]
-    PAGE.write_text(f"{head}{rows}\n{goals(ours)}{PUBLISHED}")
+    aims = ""
+    if (ours := RESULTS / f"{OURS}.json").exists():
+        aims = goals(json.loads(ours.read_text())["rows"][0])
+    write_atomically(PAGE, f"{head}{rows}\n{aims}{PUBLISHED}".encode())
 
 
 if __name__ == "__main__":

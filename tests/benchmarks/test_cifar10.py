@@ -23,6 +23,7 @@ from benchmarks.training.cifar10 import (
     Standing,
     attack_all,
     key_of,
+    require_images,
     sequence,
     turner,
 )
@@ -60,6 +61,13 @@ def test_what_was_stopped_goes_on_to_the_same_flags(
         np.testing.assert_array_equal(again.flags[key], flags)
     more = Standing(file, "weights", np.ones(IMAGES + 2, bool))
     assert len(list(attack_all(by_lot, model, more, IMAGES + 2))) == len(sequence(model))
+
+
+@pytest.mark.parametrize(("asked", "attacked"), [(0, 0), (13, 0), (7, 8)])
+def test_images_that_cannot_be_attacked_are_refused(asked: int, attacked: int) -> None:
+    with pytest.raises(UsageError, match=f"ask for {max(1, attacked)} to 12"):
+        require_images(asked, 12, attacked)
+    require_images(8, 12, 8)
 
 
 def test_autoattack_gets_what_its_own_attacks_left(model: Classifier, tmp_path: Path) -> None:
