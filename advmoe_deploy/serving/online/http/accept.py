@@ -213,7 +213,8 @@ class Acceptor:
 
     def _pause(self, error: OSError) -> None:
         self._loop.remove_reader(self._listener)
-        self._paused = self._loop.call_later(_PAUSE_S, self._resume)
+        if self._paused is None:  # else it was closed within the pause
+            self._paused = self._loop.call_later(_PAUSE_S, self._resume)
         if (now := time.monotonic()) - self._complained >= _COMPLAIN_EVERY_S:
             self._complained = now
             _log.warning("no connection can be accepted now: %s", error.strerror)
