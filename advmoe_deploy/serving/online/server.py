@@ -138,6 +138,8 @@ class Server(uvicorn.Server):
         most, seconds = self._limits.connections, self._limits.head_s
         handshakes = None if self._tls is None else Handshakes(self._tls, most, seconds)
         crowd = Crowd(lambda: len(self.server_state.connections), most)
+        for sock in sockets or ():
+            _end_unread(sock, self._limits.body_s)
         self._acceptors = [
             Acceptor(sock, self._protocol, self._backlog, handshakes, crowd)
             for sock in sockets or ()
@@ -211,6 +213,16 @@ class Server(uvicorn.Server):
                 if not connection.is_idle:
                     connection.finish()
             await asyncio.sleep(0.02)
+
+
+def _end_unread(listener: socket.socket, seconds: float) -> None:
+    """Have Linux end connections of ``listener`` whose clients read nothing for so long.
+
+    One that is to be closed waits until its last answer is read, and would wait for ever.
+    """
+    if sys.platform == "linux":
+        milliseconds = max(1, round(1000 * seconds))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def fitting(limits: Limits) -> tuple[Limits, int]:

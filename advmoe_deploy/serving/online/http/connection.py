@@ -89,6 +89,7 @@ class Connection(HttpToolsProtocol):
         if self._refused_unread is not None:
             self._refused_unread.leave()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # else it holds one that was reset until its time
         self._over = True
         if self._unread is not None:
             self._unread.cancel()
