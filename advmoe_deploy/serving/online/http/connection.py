@@ -131,12 +131,21 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while (end := self._parsed_to(rest)) < len(rest):
+            rest = rest[end:]
+
+    def _parsed_to(self, data: memoryview) -> int:
+        """Return how much of ``data`` was parsed: up to a wish for another protocol, if any."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            method, version = self.parser.get_method(), self.parser.get_http_version()
-            head = without_upgrade(method, self.url, version, self.headers)
-            self._parse(head + data[upgrade.args[0] :])
+            end: int = upgrade.args[0]
+        else:
+            return len(data)
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        self.parser.feed_data(without_upgrade(method, self.url, version, self.headers))
+        return end
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -194,6 +203,8 @@ class Connection(HttpToolsProtocol):
         """
         if not self.is_idle or self.parser.get_method() != b"POST":
             return False
+        if self.flow.write_paused:
+            return False  # its answer has to wait until others are read
         self._refused_unread = shed = self._shed(self.url, self.headers)
         if shed is None:
             return False
@@ -243,8 +254,8 @@ class Connection(HttpToolsProtocol):
         if last:
             self._over = True
             self.transport.close()
-        else:
-            super().on_response_complete()
+            raise _RefusedError  # what follows has no answer
+        super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
