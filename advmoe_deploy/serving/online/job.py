@@ -26,7 +26,8 @@ class OverloadedError(Exception):
 class Times:
     """Times of the parts of one request, in seconds; filled in while it is answered.
 
-    ``wait`` is that in the queue, and ``compute`` of the batches that had images of it.
+    ``wait`` is that in the queue, and ``compute`` of the batches that had images of it, when they
+    were routed and when they ran.
     """
 
     read: float = 0.0
