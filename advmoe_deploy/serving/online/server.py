@@ -48,8 +48,8 @@ _PIECES = 4
 class Beside(Protocol):
     """Another port, which begins and ends with the server."""
 
-    async def start(self) -> None:
-        """Begin to answer, or raise :class:`MachineError`."""
+    async def start(self, connections: int) -> None:
+        """Begin to answer on so many connections at most, or raise :class:`MachineError`."""
 
     def refuse(self) -> None:
         """Take nothing new."""
@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
     ) -> None:
         """Take ``app``, and what else begins and ends with it."""
         self._shed = shed
-        self._limits, self._backlog = fitting(limits)
+        self._limits, self._backlog = fitting(limits, 1 if beside is None else 2)
         self._beside, self._tls = beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
@@ -146,7 +146,7 @@ class Server(uvicorn.Server):
         ]
         if self._beside is not None and self.started:
             try:
-                await self._beside.start()
+                await self._beside.start(most)
             except MachineError as error:
                 self._beside, self.failure = None, error
                 self.stop(announced=False)
@@ -225,13 +225,16 @@ def _end_unread(listener: socket.socket, seconds: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def fitting(limits: Limits) -> tuple[Limits, int]:
-    """Raise the limit of open files; return limits that it has room for, and a backlog."""
+def fitting(limits: Limits, ports: int = 1) -> tuple[Limits, int]:
+    """Raise the limit of open files; return limits that it has room for, and a backlog.
+
+    Each of so many ``ports`` has the connections of the limits.
+    """
     if sys.platform == "win32":
         return limits, BACKLOG
     import resource
 
-    wanted = _OWN_DESCRIPTORS + limits.connections + BACKLOG
+    wanted = _OWN_DESCRIPTORS + ports * limits.connections + BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return limits, BACKLOG
@@ -239,8 +242,8 @@ def fitting(limits: Limits) -> tuple[Limits, int]:
         wanted = min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     room = max(16, wanted - _OWN_DESCRIPTORS)
-    connections = min(limits.connections, room * 3 // 4)
-    return replace(limits, connections=connections), min(BACKLOG, room - connections)
+    connections = min(limits.connections, room * 3 // (4 * ports))
+    return replace(limits, connections=connections), min(BACKLOG, room - ports * connections)
 
 
 def collect_less() -> None:

@@ -330,10 +330,12 @@ def test_the_limit_of_connections_fits_the_descriptors() -> None:
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 600))\n"
         "from advmoe_deploy.serving.online.limits import Limits\n"
         "from advmoe_deploy.serving.online.server import fitting\n"
-        "limits, backlog = fitting(Limits())\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.connections, backlog)\n"
+        "(one, backlog), (each, of_two) = fitting(Limits()), fitting(Limits(), 2)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], one.connections, backlog)\n"
+        "print(each.connections, of_two)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    most, connections, backlog = map(int, done.stdout.split())
+    most, connections, backlog, each_of_two, less = map(int, done.stdout.split())
     assert most == 600
     assert 128 < connections < connections + backlog < 600
+    assert 128 < 2 * each_of_two < 2 * each_of_two + less < 600
