@@ -58,7 +58,7 @@ class Job:
 
     def dead(self) -> str:
         """Return why it is not to be computed, or nothing if it is."""
-        if self.is_gone():
+        if self.is_gone() or self.answer.cancelled():
             return "the client has left"
         late = self.deadline < time.monotonic() and not self.begun
         return "its time was over before its turn came" if late else ""

@@ -147,6 +147,22 @@ def test_who_leaves_while_its_batch_runs_is_not_counted_as_answered(
     assert 'status="200"' not in figures
 
 
+def test_what_was_cancelled_leaves_no_images_while_a_batch_runs(
+    live: Live, channel: grpc.Channel, slow: SlowRunner
+) -> None:
+    slow.let_go.clear()
+    ask = channel.unary_unary(INFER)
+    first = ask.future(message(1), timeout=60)
+    wait_for(lambda: slow.batches == [1])
+    leaves = ask.future(message(3), timeout=60)
+    wait_for(lambda: live.service.waiting == 4)
+    leaves.cancel()
+    wait_for(lambda: live.service.waiting == 1)
+    slow.let_go.set()
+    assert first.result()
+    assert slow.batches == [1]
+
+
 def failed_or_cancelled(waiting: Any) -> bool:
     try:
         waiting.result()
