@@ -1,7 +1,4 @@
-"""HTTP server uvicorn: bounded connections, and an end that loses no request.
-
-With ``connection.py`` the only module that knows it.
-"""
+"""HTTP server uvicorn: bounded connections, and an end that loses no request."""
 
 import asyncio
 import contextlib

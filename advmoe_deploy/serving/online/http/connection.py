@@ -108,6 +108,8 @@ class Connection(HttpToolsProtocol):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+        for cycle, _ in self.pipeline:
+            cycle.on_response = lambda: None  # it never begins, and would hold us in a circle
         self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
