@@ -295,10 +295,13 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tiny_bundle: Bundle) ->
 FEW_FILES = """
 import resource, sys
 from pathlib import Path
+import grpc
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
 from advmoe_deploy.bundle import open_bundle
 from tests.serving.online.live import LIMITS, SlowRunner, running
 with running(open_bundle(Path(sys.argv[1])), SlowRunner(), LIMITS) as live:
+    with grpc.insecure_channel(live.grpc) as channel:
+        grpc.channel_ready_future(channel).result(timeout=60)  # its port is open a moment later
     print(live.address, live.grpc, flush=True)
     sys.stdin.readline()
 """
