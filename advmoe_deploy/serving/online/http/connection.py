@@ -91,17 +91,16 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # else it holds one that was reset until its time
         self._over = True
-        if self._unread is not None:
-            self._unread.cancel()
+        self.resume_writing()
         self._await_rest()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Take the client for gone, and close in a turn with others: thousands may go at once."""
         self._be_alone()
-        in_turn = self.scheme == "http"  # TLS closes by itself
-        if in_turn:
-            self._ends.call(self.transport.close)
-        return in_turn
+        if self.scheme != "http":
+            return False  # TLS closes by itself
+        self._ends.call(self.transport.close)
+        return True
 
     def _be_alone(self) -> None:
         for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
@@ -134,20 +133,14 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         rest = memoryview(data)
-        while (end := self._parsed_to(rest)) < len(rest):
-            rest = rest[end:]
-
-    def _parsed_to(self, data: memoryview) -> int:
-        """Return how much of ``data`` was parsed: up to a wish for another protocol, if any."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            end: int = upgrade.args[0]
-        else:
-            return len(data)
-        method, version = self.parser.get_method(), self.parser.get_http_version()
-        self.parser.feed_data(without_upgrade(method, self.url, version, self.headers))
-        return end
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            method, version = self.parser.get_method(), self.parser.get_http_version()
+            self.parser.feed_data(without_upgrade(method, self.url, version, self.headers))
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -203,10 +196,9 @@ class Connection(HttpToolsProtocol):
         Raises:
             _RefusedError: its body is not worth that.
         """
-        if not self.is_idle or self.parser.get_method() != b"POST":
+        is_behind = not self.is_idle or self.flow.write_paused  # answers that are made, or unread
+        if is_behind or self.parser.get_method() != b"POST":
             return False
-        if self.flow.write_paused:
-            return False  # its answer has to wait until others are read
         self._refused_unread = shed = self._shed(self.url, self.headers)
         if shed is None:
             return False
