@@ -57,7 +57,7 @@ class Batcher:
         self._waiting = 0  # images of jobs without an answer
         self._arrived: deque[Job] = deque()
         self._pieces: dict[int, deque[Piece]] = {}  # by pathway
-        self._pace_s = 0.0  # seconds per image
+        self._route_s = self._run_s = 0.0  # seconds per image
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="infer", daemon=True)
@@ -66,6 +66,11 @@ class Batcher:
     def waiting(self) -> int:
         """Images without an answer."""
         return self._waiting
+
+    @property
+    def _pace_s(self) -> float:
+        """Seconds per image, routed and run."""
+        return self._route_s + self._run_s
 
     def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -225,12 +230,18 @@ class Batcher:
         return slices
 
     def _route(self, slices: list[Slice]) -> None:
-        parts = [each.images for each in slices]
+        parts, began = [each.images for each in slices], time.monotonic()
+        jobs = dict.fromkeys((each.job for each in slices), 0)
         try:
             images = parts[0] if len(parts) == 1 else np.concatenate(parts)
             self._sort(slices, *self._work.route(images))
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
-            self._finish(dict.fromkeys((each.job for each in slices), 0), error)
+            self._finish(jobs, error)
+            return
+        seconds = time.monotonic() - began
+        self._route_s += _FRESH * (seconds / len(images) - self._route_s)
+        for job in jobs:
+            job.times.compute += seconds
 
     def _sort(self, slices: list[Slice], pathways: NDArray[np.int64], rows: Rows) -> None:
         """Put the rows of the slices where those of their pathways wait."""
@@ -278,7 +289,8 @@ class Batcher:
             done[piece.job] += len(piece.numbers)
         for job in done:
             if not job.begun:
-                job.times.wait, job.begun = began - job.came, True
+                routing_s = job.times.compute
+                job.times.wait, job.begun = began - job.came - routing_s, True
         try:
             answer = self._work.run(pathway, joined_rows([piece.rows for piece in pieces]))
             for piece in pieces:
@@ -288,7 +300,7 @@ class Batcher:
             self._finish(done, error)
             return
         seconds = time.monotonic() - began
-        self._pace_s += _FRESH * (seconds / done.total() - self._pace_s)
+        self._run_s += _FRESH * (seconds / done.total() - self._run_s)
         for job in done:
             job.times.compute += seconds
         self._finish(done, None)

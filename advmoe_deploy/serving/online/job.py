@@ -26,7 +26,8 @@ class OverloadedError(Exception):
 class Times:
     """Times of the parts of one request, in seconds; filled in while it is answered.
 
-    ``wait`` is that in the queue, and ``compute`` of the batches that had images of it.
+    ``wait`` is that in the queue, and ``compute`` of the batches that had images of it, when they
+    were routed and when they ran.
     """
 
     read: float = 0.0
@@ -57,7 +58,7 @@ class Job:
 
     def dead(self) -> str:
         """Return why it is not to be computed, or nothing if it is."""
-        if self.is_gone():
+        if self.is_gone() or self.answer.cancelled():
             return "the client has left"
         late = self.deadline < time.monotonic() and not self.begun
         return "its time was over before its turn came" if late else ""

@@ -1,7 +1,4 @@
-"""HTTP server uvicorn: bounded connections, and an end that loses no request.
-
-With ``connection.py`` the only module that knows it.
-"""
+"""HTTP server uvicorn: bounded connections, and an end that loses no request."""
 
 import asyncio
 import contextlib
@@ -48,8 +45,8 @@ _PIECES = 4
 class Beside(Protocol):
     """Another port, which begins and ends with the server."""
 
-    async def start(self) -> None:
-        """Begin to answer, or raise :class:`MachineError`."""
+    async def start(self, connections: int) -> None:
+        """Begin to answer on so many connections at most, or raise :class:`MachineError`."""
 
     def refuse(self) -> None:
         """Take nothing new."""
@@ -71,7 +68,7 @@ class Server(uvicorn.Server):
     ) -> None:
         """Take ``app``, and what else begins and ends with it."""
         self._shed = shed
-        self._limits, self._backlog = fitting(limits)
+        self._limits, self._backlog = fitting(limits, 1 if beside is None else 2)
         self._beside, self._tls = beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
@@ -138,13 +135,15 @@ class Server(uvicorn.Server):
         most, seconds = self._limits.connections, self._limits.head_s
         handshakes = None if self._tls is None else Handshakes(self._tls, most, seconds)
         crowd = Crowd(lambda: len(self.server_state.connections), most)
+        for sock in sockets or ():
+            _end_unread(sock, self._limits.body_s)
         self._acceptors = [
             Acceptor(sock, self._protocol, self._backlog, handshakes, crowd)
             for sock in sockets or ()
         ]
         if self._beside is not None and self.started:
             try:
-                await self._beside.start()
+                await self._beside.start(most)
             except MachineError as error:
                 self._beside, self.failure = None, error
                 self.stop(announced=False)
@@ -213,13 +212,26 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
-def fitting(limits: Limits) -> tuple[Limits, int]:
-    """Raise the limit of open files; return limits that it has room for, and a backlog."""
+def _end_unread(listener: socket.socket, seconds: float) -> None:
+    """Have Linux end connections of ``listener`` whose clients read nothing for so long.
+
+    One that is to be closed waits until its last answer is read, and would wait for ever.
+    """
+    if sys.platform == "linux":
+        milliseconds = max(1, round(1000 * seconds))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def fitting(limits: Limits, ports: int = 1) -> tuple[Limits, int]:
+    """Raise the limit of open files; return limits that it has room for, and a backlog.
+
+    Each of so many ``ports`` has the connections of the limits.
+    """
     if sys.platform == "win32":
         return limits, BACKLOG
     import resource
 
-    wanted = _OWN_DESCRIPTORS + limits.connections + BACKLOG
+    wanted = _OWN_DESCRIPTORS + ports * limits.connections + BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return limits, BACKLOG
@@ -227,8 +239,8 @@ def fitting(limits: Limits) -> tuple[Limits, int]:
         wanted = min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     room = max(16, wanted - _OWN_DESCRIPTORS)
-    connections = min(limits.connections, room * 3 // 4)
-    return replace(limits, connections=connections), min(BACKLOG, room - connections)
+    connections = min(limits.connections, room * 3 // (4 * ports))
+    return replace(limits, connections=connections), min(BACKLOG, room - ports * connections)
 
 
 def collect_less() -> None:

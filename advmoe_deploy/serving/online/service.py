@@ -211,6 +211,9 @@ class Service:
             if is_gone():
                 raise ClientLeftError from None
             raise RefusedError(f"overloaded: {error}", 503, retry_s=error.retry_s) from None
+        except asyncio.CancelledError:
+            self.drop_dead()  # now: the memory of its images is given back
+            raise
         except MachineError as error:
             raise RefusedError(str(error), 503, retry_s=1) from None
         # A batch ends for all its requests at once, and several of small ones in a moment.

@@ -200,8 +200,14 @@ def test_a_server_tells_of_drift(tiny_bundle: Bundle) -> None:
         assert set(told(np.resize(clean, (600, 1, 8, 8))).values()) == {0.0}
 
 
-def test_margins_that_are_all_but_one_have_no_figure() -> None:
-    sure = report().model_copy(update={"class_margin_deciles": (*DECILES[:5], *[1.0] * 4)})
+@pytest.mark.parametrize(
+    "deciles",
+    [(*DECILES[:5], *[1.0] * 4), (*DECILES[:8], 1.0), (0.0, *DECILES[1:])],
+    ids=["half are one", "one in ten is", "one in ten is zero"],
+)
+def test_margins_that_many_share_have_no_figure(deciles: tuple[float, ...]) -> None:
+    """A tenth of the rows or more has one margin, so that bins beside it have other shares."""
+    sure = report().model_copy(update={"class_margin_deciles": deciles})
     monitor = Monitor(sure, 8)
     monitor.add(8, {}, {CLASSES: np.ones(8, np.float32)})
     assert not [drift for drift in monitor.drifts if drift.layer == CLASSES]

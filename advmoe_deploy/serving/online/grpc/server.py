@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 # The library would write lines of its own about whatever a stranger sends.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -65,8 +66,8 @@ class GrpcServer:
         host, port = reserved.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    async def start(self) -> None:
-        """Begin to answer.
+    async def start(self, connections: int) -> None:
+        """Begin to answer, on so many ``connections`` at most.
 
         Raises:
             MachineError: the port was taken in the moment in which it was free.
@@ -74,8 +75,8 @@ class GrpcServer:
         longest = longest_message(self._models)
         self._calls = Calls(self._models, longest, self._token, self._reloader, self._watchers)
         self._server = grpc.aio.server(
-            options=_options(self._models.limits, longest),
-            maximum_concurrent_rpcs=self._models.limits.connections,
+            options=_options(replace(self._models.limits, connections=connections), longest),
+            maximum_concurrent_rpcs=connections,
         )
         handlers = grpc.method_handlers_generic_handler(SERVICE.full_name, self._calls.handlers())
         self._server.add_generic_rpc_handlers((handlers,))

@@ -213,7 +213,8 @@ class Acceptor:
 
     def _pause(self, error: OSError) -> None:
         self._loop.remove_reader(self._listener)
-        self._paused = self._loop.call_later(_PAUSE_S, self._resume)
+        if self._paused is None:  # else it was closed within the pause
+            self._paused = self._loop.call_later(_PAUSE_S, self._resume)
         if (now := time.monotonic()) - self._complained >= _COMPLAIN_EVERY_S:
             self._complained = now
             _log.warning("no connection can be accepted now: %s", error.strerror)
@@ -229,7 +230,6 @@ def has_more(transport: asyncio.BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
-@lru_cache(64)  # under overload it is the same for many
 def refusal(
     status: int, message: str, retry_s: int = 1, *, last: bool = True, own: str = ""
 ) -> bytes:
@@ -238,13 +238,21 @@ def refusal(
     If it is the ``last``, its connection ends; ``retry_s`` is for status 503, and ``own`` a line of
     the head, with its end, of this request alone.
     """
+    head, body = _refusal(status, message, retry_s, last)
+    return b"%b%b\r\n%b" % (head, own.encode(), body)
+
+
+@lru_cache(64)  # under overload it is the same for many
+def _refusal(status: int, message: str, retry_s: int, last: bool) -> tuple[bytes, bytes]:
+    """Return the head, but for what is of one request alone, and the body."""
     body = json.dumps({"error": message}).encode()
     retry = f"retry-after: {retry_s}\r\n" if status == 503 else ""
+    close = "connection: close\r\n" if last else ""
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n{own}{retry}{'connection: close' if last else ''}"
+        f"content-length: {len(body)}\r\n{retry}{close}"
     )
-    return (head if last else head.rstrip()).encode() + b"\r\n\r\n" + body
+    return head.encode(), body
 
 
 _TOLD = refusal(503, TOO_MANY)

@@ -89,24 +89,26 @@ class Connection(HttpToolsProtocol):
         if self._refused_unread is not None:
             self._refused_unread.leave()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # else it holds one that was reset until its time
         self._over = True
-        if self._unread is not None:
-            self._unread.cancel()
+        self.resume_writing()
         self._await_rest()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Take the client for gone, and close in a turn with others: thousands may go at once."""
         self._be_alone()
-        in_turn = self.scheme == "http"  # TLS closes by itself
-        if in_turn:
-            self._ends.call(self.transport.close)
-        return in_turn
+        if self.scheme != "http":
+            return False  # TLS closes by itself
+        self._ends.call(self.transport.close)
+        return True
 
     def _be_alone(self) -> None:
         for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+        for cycle, _ in self.pipeline:
+            cycle.on_response = lambda: None  # it never begins, and would hold us in a circle
         self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
@@ -130,12 +132,15 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
             method, version = self.parser.get_method(), self.parser.get_http_version()
-            head = without_upgrade(method, self.url, version, self.headers)
-            self._parse(head + data[upgrade.args[0] :])
+            self.parser.feed_data(without_upgrade(method, self.url, version, self.headers))
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -191,7 +196,8 @@ class Connection(HttpToolsProtocol):
         Raises:
             _RefusedError: its body is not worth that.
         """
-        if not self.is_idle or self.parser.get_method() != b"POST":
+        is_behind = not self.is_idle or self.flow.write_paused  # answers that are made, or unread
+        if is_behind or self.parser.get_method() != b"POST":
             return False
         self._refused_unread = shed = self._shed(self.url, self.headers)
         if shed is None:
@@ -242,8 +248,8 @@ class Connection(HttpToolsProtocol):
         if last:
             self._over = True
             self.transport.close()
-        else:
-            super().on_response_complete()
+            raise _RefusedError  # what follows has no answer
+        super().on_response_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle

@@ -1,4 +1,4 @@
-"""REST service of the Open Inference Protocol: FastAPI, known to this module alone."""
+"""REST service of the Open Inference Protocol, an application of FastAPI."""
 
 import asyncio
 import contextlib

@@ -32,6 +32,9 @@ CLASSES = ""
 FALSE_ALARMS = 1e-4
 # What loads that are even, and stay so, may seem to change their entropy by.
 _ROUNDING_BITS = 1e-9
+# How far deciles lie apart, at least, and from the ends of the scale, of margins whose rows are
+# spread: more than the digits of float32, which make many margins near 1 the same.
+_STEP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,12 @@ def _figures(recorded: ParityReport) -> list[_Figure]:
 def _of_deciles(layer: str, of: str, deciles: tuple[float, ...]) -> list[_Figure]:
     """Return the figure whose bins lie between the deciles, a tenth of the rows each, if any.
 
-    There is none where deciles are one another's equals, as of shares that are 1 to every digit.
+    There is none where many rows have one margin, as those whose best share is 1 to every digit.
     """
-    if len({*np.array(deciles, np.float32).tolist()}) < len(deciles):
+    if not deciles or np.diff((0.0, *deciles, 1.0)).min() < _STEP:
         return []
     even_B = np.full(len(deciles) + 1, 1 / (len(deciles) + 1))
-    return [_Figure(layer, of, even_B, np.array(deciles, np.float32))] if deciles else []
+    return [_Figure(layer, of, even_B, np.array(deciles, np.float32))]
 
 
 def _entropy(shares_B: NDArray[np.float64]) -> float:

@@ -93,7 +93,8 @@ def test_what_is_late_is_not_computed() -> None:
 
     async def test(batcher: Batcher) -> None:
         first = await held(batcher, work)
-        late = batcher.submit(image(5), 0.0, alive)
+        late = batcher.submit(image(5), 0.05, alive)
+        await asyncio.sleep(0.1)
         work.open.set()
         await first
         with pytest.raises(OverloadedError, match="time was over"):

@@ -1,12 +1,15 @@
 """Rows of many requests meet at pathways: every request gets its own answer."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from advmoe_deploy.runtime.pathways import Rows
 from advmoe_deploy.serving.online.batcher import Batcher
-from advmoe_deploy.serving.online.job import Times
+from advmoe_deploy.serving.online.job import OverloadedError, Times
 from advmoe_deploy.serving.online.limits import Limits
 from tests.serving.online.batcher.doubling import SMALL, Doubling, alive, held, image, within
 
@@ -58,6 +61,29 @@ def test_the_times_of_a_request_are_those_of_its_wait_and_of_all_its_batches() -
     within(work, test)
     assert min(large.wait, small.wait) >= 0.05
     assert 0 < small.compute < large.compute
+
+
+def test_routing_is_computation_and_no_wait() -> None:
+    class Slow(Doubling):
+        def route(self, images: NDArray[np.float32]) -> tuple[NDArray[np.int64], Rows]:
+            time.sleep(0.1)
+            return super().route(images)
+
+    work, times = Slow(), Times()
+
+    async def test(batcher: Batcher) -> None:
+        began = time.monotonic()
+        await batcher.submit(image(1), 30, alive, times)
+        assert times.compute >= 0.1
+        assert times.wait <= time.monotonic() - began - times.compute
+        first = await held(batcher, work)
+        waiting = batcher.submit(image(*range(20, 60)), 30, alive)  # at 0.02 s each, or more
+        with pytest.raises(OverloadedError, match="its turn would come in"):
+            batcher.submit(image(1), 0.5, alive)
+        work.open.set()
+        await asyncio.gather(first, waiting)
+
+    within(work, test)
 
 
 def test_a_large_request_takes_turns_with_a_small_one() -> None:

@@ -1,5 +1,6 @@
 """More calls than can be answered, calls that nobody waits for, and the end of the server."""
 
+import contextlib
 import gc
 import socket
 import subprocess
@@ -146,6 +147,22 @@ def test_who_leaves_while_its_batch_runs_is_not_counted_as_answered(
     assert 'status="200"' not in figures
 
 
+def test_what_was_cancelled_leaves_no_images_while_a_batch_runs(
+    live: Live, channel: grpc.Channel, slow: SlowRunner
+) -> None:
+    slow.let_go.clear()
+    ask = channel.unary_unary(INFER)
+    first = ask.future(message(1), timeout=60)
+    wait_for(lambda: slow.batches == [1])
+    leaves = ask.future(message(3), timeout=60)
+    wait_for(lambda: live.service.waiting == 4)
+    leaves.cancel()
+    wait_for(lambda: live.service.waiting == 1)
+    slow.let_go.set()
+    assert first.result()
+    assert slow.batches == [1]
+
+
 def failed_or_cancelled(waiting: Any) -> bool:
     try:
         waiting.result()
@@ -273,6 +290,39 @@ def test_a_port_that_was_taken_meanwhile_ends_the_server(tiny_bundle: Bundle) ->
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "is in use; choose another --grpc-port" in run.stdout
     assert run.stderr == ""
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import grpc
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from advmoe_deploy.bundle import open_bundle
+from tests.serving.online.live import LIMITS, SlowRunner, running
+with running(open_bundle(Path(sys.argv[1])), SlowRunner(), LIMITS) as live:
+    with grpc.insecure_channel(live.grpc) as channel:
+        grpc.channel_ready_future(channel).result(timeout=60)  # its port is open a moment later
+    print(live.address, live.grpc, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_connections_of_grpc_leave_descriptors_to_others(tiny_bundle: Bundle) -> None:
+    command = [sys.executable, "-c", FEW_FILES, str(tiny_bundle.path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, text=True, **pipes) as run,  # type: ignore[call-overload]
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(run.kill)
+        address, rpc = run.stdout.readline().split()
+        host, port = rpc.split(":")
+        for _ in range(320):
+            crowd = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            with contextlib.suppress(OSError):  # it was closed already
+                crowd.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+        assert httpx.get(f"http://{address}/v2/health/live", timeout=30).status_code == 200
 
 
 def test_what_was_refused_is_not_kept(live: Live, channel: grpc.Channel) -> None:

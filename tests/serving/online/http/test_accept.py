@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online.http import accept
 from advmoe_deploy.serving.online.http.accept import Acceptor, Crowd
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, served_model
@@ -171,6 +172,30 @@ asyncio.run(main())
         _, said = run.communicate("\n", timeout=30)
     assert said.count("no connection can be accepted now") == 1
     assert "Traceback" not in said
+
+
+def test_a_server_that_ends_while_it_has_no_descriptors_does_not_complain_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    async def run() -> list[object]:
+        said: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        acceptor = Acceptor(listener, asyncio.Protocol, backlog=8)
+        await asyncio.sleep(0.005)
+        acceptor.close()
+        await asyncio.sleep(0.05)
+        return said
+
+    monkeypatch.setattr(accept, "_PAUSE_S", 0.02)
+    with Full() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        with socket.create_connection(listener.getsockname()):
+            assert asyncio.run(run()) == []
 
 
 def test_callers_go_on_in_order_and_a_few_in_each_turn() -> None:

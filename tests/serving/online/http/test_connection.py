@@ -1,11 +1,14 @@
 """What a connection may send: odd, endless and half requests are answered shortly and closed."""
 
+import gc
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -224,6 +227,40 @@ def test_who_does_not_read_is_let_go(tiny_bundle: Bundle) -> None:
         wait_for(lambda: not live.server.server_state.connections)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it, and others do not")
+def test_who_leaves_the_end_of_an_answer_unread_is_let_go(
+    tiny_bundle: Bundle, slow: SlowRunner
+) -> None:
+    """What is left is too little for the server to wait with the next answer."""
+    body = json.dumps(request_for(np.repeat(ONE, 64, axis=0))).encode()
+    with running(tiny_bundle, slow, Limits(body_s=0.3, keep_alive_s=0.1)) as live:
+        wait_until_ready(live.address)
+        wait_for(lambda: not live.server.server_state.connections)
+        host, port = live.address.split(":")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect((host, int(port)))
+            wait_for(lambda: len(live.server.server_state.connections) == 1)
+            (own,) = live.server.server_state.connections
+            line = own.transport.get_extra_info("socket")
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            while not (left := own.transport.get_write_buffer_size()):
+                client.sendall(post(body))
+                time.sleep(0.01)
+            assert left < 64 << 10
+            assert not own.flow.write_paused
+            wait_for(lambda: not live.server.server_state.connections)
+
+
+def test_nothing_is_kept_of_a_connection_that_was_reset(live: Live) -> None:
+    with live.connect() as connection:
+        connection.sendall(LIVE)
+        assert connection.recv(4096)
+        own = weakref.ref(next(iter(live.server.server_state.connections)))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_for(lambda: gc.collect() >= 0 and own() is None)
+
+
 def test_a_connection_that_asks_nothing_is_closed(tiny_bundle: Bundle) -> None:
     limits = Limits(head_s=0.2, keep_alive_s=0.1)
     with running(tiny_bundle, SlowRunner(), limits) as live, live.connect() as connection:
@@ -293,10 +330,12 @@ def test_the_limit_of_connections_fits_the_descriptors() -> None:
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 600))\n"
         "from advmoe_deploy.serving.online.limits import Limits\n"
         "from advmoe_deploy.serving.online.server import fitting\n"
-        "limits, backlog = fitting(Limits())\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.connections, backlog)\n"
+        "(one, backlog), (each, of_two) = fitting(Limits()), fitting(Limits(), 2)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], one.connections, backlog)\n"
+        "print(each.connections, of_two)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    most, connections, backlog = map(int, done.stdout.split())
+    most, connections, backlog, each_of_two, less = map(int, done.stdout.split())
     assert most == 600
     assert 128 < connections < connections + backlog < 600
+    assert 128 < 2 * each_of_two < 2 * each_of_two + less < 600

@@ -1,8 +1,10 @@
 """Requests ahead of their answers: counted apart, and forgotten once their client has left."""
 
+import gc
 import json
 import logging
 import time
+import weakref
 from collections.abc import Iterator
 
 import httpx
@@ -70,6 +72,22 @@ def test_who_leaves_leaves_no_work_and_no_complaint(
     assert 'status="499",version="1"} 1.0' in figures
     assert 'status="5' not in figures
     assert [each for each in caplog.records if each.levelno >= logging.ERROR] == []
+
+
+def test_nothing_is_kept_of_requests_that_never_began(live: Live, slow: SlowRunner) -> None:
+    """Not even until circles are collected, which is seldom."""
+    slow.let_go.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        with live.connect() as leaving:
+            leaving.sendall(GOOD + LIVE)
+            wait_for(lambda: slow.batches == [1])
+            own = weakref.ref(next(iter(live.server.server_state.connections)))
+        slow.let_go.set()
+        wait_for(lambda: own() is None)
+    finally:
+        gc.enable()
 
 
 def test_long_bodies_wait_in_the_line_behind_a_request_not_in_memory(

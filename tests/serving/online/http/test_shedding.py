@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -156,3 +157,51 @@ def test_who_is_refused_has_an_id_and_is_told_of(
     figures = httpx.get(live.url + "/metrics").content
     assert b'advmoe_requests_total{model="advmoe",status="503",version="1"} 3.0' in figures
     assert b'advmoe_requests_total{model="advmoe",status="499",version="1"} 1.0' in figures
+
+
+def test_requests_that_wish_for_another_protocol_are_each_answered(
+    full: tuple[Live, SlowRunner],
+) -> None:
+    live, _ = full
+    connection, asked = live.connect(), 1200
+    wait_for(lambda: len(live.server.server_state.connections) == 2)
+    loop = next(iter(live.server.server_state.connections)).loop
+    loop.call_soon_threadsafe(time.sleep, 0.3)  # so that it gets many of them at once
+    connection.sendall(post(b"", "Connection: upgrade", "Upgrade: h2c") * asked)
+    answers = b""
+    while answers.count(b"5 images wait already") < asked:
+        answers += (more := connection.recv(1 << 16))
+        assert more, answers[-400:]
+    assert answers.count(b"HTTP/1.1 503") == asked
+
+
+def test_answers_that_nobody_reads_do_not_gather(full: tuple[Live, SlowRunner]) -> None:
+    live, _ = full
+    host, port = live.address.split(":")
+    others = {*live.server.server_state.connections}
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect((host, int(port)))
+        wait_for(lambda: bool({*live.server.server_state.connections} - others))
+        (own,) = {*live.server.server_state.connections} - others
+        line = own.transport.get_extra_info("socket")
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        while not own.flow.write_paused:
+            client.sendall(post(b"") * 20)
+            time.sleep(0.005)
+        before = own.transport.get_write_buffer_size()
+        client.sendall(post(b"") * 200)
+        wait_for(lambda: own._over)
+        assert own.transport.get_write_buffer_size() - before < 20 * 300
+
+
+def test_what_follows_the_last_answer_of_a_connection_is_not_looked_at(
+    full: tuple[Live, SlowRunner],
+) -> None:
+    live, _ = full
+    live.server.stopping = True
+    connection = live.connect()
+    connection.sendall(GOOD * 3)
+    assert all_of(connection).count(b"HTTP/1.1 503") == 1
+    figures = httpx.get(live.url + "/metrics").content
+    assert b'advmoe_requests_total{model="advmoe",status="503",version="1"} 1.0' in figures
