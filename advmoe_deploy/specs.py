@@ -295,7 +295,7 @@ class Fingerprint(Frozen):
 
 
 # A number, or a fraction in words: "8/255".
-Pixels = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
+Fraction = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
 
 
 class ThreatModel(Frozen):
@@ -303,7 +303,7 @@ class ThreatModel(Frozen):
 
     norm: Literal["linf"] = "linf"
     """Norm of the perturbation."""
-    epsilon: Pixels = Field(gt=0, le=1)
+    epsilon: Fraction = Field(gt=0, le=1)
     """Radius in [0, 1] pixels, such as 8/255."""
 
 

@@ -23,7 +23,7 @@ from advmoe_deploy.analysis.slopes import (
     sloped_image,
 )
 from advmoe_deploy.attacks.pgd import eval_mode, random_start
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.models.routing.routing import (
@@ -278,7 +278,7 @@ def _largest_gradient(
     """
     norms = []
     with eval_mode(model), frozen_parameters(model), torch.enable_grad():
-        for batch in torch.split(images, BATCH):
+        for batch in torch.split(images, ATTACK_BATCH):
             norms.append(_gradient(margin_at(batch), batch)[1])
         norm_N = torch.cat(norms)
         x = images[norm_N.topk(min(_ASCENTS, len(images))).indices]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from advmoe_deploy.attacks.objectives import PULLS
 from advmoe_deploy.attacks.pathways import count_pathways
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.reports.attacks import attack_title
@@ -26,7 +26,7 @@ _STANDARD = (
 
 def passes_of(model: Classifier, attack: AttackSpec, images: int) -> int:
     """Return about how many passes ``attack`` on so many images makes: fewer where it soon wins."""
-    return -(-images // BATCH) * _per_batch(model, attack)
+    return -(-images // ATTACK_BATCH) * _per_batch(model, attack)
 
 
 @contextmanager

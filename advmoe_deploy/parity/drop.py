@@ -6,14 +6,10 @@ Shapes: N images.
 import math
 from bisect import bisect_left
 
-import numpy as np
-from numpy.typing import NDArray
-
+from advmoe_deploy.parity.answers import Flags
 from advmoe_deploy.parity.intervals import Z_95, paired_difference_interval
 from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import Frozen
-
-Flags = NDArray[np.bool_]
 
 # How likely a number of images that is said to decide does decide, whichever way it goes.
 POWER = 0.95

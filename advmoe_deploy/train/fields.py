@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from advmoe_deploy.specs import Frozen, ModelSpec, Pixels, ThreatModel
+from advmoe_deploy.specs import Fraction, Frozen, ModelSpec, ThreatModel
 
 Method = Literal[
     "advmoe",
@@ -99,7 +99,7 @@ class TrainFields(Frozen):
     """How the learning rates run from their peak, or to it and back."""
     attack_steps: int = Field(2, ge=1)
     """Steps of every attack inside training that has more than one."""
-    attack_step_size: Pixels | None = Field(None, gt=0)
+    attack_step_size: Fraction | None = Field(None, gt=0)
     """Step in [0, 1] pixels; by default 2.5 epsilon / attack_steps, epsilon (n-fgsm, free) or
     1.25 epsilon (fast)."""
     attack_noise: float = Field(0.001, ge=0)
@@ -163,7 +163,7 @@ class TrainFields(Frozen):
     """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)
     """Steps of PGD on the test images."""
-    test_attack_step_size: Pixels | None = Field(None, gt=0)
+    test_attack_step_size: Fraction | None = Field(None, gt=0)
     """Their size in [0, 1] pixels; by default 2.5 epsilon / test_attack_steps."""
     track_router_robustness: bool = False
     """Record how routes withstand attacks before and after experts are updated."""

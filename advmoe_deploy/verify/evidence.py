@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
-from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.answers import Answers, Flags, Images
 from advmoe_deploy.parity.tolerance import (
     LOSSY_ROW,
     relative_distances,
@@ -22,7 +22,6 @@ from advmoe_deploy.parity.tolerance import (
 )
 from advmoe_deploy.runtime.runner import Prediction
 
-Flags = NDArray[np.bool_]
 Logits = NDArray[np.float32]
 ExpertIds = Mapping[str, NDArray[np.int64]]
 

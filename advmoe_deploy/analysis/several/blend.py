@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
 from advmoe_deploy.analysis.several.roles import on_the_same_data
-from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
+from advmoe_deploy.analysis.several.trial import SharedTrial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import require_routes
 from advmoe_deploy.models.families.dual import DualModel
@@ -90,7 +90,7 @@ def blend(
     assert isinstance(model, DualModel), "whoever names the run has seen its family"
     for other in beside:
         _require_alike(stored, other)
-    trial = Trial.of(stored, settings)
+    trial = SharedTrial.of(stored, settings)
     measured = [] if measured is None else measured
     with task(progress, _TASK, (len(alphas) + len(beside)) * len(TARGETS)):
         for alpha in alphas:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from advmoe_deploy.data import pixels
 from advmoe_deploy.data.decode import decode, decode_file, known_formats
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.decoding import FORMATS, SUFFIXES, Decoding
+from advmoe_deploy.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES, Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.specs import ModelSpec
 
@@ -181,9 +181,9 @@ def test_one_channel_is_luminance() -> None:
 
 @pytest.mark.parametrize("kind", known_formats())
 def test_every_format_is_found_and_read(tmp_path: Path, kind: str) -> None:
-    for suffix in FORMATS[kind]:
+    for suffix in IMAGE_FORMATS[kind]:
         (tmp_path / f"a{suffix}").write_bytes(encoded(Image.new("RGB", (20, 10), "white"), kind))
-        assert suffix in SUFFIXES
+        assert suffix in IMAGE_SUFFIXES
         assert decode_file(tmp_path / f"a{suffix}", Decoding.of(8)).pixels.min() >= 250
 
 

@@ -21,7 +21,7 @@ from advmoe_deploy.export.graph.unfused import unfused_graph
 from advmoe_deploy.export.partition.cut import partition
 from advmoe_deploy.export.passes.apply import apply_passes
 from advmoe_deploy.export.precision.casts import fits_fp16, for_cpu, lowered, precision_of
-from advmoe_deploy.export.precision.gate import Examples
+from advmoe_deploy.export.precision.gate import AnsweredImages
 from advmoe_deploy.export.subject import Subject, subject_of
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.export.tensorrt import backend
@@ -55,7 +55,7 @@ def target(precision: Precision) -> Target:
 def subject_for(spec: ModelSpec) -> Subject:
     model = untrained_model(spec, torch.from_numpy(IMAGES))
     parts, _ = apply_passes(partition(model), IMAGES, model.rules)
-    examples = Examples(IMAGES, reference_answers(model, IMAGES))
+    examples = AnsweredImages(IMAGES, reference_answers(model, IMAGES))
     return subject_of(model, parts, examples, data="noise", labelled=None, threat=None)
 
 
