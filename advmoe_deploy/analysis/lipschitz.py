@@ -40,6 +40,7 @@ Tag = Literal["formal", "diagnostic", "not applicable"]
 
 _TASK, _JUMPS = "lipschitz", "jumps at boundaries"
 _HALVINGS = 20
+_SAMPLES = 2
 _LOOSEST = 100.0  # times what was sampled; a bound of a deep network is millions of times that
 _ASCENTS, _ASCENT_STEPS = 32, 20  # from as many images to steeper places
 
@@ -85,17 +86,16 @@ def lipschitz_constants(
     images: Tensor,
     threat: ThreatModel,
     *,
-    samples: int = 2,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Lipschitz, ...]:
     """Return the constants of every fixed expert and every router; of a dense model, its own.
 
-    Gradients are sampled at ``images``, at ``samples`` random points of each one's ball, and on the
+    Gradients are sampled at ``images``, at two random points of each one's ball, and on the
     way from the steepest of these to steeper ones, in steps of the ball's radius.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(samples))]
+    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(_SAMPLES))]
     x = torch.cat(points)
     if not model.rules:
         bound, reason = margin_bound(model, None)

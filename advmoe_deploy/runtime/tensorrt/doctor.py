@@ -1,11 +1,11 @@
 """Diagnosis of the way to an NVIDIA GPU: each part that it needs, present or missing."""
 
 import ctypes
-import importlib.metadata
 from dataclasses import dataclass
 
 from advmoe_deploy.errors import AdvMoEError, BackendUnavailableError, install_line
 from advmoe_deploy.reports.devices import GpuLibrary
+from advmoe_deploy.reports.versions import version_of
 from advmoe_deploy.runtime.tensorrt.api import parse_version, version_text
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
@@ -66,7 +66,7 @@ def _library(library: GpuLibrary) -> Requirement:
 
 def _cudnn() -> Requirement:
     for package in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
-        version = _version(package)
+        version = version_of(package)
         if version and parse_version(version)[0] == _CUDNN_MAJOR:
             return Requirement(f"{version} ({package})")
     name = f"libcudnn.so.{_CUDNN_MAJOR}"
@@ -80,12 +80,5 @@ def _cudnn() -> Requirement:
 
 
 def _package(name: str, extra: str) -> Requirement:
-    version = _version(name)
+    version = version_of(name)
     return Requirement(version) if version else Requirement(None, install_line(extra))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -34,13 +34,12 @@ from advmoe_deploy.specs import Precision
 SLOTS = 2
 
 
-def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> DeviceRunner:
+def open_tensorrt(bundle: Bundle, engines: EngineSet) -> DeviceRunner:
     """Return a runner of what was exported for this GPU.
 
     Args:
         bundle: an opened, so verified, bundle.
         engines: its set of TensorRT engines.
-        slots: how many batches may be under way at once.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or engines were built for another.
@@ -59,7 +58,6 @@ def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> 
         bundle.manifest.model.image_shape,
         device=device,
         precision=engines.precision,
-        slots=slots,
     )
 
 
