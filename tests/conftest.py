@@ -129,6 +129,18 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return open_bundle(made_once(tmp_path_factory, "tiny", make))
 
 
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """The folder of a bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
+
+
+@pytest.fixture
+def copy(copied: Path) -> Bundle:
+    """A bundle that a test may damage."""
+    return open_bundle(copied)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what runs whole commands: at the end it would keep one worker busy alone."""
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)

@@ -7,7 +7,7 @@ import pytest
 from advmoe_deploy.analysis.analyze import AnalysisSettings, analyze
 from advmoe_deploy.analysis.budget import FEWEST, BudgetPlan, plan_within
 from advmoe_deploy.models.stored import open_stored
-from advmoe_deploy.progress import Silent
+from tests.listeners import Notes
 
 PASSES = {"routes": 1, "changes": 60, "experts": 39}
 
@@ -34,16 +34,6 @@ def test_what_is_less_than_asked_for_is_said() -> None:
     few, left_out = BudgetPlan(40, ("routes",), ("changes",)).notes(200, 60)
     assert few == "the budget of 60 s is for 40 of 200 images"
     assert left_out.endswith("even for 8 images: changes")
-
-
-class Notes(Silent):
-    """A listener that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def test_an_analysis_keeps_to_its_budget(tiny_run: Path) -> None:

@@ -20,6 +20,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES, Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.specs import ModelSpec
+from tests.data.packed import png_chunk
 
 BARS = np.zeros((8, 24, 3), np.uint8)  # black, white in the middle, black
 BARS[:, 8:16] = 255
@@ -91,10 +92,6 @@ def test_every_orientation_gives_the_upright_pixels(orientation: int, kind: str)
 def test_damaged_metadata_spoil_no_image() -> None:
     data = encoded(noise(8, 8), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
     assert np.array_equal(read(data), read(encoded(noise(8, 8), "PNG")))
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def colour_png_of_16_bits(level: int) -> bytes:
