@@ -29,7 +29,7 @@ class Decoding(Frozen):
     An image is turned as its EXIF orientation says. Its central square, of ``size`` /
     ``shorter_side`` of its shorter side, is scaled to ``size`` x ``size``; an image of exactly that
     size is taken as it is. One channel is luminance, three are RGB. Images above ``max_pixels`` are
-    refused. What has one choice only is here for readers without this package; ``rule`` grows when
+    refused. Fields of one choice only are for readers without this package; ``rule`` grows when
     the same parameters come to give other pixels.
     """
 

@@ -63,7 +63,7 @@ class Lipschitz(Frozen):
 
     @property
     def useful(self) -> bool:
-        """Whether the bound is near enough, a hundredfold, to what was met to be of use."""
+        """True if the bound is of use: at most a hundredfold of what was met."""
         return self.bound is not None and self.bound <= _LOOSEST * self.sampled
 
 

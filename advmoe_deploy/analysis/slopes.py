@@ -10,8 +10,8 @@ of the layers' norms, and grows with the width all the same. So each tensor also
 how far it moves as a whole, in l2 (norms.py), which grows with singular values alone; after every
 operation each of the two is cut down to what the other one allows. Computed in float64.
 
-What has no such bound (attention, LayerNorm, a product of two things that depend on the image)
-raises :class:`UnboundedError` with its name.
+Operations without such a bound (attention, LayerNorm, a product of two things that depend on the
+image) raise :class:`UnboundedError` with their name.
 """
 
 import copy

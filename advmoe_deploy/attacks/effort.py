@@ -35,7 +35,7 @@ def attack_task(
 ) -> Iterator[Callable[[], None]]:
     """Tell ``progress`` of each pass through ``model`` during the block, which runs ``attack``.
 
-    What is yielded tells of a pass that somebody else than ``model`` made.
+    The function that is yielded tells of a pass that somebody else than ``model`` made.
     """
     name = attack_title(attack)
 

@@ -33,7 +33,7 @@ class Answered:
 
     @property
     def right_N(self) -> NDArray[np.bool_]:
-        """Which images are answered by their label; logits that are not finite answer nothing."""
+        """Images [N] answered by their label; logits that are not finite answer nothing."""
         return is_right(self.prediction.logits, self.labels_N)
 
 

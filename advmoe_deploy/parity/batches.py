@@ -26,7 +26,7 @@ def batch_complaint(runner: Runner, images: Images, tolerance: float | None) -> 
     Args:
         runner: the engine.
         images: float32 [N, C, H, W] in [0, 1], of which no route is a close call, see
-            :func:`steady_images`. What counts is the answer to all at once.
+            :func:`steady_images`. The answer to all at once counts.
         tolerance: of logits in fp32, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`:
             then no route may differ, either. ``None`` means a lower precision, where each image's
             logits may move by 10 % of their norm.

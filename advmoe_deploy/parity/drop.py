@@ -74,7 +74,7 @@ class Drop(Frozen):
 
     @property
     def gained_beyond_chance(self) -> bool:
-        """Whether the engine gets more right than its reference, and chance does not explain it.
+        """True if the engine gets more right than its reference, beyond chance.
 
         Under attack that is no good news: the attack that was found on the reference, or made of
         its gradients, no longer fits the engine.

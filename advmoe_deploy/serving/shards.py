@@ -1,6 +1,6 @@
 """WebDataset shards as inputs: the images in a tar file, read in place and never unpacked.
 
-Only the headers are read for the listing. What else is in a shard (labels, captions) is skipped.
+Only the headers are read for the listing. Other members of a shard (labels, captions) are skipped.
 """
 
 import io

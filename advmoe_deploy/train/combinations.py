@@ -1,4 +1,4 @@
-"""Which settings of a run make sense together."""
+"""Combinations of a run's settings that make sense."""
 
 from collections.abc import Iterable
 

@@ -84,7 +84,7 @@ class Evidence:
 
     @cached_property
     def wrong(self) -> Flags:
-        """Which images [N] the engine answers otherwise than the reference on the same way."""
+        """Images [N] that the engine answers otherwise than the reference on the same way."""
         return ~self.closeness.near(self.answer.logits, self.along)
 
     def routed(self, ids: ExpertIds) -> Logits:

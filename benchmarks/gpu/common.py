@@ -89,6 +89,7 @@ class Work:
         return self.folder / model / f"engines-{precision}"
 
 
+Part = tuple[str, Callable[[], Any]]
 Record = dict[str, Any]
 # Yields a name, and what measures it.
 Stage = Callable[[Work], Iterator[tuple[str, Callable[[], Any]]]]

@@ -1,7 +1,7 @@
 """Accuracy gate of a lower precision: measurements next to the torch model, and their limits.
 
-Logits differ by far more than float32's rounding, so they are no measure. What counts are the
-routes, and what is lost of accuracy, clean and under attack. That is a
+Logits differ by far more than float32's rounding, so they are no measure. Routes count, and the
+loss of accuracy, clean and under attack. That is a
 :class:`~advmoe_deploy.parity.drop.Drop`: of a few hundred images, one more or less is chance.
 
 Shapes: N images, C channels, H height, W width.
@@ -115,7 +115,7 @@ class Findings:
 
     @property
     def routes_agree(self) -> bool:
-        """Whether enough clear routes are the same."""
+        """True if enough clear routes are the same."""
         return not any(
             rows == 0 or self.limits.exceeded(flips / rows, rows, self.limits.routes)
             for flips, rows in self._clear_routes

@@ -101,7 +101,7 @@ def _one_router(state: Tensors) -> dict[str, Tensor]:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two copies agree as far as the less precise of them tells."""
+    """Return whether two copies agree as far as the less precise of them tells."""
     coarse = min(one, other, key=Tensor.element_size).dtype
     return torch.equal(one.to(coarse), other.to(coarse))
 
@@ -283,7 +283,7 @@ def _renamed(network: Tensors, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def _is_unused(name: str, ours: Tensors, spec: ModelSpec) -> bool:
-    """Whether this is the BatchNorm before a shortcut, which the released WRN never uses."""
+    """Return whether this is the BatchNorm before a shortcut, which the released WRN never uses."""
     unused = re.match(r"block(\d)\.layer\.0\.bn1\.", name)
     return bool(
         unused

@@ -84,7 +84,7 @@ def groups_of(model: Classifier) -> dict[str, Named]:
 def still(model: Classifier, learning: Container[str]) -> None:
     """Hold the BatchNorms of which no parameter is ``learning``, by name, at what they have seen.
 
-    What a trained model brings along and no step is to move would else drift with the batches.
+    Those of a trained model that no step is to move would else drift with the batches.
     """
     for prefix, module in model.named_modules():
         own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]

@@ -139,7 +139,7 @@ class TrainedWeights:
 
     @property
     def _keeps_raw(self) -> bool:
-        """Whether the model that learns is not the one that is evaluated."""
+        """True if the model that learns is not the one that is evaluated."""
         return self.average is not None or self.learner.pruning is not None
 
     def _restart_average(self) -> None:

@@ -82,7 +82,7 @@ class StoredExamples:
 
     @property
     def standing(self) -> Sides:
-        """Which images [N] no attack turned: right about the clean one, and not fooled."""
+        """Images [N] that no attack turned: right about the clean one, and not fooled."""
         clean, fooled = self.clean, self.fooled
         return Sides(
             clean.reference_N & ~fooled.reference_N,
