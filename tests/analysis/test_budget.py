@@ -7,7 +7,7 @@ import pytest
 from advmoe_deploy.analysis.analyze import AnalysisSettings, analyze
 from advmoe_deploy.analysis.budget import FEWEST, BudgetPlan, plan_within
 from advmoe_deploy.models.stored import open_stored
-from tests.listeners import Notes
+from tests.conftest import Notes
 
 PASSES = {"routes": 1, "changes": 60, "experts": 39}
 

@@ -27,10 +27,9 @@ from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, open_runner
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.verify.verify import verify_bundle
-from tests.conftest import OPENVINO, write_run
+from tests.conftest import OPENVINO, Notes, write_run
 from tests.export.pruned import ADVMOE, IMAGES, RENORMALISED
 from tests.families import DIGITS, spec_of
-from tests.listeners import Notes
 
 HERE = [name for name in ENGINES if name not in ON_GPU]
 NEVER = -50.0  # a score that loses against every other

@@ -12,8 +12,8 @@ from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph_files import check_graphs, write_graphs
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
+from tests.conftest import Notes
 from tests.export.released_checkpoints import KINDS, run_of
-from tests.listeners import Notes
 
 NARROW = ("advmoe-resnet18-e5", "experts-conv-layer4.1-e4-k1")
 WIDE = "advmoe-wrn28x10-e2"

@@ -23,7 +23,7 @@ from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.batch import classify_files
 from advmoe_deploy.serving.names import shown
 from tests.cli.command_line import read_meanwhile
-from tests.listeners import Notes
+from tests.conftest import Notes
 from tests.serving.written import rows_of
 
 

@@ -16,7 +16,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.serving.batch import classify_files
 from advmoe_deploy.serving.resume import open_journal
-from tests.listeners import Notes
+from tests.conftest import Notes
 
 
 class StopHereError(Exception):

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.analysis.redundancy import Withstood
 from advmoe_deploy.analysis.shares import Share
-from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.page import HTML, Head, render
 from advmoe_deploy.cli.pages.plots import HEIGHT, Draw, plot_of
 from advmoe_deploy.cli.tables.analysis import interval
 from advmoe_deploy.cli.tables.escape import escape
@@ -16,7 +16,6 @@ from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.specs import Frozen
 
-HTML = "report.html"
 # What is measured of every run, and of which target; the last counts all but RA-E.
 WITHSTOOD = ("clean", "PGD", "RA-R", "RA-E", "PGD, all targets")
 _LEAST = ("RA-E", "PGD")  # what a narrow terminal does without first

@@ -9,7 +9,7 @@ from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import EpochRecord
 from advmoe_deploy.train.run.trouble import trouble, unused
-from tests.listeners import Notes
+from tests.conftest import Notes
 from tests.toy_training import some_digits, tiny, tiny_of
 
 
