@@ -51,7 +51,7 @@ def without_telemetry() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[_OPENVINO_TELEMETRY]
+        sys.modules.pop(_OPENVINO_TELEMETRY, None)  # another thread may have been here
         if loaded:
             sys.modules[_OPENVINO_TELEMETRY] = loaded
 

@@ -10,7 +10,7 @@ training. Tensors go to ``/infer`` by the Open Inference Protocol v2, so Triton'
 import json
 import sys
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 
@@ -22,6 +22,8 @@ def main(model: str, file: Path) -> None:
             answer = json.load(reply)
     except HTTPError as error:
         sys.exit(f"{error.code}: {json.load(error)['error']}")
+    except URLError as error:
+        sys.exit(f"{model} does not answer ({error.reason}); start 'advmoe serve', or name another")
     for found in answer["top"]:
         print(f"{found['label']}: {found['probability']:.2%}")
     for route in answer["routes"]:

@@ -172,6 +172,18 @@ def test_a_model_that_may_not_be_looked_into_is_listed(
     assert "permission denied" in closed["note"]
 
 
+def test_a_home_of_somebody_else_leaves_the_packaged_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ADVMOE_ZOO", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir(mode=0)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    done = as_nobody("list", "models", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {each["source"] for each in json.loads(done.stdout)["models"]} == {"packaged"}
+
+
 def test_what_may_not_be_read_is_not_about_writing(tiny_bundle: Bundle, tmp_path: Path) -> None:
     bundle, names = tmp_path / "bundle", tmp_path / "list.txt"
     shutil.copytree(tiny_bundle.path, bundle)

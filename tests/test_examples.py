@@ -111,6 +111,15 @@ def test_ask_server(address: str, pictures: list[Path], predicted: list) -> None
         assert said.endswith(f"experts of router: {experts}\n")
 
 
+def test_a_server_that_is_not_there_is_one_line(pictures: list[Path]) -> None:
+    command = [sys.executable, EXAMPLES / "ask_server.py", "http://127.0.0.1:9/v2/models/advmoe"]
+    done = subprocess.run([*command, pictures[0]], capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "does not answer" in line
+    assert "advmoe serve" in line
+
+
 def test_import_released(tmp_path: Path) -> None:
     file = write_released(tmp_path / "best.pth", *released_of(model_of(TINY)))
     said = output_of("import_released.py", file, "advmoe", tmp_path / "out", "image_size=16")

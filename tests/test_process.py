@@ -6,13 +6,20 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.process import default_threads, quota_cpus, step_back, usable_cpus
+from advmoe_deploy.process import (
+    default_threads,
+    quota_cpus,
+    step_back,
+    usable_cpus,
+    without_telemetry,
+)
 from tests.models.upstream.test_upstream import TINY as RELEASED
 from tests.models.upstream.test_upstream import model_of, released_of, write_released
 
@@ -276,3 +283,12 @@ def test_a_thread_that_steps_back_leaves_the_others_where_they_are() -> None:
         behind = pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result()
     assert behind == min(19, before + 5)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_two_threads_may_load_without_telemetry_at_once() -> None:
+    first, second = without_telemetry(), without_telemetry()
+    with ExitStack() as one, ExitStack() as other:
+        one.enter_context(first)
+        other.enter_context(second)
+        one.close()
+    assert "openvino_telemetry" not in sys.modules

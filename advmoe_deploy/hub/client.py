@@ -5,7 +5,8 @@ neither read nor shown here.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def snapshot(repository: Repository, patterns: Sequence[str]) -> Path:
             allow_patterns=list(patterns),
         )
     return Path(folder)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Let one process at a time into the block, by the kind of lock that the client itself uses.
+
+    The folder of the file ``lock`` is made if need be.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with hub_client().utils.WeakFileLock(lock):
+        yield
 
 
 def hub_client() -> Any:

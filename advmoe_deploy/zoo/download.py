@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE
 from advmoe_deploy.errors import BundleError, CheckpointError, InputError, MachineError, UsageError
 from advmoe_deploy.files import sha256_of, staged_directory
-from advmoe_deploy.hub.client import snapshot
+from advmoe_deploy.hub.client import one_at_a_time, snapshot
 from advmoe_deploy.hub.faults import FULL, Repository
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.zoo.places import RUN_MARKER
@@ -117,13 +117,32 @@ def _differs(file: Path) -> str:
 def _linked(asked: Repository, folder: Path, names: Sequence[str]) -> Path:
     """Return a folder called as the repository with links to the files of ``folder``."""
     user, _, name = asked.name.partition("/")
-    target = cache_folder() / "hub" / user / folder.name / name
-    if not all(_is_same(folder / each, target / each) for each in names):
-        with _room_for(target), staged_directory(target, overwrite=True) as staged:
-            for each in names:
-                (staged / each).parent.mkdir(parents=True, exist_ok=True)
-                _link((folder / each).resolve(), staged / each)
+    target = _own_cache() / "hub" / user / folder.name / name
+
+    def is_whole() -> bool:
+        return all(_is_same(folder / each, target / each) for each in names)
+
+    if not is_whole():
+        with _room_for(target), one_at_a_time(target.with_name(f".{name}.lock")):
+            if not is_whole():  # another process may have been there meanwhile, and reads it now
+                _link_anew(folder, target, names)
     return target
+
+
+def _own_cache() -> Path:
+    try:
+        return cache_folder()
+    except RuntimeError:
+        raise MachineError(
+            "nothing says where the home is, and so our own cache; set XDG_CACHE_HOME to a folder"
+        ) from None
+
+
+def _link_anew(folder: Path, target: Path, names: Sequence[str]) -> None:
+    with staged_directory(target, overwrite=True) as staged:
+        for each in names:
+            (staged / each).parent.mkdir(parents=True, exist_ok=True)
+            _link((folder / each).resolve(), staged / each)
 
 
 @contextmanager

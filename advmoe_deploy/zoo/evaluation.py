@@ -36,7 +36,7 @@ def read_evaluation(file: Path, recipe: Mapping[str, Any], data: str) -> Evaluat
         return _of_run(TrainReport.model_validate(fields))
     except ValidationError as error:
         raise InputError(f"{file} is no file of results: {one_line(error)}") from None
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{file} is no file of results: {error!r} is missing or odd") from None
 
 

@@ -38,11 +38,17 @@ def own_folder() -> Path:
 
 
 def places() -> dict[Source, Path]:
-    """Return the folders that hold models, the one that is asked first in front."""
+    """Return the folders that hold models, the one that is asked first in front.
+
+    A home that nothing names, or that is another user's, as in some containers, holds none.
+    """
     try:
-        return {"own": own_folder(), "packaged": PACKAGED}
-    except RuntimeError:  # nothing says where the home is, as in some containers
+        own = own_folder()
+        if not os.environ.get(ZOO_VARIABLE):
+            own.is_dir()  # which raises where the way there is closed
+    except (RuntimeError, PermissionError):
         return {"packaged": PACKAGED}
+    return {"own": own, "packaged": PACKAGED}
 
 
 def is_model(folder: Path) -> bool:

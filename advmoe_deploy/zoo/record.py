@@ -128,7 +128,10 @@ def read_fields(file: Path) -> dict[str, Any]:
     try:
         with reading(file):
             fields = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # text that is none, or lists in lists without end
         raise InputError(f"{file} is no JSON ({error}); copy it again") from None
     if not isinstance(fields, dict):
         raise InputError(f"{file} holds no object; copy it again")

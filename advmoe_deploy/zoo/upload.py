@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from advmoe_deploy.bundle import CARD, MANIFEST, MANIFEST_HASH, SIGNATURE, Bundle, open_bundle
+from advmoe_deploy.bundle import (
+    CARD,
+    GOLDEN,
+    MANIFEST,
+    MANIFEST_HASH,
+    MODEL,
+    REFERENCE,
+    SIGNATURE,
+    Bundle,
+    open_bundle,
+)
 from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import refuse_existing, staged_directory
@@ -24,7 +34,7 @@ from advmoe_deploy.zoo.record import RECORD, Evaluation
 
 # What an earlier push may have left in a repository.
 _STALE = (
-    *(MANIFEST, MANIFEST_HASH, RECORD, CARD, "model.onnx", "reference.safetensors", "golden.npz"),
+    *(MANIFEST, MANIFEST_HASH, SIGNATURE, RECORD, CARD, MODEL, REFERENCE, GOLDEN),
     *("model/*", "segments/*", "engines/*", "baselines/*"),
 )
 

@@ -14,7 +14,7 @@ thread that does not spin:
 their rows: there the difference is not lost in what convolutions take. Where a session's memory
 lies can make 1 % of difference by itself, so all are opened anew in several orders. The ratios
 are of medians, with 95 % intervals; above 1, the kernels are faster. Rows of an earlier result that
-were not measured again are kept.
+were not measured again are kept, with what was other then.
 
 Writes ``benchmarks/results/custom_ops.json``.
 """
@@ -49,6 +49,7 @@ from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine, onnxruntime_version
 from advmoe_deploy.specs import ModelSpec
 from benchmarks.cpu.export import CASES, advmoe, numbers
+from benchmarks.program import run_program, with_kept_rows, with_part, write
 
 RESULT = Path(__file__).parents[1] / "results" / "custom_ops.json"
 EXPERTS = (2, 5, 10)
@@ -151,13 +152,6 @@ def figures(times: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"n": len(times["kernels"]), "p50_ms": medians, "ratio_low_high": ratios}
 
 
-def _not_measured(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of an earlier result that ``rows`` do not replace."""
-    done = {(row["case"], row["batch"]) for row in rows}
-    earlier = json.loads(out.read_text())["rows"] if out.exists() else []
-    return [row for row in earlier if (row["case"], row["batch"]) not in done]
-
-
 def main() -> None:
     """Run every case and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,7 +161,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = [part for part in arguments.only.split(",") if part]
     cases: dict[str, Callable[[], tuple[NEW_GRAPH, np.ndarray]]] = {
         **{f"routing alone, N={n}": partial(routing_graph, n) for n in EXPERTS},
         **{f"advmoe-{n}": partial(model_graph, advmoe(n)) for n in EXPERTS},
@@ -175,10 +168,9 @@ def main() -> None:
     }
     load_before = os.getloadavg()
     rows = []
-    for name, build in cases.items():
-        if not wanted or any(part in name for part in wanted):
-            rows += rows_of(name, *build(), arguments)
-    result = {
+    for name in with_part(arguments.only, cases):
+        rows += rows_of(name, *cases[name](), arguments)
+    facts = {
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
@@ -186,11 +178,9 @@ def main() -> None:
         "custom_ops": find_custom_ops("kernels").reason,
         "settings": {"threads": 1, "spinning": False, "order": "interleaved, shuffled"},
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "rows": [*_not_measured(arguments.out, rows), *rows],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, with_kept_rows(arguments.out, facts, rows, ("case", "batch")))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -29,6 +29,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.select import open_runner
 from benchmarks.cpu.export import IMAGES, advmoe, numbers, untrained_bundle
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "experts_count.json"
 
@@ -87,8 +88,8 @@ def main() -> None:
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "rows": rows,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -15,7 +15,8 @@ and timed as users run it, interleaved in one process with
   computed, then selected.
 
 ``balanced`` images visit every expert alike; ``skewed`` ones all take the routes of one image. No
-thread pool spins. Rows of an earlier result that were not measured again are kept.
+thread pool spins. Rows of an earlier result that were not measured again are kept, with what was
+other then.
 
 Writes ``benchmarks/results/export_cpu.json``.
 """
@@ -48,6 +49,7 @@ from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, VisionTransformer
+from benchmarks.program import run_program, with_kept_rows, with_part, write
 
 RESULT = Path(__file__).parents[1] / "results" / "export_cpu.json"
 IMAGES = "random:256"
@@ -270,17 +272,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring per row")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    wanted = [part for part in arguments.only.split(",") if part]
     load_before = os.getloadavg()
     rows: list[dict[str, Any]] = []
-    for name, (spec, _) in CASES.items():
-        if wanted and not any(part in name for part in wanted):
-            continue
+    for name in with_part(arguments.only, CASES):
         with tempfile.TemporaryDirectory() as folder:
-            bundle = untrained_bundle(Path(folder), spec, IMAGES)
+            bundle = untrained_bundle(Path(folder), CASES[name][0], IMAGES)
             for threads in arguments.threads:
                 rows += rows_of(name, bundle, threads, arguments)
-            write(rows, bundle, load_before, arguments.out)
+            keep(rows, bundle, load_before, arguments.out)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -288,28 +287,20 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def write(
+def keep(
     rows: list[dict[str, Any]], bundle: Bundle, load_before: tuple[float, ...], out: Path
 ) -> None:
     """Write the rows, and those of an earlier result that were not measured again."""
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("case", "threads", "batch", "load"))
-
-    done = {key(row) for row in rows}
-    earlier = json.loads(out.read_text())["rows"] if out.exists() else []
-    result = {
+    facts = {
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "versions": dict(bundle.manifest.versions),
         "settings": {"spinning": False, "warmup": 3, "order": "interleaved, shuffled"},
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "rows": [*(row for row in earlier if key(row) not in done), *rows],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(out, with_kept_rows(out, facts, rows, ("case", "threads", "batch", "load")))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -7,7 +7,8 @@ on 1,000 images by plain ONNX Runtime in a process of its own, with the library 
 without it, under this Python and under each one ``--with`` names: those of environments that hold
 numpy and another version of onnxruntime. Logits and routes are compared with torch's; where the
 margin of a route is below 1e-4, a different choice is counted apart. ``onnx.checker`` checks the
-file in full, and ``onnx.reference`` runs it on a few images.
+file in full, and ``onnx.reference`` runs it on a few images. Rows of an earlier result that were
+not made again are kept, with what was other then.
 
 Writes ``benchmarks/results/portability.json``.
 """
@@ -35,7 +36,9 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.runner import Prediction
 from advmoe_deploy.specs import ModelSpec, VisionTransformer
+from advmoe_deploy.train.run.report import versions
 from benchmarks.cpu.export import robust_experts, untrained_bundle
+from benchmarks.program import run_program, with_kept_rows, with_part, write
 
 RESULT = Path(__file__).parents[1] / "results" / "portability.json"
 CHILD = Path(__file__).parent / "plain_onnxruntime.py"
@@ -133,21 +136,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    wanted = arguments.only.split(",")
-    for name in (name for name in MODELS if any(part in name for part in wanted)):
+    for name in with_part(arguments.only, MODELS):
         with tempfile.TemporaryDirectory() as folder:
             pythons = [sys.executable, *arguments.pythons]
             for row in rows_of(name, Path(folder), arguments.data, pythons):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "layers"}), flush=True)
-    result = {
+    facts = {
         "data": arguments.data.partition(":")[0],
         "processor": processor_name(),
-        "all_passed": all(row["passed"] for row in rows),
-        "rows": rows,
+        "versions": versions(),
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    key = ("model", "runtime", "form")
+    result = with_kept_rows(arguments.out, facts, rows, key)
+    result["all_passed"] = all(row["passed"] for row in result["rows"])
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

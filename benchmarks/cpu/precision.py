@@ -47,6 +47,7 @@ from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, openvino_version
 from advmoe_deploy.runtime.select import open_runner
 from benchmarks.cpu.export import advmoe, numbers
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "precision_cpu.json"
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -168,8 +169,8 @@ def main() -> None:
             "exported": chosen(bundle),
             "trained": trained,
         }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -38,6 +38,7 @@ from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import ModelSpec
 from benchmarks.cpu.export import untrained_bundle
+from benchmarks.program import run_program, write
 from benchmarks.released import ReleasedDispatch
 
 SPEC = ModelSpec(family="advmoe", num_experts=2, ratio=0.5)
@@ -64,8 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle, model = build(Path(folder), arguments.data)
         result = measure(bundle, model, arguments.seconds)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(RESULTS, result)
     show(result)
 
 
@@ -169,4 +169,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

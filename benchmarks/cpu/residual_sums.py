@@ -31,11 +31,13 @@ from advmoe_deploy.bundle import REFERENCE, Bundle, open_bundle
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.precision import quantize
+from advmoe_deploy.models.stored import threat_or
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, openvino_version
 from advmoe_deploy.runtime.plan_runner import PlanRunner
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "residual_sums.json"
 CALIBRATION = 256
@@ -114,8 +116,7 @@ def main() -> None:
     bundle = open_bundle(arguments.bundle)
     manifest = bundle.manifest
     data = load_dataset(arguments.data, manifest.decoding)
-    assert manifest.threat is not None, "the model was trained for a radius"
-    epsilon = manifest.threat.epsilon
+    epsilon = threat_or(None, manifest.threat, bundle.path).epsilon
     clean = to_float(data.train.first(CALIBRATION).images)
     both = np.concatenate([clean, noisy(clean, epsilon)])
     images = noisy(to_float(data.test.first(arguments.images).images), epsilon / 2)
@@ -141,9 +142,9 @@ def main() -> None:
         "processor": processor_name(),
         "versions": {**manifest.versions, "openvino": openvino_version()},
     }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,4 +1,4 @@
-"""What ``gpu_trt.py`` measured, against what it has to hold."""
+"""What ``main.py`` measured, against what it has to hold."""
 
 from collections.abc import Iterator
 from typing import Any

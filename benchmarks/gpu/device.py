@@ -1,4 +1,4 @@
-"""The stage of ``gpu_trt.py`` that measures what the GPU does at best."""
+"""The stage of ``main.py`` that measures what the GPU does at best."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

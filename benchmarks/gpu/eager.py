@@ -1,4 +1,4 @@
-"""The stages of ``gpu_trt.py`` that need PyTorch."""
+"""The stages of ``main.py`` that need PyTorch."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial

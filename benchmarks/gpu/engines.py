@@ -1,4 +1,4 @@
-"""The stages of ``gpu_trt.py`` that need TensorRT, or ONNX Runtime, and no PyTorch."""
+"""The stages of ``main.py`` that need TensorRT, or ONNX Runtime, and no PyTorch."""
 
 import time
 from collections.abc import Iterator, Mapping

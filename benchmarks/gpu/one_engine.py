@@ -1,4 +1,4 @@
-"""The stage of ``gpu_trt.py`` that asks whether a model can be one engine, and is faster so."""
+"""The stage of ``main.py`` that asks whether a model can be one engine, and is faster so."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

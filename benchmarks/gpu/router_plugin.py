@@ -1,4 +1,4 @@
-"""The stage of ``gpu_trt.py`` that asks whether the router's tail is faster as a plugin.
+"""The stage of ``main.py`` that asks whether the router's tail is faster as a plugin.
 
 Needs TensorRT 10.9 or newer and Triton in one interpreter.
 """

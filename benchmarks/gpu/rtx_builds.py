@@ -24,6 +24,7 @@ from advmoe_deploy.errors import AdvMoEError
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.specs import ExpertLayers, ModelSpec
 from benchmarks.gpu.common import BATCH, MODELS, Record, facts
+from benchmarks.program import named, run_program
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "benchmarks" / "results" / "rtx_builds.json"
@@ -60,7 +61,7 @@ def main() -> None:
     if options.one:
         compile_one(options.out, *options.one)
         return
-    for model in options.models.split(","):
+    for model in named("model", options.models, FAMILIES):
         for precision in OF_DIGITS if FAMILIES[model] is None else PRECISIONS:
             run_one(options.out, model, precision, 60 * options.minutes)
 
@@ -200,4 +201,4 @@ def record(out: Path, model: str, precision: str, found: Record) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from advmoe_deploy.files import write_atomically
+
 TENSORRT = {
     "8.6.1": "tensorrt-bindings==8.6.1",
     "10.0.1": "tensorrt-cu12-bindings==10.0.1",
@@ -142,6 +144,7 @@ def main() -> None:
     """Write the names of every release."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
     tensorrt = {
         version: names_of("tensorrt_bindings", CLASSES.split(), wheel)
         for version, wheel in TENSORRT.items()
@@ -155,7 +158,7 @@ def main() -> None:
     text = json.dumps(found, indent=0, sort_keys=True)
     # A line per class or module.
     text = re.sub(r'\[\n"|",\n"|"\n\]', lambda m: m[0].replace("\n", ""), text)
-    parser.parse_args().out.write_text(text + "\n")
+    write_atomically(out, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages of ``gpu_trt.py`` that time TensorRT: the MoE, its baselines and each engine."""
+"""The stages of ``main.py`` that time TensorRT: the MoE, its baselines and each engine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack

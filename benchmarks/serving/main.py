@@ -5,21 +5,25 @@
 
 Clients and server share the machine's cores, or have their own with ``--apart``, as where clients
 are other machines: the server, and the bare runner that it is compared with, on the first half.
-Leave the machine alone meanwhile. What must hold of each part stands beside the figures. Writes
-``benchmarks/results/serving/digits.json``, or what ``--out`` names.
+Leave the machine alone meanwhile. What must hold stands beside the figures. Writes
+``benchmarks/results/serving/digits.json``, or what ``--out`` names, after each part. Parts of an
+earlier result that are not measured again stay if they are of the same model, machine and settings;
+else nothing is measured before another file is named.
 """
 
 import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from advmoe_deploy.bundle import open_bundle
+from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.profiling.processor import processor_name
+from benchmarks.program import run_program, write
 from benchmarks.serving.client import many_descriptors
 from benchmarks.serving.malformed import malformed
 from benchmarks.serving.overload import overload
@@ -47,9 +51,7 @@ def main() -> None:
     """Measure the parts that are wanted and write the JSON."""
     wanted = wanted_of(None)
     many_descriptors()
-    result = measure(wanted)
-    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(measure(wanted), indent=1))
 
 
 def wanted_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -74,16 +76,16 @@ def wanted_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of every part that is wanted."""
-    bundle, load = open_bundle(wanted.bundle), os.getloadavg()
+    """Write the figures of every part that is wanted, one after the other, and return them."""
+    bundle = open_bundle(wanted.bundle)
+    other = open_bundle(wanted.other) if "reload" in wanted.parts else bundle
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
-    if wanted.apart:
-        os.sched_setaffinity(0, theirs)
-    else:
+    if not wanted.apart:
         ours = set(cores)
-    result: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "model": bundle.manifest.model.model_dump(mode="json"),
+        "bundle": bundle.identity,
         "engine": wanted.engine,
         "threads": wanted.threads,
         "processor": processor_name(),
@@ -92,33 +94,61 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         "clients_on_other_cores": wanted.apart,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "load_before": load,
         "seconds": wanted.seconds,
     }
-    options = [f"--engine={wanted.engine}", f"--threads={wanted.threads}"]
-    if "speed" in wanted.parts:
-        with on_cores(ours):
-            alone = bare(bundle, wanted.engine, wanted.threads, min(10.0, wanted.seconds))
-        with serving(wanted.bundle, *options, cores=ours) as running:
-            far = same_logits(running, bundle, wanted.engine)
-            found = speed(running, bundle, alone, wanted.seconds)
-        result["speed"] = {"logits_differ_by": far, "bare": alone, **found}
-    if "overload" in wanted.parts:
-        with serving(wanted.bundle, *options, cores=ours) as running:
-            result["overload"] = overload(running, bundle, wanted.seconds)
-    if "malformed" in wanted.parts:
-        with serving(wanted.bundle, *options, cores=ours) as running:
-            result["malformed"] = malformed(running, bundle, wanted.requests)
-    if "stops" in wanted.parts:
-        result["stops"] = stops(wanted.bundle, bundle, wanted.rounds, ours)
-    if "grpc" in wanted.parts:
-        with serving(wanted.bundle, *options, "--grpc-port=0", cores=ours) as running:
-            result["grpc"] = rpc(running, bundle, wanted.engine, wanted.seconds, wanted.requests)
-    if "reload" in wanted.parts:
-        pair = (bundle, open_bundle(wanted.other))
-        result["reload"] = reloads(pair, wanted.engine, wanted.requests, ours, *options)
+    staying = staying_parts(wanted.out, wanted.parts, facts)
+    result = {**facts, "load_before": os.getloadavg(), **staying}
+    if wanted.apart:
+        os.sched_setaffinity(0, theirs)
+    for name in PARTS:
+        if name in wanted.parts:
+            result[name] = part(name, wanted, (bundle, other), ours)
+            write(wanted.out, result)
     return result
 
 
+def staying_parts(out: Path, measured: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of an earlier result that are not measured again.
+
+    Raises:
+        UsageError: they were measured of something else, or otherwise.
+    """
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    staying = {name: earlier[name] for name in PARTS if name in earlier and name not in measured}
+    other = [name for name, value in facts.items() if earlier.get(name) != value]
+    if staying and other:
+        raise UsageError(
+            f"{out} holds {', '.join(staying)} with other values of {', '.join(other)}; "
+            "name another --out, or measure all parts"
+        )
+    return staying
+
+
+def part(
+    name: str, wanted: argparse.Namespace, bundles: tuple[Bundle, Bundle], cores: set[int]
+) -> dict[str, Any]:
+    """Return the figures of one part, of a server on ``cores``; ``reload`` alone takes both."""
+    bundle, engine = bundles[0], wanted.engine
+    options = [f"--engine={engine}", f"--threads={wanted.threads}"]
+    if name == "stops":
+        return stops(wanted.bundle, bundle, wanted.rounds, cores)
+    if name == "reload":
+        return reloads(bundles, engine, wanted.requests, cores, *options)
+    if name == "speed":
+        with on_cores(cores):
+            alone = bare(bundle, engine, wanted.threads, min(10.0, wanted.seconds))
+    more = ["--grpc-port=0"] if name == "grpc" else []
+    with serving(wanted.bundle, *options, *more, cores=cores) as running:
+        if name == "overload":
+            return overload(running, bundle, wanted.seconds)
+        if name == "malformed":
+            return malformed(running, bundle, wanted.requests)
+        if name == "grpc":
+            return rpc(running, bundle, engine, wanted.seconds, wanted.requests)
+        far = same_logits(running, bundle, engine)
+        found = speed(running, bundle, alone, wanted.seconds)
+    return {"logits_differ_by": far, "bare": alone, **found}
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -41,10 +41,15 @@ def reloads(
     return {
         **found,
         "reloads": said.count(" again: version "),
-        "not_loaded": said.count("was not loaded"),
+        "not_loaded": (not_loaded := said.count("was not loaded")),
         "memory_before_mib": round(before / 1024, 1),
         "memory_after_mib": round(after / 1024, 1),
         **health,
+        "holds": {
+            "all answered with 200": found["answers"].keys() == {"200"},
+            "no answer of both bundles": "mixed" not in found["answered_by"],
+            "each was loaded": not_loaded == 0,
+        },
     }
 
 
@@ -70,13 +75,13 @@ async def _asked(
 
     async def swap() -> None:
         turn = 0
-        while left > 0:
+        while left > 0 and running.process.poll() is None:
             turn, done = turn + 1, running.said.count("loaded")
             fresh = link.with_suffix(".new")
             fresh.symlink_to(bundles[turn % 2].path.absolute())
             fresh.replace(link)
             running.process.send_signal(signal.SIGHUP)
-            while running.said.count("loaded") == done:
+            while running.said.count("loaded") == done and running.process.poll() is None:
                 await asyncio.sleep(0.01)
 
     await asyncio.gather(swap(), *(ask() for _ in range(CLIENTS)))

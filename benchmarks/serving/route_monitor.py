@@ -34,6 +34,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.stored import threat_or
 from advmoe_deploy.parity.compare import compare_answers, predictions_of
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.profiling.processor import processor_name
@@ -44,6 +45,7 @@ from advmoe_deploy.runtime.runner import Prediction, joined
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.operations.monitor import CLASSES, Monitor
 from advmoe_deploy.specs import AttackSpec, ThreatModel
+from benchmarks.program import run_program, write
 from benchmarks.serving.knowing import knowing_attack
 from benchmarks.serving.roc import interval, picked, window_areas
 
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     wanted = parser.parse_args()
     result = measure(wanted)
-    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(wanted.out, result)
     print(json.dumps(result, indent=1))
 
 
@@ -78,11 +80,8 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(wanted.data, checkpoint.decoding)
     test = torch.from_numpy(to_float(data.test.images[: wanted.images]))
     labels = torch.from_numpy(data.test.labels[: wanted.images])
-    assert checkpoint.threat is not None
-    threats = [
-        checkpoint.threat.model_copy(update={"epsilon": epsilon})
-        for epsilon in wanted.epsilon or [checkpoint.threat.epsilon]
-    ]
+    own = threat_or(None, checkpoint.threat, wanted.run)
+    threats = [threat_or(epsilon, own, wanted.run) for epsilon in wanted.epsilon or [None]]
     found = [_attacked(model, test, labels, threat) for threat in threats]
     holdout = to_float(data.holdout.images)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,9 +99,10 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             cost = _cost(lambda: engine(some), engine(some), report)
     return {
         "run": wanted.run.name,
+        "weights_sha256": checkpoint.weights_sha256,
         "model": checkpoint.model.model_dump(mode="json"),
         "data": wanted.data,
-        "trained_epsilon": checkpoint.threat.epsilon,
+        "trained_epsilon": own.epsilon,
         "recorded_on": {"images": len(holdout), "split": "hold-out"},
         "test_images": len(test),
         "clean_accuracy": round(float((clean.logits.argmax(1) == labels.numpy()).mean()), 4),
@@ -235,4 +235,4 @@ def _cost(compute: Callable[[], Any], answer: Prediction, report: ParityReport) 
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

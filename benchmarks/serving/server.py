@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,24 @@ def start(bundle: Path, options: list[str], log: Path) -> subprocess.Popen[bytes
         )
 
 
+def ready(log: Path) -> re.Match[str] | None:
+    """Return what a server has said that it is ready: its model, port and port of gRPC."""
+    return re.search(READY, log.read_text())
+
+
+def await_ready(process: subprocess.Popen[bytes], log: Path) -> re.Match[str]:
+    """Return what a server says once it is ready.
+
+    Raises:
+        RuntimeError: it ended before.
+    """
+    while (found := ready(log)) is None:
+        if process.poll() is not None:
+            raise RuntimeError(log.read_text())
+        time.sleep(0.01)
+    return found
+
+
 @contextmanager
 def serving(
     bundle: Path, *options: str, delay_ms: float = 2.0, cores: set[int] | None = None
@@ -63,11 +82,7 @@ def serving(
         with on_cores(cores or set()):
             process = start(bundle, [*options, f"--delay-ms={delay_ms}"], log)
         try:
-            found = None
-            while found is None:
-                if process.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                found = re.search(READY, log.read_text())
+            found = await_ready(process, log)
             rpc = None if found[3] is None else int(found[3])
             yield Running(process, int(found[2]), found[1], log, delay_ms, rpc)
             process.send_signal(signal.SIGTERM)

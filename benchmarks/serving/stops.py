@@ -5,7 +5,6 @@ Before the port of HTTP is closed the server is not ready.
 
 import asyncio
 import random
-import re
 import signal
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ import grpc
 from advmoe_deploy.bundle import Bundle
 from benchmarks.serving.client import HOST, Client, binary_request
 from benchmarks.serving.rpc import INFER, OPTIONS, message
-from benchmarks.serving.server import READY, on_cores, start
+from benchmarks.serving.server import await_ready, on_cores, ready, start
 from benchmarks.serving.speed import images_of
 
 CLIENTS, CALLERS = 8, 2  # over HTTP, and over gRPC
@@ -35,7 +34,7 @@ def stops(bundle_path: Path, bundle: Bundle, rounds: int, cores: set[int]) -> di
         began = time.perf_counter()
         with on_cores(cores):
             process = start(bundle_path, ["--grpc-port=0"], log)
-        _await_ready(process, log)
+        await_ready(process, log)
         ready_s = time.perf_counter() - began
         _end(process)
         ends = [
@@ -136,15 +135,8 @@ async def _call(port: int, message: bytes, answers: Counter[str]) -> None:
 
 def _found(log: Path) -> tuple[int, int] | None:
     """Return the ports of HTTP and gRPC, once the server has said that it is ready."""
-    found = re.search(READY, log.read_text())
+    found = ready(log)
     return (int(found[2]), int(found[3])) if found else None
-
-
-def _await_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    while _found(log) is None:
-        if process.poll() is not None:
-            raise RuntimeError(log.read_text())
-        time.sleep(0.01)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians
+from benchmarks.program import run_program, write
 from tests.serving.online.browser import Browser, browsing
 
 RESULT = Path(__file__).parents[1] / "results" / "serving" / "web.json"
@@ -58,7 +59,7 @@ def main() -> None:
         "sites": [measured(site, wanted.rounds) for site in wanted.sites],
         "load_after": os.getloadavg(),
     }
-    wanted.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(wanted.out, result)
     print(json.dumps(result, indent=1))
 
 
@@ -119,4 +120,4 @@ def served(site: Path, headers: dict[str, str] | None = None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

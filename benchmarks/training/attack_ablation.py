@@ -22,9 +22,11 @@ from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_test_split
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.models.stored import threat_or
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.run.report import versions
+from benchmarks.program import run_program, write
 from benchmarks.training.digits import share
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "attack_ablation.json"
@@ -72,14 +74,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     checkpoint, model = load_checkpoint(arguments.run / "model")
-    assert checkpoint.threat is not None
+    threat = threat_or(None, checkpoint.threat, arguments.run)
     test = load_test_split(str(checkpoint.provenance["data"]))
     x, y = torch.from_numpy(to_float(test.images)), torch.from_numpy(test.labels)
     rows, union = [], torch.ones(len(y), dtype=torch.bool)
     for name, attack, off in variants():
         began = time.perf_counter()
         with off:
-            (stands,) = withstanding(model, x, y, checkpoint.threat, [attack])
+            (stands,) = withstanding(model, x, y, threat, [attack])
         union &= stands
         row = {
             "variant": name,
@@ -93,15 +95,15 @@ def main() -> None:
     result = {
         "recipe": checkpoint.recipe.get("name"),
         "seed": checkpoint.recipe.get("seed"),
-        "epsilon": checkpoint.threat.epsilon,
+        "weights_sha256": checkpoint.weights_sha256,
+        "epsilon": threat.epsilon,
         "threads": arguments.threads,
         "processor": processor_name(),
         "versions": versions(),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

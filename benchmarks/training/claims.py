@@ -38,6 +38,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, AttackTarget, ThreatModel
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import attack_suite
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "claims.json"
 
@@ -278,10 +279,7 @@ def row_of(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
 def merge(path: Path, name: str, row: dict[str, Any]) -> None:
     """Write ``row`` into the JSON at ``path`` in the place of that claim's last."""
     rows = json.loads(path.read_text())["claims"] if path.exists() else {}
-    ordered = dict(sorted({**rows, name: row}.items()))
-    staged = path.with_suffix(".new")
-    staged.write_text(json.dumps({"claims": ordered}, indent=2) + "\n")
-    staged.replace(path)
+    write(path, {"claims": dict(sorted({**rows, name: row}.items()))})
 
 
 def main() -> None:
@@ -298,8 +296,8 @@ def main() -> None:
             f"unknown claims {', '.join(sorted(unknown))}; choose from {', '.join(CLAIMS)}"
         )
     seeds = [Seed(int(number), arguments.runs) for number in arguments.seeds.split(",")]
-    if len(seeds) < 2:
-        parser.error("an interval over seeds needs two of them; --seeds 0,1,2")
+    if len({seed.number for seed in seeds}) < max(2, len(seeds)):
+        parser.error("an interval over seeds needs two of them, each once; --seeds 0,1,2")
     torch.set_num_threads(arguments.threads)
     for name in arguments.only.split(","):
         row = row_of(CLAIMS[name], seeds)
@@ -308,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

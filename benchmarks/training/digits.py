@@ -5,12 +5,12 @@
 Each model is measured on the 400 test images: clean, and by ``verify``'s suite ``standard``, whose
 attacks go on with what stands after those before; its first is PGD-50 on the model as it runs, the
 attack that papers report. Intervals are Wilson's, 95 %, over the images of one seed. Rows of an
-earlier result that were not measured again are kept; the file is written after each row.
+earlier result that were not measured again are kept, with what was other then; the file is written
+after each row.
 """
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +32,7 @@ from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.verify.suites import Suite, attack_suite
+from benchmarks.program import run_program, with_kept_rows, write
 
 RESULT = Path(__file__).parents[1] / "results" / "train_digits.json"
 RECIPES = "digits-advmoe,digits-advmoe-agreeing,digits-dense,digits-s-dense,digits-at-moe"
@@ -78,15 +79,6 @@ def row_of(
     }
 
 
-def kept_rows(path: Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of an earlier result that were not measured again."""
-    if not path.exists():
-        return []
-    done = {(row["recipe"], row["seed"]) for row in new}
-    rows = json.loads(path.read_text())["rows"]
-    return [row for row in rows if (row["recipe"], row["seed"]) not in done]
-
-
 def main() -> None:
     """Train, measure, print a line per run, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,32 +88,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    data = load_dataset("digits")
-    scratch = Path(tempfile.mkdtemp())
-    rows: list[dict[str, Any]] = []
-    for name in arguments.recipes.split(","):
-        for seed in arguments.seeds.split(","):
-            config = apply_overrides(recipe(name), [f"seed={seed}"])
-            rows.append(row_of(config, data, scratch / f"{name}-{seed}"))
+    configs = [
+        apply_overrides(recipe(name), [f"seed={seed}"])
+        for name in arguments.recipes.split(",")
+        for seed in arguments.seeds.split(",")
+    ]
+    data, rows = load_dataset("digits"), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for config in configs:
+            rows.append(row_of(config, data, Path(scratch) / f"{config.name}-{config.seed}"))
             print(json.dumps(rows[-1]), flush=True)
-            write(arguments.out, config.threat.epsilon, rows)
-    shutil.rmtree(scratch)
+            keep(arguments.out, config.threat.epsilon, rows)
 
 
-def write(path: Path, epsilon: float, rows: list[dict[str, Any]]) -> None:
+def keep(path: Path, epsilon: float, rows: list[dict[str, Any]]) -> None:
     """Write ``rows``, and those of an earlier result that they do not replace."""
-    result = {
+    facts = {
         "epsilon": epsilon,
         "suite": "standard",
         "processor": processor_name(),
         "versions": versions(),
-        "rows": sorted(
-            [*rows, *kept_rows(path, rows)], key=lambda row: (row["recipe"], row["seed"])
-        ),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result = with_kept_rows(path, facts, rows, ("recipe", "seed"))
+    result["rows"].sort(key=lambda row: (row["recipe"], row["seed"]))
+    write(path, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

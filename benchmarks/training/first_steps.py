@@ -27,6 +27,7 @@ from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.report import versions
 from advmoe_deploy.train.step.weights import TrainedWeights
+from benchmarks.program import named, run_program, with_kept_rows, write
 
 RESULT = Path(__file__).parents[1] / "results" / "first_steps.json"
 RECIPE = "cifar10-resnet18-advmoe"
@@ -54,6 +55,7 @@ def row_of(name: str, data: Dataset) -> dict[str, Any]:
         "row": name,
         "settings": list(ROWS[name]),
         "steps": STEPS,
+        "seed": config.seed,
         "batch": config.batch_size,
         "lr": config.lr,
         "router_lr": config.router_lr,
@@ -84,21 +86,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    names = named("row", arguments.rows, ROWS)
     data = load_dataset(arguments.data)
-    rows = [row_of(name, data) for name in arguments.rows.split(",")]
-    if arguments.out.exists():
-        done = {row["row"] for row in rows}
-        rows += [r for r in json.loads(arguments.out.read_text())["rows"] if r["row"] not in done]
-    result = {
+    rows = [row_of(name, data) for name in names]
+    facts = {
         "recipe": RECIPE,
         "threads": arguments.threads,
         "processor": processor_name(),
         "versions": versions(),
-        "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, with_kept_rows(arguments.out, facts, rows, ("row",)))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

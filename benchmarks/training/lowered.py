@@ -37,6 +37,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.reports.checkpoint import checkpoint_folder, read_checkpoint
 from advmoe_deploy.verify.report import RobustReport
 from advmoe_deploy.zoo.resolve import resolve
+from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "lowered.json"
 # What tells one measurement from another; a second of the same takes the place of the first.
@@ -130,7 +131,7 @@ def merge(path: Path, row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [each for each in rows if _key(each) != _key(row) and not _is_outdone(each, row)]
     rows = sorted([*kept, row], key=_key)
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(path, {"rows": rows})
 
 
 def _is_outdone(refused: dict[str, Any], row: dict[str, Any]) -> bool:
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,14 @@ from torch.nn import functional as F
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.train.run.report import versions
+from benchmarks.program import run_program, write
 from benchmarks.training.digits import share
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "pyautoattack_agreement.json"
@@ -166,13 +170,13 @@ def subject_of(run: Path, source: str | None, images: int | None) -> tuple[Subje
     """Return the model of a run or a checkpoint with its test images, and what tells of both.
 
     Raises:
-        ValueError: the data have other classes than the model, or the model no threat model.
+        UsageError: the data have other classes than the model, or the model no threat model.
     """
     folder = run / "model" if (run / "model").is_dir() else run
     checkpoint, model = load_checkpoint(folder)
     data = load_dataset(source or str(checkpoint.provenance["data"]), checkpoint.decoding)
     if data.class_names != checkpoint.class_names or checkpoint.threat is None:
-        raise ValueError(f"{data.source} has other classes than {run}, or the run no threat model")
+        raise UsageError(f"{data.source} has other classes than {run}, or the run no threat model")
     x, y = torch.from_numpy(to_float(data.test.images[:images])), data.test.labels[:images]
     name, epsilon = _name(checkpoint, run), checkpoint.threat.epsilon
     subject = Subject(name, model.eval().requires_grad_(False), x, torch.from_numpy(y), epsilon)
@@ -206,14 +210,16 @@ def rows_of(
         asked = (name, steps.get(name, arguments.iterations), arguments.seed)
         key = "-".join(map(str, (about["weights_sha256"][:16], about["n"], *asked)))
         sides = {}
-        for side in SIDES:
+        # What may have come meanwhile is looked for last: so whoever ends last finds both.
+        for side in sorted(SIDES, key=lambda side: side != arguments.side):
             file = arguments.keep and arguments.keep / f"{key}-{side}.pt"
             if file and file.exists():
                 sides[side] = Side(*torch.load(file, weights_only=True))
             elif arguments.side in (None, side):
                 sides[side] = side_of(side, name, subject, *asked[1:])
                 if file:
-                    torch.save(tuple(sides[side]), file)
+                    torch.save(tuple(sides[side]), content := BytesIO())
+                    write_atomically(file, content.getvalue())
         if len(sides) == len(SIDES):
             yield {**about, "clean": clean, **row_of(name, sides, *asked[1:]), **where}
 
@@ -224,8 +230,7 @@ def merge(path: Path, row: dict[str, Any]) -> None:
     key = (row["model"], row["attack"])
     kept = [each for each in rows if (each["model"], each["attack"]) != key]
     rows = sorted([*kept, row], key=lambda r: (r["model"], ATTACKS.index(r["attack"])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    write(path, {"rows": rows})
 
 
 def main() -> None:
@@ -258,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

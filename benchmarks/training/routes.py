@@ -10,7 +10,6 @@ of clean images that the pathways not chosen get right as well. Writes
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.train.config import apply_overrides
 from advmoe_deploy.train.recipes import recipe
 from advmoe_deploy.train.run.report import versions
+from benchmarks.program import named, run_program, with_kept_rows, write
 from benchmarks.training.digits import row_of
 
 RESULT = Path(__file__).parents[1] / "results" / "routes_digits.json"
@@ -68,20 +68,17 @@ def measured(name: str, seed: int, data: Dataset, run: Path) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``rows``, and those of an earlier result that they do not replace."""
-    done = {(row["variant"], row["seed"]) for row in rows}
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in before if (row["variant"], row["seed"]) not in done]
-    order = [*VARIANTS]
-    result = {
+    facts = {
         "recipe": RECIPE,
         "suite": "quick",
         "processor": processor_name(),
         "versions": versions(),
-        "rows": sorted([*kept, *rows], key=lambda r: (order.index(r["variant"]), r["seed"])),
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    result, order = with_kept_rows(path, facts, rows, ("variant", "seed")), [*VARIANTS]
+    result["rows"].sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
+    write(path, result)
 
 
 def main() -> None:
@@ -93,15 +90,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    names = named("variant", arguments.only, VARIANTS)
     data, rows = load_dataset("digits"), []
-    scratch = Path(tempfile.mkdtemp())
-    for name in VARIANTS:
-        if name in arguments.only.split(","):
-            rows.append(measured(name, arguments.seed, data, scratch / name))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            rows.append(measured(name, arguments.seed, data, Path(scratch) / name))
             print(json.dumps(rows[-1]), flush=True)
-            write(arguments.out, rows)
-    shutil.rmtree(scratch)
+            keep(arguments.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

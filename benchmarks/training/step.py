@@ -18,7 +18,6 @@ Writes ``benchmarks/results/train_step.json`` with every raw sample.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -43,6 +42,7 @@ from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.objectives.losses import trades
+from benchmarks.program import run_program, write
 from benchmarks.released import ReleasedDispatch
 
 RESULTS = Path(__file__).parents[1] / "results" / "train_step.json"
@@ -117,8 +117,7 @@ def main() -> None:
         print(peak_memory(Step(counts[0], arguments.batch, arguments.loss), arguments.memory_of))
         return
     result = measure(counts, arguments)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(arguments.out, result)
     show(result)
 
 
@@ -243,4 +242,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

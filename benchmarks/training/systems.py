@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.program import run_program, with_kept_rows, with_part, write
+
 if TYPE_CHECKING:
     from advmoe_deploy.reports import ParityReport
 
@@ -107,6 +109,8 @@ def row_of(system: System, settings: Iterable[str], seed: int) -> dict[str, Any]
         "family": config.model.family,
         "backbone": config.model.backbone,
         "epochs": report.epochs,
+        "seed": config.seed,
+        "test_images": report.images,
         "losses": [round(loss, 4) for loss in losses],
         "loss_fell": losses[-1] < losses[0],
         "clean_accuracy": report.clean_accuracy,
@@ -145,34 +149,26 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    wanted = [part.lower() for part in arguments.only.split(",") if part]
-    systems = [
-        s
-        for s in (*METHODS, *BACKBONES)
-        if not wanted or any(part in s.name.lower() for part in wanted)
-    ]
+    known = {system.name: system for system in (*METHODS, *BACKBONES)}
+    systems = [known[name] for name in with_part(arguments.only, known)]
     rows = []
     settings = (*DIGITS, f"epochs={arguments.epochs}")
     with ProcessPoolExecutor(arguments.processes) as pool:
         jobs = [pool.submit(row_of, system, settings, arguments.seed) for system in systems]
         for job in jobs:
             rows.append(job.result())
-            write(rows, arguments.out)
+            keep(rows, arguments.out)
             print(json.dumps(rows[-1]), flush=True)
 
 
-def write(rows: list[dict[str, Any]], out: Path) -> None:
+def keep(rows: list[dict[str, Any]], out: Path) -> None:
     """Write the table; rows of an earlier one that were not made again are kept."""
     from advmoe_deploy.profiling.processor import processor_name
     from advmoe_deploy.train.run.report import versions
 
-    if out.exists():
-        new = {row["system"] for row in rows}
-        rows = [*rows, *(r for r in json.loads(out.read_text())["rows"] if r["system"] not in new)]
-    result = {"processor": processor_name(), "versions": versions(), "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    facts = {"processor": processor_name(), "versions": versions()}
+    write(out, with_kept_rows(out, facts, rows, ("system",)))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

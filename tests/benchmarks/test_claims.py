@@ -48,7 +48,7 @@ def test_one_number_of_all_images_has_an_interval_over_seeds_alone() -> None:
 def test_what_cannot_be_answered_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for given in (["--only", "swich"], ["--seeds", "0"]):
+    for given in (["--only", "swich"], ["--seeds", "0"], ["--seeds", "0,1,1"]):
         monkeypatch.setattr(sys, "argv", ["claims", "--runs", str(tmp_path), *given])
         with pytest.raises(SystemExit):
             claims.main()

@@ -126,7 +126,7 @@ def test_a_ceiling_is_taken_with_numbers_of_all_kinds(work: Work) -> None:
 def test_a_precision_without_bounds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["gpu_trt.py", "--data", "none", "--work", str(tmp_path), "--precisions", "fp16,bf16"]
+    words = ["main", "--data", "none", "--work", str(tmp_path), "--precisions", "fp16,bf16"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit):
         main()

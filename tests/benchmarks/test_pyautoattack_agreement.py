@@ -3,12 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.training import pyautoattack_agreement as agreement
 from benchmarks.training.pyautoattack_agreement import (
     SIDES,
+    Side,
     main,
     row_of,
     side_of,
@@ -65,6 +68,22 @@ def test_sides_that_ran_apart_make_the_row(
     out.unlink()
     (together,) = compare(trained_run, out, monkeypatch, "--attacks", "apgd")
     assert {**apart, "seconds": 0} == {**together, "seconds": 0}
+
+
+def test_whoever_ends_last_makes_the_row(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, given = tmp_path / "rows.json", ("--attacks", "apgd", "--keep", str(tmp_path / "sides"))
+
+    def meanwhile(side: str, *how: Any, **more: Any) -> Side:
+        monkeypatch.setattr(agreement, "side_of", side_of)
+        with pytest.raises(FileNotFoundError):  # the other process ends first, and finds one side
+            compare(trained_run, out, monkeypatch, *given, "--side", "ours")
+        return side_of(side, *how, **more)
+
+    monkeypatch.setattr(agreement, "side_of", meanwhile)
+    (row,) = compare(trained_run, out, monkeypatch, *given, "--side", "theirs")
+    assert row["difference_points"] == 0
 
 
 def test_what_leaves_the_ball_is_no_example(trained_run: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.serving.online.grpc.messages import asked_of
 from advmoe_deploy.serving.online.protocol import RefusedError
+from benchmarks.program import write
 from benchmarks.serving import client
-from benchmarks.serving.main import wanted_of
+from benchmarks.serving.main import PARTS, staying_parts, wanted_of
 from benchmarks.serving.rpc import costly_messages, longest_of
 from benchmarks.serving.speed import batches_between
 
@@ -26,6 +28,16 @@ def test_the_commands_of_the_docs_are_taken() -> None:
         assert wanted_of(shlex.split(arguments)).apart
     with pytest.raises(SystemExit):
         wanted_of(["BUNDLE"])
+
+
+def test_parts_of_something_else_are_neither_mixed_nor_lost(tmp_path: Path) -> None:
+    out, facts = tmp_path / "served.json", {"engine": "onnxruntime", "threads": 1}
+    assert staying_parts(out, ["speed"], facts) == {}
+    write(out, {**facts, "load_before": [0.1], "speed": {"p50_ms": 1}, "grpc": {"p50_ms": 2}})
+    assert staying_parts(out, ["speed"], facts) == {"grpc": {"p50_ms": 2}}
+    with pytest.raises(UsageError, match="holds grpc with other values of threads; name another"):
+        staying_parts(out, ["speed"], {**facts, "threads": 2})
+    assert staying_parts(out, PARTS, {**facts, "threads": 2}) == {}
 
 
 def test_what_the_server_counted_by_hand() -> None:

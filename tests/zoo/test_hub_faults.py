@@ -5,13 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from advmoe_deploy.errors import MachineError
 from advmoe_deploy.hub.faults import Repository, explained
+from advmoe_deploy.zoo import download
 from advmoe_deploy.zoo.download import _linked
 from tests.zoo.hub_commands import WEIGHTS, Done, files_in, refused
 from tests.zoo.hub_server import Hub, sha256
@@ -78,7 +82,7 @@ def test_a_full_disk_of_our_own_cache(
     hub.put("me/large", {"model/checkpoint.json": checkpoint, WEIGHTS: weights})
     done = advmoe("inspect", "hub:me/large", XDG_CACHE_HOME=str(small_disk))
     refused(done, 5, f"{small_disk}/advmoe-deploy/hub/me", "own cache is full", "XDG_CACHE_HOME")
-    assert not [file for file in small_disk.rglob("*") if file.is_file()]
+    assert not any(files_in(small_disk).values())  # nothing but an empty lock
 
 
 def test_of_a_copy_the_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +103,44 @@ def test_of_a_copy_the_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MachineError, match=r"own cache is full.*XDG_CACHE_HOME") as caught:
         _linked(Repository("me/tiny"), tmp_path / "hf/commit", [WEIGHTS])
     assert str(caught.value).startswith(f"{tmp_path}/ours/advmoe-deploy/hub/me/commit/tiny: ")
-    assert not [file for file in (tmp_path / "ours").rglob("*") if file.is_file()]
+    assert not any(files_in(tmp_path / "ours").values())  # nothing but an empty lock
+
+
+def test_without_a_home_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MachineError, match="set XDG_CACHE_HOME"):
+        _linked(Repository("me/tiny"), Path("commit"), [])
+
+
+def test_who_asks_at_once_links_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one would take away the folder that another was just given."""
+    commit, names, linked = tmp_path / "hf/commit", ["a.json", "b.json"], []
+    commit.mkdir(parents=True)
+    for name in names:
+        (commit / name).write_text(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
+
+    def slowly(file: Path, target: Path) -> None:
+        linked.append(file.name)
+        time.sleep(0.1)  # so that all are on their way
+        os.link(file, target)
+
+    monkeypatch.setattr(download, "_link", slowly)
+    start = Barrier(3)
+
+    def ask(_: int) -> Path:
+        start.wait()
+        return _linked(Repository("me/tiny"), commit, names)
+
+    with ThreadPoolExecutor(3) as pool:
+        (found,) = {*pool.map(ask, range(3))}
+    assert linked == names
+    assert {*files_in(found)} == {*names}
 
 
 def test_what_the_clients_own_transport_raises() -> None:

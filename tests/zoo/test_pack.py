@@ -1,6 +1,7 @@
 """Packing a run: half the bytes, the same answers, and a record and a card of what was measured."""
 
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
@@ -37,10 +38,13 @@ ROW = {
 }
 
 
+def result_of(**changes: Any) -> dict[str, Any]:
+    return {"epsilon": 0.05, "suite": "standard", "rows": [{**ROW, **changes}]}
+
+
 def results_file(folder: Path, **changes: Any) -> Path:
     file = folder / "results.json"
-    result = {"epsilon": 0.05, "suite": "standard", "rows": [{**ROW, **changes}]}
-    file.write_text(json.dumps(result))
+    file.write_text(json.dumps(result_of(**changes)))
     return file
 
 
@@ -144,14 +148,18 @@ def test_results_of_another_model_are_refused(trained_run: Path, tmp_path: Path)
         ("{", "no JSON"),
         ("[]", "holds no object"),
         ("{}", "no file of results"),
+        ('{"a":' + "[" * 100_000, "no JSON"),
         ('{"rows": 1}', "missing or odd"),
+        ('{"rows": ["x"]}', "missing or odd"),
+        (json.dumps(result_of(clean={"share": 5, "n": 400})), "missing or odd"),
+        (json.dumps(result_of(clean={"share": math.nan, "n": 400})), "missing or odd"),
     ],
 )
 def test_what_is_no_result_is_named(tmp_path: Path, text: str, complaint: str) -> None:
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(InputError, match=complaint):
-        read_evaluation(file, {"name": "x"}, "digits")
+        read_evaluation(file, {"name": "digits-advmoe", "seed": 0}, "digits")
 
 
 def test_what_verify_and_report_write_is_read(

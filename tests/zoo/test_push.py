@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from advmoe_deploy.bundle import Bundle, open_bundle
+from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, SIGNATURE, Bundle, open_bundle
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.zoo.pack import Packing, pack_run
-from tests.zoo.hub_commands import Done
+from advmoe_deploy.zoo.publish import _matching
+from advmoe_deploy.zoo.upload import _STALE
+from tests.zoo.hub_commands import Done, files_in
 from tests.zoo.hub_server import TOKEN, Hub
 from tests.zoo.test_pack import results_file
 
@@ -87,6 +89,13 @@ def test_a_bundle_goes_up_and_opens_again(
     # Other tests may have added to the card since the bundle was opened for all.
     assert again.manifest == open_bundle(trained_bundle.path).manifest
     assert metadata(readme.decode())["pipeline_tag"] == "image-classification"
+
+
+def test_nothing_of_an_older_push_stays(trained_bundle: Bundle, packed: Path) -> None:
+    """Also no signature, which would be one of other files."""
+    signed = {*trained_bundle.manifest.files, MANIFEST, MANIFEST_HASH, SIGNATURE}
+    for old in (signed, files_in(packed)):
+        assert {*_matching([*old, "README.md", "notes.txt"], _STALE)} == {*old}
 
 
 def test_a_dry_run_uploads_nothing(
