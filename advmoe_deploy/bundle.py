@@ -13,8 +13,8 @@
     golden.npz             inputs and the reference's answers, routes by layer
 
 Opening a bundle checks every hash before any of its files is handed out, and refuses links and
-files that are not listed. What is loaded later is read once and hashed as it is handed out, so that
-it does not matter who writes to the folder meanwhile.
+files that are not listed. A file that is loaded later is read once and hashed as it is handed out,
+so that it does not matter who writes to the folder meanwhile.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ class EngineSet(Frozen):
 
     @property
     def is_built(self) -> bool:
-        """Whether it runs as it is: TensorRT graphs without a device have to be built first."""
+        """True if it runs as it is: TensorRT graphs without a device have to be built first."""
         return self.backend != "tensorrt" or self.device is not None
 
     def findings(self) -> list[str]:

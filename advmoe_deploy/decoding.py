@@ -9,7 +9,7 @@ from advmoe_deploy.specs import Frozen, ModelSpec
 
 # Pillow's decoders that run no other program (unlike EPS) and tell their files by their first bytes
 # (unlike TGA), with the suffixes that folders are searched for.
-FORMATS = {
+IMAGE_FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "WEBP": (".webp",),
@@ -19,7 +19,7 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
 }
-SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes))
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes))
 _UNSCALED_SIZE = 64
 
 
@@ -29,7 +29,7 @@ class Decoding(Frozen):
     An image is turned as its EXIF orientation says. Its central square, of ``size`` /
     ``shorter_side`` of its shorter side, is scaled to ``size`` x ``size``; an image of exactly that
     size is taken as it is. One channel is luminance, three are RGB. Images above ``max_pixels`` are
-    refused. What has one choice only is here for readers without this package; ``rule`` grows when
+    refused. Fields of one choice only are for readers without this package; ``rule`` grows when
     the same parameters come to give other pixels.
     """
 
@@ -47,15 +47,15 @@ class Decoding(Frozen):
     cmyk: Literal["inks multiplied"] = "inks multiplied"
     colour_profile: Literal["ignored"] = "ignored"
     luminance: Literal["ITU-R 601"] = "ITU-R 601"
-    formats: tuple[str, ...] = Field(tuple(FORMATS), min_length=1)
+    formats: tuple[str, ...] = Field(tuple(IMAGE_FORMATS), min_length=1)
     max_pixels: int = Field(64_000_000, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.shorter_side < self.size:
             raise ValueError(f"shorter_side={self.shorter_side} is below size={self.size}")
-        if unknown := set(self.formats) - set(FORMATS):
-            raise ValueError(f"formats {sorted(unknown)} are none of {', '.join(FORMATS)}")
+        if unknown := set(self.formats) - set(IMAGE_FORMATS):
+            raise ValueError(f"formats {sorted(unknown)} are none of {', '.join(IMAGE_FORMATS)}")
         return self
 
     @classmethod

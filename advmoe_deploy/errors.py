@@ -240,8 +240,8 @@ def reading(path: Path) -> Iterator[None]:
 def writing(path: Path | None) -> Iterator[None]:
     """Say of an :class:`OSError` of the block that ``path`` was being written.
 
-    What is written under another name, to be renamed last, is called by the name that it will have.
-    Without a path, what is written is in memory.
+    A file written under another name, to be renamed last, is called by the name that it will have.
+    Without a path, all is written in memory.
     """
     with _marked(path, "write"):
         yield

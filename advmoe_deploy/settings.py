@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-from advmoe_deploy.errors import UsageError, unknown_name
+from pydantic import BaseModel, ValidationError
+
+from advmoe_deploy.errors import UsageError, one_line, unknown_name
 
 Fields = dict[str, Any]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def put_setting(fields: Fields, setting: str, known: Collection[str]) -> str:
@@ -30,21 +33,23 @@ def put_setting(fields: Fields, setting: str, known: Collection[str]) -> str:
     return key
 
 
-def require_no_truth_as_number(given: Fields, taken: Fields) -> None:
-    """Refuse true and false where what was made of them is no truth: they would count as 1 and 0.
-
-    Args:
-        given: nested fields as they were asked for.
-        taken: the same fields after validation.
+def checked_model(kind: type[Model], fields: Fields) -> Model:
+    """Return the model of type ``kind`` that ``fields`` are.
 
     Raises:
-        UsageError: there is such a value; the message names the first.
+        UsageError: a value makes no sense, or is a truth where a number is wanted.
     """
-    for key, value in _mistaken(given, taken):
-        raise UsageError(f"{key}: {json.dumps(value)} is no number; write {value:d}, say")
+    try:
+        made = kind.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(one_line(error)) from None
+    for key, truth in _mistaken(fields, made.model_dump()):
+        raise UsageError(f"{key}: {json.dumps(truth)} is no number; write {truth:d}, say")
+    return made
 
 
 def _mistaken(given: Any, taken: Any, key: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield true and false where what was made of them is no truth: they would count as 1 and 0."""
     if isinstance(given, bool) and not isinstance(taken, bool):
         yield key, given
     elif isinstance(given, dict) and isinstance(taken, dict):

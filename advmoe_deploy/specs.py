@@ -56,12 +56,12 @@ class ExpertLayers(Frozen):
     """Layers with experts of a ResNet of Robust Experts (arXiv 2509.05086), and their gate."""
 
     kind: ExpertKind
-    """What an expert is: a whole residual block, or one convolution."""
+    """Kind of an expert: a whole residual block, or one convolution."""
     layers: tuple[str, ...] = Field(("layer4",), min_length=1)
     """Prefixes of module names: layer4 (the stage, 1x1 convolutions included), layer4.1 (a block),
     layer4.1.conv2 (one convolution, kind conv only)."""
     gate: Gate = "gap-fc"
-    """How inputs become scores of experts."""
+    """Form of the gate, which makes scores of experts of its input."""
 
 
 class VisionTransformer(Frozen):
@@ -83,7 +83,7 @@ class ModelSpec(Frozen):
     """Everything needed to build the network, weights aside."""
 
     family: Family
-    """What is routed, and what an expert is."""
+    """Architecture: the part that is routed, and the form of an expert."""
     backbone: Backbone = "resnet18"
     """Network that experts are parts or copies of."""
     num_classes: int = Field(10, ge=2)
@@ -93,7 +93,7 @@ class ModelSpec(Frozen):
     top_k: int = Field(1, ge=1)
     """Experts that a row is sent to."""
     weighting: Weighting = "one"
-    """How the answers of a row's experts are weighted."""
+    """Weights of the answers of a row's experts."""
     ratio: float = Field(1.0, gt=0, le=1)
     """Share of the channels that every routed convolution keeps (AdvMoE), or every layer, the stem
     included (dense: below 1 it is the papers' S-Dense); of a ViT, of the MLPs alone."""
@@ -295,7 +295,7 @@ class Fingerprint(Frozen):
 
 
 # A number, or a fraction in words: "8/255".
-Pixels = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
+Fraction = Annotated[float, BeforeValidator(lambda v: number_of(v) if isinstance(v, str) else v)]
 
 
 class ThreatModel(Frozen):
@@ -303,7 +303,7 @@ class ThreatModel(Frozen):
 
     norm: Literal["linf"] = "linf"
     """Norm of the perturbation."""
-    epsilon: Pixels = Field(gt=0, le=1)
+    epsilon: Fraction = Field(gt=0, le=1)
     """Radius in [0, 1] pixels, such as 8/255."""
 
 

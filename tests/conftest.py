@@ -26,7 +26,7 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.export.targets import PORTABLE, Target
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.untrained import untrained_model
-from advmoe_deploy.progress import Progress
+from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 from tests.families import Families, spec_of
 
@@ -44,6 +44,16 @@ TINY = ModelSpec(
 
 # Bundles that tests share run on every engine.
 OPENVINO = Target("openvino", "fp32")
+
+
+class Notes(Silent):
+    """A listener that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -127,6 +137,18 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
         export_run(tiny_run, out, targets=[OPENVINO], made_for=PORTABLE)
 
     return open_bundle(made_once(tmp_path_factory, "tiny", make))
+
+
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """The folder of a bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
+
+
+@pytest.fixture
+def copy(copied: Path) -> Bundle:
+    """A bundle that a test may damage."""
+    return open_bundle(copied)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

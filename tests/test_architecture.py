@@ -53,7 +53,7 @@ TORCH_FREE = ("runtime", "serving", "profiling", "evaluation", "comparison")
 # Bundles of a zoo or a hub are served where there is no torch; models are packed where there is.
 TORCH_FREE_OF_ZOO = ("places", "resolve", "record", "entries", "download", "publish")
 POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # Windows has none of them
-NO_NOUN = re.compile("(How|It|What|Whatever|When|Where|Whether|Who|Whoever|Whose|Why) ")
+NO_NOUN = re.compile("(How|It|What|Whatever|When|Where|Whether|Which|Who|Whoever|Whose|Why) ")
 MOST_FILES = 15
 MARKERS = ("__init__.py", "py.typed")  # with nothing to look for in them
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -26,12 +26,6 @@ FILES = (
 )
 
 
-@pytest.fixture
-def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
-
-
 def edit_manifest(bundle: Path, **changes: object) -> None:
     """Change the manifest and make its hash fit again, as someone who means it would."""
     fields = json.loads((bundle / MANIFEST).read_text())

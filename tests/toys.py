@@ -9,7 +9,7 @@ from advmoe_deploy.models.routing.routing import Routes, RoutingRule
 from advmoe_deploy.specs import ModelSpec, Weighting
 
 
-def toy_spec(classes: int = 2, *, size: int = 4, mean: float = 0.0, std: float = 1.0) -> ModelSpec:
+def toy_spec(classes: int = 2, *, size: int = 4, std: float = 1.0) -> ModelSpec:
     """Return a spec of grey images; what is built from it is up to the toy."""
     return ModelSpec(
         family="expert-networks",
@@ -17,7 +17,7 @@ def toy_spec(classes: int = 2, *, size: int = 4, mean: float = 0.0, std: float =
         num_classes=classes,
         in_channels=1,
         image_size=size,
-        mean=(mean,),
+        mean=(0.0,),
         std=(std,),
     )
 

@@ -72,7 +72,7 @@ class AnalysisReport(Frozen):
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnalysisSettings:
     """Settings of an analysis: ``steps`` are PGD's; smoothing keeps what it has in ``journal``.
 
     ``protocol`` is of the sections radii and capacity.
@@ -97,7 +97,7 @@ class Settings:
 
 def analyze(
     stored: StoredModel,
-    settings: Settings,
+    settings: AnalysisSettings,
     *,
     measured: list[AnalysisReport] | None = None,
     moved: list[MovedImage] | None = None,
@@ -191,7 +191,7 @@ class _Work:
         images: Tensor,
         labels: Tensor,
         threat: ThreatModel,
-        settings: Settings,
+        settings: AnalysisSettings,
         progress: Progress,
         moved: list[MovedImage] | None,
     ) -> None:

@@ -23,7 +23,7 @@ _JUMP_PASSES = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """Plan within a budget: the images, the sections that fit, and those that do not."""
 
     images: int
@@ -82,7 +82,9 @@ def passes_by_section(
     return {section: passes[section]() for section in sections}
 
 
-def plan_within(seconds: float, per_pass: float, passes: Mapping[str, int], images: int) -> Plan:
+def plan_within(
+    seconds: float, per_pass: float, passes: Mapping[str, int], images: int
+) -> BudgetPlan:
     """Return the most that fits into ``seconds`` where a pass with an image takes ``per_pass``.
 
     All sections see as many images. Where not even :data:`FEWEST` fit, sections are left out, the
@@ -93,7 +95,7 @@ def plan_within(seconds: float, per_pass: float, passes: Mapping[str, int], imag
     while len(kept) > 1 and _fitting(seconds, per_pass, kept) < fewest:
         del kept[max(kept, key=lambda section: kept[section])]
     fit = max(fewest, min(images, _fitting(seconds, per_pass, kept)))
-    return Plan(fit, tuple(kept), tuple(section for section in passes if section not in kept))
+    return BudgetPlan(fit, tuple(kept), tuple(section for section in passes if section not in kept))
 
 
 def seconds_per_pass(

@@ -23,7 +23,7 @@ from advmoe_deploy.analysis.slopes import (
     sloped_image,
 )
 from advmoe_deploy.attacks.pgd import eval_mode, random_start
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.models.routing.routing import (
@@ -40,6 +40,7 @@ Tag = Literal["formal", "diagnostic", "not applicable"]
 
 _TASK, _JUMPS = "lipschitz", "jumps at boundaries"
 _HALVINGS = 20
+_SAMPLES = 2
 _LOOSEST = 100.0  # times what was sampled; a bound of a deep network is millions of times that
 _ASCENTS, _ASCENT_STEPS = 32, 20  # from as many images to steeper places
 
@@ -62,7 +63,7 @@ class Lipschitz(Frozen):
 
     @property
     def useful(self) -> bool:
-        """Whether the bound is near enough, a hundredfold, to what was met to be of use."""
+        """True if the bound is of use: at most a hundredfold of what was met."""
         return self.bound is not None and self.bound <= _LOOSEST * self.sampled
 
 
@@ -85,17 +86,16 @@ def lipschitz_constants(
     images: Tensor,
     threat: ThreatModel,
     *,
-    samples: int = 2,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Lipschitz, ...]:
     """Return the constants of every fixed expert and every router; of a dense model, its own.
 
-    Gradients are sampled at ``images``, at ``samples`` random points of each one's ball, and on the
+    Gradients are sampled at ``images``, at two random points of each one's ball, and on the
     way from the steepest of these to steeper ones, in steps of the ball's radius.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(samples))]
+    points = [images, *(random_start(images, threat.epsilon, generator) for _ in range(_SAMPLES))]
     x = torch.cat(points)
     if not model.rules:
         bound, reason = margin_bound(model, None)
@@ -278,7 +278,7 @@ def _largest_gradient(
     """
     norms = []
     with eval_mode(model), frozen_parameters(model), torch.enable_grad():
-        for batch in torch.split(images, BATCH):
+        for batch in torch.split(images, ATTACK_BATCH):
             norms.append(_gradient(margin_at(batch), batch)[1])
         norm_N = torch.cat(norms)
         x = images[norm_N.topk(min(_ASCENTS, len(images))).indices]

@@ -31,15 +31,15 @@ UNKNOWN = math.inf
 _FREQUENCIES, _AT_ONCE = 12, 64
 _NORMS: dict[object, float] = {}
 
-Pair = tuple[int, int]
+PerAxis = tuple[int, int]
 
 
 class Convolved(NamedTuple):
     """A convolution whose output may yet be scaled channel by channel, and what moves its input."""
 
     weight: Tensor
-    size: Pair
-    stride: Pair
+    size: PerAxis
+    stride: PerAxis
     groups: int
     moved: float
 
@@ -49,13 +49,13 @@ class Convolved(NamedTuple):
         return self.moved * conv_norm(weight, self.size, self.stride, self.groups)
 
 
-def pair_of(value: Any) -> Pair:
+def pair_of(value: Any) -> PerAxis:
     """Return (rows, columns) of what may be one number for both."""
     first, *rest = value if isinstance(value, tuple | list) else (value,)
     return int(first), int(rest[0] if rest else first)
 
 
-def conv_norm(weight: Tensor, size: Pair, stride: Pair, groups: int = 1) -> float:
+def conv_norm(weight: Tensor, size: PerAxis, stride: PerAxis, groups: int = 1) -> float:
     """Return an upper bound of the largest singular value of a zero-padded convolution.
 
     ``weight`` is [O, I / groups, kernel rows, kernel columns], ``size`` the input's rows, columns.
@@ -63,7 +63,7 @@ def conv_norm(weight: Tensor, size: Pair, stride: Pair, groups: int = 1) -> floa
     return max(_known_norm(part, size, stride) for part in weight.chunk(groups))
 
 
-def _known_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
+def _known_norm(weight: Tensor, size: PerAxis, stride: PerAxis) -> float:
     data = weight.detach().cpu().contiguous().numpy().tobytes()
     key = (weight.shape, size, stride, hashlib.sha256(data).digest())
     if key not in _NORMS:  # the experts' common layers are met once an expert
@@ -71,7 +71,7 @@ def _known_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
     return _NORMS[key]
 
 
-def _conv_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
+def _conv_norm(weight: Tensor, size: PerAxis, stride: PerAxis) -> float:
     weight = _phases(weight, stride)
     # A phase of so many pixels at most, and one more where padding shifts it.
     phase = [-(-n // s) + (s > 1) for n, s in zip(size, stride, strict=True)]
@@ -93,7 +93,7 @@ def _conv_norm(weight: Tensor, size: Pair, stride: Pair) -> float:
     return missed * math.sqrt(max(0.0, largest))
 
 
-def _phases(weight: Tensor, stride: Pair) -> Tensor:
+def _phases(weight: Tensor, stride: PerAxis) -> Tensor:
     """Return the kernel [O, I * phases, ...] that a strided one applies to the image's phases."""
     rows, columns = stride
     padded = F.pad(weight, (0, -weight.shape[3] % columns, 0, -weight.shape[2] % rows))
@@ -201,9 +201,9 @@ def _picks_once(index: Any) -> bool:
     return isinstance(index, int | slice | None) or index is ...
 
 
-Rule = Callable[..., float]
+_NormRule = Callable[..., float]
 _SUMS = frozenset({"add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"})
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, _NormRule] = {
     **dict.fromkeys(
         (
             *("relu", "relu_", "dropout", "pad", "clone", "contiguous", "detach", "to"),

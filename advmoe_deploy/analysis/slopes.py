@@ -10,8 +10,8 @@ of the layers' norms, and grows with the width all the same. So each tensor also
 how far it moves as a whole, in l2 (norms.py), which grows with singular values alone; after every
 operation each of the two is cut down to what the other one allows. Computed in float64.
 
-What has no such bound (attention, LayerNorm, a product of two things that depend on the image)
-raises :class:`UnboundedError` with its name.
+Operations without such a bound (attention, LayerNorm, a product of two things that depend on the
+image) raise :class:`UnboundedError` with their name.
 """
 
 import copy
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from advmoe_deploy.analysis import norms
 
 
-class Part(NamedTuple):
+class Term(NamedTuple):
     """A term of a sum, weight_KF @ part: the bounds of its elements, and of it as a whole."""
 
     slope_F: Tensor
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     weight_KF: Tensor
 
 
-Linear = tuple[Part, ...]  # what a linear head leaves
+Linear = tuple[Term, ...]  # what a linear head leaves
 
 
 class UnboundedError(Exception):
@@ -306,7 +306,7 @@ def _kept_linear(name: str, value: Any, args: Any) -> Linear | None:
     """Return what is still known of a final linear layer after the operation ``name``."""
     if name == "linear":
         x, one_row = args[0], args[0].dim() == 2 and len(args[0]) == 1
-        return (Part(x.slope[0], x.moved, args[1]),) if one_row else None
+        return (Term(x.slope[0], x.moved, args[1]),) if one_row else None
     if name in ("mul", "__mul__", "__rmul__"):
         return _scaled_linear(args)
     if name in ("add", "__add__", "__radd__"):

@@ -58,7 +58,7 @@ class CertifiedImage(Frozen):
 
     @property
     def correct(self) -> bool:
-        """Whether the smoothed answer is right."""
+        """True if the smoothed answer is right."""
         return self.answer == self.label
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.objectives import require_target
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.scene import Scene
+from advmoe_deploy.attacks.scene import ATTACK_BATCH, Scene, labelled_batches
 from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.models.base import Classifier
@@ -20,7 +20,6 @@ from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 Predict = Callable[[Tensor], Tensor]
 
-_BATCH = 256
 _MOST_TARGETS = 9
 _LEAST_TARGETS_OF_DLR = 3
 
@@ -70,11 +69,7 @@ def library_attack(
     search = _searches(attack, threat.epsilon, model.spec.num_classes, images.device)
     with eval_mode(model), frozen_parameters(model), _own_random_state(images.device):
         face = _face(model, images, labels, attack)
-        found = [
-            search(face).perturb(x, y)
-            for x, y in zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True)
-            if len(x)
-        ]
+        found = [search(face).perturb(x, y) for x, y in labelled_batches(images, labels) if len(x)]
     return torch.cat(found).detach() if found else images.clone()
 
 
@@ -138,7 +133,7 @@ def _face(model: Classifier, images: Tensor, labels: Tensor, attack: AttackSpec)
         )
     require_target(model, attack.target)
     if attack.target == "soft":
-        scene = Scene.of(model, images[:_BATCH], labels[:_BATCH])
+        scene = Scene.of(model, images[:ATTACK_BATCH], labels[:ATTACK_BATCH])
         return SoftForm(model, scene.routings, attack.temperature)
     surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
     return lambda x: model(x, Routes(surrogate=surrogate))

@@ -11,10 +11,10 @@ from torch import Tensor
 from advmoe_deploy.attacks.autoattack import Predict, square
 from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.rays import rays
+from advmoe_deploy.attacks.scene import labelled_batches
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
-BATCH = 256  # fixed: the random squares, hence the examples, depend on it
 NAMES = ("square", "rays")  # of those that need no gradient
 Images = npt.NDArray[np.float32]
 
@@ -55,8 +55,9 @@ def ask_only(
     ``predict`` gets float images [n, C, H, W], n from 1 to 256, and returns logits [n, K].
     """
     find = partial(_rays if attack.name == "rays" else _square, predict, threat, attack)
-    batches = zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)
-    return torch.cat([find(x, y) for x, y in batches]) if len(images) else images.clone()
+    if not len(images):
+        return images.clone()
+    return torch.cat([find(x, y) for x, y in labelled_batches(images, labels)])
 
 
 def _rays(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from advmoe_deploy.attacks.objectives import PULLS
 from advmoe_deploy.attacks.pathways import count_pathways
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.reports.attacks import attack_title
@@ -26,7 +26,7 @@ _STANDARD = (
 
 def passes_of(model: Classifier, attack: AttackSpec, images: int) -> int:
     """Return about how many passes ``attack`` on so many images makes: fewer where it soon wins."""
-    return -(-images // BATCH) * _per_batch(model, attack)
+    return -(-images // ATTACK_BATCH) * _per_batch(model, attack)
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def attack_task(
 ) -> Iterator[Callable[[], None]]:
     """Tell ``progress`` of each pass through ``model`` during the block, which runs ``attack``.
 
-    What is yielded tells of a pass that somebody else than ``model`` made.
+    The function that is yielded tells of a pass that somebody else than ``model`` made.
     """
     name = attack_title(attack)
 

@@ -25,13 +25,11 @@ from advmoe_deploy.attacks.pgd import (
     random_start,
     step_sizes_of,
 )
-from advmoe_deploy.attacks.scene import Scene
+from advmoe_deploy.attacks.scene import ATTACK_BATCH, Scene, labelled_batches
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.specs import AttackSpec, ThreatModel
-
-BATCH = 256  # fixed: the random starts, hence the examples, depend on it
 
 
 def attack_model(
@@ -72,7 +70,7 @@ def attack_model(
     generator = torch.Generator().manual_seed(attack.seed)
     found = []
     with eval_mode(model), frozen_parameters(model):
-        for x, y in zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True):
+        for x, y in labelled_batches(images, labels):
             batch = _Batch(model, x, y, threat, attack, answer)
             found.append(batch.attack(generator, first_only))
     return torch.cat(found)
@@ -87,12 +85,12 @@ def predict(model: Classifier, images: Tensor, *, routes_of: Tensor | None = Non
         return torch.empty(0, dtype=torch.int64, device=images.device)
     answers = []
     with eval_mode(model), torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            x = images[start : start + BATCH]
+        for start in range(0, len(images), ATTACK_BATCH):
+            x = images[start : start + ATTACK_BATCH]
             if routes_of is None:
                 logits = model(x)
             else:
-                clean = CleanRoutes(model, routes_of[start : start + BATCH])
+                clean = CleanRoutes(model, routes_of[start : start + ATTACK_BATCH])
                 logits = model(x, clean.of(torch.arange(len(x), device=x.device)))
             answers.append(logits.argmax(dim=1))
     return torch.cat(answers)

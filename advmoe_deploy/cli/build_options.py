@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from advmoe_deploy.errors import DataError, UsageError, one_line
+from advmoe_deploy.errors import DataError
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
-from advmoe_deploy.settings import (
-    Fields,
-    dotted_keys,
-    put_setting,
-    require_no_truth_as_number,
-)
+from advmoe_deploy.settings import Fields, checked_model, dotted_keys, put_setting
 
 BuildConfig = Annotated[
     Path | None,
@@ -57,12 +51,7 @@ def build_options(file: Path | None, settings: Sequence[str]) -> BuildOptions:
     for key in ("tactic_sources", "compute_capabilities"):
         if isinstance(value := fields.get(key), (str, float)):  # 8.6 is read as a number
             fields[key] = str(value).split(",")
-    try:
-        options = BuildOptions.model_validate(fields)
-    except ValidationError as error:
-        raise UsageError(one_line(error)) from None
-    require_no_truth_as_number(fields, options.model_dump())
-    return options
+    return checked_model(BuildOptions, fields)
 
 
 def _read(file: Path) -> Fields:

@@ -18,6 +18,7 @@ from advmoe_deploy.card import replace_card
 from advmoe_deploy.errors import AdvMoEError, BundleError, file_error
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model
+from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import ThreatModel
@@ -32,10 +33,9 @@ from advmoe_deploy.verify.examples.stored import (
 )
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 from advmoe_deploy.verify.suites import Suite
-from advmoe_deploy.verify.trial import Images
 from advmoe_deploy.verify.verify import verify_bundle
 
-EXAMPLES = "examples.npz"
+EXAMPLES_FILE = "examples.npz"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def robustness_of(
 ) -> Seen:
     """Return what there is to say of ``bundle``; adversarial examples are put into ``folder``."""
     started = time.perf_counter()
-    names = [EXAMPLES, *(f"examples-{each.replace(':', '-')}.npz" for each in options.engines[1:])]
+    names = [
+        EXAMPLES_FILE,
+        *(f"examples-{each.replace(':', '-')}.npz" for each in options.engines[1:]),
+    ]
     reports = []
     for engine, name in zip(options.engines, names, strict=True):
         measured.clear()
@@ -81,8 +84,8 @@ def robustness_of(
     clean_NCHW, labels_N = images_of(
         bundle, source_of(bundle, options.data), options.images, options.class_map
     )
-    examples = read_examples(folder / EXAMPLES)
-    examples.require_of(clean_NCHW, labels_N, folder / EXAMPLES)
+    examples = read_examples(folder / EXAMPLES_FILE)
+    examples.require_of(clean_NCHW, labels_N, folder / EXAMPLES_FILE)
     robustness = Robustness(
         bundle=bundle.path.resolve().name,
         model=bundle.manifest.files[REFERENCE].sha256,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advmoe_deploy.data.content import digests_of, fingerprint_of
-from advmoe_deploy.data.dataset import Dataset, Split
+from advmoe_deploy.data.dataset import Dataset, Split, mixed
 from advmoe_deploy.data.layouts.listing import Listing
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.data.pixels import Pixels, read_bytes, stacked
@@ -30,6 +30,12 @@ class Dealt:
 
     listing: Listing
     rows: npt.NDArray[np.int64]
+
+    @classmethod
+    def mixed(cls, listing: Listing, rows: npt.NDArray[np.int64] | None = None) -> "Dealt":
+        """Return ``rows``, by default all; dealt evenly by class if they come class by class."""
+        rows = np.arange(len(listing)) if rows is None else rows
+        return cls(listing, mixed(listing.labels_N, rows))
 
     def first(self, count: int) -> "Dealt":
         """Return the first ``count`` rows."""

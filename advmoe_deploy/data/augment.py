@@ -1,6 +1,6 @@
 """Batched augmentation of uint8 images, on the device that holds them (torch).
 
-What is random is drawn first, for a whole batch, and then applied to any share of it: processes
+Random numbers are drawn first, for a whole batch, and applied to any share of it: processes
 that share a batch draw the same and each moves its own images.
 
 Shapes: N images, C channels, H height, W width.

@@ -13,6 +13,9 @@ from advmoe_deploy.specs import Fingerprint
 # Training images that every set but the digits holds out to choose on; at most a fifth.
 HOLDOUT_IMAGES = 1000
 
+# The same images make a split for every command and every run.
+SPLIT_SEED = 20230810
+
 
 @dataclass(frozen=True)
 class Split:
@@ -61,9 +64,7 @@ def to_float(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return images.astype(np.float32) / np.float32(255)
 
 
-def mixed(
-    labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], seed: int
-) -> npt.NDArray[np.int64]:
+def mixed(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return ``rows`` as they are, or, if they come class by class, dealt evenly by class.
 
     So the first so many images of a split are always of all classes.
@@ -71,19 +72,19 @@ def mixed(
     steps = np.diff(labels[rows])
     if np.any(steps < 0) or np.all(steps > 0):  # mixed, or one image a class
         return rows
-    (dealt,) = stratified_parts(labels[rows], (), seed)
+    (dealt,) = stratified_parts(labels[rows], ())
     return rows[dealt]
 
 
 def stratified_parts(
-    labels: npt.NDArray[np.int64], sizes: tuple[int, ...], seed: int
+    labels: npt.NDArray[np.int64], sizes: tuple[int, ...]
 ) -> list[npt.NDArray[np.int64]]:
     """Return disjoint row numbers, one array per size, then all the rows that remain.
 
     Each part holds the classes as evenly as the whole does: rows are shuffled, then ordered by
     their rank within their class relative to the class's size, and cut.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     rank = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels[shuffled] == label)

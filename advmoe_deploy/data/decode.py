@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from advmoe_deploy.data.effort import Pieces, require_few_scans
 from advmoe_deploy.data.upright import upright
-from advmoe_deploy.decoding import FORMATS, Decoding
+from advmoe_deploy.decoding import IMAGE_FORMATS, Decoding
 from advmoe_deploy.errors import DataError, MachineError, reason_of
 
 # What Pillow's decoders are known to raise on damaged files; a warning where warnings are errors.
@@ -58,7 +58,7 @@ class DecodedImage:
 
 
 @dataclass(frozen=True)
-class Head:
+class ImageHead:
     """Head of an image file: its size in pixels, and whether it is grey."""
 
     width: int
@@ -66,7 +66,7 @@ class Head:
     is_grey: bool
 
 
-def head_of(data: bytes, where: str) -> Head:
+def head_of(data: bytes, where: str) -> ImageHead:
     """Return the head of the image file that ``data`` are, without decoding its pixels.
 
     Raises:
@@ -75,14 +75,14 @@ def head_of(data: bytes, where: str) -> Head:
     formats = [*known_formats()]
     with _told(where, formats), _opened(io.BytesIO(data), where, formats) as image:
         grey = image.mode in _GREY or image.mode.startswith(("I", "F"))
-        return Head(*image.size, is_grey=grey)
+        return ImageHead(*image.size, is_grey=grey)
 
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Return those of :data:`FORMATS` that the installed Pillow has, AVIF since 11.3."""
+    """Return those of :data:`IMAGE_FORMATS` that the installed Pillow has, AVIF since 11.3."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
 def decode_file(path: Path, decoding: Decoding) -> DecodedImage:

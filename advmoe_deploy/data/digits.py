@@ -8,7 +8,6 @@ from advmoe_deploy.errors import missing_extra
 
 TEST_IMAGES = 400
 _HOLDOUT = 200
-_SPLIT_SEED = 20230810
 
 
 def load_digits() -> Dataset:
@@ -25,7 +24,7 @@ def load_digits() -> Dataset:
     images = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
     everything = Split(images, labels.astype(np.int64))
     sizes = (TEST_IMAGES, _HOLDOUT)
-    parts = stratified_parts(everything.labels, sizes, _SPLIT_SEED)
+    parts = stratified_parts(everything.labels, sizes)
     test, holdout, train = (everything.take(rows) for rows in parts)
     splits = (train, holdout, test)
     digests = tuple(digests_of(split.images) for split in splits)

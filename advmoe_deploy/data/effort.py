@@ -24,7 +24,7 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 class Pieces:
     """A file that may be read in so many pieces as an honest image of its size has at most.
 
-    What else it can do is done by the file itself.
+    Everything else is done by the file itself.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.data.assemble import Dealt, assemble, read_split
-from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, Split, mixed, stratified_parts
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, Split, stratified_parts
 from advmoe_deploy.data.decode import head_of
 from advmoe_deploy.data.layouts.find import FOLDERS_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 
-_SEED = 20230810
 _LOOKED_AT = 200
 _WANTED = Wanted(test=("val", "valid", "validation", "test", "testing"), may_split=True)
 _WAY_OUT = "put images into a folder for each class"
@@ -48,13 +47,13 @@ def load_image_folder(source: str, root: Path, decoding: Decoding) -> Dataset:
     held = min(HOLDOUT_IMAGES, len(train) // 5)
     if not held:
         raise DataError(f"{root} holds {len(train)} images; give at least five to train on")
-    holdout_rows, train_rows = stratified_parts(labels_N, (held,), _SEED)
+    holdout_rows, train_rows = stratified_parts(labels_N, (held,))
     return assemble(
         source,
         names,
         train=Dealt(train, train_rows),
         holdout=Dealt(train, holdout_rows),
-        test=_dealt_test(test),
+        test=Dealt.mixed(test),
         decoding=decoding,
         exact=False,
     )
@@ -68,7 +67,7 @@ def load_first_of_folder(
     No other image is read.
     """
     _, test, names = _listed(root)
-    return names, read_split(_dealt_test(test).first(count), decoding, exact=False)
+    return names, read_split(Dealt.mixed(test).first(count), decoding, exact=False)
 
 
 def _listed(root: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
@@ -102,8 +101,4 @@ def load_folder_test(root: Path, decoding: Decoding) -> Split:
     _, test = listings_of(root, _WANTED.test_alone, FOLDERS_FIRST, _WAY_OUT)
     classes = len(test.class_names) or int(test.labels_N.max(initial=0)) + 1
     require_labels(str(root), test, classes)
-    return read_split(_dealt_test(test), decoding, exact=False)
-
-
-def _dealt_test(test: Listing) -> Dealt:
-    return Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED))
+    return read_split(Dealt.mixed(test), decoding, exact=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.data.assemble import Dealt, assemble, read_split
-from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, Dataset, Split, mixed
+from advmoe_deploy.data.dataset import HOLDOUT_IMAGES, SPLIT_SEED, Dataset, Split
 from advmoe_deploy.data.layouts.find import TABLES_FIRST, listings_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.data.notices import say_once
@@ -17,7 +17,6 @@ from advmoe_deploy.hub.client import snapshot
 from advmoe_deploy.hub.faults import Repository
 
 FOLDER_VARIABLE = "ADVMOE_DATA"
-_SEED = 20230810
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
         MachineError: the hub cannot be reached and its cache does not hold them.
     """
     train, test, names = _listed(hub_set, folder)
-    order = np.random.default_rng(_SEED).permutation(len(train)).astype(np.int64)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(train)).astype(np.int64)
     # A tiny copy of the data still leaves four fifths of it to train on.
     size = min(HOLDOUT_IMAGES, len(order) // 5)
     if not size:
@@ -90,9 +89,9 @@ def load_hub_set(hub_set: HubSet, source: str, folder: Path | None, decoding: De
     return assemble(
         source,
         names,
-        train=Dealt(train, mixed(train.labels_N, np.sort(order[size:]), _SEED)),
-        holdout=Dealt(train, mixed(train.labels_N, np.sort(order[:size]), _SEED)),
-        test=_dealt_test(test),
+        train=Dealt.mixed(train, np.sort(order[size:])),
+        holdout=Dealt.mixed(train, np.sort(order[:size])),
+        test=Dealt.mixed(test),
         decoding=decoding,
         exact=True,
     )
@@ -106,7 +105,7 @@ def load_first_of_hub(
     No other image is read.
     """
     _, test, names = _listed(hub_set, folder)
-    return names, read_split(_dealt_test(test).first(count), decoding, exact=True)
+    return names, read_split(Dealt.mixed(test).first(count), decoding, exact=True)
 
 
 def _listed(hub_set: HubSet, folder: Path | None) -> tuple[Listing, Listing, tuple[str, ...]]:
@@ -129,16 +128,12 @@ def load_hub_test(hub_set: HubSet, folder: Path | None, decoding: Decoding) -> S
     _, test = _in_folder(hub_set, folder, hub_set.wanted.test_alone)
     names = _class_names(hub_set, str(folder), test.class_names)
     require_labels(str(folder), test, len(names))
-    return read_split(_dealt_test(test), decoding, exact=True)
+    return read_split(Dealt.mixed(test), decoding, exact=True)
 
 
 def _in_folder(hub_set: HubSet, folder: Path, wanted: Wanted) -> tuple[Listing, Listing]:
     way_out = f"{hub_set.way_out}, a folder of parquet files"
     return listings_of(folder, wanted, TABLES_FIRST, way_out)
-
-
-def _dealt_test(test: Listing) -> Dealt:
-    return Dealt(test, mixed(test.labels_N, np.arange(len(test)), _SEED))
 
 
 def _class_names(hub_set: HubSet, where: str, found: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Upright images in the colours of a model, from loaded ones of any mode, a part at a time.
 
-What lies between the two (16 bits as 32, colours of a palette, turned pixels) exists for a part of
-the image only. It is not scaled in parts: which of its directions Pillow scales first depends on
+Pixels between the two (16 bits as 32, colours of a palette, turned) exist for a part of the image
+only. It is not scaled in parts: which of its directions Pillow scales first depends on
 the whole, and so does the last bit of a pixel.
 """
 

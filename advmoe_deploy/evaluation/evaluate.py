@@ -15,7 +15,6 @@ from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.evaluation.measure import (
     Answered,
     Infer,
-    Labels,
     ask,
     class_figures,
     confusion_of,
@@ -23,7 +22,7 @@ from advmoe_deploy.evaluation.measure import (
     reliability_of,
 )
 from advmoe_deploy.evaluation.report import EvalReport
-from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.answers import Images, Labels
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.reports.cautions import of_routes

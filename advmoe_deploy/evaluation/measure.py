@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.evaluation.report import ClassFigures, ConfidenceBin, ExpertUse, Reliability
-from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.answers import Images, Labels
 from advmoe_deploy.parity.compare import is_right
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.plan import effective_routes
@@ -21,7 +21,6 @@ BINS = 15
 _BATCH = 128
 
 Floats = NDArray[np.float64]
-Labels = NDArray[np.int64]
 Infer = Callable[[Images], Prediction]
 
 
@@ -34,7 +33,7 @@ class Answered:
 
     @property
     def right_N(self) -> NDArray[np.bool_]:
-        """Which images are answered by their label; logits that are not finite answer nothing."""
+        """Images [N] answered by their label; logits that are not finite answer nothing."""
         return is_right(self.prediction.logits, self.labels_N)
 
 

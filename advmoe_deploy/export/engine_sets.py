@@ -12,7 +12,7 @@ from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.export.cpu_backend import CpuBackend
 from advmoe_deploy.export.precision.calibrate import calibrated
 from advmoe_deploy.export.precision.gate import Findings, attack_itself, precision_report, run_gate
-from advmoe_deploy.export.precision.search import Choice, Precisions, choose_precisions
+from advmoe_deploy.export.precision.search import PrecisionChoice, Precisions, choose_precisions
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target, fallback_order
 from advmoe_deploy.export.tensorrt.backend import TensorRtBackend
@@ -130,7 +130,7 @@ class _Writer:
 
         return {name: wanted if able(name) else "fp32" for name in graphs}
 
-    def _choose(self) -> Choice:
+    def _choose(self) -> PrecisionChoice:
         plan, steps = self.subject.parts.plan, fallback_order(self.target)
         return choose_precisions(plan, self._lowest(), steps, self._trial, self._quick_check)
 
@@ -154,7 +154,7 @@ class _Writer:
             return run_gate(self.subject.gate, runner)
 
     def _report(
-        self, choice: Choice | None, findings: Findings, lowered: Any
+        self, choice: PrecisionChoice | None, findings: Findings, lowered: Any
     ) -> PrecisionReport | None:
         """Return what was measured as the choice was made: an attack takes too long to repeat."""
         if self.target.is_exact:
@@ -164,7 +164,7 @@ class _Writer:
         router = self._router_cost(choice, lowered) if self.backend.is_timed else None
         return precision_report(self.subject.gate, choice.raised, choice.findings, router)
 
-    def _router_cost(self, choice: Choice, shipped: Any) -> RouterPrecision | None:
+    def _router_cost(self, choice: PrecisionChoice, shipped: Any) -> RouterPrecision | None:
         """Return what it costs that routers stayed in fp32, if so: times of both, in turn."""
         if choice.lowered is None:
             return None

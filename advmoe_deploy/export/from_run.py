@@ -25,7 +25,7 @@ from advmoe_deploy.export.engine_sets import write_engine_set
 from advmoe_deploy.export.graph_files import check_graphs, write_baselines, write_graphs
 from advmoe_deploy.export.model_card import denormals_note, model_card
 from advmoe_deploy.export.partition.cut import Partition
-from advmoe_deploy.export.precision.gate import Examples
+from advmoe_deploy.export.precision.gate import AnsweredImages
 from advmoe_deploy.export.prune import without_unused
 from advmoe_deploy.export.subject import subject_of
 from advmoe_deploy.export.targets import PORTABLE, Target, require_supported
@@ -128,7 +128,7 @@ def export_run(
             checkpoint,
             model,
             parts,
-            Examples(images, answers),
+            AnsweredImages(images, answers),
             source,
             progress,
             class_map,
@@ -179,7 +179,7 @@ def _write_engines(
     checkpoint: Checkpoint,
     model: Classifier,
     parts: Partition,
-    examples: Examples,
+    examples: AnsweredImages,
     data: str,
     progress: Progress,
     class_map: Mapping[str, str] | None,

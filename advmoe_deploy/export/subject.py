@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.export.partition.cut import Partition
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import AccuracyGate, Examples
+from advmoe_deploy.export.precision.gate import AccuracyGate, AnsweredImages
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.parity.golden import golden_rows
@@ -37,7 +37,7 @@ class Subject:
 def subject_of(
     model: Classifier,
     parts: Partition,
-    parity: Examples,
+    parity: AnsweredImages,
     *,
     data: str,
     labelled: Dataset | None,

@@ -35,12 +35,12 @@ class Target:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it computes in float32, and rounds it nowhere."""
+        """True if it computes in float32, and rounds it nowhere."""
         return self.precision == "fp32" and not self.tf32
 
     @property
     def tf32(self) -> bool:
-        """Whether float32 is rounded to TF32; where graphs are written, none is yet."""
+        """True if float32 is rounded to TF32; where graphs are written, none is yet."""
         return self.build.tf32 and not self.onnx_only
 
     @property

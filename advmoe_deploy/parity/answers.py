@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from advmoe_deploy.pruning import DROPPED
 
 Images = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Shapes: N images, C classes.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from advmoe_deploy.errors import CheckFailedError
@@ -22,24 +20,21 @@ SIZES = (1, 3, 7)
 BATCHED_IMAGES = 21
 
 
-def batch_complaint(
-    runner: Runner, images: Images, tolerance: float | None, sizes: Sequence[int] = SIZES
-) -> str:
-    """Return in what ``runner`` answers otherwise in batches of ``sizes``; nothing if in nothing.
+def batch_complaint(runner: Runner, images: Images, tolerance: float | None) -> str:
+    """Return in what ``runner`` answers otherwise in small batches; nothing if in nothing.
 
     Args:
         runner: the engine.
         images: float32 [N, C, H, W] in [0, 1], of which no route is a close call, see
-            :func:`steady_images`. What counts is the answer to all at once.
+            :func:`steady_images`. The answer to all at once counts.
         tolerance: of logits in fp32, see :func:`~advmoe_deploy.parity.tolerance.tolerance_for`:
             then no route may differ, either. ``None`` means a lower precision, where each image's
             logits may move by 10 % of their norm.
-        sizes: of the batches.
     """
     if not len(images):
         return ""
     whole = runner.infer(images)
-    for size in sizes:
+    for size in SIZES:
         parts = np.split(images, range(size, len(images), size))
         answer = joined([runner.infer(part) for part in parts])
         rerouted = 0 if tolerance is None else _rerouted(answer, whole)

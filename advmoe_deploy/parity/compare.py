@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
+from advmoe_deploy.parity.answers import Answers, Flags, Images, RouteAnswers
 from advmoe_deploy.parity.tolerance import row_differences, same_experts, tolerance_for
 from advmoe_deploy.reports import LayerParity, ParityReport
 from advmoe_deploy.runtime.routing import share_margins
@@ -20,8 +20,6 @@ from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 CLOSE_CALL = 1e-4
 
 BATCH = 128  # images at a time
-
-Flags = NDArray[np.bool_]
 
 
 def is_right(logits_NK: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Flags:

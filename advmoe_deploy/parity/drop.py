@@ -6,14 +6,10 @@ Shapes: N images.
 import math
 from bisect import bisect_left
 
-import numpy as np
-from numpy.typing import NDArray
-
+from advmoe_deploy.parity.answers import Flags
 from advmoe_deploy.parity.intervals import Z_95, paired_difference_interval
 from advmoe_deploy.reports.drops import DropReport, Verdict
 from advmoe_deploy.specs import Frozen
-
-Flags = NDArray[np.bool_]
 
 # How likely a number of images that is said to decide does decide, whichever way it goes.
 POWER = 0.95
@@ -78,7 +74,7 @@ class Drop(Frozen):
 
     @property
     def gained_beyond_chance(self) -> bool:
-        """Whether the engine gets more right than its reference, and chance does not explain it.
+        """True if the engine gets more right than its reference, beyond chance.
 
         Under attack that is no good news: the attack that was found on the reference, or made of
         its gradients, no longer fits the engine.

@@ -5,14 +5,14 @@ import math
 Z_95 = 1.959964
 
 
-def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson score interval of ``successes / trials``, as shares in [0, 1].
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of ``successes / trials``, as shares in [0, 1].
 
     Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927).
     """
     if trials == 0:
         return (0.0, 1.0)
-    share = successes / trials
+    share, z = successes / trials, Z_95
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
@@ -20,9 +20,9 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
 
 
 def paired_difference_interval(
-    only_first: int, only_second: int, trials: int, z: float = Z_95
+    only_first: int, only_second: int, trials: int
 ) -> tuple[float, float]:
-    """Return the interval of how much larger the first of two shares of the same trials is.
+    """Return the 95 % interval of how much larger the first of two shares of the same trials is.
 
     ``only_first`` trials count for the first share alone, ``only_second`` for the second alone.
 
@@ -31,7 +31,7 @@ def paired_difference_interval(
     """
     first, second, n = only_first + 0.5, only_second + 0.5, trials + 2
     difference = (first - second) / n
-    spread = z * math.sqrt(first + second - (first - second) ** 2 / n) / n
+    spread = Z_95 * math.sqrt(first + second - (first - second) ** 2 / n) / n
     return (difference - spread, difference + spread)
 
 

@@ -17,12 +17,10 @@ from torch import Tensor
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers, first_images
-from advmoe_deploy.parity.compare import BATCH, CLOSE_CALL, compare_answers, predictions_of
+from advmoe_deploy.parity.compare import BATCH, CLOSE_CALL
 from advmoe_deploy.parity.rounding import disturb
 from advmoe_deploy.parity.tolerance import error_of, margin_for, rounding_of, same_experts
 from advmoe_deploy.pruning import DROPPED
-from advmoe_deploy.reports import ParityReport
-from advmoe_deploy.runtime.runner import Runner
 
 # Above any score, and a float32 still: less than it, a score is nothing.
 CERTAIN = 1e30
@@ -54,25 +52,6 @@ def reference_answers(
         return choose(scores_NE + bonus_E, rule, surrogate)
 
     return _answers(model, images, lambda: Routes(adjust=adjust), passed)
-
-
-def compare_with_reference(
-    model: Classifier,
-    runner: Runner,
-    images: Images,
-    *,
-    rounding: float = 0.0,
-    margin: float = CLOSE_CALL,
-    data: str | None = None,
-) -> ParityReport:
-    """Return how ``runner`` and ``model`` compare on float32 images [N, C, H, W] in [0, 1].
-
-    ``rounding`` and ``margin`` are the model's own, see :class:`Uncertainty`; ``data`` says where
-    the images come from.
-    """
-    answer = predictions_of(runner, images)
-    reference = reference_answers(model, images)
-    return compare_answers(reference, answer, rounding=rounding, margin=margin, data=data)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from advmoe_deploy import __version__
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.profiling.baselines import BASELINES
 from advmoe_deploy.profiling.processor import processor_name
@@ -32,7 +33,6 @@ from advmoe_deploy.runtime.tensorrt.cuda import gpu
 from advmoe_deploy.sealing.files import Sealed
 from advmoe_deploy.sealing.golden import golden_arrays
 
-Images = NDArray[np.float32]
 Seconds = NDArray[np.float64]
 _LARGEST_BATCH = 4096
 

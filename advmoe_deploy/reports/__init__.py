@@ -98,12 +98,12 @@ class ParityReport(Frozen):
 
     @property
     def mostly_compared(self) -> bool:
-        """Whether more than half of the images have the same routes, so that logits compare."""
+        """True if more than half of the images have the same routes, so that logits compare."""
         return 2 * self.compared > self.images
 
     @property
     def passed(self) -> bool:
-        """Whether most images were compared, all finite, near enough, no clear route flipped."""
+        """True if most images were compared, all finite, near enough, no clear route flipped."""
         return (
             self.mostly_compared
             and not self.undecided
@@ -281,7 +281,7 @@ class LatencyRatio(Frozen):
 
     @property
     def same_engine(self) -> bool:
-        """Whether both ran on one engine in one precision; else the ratio is of engines, too."""
+        """True if both ran on one engine in one precision; else the ratio is of engines, too."""
         return (self.a_engine, self.a_precision) == (self.engine, self.precision)
 
     @property

@@ -13,12 +13,14 @@ _PACKAGES = (
 )
 
 
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, ``None`` if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def installed_versions() -> dict[str, str]:
     """Return the versions of what attacks, engines and numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in _PACKAGES if (found := version_of(package))}

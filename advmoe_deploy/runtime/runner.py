@@ -51,7 +51,7 @@ class Runner(Protocol):
 
     @property
     def tf32(self) -> bool:
-        """Whether float32 is rounded to TF32, where that is faster."""
+        """True if float32 is rounded to TF32, where that is faster."""
 
     def infer(self, images: NDArray[np.float32]) -> Prediction:
         """Return the prediction for float32 images [N, C, H, W] in [0, 1], in their order."""

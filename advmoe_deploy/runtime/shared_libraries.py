@@ -8,7 +8,7 @@ from pathlib import Path
 def load_library(name: str, package: str) -> bool:
     """Load a library from a package's folder, or from where the system looks; say whether it is.
 
-    Who asks for it by its name later gets it.
+    A later request by its name gets it.
     """
     places = [str(folder / name) for folder in package_folders(package)]
     return any(map(_is_loadable, [*places, name]))

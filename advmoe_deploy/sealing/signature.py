@@ -1,6 +1,6 @@
 """Signature of a bundle through OpenSSF's ``model-signing`` (extra ``[sign]``), offline.
 
-What is signed is the manifest, which has the hash of every other file. No other module knows the
+The manifest is signed, which has the hash of every other file. No other module knows the
 library.
 
 Source: OpenSSF Model Signing specification 1.0, https://github.com/sigstore/model-transparency.
@@ -46,7 +46,7 @@ def sign_bundle(bundle: Bundle, private_key: Path) -> Path:
 def require_signature(bundle: Bundle, public_key: Path) -> Bundle:
     """Return an opened bundle, unless it is one whose manifest the owner of a key has not signed.
 
-    What is checked is the manifest as it was opened, not the file, which may be another by now.
+    The manifest is checked as it was opened, not its file, which may be another by now.
 
     Raises:
         BundleError: there is no signature, or it is of another manifest or card, or by another key.

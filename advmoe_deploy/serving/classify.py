@@ -35,7 +35,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class FileClassifier:
     """A runner with the files that it is given to read, by ``decoders`` threads."""
 
     runner: Runner

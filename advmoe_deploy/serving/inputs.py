@@ -14,10 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import overload
 
-from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError, reading
 from advmoe_deploy.serving.parts import Files, Inputs, Part
-from advmoe_deploy.serving.search import IS_FOLDER, SHARDS, Search, Skipped, file_error, merged
+from advmoe_deploy.serving.search import IS_FOLDER, SHARDS, FileSearch, Skipped, file_error, merged
 from advmoe_deploy.serving.shards import open_shard
 from advmoe_deploy.serving.tables import open_table
 
@@ -27,7 +27,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
-class Listing(Sequence[str]):
+class InputPaths(Sequence[str]):
     """Sorted paths; ``errors`` says of some why they cannot be read, ``skipped`` what is no input.
 
     The paths hold bytes that are no UTF-8 as Python's file functions do (surrogates).
@@ -81,7 +81,7 @@ def _kind(path: str, errors: Mapping[str, str]) -> str:
     return suffix if suffix in SHARDS and path not in errors else ""
 
 
-def list_inputs(source: str) -> Listing:
+def list_inputs(source: str) -> InputPaths:
     """Return the paths that ``source`` stands for, sorted.
 
     A folder gives every image below it, by suffix, links followed and hidden files aside, or where
@@ -109,29 +109,29 @@ def list_inputs(source: str) -> Listing:
     return _given([source]) if os.path.lexists(source) else _pattern(path)
 
 
-def _folder(source: Path) -> Listing:
-    search = Search()
+def _folder(source: Path) -> InputPaths:
+    search = FileSearch()
     search.images(source)
-    return _found(search, f"{source} holds no {', '.join((*SUFFIXES, *SHARDS))} file")
+    return _found(search, f"{source} holds no {', '.join((*IMAGE_SUFFIXES, *SHARDS))} file")
 
 
-def _pattern(source: Path) -> Listing:
-    search = Search()
+def _pattern(source: Path) -> InputPaths:
+    search = FileSearch()
     search.match(Path(source.anchor), source.parts[bool(source.anchor) :])
     return _found(search, f"{source}: no such file or folder, and no file matches it as a pattern")
 
 
-def _found(search: Search, complaint: str) -> Listing:
+def _found(search: FileSearch, complaint: str) -> InputPaths:
     paths, errors = search.files()
     skipped = search.skipped()
     if not paths and not errors:
         raise DataError("; ".join([complaint, *map(str, skipped), _WAY_OUT]))
-    return Listing(tuple(sorted({*paths, *errors})), errors, skipped)
+    return InputPaths(tuple(sorted({*paths, *errors})), errors, skipped)
 
 
-def _given(paths: Sequence[str]) -> Listing:
+def _given(paths: Sequence[str]) -> InputPaths:
     errors = {path: error for path in paths if (error := file_error(Path(path)))}
-    return Listing(tuple(sorted(paths)), errors)
+    return InputPaths(tuple(sorted(paths)), errors)
 
 
 def _paths(content: bytes, folder: Path, where: str) -> list[str]:

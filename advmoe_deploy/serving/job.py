@@ -11,7 +11,7 @@ from advmoe_deploy.errors import UsageError, unknown_name
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.runtime.select import engine_for, open_runner, resolved
-from advmoe_deploy.serving.classify import MOST_DECODERS, Classifier, Window
+from advmoe_deploy.serving.classify import MOST_DECODERS, FileClassifier, Window
 from advmoe_deploy.serving.parts import Inputs
 from advmoe_deploy.serving.rows import RowFormat
 from advmoe_deploy.serving.search import Skipped
@@ -141,7 +141,7 @@ def _windows(
 ) -> Iterator[Iterator[Window]]:
     decoders = min(MOST_DECODERS, threads or default_threads() or usable_cpus())
     with open_runner(bundle, engine, threads=threads) as runner:
-        classifier = Classifier(runner, columns, bundle.manifest.decoding, decoders)
+        classifier = FileClassifier(runner, columns, bundle.manifest.decoding, decoders)
         with closing(classifier.windows(inputs, start, len(inputs), batch)) as windows:
             yield windows
 

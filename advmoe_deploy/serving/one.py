@@ -4,7 +4,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import DataError, UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import engine_for, open_runner
-from advmoe_deploy.serving.classify import Classifier
+from advmoe_deploy.serving.classify import FileClassifier
 from advmoe_deploy.serving.inputs import open_inputs
 from advmoe_deploy.serving.job import columns_of
 from advmoe_deploy.specs import Frozen, Precision
@@ -55,7 +55,7 @@ def classify_one(
             " .parquet or .csv), or - for lines of JSON on stdout"
         )
     with open_runner(bundle, chosen, threads=threads) as runner:
-        classifier = Classifier(runner, columns, bundle.manifest.decoding, 1)
+        classifier = FileClassifier(runner, columns, bundle.manifest.decoding, 1)
         ((row,),) = (window.rows for window in classifier.windows(inputs, 0, len(inputs), 1))
         computed = {"engine": runner.name, "precision": runner.precision}
     if (error := row.pop("error")) is not None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import reason_of
 from advmoe_deploy.specs import Frozen
 
@@ -70,7 +70,7 @@ def merged(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
     )
 
 
-class Search:
+class FileSearch:
     """Files found so far, paths that could not be read, and what was passed over."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Search:
                     self._skipped[str(path)] = HIDDEN
                 elif self._is_folder(entry, path):
                     continue
-                elif path.suffix.lower() in SUFFIXES or _leads_nowhere(path):
+                elif path.suffix.lower() in IMAGE_SUFFIXES or _leads_nowhere(path):
                     self._found[str(path)] = linked or entry.is_symlink()
                 elif path.suffix.lower() in SHARDS:
                     shards[str(path)] = linked or entry.is_symlink()

@@ -1,6 +1,6 @@
 """WebDataset shards as inputs: the images in a tar file, read in place and never unpacked.
 
-Only the headers are read for the listing. What else is in a shard (labels, captions) is skipped.
+Only the headers are read for the listing. Other members of a shard (labels, captions) are skipped.
 """
 
 import io
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from advmoe_deploy.data.decode import DecodedImage, decode
-from advmoe_deploy.decoding import SUFFIXES, Decoding
+from advmoe_deploy.decoding import IMAGE_SUFFIXES, Decoding
 from advmoe_deploy.errors import DataError, reason_of
 from advmoe_deploy.serving.names import shown
 from advmoe_deploy.serving.parts import Decoded, Files, Part, Read, image_or_reason, said
@@ -81,7 +81,7 @@ def open_shard(path: str) -> tuple[list[Part], list[Skipped]]:
     except DataError as damage:
         error = str(damage)
     if not members and error is None:
-        error = f"holds no image ({', '.join(SUFFIXES)})"
+        error = f"holds no image ({', '.join(IMAGE_SUFFIXES)})"
     parts: list[Part] = [Shard(path, tuple(members))] if members else []
     if error:
         parts.append(Files((path,), {path: error}))
@@ -105,7 +105,7 @@ def _note(
     if header.isdir():
         return
     hidden = inside.name.startswith(".")
-    if hidden or inside.suffix.lower() not in SUFFIXES:
+    if hidden or inside.suffix.lower() not in IMAGE_SUFFIXES:
         reason = HIDDEN if hidden else NO_IMAGE
         counts[reason] += 1
         Skipped.exemplify(skipped.setdefault(reason, []), name)

@@ -21,7 +21,7 @@ from advmoe_deploy.errors import BundleError, MachineError, UsageError, missing_
 from advmoe_deploy.process import usable_cpus
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.serving.classify import MOST_DECODERS, Classifier, Window
+from advmoe_deploy.serving.classify import MOST_DECODERS, FileClassifier, Window
 from advmoe_deploy.serving.parts import Inputs
 from advmoe_deploy.serving.rows import RowFormat
 
@@ -113,7 +113,7 @@ def _work(job: SpreadJob, inputs: list[Any], start: int, stop: int) -> list[Wind
     os.chdir(job.cwd)
     bundle, runner = _runner(job)
     decoders = min(MOST_DECODERS, job.threads)
-    classifier = Classifier(runner, job.columns, bundle.manifest.decoding, decoders)
+    classifier = FileClassifier(runner, job.columns, bundle.manifest.decoding, decoders)
     return list(classifier.windows(_fetched(inputs[0]), start, stop, job.batch))
 
 

@@ -26,7 +26,7 @@ _MOST_COMPRESSED = 200
 
 
 @dataclass(frozen=True)
-class Table:
+class ParquetTable:
     """The rows of one parquet file, whose images are the leaf ``column`` of its schema."""
 
     path: str
@@ -99,7 +99,7 @@ def open_table(path: str) -> list[Part]:
         size = Path(path).stat().st_size
         if not 0 < sum(groups) <= size or min(groups) < 0:
             raise DataError(f"says that it has {sum(groups)} rows, in {size} bytes")
-        return [Table(path, column, groups, size)]
+        return [ParquetTable(path, column, groups, size)]
     except DataError as error:
         return [Files((path,), {path: str(error)})]
     except errors as error:

@@ -1,4 +1,4 @@
-"""Which settings of a run make sense together."""
+"""Combinations of a run's settings that make sense."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ _ROUTED: tuple[Family, ...] = (
     "dual-model",
     "vit-moe",
 )
-FAMILIES: dict[Method, tuple[Family, ...]] = {
+FAMILIES_OF_METHOD: dict[Method, tuple[Family, ...]] = {
     "advmoe": ("advmoe",),
     "advmoe-released": ("advmoe",),
     "router-only": _ROUTED,
@@ -59,7 +59,7 @@ def _refuse(config: TrainFields, names: Iterable[str], why: str) -> None:
 
 
 def _method(config: TrainFields) -> None:
-    families = FAMILIES[config.method]
+    families = FAMILIES_OF_METHOD[config.method]
     if config.model.family not in families:
         raise ValueError(
             f"method {config.method} trains family {' or '.join(families)}, not "

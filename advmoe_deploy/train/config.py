@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 from typing_extensions import Self
 
-from advmoe_deploy.errors import UsageError, one_line
-from advmoe_deploy.settings import dotted_keys, put_setting, require_no_truth_as_number
+from advmoe_deploy.settings import checked_model, dotted_keys, put_setting
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.train.combinations import require_sense
 from advmoe_deploy.train.fields import TrainFields
@@ -57,9 +56,4 @@ def apply_overrides(config: TrainConfig, settings: Sequence[str]) -> TrainConfig
     changed = {put_setting(fields, setting, known) for setting in settings}
     if fields["model"]["backbone"] != config.model.backbone and "model.width" not in changed:
         fields["model"]["width"] = None
-    try:
-        changed_config = TrainConfig.model_validate(fields)
-    except ValidationError as error:
-        raise UsageError(one_line(error)) from None
-    require_no_truth_as_number(fields, changed_config.model_dump())
-    return changed_config
+    return checked_model(TrainConfig, fields)

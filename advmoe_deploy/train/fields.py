@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from advmoe_deploy.specs import Frozen, ModelSpec, Pixels, ThreatModel
+from advmoe_deploy.specs import Fraction, Frozen, ModelSpec, ThreatModel
 
 Method = Literal[
     "advmoe",
@@ -60,15 +60,15 @@ class TrainFields(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
     name: str
-    """What the run is called in reports."""
+    """Name of the run in reports."""
     data: str
     """Data source: a folder of images by class, NAME or NAME:PATH."""
     model: ModelSpec
     threat: ThreatModel
     method: Method
-    """Which parameters learn in which step."""
+    """Parameters that learn in each step."""
     loss: Loss = "trades"
-    """How examples are found and what is minimised on them."""
+    """Loss that is minimised, and the way to its examples."""
     beta: float = Field(6.0, ge=0)
     """Weight of the second term of TRADES and RT-ER."""
     epochs: int = Field(100, ge=1)
@@ -96,10 +96,10 @@ class TrainFields(Frozen):
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay of the optimizers."""
     schedule: Literal["cosine", "one-cycle"] = "cosine"
-    """How the learning rates run from their peak, or to it and back."""
+    """Course of the learning rates: from their peak, or to it and back."""
     attack_steps: int = Field(2, ge=1)
     """Steps of every attack inside training that has more than one."""
-    attack_step_size: Pixels | None = Field(None, gt=0)
+    attack_step_size: Fraction | None = Field(None, gt=0)
     """Step in [0, 1] pixels; by default 2.5 epsilon / attack_steps, epsilon (n-fgsm, free) or
     1.25 epsilon (fast)."""
     attack_noise: float = Field(0.001, ge=0)
@@ -110,7 +110,7 @@ class TrainFields(Frozen):
     free_repeats: int = Field(4, ge=1)
     """m of free adversarial training, which repeats each batch without shortening the run."""
     attack_target: Literal["model", "straight-through"] = "straight-through"
-    """Whether the gradient of the attack inside training enters the router."""
+    """Attack inside training; only the gradient of straight-through enters the router."""
     attack_per_step: bool = True
     """Find new examples for the experts' step, as AdvMoE's paper does; without it the router's are
     used again, for about a third less work."""
@@ -125,7 +125,7 @@ class TrainFields(Frozen):
     capacity_factor: float | None = Field(None, gt=0)
     """Rows that an expert takes in a training step, in fair shares; null: any number."""
     capacity_overflow: Literal["reassign", "drop"] = "reassign"
-    """What becomes of rows above the capacity."""
+    """Fate of rows above the capacity."""
     router_every: int = Field(1, ge=1)
     """The router takes its step on one of so many batches."""
     random_routes: float = Field(0.0, ge=0, le=1)
@@ -153,7 +153,7 @@ class TrainFields(Frozen):
     seed: int = Field(0, ge=0)
     """Seed of weights, order and every random number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """What is computed in; 16-mixed needs a GPU."""
+    """Number format of the computation; 16-mixed needs a GPU."""
     channels_last: bool = True
     """Lay out images as convolutions on a GPU like best."""
     evaluate_every: int = Field(1, ge=1)
@@ -163,14 +163,14 @@ class TrainFields(Frozen):
     """Steps of PGD on the hold-out."""
     test_attack_steps: int = Field(50, ge=1)
     """Steps of PGD on the test images."""
-    test_attack_step_size: Pixels | None = Field(None, gt=0)
+    test_attack_step_size: Fraction | None = Field(None, gt=0)
     """Their size in [0, 1] pixels; by default 2.5 epsilon / test_attack_steps."""
     track_router_robustness: bool = False
     """Record how routes withstand attacks before and after experts are updated."""
     start: Start | None = None
     """Model whose weights the run begins with; null: random ones."""
     chosen: dict[str, str] = Field(default_factory=dict)
-    """What was chosen from the data and the device, and why; it decides nothing."""
+    """Settings chosen from the data and the device, each with its reason; it decides nothing."""
 
     @property
     def shared_epochs(self) -> int:

@@ -159,9 +159,7 @@ def _many() -> list[Choice]:
     return [Choice("precision", "32-true", "this CPU does not compute in bfloat16")]
 
 
-def of_origin(
-    start: Start, choices: Collection[Choice], base: TrainConfig, *, is_family: bool
-) -> list[Choice]:
+def of_origin(choices: Collection[Choice], base: TrainConfig, *, is_family: bool) -> list[Choice]:
     """Return those of ``choices`` that a trained model leaves open, and what it brings along."""
     kept = [choice for choice in choices if choice.key not in _OF_NETWORK]
     if is_family:

@@ -173,7 +173,7 @@ def _of_own_images(asked: _Asked) -> tuple[TrainConfig, Dataset]:
     if asked.origin:
         begun = asked.origin.start(data.class_names)
         base = asked.origin.applied_to(base).model_copy(update={"start": begun})
-        choices = of_origin(begun, choices, base, is_family=asked.name in FAMILIES)
+        choices = of_origin(choices, base, is_family=asked.name in FAMILIES)
     choices = [choice for choice in choices if choice.key not in asked.given]
     config = apply_overrides(base, [*(choice.setting for choice in choices), *asked.settings])
     words = chosen(data, told, choices, config.start)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.answers import Flags, Images
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.tolerance import same_experts
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
@@ -25,12 +25,11 @@ _RISING = (4, 5, 6, 8, 9, 10, 11, 12, 13)  # one batch of each: a size in betwee
 _MOST_IMAGES, _FEWEST_IMAGES = 100, 16
 _MOST_VALUES = 32 * 3 * 32 * 32  # pixels of all images together: larger ones take longer
 
-Rows = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+RowIds = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Difference:
+class BatchEffect:
     """Of ``rows`` images that were asked about again, those answered or routed otherwise."""
 
     rows: int
@@ -57,7 +56,7 @@ def answers_in_batches(runner: Runner, x_NCHW: Images, size: int = WHOLE) -> Pre
     return rows_of(joined(parts), np.arange(len(x_NCHW)), len(rows_M))
 
 
-def rows_of(answer: Prediction, rows: Rows, images: int) -> Prediction:
+def rows_of(answer: Prediction, rows: RowIds, images: int) -> Prediction:
     """Return the answers to the images ``rows`` of those to ``images``."""
 
     def taken(values: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -104,7 +103,7 @@ class _Trial:
         self.whole, self.close_N = whole, close_N
         self.images = len(x_NCHW)
 
-    def neighbours(self) -> tuple[int, Difference] | None:
+    def neighbours(self) -> tuple[int, BatchEffect] | None:
         """Return the size of batches in which answers change with the neighbours, and how."""
         whole = self.compared(self._drawn(WHOLE), self.whole)
         if whole.matters(exact=self.closeness.exact):
@@ -118,14 +117,14 @@ class _Trial:
                 return None
         return _SMALL[0], small[0]
 
-    def by_size(self) -> dict[int, Difference]:
+    def by_size(self) -> dict[int, BatchEffect]:
         """Return by batch size how its answers differ from those to whole batches."""
-        batches: dict[int, list[Rows]] = {}
+        batches: dict[int, list[RowIds]] = {}
         for rows_B in [*(b for s in _SIZES for b in self._in_batches(s)), *self._rising()]:
             batches.setdefault(len(rows_B), []).append(rows_B)
         return {size: self.compared(each, self.whole) for size, each in batches.items()}
 
-    def compared(self, batches: Sequence[Rows], base: Prediction) -> Difference:
+    def compared(self, batches: Sequence[RowIds], base: Prediction) -> BatchEffect:
         """Return how the answers to ``batches``, rows each, differ from ``base``, of all images."""
         rows_M = np.concatenate(batches)
         again = joined([self.runner.infer(self.x_NCHW[rows_B]) for rows_B in batches])
@@ -137,29 +136,29 @@ class _Trial:
         near_M = self.closeness.near(again.logits, expected.logits)
         broken_M = [~np.isfinite(each.logits).all(axis=1) for each in (again, expected)]
         near_M |= broken_M[0] & broken_M[1]  # which is another finding
-        return Difference(
+        return BatchEffect(
             rows=len(rows_M),
             moved=int((~near_M & ~flipped_M).sum()),
             flipped=int((flipped_M & ~self.close_N[rows_M]).sum()),
         )
 
-    def _drawn(self, size: int) -> list[Rows]:
+    def _drawn(self, size: int) -> list[RowIds]:
         """Return batches of random images; shuffled ones would have the same statistics."""
         count = -(-self.images // size)
         rows = np.random.default_rng(size).integers(0, self.images, (count, size))
         return list(rows)
 
-    def _in_batches(self, size: int) -> list[Rows]:
+    def _in_batches(self, size: int) -> list[RowIds]:
         """Return all rows in batches of ``size``, and what remains."""
         rows_M = np.resize(np.arange(self.images), max(self.images, size))
         return np.split(rows_M, range(size, len(rows_M), size))
 
-    def _rising(self) -> list[Rows]:
+    def _rising(self) -> list[RowIds]:
         rows_M = np.resize(np.arange(self.images), sum(_RISING))
         return np.split(rows_M, np.cumsum(_RISING)[:-1])
 
 
-def _neighbours(size: int, found: Difference) -> Finding:
+def _neighbours(size: int, found: BatchEffect) -> Finding:
     message = (
         f"the answer to an image depends on the other images of its batch: with others in batches "
         f"of {size}, {found.moved} of {found.rows} logits and {found.flipped} routes change; look "
@@ -169,7 +168,7 @@ def _neighbours(size: int, found: Difference) -> Finding:
     return Finding(kind="neighbours", message=message)
 
 
-def _batch_size(bad: dict[int, Difference]) -> Finding:
+def _batch_size(bad: dict[int, BatchEffect]) -> Finding:
     rows, moved, flipped = (
         sum(getattr(each, name) for each in bad.values()) for name in ("rows", "moved", "flipped")
     )

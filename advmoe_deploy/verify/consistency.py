@@ -19,7 +19,7 @@ from advmoe_deploy.data.decode import decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.answers import Answers, Flags, Images, Labels
 from advmoe_deploy.parity.compare import compare_answers, is_right
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.reference import reference_answers
@@ -37,12 +37,10 @@ from advmoe_deploy.verify.batches import (
     rows_of,
 )
 from advmoe_deploy.verify.diagnosis import diagnose, tie_break
-from advmoe_deploy.verify.evidence import UNLIKELY, Closeness, Evidence, Flags
+from advmoe_deploy.verify.evidence import UNLIKELY, Closeness, Evidence
 from advmoe_deploy.verify.findings import ConsistencyReport, Finding
 from advmoe_deploy.verify.preprocessing import slight_change
 from advmoe_deploy.verify.router_probes import router_finding
-
-Labels = NDArray[np.int64]
 
 COMPARE, STEPS = "compare answers", 4
 _FILES = 8  # images that go through PNG
@@ -50,7 +48,7 @@ _NOISE = 0.05  # in [0, 1] pixels
 
 
 @dataclass(frozen=True)
-class Limits:
+class PrecisionLimits:
     """Limits on what a lower precision may change.
 
     ``logits`` is the distance, relative to an image's norm, that a quarter may exceed;
@@ -71,8 +69,8 @@ _OVER = 0.25  # share of the images that may exceed the limit on logits
 _FEWEST = 32  # images in which a slight change can be told from rounding
 # Measured on 400 digits of two models, ONNX Runtime and OpenVINO: int8 moves logits by 1.3 % and
 # probabilities by 0.003, bf16 by 0.4 % and 0.0008; 3 predictions and 1 route of 400 differ at most.
-_INT8 = Limits(logits=0.06, probability=0.0125)
-_SIXTEEN_BITS = Limits(logits=0.02, probability=0.005)
+_INT8 = PrecisionLimits(logits=0.06, probability=0.0125)
+_SIXTEEN_BITS = PrecisionLimits(logits=0.02, probability=0.005)
 # Share of the limit on logits from where on images may be slightly changed, and it is looked for.
 _SUSPICIOUS = 0.3
 
@@ -185,7 +183,7 @@ def _agrees_exactly(parity: ParityReport) -> bool:
     return not differs
 
 
-def _agrees(evidence: Evidence, parity: ParityReport, limits: Limits) -> bool:
+def _agrees(evidence: Evidence, parity: ParityReport, limits: PrecisionLimits) -> bool:
     reference, answer = evidence.reference.logits, evidence.answer.logits
     if not np.isfinite(answer).all():
         return False

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
-from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.answers import Answers, Flags, Images
 from advmoe_deploy.parity.tolerance import (
     LOSSY_ROW,
     relative_distances,
@@ -22,7 +22,6 @@ from advmoe_deploy.parity.tolerance import (
 )
 from advmoe_deploy.runtime.runner import Prediction
 
-Flags = NDArray[np.bool_]
 Logits = NDArray[np.float32]
 ExpertIds = Mapping[str, NDArray[np.int64]]
 
@@ -85,7 +84,7 @@ class Evidence:
 
     @cached_property
     def wrong(self) -> Flags:
-        """Which images [N] the engine answers otherwise than the reference on the same way."""
+        """Images [N] that the engine answers otherwise than the reference on the same way."""
         return ~self.closeness.near(self.answer.logits, self.along)
 
     def routed(self, ids: ExpertIds) -> Logits:

@@ -7,7 +7,8 @@ import itertools
 
 import numpy as np
 
-from advmoe_deploy.verify.evidence import UNLIKELY, Evidence, Flags, Logits
+from advmoe_deploy.parity.answers import Flags
+from advmoe_deploy.verify.evidence import UNLIKELY, Evidence, Logits
 from advmoe_deploy.verify.findings import Finding
 
 _MOST_PAIRS = 64  # that are swapped in the reference

@@ -56,12 +56,12 @@ class ConsistencyReport(Frozen):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """True if nothing was found."""
         return not self.findings
 
     @property
     def same_function(self) -> bool:
-        """Whether the engine was shown to answer as the reference does, to float32's rounding."""
+        """True if the engine was shown to answer as the reference does, to float32's rounding."""
         return self.exact and self.passed and self.parity.passed
 
     @property

@@ -59,7 +59,7 @@ def preprocessing_finding(evidence: Evidence) -> Finding | None:
 def slight_change(evidence: Evidence) -> Finding | None:
     """Return by which gain and shift images are off, where that is lost in a lower precision.
 
-    What rounding does to an image is no gain and no shift of all of them.
+    Rounding changes each image otherwise; it is no gain and no shift of all of them.
     """
     search = _Search(evidence, _FEW_IMAGES)
     if not search.distance > 0:

@@ -117,7 +117,7 @@ class RobustReport(Frozen):
 
     @property
     def fragile(self) -> bool:
-        """Whether the reference is not shown to be robust itself."""
+        """True if the reference is not shown to be robust itself."""
         return self.reference is not None and self.reference.verdict != "passed"
 
     @property

@@ -20,6 +20,7 @@ from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.answers import Flags, Images, Labels
 from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.parity.tolerance import same_experts
@@ -29,9 +30,6 @@ from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn
 
-Flags = NDArray[np.bool_]
-Images = NDArray[np.float32]
-Labels = NDArray[np.int64]
 Ids = Mapping[str, NDArray[np.int64]]
 
 # Attacks that can ask an engine: by its answers alone, or with the reference's gradients.

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from advmoe_deploy.parity.answers import Flags
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import chance_of_more, wilson_interval
 from advmoe_deploy.reports.drops import DropReport, Verdict, worst_of
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.report import ReferenceReport
-from advmoe_deploy.verify.trial import Flags, Trial
+from advmoe_deploy.verify.trial import Trial
 
 # What a reference may be better than chance by and still count as no better.
 _NEAR = 0.05

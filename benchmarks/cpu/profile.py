@@ -29,17 +29,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import torch
 
-from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.export.checks.images import parity_images
-from advmoe_deploy.export.from_run import export_run
-from advmoe_deploy.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.routing import Routes
-from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import ModelSpec
+from benchmarks.cpu.export import untrained_bundle
 from benchmarks.program import run_program, write
 from benchmarks.released import ReleasedDispatch
 
@@ -73,21 +71,10 @@ def main() -> None:
 
 def build(folder: Path, data: str) -> tuple[Bundle, AdvMoE]:
     """Return a bundle made from scratch and its torch model."""
-    images = torch.from_numpy(parity_images(data, SPEC)[:256])
-    (folder / "run" / "model").mkdir(parents=True)
-    checkpoint = Checkpoint(
-        model=SPEC,
-        threat=None,
-        class_names=tuple(str(label) for label in range(SPEC.num_classes)),
-        recipe={},
-        metrics={},
-        provenance={"data": data},
-    )
-    save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(SPEC, images))
-    export_run(folder / "run", folder / "bundle")
+    bundle = untrained_bundle(folder, SPEC, data)
     _, model = load_checkpoint(folder / "run" / "model")
     assert isinstance(model, AdvMoE)
-    return open_bundle(folder / "bundle"), model
+    return bundle, model
 
 
 def measure(bundle: Bundle, model: AdvMoE, seconds: float) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Models, paths, machine facts and summaries that the stages of the GPU benchmark share."""
 
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.reports.versions import version_of
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, Precision, VisionTransformer
 
@@ -89,6 +89,7 @@ class Work:
         return self.folder / model / f"engines-{precision}"
 
 
+Part = tuple[str, Callable[[], Any]]
 Record = dict[str, Any]
 # Yields a name, and what measures it.
 Stage = Callable[[Work], Iterator[tuple[str, Callable[[], Any]]]]
@@ -101,16 +102,9 @@ def facts() -> Record:
         "processor": processor_name(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES if _version(name)},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "gpu": nvidia_smi("name,driver_version,memory.total,power.limit,compute_mode"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def nvidia_smi(query: str) -> str | None:

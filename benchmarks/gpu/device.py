@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from advmoe_deploy.specs import Precision
-from benchmarks.gpu.common import Record, Work, nvidia_smi
+from benchmarks.gpu.common import Part, Record, Work, nvidia_smi
 from benchmarks.gpu.engines import tactics
 
-Part = tuple[str, Callable[[], Any]]
 _GIB = 1 << 30
 _SIDE, _DRY_SIDE = 8192, 256
 

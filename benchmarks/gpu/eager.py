@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from advmoe_deploy.runtime.select import ENGINES
-from benchmarks.gpu.common import BATCH, MODELS, Record, Work, ratios_to, summary
+from benchmarks.gpu.common import BATCH, MODELS, Part, Record, Work, ratios_to, summary
 from benchmarks.gpu.engines import images_of
 from benchmarks.gpu.remote import RemoteRunner, build_remotely
 
-Part = tuple[str, Callable[[], Any]]
 _FITTING = 256
 _VERIFIED = 1000
 _EXPORTED_ON = "random:128"

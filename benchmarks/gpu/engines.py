@@ -1,7 +1,7 @@
 """The stages of ``main.py`` that need TensorRT, or ONNX Runtime, and no PyTorch."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from advmoe_deploy.plan import Plan
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
-from benchmarks.gpu.common import BATCH, MODELS, Record, Work, ratios_to, summary
+from benchmarks.gpu.common import BATCH, MODELS, Part, Record, Work, ratios_to, summary
 
-Part = tuple[str, Callable[[], Any]]
 BASELINES = ("dense", "unfused")
 
 

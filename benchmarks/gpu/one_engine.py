@@ -1,16 +1,15 @@
 """The stage of ``main.py`` that asks whether a model can be one engine, and is faster so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
-from benchmarks.gpu.common import Record, Work
+from benchmarks.gpu.common import Part, Record, Work
 from benchmarks.gpu.engines import (
     BASELINES,
     build_one,
@@ -22,8 +21,6 @@ from benchmarks.gpu.engines import (
     set_of,
 )
 from benchmarks.gpu.timing import open_baseline, timed
-
-Part = tuple[str, Callable[[], Any]]
 
 
 def one_engine(work: Work) -> Iterator[Part]:

@@ -3,7 +3,7 @@
 Needs TensorRT 10.9 or newer and Triton in one interpreter.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,9 @@ import numpy as np
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.export.tensorrt.graphs import routes_in
 from advmoe_deploy.plan import Plan, Segment
-from benchmarks.gpu.common import Record, Work
+from benchmarks.gpu.common import Part, Record, Work
 from benchmarks.gpu.engines import build_one, image_shapes, images_of, set_of
 
-Part = tuple[str, Callable[[], Any]]
 _TURNS, _ROUNDS = 4, 50
 _KNOWN: set[str] = set()
 

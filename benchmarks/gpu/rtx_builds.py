@@ -137,7 +137,7 @@ def _subject(spec: ModelSpec | None) -> Any:
     from advmoe_deploy.data.registry import load_dataset
     from advmoe_deploy.export.partition.cut import partition
     from advmoe_deploy.export.passes.apply import apply_passes
-    from advmoe_deploy.export.precision.gate import AccuracyGate, Examples
+    from advmoe_deploy.export.precision.gate import AccuracyGate, AnsweredImages
     from advmoe_deploy.export.subject import Subject
     from advmoe_deploy.models.checkpoint import load_checkpoint
     from advmoe_deploy.models.untrained import untrained_model
@@ -153,7 +153,7 @@ def _subject(spec: ModelSpec | None) -> Any:
     if spec is not None:
         model = untrained_model(spec, torch.from_numpy(images))
     parts, _ = apply_passes(partition(model), images, model.rules)
-    gate = AccuracyGate(Examples(images, reference_answers(model, images)), "noise")
+    gate = AccuracyGate(AnsweredImages(images, reference_answers(model, images)), "noise")
     return Subject(Reference(model), parts, gate, images, labelled, threat)
 
 

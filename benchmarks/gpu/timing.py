@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ from advmoe_deploy.plan import ExpertsStep, Plan, RunStep, Segment, TensorInfo
 from advmoe_deploy.profiling.timing import time_interleaved
 from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.specs import Precision
-from benchmarks.gpu.common import Record, Work, ratios_to, summary
+from benchmarks.gpu.common import Part, Record, Work, ratios_to, summary
 from benchmarks.gpu.engines import (
     BASELINES,
     images_of,
@@ -22,7 +21,6 @@ from benchmarks.gpu.engines import (
     set_of,
 )
 
-Part = tuple[str, Callable[[], Any]]
 _DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 
 

@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Event, Process, Queue
@@ -128,6 +128,16 @@ def binary_request(model: str, images: "np.ndarray[Any, np.dtype[np.float32]]") 
     return "\r\n".join([*lines, "", ""]).encode() + head + images.tobytes()
 
 
+async def together(
+    one: Callable[[Sample, float], Awaitable[None]], clients: int, seconds: float
+) -> Sample:
+    """Run so many clients, each with the sample and the time at which it is to stop."""
+    sample, began = Sample(), time.perf_counter()
+    await asyncio.gather(*(one(sample, began + seconds) for _ in range(clients)))
+    sample.seconds = time.perf_counter() - began
+    return sample
+
+
 def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Sample:
     """Let each of so many clients ask again as soon as it is answered; 503 waits 50 ms."""
 
@@ -140,13 +150,7 @@ def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Samp
                 await asyncio.sleep(0.05)
         client.close()
 
-    async def run() -> Sample:
-        sample, began = Sample(), time.perf_counter()
-        await asyncio.gather(*(one(sample, began + seconds) for _ in range(clients)))
-        sample.seconds = time.perf_counter() - began
-        return sample
-
-    return asyncio.run(run())
+    return asyncio.run(together(one, clients, seconds))
 
 
 def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample:

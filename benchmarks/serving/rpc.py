@@ -15,7 +15,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online.grpc.wire import MAX_ENVELOPE
 from advmoe_deploy.serving.online.protocol import served_model
-from benchmarks.serving.client import HOST, Sample, probed
+from benchmarks.serving.client import HOST, Sample, probed, together
 from benchmarks.serving.malformed import held
 from benchmarks.serving.server import Running
 from benchmarks.serving.speed import BATCH, images_of
@@ -65,13 +65,7 @@ def closed_loop(running: Running, request: bytes, clients: int, seconds: float) 
                     sample.answers[200] += 1
                     sample.latencies_s.append(time.perf_counter() - began)
 
-    async def run() -> Sample:
-        sample, began = Sample(), time.perf_counter()
-        await asyncio.gather(*(one(sample, began + seconds) for _ in range(clients)))
-        sample.seconds = time.perf_counter() - began
-        return sample
-
-    return asyncio.run(run())
+    return asyncio.run(together(one, clients, seconds))
 
 
 def longest_of(bundle: Bundle) -> int:

@@ -159,11 +159,11 @@ def test_smoothing_holds_as_often_as_it_says(toy: LinearMoE) -> None:
     assert contradicted(4) > allowed
 
 
-def uphill(model: Classifier, image: Tensor, label: int, sigma: float = 0.12) -> Tensor:
+def uphill(model: Classifier, image: Tensor, label: int) -> Tensor:
     """Return the direction, of l2 norm 1, in which the smoothed loss grows fastest."""
     noise = torch.randn(64, *image.shape, generator=torch.Generator().manual_seed(2))
     start = image.clone().requires_grad_(True)
-    loss = F.cross_entropy(model(start + sigma * noise), torch.full((64,), label))
+    loss = F.cross_entropy(model(start + 0.12 * noise), torch.full((64,), label))
     (gradient,) = torch.autograd.grad(loss, start)
     return gradient / gradient.norm()
 

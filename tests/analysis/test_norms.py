@@ -13,7 +13,7 @@ from advmoe_deploy.analysis.norms import conv_norm
 from advmoe_deploy.analysis.slopes import in_float64, sloped_image, with_slope
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.specs import ThreatModel
-from tests.analysis.test_analysis import BOUNDED, digits_model
+from tests.analysis.toy_routes import BOUNDED, digits_model
 from tests.toys import LinearClassifier, toy_spec
 
 

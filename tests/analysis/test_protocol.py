@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from advmoe_deploy.analysis.analyze import Settings, analyze
+from advmoe_deploy.analysis.analyze import AnalysisSettings, analyze
 from advmoe_deploy.analysis.budget import passes_by_section
 from advmoe_deploy.analysis.protocol.capacity import CapacityLimited, over_capacities
 from advmoe_deploy.analysis.protocol.radii import Protocol, Standing, over_radii
@@ -172,7 +172,7 @@ def test_macs_fall_by_what_is_not_served(tokens: Path) -> None:
 
 def test_any_family_has_radii_and_room(tiny_run: Path) -> None:
     protocol = Protocol(steps=2, radii=(8 / 255,), capacities=(1.0, 2.0))
-    settings = Settings(sections=("radii", "capacity"), images=16, protocol=protocol)
+    settings = AnalysisSettings(sections=("radii", "capacity"), images=16, protocol=protocol)
     report = analyze(open_stored(tiny_run), settings)
     assert report.radii
     assert report.capacity

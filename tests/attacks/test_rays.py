@@ -13,23 +13,16 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.rays import rays
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.runtime.select import open_runner
-from advmoe_deploy.specs import AttackSpec, ThreatModel
+from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.verify import verify_bundle
+from tests.attacks.digits import THREAT, some_digits
 
-THREAT = ThreatModel(epsilon=0.1)
 GREY = torch.full((3, 1, 4, 4), 0.5)
 ONES = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1, 1, 1, -1, -1, 1, -1, 1, 1])
-
-
-def some_digits(n: int) -> tuple[Tensor, Tensor]:
-    test = load_dataset("digits").test
-    return torch.from_numpy(to_float(test.images[:n])), torch.from_numpy(test.labels[:n])
 
 
 class Slope:

@@ -60,7 +60,7 @@ def test_digits_keep_scikit_learns_grey_levels() -> None:
 
 def test_stratified_parts_are_disjoint_and_complete() -> None:
     labels = np.array([0, 1] * 10)
-    first, second, rest = stratified_parts(labels, (4, 6), seed=3)
+    first, second, rest = stratified_parts(labels, (4, 6))
     assert sorted([*first, *second, *rest]) == list(range(20))
     assert labels[first].tolist().count(1) == 2
     assert labels[second].tolist().count(1) == 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.models.upstream.importer import import_checkpoint
+from advmoe_deploy.models.upstream.importer import read_released
 from tests.upstream_fixture import answers_folder, fill
 
 KINDS = (
@@ -69,7 +69,8 @@ def run_of(kind: str, seed: int, folder: Path, size: int | None = None) -> Path:
     released = _Released(about, seed, size)
     file = folder / "released.pth"
     torch.save({"state_dict": released.state()}, file)
-    spec, model = import_checkpoint(file, about["family"], released.settings)
+    imported = read_released(file, about["family"], released.settings)
+    spec, model = imported.spec, imported.model
     file.unlink()
     _balance(model, spec.image_shape)
     names = tuple(str(label) for label in range(spec.num_classes))

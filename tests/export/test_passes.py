@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.graph.writer import GraphWriter, write_model
-from advmoe_deploy.export.partition.lowering import Program, lower
+from advmoe_deploy.export.partition.lowering import TracedModule, lower
 from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.export.passes.fold_batchnorm import fold_batchnorm
 from advmoe_deploy.export.passes.report import (
@@ -64,7 +64,7 @@ class Shortcut(nn.Module):
 
 
 def lowered(module: nn.Module) -> ModelProto:
-    program = Program(module, (2, 6, 6))
+    program = TracedModule(module, (2, 6, 6))
     nodes = program.needed([program.result])
     return lower(program, nodes, {program.image: "images"}, {program.result: "out"}).model(
         "test", [IMAGE], [OUTPUT]

@@ -12,22 +12,12 @@ from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.graph_files import check_graphs, write_graphs
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.reference import reference_answers
-from advmoe_deploy.progress import Silent
+from tests.conftest import Notes
 from tests.export.released_checkpoints import KINDS, run_of
 
 NARROW = ("advmoe-resnet18-e5", "experts-conv-layer4.1-e4-k1")
 WIDE = "advmoe-wrn28x10-e2"
 DATA = "random:4"
-
-
-class Notes(Silent):
-    """Keeps what was noted."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def checked(kind: str, seed: int, folder: Path, size: int | None = None) -> list[str]:

@@ -1,7 +1,6 @@
 """Balancing losses: values by hand, what they push towards, and a gate that has collapsed."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,11 +9,7 @@ from torch import Tensor
 from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
 from advmoe_deploy.models.routing.capacity import Adjust, NoisyRouting
 from advmoe_deploy.models.routing.routing import Routing, RoutingRule, choose
-
-
-def seeded(seed: int) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda scores: torch.randn(scores.shape, generator=generator).to(scores)
+from tests.models.random_numbers import seeded
 
 
 def routing_of(scores_NE: Tensor, top_k: int = 1) -> Routing:

@@ -1,7 +1,6 @@
 """Noise and capacity: rows by hand, and what must hold for any scores."""
 
 import math
-from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -12,11 +11,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.routing.capacity import Adjust, NoisyRouting, Overflow, reassigned
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, choose
 from advmoe_deploy.specs import Weighting
-
-
-def seeded(seed: int) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda scores: torch.randn(scores.shape, generator=generator).to(scores)
+from tests.models.random_numbers import seeded
 
 
 def rule_of(num_experts: int, top_k: int) -> RoutingRule:

@@ -10,6 +10,7 @@ from advmoe_deploy.models.families.dual import DualModel, ExpertNetworks, second
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, VisionTransformer, build_spec
+from tests.models.random_numbers import images
 
 VIT = {
     "backbone": "vit",
@@ -53,10 +54,6 @@ def dual(**changes: object) -> DualModel:
     model = built(spec_of("dual-model", **changes))
     assert isinstance(model, DualModel)
     return model
-
-
-def images(n: int = 24) -> Tensor:
-    return torch.rand(n, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 LABELS = torch.arange(24) % 10

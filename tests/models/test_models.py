@@ -11,6 +11,7 @@ from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.dispatch import Dispatch, run_experts
 from advmoe_deploy.models.routing.routing import Routes, RoutingRule, choose, forced_route
 from advmoe_deploy.specs import ModelSpec, build_spec
+from tests.models.random_numbers import images
 
 SPEC = build_spec(
     family="advmoe",
@@ -36,10 +37,6 @@ def advmoe(spec: ModelSpec = SPEC) -> AdvMoE:
         model.router.fc.weight *= 20
         model.router.fc.bias *= 20
     return model
-
-
-def images(n: int = 24) -> Tensor:
-    return torch.rand(n, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def outputs_and_gradients(execution: str, *, training: bool) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """What a bundle's graphs are made of is what the manifest's hashes cover."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
-from advmoe_deploy.bundle import MODEL, Bundle, open_bundle
+from advmoe_deploy.bundle import MODEL, open_bundle
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.sealing.golden import golden_arrays
@@ -18,12 +17,6 @@ from tests.sealing.bundles import put
 
 DATA = "weights.bin"
 OPENVINO_GRAPH = "engines/openvino-fp32/model.onnx"
-
-
-@pytest.fixture
-def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
 
 
 def with_data_outside(bundle: Path, name: str, location: str) -> bytes:

@@ -1,7 +1,6 @@
 """What is loaded is what was hashed, whoever writes to the bundle meanwhile."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from advmoe_deploy.bundle import GOLDEN, MODEL, REFERENCE, Bundle, open_bundle
+from advmoe_deploy.bundle import GOLDEN, MODEL, REFERENCE, Bundle
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.profiling.profile import profile_bundle
@@ -26,12 +25,6 @@ GRAPHS = {
 }
 
 
-@pytest.fixture
-def copied(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
-    """A bundle that a test may damage."""
-    return open_bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy")))
-
-
 def other_weights(content: bytes) -> bytes:
     """Return a graph of the same size whose answers are others, and which loads just as well."""
     model = onnx.load_model_from_string(content)
@@ -43,19 +36,19 @@ def other_weights(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(("engine", "graph"), GRAPHS.items())
 def test_a_graph_that_is_swapped_after_its_hash_was_taken_does_not_run(
-    copied: Bundle, engine: str, graph: str
+    copy: Bundle, engine: str, graph: str
 ) -> None:
-    (copied.path / graph).write_bytes(other_weights((copied.path / graph).read_bytes()))
-    with pytest.raises(BundleError, match="SHA-256 differs") as caught, open_runner(copied, engine):
+    (copy.path / graph).write_bytes(other_weights((copy.path / graph).read_bytes()))
+    with pytest.raises(BundleError, match="SHA-256 differs") as caught, open_runner(copy, engine):
         pass
     assert graph in str(caught.value)
 
 
 @pytest.mark.parametrize(("engine", "graph"), GRAPHS.items())
 def test_a_graph_that_is_swapped_as_soon_as_it_was_read_does_not_run(
-    copied: Bundle, monkeypatch: pytest.MonkeyPatch, engine: str, graph: str
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, engine: str, graph: str
 ) -> None:
-    golden, real = golden_arrays(copied), Bundle.read
+    golden, real = golden_arrays(copy), Bundle.read
 
     def swapping(bundle: Bundle, name: str) -> bytes:
         content = real(bundle, name)
@@ -64,10 +57,10 @@ def test_a_graph_that_is_swapped_as_soon_as_it_was_read_does_not_run(
         return content
 
     monkeypatch.setattr(Bundle, "read", swapping)
-    with open_runner(copied, engine) as runner:
+    with open_runner(copy, engine) as runner:
         logits = runner.infer(golden["images"]).logits
     with pytest.raises(BundleError, match="SHA-256 differs"):
-        real(copied, graph)  # it was swapped
+        real(copy, graph)  # it was swapped
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
 
 
@@ -80,19 +73,19 @@ def test_a_graph_that_is_swapped_as_soon_as_it_was_read_does_not_run(
     ],
 )
 def test_nothing_else_is_read_unhashed(
-    copied: Bundle, name: str, use: Callable[[Bundle], object]
+    copy: Bundle, name: str, use: Callable[[Bundle], object]
 ) -> None:
-    content = bytearray((copied.path / name).read_bytes())
+    content = bytearray((copy.path / name).read_bytes())
     content[-1] ^= 1
-    (copied.path / name).write_bytes(content)
+    (copy.path / name).write_bytes(content)
     with pytest.raises(BundleError, match="SHA-256 differs"):
-        use(copied)
+        use(copy)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "gone", "longer"])
-def test_what_is_no_file_any_more_is_refused_at_once(copied: Bundle, kind: str) -> None:
-    file = copied.path / MODEL
-    aside = file.rename(copied.path.parent / "aside")
+def test_what_is_no_file_any_more_is_refused_at_once(copy: Bundle, kind: str) -> None:
+    file = copy.path / MODEL
+    aside = file.rename(copy.path.parent / "aside")
     if kind == "link":
         file.symlink_to(aside)
     elif kind == "pipe":
@@ -101,12 +94,12 @@ def test_what_is_no_file_any_more_is_refused_at_once(copied: Bundle, kind: str) 
         file.mkdir()
     elif kind == "longer":
         file.write_bytes(aside.read_bytes() + b"x")
-    with pytest.raises(BundleError, match=MODEL), open_runner(copied):
+    with pytest.raises(BundleError, match=MODEL), open_runner(copy):
         pass
 
 
 def test_the_kernels_that_are_loaded_are_the_ones_that_were_hashed(
-    copied: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = custom_ops.find_custom_ops()
@@ -118,7 +111,7 @@ def test_the_kernels_that_are_loaded_are_the_ones_that_were_hashed(
     monkeypatch.setattr(
         "advmoe_deploy.runtime.onnxruntime.engine.find_custom_ops", lambda *_: found
     )
-    golden = golden_arrays(copied)
-    with open_runner(copied) as runner:
+    golden = golden_arrays(copy)
+    with open_runner(copy) as runner:
         logits = runner.infer(golden["images"]).logits
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=3e-5)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, Bundle, open_bundle
+from advmoe_deploy.bundle import GOLDEN, MANIFEST, MANIFEST_HASH, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BundleError
 from advmoe_deploy.sealing.golden import golden_arrays
 from tests.sealing.bundles import put, put_manifest
-
-
-@pytest.fixture
-def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
 
 
 def refused(copied: Path, text: str) -> None:

@@ -14,15 +14,10 @@ from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.decode import decode_file, known_formats
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
+from tests.data.packed import png, png_chunk
 
 GREY = Decoding.of(8, channels=1)
 COLOUR = Decoding.of(8)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def unit_pixels(path: Path, decoding: Decoding) -> np.ndarray:
@@ -87,15 +82,9 @@ def test_the_orientation_a_camera_noted_is_applied(tmp_path: Path) -> None:
 
 def bomb() -> bytes:
     """Return a PNG of a few bytes that claims 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    idat = chunk(b"IDAT", zlib.compress(b"\0"))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + idat + chunk(b"IEND", b"")
+    idat = png_chunk(b"IDAT", zlib.compress(b"\0"))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + idat + png_chunk(b"IEND", b"")
 
 
 def test_bad_files_become_one_line(tmp_path: Path) -> None:

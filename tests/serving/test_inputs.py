@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.serving.inputs import list_inputs
 
@@ -129,7 +129,7 @@ def test_what_is_no_image_is_counted_and_named(tmp_path: Path) -> None:
     assert str(other).endswith(", ...")
 
 
-@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_suffix_of_an_image_is_read(tmp_path: Path, suffix: str) -> None:
     touch(tmp_path / f"a{suffix}", tmp_path / f"b{suffix.upper()}")
     assert len(list_inputs(str(tmp_path))) == 2

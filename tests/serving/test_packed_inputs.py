@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as arrow
@@ -21,12 +20,9 @@ from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.serving.batch import classify_files
 from advmoe_deploy.serving.inputs import list_inputs, open_inputs
+from tests.serving.written import rows_of
 
 GREY = Decoding.of(8, channels=1)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def answers(source: object, start: int = 0) -> dict[str, object]:

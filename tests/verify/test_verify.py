@@ -28,6 +28,7 @@ from advmoe_deploy.verify import trial as trial_module
 from advmoe_deploy.verify.curve import robustness_curve
 from advmoe_deploy.verify.suites import Suite, attack_suite, routing_targets
 from advmoe_deploy.verify.verify import verify_bundle
+from tests.verify.planted.graphs import graphs_of
 
 
 def resealed(path: Path, bundle: Bundle) -> Bundle:
@@ -55,12 +56,6 @@ def spoil_heads(model: onnx.ModelProto, heads: int) -> int:
                 rows = np.ascontiguousarray(numpy_helper.to_array(tensor)[::-1])
                 tensor.CopyFrom(numpy_helper.from_array(rows, tensor.name))
     return len(biases[:heads])
-
-
-def graphs_of(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """Return ``graph`` and, behind it, the branches inside it."""
-    inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
-    return [graph, *(each for one in inner for each in graphs_of(one))]
 
 
 def test_an_honest_export_passes(tiny_bundle: Bundle) -> None:

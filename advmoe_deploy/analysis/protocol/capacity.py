@@ -16,7 +16,8 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.protocol.radii import Protocol, withstanding
 from advmoe_deploy.analysis.shares import Share, answers, share_of
-from advmoe_deploy.attacks.white_box import BATCH, predict
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
+from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.macs import count_macs
@@ -153,7 +154,7 @@ def over_capacities(
             progress.advance("capacity", robust_accuracy=robust.value)
     return CapacityReport(
         overflow=overflow_of(model),
-        batch=min(BATCH, len(labels)),
+        batch=min(ATTACK_BATCH, len(labels)),
         epsilon=threat.epsilon,
         steps=protocol.steps,
         macs=whole,

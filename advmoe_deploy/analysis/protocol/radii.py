@@ -29,7 +29,7 @@ from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
 
 RADII = tuple(step / 255 for step in (1, 2, 4, 8, 12, 16, 20))
-TARGETS: tuple[AttackTarget, ...] = ("model", "auxiliary")
+_TARGETS: tuple[AttackTarget, ...] = ("model", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def targets_of(model: Classifier) -> tuple[AttackTarget, ...]:
         rule.weighting == "one" or (rule.weighting == "renormalised" and rule.top_k == 1)
         for rule in model.rules
     )
-    return (*TARGETS, "pathway") if hard else TARGETS
+    return (*_TARGETS, "pathway") if hard else _TARGETS
 
 
 def over_radii(
@@ -138,13 +138,13 @@ def over_radii(
     standing = dict.fromkeys(radii, predict(model, images) == labels)
     with task(progress, "radii", len(radii) * (len(targets) + (protocol.twin is not None))):
         points = []
-        for target in TARGETS:
+        for target in _TARGETS:
             for radius in radii:
                 threat = ThreatModel(epsilon=radius)
                 point, right_N = _point(model, images, labels, threat, protocol, target, progress)
                 points.append(point)
                 standing[radius] = standing[radius] & right_N
-        for target in targets[len(TARGETS) :]:
+        for target in targets[len(_TARGETS) :]:
             for radius, right_N in standing.items():
                 few = images[right_N], labels[right_N]
                 threat = ThreatModel(epsilon=radius)

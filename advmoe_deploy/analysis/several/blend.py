@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
 from advmoe_deploy.analysis.several.roles import on_the_same_data
-from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
+from advmoe_deploy.analysis.several.trial import SharedTrial, TrialSettings
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import require_routes
 from advmoe_deploy.models.families.dual import DualModel
@@ -30,7 +30,7 @@ class BlendPoint(Frozen):
     withstood: Withstood
 
 
-class Beside(Frozen):
+class ComparedRun(Frozen):
     """Another run, such as RT-ER's one mixture, under the same attacks."""
 
     run: str
@@ -54,7 +54,7 @@ class BlendReport(Frozen):
     trained_alpha: float
     points: tuple[BlendPoint, ...]
     front: tuple[float, ...]
-    beside: tuple[Beside, ...]
+    beside: tuple[ComparedRun, ...]
     versions: dict[str, str]
     seconds: float
 
@@ -73,7 +73,7 @@ def blend(
     settings: TrialSettings,
     *,
     beside: Sequence[StoredModel] = (),
-    measured: list[BlendPoint | Beside] | None = None,
+    measured: list[BlendPoint | ComparedRun] | None = None,
     progress: Progress | None = None,
 ) -> BlendReport:
     """Return what ``stored``, of family dual-model, withstands at each of ``alphas``.
@@ -90,7 +90,7 @@ def blend(
     assert isinstance(model, DualModel), "whoever names the run has seen its family"
     for other in beside:
         _require_alike(stored, other)
-    trial = Trial.of(stored, settings)
+    trial = SharedTrial.of(stored, settings)
     measured = [] if measured is None else measured
     with task(progress, _TASK, (len(alphas) + len(beside)) * len(TARGETS)):
         for alpha in alphas:
@@ -98,7 +98,7 @@ def blend(
             measured.append(BlendPoint(alpha=alpha, withstood=found))
         for other in beside:
             found = trial.put_to(other.model, progress, _TASK)
-            measured.append(Beside(run=str(other.path), recipe=other.recipe, withstood=found))
+            measured.append(ComparedRun(run=str(other.path), recipe=other.recipe, withstood=found))
     points = tuple(one for one in measured if isinstance(one, BlendPoint))
     return BlendReport(
         model=str(stored.path),
@@ -111,7 +111,7 @@ def blend(
         trained_alpha=model.alpha,
         points=points,
         front=front_of(points),
-        beside=tuple(one for one in measured if isinstance(one, Beside)),
+        beside=tuple(one for one in measured if isinstance(one, ComparedRun)),
         versions=installed_versions(),
         seconds=time.perf_counter() - started,
     )

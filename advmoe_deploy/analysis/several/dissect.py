@@ -12,7 +12,7 @@ import torch
 from advmoe_deploy.analysis.redundancy import TARGETS, Withstood
 from advmoe_deploy.analysis.routing_change import changed_images
 from advmoe_deploy.analysis.several.roles import BEGINS_WITH, ROLES, Role, Run
-from advmoe_deploy.analysis.several.trial import Trial, TrialSettings
+from advmoe_deploy.analysis.several.trial import SharedTrial, TrialSettings
 from advmoe_deploy.analysis.shares import Marked, answers, marked
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.white_box import attack_model
@@ -86,7 +86,7 @@ def dissect(
     _require_parts_kept(roles, stored)
     if settings.epsilon is None:
         _require_one_radius([run for _, run in runs])
-    trial = Trial.of(stored[roles["standard"][0].path], settings)
+    trial = SharedTrial.of(stored[roles["standard"][0].path], settings)
     found = [] if measured is None else measured
     with task(progress, _TASK, len(runs) * (len(TARGETS) + len(_FLIPPED_BY))):
         for role, run in runs:
@@ -105,7 +105,7 @@ def dissect(
 
 
 def _dissected(
-    role: Role, run: Run, model: Classifier, trial: Trial, progress: Progress
+    role: Role, run: Run, model: Classifier, trial: SharedTrial, progress: Progress
 ) -> Dissected:
     flips = []
     for target in _FLIPPED_BY:
@@ -124,7 +124,9 @@ def _dissected(
     )
 
 
-def _moved(target: AttackTarget, model: Classifier, trial: Trial, progress: Progress) -> Marked:
+def _moved(
+    target: AttackTarget, model: Classifier, trial: SharedTrial, progress: Progress
+) -> Marked:
     """Return whom PGD with ``target`` sends to other experts."""
     attack, images = trial.attack.model_copy(update={"target": target}), len(trial.labels)
     with attack_task(progress, model, attack, images):

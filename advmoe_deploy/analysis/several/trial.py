@@ -31,7 +31,7 @@ class TrialSettings:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SharedTrial:
     """Images [N, C, H, W] of ``source``, their labels [N], and the attack on them."""
 
     source: str
@@ -41,7 +41,7 @@ class Trial:
     attack: AttackSpec
 
     @classmethod
-    def of(cls, stored: StoredModel, settings: TrialSettings) -> "Trial":
+    def of(cls, stored: StoredModel, settings: TrialSettings) -> "SharedTrial":
         """Return the trial of ``stored`` on its own test images, or those that are named.
 
         Raises:

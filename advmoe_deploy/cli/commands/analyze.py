@@ -186,7 +186,7 @@ def analyze(
             return
         (path,) = paths
         use_torch_threads(threads)
-        from advmoe_deploy.analysis.analyze import Settings
+        from advmoe_deploy.analysis.analyze import AnalysisSettings
         from advmoe_deploy.analysis.analyze import analyze as analyze_model
         from advmoe_deploy.analysis.sections import sections_for
         from advmoe_deploy.cli.pages import analysis_report
@@ -204,7 +204,7 @@ def analyze(
         refuse_existing(target, overwrite=overwrite, marker=REPORT)
         sections = sections_for(stored.model, wanted, _wanted(also) or ())
         journal = target.with_name(f".{target.name}.smoothing.jsonl")
-        settings = Settings(
+        settings = AnalysisSettings(
             sections=sections,
             images=images,
             data=data,

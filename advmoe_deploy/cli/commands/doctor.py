@@ -1,6 +1,5 @@
 """The command ``doctor``."""
 
-import importlib.metadata
 import platform
 from dataclasses import asdict
 
@@ -11,6 +10,7 @@ from advmoe_deploy.cli.session import session
 from advmoe_deploy.errors import AdvMoEError, missing_extra
 from advmoe_deploy.process import usable_cpus
 from advmoe_deploy.profiling.processor import processor_name
+from advmoe_deploy.reports.versions import version_of
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops
 from advmoe_deploy.runtime.onnxruntime.kernels.build import find_compiler
 
@@ -25,7 +25,7 @@ def doctor(as_json: Json = False) -> None:
         from advmoe_deploy.cli.tables import bundle as tables
         from advmoe_deploy.runtime.tensorrt.doctor import gpu_path
 
-        engines = {name: _version(name) for name in ("onnxruntime", "openvino")}
+        engines = {name: version_of(name) for name in ("onnxruntime", "openvino")}
         custom_ops, problem = _custom_ops()
         value = {
             "advmoe": __version__,
@@ -38,8 +38,10 @@ def doctor(as_json: Json = False) -> None:
             "compiler": find_compiler(),
             "custom_ops": custom_ops,
             "packages": {
-                **{name: {"version": _version(name), "extra": None} for name in REQUIRED},
-                **{name: {"version": _version(name), "extra": e} for name, e in OPTIONAL.values()},
+                **{name: {"version": version_of(name), "extra": None} for name in REQUIRED},
+                **{
+                    name: {"version": version_of(name), "extra": e} for name, e in OPTIONAL.values()
+                },
             },
         }
         ui.show(value, lambda: tables.doctor_report(value))
@@ -55,10 +57,3 @@ def _custom_ops() -> tuple[dict[str, str | None], AdvMoEError | None]:
         return find_custom_ops().as_json(), None
     except AdvMoEError as error:
         return {"form": None, "reason": str(error), "library": None}, error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

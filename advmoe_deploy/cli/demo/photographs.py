@@ -21,7 +21,7 @@ from advmoe_deploy.specs import Frozen
 from advmoe_deploy.zoo.places import find
 from advmoe_deploy.zoo.record import Evaluation, read_record
 
-MODEL = "cifar10-advmoe"
+ZOO_MODEL = "cifar10-advmoe"
 _REQUESTS = 20
 _PATIENCE = 60  # seconds until a server that has not answered is given up
 
@@ -61,12 +61,14 @@ def show_photographs(out: Path, *, quick: bool, progress: Progress) -> Photograp
     of what it reaches: there is nothing to show of it.
     """
     began = time.perf_counter()
-    run = find(MODEL)
+    run = find(ZOO_MODEL)
     record = read_record(run) if run else None
     if run is None or record is None or not record.evaluations:
-        progress.note(f"photographs: no {MODEL} with results on test images is at hand; left out")
+        progress.note(
+            f"photographs: no {ZOO_MODEL} with results on test images is at hand; left out"
+        )
         return None
-    progress.note(f"photographs: export {MODEL}, which comes trained, and compare with torch")
+    progress.note(f"photographs: export {ZOO_MODEL}, which comes trained, and compare with torch")
     export_run(run, out, data="random:64", overwrite=True, progress=progress)
     bundle = open_bundle(out)
     progress.note("photographs: profile, interleaved with the dense networks")

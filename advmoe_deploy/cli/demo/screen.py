@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from advmoe_deploy.cli.demo.photographs import MODEL, Photographs
+from advmoe_deploy.cli.demo.photographs import ZOO_MODEL, Photographs
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
 from advmoe_deploy.cli.tables.bundle import robust_verdict
 from advmoe_deploy.settings import epsilon_text
@@ -65,7 +65,7 @@ def _photographs(found: Photographs | None) -> list[RenderableType]:
     macs = (found.macs.executed, found.macs.dense, found.macs.s_dense)
     table.add_row("MACs per image, router included", *(f"{m / 1e9:.3f} G" for m in macs))
     return [
-        f"[bold]{MODEL}, a model that comes trained on {measured.data}[/bold]",
+        f"[bold]{ZOO_MODEL}, a model that comes trained on {measured.data}[/bold]",
         f"{100 * measured.clean.value:.1f} % clean, {100 * measured.robust.value:.1f} % "
         f"(n = {measured.robust.n}) under {measured.attack_words}, l-inf "
         f"{epsilon_text(measured.threat.epsilon)}",

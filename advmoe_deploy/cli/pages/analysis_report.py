@@ -7,13 +7,11 @@ from typing import Any
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.routing_change import MovedImage
 from advmoe_deploy.cli.pages.analysis_plots import drawings_of
-from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.page import HTML, Head, render
 from advmoe_deploy.cli.pages.pictures import MOST_PICTURES, side
 from advmoe_deploy.cli.pages.plots import plot_of
 from advmoe_deploy.cli.tables.analysis import bound_text, interval, radius_text
 from advmoe_deploy.cli.verdicts.analysis import conclusions
-
-HTML = "report.html"
 
 
 def write_report(

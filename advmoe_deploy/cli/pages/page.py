@@ -14,6 +14,8 @@ from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.settings import epsilon_text
 
+HTML = "report.html"
+
 
 @dataclass(frozen=True)
 class Head:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.page import HTML, Head, render
 from advmoe_deploy.cli.pages.pictures import MOST_PICTURES, side
 from advmoe_deploy.cli.robustness import Seen
 from advmoe_deploy.cli.tables.robustness import certified_text
@@ -12,8 +12,6 @@ from advmoe_deploy.cli.verdicts.robust import model_only, robust_verdict
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import Robustness
 from advmoe_deploy.verify.examples.rerouted import Rerouted, moves
-
-HTML = "report.html"
 
 
 def write_report(seen: Seen, bundle: Bundle, folder: Path, name: str, *, threads: int = 0) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from advmoe_deploy.analysis.redundancy import Withstood
-    from advmoe_deploy.analysis.several.blend import Beside, BlendPoint, BlendReport
+    from advmoe_deploy.analysis.several.blend import BlendPoint, BlendReport, ComparedRun
     from advmoe_deploy.analysis.shares import Marked
     from advmoe_deploy.cli.several.presentation import Presentation, Table
     from advmoe_deploy.specs import Frozen
@@ -50,7 +50,7 @@ def blend_run(options: TrialOptions, text: str, ui: Session) -> None:
     alphas = alphas_of(text)
     first, *_ = options.paths
     _require_dual(first)
-    measured: list[BlendPoint | Beside] = []
+    measured: list[BlendPoint | ComparedRun] = []
 
     def make() -> tuple[Frozen, dict[str, str], Presentation]:
         from advmoe_deploy.analysis.several.blend import blend
@@ -75,7 +75,7 @@ def blend_run(options: TrialOptions, text: str, ui: Session) -> None:
     options.write(ui, out, REPORT, make, measured, found)
 
 
-def _name(one: BlendPoint | Beside) -> str:
+def _name(one: BlendPoint | ComparedRun) -> str:
     from advmoe_deploy.analysis.several.blend import BlendPoint
 
     return f"alpha {one.alpha:g}" if isinstance(one, BlendPoint) else one.recipe or one.run

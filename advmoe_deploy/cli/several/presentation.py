@@ -8,15 +8,14 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.analysis.redundancy import Withstood
 from advmoe_deploy.analysis.shares import Share
-from advmoe_deploy.cli.pages.page import Head, render
+from advmoe_deploy.cli.pages.page import HTML, Head, render
 from advmoe_deploy.cli.pages.plots import HEIGHT, Draw, plot_of
 from advmoe_deploy.cli.tables.analysis import interval
-from advmoe_deploy.cli.tables.bundle import new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.specs import Frozen
 
-HTML = "report.html"
 # What is measured of every run, and of which target; the last counts all but RA-E.
 WITHSTOOD = ("clean", "PGD", "RA-R", "RA-E", "PGD, all targets")
 _LEAST = ("RA-E", "PGD")  # what a narrow terminal does without first
@@ -71,7 +70,7 @@ def so_far(found: Mapping[str, Withstood]) -> RenderableType:
 def drawn(table: Table) -> RenderableType:
     """Return a table for a terminal; intervals go below their figures, for want of width."""
     least = [column for column in _LEAST if column in table.columns]
-    drawing = new_table(table.title, table.columns, least)
+    drawing = FittedTable(table.title, table.columns, least)
     for row in table.rows:
         name, *figures = map(escape, row)
         drawing.add_row(name, *(each.replace(" (", "\n(") for each in figures))

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, MeasuredShare, Timing
 
 _MARK = "*"
@@ -17,7 +17,7 @@ def benchmark_report(report: BenchmarkReport) -> RenderableType:
     batches = [timing.batch for timing in report.contenders[0].timings]
     columns = ("engine", *_COLUMNS, *(f"ms at {n}" for n in batches))
     least = ("vs dense", "MB") if report.aim == "size" else ("MB", "vs dense")
-    table = new_table(report.bundle, (*columns, "vs dense"), least)
+    table = FittedTable(report.bundle, (*columns, "vs dense"), least)
     for each in report.contenders:
         mark = _MARK if each.best else " "
         table.add_row(escape(f"{mark} {each.name}"), *_cells(each), _ratio(_deciding(each, report)))
@@ -27,7 +27,7 @@ def benchmark_report(report: BenchmarkReport) -> RenderableType:
 def unfinished(contenders: Sequence[Contender]) -> RenderableType:
     """Return what is known of each engine, where the comparison did not come to its end."""
     batches = [timing.batch for timing in contenders[0].timings]
-    table = new_table("unfinished", ("engine", *_COLUMNS, *(f"ms at {n}" for n in batches)))
+    table = FittedTable("unfinished", ("engine", *_COLUMNS, *(f"ms at {n}" for n in batches)))
     for each in contenders:
         table.add_row(escape(each.name), *_cells(each))
     return table

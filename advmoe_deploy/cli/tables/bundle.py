@@ -86,7 +86,7 @@ def manifests_report(out: Path, name: str, bundle: Bundle) -> RenderableType:
 def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
-    table = new_table(
+    table = FittedTable(
         f"{report.images} images of {report.data}, {norm} epsilon {epsilon_text(epsilon)}; "
         f"engine: {report.engine} {report.precision}",
         _OUTCOMES,
@@ -146,7 +146,7 @@ def _of_reference(report: RobustReport) -> str:
 
 def attack_outcomes(outcomes: Sequence[AttackOutcome], engine: str) -> RenderableType:
     """Return accuracies of reference and engine under those attacks that ended."""
-    table = new_table(f"unfinished; engine: {engine}", _OUTCOMES)
+    table = FittedTable(f"unfinished; engine: {engine}", _OUTCOMES)
     _add_outcomes(table, outcomes)
     return table
 
@@ -201,7 +201,7 @@ def bundle_contents(bundle: Bundle) -> RenderableType:
         *_engine_rows(manifest.engines),
         ("made", f"{manifest.created} by {manifest.producer}"),
     ]
-    files = new_table("files", ("name", "bytes", "SHA-256"))
+    files = FittedTable("files", ("name", "bytes", "SHA-256"))
     for name, record in manifest.files.items():
         files.add_row(escape(name), str(record.bytes), record.sha256[:16])
     warnings = (escape(f"warning: {line}") for line in bundle.warnings)
@@ -300,11 +300,6 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     for name, text in rows:
         table.add_row(f"  {escape(name)}", escape(text))
     return table
-
-
-def new_table(title: str, columns: Sequence[str], least: Sequence[str] = ()) -> FittedTable:
-    """Return an empty table; the columns ``least`` give way first where the terminal is narrow."""
-    return FittedTable(title, columns, least)
 
 
 def _pair(pair: Pair) -> tuple[str, str]:

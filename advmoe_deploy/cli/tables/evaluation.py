@@ -2,8 +2,8 @@
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import new_table
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.evaluation.report import EvalReport, ExpertUse, Reliability
 
@@ -35,7 +35,7 @@ def _classes(report: EvalReport) -> RenderableType:
     met.sort(key=lambda each: 2.0 if each.recall is None else each.recall)
     shown, left = met[:_CLASSES], len(met) - _CLASSES
     rest = f"the {_CLASSES} of lowest recall; --json has {left} more" if left > 0 else "by recall"
-    table = new_table(f"classes, {rest}", ("class", "images", "recall", "95 %", "precision"))
+    table = FittedTable(f"classes, {rest}", ("class", "images", "recall", "95 %", "precision"))
     for each in shown:
         low, high = each.recall_interval
         table.add_row(

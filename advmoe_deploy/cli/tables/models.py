@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 
-from advmoe_deploy.cli.tables.bundle import facts, new_table
+from advmoe_deploy.cli.tables.bundle import facts
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
@@ -47,7 +48,7 @@ def model_list(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Return a row per model, and below what is to be said of single ones."""
     if not entries:
         return facts("models", [(_NO_MODELS, "")])
-    table = new_table("", _COLUMNS, _LEAST)
+    table = FittedTable("", _COLUMNS, _LEAST)
     notes = []
     for entry in entries:
         table.add_row(f"  {escape(entry['name'])}", *map(escape, _cells(entry)))

@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 
 from advmoe_deploy.analysis.vacuous import VACUOUS
 from advmoe_deploy.cli.tables.analysis import radius_text
-from advmoe_deploy.cli.tables.bundle import new_table, robust_report
+from advmoe_deploy.cli.tables.bundle import robust_report
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
@@ -30,7 +31,7 @@ def gate_report(report: GateReport) -> RenderableType:
     """Return a row per check of a gate, the notes and the verdict."""
     computed = f"{report.engine}, {report.report.precision}"
     title = f"{report.bundle} on {computed} against {report.baseline}, {report.images} images"
-    table = new_table(title, ("check", "verdict", "seconds"))
+    table = FittedTable(title, ("check", "verdict", "seconds"))
     for check in report.checks:
         table.add_row(check.name, check.verdict, f"{check.seconds:.1f}")
     lines = [

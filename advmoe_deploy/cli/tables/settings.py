@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from advmoe_deploy.cli.tables.bundle import facts, new_table
+from advmoe_deploy.cli.tables.bundle import facts
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.train.meaning import Setting, settings_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def recipe_settings(summary: str, config: "TrainConfig") -> RenderableType:
 def run_plan(plan: "RunPlan") -> RenderableType:
     """Return all that a training would do: settings, images by class and split, steps."""
     config = plan.config
-    counts = new_table("images", ("class", "train", "hold-out", "test"))
+    counts = FittedTable("images", ("class", "train", "hold-out", "test"))
     for row in plan.classes[:_CLASSES]:
         counts.add_row(escape(row.name), *(f"{n:,}" for n in (row.train, row.holdout, row.test)))
     if more := len(plan.classes[_CLASSES:]):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from advmoe_deploy.cli.tables.bundle import facts, new_table
+from advmoe_deploy.cli.tables.bundle import facts
 from advmoe_deploy.cli.tables.escape import escape
+from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import percent
 from advmoe_deploy.settings import epsilon_text
 
@@ -45,7 +46,7 @@ def train_report(report: "TrainReport", again: str) -> RenderableType:
 
 def sweep_report(report: "SweepReport", plot: str) -> RenderableType:
     """Return a row per value: mean accuracies over the seeds, and MACs per image."""
-    table = new_table(
+    table = FittedTable(
         f"{report.recipe} over {report.key}",
         (report.key, "robust", "clean", "effective routes", "executed MACs"),
     )

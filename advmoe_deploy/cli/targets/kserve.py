@@ -10,7 +10,7 @@ from advmoe_deploy.cli.targets.source import Source
 from advmoe_deploy.errors import UsageError
 
 
-class Kind(str, Enum):
+class ServerKind(str, Enum):
     """Server in a pod."""
 
     advmoe = "advmoe"
@@ -35,7 +35,7 @@ Image = Annotated[
     ),
 ]
 Server = Annotated[
-    Kind | None,
+    ServerKind | None,
     typer.Option(
         "--server", help="kserve: what serves, by default advmoe; or triton, NVIDIA's server."
     ),
@@ -48,7 +48,7 @@ def write(
     *,
     storage_uri: str | None = None,
     image: str | None = None,
-    server: Kind = Kind.advmoe,
+    server: ServerKind = ServerKind.advmoe,
 ) -> None:
     """Write the manifests of a bundle and say how a cluster is given them.
 

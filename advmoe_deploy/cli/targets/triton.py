@@ -9,7 +9,7 @@ from advmoe_deploy.cli.session import Session
 from advmoe_deploy.cli.targets.source import Source
 
 
-class Kind(str, Enum):
+class DeviceKind(str, Enum):
     """Runtime of the models of a repository."""
 
     cpu = "cpu"
@@ -25,7 +25,8 @@ Mount = Annotated[
     ),
 ]
 Device = Annotated[
-    Kind | None, typer.Option("--device", help="triton: what the models run on, by default cpu.")
+    DeviceKind | None,
+    typer.Option("--device", help="triton: what the models run on, by default cpu."),
 ]
 MaxBatch = Annotated[
     int | None,
@@ -38,7 +39,7 @@ def write(
     source: Source,
     *,
     mount: str = "/models",
-    device: Kind = Kind.cpu,
+    device: DeviceKind = DeviceKind.cpu,
     max_batch: int = 64,
 ) -> None:
     """Write the repository of a bundle and say what is in it."""

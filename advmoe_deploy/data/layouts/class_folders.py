@@ -12,7 +12,7 @@ import numpy as np
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
 from advmoe_deploy.data.layouts.tree import Tree
 from advmoe_deploy.data.notices import say_once
-from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError, reason_of
 
 _ANNOTATIONS = "_annotations.txt"
@@ -48,7 +48,7 @@ def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
 
 def images_of(files: Iterable[str]) -> list[str]:
     """Return those of ``files`` that are images by name."""
-    return [file for file in files if PurePosixPath(file).suffix.lower() in SUFFIXES]
+    return [file for file in files if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def split_folders(tree: Tree, names: Iterable[str]) -> list[str]:
@@ -129,8 +129,8 @@ def by_folder(
     for label, (name, found) in enumerate(by_class.items()):
         if not found:
             raise DataError(
-                f"{tree.root / folder / name} holds no image ({', '.join(SUFFIXES)}); put some "
-                "there, or remove the folder"
+                f"{tree.root / folder / name} holds no image ({', '.join(IMAGE_SUFFIXES)}); put "
+                "some there, or remove the folder"
             )
         files += found
         labels += [label] * len(found)

@@ -12,9 +12,14 @@ from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
 from advmoe_deploy.data.layouts.unsplit import unsplit_class_folders
 from advmoe_deploy.errors import DataError, missing_folder
 
-Layout = Callable[[Tree, Wanted], tuple[Listing, Listing] | None]
-TABLES_FIRST: tuple[Layout, ...] = (image_tables, cifar_batches, webdataset_shards, class_folders)
-FOLDERS_FIRST: tuple[Layout, ...] = (
+LayoutReader = Callable[[Tree, Wanted], tuple[Listing, Listing] | None]
+TABLES_FIRST: tuple[LayoutReader, ...] = (
+    image_tables,
+    cifar_batches,
+    webdataset_shards,
+    class_folders,
+)
+FOLDERS_FIRST: tuple[LayoutReader, ...] = (
     class_folders,
     image_tables,
     webdataset_shards,
@@ -25,7 +30,7 @@ _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst
 
 
 def listings_of(
-    root: Path, wanted: Wanted, layouts: Sequence[Layout], way_out: str
+    root: Path, wanted: Wanted, layouts: Sequence[LayoutReader], way_out: str
 ) -> tuple[Listing, Listing]:
     """Return the training and test images below ``root``, by the first layout that is there.
 

@@ -15,7 +15,7 @@ import numpy as np
 from advmoe_deploy.data.layouts.copies import split_files
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, joined
 from advmoe_deploy.data.layouts.tree import Tree, is_hidden
-from advmoe_deploy.decoding import SUFFIXES
+from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError
 
 _LARGEST_IMAGE = 256 << 20
@@ -49,7 +49,7 @@ def _shard(file: Path, wanted: Wanted) -> Listing:
     images, labels = _members(file, wanted)
     if lone := images.keys() ^ labels.keys():
         first = min(lone)
-        lacks = f"image ({', '.join(SUFFIXES)})"
+        lacks = f"image ({', '.join(IMAGE_SUFFIXES)})"
         if first in images:
             lacks = f"label (.cls, or .json with a number as {', '.join(wanted.labels)})"
         raise DataError(
@@ -85,7 +85,7 @@ def _members(file: Path, wanted: Wanted) -> tuple[dict[str, _Member], dict[str, 
                 if not member.isreg() or any(map(is_hidden, PurePosixPath(member.name).parts)):
                     continue
                 suffix = suffix.lower()
-                if f".{suffix}" in SUFFIXES:
+                if f".{suffix}" in IMAGE_SUFFIXES:
                     _require_size(file, member, _LARGEST_IMAGE)
                     images[key] = _Member(member.name, member.offset_data, member.size)
                 elif suffix == "cls":
@@ -101,7 +101,9 @@ def _members(file: Path, wanted: Wanted) -> tuple[dict[str, _Member], dict[str, 
             "download it again"
         ) from None
     if not images:
-        raise DataError(f"{file} holds no image ({', '.join(SUFFIXES)}); name WebDataset shards")
+        raise DataError(
+            f"{file} holds no image ({', '.join(IMAGE_SUFFIXES)}); name WebDataset shards"
+        )
     return images, described | labels
 
 

@@ -16,7 +16,7 @@ from advmoe_deploy.data.layouts.listing import Listing, Wanted, joined
 from advmoe_deploy.data.layouts.tree import Tree
 from advmoe_deploy.errors import DataError, missing_extra, reason_of
 
-SUFFIXES = (".parquet", ".arrow")
+_SUFFIXES = (".parquet", ".arrow")
 _PART = re.compile(r"(?:^|-)(\d+)-of-(\d+)")
 
 
@@ -26,7 +26,7 @@ def image_tables(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
     Raises:
         DataError: a split or a part of one is missing or there twice, or a file is damaged.
     """
-    files = split_files(tree, SUFFIXES, wanted)
+    files = split_files(tree, _SUFFIXES, wanted)
     if files is None:
         return None
     train, test = (_listing(tree.root, each, wanted) for each in files)

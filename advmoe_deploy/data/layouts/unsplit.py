@@ -24,8 +24,6 @@ from advmoe_deploy.errors import DataError
 _TESTED = 5
 # One to test, one to hold out, and some to train on.
 _LEAST = 5
-# The same images are the test images for every command and every run.
-_SEED = 20230810
 
 
 def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
@@ -50,9 +48,7 @@ def unsplit_class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing]
                 f"{tree.root / train / name} holds {count} image{'s' if count > 1 else ''}; give "
                 f"each class at least {_LEAST}, of which one is to test on and one to choose by"
             )
-    test_rows, train_rows = stratified_parts(
-        everything.labels_N, (len(everything) // _TESTED,), _SEED
-    )
+    test_rows, train_rows = stratified_parts(everything.labels_N, (len(everything) // _TESTED,))
     say_once(
         f"{tree.root} has no test images of its own: a fifth of each class, {len(test_rows):,} in "
         "all, is kept for the test, always the same"

@@ -16,7 +16,7 @@ from onnx import FunctionProto, ModelProto, helper, inliner
 from advmoe_deploy.export.graph.writer import OPSET
 from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 
-VERSION = 1
+OPSET_VERSION = 1
 
 # From what a router is given to its scores, and from scores to ids and weights.
 _SCORES = {
@@ -149,7 +149,7 @@ def with_bodies(model: ModelProto) -> ModelProto:
     del model.functions[:]
     model.functions.extend(body for name, body in bodies().items() if name in used)
     if used and all(entry.domain != DOMAIN for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+        model.opset_import.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
     return model
 
 

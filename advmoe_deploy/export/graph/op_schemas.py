@@ -16,7 +16,7 @@ from onnx import TensorProto, TypeProto, defs, helper
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext
 
-from advmoe_deploy.export.graph.op_bodies import VERSION
+from advmoe_deploy.export.graph.op_bodies import OPSET_VERSION
 from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 
 _KINDS = {OpSchema.AttrType.INT: "int", OpSchema.AttrType.FLOAT: "float"}
@@ -58,7 +58,7 @@ class Operator:
         schema = OpSchema(
             self.name,
             DOMAIN,
-            VERSION,
+            OPSET_VERSION,
             self.doc,
             inputs=[_parameter(argument) for argument in self.inputs],
             outputs=[_parameter(argument) for argument in self.outputs],
@@ -174,7 +174,7 @@ def _router(source: str, weighting: str) -> Operator:
     )
 
 
-OPERATORS = (
+CUSTOM_OPERATORS = (
     *(_router(source, weighting) for source in _SOURCES for weighting in _WEIGHTINGS),
     Operator(
         "ExpertDispatch",
@@ -226,14 +226,14 @@ OPERATORS = (
 
 def register_schemas() -> None:
     """Make the operators known to ``onnx`` in this process; again is no mistake."""
-    for operator in OPERATORS:
-        if not defs.has(operator.name, VERSION, DOMAIN):
+    for operator in CUSTOM_OPERATORS:
+        if not defs.has(operator.name, OPSET_VERSION, DOMAIN):
             defs.register_schema(operator.schema())
 
 
 def reference() -> str:
     """Return the operators as Markdown."""
-    return "\n".join(_section(operator) for operator in OPERATORS)
+    return "\n".join(_section(operator) for operator in CUSTOM_OPERATORS)
 
 
 def _section(operator: Operator) -> str:

@@ -15,7 +15,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.kserve.yaml_text import yaml_text
 from advmoe_deploy.files import refuse_existing, write_output
 
-Runtime = Literal["advmoe", "triton"]
+ServingRuntime = Literal["advmoe", "triton"]
 Values = dict[str, Any]
 
 DIGEST = "advmoe-deploy/bundle-sha256"
@@ -29,7 +29,7 @@ _LONGEST_NAME = 40  # with what KServe appends it is a part of host names, of 63
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://[!-~]+")
 _IMAGE = re.compile(r"[a-z0-9][!-~]*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}|@sha256:[0-9a-f]{64})")
 # Users of the images: ours, of deploy/Dockerfile, and NVIDIA's "triton-server".
-_USERS: dict[Runtime, int] = {"advmoe": 10001, "triton": 1000}
+_USERS: dict[ServingRuntime, int] = {"advmoe": 10001, "triton": 1000}
 
 
 def write_manifests(
@@ -39,7 +39,7 @@ def write_manifests(
     name: str,
     storage_uri: str,
     image: str,
-    runtime: Runtime = "advmoe",
+    runtime: ServingRuntime = "advmoe",
     overwrite: bool = False,
 ) -> None:
     """Write the manifests of ``bundle`` to ``out``, one file of YAML.
@@ -90,7 +90,7 @@ class Manifests:
     digest: str
     storage_uri: str
     image: str
-    runtime: Runtime
+    runtime: ServingRuntime
 
     def text(self) -> str:
         """Return the file's content."""
@@ -224,7 +224,7 @@ _MODE = """\
 For KServe 0.16 and newer; before, the deploymentMode "Standard" was called "RawDeployment".
 containerConcurrency counts in the mode "Knative" alone, which allows one port and no
 securityContext of pods."""
-_COMMENT: dict[Runtime, str] = {
+_COMMENT: dict[ServingRuntime, str] = {
     "advmoe": f"""\
 Made by 'advmoe export --format kserve'. Before it is applied, in the same namespace:
   openssl rand -hex 32 | kubectl create secret generic {{name}}-token --from-file=token=/dev/stdin

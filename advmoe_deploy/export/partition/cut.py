@@ -19,7 +19,13 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from advmoe_deploy.errors import CheckFailedError
-from advmoe_deploy.export.partition.lowering import BATCH, Program, is_tensor, lower, shared_path
+from advmoe_deploy.export.partition.lowering import (
+    BATCH_AXIS,
+    TracedModule,
+    is_tensor,
+    lower,
+    shared_path,
+)
 from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.markers import mark_route
@@ -49,7 +55,7 @@ def partition(model: Classifier, progress: Progress | None = None) -> Partition:
     Raises:
         CheckFailedError: the model uses an operator or a form that cannot be exported.
     """
-    return _Cut(Program(_Traced(model), model.spec.image_shape, progress)).partition()
+    return _Cut(TracedModule(_Traced(model), model.spec.image_shape, progress)).partition()
 
 
 class _Traced(nn.Module):
@@ -97,7 +103,7 @@ class _Piece:
 class _Cut:
     """Finds the layers of a marked program, the depth of its trunk, and names what crosses."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: TracedModule) -> None:
         self.program = program
         every = program.needed([program.result])
         self.marks = [n for n in every if str(n.target) == _INPUT]
@@ -246,7 +252,7 @@ class _Cut:
                     num_experts=int(experts),
                     top_k=top_k,
                     weighting=weighting,
-                    tokens=None if rows == BATCH else int(str(rows).removesuffix(f"*{BATCH}")),
+                    tokens=_tokens(rows),
                 )
             )
         return steps
@@ -280,6 +286,11 @@ class _Cut:
                 {t.name: _array(moved[n]) for t, n in zip(segment.outputs, outputs, strict=True)},
             )
         return samples
+
+
+def _tokens(rows: int | str) -> int | None:
+    """Return how many rows each image has; ``None`` if one, the image."""
+    return None if rows == BATCH_AXIS else int(str(rows).removesuffix(f"*{BATCH_AXIS}"))
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -19,11 +19,11 @@ from advmoe_deploy.export.partition.segment_writer import SegmentWriter, Shape
 from advmoe_deploy.parity.rounding import disturbed
 from advmoe_deploy.progress import Progress, Silent, task
 
-BATCH = "N"
+BATCH_AXIS = "N"
 _TRACE = "trace layers"
 
 
-class Program:
+class TracedModule:
     """A traced module with one input and one output, and what its nodes are."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Program:
         example = torch.zeros(2, *image_shape)
         with _told(module, progress or Silent()), torch.no_grad():
             self.exported = torch.export.export(
-                module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
+                module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS)},)
             )
         self.constants = self._constants()
         nodes = self.exported.graph.nodes
@@ -62,7 +62,7 @@ class Program:
     def shape(self, node: fx.Node) -> Shape:
         """Return the shape of a tensor; sizes that follow the batch read like ``16*N``."""
         return tuple(
-            size if isinstance(size, int) else str(size).replace(self._batch, BATCH)
+            size if isinstance(size, int) else str(size).replace(self._batch, BATCH_AXIS)
             for size in node.meta["val"].shape
         )
 
@@ -136,7 +136,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def lower(
-    program: Program,
+    program: TracedModule,
     nodes: Iterable[fx.Node],
     inputs: Mapping[fx.Node, str],
     outputs: Mapping[fx.Node, str],
@@ -158,7 +158,7 @@ def lower(
     return writer
 
 
-def shared_path(program: Program, nodes: Iterable[fx.Node]) -> str:
+def shared_path(program: TracedModule, nodes: Iterable[fx.Node]) -> str:
     """Return the module path, with a dot behind it, in which all parameters of ``nodes`` lie."""
     used = {a for node in nodes for a in node.all_input_nodes if a in program.constants}
     modules = [program.constants[a][0].split(".")[:-1] for a in used]
@@ -171,7 +171,7 @@ class _Walk:
 
     def __init__(
         self,
-        program: Program,
+        program: TracedModule,
         writer: SegmentWriter,
         inputs: Mapping[fx.Node, str],
         path: str,

@@ -15,18 +15,18 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.objectives import PULLS, Answer
 from advmoe_deploy.attacks.pathways import count_pathways
-from advmoe_deploy.attacks.white_box import BATCH, predict
+from advmoe_deploy.attacks.scene import labelled_batches
+from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.export.precision.gate import (
     ATTACK,
     PATHWAY_ATTACK,
     AccuracyGate,
-    Examples,
-    Labels,
-    Logits,
+    AnsweredImages,
+    LogitsOf,
 )
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.parity.answers import Images
+from advmoe_deploy.parity.answers import Images, Labels
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.specs import AttackSpec, ThreatModel
@@ -57,7 +57,7 @@ def with_accuracy(
     attacks = (ATTACK, PATHWAY_ATTACK) if model.rules else (ATTACK,)
     few = min(len(clean), _pathway_images(model))
 
-    def attack(logits: Logits | None) -> Images:
+    def attack(logits: LogitsOf | None) -> Images:
         answer = None if logits is None else TorchFace(logits)
         return attacked_images(model, clean, split.labels, threat, answer, attacks, few, progress)
 
@@ -110,10 +110,8 @@ def _wrong(model: Classifier, x_NCHW: Tensor, y_N: Tensor, answer: Answer | None
     """Return which images [n] are not answered their label."""
     if answer is None:
         return predict(model, x_NCHW) != y_N
-    batches = zip(torch.split(x_NCHW, BATCH), torch.split(y_N, BATCH), strict=True)
-    wrong = [is_wrong(answer(x), y) for x, y in batches]
-    return torch.cat(wrong) if wrong else torch.zeros(0, dtype=torch.bool)
+    return torch.cat([is_wrong(answer(x), y) for x, y in labelled_batches(x_NCHW, y_N)])
 
 
-def _examples(model: Classifier, images: Images) -> Examples:
-    return Examples(images, reference_answers(model, images))
+def _examples(model: Classifier, images: Images) -> AnsweredImages:
+    return AnsweredImages(images, reference_answers(model, images))

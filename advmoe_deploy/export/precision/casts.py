@@ -1,8 +1,8 @@
 """Casts in graphs, which say their precision themselves, as TensorRT wants it.
 
 Standard operators only, no functions, opset 17, and more where that says too little: bfloat16 may
-be convolved from opset 22 on, and Q/DQ pairs may be of float16 from 19 on. What crosses from graph
-to graph stays float32, ids are int64.
+be convolved from opset 22 on, and Q/DQ pairs may be of float16 from 19 on. Tensors between
+graphs stay float32, ids are int64.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

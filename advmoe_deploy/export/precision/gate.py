@@ -1,7 +1,7 @@
 """Accuracy gate of a lower precision: measurements next to the torch model, and their limits.
 
-Logits differ by far more than float32's rounding, so they are no measure. What counts are the
-routes, and what is lost of accuracy, clean and under attack. That is a
+Logits differ by far more than float32's rounding, so they are no measure. Routes count, and the
+loss of accuracy, clean and under attack. That is a
 :class:`~advmoe_deploy.parity.drop.Drop`: of a few hundred images, one more or less is chance.
 
 Shapes: N images, C channels, H height, W width.
@@ -13,15 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from advmoe_deploy.parity.answers import Answers, Images
+from advmoe_deploy.parity.answers import Answers, Flags, Images, Labels
 from advmoe_deploy.parity.batches import batch_complaint, steady_images
-from advmoe_deploy.parity.compare import (
-    CLOSE_CALL,
-    Flags,
-    compare_answers,
-    is_right,
-    predictions_of,
-)
+from advmoe_deploy.parity.compare import CLOSE_CALL, compare_answers, is_right, predictions_of
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import chance_of_more
 from advmoe_deploy.parity.tolerance import tolerance_for
@@ -45,13 +39,12 @@ PATHWAY_ATTACK = AttackSpec(
     name="pgd", target="pathway", steps=10, loss="margin", momentum=0.75, decay=True
 )
 
-Labels = NDArray[np.int64]
 # From images to the logits of the model under attack.
-Logits = Callable[[Images], NDArray[np.float32]]
+LogitsOf = Callable[[Images], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Examples:
+class AnsweredImages:
     """Images and what the torch model answers to them."""
 
     images: Images
@@ -59,7 +52,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateLimits:
     """The shares that may differ: of a layer's clear routes, and of predictions without labels.
 
     Of a ``sample``, of few images, what chance does not explain is too much.
@@ -87,19 +80,19 @@ class AccuracyGate:
     from batch to batch, if the rounding does not allow more.
     """
 
-    parity: Examples
+    parity: AnsweredImages
     data: str
     rounding: float = 0.0
     margin: float = CLOSE_CALL
     labelled: str | None = None
     labels_N: Labels | None = None
-    clean: Examples | None = None
-    attacked: Examples | None = None
-    attack: Callable[[Logits], Images] | None = None
+    clean: AnsweredImages | None = None
+    attacked: AnsweredImages | None = None
+    attack: Callable[[LogitsOf], Images] | None = None
     attacks: tuple[AttackSpec, ...] = ()
     pathway_images: int = 0
     tolerance: float = 0.0
-    limits: Limits = Limits()
+    limits: GateLimits = GateLimits()
 
 
 @dataclass(frozen=True)
@@ -118,11 +111,11 @@ class Findings:
     own_attack: OwnAttack | None = None
     drops: Mapping[Accuracy, Drop] = field(default_factory=dict)
     batches: str = ""
-    limits: Limits = Limits()
+    limits: GateLimits = GateLimits()
 
     @property
     def routes_agree(self) -> bool:
-        """Whether enough clear routes are the same."""
+        """True if enough clear routes are the same."""
         return not any(
             rows == 0 or self.limits.exceeded(flips / rows, rows, self.limits.routes)
             for flips, rows in self._clear_routes
@@ -269,7 +262,7 @@ def precision_report(
 
 
 def _right(
-    gate: AccuracyGate, examples: Examples, runner: Runner
+    gate: AccuracyGate, examples: AnsweredImages, runner: Runner
 ) -> tuple[tuple[Flags, Flags], float]:
     """Return which images [N] the torch model and the runner get right, and how routes agree."""
     answer = predictions_of(runner, examples.images)
@@ -278,7 +271,7 @@ def _right(
     return (_right_in_torch(gate, examples), engine_N), agreement
 
 
-def _right_in_torch(gate: AccuracyGate, examples: Examples) -> Flags:
+def _right_in_torch(gate: AccuracyGate, examples: AnsweredImages) -> Flags:
     return is_right(examples.answers.logits, _labels(gate))
 
 

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from advmoe_deploy.export.precision.recording import Recording, Rows
+from advmoe_deploy.export.precision.recording import RecordedRows, Recording
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.plan import Plan
 from advmoe_deploy.process import without_telemetry
@@ -79,7 +79,7 @@ def is_heavy(graph: ModelProto) -> bool:
     return not _HEAVY.isdisjoint(node.op_type for node in graph.graph.node)
 
 
-def quantised(graph: ModelProto, rows: Rows, *, symmetric: bool = False) -> ModelProto:
+def quantised(graph: ModelProto, rows: RecordedRows, *, symmetric: bool = False) -> ModelProto:
     """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs.
 
     With ``symmetric``, as TensorRT wants it: zero points of 0, weights in float32 between a pair of
@@ -118,7 +118,7 @@ def quantised(graph: ModelProto, rows: Rows, *, symmetric: bool = False) -> Mode
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
     """Hands rows to the quantizer, a batch at a time."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RecordedRows) -> None:
         self._batches = iter(rows)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
@@ -126,6 +126,6 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self._batches, None)
 
 
-def _renamed(rows: Rows, name: str) -> Rows:
+def _renamed(rows: RecordedRows, name: str) -> RecordedRows:
     """Return ``rows`` of a single input each, called ``name``."""
     return [{name: values} for inputs in rows for values in inputs.values()]

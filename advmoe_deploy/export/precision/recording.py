@@ -13,7 +13,7 @@ from advmoe_deploy.runtime.engine import Engine, Source
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 
-Rows = list[dict[str, NDArray[Any]]]
+RecordedRows = list[dict[str, NDArray[Any]]]
 
 
 class _Recorder(Closing):
@@ -21,7 +21,7 @@ class _Recorder(Closing):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.rows: Rows | None = None
+        self.rows: RecordedRows | None = None
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -53,10 +53,10 @@ class Recording(Closing):
 
         self._runner = PlanRunner(plan, sources, image_shape, open_engine=record)
 
-    def rows_of(self, names: Sequence[str], images: Images) -> dict[str, Rows]:
+    def rows_of(self, names: Sequence[str], images: Images) -> dict[str, RecordedRows]:
         """Return by segment what the plan gives it, batch by batch, when ``images`` run through."""
         recorders = {name: self._recorders[name] for name in names}
-        rows: dict[str, Rows] = {name: [] for name in names}
+        rows: dict[str, RecordedRows] = {name: [] for name in names}
         for name, recorder in recorders.items():
             recorder.rows = rows[name]
         predictions_of(self._runner, images)

@@ -18,7 +18,7 @@ Precisions = dict[str, Precision]
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionChoice:
     """The precision of each segment and what it gave.
 
     ``raised`` says of segments that were raised why; ``lowered`` is what the lower precision gave
@@ -41,7 +41,7 @@ def choose_precisions(
     fallback_order: Sequence[Precision],
     trial: Callable[[Precisions], Findings],
     quick_check: Callable[[Precisions], Findings],
-) -> Choice:
+) -> PrecisionChoice:
     """Return the choice for ``plan``; ``trial`` measures one.
 
     Args:
@@ -64,7 +64,7 @@ def choose_precisions(
             while search.findings.complaint and search.can_raise(unit):
                 search.raise_precision(unit)
     kept = None if whole.routes_agree else whole
-    return Choice(search.precisions, search.findings, search.raised, kept)
+    return PrecisionChoice(search.precisions, search.findings, search.raised, kept)
 
 
 class _Search:

@@ -23,7 +23,7 @@ from advmoe_deploy.export.precision.search import Precisions
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import (
-    SUFFIX,
+    ENGINE_SUFFIX,
     Maker,
     OnCpu,
     check_experts,
@@ -79,7 +79,7 @@ class TensorRtBackend:
             self.writer, self.device = builder, builder.device
             # What engines would answer is tried on engines, if they run here.
             self.maker = builder if target.backend == "tensorrt" else self.maker
-            folder, suffix = engine_folder(target.precision, builder.device), SUFFIX
+            folder, suffix = engine_folder(target.precision, builder.device), ENGINE_SUFFIX
         self.plan = tensorrt_plan(self.source, folder, suffix)
         self.folder = folder
         self.row_graphs = {row_graph.name: row_graph for row_graph in row_graphs(self.plan)}

@@ -34,7 +34,7 @@ from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
 from advmoe_deploy.specs import Precision
 
-SUFFIX = ".engine"
+ENGINE_SUFFIX = ".engine"
 
 # Of the norm of an expert's answer; more, and it is broken rather than rounded.
 _RESEMBLANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.5}
@@ -164,7 +164,7 @@ def write_engines(
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph in graphs.items():
         engine = maker.build(name, graph.SerializeToString(), shapes[name])
-        (folder / f"{name}{SUFFIX}").write_bytes(engine)
+        (folder / f"{name}{ENGINE_SUFFIX}").write_bytes(engine)
 
 
 def check_set(

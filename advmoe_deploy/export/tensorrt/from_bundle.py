@@ -28,15 +28,15 @@ from advmoe_deploy.export.partition.sample import Arrays
 from advmoe_deploy.export.precision.casts import for_cpu
 from advmoe_deploy.export.precision.gate import (
     AccuracyGate,
-    Examples,
+    AnsweredImages,
     Findings,
-    Limits,
+    GateLimits,
     precision_report,
 )
 from advmoe_deploy.export.precision.recording import Recording
 from advmoe_deploy.export.targets import require_gpu
 from advmoe_deploy.export.tensorrt.builders import (
-    SUFFIX,
+    ENGINE_SUFFIX,
     EngineBuilder,
     check_experts,
     check_set,
@@ -154,16 +154,16 @@ class _Building:
     ) -> None:
         self.set, self.builder, self.batch = graphs, builder, build.batch
         self.folder = engine_folder(graphs.precision, builder.device)
-        self.plan = plan_in(graphs.plan, self.folder, SUFFIX)
+        self.plan = plan_in(graphs.plan, self.folder, ENGINE_SUFFIX)
         self.graphs = {
             s.name: onnx.load_model_from_string(source.graph(s.file).read())
             for s in graphs.plan.segments
         }
         layers = [route.layer for route in self.plan.routes]
-        examples = Examples(*read_golden(source, layers))
+        examples = AnsweredImages(*read_golden(source, layers))
         parity = source.manifest.parity
         changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
-        limits = Limits(predictions=max(Limits().predictions, changed), sample=True)
+        limits = GateLimits(predictions=max(GateLimits().predictions, changed), sample=True)
         self.gate = AccuracyGate(examples, GOLDEN, parity.rounding, parity.margin, limits=limits)
 
     def written_to(self, staged: Path) -> EngineSet:

@@ -34,7 +34,7 @@ class RowGraph:
     """A graph beside those of a plan.
 
     ``inputs`` says of each how many rows belong to an image, and the rest of its shape; of
-    ``experts`` there is a region each in :data:`~advmoe_deploy.runtime.dispatch.GROUPED`.
+    ``experts`` there is a region each in :data:`~advmoe_deploy.runtime.tensorrt.rows.GROUPED`.
     """
 
     name: str

@@ -7,7 +7,7 @@ from typing import Literal
 
 from advmoe_deploy.plan import TensorInfo
 
-Device = Literal["cpu", "gpu"]
+TritonDevice = Literal["cpu", "gpu"]
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 # A batch is waited for so long, a request in the queue so long, and so many may wait.
 _DELAY_US = 2_000
@@ -34,7 +34,7 @@ class ModelConfig:
     backend: str
     inputs: Sequence[TensorInfo]
     outputs: Sequence[TensorInfo]
-    device: Device = "cpu"
+    device: TritonDevice = "cpu"
     max_batch: int = 0
     custom_ops: str | None = None
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from advmoe_deploy.bundle import MODEL, Bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.triton.config import Device, ModelConfig
+from advmoe_deploy.export.triton.config import ModelConfig, TritonDevice
 from advmoe_deploy.files import SUMS, refuse_existing, staged_directory, write_sums
 from advmoe_deploy.plan import Plan, Segment, TensorInfo
 from advmoe_deploy.runtime.onnxruntime.custom_ops import find_custom_ops, uses_custom_ops
@@ -33,7 +33,7 @@ def write_repository(
     out: Path,
     *,
     mount: str = "/models",
-    device: Device = "cpu",
+    device: TritonDevice = "cpu",
     max_batch: int = 64,
     overwrite: bool = False,
 ) -> list[str]:
@@ -66,7 +66,7 @@ class _Models:
     """Writes models of one bundle into one folder."""
 
     def __init__(
-        self, bundle: Bundle, root: Path, mount: PurePosixPath, device: Device, max_batch: int
+        self, bundle: Bundle, root: Path, mount: PurePosixPath, device: TritonDevice, max_batch: int
     ) -> None:
         self.bundle, self.root, self.mount, self.device = bundle, root, mount, device
         self.max_batch = max_batch
@@ -125,7 +125,7 @@ class _Models:
         custom_ops: str | None = None,
     ) -> str:
         inputs, outputs = ends or (self.inputs, self.outputs)
-        device: Device = "cpu" if backend == "python" else self.device
+        device: TritonDevice = "cpu" if backend == "python" else self.device
         config = ModelConfig(name, backend, inputs, outputs, device, max_batch, custom_ops)
         (self.root / name / "config.pbtxt").write_text(config.text(), encoding="utf-8")
         return name

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from advmoe_deploy.models.routing.capacity import NoisyRouting
 from advmoe_deploy.models.routing.routing import Routing
 
+_SWEEPS = 100  # over the experts, until their prices stand
+
 
 def switch_loss(routing: Routing) -> Tensor:
     """Return E * sum_e f_e * P_e - 1: 0 when balanced, E - 1 when one expert has everything.
@@ -99,7 +101,7 @@ BALANCE_LOSSES: dict[str, Callable[[Routing], Tensor]] = {
 }
 
 
-def even_shift(scores_NE: Tensor, sweeps: int = 100) -> Tensor:
+def even_shift(scores_NE: Tensor) -> Tensor:
     """Return what to add to each expert's scores [E] so that all get as many of these rows.
 
     The prices of an auction, as in loss-free balancing (Wang et al., 2024, arXiv 2408.15664): each
@@ -107,7 +109,7 @@ def even_shift(scores_NE: Tensor, sweeps: int = 100) -> Tensor:
     """
     rows, experts = scores_NE.shape
     shift_E = scores_NE.new_zeros(experts)
-    for turn in range(sweeps * experts if experts > 2 else 1):  # between two, one price settles it
+    for turn in range(_SWEEPS * experts if experts > 2 else 1):  # between two, one price settles it
         expert = turn % experts
         others_NE = scores_NE + shift_E
         others_NE[:, expert] = -torch.inf

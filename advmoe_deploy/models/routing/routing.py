@@ -73,11 +73,6 @@ class Routing:
         return torch.bincount(self.expert_ids_NK.flatten(), minlength=self.num_experts)
 
     @property
-    def probabilities_NE(self) -> Tensor:
-        """Softmax of the scores."""
-        return F.softmax(self.scores_NE, dim=1)
-
-    @property
     def margin_N(self) -> Tensor:
         """Distance between the last score that was chosen and the first that was not.
 

@@ -21,7 +21,7 @@ from advmoe_deploy.models.backbones.resnet import Bottleneck
 from advmoe_deploy.models.backbones.vgg import VGG16_STAGES
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.upstream.shapes import shape_of
-from advmoe_deploy.models.upstream.wrappers import Signature
+from advmoe_deploy.models.upstream.wrappers import Signature, StateDict
 from advmoe_deploy.specs import ModelSpec, build_spec
 
 # What the file cannot tell.
@@ -33,7 +33,6 @@ SIGNATURE = Signature(
     beside="router",
 )
 
-Tensors = Mapping[str, Tensor]
 # Channels at full width, and how many of them the network has.
 Widths = Sequence[tuple[int, int]]
 
@@ -87,7 +86,7 @@ def _feature(kind: str, conv: str) -> int:
     return 3 * int(conv) + sum(int(conv) >= end for end in ends) + (kind == "norms")
 
 
-def _one_router(state: Tensors) -> dict[str, Tensor]:
+def _one_router(state: StateDict) -> dict[str, Tensor]:
     """Return ``state`` with its router once, as ``router.*``."""
     network: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -101,12 +100,12 @@ def _one_router(state: Tensors) -> dict[str, Tensor]:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two copies agree as far as the less precise of them tells."""
+    """Return whether two copies agree as far as the less precise of them tells."""
     coarse = min(one, other, key=Tensor.element_size).dtype
     return torch.equal(one.to(coarse), other.to(coarse))
 
 
-def _spec_of(network: Tensors, overrides: Mapping[str, object]) -> ModelSpec:
+def _spec_of(network: StateDict, overrides: Mapping[str, object]) -> ModelSpec:
     num_experts = shape_of(network, "router.fc.weight", 2)[0]
     told = _network_of(network, num_experts, overrides)
     in_channels = told["in_channels"]
@@ -122,7 +121,7 @@ def _spec_of(network: Tensors, overrides: Mapping[str, object]) -> ModelSpec:
 
 
 def _network_of(
-    network: Tensors, num_experts: int, overrides: Mapping[str, object]
+    network: StateDict, num_experts: int, overrides: Mapping[str, object]
 ) -> dict[str, object]:
     if "layer1.0.conv1.weight" in network:
         return _resnet(network, num_experts, overrides)
@@ -137,7 +136,7 @@ def _network_of(
 
 
 def _resnet(
-    network: Tensors, num_experts: int, overrides: Mapping[str, object]
+    network: StateDict, num_experts: int, overrides: Mapping[str, object]
 ) -> dict[str, object]:
     stem, in_channels, kernel, _ = shape_of(network, "conv1.weight", 4)
     counts = tuple(_blocks(network, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5))
@@ -171,7 +170,7 @@ def _resnet(
 
 
 def _wide_resnet(
-    network: Tensors, num_experts: int, overrides: Mapping[str, object]
+    network: StateDict, num_experts: int, overrides: Mapping[str, object]
 ) -> dict[str, object]:
     stem, in_channels, kernel, _ = shape_of(network, "conv1.weight", 4)
     firsts = [f"block{stage}.layer.0.conv1.weight" for stage in range(1, 4)]
@@ -198,7 +197,9 @@ def _wide_resnet(
     }
 
 
-def _vgg(network: Tensors, num_experts: int, overrides: Mapping[str, object]) -> dict[str, object]:
+def _vgg(
+    network: StateDict, num_experts: int, overrides: Mapping[str, object]
+) -> dict[str, object]:
     first, in_channels, _, _ = shape_of(network, "features.0.weight", 4)
     width = _width(overrides, "vgg16-bn")
     widths = [(width, first)]
@@ -223,11 +224,11 @@ def _width(overrides: Mapping[str, object], backbone: str) -> int:
     return width if isinstance(width, int) and width > 0 else BASE_WIDTH[backbone]
 
 
-def _blocks(network: Tensors, pattern: str) -> int:
+def _blocks(network: StateDict, pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, name) for name in network) if m})
 
 
-def _bank(network: Tensors, name: str, num_experts: int) -> int:
+def _bank(network: StateDict, name: str, num_experts: int) -> int:
     """Return the output channels of one expert of a bank."""
     rows = shape_of(network, name, 4)[0]
     if rows % num_experts:
@@ -262,7 +263,7 @@ def _simplest(widths: Widths) -> float | None:
     return None
 
 
-def _renamed(network: Tensors, spec: ModelSpec) -> dict[str, Tensor]:
+def _renamed(network: StateDict, spec: ModelSpec) -> dict[str, Tensor]:
     """Return the tensors of ``network`` under our names, each checked against ``spec``."""
     with torch.device("meta"):
         expected = build_model(spec).state_dict()
@@ -282,8 +283,8 @@ def _renamed(network: Tensors, spec: ModelSpec) -> dict[str, Tensor]:
     return renamed
 
 
-def _is_unused(name: str, ours: Tensors, spec: ModelSpec) -> bool:
-    """Whether this is the BatchNorm before a shortcut, which the released WRN never uses."""
+def _is_unused(name: str, ours: StateDict, spec: ModelSpec) -> bool:
+    """Return whether this is the BatchNorm before a shortcut, which the released WRN never uses."""
     unused = re.match(r"block(\d)\.layer\.0\.bn1\.", name)
     return bool(
         unused

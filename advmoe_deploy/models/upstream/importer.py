@@ -72,14 +72,6 @@ class Imported:
         }
 
 
-def import_checkpoint(
-    file: Path, source: str, overrides: Mapping[str, object], key: str = ""
-) -> tuple[ModelSpec, Classifier]:
-    """Return the spec and the model of a released checkpoint, see :func:`read_released`."""
-    imported = read_released(file, source, overrides, key)
-    return imported.spec, imported.model
-
-
 def read_released(
     file: Path, source: str, overrides: Mapping[str, object], key: str = ""
 ) -> Imported:

@@ -2,8 +2,8 @@
 
 Names and shapes tell everything but ``top_k`` (1 unless said), the weighting (by default the
 straight-through gate's for one expert per image, renormalised for more), the image size and the
-normalisation, which there belongs to the data. What a Lightning module keeps beside its network,
-such as the attack's own view of it, is left out.
+normalisation, which there belongs to the data. Other parts of a Lightning module,
+such as the attack's own view of the network, are left out.
 """
 
 import re

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advmoe_deploy.errors import CheckpointError, UsageError
 
-Tensors = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 Names = Mapping[str, str]
 
 # Parts of names that stand for no module of the network, at any depth: DataParallel,
@@ -74,7 +74,7 @@ class Found:
         )
         return tuple(dict.fromkeys([*_parts(self.root), *inside]))
 
-    def left_out(self, tensors: Tensors, used: Iterable[str]) -> tuple[str, ...]:
+    def left_out(self, tensors: StateDict, used: Iterable[str]) -> tuple[str, ...]:
         """Return where the tensors lie that are neither the network's nor ``used``."""
         taken = {*self.names.values(), *used}
         places = (_fork(name, self.root) for name in tensors if name not in taken)
@@ -123,7 +123,7 @@ def roots_of(names: Iterable[str], signature: Signature) -> list[str]:
     return sorted(complete, key=len)
 
 
-def network_in(tensors: Tensors, signature: Signature, key: str, file: str) -> Found:
+def network_in(tensors: StateDict, signature: Signature, key: str, file: str) -> Found:
     """Return the network of a file, by ``key`` where there are several.
 
     Without any the whole file comes back, for the converter to say what is missing.
@@ -149,7 +149,7 @@ def network_in(tensors: Tensors, signature: Signature, key: str, file: str) -> F
     return Found(first, names[first] | beside, others)
 
 
-def _at_key(key: str, roots: list[str], tensors: Tensors, file: str) -> list[str]:
+def _at_key(key: str, roots: list[str], tensors: StateDict, file: str) -> list[str]:
     """Return the roots that ``key`` names: one exactly, else those it is part of, else itself."""
     root = "" if key == _TOP else f"{key.strip('.')}."
     plain = _plain(root)
@@ -166,7 +166,7 @@ def _at_key(key: str, roots: list[str], tensors: Tensors, file: str) -> list[str
     raise UsageError(f"--key '{key}' names nothing in {file}; it holds weights at {there}")
 
 
-def _below(root: str, roots: list[str], tensors: Tensors, file: str) -> dict[str, str]:
+def _below(root: str, roots: list[str], tensors: StateDict, file: str) -> dict[str, str]:
     """Return the names below ``root``, but not below a root in it, by their plain names."""
     inner = tuple(other for other in roots if other != root and other.startswith(root))
     names: dict[str, str] = {}
@@ -180,7 +180,7 @@ def _below(root: str, roots: list[str], tensors: Tensors, file: str) -> dict[str
 
 
 def _beside(
-    root: str, module: str, own: Names, others: tuple[str, ...], tensors: Tensors
+    root: str, module: str, own: Names, others: tuple[str, ...], tensors: StateDict
 ) -> dict[str, str]:
     """Return the names of ``module`` where it lies next to ``root`` or to what contains it.
 
@@ -197,7 +197,7 @@ def _beside(
     return {}
 
 
-def _equal(one: Names, other: Names, tensors: Tensors) -> bool:
+def _equal(one: Names, other: Names, tensors: StateDict) -> bool:
     return one is other or (
         one.keys() == other.keys()
         and all(torch.equal(tensors[one[name]], tensors[other[name]]) for name in one)

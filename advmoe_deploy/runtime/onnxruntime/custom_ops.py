@@ -19,9 +19,9 @@ from typing import Literal
 from advmoe_deploy.errors import BackendUnavailableError, InputError, UsageError, reason_of
 from advmoe_deploy.process import cache_folder, require_private
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
+    BUILD_RECORD,
     FOLDER,
     LIBRARY,
-    RECORD,
     compile_kernels,
     find_compiler,
     source_hash,
@@ -81,7 +81,7 @@ def uses_custom_ops(model: bytes) -> bool:
 
 
 def _find() -> CustomOps:
-    if (FOLDER / RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
+    if (FOLDER / BUILD_RECORD).is_file() and _record(FOLDER).get("source_sha256") == source_hash():
         return CustomOps("kernels", "prebuilt in the package", *_checked(FOLDER))
     try:
         cached = cache_folder() / f"kernels-{source_hash()[:32]}"
@@ -178,7 +178,7 @@ def _private_file(content: bytes) -> str:
 
 def _record(directory: Path) -> dict[str, object]:
     try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((directory / BUILD_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -178,18 +178,14 @@ def _messages() -> Messages:
     return Messages(Path(file) if file else None)
 
 
-def logger(library: GpuLibrary = "tensorrt") -> Any:
+@cache
+def logger(library: GpuLibrary) -> Any:
     """Return the library's logger in this process; it wants one for all its objects.
 
     Raises:
         BackendUnavailableError: TensorRT is not installed, or its libraries are not.
         MachineError: the file that ``ADVMOE_TENSORRT_LOG`` names cannot be written.
     """
-    return _logger(library)
-
-
-@cache
-def _logger(library: GpuLibrary) -> Any:
     trt, messages = tensorrt(library), _messages()
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]

@@ -31,16 +31,15 @@ from advmoe_deploy.runtime.tensorrt.slot import Stored, TensorRtSlot
 from advmoe_deploy.specs import Precision
 
 # Batches that may be under way at once: while one waits for its ids, the other computes.
-SLOTS = 2
+_SLOTS = 2
 
 
-def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> DeviceRunner:
+def open_tensorrt(bundle: Bundle, engines: EngineSet) -> DeviceRunner:
     """Return a runner of what was exported for this GPU.
 
     Args:
         bundle: an opened, so verified, bundle.
         engines: its set of TensorRT engines.
-        slots: how many batches may be under way at once.
 
     Raises:
         BackendUnavailableError: TensorRT or a GPU is missing, or engines were built for another.
@@ -59,7 +58,6 @@ def open_tensorrt(bundle: Bundle, engines: EngineSet, *, slots: int = SLOTS) -> 
         bundle.manifest.model.image_shape,
         device=device,
         precision=engines.precision,
-        slots=slots,
     )
 
 
@@ -70,7 +68,6 @@ def runner_of_engines(
     *,
     device: Device | None,
     precision: Precision,
-    slots: int = SLOTS,
 ) -> DeviceRunner:
     """Return a runner of engines, those that move rows included, by name.
 
@@ -85,7 +82,7 @@ def runner_of_engines(
         layout = Layout(plan, _batch_of(plan, programs))
         stored = _stored(layout, programs)
         streams = 1 + max((len(step.segments) for step in _layers(plan)), default=0)
-        made = [stack.enter_context(TensorRtSlot(programs, stored, streams)) for _ in range(slots)]
+        made = [stack.enter_context(TensorRtSlot(programs, stored, streams)) for _ in range(_SLOTS)]
         return DeviceRunner(
             layout,
             made,

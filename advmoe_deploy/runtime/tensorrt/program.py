@@ -57,7 +57,7 @@ _FIRST_PROFILE = 0
 class Tensor:
     """An input or output: its type on the device, and the least and the largest shape.
 
-    What follows the batch is -1 in those of an output.
+    Sizes behind the batch are -1 in those of an output.
     """
 
     dtype: np.dtype[Any]
@@ -239,14 +239,14 @@ def numpy_type(trt: Any, kind: Any, owner: str) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Address of a tensor of one run, and its shape there."""
 
     address: int
     shape: tuple[int, ...]
 
 
-class Work(Closing):
+class QueuedRuns(Closing):
     """Runs that follow each other, bound to their tensors: queued one by one, then as one graph.
 
     A graph holds the state of its contexts, so they are this work's own and never bound anew. The
@@ -301,7 +301,7 @@ class Work(Closing):
 
 
 def bound_context(
-    program: Program, memory: DeviceBuffer, places: Mapping[str, Place]
+    program: Program, memory: DeviceBuffer, places: Mapping[str, TensorPlace]
 ) -> IExecutionContext:
     """Return a context whose tensors lie at ``places``.
 

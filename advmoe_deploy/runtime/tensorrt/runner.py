@@ -36,7 +36,7 @@ from advmoe_deploy.runtime.tensorrt.rows import (
 )
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
 from advmoe_deploy.runtime.tensorrt.slot_pool import SlotPool
-from advmoe_deploy.runtime.tensorrt.slots import Call, ExecutionSlot, HostSlot, View
+from advmoe_deploy.runtime.tensorrt.slots import ExecutionSlot, GraphCall, HostSlot, View
 from advmoe_deploy.specs import Precision
 
 
@@ -177,7 +177,7 @@ class _Batch:
             return
         inputs, outputs = self.layout.ends[step.segment]
         given = {name: self._view(name) for name in inputs}
-        self.slot.run(Call(step.segment, given, {name: self._view(name) for name in outputs}))
+        self.slot.run(GraphCall(step.segment, given, {name: self._view(name) for name in outputs}))
 
     def _route(self, step: RouteStep) -> None:
         """Decide on the host, by scores that no segment has made a decision of."""
@@ -204,14 +204,16 @@ class _Batch:
         size = bucket(len(rows), self.layout.capacity[layer.step.input])
         numbers, own = View(f"{name}.{ROWS}", size), View(f"{name}.{OWN_ROWS}", size)
         every = self._view(layer.step.input, self.layout.batch.max)
-        gather = Call(dispatch_name(layer.step), {ALL_ROWS: every, ROWS: numbers}, {OWN_ROWS: own})
+        gather = GraphCall(
+            dispatch_name(layer.step), {ALL_ROWS: every, ROWS: numbers}, {OWN_ROWS: own}
+        )
         self.slot.put(numbers.tensor, padded(rows, size), stream=1 + region)
         self.slot.run(gather, self._expert(layer, region, name, own), stream=1 + region)
 
-    def _expert(self, layer: Layer, region: int, name: str, rows: View) -> Call:
+    def _expert(self, layer: Layer, region: int, name: str, rows: View) -> GraphCall:
         segment = layer.segments[name]
         (given,), (answer,) = segment.inputs, segment.outputs
-        return Call(name, {given.name: rows}, {answer.name: layer.answer(region, rows.rows)})
+        return GraphCall(name, {given.name: rows}, {answer.name: layer.answer(region, rows.rows)})
 
     def _combine(self, layer: Layer, given: Dispatch) -> None:
         """Put the answers in order where they are, unless they already are in order."""
@@ -227,7 +229,7 @@ class _Batch:
         inputs = {GROUPED: grouped, POSITIONS: positions}
         if route.weighting != "one":
             inputs[route.weights] = self._view(route.weights)
-        self.slot.run(Call(combine_name(step), inputs, {step.output: made}))
+        self.slot.run(GraphCall(combine_name(step), inputs, {step.output: made}))
 
     def _fetch(self, layer: Layer, given: Dispatch) -> None:
         """Put the answers in order on the host, where they are wanted."""

@@ -19,7 +19,7 @@ from advmoe_deploy.specs import Frozen
 class BatchProfile(Frozen):
     """Batch sizes an engine is built for; ``opt`` is the one it is fastest at.
 
-    What is not given follows from what is: 1, 64 and 1024, or the nearest that grow.
+    Sizes that are not given follow from those that are: 1, 64 and 1024, or the nearest that grow.
     """
 
     min: int = Field(1, ge=1)

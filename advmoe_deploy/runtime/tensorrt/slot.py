@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from advmoe_deploy.closing import Closing
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.runtime.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
-from advmoe_deploy.runtime.tensorrt.program import Place, Program, Work, bound_context
+from advmoe_deploy.runtime.tensorrt.program import Program, QueuedRuns, TensorPlace, bound_context
 from advmoe_deploy.runtime.tensorrt.rows import fitting_batch
-from advmoe_deploy.runtime.tensorrt.slots import Call, Check, View
+from advmoe_deploy.runtime.tensorrt.slots import ArrayCheck, GraphCall, View
 
 # Prepared runs per execution slot: each of a batch size, or of a number of an expert's rows. Then
 # the least recently used one goes.
@@ -103,7 +103,7 @@ class TensorRtSlot(Closing):
         # gathers rows, runs on several at once.
         self._scratch: dict[tuple[str, int], DeviceBuffer] = {}
         self._pinned: dict[str, PinnedBuffer] = {}
-        self._works: OrderedDict[tuple[Any, ...], Work] = OrderedDict()
+        self._works: OrderedDict[tuple[Any, ...], QueuedRuns] = OrderedDict()
         # Which stream makes what lies from a row on, unless that is done for sure.
         self._makers: dict[tuple[str, int], int] = {}
         self._busy: set[int] = set()
@@ -111,7 +111,7 @@ class TensorRtSlot(Closing):
         self._timed: set[int] | None = None
 
     def put(
-        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: ArrayCheck | None = None
     ) -> None:
         """Write ``values`` into the first rows of ``tensor``, cast to its type.
 
@@ -129,11 +129,11 @@ class TensorRtSlot(Closing):
             size = len(piece) * stored.row_bytes
             self._streams[stream].upload(target.address + offset, pinned.address + offset, size)
 
-    def run(self, *calls: Call, stream: int = 0) -> None:
+    def run(self, *calls: GraphCall, stream: int = 0) -> None:
         """Queue runs of engines; the streams that make their inputs are waited for."""
         self.start(*calls, stream=stream)
 
-    def start(self, *calls: Call, stream: int = 0) -> Work:
+    def start(self, *calls: GraphCall, stream: int = 0) -> QueuedRuns:
         """Queue runs of engines, and return what was prepared for them."""
         for call in calls:
             for view in call.inputs.values():
@@ -175,11 +175,11 @@ class TensorRtSlot(Closing):
         for stream in sorted(self._busy):
             self._finish(stream)
 
-    def place(self, view: View) -> Place:
+    def place(self, view: View) -> TensorPlace:
         """Return where ``view`` lies."""
         stored = self._tensors[view.tensor]
         address = self._buffers[view.tensor].address + view.start * stored.row_bytes
-        return Place(address, (view.rows, *stored.rest))
+        return TensorPlace(address, (view.rows, *stored.rest))
 
     def close(self) -> None:
         """Release contexts and memory."""
@@ -191,21 +191,21 @@ class TensorRtSlot(Closing):
         self._pinned.clear()
         self._stack.close()
 
-    def _work(self, calls: tuple[Call, ...], stream: int) -> Work:
+    def _work(self, calls: tuple[GraphCall, ...], stream: int) -> QueuedRuns:
         """Return what is prepared for these runs, prepared now if it was not."""
         key = (stream, *((c.graph, *c.inputs.items(), *c.outputs.items()) for c in calls))
         work = self._works.get(key)
         if work is None:
             contexts = [self._context(call, stream) for call in calls]
             can_capture = all(self._programs[call.graph].can_capture for call in calls)
-            self._works[key] = work = Work(contexts, can_capture=can_capture)
+            self._works[key] = work = QueuedRuns(contexts, can_capture=can_capture)
             if len(self._works) > _MOST_PREPARED:
                 self.settle()  # the one that goes may be under way
                 self._works.popitem(last=False)[1].close()
         self._works.move_to_end(key)
         return work
 
-    def _context(self, call: Call, stream: int) -> Any:
+    def _context(self, call: GraphCall, stream: int) -> Any:
         views = {**call.inputs, **call.outputs}
         places = {name: self.place(view) for name, view in views.items()}
         program, key = self._programs[call.graph], (call.graph, stream)
@@ -290,7 +290,7 @@ class SingleSlot(TensorRtSlot):
                 milliseconds += [done.ms_since(begun) / _RUNS_PER_ROUND] if turn >= 3 else []
         return milliseconds
 
-    def _call(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[Call, int, int]:
+    def _call(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[GraphCall, int, int]:
         """Return the run for these inputs, how many rows they have and how many it has."""
         taken = self._program.inputs
         if inputs.keys() != taken.keys() or any(
@@ -304,7 +304,7 @@ class SingleSlot(TensorRtSlot):
         rows, size = fitting_batch(given, least, most)
         views = {name: View(name, given[name] * size // rows) for name in taken}
         outputs = {name: View(name, self._tensors[name].rows) for name in self._program.outputs}
-        return Call(_ENGINE, views, outputs), rows, size
+        return GraphCall(_ENGINE, views, outputs), rows, size
 
     def fetch(self, answers: Mapping[str, DeviceArray]) -> dict[str, NDArray[Any]]:
         """Return copies of what :meth:`start_on` queued."""

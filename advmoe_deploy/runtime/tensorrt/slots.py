@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from advmoe_deploy.runtime.engine import Engine
 
 # Raises if rows are not such as may be given.
-Check: TypeAlias = Callable[[NDArray[Any]], None]
+ArrayCheck: TypeAlias = Callable[[NDArray[Any]], None]
 
 
 class View(NamedTuple):
@@ -25,7 +25,7 @@ class View(NamedTuple):
     start: int = 0
 
 
-class Call(NamedTuple):
+class GraphCall(NamedTuple):
     """One run of a graph, and the rows that its inputs and outputs stand for."""
 
     graph: str
@@ -37,14 +37,14 @@ class ExecutionSlot(Protocol):
     """Tensors by name, of a fixed capacity of rows, and engines that read and write them."""
 
     def put(
-        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: ArrayCheck | None = None
     ) -> None:
         """Write ``values`` into the first rows of ``tensor``, cast to its type.
 
         They are given to ``check`` piece by piece, each before it is written.
         """
 
-    def run(self, *calls: Call, stream: int = 0) -> None:
+    def run(self, *calls: GraphCall, stream: int = 0) -> None:
         """Run graphs one after the other; streams run side by side."""
 
     def get(self, *views: View) -> list[NDArray[Any]]:
@@ -75,14 +75,14 @@ class HostSlot:
         self._begun = self._fetched = 0.0
 
     def put(
-        self, tensor: str, values: NDArray[Any], stream: int = 0, check: Check | None = None
+        self, tensor: str, values: NDArray[Any], stream: int = 0, check: ArrayCheck | None = None
     ) -> None:
         """Write ``values`` into the first rows of ``tensor``."""
         if check is not None:
             check(values)
         self._place(tensor, values)[: len(values)] = values
 
-    def run(self, *calls: Call, stream: int = 0) -> None:
+    def run(self, *calls: GraphCall, stream: int = 0) -> None:
         """Run graphs one after the other; here, before anything else."""
         for call in calls:
             given = {name: self._rows(view) for name, view in call.inputs.items()}

@@ -35,7 +35,7 @@ from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import served_model
 from advmoe_deploy.serving.online.serve import LOOPBACK
 from advmoe_deploy.serving.ray_serve.grpc import METHODS, GrpcCalls, method
-from advmoe_deploy.serving.ray_serve.replicas import Origin, checked_engines, open_signed
+from advmoe_deploy.serving.ray_serve.replicas import BundleOrigin, checked_engines, open_signed
 from advmoe_deploy.serving.ray_serve.settings import (
     ANY_HOST,
     MOST_QUEUED,
@@ -72,7 +72,7 @@ def build(settings: Settings) -> Any:
     """
     serve = _serve()
     bundle = open_signed(settings.bundle, settings.signed_by)
-    origin = Origin.of(bundle, settings.signed_by)
+    origin = BundleOrigin.of(bundle, settings.signed_by)
     plan, limits = bundle.manifest.plan, settings.limits
     experts = expert_names(plan)
     known = {SERVER: serve.ingress()(Server), ROUTER: Router} | dict.fromkeys(experts, Expert)
@@ -112,7 +112,9 @@ def _deployment(serve: Any, kind: type, name: str, settings: Settings) -> Any:
 class Server:
     """Replica that answers requests: the services of ``advmoe serve``, whose engine is Ray."""
 
-    def __init__(self, origin: Origin, router: Any, settings: Settings, limits: Limits) -> None:
+    def __init__(
+        self, origin: BundleOrigin, router: Any, settings: Settings, limits: Limits
+    ) -> None:
         self._bundle, self._router, self._settings = origin.open(), router, settings
         self._models = Models(limits)
 
@@ -144,7 +146,9 @@ for _name in METHODS:
 class Router:
     """Replica that runs what all images share, routes, and asks the experts."""
 
-    def __init__(self, origin: Origin, experts: Mapping[str, Any], settings: Settings) -> None:
+    def __init__(
+        self, origin: BundleOrigin, experts: Mapping[str, Any], settings: Settings
+    ) -> None:
         bundle = origin.open()
         self._plan, self._experts = bundle.manifest.plan, experts
         own = {segment.name for segment in self._plan.segments} - experts.keys()
@@ -175,7 +179,7 @@ class Router:
 class Expert:
     """Replica of one expert, to which rows of many batches come."""
 
-    def __init__(self, origin: Origin, name: str, rows: int, settings: Settings) -> None:
+    def __init__(self, origin: BundleOrigin, name: str, rows: int, settings: Settings) -> None:
         bundle = origin.open()
         self._engine = checked_engines(bundle, {name}, settings.threads)[name]
         segment = bundle.manifest.plan.segment(name)

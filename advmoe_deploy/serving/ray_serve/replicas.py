@@ -15,7 +15,7 @@ from advmoe_deploy.serving.online.golden import golden_of
 
 
 @dataclass(frozen=True)
-class Origin:
+class BundleOrigin:
     """Folder of the bundle, and the ``identity`` by which replicas know that it is the same."""
 
     folder: Path
@@ -23,7 +23,7 @@ class Origin:
     signed_by: Path | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, signed_by: Path | None = None) -> "Origin":
+    def of(cls, bundle: Bundle, signed_by: Path | None = None) -> "BundleOrigin":
         """Return the origin of an opened ``bundle``."""
         return cls(bundle.path, bundle.identity, signed_by)
 

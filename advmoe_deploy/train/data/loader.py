@@ -18,7 +18,7 @@ from advmoe_deploy.train.data.schedule import epoch_batches, step_generator
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """This process's rows of one part of a batch: augmented float images in [0, 1] and labels.
 
     ``weight`` is the part's share of the batch, ``share`` how much the mean over these rows counts
@@ -39,7 +39,7 @@ class Batch:
     ``step`` counts from 0 in each epoch.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[BatchPart, ...]
     done: float
     step: int
 
@@ -73,7 +73,7 @@ class DataLoader:
                 step=step,
             )
 
-    def _part(self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator) -> Part:
+    def _part(self, rows: npt.NDArray[np.int64], weight: float, rng: torch.Generator) -> BatchPart:
         config, total = self._config, len(rows)
         mine = slice(self._rank, None, self._processes)
         own = torch.from_numpy(rows[mine])
@@ -82,7 +82,7 @@ class DataLoader:
         moves = random_moves(
             total, crop_padding=config.crop_padding, flip=config.flip, generator=rng
         )
-        return Part(
+        return BatchPart(
             images=to_unit(augment(images, moves.take(mine))),
             labels=self._labels[own.to(self._device)],
             weight=weight,

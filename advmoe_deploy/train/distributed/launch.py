@@ -24,11 +24,11 @@ from advmoe_deploy.errors import (
 from advmoe_deploy.progress import Progress, Silent
 
 T = TypeVar("T")
-Work = Callable[[Fabric, Progress], T]
+ProcessWork = Callable[[Fabric, Progress], T]
 _OWN_ERROR = re.compile(r"^advmoe_deploy\.errors\.(\w+): (.+)$", re.MULTILINE)
 
 
-def launch(work: Work[T], *, devices: int, precision: str, progress: Progress) -> T:
+def launch(work: ProcessWork[T], *, devices: int, precision: str, progress: Progress) -> T:
     """Return what ``work(fabric, progress)`` returns in the first of ``devices`` processes.
 
     Under torchrun the processes exist already, and their number is torchrun's; otherwise more
@@ -124,7 +124,7 @@ def _join_torchrun() -> None:
     atexit.register(distributed.destroy_process_group)
 
 
-def _work(fabric: Fabric, work: Work[T], progress: Progress) -> T:
+def _work(fabric: Fabric, work: ProcessWork[T], progress: Progress) -> T:
     try:
         return work(fabric, progress if fabric.is_global_zero else Silent())
     except (OSError, MemoryError) as error:  # of what ends a process only its text comes back

@@ -7,7 +7,7 @@ fast        CE(f(x'), y), x' one step from a random start, clipped to the ball
 free        CE(f(x'), y), x' moved by the very gradient that trains
 standard    CE(f(x), y)
 
-An objective sees the model through a :class:`Scene` alone and keeps nothing between steps.
+An objective sees the model through a :class:`TrainingScene` alone and keeps nothing between steps.
 
 Shapes: N images, C channels, H height, W width, K classes, E experts.
 """
@@ -24,24 +24,24 @@ from advmoe_deploy.attacks.pgd import ascend, pgd_kl, project
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Part
-from advmoe_deploy.train.objectives.forward import Pass
+from advmoe_deploy.train.data.loader import BatchPart
+from advmoe_deploy.train.objectives.forward import ForwardPass
 from advmoe_deploy.train.objectives.losses import trades
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scene:
+class TrainingScene:
     """One part of a batch, and how to run the model on it: to attack it, and to train it."""
 
     model: Classifier
-    part: Part
-    attacked: Pass
-    trained: Pass
+    part: BatchPart
+    attacked: ForwardPass
+    trained: ForwardPass
 
 
-class Objective(Protocol):
+class TrainingObjective(Protocol):
     """A loss and its examples: :meth:`find` gives them, :meth:`loss` is minimised on them.
 
     Where it ``moves_examples``, the gradient of a training step moves them as well.
@@ -49,11 +49,12 @@ class Objective(Protocol):
 
     moves_examples: ClassVar[bool] = False
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return the examples; parameters want no gradient meanwhile."""
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
-        """Return the mean loss over the part's rows, a scalar."""
+    def loss(self, scene: TrainingScene, examples: Tensor) -> Tensor:
+        """Return the mean loss over the part's rows, a scalar: by default the cross-entropy."""
+        return F.cross_entropy(scene.trained(examples), scene.part.labels)
 
     def moved(self, examples: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """Return the examples of the next repeat of a batch, by default the same."""
@@ -61,7 +62,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Ascent:
+class InnerAttack:
     """The PGD of training: ``noise`` is the deviation of a start by the divergence."""
 
     threat: ThreatModel
@@ -69,7 +70,7 @@ class Ascent:
     step_size: float
     noise: float
 
-    def on_divergence(self, forward: Forward, part: Part) -> Tensor:
+    def on_divergence(self, forward: Forward, part: BatchPart) -> Tensor:
         """Return the images that change most what ``forward`` gives, as TRADES wants them."""
         start = part.images + self.noise * part.rng.normal(part.images)
         start = project(start, part.images, self.threat.epsilon)
@@ -82,7 +83,7 @@ class Ascent:
             step_size=self.step_size,
         )
 
-    def on_cross_entropy(self, forward: Forward, part: Part) -> Tensor:
+    def on_cross_entropy(self, forward: Forward, part: BatchPart) -> Tensor:
         """Return images of high cross-entropy, from a uniform start (Madry et al., ICLR 2018)."""
         epsilon = self.threat.epsilon
         start = project(part.images + epsilon * part.rng.uniform(part.images), part.images, epsilon)
@@ -97,17 +98,17 @@ class Ascent:
 
 
 @dataclass(frozen=True)
-class Trades(Objective):
+class Trades(TrainingObjective):
     """TRADES (Zhang et al., ICML 2019)."""
 
-    ascent: Ascent
+    ascent: InnerAttack
     beta: float
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return images that change the model's answer most."""
         return self.ascent.on_divergence(scene.attacked, scene.part)
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
+    def loss(self, scene: TrainingScene, examples: Tensor) -> Tensor:
         """Return TRADES."""
         # One pass over both halves: BatchNorm trains on the mixture that it will meet.
         clean_NK, adversarial_NK = scene.trained(torch.cat([scene.part.images, examples])).chunk(2)
@@ -115,22 +116,18 @@ class Trades(Objective):
 
 
 @dataclass(frozen=True)
-class PgdAt(Objective):
+class PgdAt(TrainingObjective):
     """Adversarial training (Madry et al., ICLR 2018): cross-entropy of PGD's examples."""
 
-    ascent: Ascent
+    ascent: InnerAttack
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return images of high cross-entropy."""
         return self.ascent.on_cross_entropy(scene.attacked, scene.part)
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
-        """Return the cross-entropy of the examples."""
-        return _cross_entropy(scene, examples)
-
 
 @dataclass(frozen=True)
-class SingleStep(Objective):
+class SingleStep(TrainingObjective):
     """One signed gradient step from x + ``start`` * epsilon * U(-1, 1).
 
     ``clipped`` to the ball it is fast adversarial training (Wong et al., ICLR 2020, start 1, step
@@ -143,7 +140,7 @@ class SingleStep(Objective):
     step_size: float
     clipped: bool
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return the images one step away."""
         part, epsilon = scene.part, self.threat.epsilon
         noise = self.start * epsilon * part.rng.uniform(part.images)
@@ -154,13 +151,9 @@ class SingleStep(Objective):
         moved = (x.detach() + self.step_size * gradient.sign()).clamp(0, 1)
         return project(moved, part.images, epsilon) if self.clipped else moved
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
-        """Return the cross-entropy of the examples."""
-        return _cross_entropy(scene, examples)
-
 
 @dataclass(frozen=True)
-class Free(Objective):
+class Free(TrainingObjective):
     """Free adversarial training (Shafahi et al., NeurIPS 2019).
 
     The gradient of a training step moves the weights and, once more, the images; the learner
@@ -173,14 +166,10 @@ class Free(Objective):
     threat: ThreatModel
     step_size: float
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return the start of a new batch."""
         images, epsilon = scene.part.images, self.threat.epsilon
         return project(images + epsilon * scene.part.rng.uniform(images), images, epsilon)
-
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
-        """Return the cross-entropy of the examples."""
-        return _cross_entropy(scene, examples)
 
     def moved(self, examples: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """Return the examples of the next repeat."""
@@ -189,19 +178,15 @@ class Free(Objective):
 
 
 @dataclass(frozen=True)
-class Standard(Objective):
+class Standard(TrainingObjective):
     """Cross-entropy of clean images."""
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return the images as they are."""
         return scene.part.images
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
-        """Return the cross-entropy of the images."""
-        return _cross_entropy(scene, examples)
 
-
-def objective_of(config: TrainConfig) -> Objective:
+def objective_of(config: TrainConfig) -> TrainingObjective:
     """Return the objective of ``config.loss``."""
     threat, epsilon = config.threat, config.threat.epsilon
     match config.loss:
@@ -221,16 +206,12 @@ def objective_of(config: TrainConfig) -> Objective:
             return Standard()
 
 
-def ascent_of(config: TrainConfig) -> Ascent:
+def ascent_of(config: TrainConfig) -> InnerAttack:
     """Return the PGD of ``config``; a step is by default 2.5 * epsilon / steps."""
     default = 2.5 * config.threat.epsilon / config.attack_steps
-    return Ascent(
+    return InnerAttack(
         config.threat,
         config.attack_steps,
         config.attack_step_size or default,
         config.attack_noise,
     )
-
-
-def _cross_entropy(scene: Scene, examples: Tensor) -> Tensor:
-    return F.cross_entropy(scene.trained(examples), scene.part.labels)

@@ -11,7 +11,7 @@ logits. The attacks are the caller's. All in log space, so that no probability u
 Shapes: N images, K classes, E experts, C channels, H height, W width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from torch.nn import functional as F
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.models.families.dual import DualModel, second_expert_routes
 from advmoe_deploy.models.routing.routing import Routes, Routing
+from advmoe_deploy.train.objectives.forward import RoutedForward
 from advmoe_deploy.train.objectives.losses import divergence
-
-Forward = Callable[[Tensor, Routes], Tensor]
 
 
 def rt_er_loss(
-    forward: Forward,
+    forward: RoutedForward,
     images_NCHW: Tensor,
     labels_N: Tensor,
     *,
@@ -54,7 +53,7 @@ def rt_er_loss(
 
 
 def robust_phase_loss(
-    forward: Forward,
+    forward: RoutedForward,
     images_NCHW: Tensor,
     labels_N: Tensor,
     *,
@@ -99,13 +98,15 @@ def standard_phase_logits(
     return model.blend(model.standard(images_NCHW, routes), robust_NK)
 
 
-def _mixture_loss(forward: Forward, attacked_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+def _mixture_loss(forward: RoutedForward, attacked_NCHW: Tensor, labels_N: Tensor) -> Tensor:
     # The released code gives its router no gradient at all: the weight of a top-1 choice is 1.
     logits_NK = forward(attacked_NCHW, Routes(surrogate="probability"))
     return F.cross_entropy(logits_NK, labels_N)
 
 
-def _change(forward: Forward, images_NCHW: Tensor, attacked_NCHW: Tensor, routes: Routes) -> Tensor:
+def _change(
+    forward: RoutedForward, images_NCHW: Tensor, attacked_NCHW: Tensor, routes: Routes
+) -> Tensor:
     """Return KL(f(attacked) || f(clean)); ``routes`` are for both batches, attacked first."""
     # One pass over both: BatchNorm trains on the mixture that it will meet.
     both_NK = forward(torch.cat([attacked_NCHW, images_NCHW]), routes)

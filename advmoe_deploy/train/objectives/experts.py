@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.dual import second_expert_routes
-from advmoe_deploy.train.objectives.adversarial import Ascent, Objective, Scene
+from advmoe_deploy.train.objectives.adversarial import InnerAttack, TrainingObjective, TrainingScene
 from advmoe_deploy.train.objectives.expert_losses import robust_phase_loss, rt_er_loss
 
 
 @dataclass(frozen=True)
-class SecondExpert(Objective):
+class RtEr(TrainingObjective):
     """RT-ER: beside the mixture, each image's second expert is held still."""
 
-    ascent: Ascent
+    ascent: InnerAttack
     beta: float
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return x' and x'', one behind the other."""
         mixture = self.ascent.on_cross_entropy(scene.attacked, scene.part)
         with torch.no_grad():
@@ -36,7 +36,7 @@ class SecondExpert(Objective):
 
         return torch.cat([mixture, self.ascent.on_divergence(second, scene.part)])
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
+    def loss(self, scene: TrainingScene, examples: Tensor) -> Tensor:
         """Return RT-ER's loss."""
         mixture, second = examples.chunk(2)
         with torch.no_grad():
@@ -53,13 +53,13 @@ class SecondExpert(Objective):
 
 
 @dataclass(frozen=True)
-class EveryExpert(Objective):
+class JtdMoe(TrainingObjective):
     """JTDMoE's robust phase: beside the mixture, every expert is held still."""
 
-    ascent: Ascent
+    ascent: InnerAttack
     beta: float
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return x' and then x'' of each expert."""
         found = [self.ascent.on_cross_entropy(scene.attacked, scene.part)]
         for expert in range(scene.model.spec.num_experts):
@@ -67,7 +67,7 @@ class EveryExpert(Objective):
             found.append(self.ascent.on_divergence(alone, scene.part))
         return torch.cat(found)
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
+    def loss(self, scene: TrainingScene, examples: Tensor) -> Tensor:
         """Return the loss of the robust mixture."""
         mixture, *alone = examples.chunk(1 + scene.model.spec.num_experts)
         return robust_phase_loss(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate
 
-Call = Callable[[Tensor, Routes], Tensor]
+RoutedForward = Callable[[Tensor, Routes], Tensor]
 # Given the images of a pass, the routings it must take.
 Forced = Callable[[Tensor], Mapping[str, Routing]]
 # Given the number of images of a pass, what to do to its scores.
@@ -19,7 +19,7 @@ Adjustment = Callable[[int], Callable[[RoutingRule, Tensor, Surrogate | None], R
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Pass:
+class ForwardPass:
     """One way to run the model; ``taken`` holds each layer's last routing that was not forced.
 
     Logits and the scores of routers are never in half precision, whatever the rest runs in: a
@@ -28,7 +28,7 @@ class Pass:
 
     def __init__(
         self,
-        call: Call,
+        call: RoutedForward,
         *,
         surrogate: Surrogate | None = None,
         forced: Forced | None = None,

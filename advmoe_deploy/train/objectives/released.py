@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.models.families.advmoe import AdvMoE
-from advmoe_deploy.train.objectives.adversarial import Ascent, Objective, Scene
+from advmoe_deploy.train.objectives.adversarial import InnerAttack, TrainingObjective, TrainingScene
 from advmoe_deploy.train.objectives.losses import trades
 
 
 @dataclass(frozen=True)
-class LabelParity(Objective):
+class LabelParity(TrainingObjective):
     """beta * (CE(scores, label mod E) + KL of the router's scores, clean against attacked).
 
     The examples attack the model, as its expert step's do. KL is in log space, where the released
     one underflows to NaN.
     """
 
-    ascent: Ascent
+    ascent: InnerAttack
     beta: float
 
-    def find(self, scene: Scene) -> Tensor:
+    def find(self, scene: TrainingScene) -> Tensor:
         """Return images that change the model's answer most."""
         return self.ascent.on_divergence(scene.attacked, scene.part)
 
-    def loss(self, scene: Scene, examples: Tensor) -> Tensor:
+    def loss(self, scene: TrainingScene, examples: Tensor) -> Tensor:
         """Return the loss of the router alone."""
         model = scene.model
         assert isinstance(model, AdvMoE)

@@ -19,13 +19,13 @@ from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
 from advmoe_deploy.models.routing.capacity import Adjust
 from advmoe_deploy.models.routing.routing import Routing, forced_route
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Part
+from advmoe_deploy.train.data.loader import BatchPart
 from advmoe_deploy.train.distributed.collectives import all_gathered
 from advmoe_deploy.train.objectives.forward import Adjustment, Forced
 from advmoe_deploy.train.objectives.losses import class_routing_loss, divergence
 
 
-def adjustment(config: TrainConfig, part: Part) -> Adjustment | None:
+def adjustment(config: TrainConfig, part: BatchPart) -> Adjustment | None:
     """Return the noise and the capacity of a training step, ``None`` without either.
 
     Capacity counts the rows that a layer is given in one pass, those of this process.
@@ -51,7 +51,7 @@ def balance(name: str, taken: Sequence[Routing]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def random_routes(model: Classifier, part: Part, share: float) -> Forced:
+def random_routes(model: Classifier, part: BatchPart, share: float) -> Forced:
     """Return routes that send this share of the images to random experts, and the others as usual.
 
     An image takes the same expert in every pass, attacked or clean.
@@ -71,7 +71,7 @@ def random_routes(model: Classifier, part: Part, share: float) -> Forced:
     return of_pass
 
 
-def score_terms(config: TrainConfig, model: AdvMoE, part: Part, attacked: Tensor) -> Tensor:
+def score_terms(config: TrainConfig, model: AdvMoE, part: BatchPart, attacked: Tensor) -> Tensor:
     """Return the terms on the scores of clean images and of those that attack the router."""
     scores_2NE = model.score(torch.cat([part.images, attacked]))
     clean_NE, attacked_NE = scores_2NE.chunk(2)

@@ -21,7 +21,7 @@ from advmoe_deploy.train.recipes.dissection import (
     only_experts,
     only_router,
 )
-from advmoe_deploy.train.recipes.images import IMAGES, ImageSet
+from advmoe_deploy.train.recipes.images import IMAGE_SETS, ImageSet
 from advmoe_deploy.train.recipes.published import advmoe_cells
 
 EPSILON = 8 / 255
@@ -135,7 +135,7 @@ _DISSECTION = {
 RECIPES = (
     {
         f"{data}-{backbone}-{column}": Recipe(
-            make=partial(_COLUMNS[column], IMAGES[data], backbone),
+            make=partial(_COLUMNS[column], IMAGE_SETS[data], backbone),
             summary=f"{_SUMMARIES[column]}, {backbone} on {data}",
             published=cell,
         )
@@ -143,7 +143,7 @@ RECIPES = (
     }
     | {
         f"{data}-{backbone}-advmoe-paper": Recipe(
-            make=partial(paper, IMAGES[data], backbone),
+            make=partial(paper, IMAGE_SETS[data], backbone),
             summary=f"{_SUMMARIES['paper']}, {backbone} on {data}",
             published=cell,
         )
@@ -152,7 +152,7 @@ RECIPES = (
     }
     | {
         f"cifar10-resnet18-{part}": Recipe(
-            make=partial(make, IMAGES["cifar10"], "resnet18"),
+            make=partial(make, IMAGE_SETS["cifar10"], "resnet18"),
             summary=f"{summary}, resnet18 on cifar10",
         )
         for part, (make, summary) in _DISSECTION.items()

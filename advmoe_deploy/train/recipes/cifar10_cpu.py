@@ -7,9 +7,9 @@ AVX-512 BF16 or AMX runs at twice the speed and more.
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.recipes.base import Recipe, variant
-from advmoe_deploy.train.recipes.images import IMAGES
+from advmoe_deploy.train.recipes.images import IMAGE_SETS
 
-_CIFAR10 = IMAGES["cifar10"]
+_CIFAR10 = IMAGE_SETS["cifar10"]
 
 
 def cifar10_advmoe() -> TrainConfig:

@@ -1,7 +1,7 @@
 """Recipes of AdvMoE's dissection, made of any recipe that trains router and experts.
 
 A model trained on clean images, and one part of it trained adversarially by the loss of the model's
-output alone, as the paper has it. What each run becomes depends on what it begins with:
+output alone, as the paper has it. Each run depends on the model that it begins with:
 ``advmoe train RECIPE --from RUN`` (see :mod:`~advmoe_deploy.analysis.several.roles`).
 """
 

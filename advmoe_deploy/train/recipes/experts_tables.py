@@ -11,10 +11,10 @@ from advmoe_deploy.families import Backbone
 from advmoe_deploy.specs import ExpertLayers, ModelSpec, ThreatModel
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.recipes.base import Recipe, variant
-from advmoe_deploy.train.recipes.images import IMAGES
+from advmoe_deploy.train.recipes.images import IMAGE_SETS
 from advmoe_deploy.train.recipes.published import Published, experts_cell
 
-_IMAGES = IMAGES["cifar100"]
+_IMAGES = IMAGE_SETS["cifar100"]
 
 
 def baseline(backbone: Backbone = "resnet18") -> TrainConfig:

@@ -34,7 +34,7 @@ class ImageSet:
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-IMAGES = {
+IMAGE_SETS = {
     images.name: images
     for images in (
         ImageSet("cifar10", 10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

@@ -9,10 +9,10 @@ training of the small ViTs.
 from advmoe_deploy.specs import ModelSpec, ThreatModel, VisionTransformer
 from advmoe_deploy.train.config import TrainConfig, without_router
 from advmoe_deploy.train.recipes.base import Recipe, variant
-from advmoe_deploy.train.recipes.images import IMAGES
+from advmoe_deploy.train.recipes.images import IMAGE_SETS
 from advmoe_deploy.train.recipes.published import dual_cell
 
-_CIFAR10, _TINY = IMAGES["cifar10"], IMAGES["tiny-imagenet"]
+_CIFAR10, _TINY = IMAGE_SETS["cifar10"], IMAGE_SETS["tiny-imagenet"]
 _VIT_S = VisionTransformer(patch_size=8, depth=12, heads=6)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.route_aware import route_aware, withstanding
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import labelled_batches
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.plan import effective_routes
@@ -89,7 +89,7 @@ def _clean(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
     loads = [correct.new_zeros(rule.num_experts) for rule in model.rules]
     with eval_mode(model), torch.no_grad():
-        for images, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
+        for images, labels in labelled_batches(x, y):
             routes = Routes()
             correct += (model(images, routes).argmax(dim=1) == labels).sum()
             for rule, load in zip(model.rules, loads, strict=True):

@@ -46,7 +46,7 @@ from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-MODEL = "model"
+MODEL_FOLDER = "model"
 RESUME = "resume.safetensors"
 STATE = "state.json"
 _EPOCH_NAME = re.compile(r"epoch-(\d{4,})")
@@ -164,7 +164,7 @@ class RunFolder:
         checkpoint = read_checkpoint(self.checkpoint(epoch))
         provenance = {**checkpoint.provenance, "data": source}
         found = checkpoint.model_copy(update={"provenance": provenance})
-        with staged_directory(self.path / MODEL, overwrite=True) as partial:
+        with staged_directory(self.path / MODEL_FOLDER, overwrite=True) as partial:
             shutil.copyfile(self.checkpoint(epoch) / WEIGHTS, partial / WEIGHTS)
             (partial / CHECKPOINT).write_text(found.model_dump_json(indent=2) + "\n", "utf-8")
 

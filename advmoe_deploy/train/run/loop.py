@@ -27,7 +27,7 @@ from advmoe_deploy.train.request import TrainRequest
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import RunFolder, open_run
 from advmoe_deploy.train.run.report import TrainReport
-from advmoe_deploy.train.run.session import Session
+from advmoe_deploy.train.run.session import TrainingSession
 from advmoe_deploy.train.run.trouble import costly
 
 __all__ = ["TrainReport", "train", "train_requested"]
@@ -90,5 +90,5 @@ def train_requested(asked: TrainRequest, progress: Progress = _SILENT) -> TrainR
 def _work(
     fabric: Fabric, progress: Progress, *, config: TrainConfig, data: Dataset, folder: RunFolder
 ) -> TrainReport:
-    session = Session(fabric, config, data, folder, progress)
+    session = TrainingSession(fabric, config, data, folder, progress)
     return session.finish(session.train())

@@ -23,7 +23,7 @@ from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.routing.routing import Routing
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
-IMAGES = 256
+PROBED_IMAGES = 256
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from advmoe_deploy.train.run.evaluate import Measured, measure
 from advmoe_deploy.train.run.folder import RunFolder, RunState
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport, versions
 from advmoe_deploy.train.run.router_robustness import (
-    IMAGES,
+    PROBED_IMAGES,
     FlipProbe,
     router_state,
     with_router,
@@ -35,7 +35,7 @@ from advmoe_deploy.train.step.weights import TrainedWeights, place
 _EVEN_LOADS = 2000
 
 
-class Session:
+class TrainingSession:
     """The state and the collaborators of one run in one process."""
 
     def __init__(
@@ -169,8 +169,8 @@ class Session:
         images, labels = on_device(self.fabric, self.data.holdout)
         probe = FlipProbe(
             self.fabric,
-            to_unit(images[:IMAGES]),
-            labels[:IMAGES],
+            to_unit(images[:PROBED_IMAGES]),
+            labels[:PROBED_IMAGES],
             self.config.threat,
             AttackSpec(
                 name="pgd", target="straight-through", steps=self.config.holdout_attack_steps

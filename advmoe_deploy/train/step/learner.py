@@ -18,11 +18,11 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.data.loader import Batch, Part
+from advmoe_deploy.train.data.loader import Batch, BatchPart
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.distributed.collectives import synchronise
-from advmoe_deploy.train.objectives.adversarial import Scene, ascent_of
-from advmoe_deploy.train.objectives.forward import Pass, batch_statistics
+from advmoe_deploy.train.objectives.adversarial import TrainingScene, ascent_of
+from advmoe_deploy.train.objectives.forward import ForwardPass, batch_statistics
 from advmoe_deploy.train.objectives.router_terms import (
     adjustment,
     balance,
@@ -38,9 +38,9 @@ from advmoe_deploy.train.step.methods import (
     phases_of,
     still,
 )
-from advmoe_deploy.train.step.sparse import Pruning
+from advmoe_deploy.train.step.sparse import WeightPruning
 
-Found = list[Tensor | None]
+FoundExamples = list[Tensor | None]
 
 
 class Learner:
@@ -53,7 +53,7 @@ class Learner:
         self.scale = LossScale(enabled=config.precision == "16-mixed")
         if fabric.world_size > 1:
             synchronise(model)
-        self.pruning = Pruning(config, model) if config.method == "sparse" else None
+        self.pruning = WeightPruning(config, model) if config.method == "sparse" else None
         self._set_up()
 
     def begin_epoch(self, epoch: int) -> bool:
@@ -63,7 +63,7 @@ class Learner:
         self._set_up()
         return True
 
-    def balance_start(self, part: Part) -> None:
+    def balance_start(self, part: BatchPart) -> None:
         """Set the router's last bias so that the experts' mean scores on these images are equal."""
         if isinstance(self.model, AdvMoE):
             with torch.no_grad(), eval_mode(self.model), batch_statistics(self.model):
@@ -78,7 +78,7 @@ class Learner:
             DivergedError: the loss or a gradient is not finite; those weights are as before.
         """
         self._set_lr(batch.done)
-        found: Found = [None] * len(batch.parts)
+        found: FoundExamples = [None] * len(batch.parts)
         loss = 0.0
         for _ in range(self.config.free_repeats if self.config.loss == "free" else 1):
             for phase in self.phases:
@@ -114,7 +114,7 @@ class Learner:
             lr = self.config.router_lr if is_router_group(name) else self.config.lr
             optimizer.param_groups[0]["lr"] = lr * factor
 
-    def _update(self, phase: Phase, batch: Batch, found: Found) -> float:
+    def _update(self, phase: Phase, batch: Batch, found: FoundExamples) -> float:
         """Take the step of one phase and return its loss; ``found`` examples are kept for others.
 
         In float16 a gradient that overflows is no error: the step is left out.
@@ -137,7 +137,7 @@ class Learner:
         return float(total)
 
     def _gradients(
-        self, phase: Phase, named: Named, batch: Batch, found: Found
+        self, phase: Phase, named: Named, batch: Batch, found: FoundExamples
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return loss and gradients on this process's rows of all parts."""
         total: Tensor | None = None
@@ -154,7 +154,7 @@ class Learner:
         return total, sums
 
     def _differentiate(
-        self, phase: Phase, scene: Scene, examples: Tensor, named: Named
+        self, phase: Phase, scene: TrainingScene, examples: Tensor, named: Named
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Return loss, gradients, and the examples: free training moves them by its gradient."""
         objective, scale = phase.objective, self.scale.factor
@@ -175,7 +175,7 @@ class Learner:
             gradients = tuple(gradients_of_weights)
         return loss.detach(), gradients, examples
 
-    def _loss(self, phase: Phase, scene: Scene, examples: Tensor) -> Tensor:
+    def _loss(self, phase: Phase, scene: TrainingScene, examples: Tensor) -> Tensor:
         config, part = self.config, scene.part
         loss = phase.objective.loss(scene, examples) * part.share
         if not phase.routes_learn:
@@ -193,21 +193,21 @@ class Learner:
             loss = loss + part.weight * score_terms(config, model, part, attacked)
         return loss
 
-    def _scene(self, phase: Phase, part: Part) -> Scene:
+    def _scene(self, phase: Phase, part: BatchPart) -> TrainingScene:
         autocast = self.fabric.autocast
         call = phase.call if self.pruning is None else self.pruning.call
         share = phase.random_routes
         forced = random_routes(phase.model, part, share) if share else None
-        return Scene(
+        return TrainingScene(
             model=phase.model,
             part=part,
-            attacked=Pass(
+            attacked=ForwardPass(
                 phase.model if self.pruning is None else self.pruning.call,
                 surrogate=phase.attack_surrogate,
                 forced=forced,
                 autocast=autocast,
             ),
-            trained=Pass(
+            trained=ForwardPass(
                 call,
                 surrogate=phase.surrogate,
                 forced=forced,
@@ -216,7 +216,7 @@ class Learner:
             ),
         )
 
-    def _find(self, phase: Phase, scene: Scene) -> Tensor:
+    def _find(self, phase: Phase, scene: TrainingScene) -> Tensor:
         with self._attack_mode(), frozen_parameters(self.model):
             return phase.objective.find(scene)
 

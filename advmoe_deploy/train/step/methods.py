@@ -21,10 +21,15 @@ from advmoe_deploy.models.base import Classifier, is_router_parameter
 from advmoe_deploy.models.families.dual import ROBUST, STANDARD, DualModel
 from advmoe_deploy.models.routing.routing import Surrogate
 from advmoe_deploy.train.config import TrainConfig
-from advmoe_deploy.train.objectives.adversarial import Objective, Standard, ascent_of, objective_of
+from advmoe_deploy.train.objectives.adversarial import (
+    Standard,
+    TrainingObjective,
+    ascent_of,
+    objective_of,
+)
 from advmoe_deploy.train.objectives.expert_losses import standard_phase_logits
-from advmoe_deploy.train.objectives.experts import EveryExpert, SecondExpert
-from advmoe_deploy.train.objectives.forward import Call
+from advmoe_deploy.train.objectives.experts import JtdMoe, RtEr
+from advmoe_deploy.train.objectives.forward import RoutedForward
 from advmoe_deploy.train.objectives.released import LabelParity
 
 Named = dict[str, nn.Parameter]
@@ -45,9 +50,9 @@ class Phase:
 
     name: str
     groups: tuple[str, ...]
-    objective: Objective
+    objective: TrainingObjective
     model: Classifier
-    call: Call
+    call: RoutedForward
     surrogate: Surrogate | None
     attack_surrogate: Surrogate | None
     finds: bool = True
@@ -79,7 +84,7 @@ def groups_of(model: Classifier) -> dict[str, Named]:
 def still(model: Classifier, learning: Container[str]) -> None:
     """Hold the BatchNorms of which no parameter is ``learning``, by name, at what they have seen.
 
-    What a trained model brings along and no step is to move would else drift with the batches.
+    Those of a trained model that no step is to move would else drift with the batches.
     """
     for prefix, module in model.named_modules():
         own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
@@ -108,7 +113,7 @@ def phases_of(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
         case "joint" | "sparse":
             return (whole(" and ".join(groups), groups),)
         case "rt-er":
-            objective = SecondExpert(ascent_of(config), config.beta)
+            objective = RtEr(ascent_of(config), config.beta)
             return (_phase(config, model, objective, " and ".join(groups), groups),)
         case "jtdmoe":
             assert isinstance(model, DualModel)
@@ -118,11 +123,11 @@ def phases_of(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
 def _phase(
     config: TrainConfig,
     model: Classifier,
-    objective: Objective,
+    objective: TrainingObjective,
     name: str,
     groups: tuple[str, ...],
     *,
-    call: Call | None = None,
+    call: RoutedForward | None = None,
     finds: bool = True,
 ) -> Phase:
     learns = any(is_router_group(group) for group in groups)
@@ -142,7 +147,7 @@ def _phase(
 
 def _released(config: TrainConfig, model: Classifier) -> tuple[Phase, ...]:
     """Return the released code's steps: hard routes pass the gradient of the raw score."""
-    parts: list[tuple[str, Objective, bool]] = [
+    parts: list[tuple[str, TrainingObjective, bool]] = [
         (ROUTER, LabelParity(ascent_of(config), config.beta), True),
         (EXPERTS, objective_of(config), config.attack_per_step),
     ]
@@ -165,7 +170,7 @@ def _dual(config: TrainConfig, model: DualModel, groups: tuple[str, ...]) -> tup
     def of(mixture: str) -> tuple[str, ...]:
         return tuple(group for group in groups if group.startswith(mixture))
 
-    every = EveryExpert(ascent_of(config), config.beta)
+    every = JtdMoe(ascent_of(config), config.beta)
     behind: Callable[..., object] = partial(standard_phase_logits, model)
     return (
         _phase(config, model.robust, every, ROBUST, of(ROBUST)),

@@ -31,7 +31,7 @@ _FINE_TUNE_LR = 0.1
 _SCORE, _MASK = "score.", "mask."
 
 
-class Pruning:
+class WeightPruning:
     """Pruning of ``model``, and the stage that it is at."""
 
     def __init__(self, config: TrainConfig, model: Classifier) -> None:

@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.white_box import BATCH
+from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.errors import CheckpointError, DivergedError
 from advmoe_deploy.models.backbones.layers import RoutedConv2d
 from advmoe_deploy.models.base import Classifier
@@ -139,7 +139,7 @@ class TrainedWeights:
 
     @property
     def _keeps_raw(self) -> bool:
-        """Whether the model that learns is not the one that is evaluated."""
+        """True if the model that learns is not the one that is evaluated."""
         return self.average is not None or self.learner.pruning is not None
 
     def _restart_average(self) -> None:
@@ -169,7 +169,7 @@ def _adopt(mixture: Classifier, pathway: Classifier) -> None:
 @torch.no_grad()
 def _scores(model: AdvMoE, images: Tensor) -> Tensor:
     with eval_mode(model):
-        return torch.cat([model.score(part) for part in torch.split(images, BATCH)])
+        return torch.cat([model.score(part) for part in torch.split(images, ATTACK_BATCH)])
 
 
 def _banked(tensor: Tensor, rows: int) -> Tensor:

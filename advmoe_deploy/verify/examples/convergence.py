@@ -12,10 +12,10 @@ from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.route_aware import route_aware
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.parity.answers import Images, Labels
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec, AttackTarget, Frozen, ThreatModel
-from advmoe_deploy.verify.trial import Images, Labels
 
 MOST_IMAGES = 128
 STEPS = (5, 10, 20, 50)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from advmoe_deploy.bundle import REFERENCE, Bundle
+from advmoe_deploy.parity.answers import Flags
 from advmoe_deploy.parity.compare import is_right, predictions_of
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.parity.intervals import wilson_interval
@@ -28,7 +29,6 @@ from advmoe_deploy.verify.examples.images import images_of, source_of
 from advmoe_deploy.verify.examples.stored import StoredExamples, read_examples
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
 from advmoe_deploy.verify.suites import Suite
-from advmoe_deploy.verify.trial import Flags
 from advmoe_deploy.verify.verify import verify_bundle
 
 # The weakest first.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import Trained, matching_test_images
 from advmoe_deploy.data.registry import absolute
-from advmoe_deploy.verify.trial import Images, Labels
+from advmoe_deploy.parity.answers import Images, Labels
 
 
 def source_of(bundle: Bundle, data: str | None) -> str:

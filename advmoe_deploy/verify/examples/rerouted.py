@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from advmoe_deploy.models.base import Classifier
-from advmoe_deploy.parity.answers import Answers, RouteAnswers
+from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.verify.examples.stored import StoredExamples
-from advmoe_deploy.verify.trial import Images
 
 
 class LayerRoute(Frozen):

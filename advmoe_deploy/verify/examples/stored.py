@@ -26,10 +26,11 @@ from pydantic import ValidationError
 from advmoe_deploy.bundle import REFERENCE, Bundle
 from advmoe_deploy.errors import DataError, one_line, reading
 from advmoe_deploy.files import write_output
+from advmoe_deploy.parity.answers import Images, Labels
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, Precision, ThreatModel
 from advmoe_deploy.verify.report import FoundOn, RobustReport
-from advmoe_deploy.verify.trial import Images, Labels, Sides, Trial
+from advmoe_deploy.verify.trial import Sides, Trial
 
 # What float32 may add to a pixel that lies on the edge of the ball.
 SLACK = 1e-6
@@ -81,7 +82,7 @@ class StoredExamples:
 
     @property
     def standing(self) -> Sides:
-        """Which images [N] no attack turned: right about the clean one, and not fooled."""
+        """Images [N] that no attack turned: right about the clean one, and not fooled."""
         clean, fooled = self.clean, self.fooled
         return Sides(
             clean.reference_N & ~fooled.reference_N,

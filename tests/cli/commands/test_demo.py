@@ -9,7 +9,7 @@ from rich.console import Console
 
 from advmoe_deploy.bundle import open_bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.cli.demo.photographs import MODEL, show_photographs
+from advmoe_deploy.cli.demo.photographs import ZOO_MODEL, show_photographs
 from advmoe_deploy.cli.demo.result import DemoResult
 from advmoe_deploy.cli.demo.screen import screen
 from advmoe_deploy.progress import Silent
@@ -41,7 +41,7 @@ def test_quick_demo_goes_the_whole_road(
     """A small network stands for the model of photographs; all that is done with it is real."""
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"epsilon": 0.05, "suite": "standard", "rows": [ROW]}))
-    pack_run(trained_run, tmp_path / "zoo" / MODEL, Packing(results=(results,)))
+    pack_run(trained_run, tmp_path / "zoo" / ZOO_MODEL, Packing(results=(results,)))
     monkeypatch.setenv("ADVMOE_ZOO", str(tmp_path / "zoo"))
     out = tmp_path / "demo"
     assert run(["demo", "--quick", "--out", str(out), "--json"]) == 0
@@ -52,7 +52,7 @@ def test_quick_demo_goes_the_whole_road(
     assert photographs["evaluation"]["robust"]["value"] == 0.9
     assert {(r["a"], r["b"]) for r in photographs["profile"]["ratios"]} >= {("dense", "moe")}
     assert 0 < photographs["served_ms"] < 10_000
-    assert MODEL in screen_text(result)
+    assert ZOO_MODEL in screen_text(result)
 
 
 def screen_text(result: dict[str, object]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.families import IMPORT_SOURCES
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
-from advmoe_deploy.models.upstream.importer import IMPORTERS, import_checkpoint
+from advmoe_deploy.models.upstream.importer import IMPORTERS, read_released
 from advmoe_deploy.specs import ThreatModel
 from tests.cli.command_line import Capture
 from tests.data.images import write_png
@@ -152,7 +152,7 @@ def test_released_files_of_the_other_families(
     _, state, answers = case_of(case)
     content = {"state_dict" if source == "robust-experts" else "net": state, "epoch": 1}
     torch.save(content, tmp_path / "file.pt")
-    _, model = import_checkpoint(tmp_path / "file.pt", source, settings)
+    model = read_released(tmp_path / "file.pt", source, settings).model
     with torch.no_grad():
         logits = model(torch.from_numpy(answers["x"]))
     np.testing.assert_allclose(logits, answers["logits"], rtol=1e-5, atol=1e-5)

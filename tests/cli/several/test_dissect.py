@@ -13,7 +13,7 @@ import torch
 from advmoe_deploy.analysis.redundancy import TARGETS, TargetRow, Withstood
 from advmoe_deploy.analysis.several.dissect import Dissected, DissectionReport
 from advmoe_deploy.analysis.several.roles import Role, Run, roles_of
-from advmoe_deploy.analysis.several.trial import Trial
+from advmoe_deploy.analysis.several.trial import SharedTrial
 from advmoe_deploy.analysis.shares import Marked, marked
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.several.dissect import _command
@@ -249,14 +249,14 @@ def test_what_was_measured_outlives_what_stops_it(
     """The attacks on the second run fail: the first one's figures are shown beside the error."""
     attacked: list[None] = []
 
-    def once(self: Trial, *arguments: object) -> Withstood:
+    def once(self: SharedTrial, *arguments: object) -> Withstood:
         if attacked:
             raise OSError("no space left")
         attacked.append(None)
         return put_to(self, *arguments)  # type: ignore[arg-type]
 
-    put_to = Trial.put_to
-    monkeypatch.setattr(Trial, "put_to", once)
+    put_to = SharedTrial.put_to
+    monkeypatch.setattr(SharedTrial, "put_to", once)
     line = ["analyze", "--dissect", *(str(runs / name) for name in NAMES), "--images", "4"]
     out = tmp_path / "out"
     assert run([*line, "--steps", "1", "--out", str(out), "--json"]) != 0

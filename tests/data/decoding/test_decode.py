@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from advmoe_deploy.data import pixels
 from advmoe_deploy.data.decode import decode, decode_file, known_formats
 from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.decoding import FORMATS, SUFFIXES, Decoding
+from advmoe_deploy.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES, Decoding
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.specs import ModelSpec
+from tests.data.packed import png_chunk
 
 BARS = np.zeros((8, 24, 3), np.uint8)  # black, white in the middle, black
 BARS[:, 8:16] = 255
@@ -91,10 +92,6 @@ def test_every_orientation_gives_the_upright_pixels(orientation: int, kind: str)
 def test_damaged_metadata_spoil_no_image() -> None:
     data = encoded(noise(8, 8), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
     assert np.array_equal(read(data), read(encoded(noise(8, 8), "PNG")))
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def colour_png_of_16_bits(level: int) -> bytes:
@@ -181,9 +178,9 @@ def test_one_channel_is_luminance() -> None:
 
 @pytest.mark.parametrize("kind", known_formats())
 def test_every_format_is_found_and_read(tmp_path: Path, kind: str) -> None:
-    for suffix in FORMATS[kind]:
+    for suffix in IMAGE_FORMATS[kind]:
         (tmp_path / f"a{suffix}").write_bytes(encoded(Image.new("RGB", (20, 10), "white"), kind))
-        assert suffix in SUFFIXES
+        assert suffix in IMAGE_SUFFIXES
         assert decode_file(tmp_path / f"a{suffix}", Decoding.of(8)).pixels.min() >= 250
 
 

@@ -8,8 +8,13 @@ import onnx
 import pytest
 from onnx import defs, helper
 
-from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies
-from advmoe_deploy.export.graph.op_schemas import OPERATORS, Operator, reference, register_schemas
+from advmoe_deploy.export.graph.op_bodies import OPSET_VERSION, bodies, with_bodies
+from advmoe_deploy.export.graph.op_schemas import (
+    CUSTOM_OPERATORS,
+    Operator,
+    reference,
+    register_schemas,
+)
 from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from tests.runtime.onnxruntime.test_custom_ops import TYPES, without_body
@@ -25,8 +30,8 @@ def registered() -> Iterator[None]:
     register_schemas()
     register_schemas()
     yield
-    for operator in OPERATORS:
-        defs.deregister_schema(operator.name, VERSION, DOMAIN)
+    for operator in CUSTOM_OPERATORS:
+        defs.deregister_schema(operator.name, OPSET_VERSION, DOMAIN)
 
 
 def sizes_of(operator: Operator) -> dict[str, int]:
@@ -56,15 +61,15 @@ def attributes_of(operator: Operator) -> dict[str, float]:
 
 
 def test_every_operator_has_a_row_and_a_body() -> None:
-    assert [operator.name for operator in OPERATORS] == list(bodies())
-    for operator in OPERATORS:
+    assert [operator.name for operator in CUSTOM_OPERATORS] == list(bodies())
+    for operator in CUSTOM_OPERATORS:
         body = bodies()[operator.name]
         assert [argument.name for argument in operator.inputs] == list(body.input)
         assert [argument.name for argument in operator.outputs] == list(body.output)
         assert [attribute.name for attribute in operator.attributes] == list(body.attribute)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("operator", CUSTOM_OPERATORS, ids=lambda operator: operator.name)
 def test_types_and_shapes_are_what_comes_out(operator: Operator, registered: None) -> None:
     inputs = inputs_of(operator)
     model = without_body(operator.name, inputs, **attributes_of(operator))

@@ -18,7 +18,7 @@ from rich.console import Console
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import app, run
 from advmoe_deploy.cli.tables import bundle as tables
-from advmoe_deploy.export.kserve.manifests import Manifests, Runtime, kubernetes_name
+from advmoe_deploy.export.kserve.manifests import Manifests, ServingRuntime, kubernetes_name
 from advmoe_deploy.export.kserve.yaml_text import yaml_text
 from advmoe_deploy.serving.online.offers import split_offer
 from tests.export.kserve.schema import INFERENCE_SERVICE, SERVING_RUNTIME, strict
@@ -29,7 +29,7 @@ PLACE = ["--storage-uri", "s3://models/cats", "--image", "registry.example.org/a
 CRD = os.environ.get("ADVMOE_KSERVE_CRD", "")
 
 
-def documents(runtime: Runtime) -> list[dict[str, Any]]:
+def documents(runtime: ServingRuntime) -> list[dict[str, Any]]:
     manifests = Manifests("cats", "0" * 64, "s3://models/cats", "registry/advmoe:1", runtime)
     return [*yaml.safe_load_all(manifests.text())]
 
@@ -66,7 +66,7 @@ def test_the_command_writes_what_the_schema_has(tiny_bundle: Bundle, tmp_path: P
 
 
 @pytest.mark.parametrize("runtime", ["advmoe", "triton"])
-def test_no_misspelt_field_passes(runtime: Runtime) -> None:
+def test_no_misspelt_field_passes(runtime: ServingRuntime) -> None:
     tried = 0
     for document in documents(runtime):
         judge = Draft202012Validator(SCHEMAS[document["kind"]])
@@ -99,7 +99,7 @@ def test_our_server_takes_the_arguments() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["advmoe", "triton"])
-def test_nothing_runs_with_more_rights_than_it_needs(runtime: Runtime) -> None:
+def test_nothing_runs_with_more_rights_than_it_needs(runtime: ServingRuntime) -> None:
     serving, service = documents(runtime)
     (container,) = serving["spec"]["containers"]
     assert container["securityContext"] == {
@@ -206,7 +206,7 @@ def test_json_says_what_was_written(
 @pytest.mark.slow
 @pytest.mark.skipif(not CRD, reason="ADVMOE_KSERVE_CRD names no folder with KServe's definitions")
 @pytest.mark.parametrize("runtime", ["advmoe", "triton"])
-def test_kserve_s_own_definitions_have_every_field(runtime: Runtime) -> None:
+def test_kserve_s_own_definitions_have_every_field(runtime: ServingRuntime) -> None:
     for document in documents(runtime):
         plural = f"{document['kind'].lower()}s"
         definition = yaml.safe_load((Path(CRD) / f"serving.kserve.io_{plural}.yaml").read_text())

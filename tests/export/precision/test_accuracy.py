@@ -19,7 +19,7 @@ from advmoe_deploy.export.precision.gate import (
     ATTACK,
     PATHWAY_ATTACK,
     AccuracyGate,
-    Examples,
+    AnsweredImages,
     attack_itself,
     run_gate,
     too_much,
@@ -42,7 +42,7 @@ THREAT = ThreatModel(epsilon=0.05)
 
 
 def gate_of(model: Classifier) -> AccuracyGate:
-    return AccuracyGate(Examples(IMAGES, reference_answers(model, IMAGES)), "noise")
+    return AccuracyGate(AnsweredImages(IMAGES, reference_answers(model, IMAGES)), "noise")
 
 
 def test_pathways_turn_images_that_withstand_the_model_as_it_runs(trained_run: Path) -> None:

@@ -15,7 +15,7 @@ from advmoe_deploy.export.graph.fuse import fuse
 from advmoe_deploy.export.precision.attacked import with_accuracy
 from advmoe_deploy.export.precision.gate import (
     AccuracyGate,
-    Examples,
+    AnsweredImages,
     Findings,
     precision_report,
     run_gate,
@@ -109,7 +109,7 @@ def test_what_was_lost_is_recorded_with_its_verdict() -> None:
         "robust": drop(1000, 5, 4),
         "own_attack": drop(1000, 0, 12),
     }
-    noise = AccuracyGate(Examples(IMAGES, Answers(np.zeros((24, 2), np.float32))), "noise")
+    noise = AccuracyGate(AnsweredImages(IMAGES, Answers(np.zeros((24, 2), np.float32))), "noise")
     report = precision_report(noise, {}, replace(findings(), drops=drops))
     verdicts = {name: each.verdict for name, each in report.drops.items()}
     assert verdicts == {"clean": "passed", "robust": "undecided", "own_attack": "passed"}
@@ -246,7 +246,7 @@ def test_without_a_threat_model_only_clean_accuracy_is_examined(
     tiny_run: Path, tiny_bundle: Bundle
 ) -> None:
     _, model = load_checkpoint(tiny_run / "model")
-    parity = Examples(IMAGES, reference_answers(model, IMAGES))
+    parity = AnsweredImages(IMAGES, reference_answers(model, IMAGES))
     gate = with_accuracy(AccuracyGate(parity, "noise"), model, load_dataset("digits"), None)
     with open_runner(tiny_bundle, threads=1) as runner:
         found, unlabelled = run_gate(gate, runner), run_gate(AccuracyGate(parity, "noise"), runner)

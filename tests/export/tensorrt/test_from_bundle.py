@@ -18,7 +18,13 @@ from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import AccuracyGate, Examples, Findings, Limits, run_gate
+from advmoe_deploy.export.precision.gate import (
+    AccuracyGate,
+    AnsweredImages,
+    Findings,
+    GateLimits,
+    run_gate,
+)
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_set, experts_of
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
@@ -212,18 +218,18 @@ def test_golden_routes_are_read_as_they_were_written(graphs: Bundle) -> None:
 
 
 def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) -> None:
-    examples = Examples(*read_golden(graphs, ["router"]))
+    examples = AnsweredImages(*read_golden(graphs, ["router"]))
     plan = graphs.manifest.engines[0].plan
     files = {name: graphs.file(file) for name, file in graph_files(plan).items()}
     with CpuBuilder().runner(plan, files, (1, 8, 8), "fp32") as runner:
-        findings = run_gate(AccuracyGate(examples, GOLDEN, limits=Limits(sample=True)), runner)
+        findings = run_gate(AccuracyGate(examples, GOLDEN, limits=GateLimits(sample=True)), runner)
     assert not findings.complaint
     # Of 64; 0.5 % may differ of a thousand, and then 2 of 64 do in 4 % of all cases, 3 in 0.4 %.
     two, three = (replace(findings, prediction_agreement=1 - n / 64) for n in (2, 3))
     assert not two.complaint
     assert three.complaint == "4.69 % of the predictions differ"
-    assert replace(two, limits=Limits()).complaint == "3.12 % of the predictions differ"
-    assert not replace(three, limits=Limits(sample=True, predictions=0.05)).complaint
+    assert replace(two, limits=GateLimits()).complaint == "3.12 % of the predictions differ"
+    assert not replace(three, limits=GateLimits(sample=True, predictions=0.05)).complaint
 
     def flipped(rows: int) -> Findings:
         (layer,) = findings.parity.layers
@@ -232,12 +238,12 @@ def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) ->
 
     assert not flipped(1).complaint
     assert "of the clear routes of a layer agree" in flipped(2).complaint
-    assert not replace(flipped(1), limits=Limits(routes=0.02)).complaint
+    assert not replace(flipped(1), limits=GateLimits(routes=0.02)).complaint
 
 
 def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> None:
     _, model = load_checkpoint(tiny_run / "model")
-    examples = Examples(*read_golden(graphs, ["router"]))
+    examples = AnsweredImages(*read_golden(graphs, ["router"]))
     threat = ThreatModel(epsilon=0.02)
     gate = with_accuracy(AccuracyGate(examples, GOLDEN), model, load_dataset("digits"), threat)
     plan, maker = graphs.manifest.engines[0].plan, OnCpu(BATCH)

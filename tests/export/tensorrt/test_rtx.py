@@ -34,7 +34,7 @@ from advmoe_deploy.specs import Precision
 from benchmarks.gpu.rtx_builds import OF_DIGITS, graphs_of
 from benchmarks.gpu.rtx_builds import compiled as compiled_of
 from tests.conftest import TINY, assert_nothing_left
-from tests.export.tensorrt.test_engine_sets import subject_for
+from tests.export.tensorrt.subjects import subject_for
 from tests.families import FAMILIES, spec_of
 
 BUILD = BuildOptions(batch=BatchProfile(min=1, opt=8, max=32))

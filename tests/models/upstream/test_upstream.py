@@ -17,7 +17,7 @@ from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.models.registry import build_model
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.models.upstream.advmoe import upstream_name
-from advmoe_deploy.models.upstream.importer import import_checkpoint
+from advmoe_deploy.models.upstream.importer import read_released
 from advmoe_deploy.settings import parse_settings
 from advmoe_deploy.specs import build_spec
 from tests.upstream_fixture import case_of, fill
@@ -53,7 +53,8 @@ def imported(case: str, tmp_path: Path) -> tuple[dict, AdvMoE, dict[str, np.ndar
     router["fc.bias"] -= torch.from_numpy(answers["router_bias_shift"])
     file = write_released(tmp_path / "best.pth", network, router, about["moe_layers"])
     size = {"image_size": answers["x"].shape[-1]}
-    spec, model = import_checkpoint(file, "advmoe", size)
+    imported = read_released(file, "advmoe", size)
+    spec, model = imported.spec, imported.model
     assert (spec.backbone, spec.stem, spec.num_experts, spec.ratio) == CASES[case]
     assert spec.num_classes == about["kwargs"]["num_classes"]
     assert isinstance(model, AdvMoE)
@@ -149,7 +150,8 @@ def test_other_seeds_and_sizes_come_back_exactly(
 ) -> None:
     model = model_of(fields)
     file = write_released(tmp_path / "best.pth", *released_of(model))
-    spec, twin = import_checkpoint(file, "advmoe", parse_settings(settings))
+    imported = read_released(file, "advmoe", parse_settings(settings))
+    spec, twin = imported.spec, imported.model
     assert spec == model.spec
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[name]), name
@@ -165,7 +167,7 @@ def write(tmp_path: Path, content: object) -> Path:
 
 def refusal(file: Path, source: str = "advmoe", *settings: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        import_checkpoint(file, source, parse_settings(settings))
+        read_released(file, source, parse_settings(settings))
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
     return str(caught.value)
@@ -210,7 +212,8 @@ def test_wrappers_and_other_containers_are_seen_through(tmp_path: Path) -> None:
     torch.save({"net": wrapped, "acc": np.float64(3)}, tmp_path / "b.t7")
     torch.save(wrapped, tmp_path / "c.t7", _use_new_zipfile_serialization=False)
     for file in tmp_path.iterdir():
-        spec, twin = import_checkpoint(file, "advmoe", {})
+        imported = read_released(file, "advmoe", {})
+        spec, twin = imported.spec, imported.model
         assert spec == model.spec
         assert torch.equal(twin.state_dict()["router.fc.bias"], router["fc.bias"])
 
@@ -269,5 +272,5 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     file = write_released(tmp_path / "best.pth", *released_of(model_of(TINY)))
     with pytest.raises(UsageError, match=says) as caught:
-        import_checkpoint(file, source, parse_settings(settings))
+        read_released(file, source, parse_settings(settings))
     assert "\n" not in str(caught.value)

@@ -9,7 +9,12 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from advmoe_deploy.export.graph.op_bodies import VERSION, bodies, with_bodies, without_custom_ops
+from advmoe_deploy.export.graph.op_bodies import (
+    OPSET_VERSION,
+    bodies,
+    with_bodies,
+    without_custom_ops,
+)
 from advmoe_deploy.export.graph.writer import IR_VERSION, OPSET
 from advmoe_deploy.plan import RENORMALISER, RouteStep
 from advmoe_deploy.runtime.onnxruntime.custom_ops import DOMAIN, find_custom_ops
@@ -57,7 +62,7 @@ def without_body(operator: str, inputs: Arrays, **attributes: Any) -> onnx.Model
         [declared(name, str(x.dtype), x.ndim) for name, x in inputs.items()],
         [declared(name, OUTPUTS.get(name, "float32"), ranks.get(name, 2)) for name in outputs],
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 

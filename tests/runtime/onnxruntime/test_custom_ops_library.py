@@ -20,9 +20,9 @@ from advmoe_deploy.runtime.onnxruntime import custom_ops
 from advmoe_deploy.runtime.onnxruntime.custom_ops import VARIABLE, find_custom_ops, uses_custom_ops
 from advmoe_deploy.runtime.onnxruntime.graph_runner import GraphRunner
 from advmoe_deploy.runtime.onnxruntime.kernels.build import (
+    BUILD_RECORD,
     FOLDER,
     LIBRARY,
-    RECORD,
     SOURCES,
     compile_kernels,
     find_compiler,
@@ -97,7 +97,7 @@ def test_a_library_that_cannot_be_loaded_is_said_to_be_it(
 
 
 @compiles
-@pytest.mark.parametrize("missing", [LIBRARY, RECORD])
+@pytest.mark.parametrize("missing", [LIBRARY, BUILD_RECORD])
 def test_half_a_cache_is_refused(cache: Path, missing: str) -> None:
     library = find_custom_ops().library
     assert library is not None
@@ -268,5 +268,5 @@ def test_a_wheel_brings_source_and_library(tmp_path: Path) -> None:
     assert not wheel.name.endswith("-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     kernels = "advmoe_deploy/runtime/onnxruntime/kernels"
-    wanted = {LIBRARY, RECORD, "kernel.h", *(source.name for source in SOURCES)}
+    wanted = {LIBRARY, BUILD_RECORD, "kernel.h", *(source.name for source in SOURCES)}
     assert {f"{kernels}/{name}" for name in wanted} <= names

@@ -20,7 +20,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BackendUnavailableError, BundleError
 from advmoe_deploy.export.from_run import export_run
-from advmoe_deploy.export.targets import Target, require_supported
+from advmoe_deploy.export.targets import Target
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
 from advmoe_deploy.runtime.runner import Runner
 from advmoe_deploy.runtime.select import ENGINES, ON_GPU, backend_of, open_runner
@@ -31,6 +31,7 @@ from advmoe_deploy.runtime.tensorrt.runner import DeviceRunner
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
 from benchmarks.gpu.visit import cuda_layer
 from tests.conftest import write_run
+from tests.export.tensorrt.subjects import has_gpu
 from tests.families import spec_of
 
 
@@ -98,16 +99,8 @@ except BackendUnavailableError as error:
     )
 
 
-def has_tensorrt() -> bool:
-    try:
-        require_supported(Target("tensorrt", "fp32"))
-    except BackendUnavailableError:
-        return False
-    return True
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
 @pytest.mark.parametrize("family", ["wide ResNet", "conv experts", "token experts"])
 def test_engines_answer_what_the_plan_answers(tmp_path: Path, family: str) -> None:
     write_run(tmp_path / "run", spec_of(family))
@@ -134,7 +127,7 @@ def expected_of(runner: Runner, images: np.ndarray, start: int) -> np.ndarray:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
 def test_another_thread_may_take_memory_during_a_capture() -> None:
     def work() -> None:
         with ThreadPoolExecutor(1) as pool:
@@ -150,7 +143,7 @@ def test_another_thread_may_take_memory_during_a_capture() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
 def test_outputs_are_left_on_the_gpu_at_any_number_of_rows() -> None:
     ends = [make_tensor_value_info(name, TensorProto.FLOAT, ["N", 3]) for name in "xy"]
     graph = make_graph([make_node("Add", ["x", "x"], ["y"])], "g", ends[:1], ends[1:])
@@ -171,13 +164,13 @@ def test_outputs_are_left_on_the_gpu_at_any_number_of_rows() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
 def test_our_cuda_layer_holds(tmp_path: Path) -> None:
     assert cuda_layer.measure(tmp_path / "cuda.json"), (tmp_path / "cuda.json").read_text()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_tensorrt(), reason="no GPU, or no TensorRT")
+@pytest.mark.skipif(not has_gpu(), reason="no GPU, or no TensorRT")
 def test_cuda_copies_there_and_back() -> None:
     values = np.arange(1000, dtype=np.float32)
     with Stream() as stream, PinnedBuffer(4000) as pinned, DeviceBuffer(4000) as there:

@@ -20,7 +20,7 @@ from advmoe_deploy.runtime.routing import Tensors
 from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.serving.online import golden
 from advmoe_deploy.serving.ray_serve.app import application
-from advmoe_deploy.serving.ray_serve.replicas import Origin, checked_engines
+from advmoe_deploy.serving.ray_serve.replicas import BundleOrigin, checked_engines
 from advmoe_deploy.serving.ray_serve.settings import Settings, expert_names, most_rows
 from tests.families import Families
 
@@ -82,7 +82,7 @@ def test_a_replica_takes_only_the_bundle_that_was_deployed(
 ) -> None:
     place = tmp_path / "b"
     shutil.copytree(tiny_bundle.path, place)
-    origin = Origin.of(open_bundle(place))
+    origin = BundleOrigin.of(open_bundle(place))
     assert origin.open().identity == tiny_bundle.identity
     shutil.rmtree(place)
     shutil.copytree(families["token experts"][1].path, place)

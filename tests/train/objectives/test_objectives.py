@@ -13,7 +13,7 @@ from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.rng import RandomNumbers
 from advmoe_deploy.train.distributed.collectives import SynchronisedBatchNorm2d, synchronise
-from advmoe_deploy.train.objectives.forward import Pass
+from advmoe_deploy.train.objectives.forward import ForwardPass
 from advmoe_deploy.train.run.router_robustness import FlipProbe, router_state, with_router
 from advmoe_deploy.train.step.loss_scale import LossScale
 from advmoe_deploy.train.step.weights import TrainedWeights
@@ -71,7 +71,7 @@ def test_routers_and_logits_keep_full_precision() -> None:
     config = tiny("digits-advmoe")
     model = TrainedWeights(fabric(), config).learner.model
     images = first_batch(config).parts[0].images
-    run = Pass(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    run = ForwardPass(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     with torch.no_grad():
         model.eval()
         logits = run(images)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.recipes import apply_overrides, recipe
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.report import EpochRecord
 from advmoe_deploy.train.run.trouble import trouble, unused
+from tests.conftest import Notes
 from tests.toy_training import some_digits, tiny, tiny_of
 
 
@@ -114,14 +114,6 @@ def test_a_network_without_routes_is_not_told_of_them() -> None:
     assert unused(tiny("digits-s-dense"), {"router": (40,)}) == ((), ())
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
-
-
 def test_a_run_says_what_its_records_tell(tmp_path: Path) -> None:
     # Nothing holds the router, whose bias decides for all images alike.
     free = ("balanced_start=false", "class_routing_weight=0", "epochs=1", "loss=standard")
@@ -130,4 +122,4 @@ def test_a_run_says_what_its_records_tell(tmp_path: Path) -> None:
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     record = EpochRecord.model_validate_json(line)
     collapsed = (record.effective_routes or 2) < 1.1
-    assert collapsed == any("to one expert" in line for line in notes.lines)
+    assert collapsed == any("to one expert" in line for line in notes.notes)

@@ -10,14 +10,14 @@ from torch import Tensor
 from advmoe_deploy.families import Family
 from advmoe_deploy.models.base import is_router_parameter
 from advmoe_deploy.models.routing.balance import BALANCE_LOSSES
-from advmoe_deploy.train.combinations import FAMILIES
+from advmoe_deploy.train.combinations import FAMILIES_OF_METHOD
 from advmoe_deploy.train.fields import BalanceLoss, Loss, Method
 from advmoe_deploy.train.step.weights import TrainedWeights
 from tests.toy_training import PARTS, fabric, first_batch, tiny_of
 
 PAIRS = [
     (method, family)
-    for method, families in FAMILIES.items()
+    for method, families in FAMILIES_OF_METHOD.items()
     for family in families
     if method != "sparse"  # whose stages are in test_train_sparse
 ]
@@ -32,9 +32,9 @@ def moved(before: dict[str, Tensor], weights: TrainedWeights) -> set[str]:
 
 
 def test_the_families_and_the_names_are_all_there() -> None:
-    assert set(FAMILIES) == set(get_args(Method))
+    assert set(FAMILIES_OF_METHOD) == set(get_args(Method))
     assert set(get_args(BalanceLoss)) == set(BALANCE_LOSSES)
-    assert {family for families in FAMILIES.values() for family in families} == set(PARTS)
+    assert {family for families in FAMILIES_OF_METHOD.values() for family in families} == set(PARTS)
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)

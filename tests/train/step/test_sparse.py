@@ -11,7 +11,7 @@ from advmoe_deploy.train.data.loader import DataLoader
 from advmoe_deploy.train.run.folder import RunFolder
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.step.sparse import (
-    Pruning,
+    WeightPruning,
     density_of,
     layer_macs,
     nonzero_macs,
@@ -43,7 +43,7 @@ def test_scores_start_as_the_size_of_the_weights_and_learn_through_the_mask() ->
     config = tiny_of("dense", "sparse", "epochs=3")
     weights = TrainedWeights(fabric(), config)
     model, pruning = weights.learner.model, weights.learner.pruning
-    assert isinstance(pruning, Pruning)
+    assert isinstance(pruning, WeightPruning)
     weights.begin_epoch(1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     pruned = pruning.evaluated()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from advmoe_deploy.train.run.sweep import SweepReport
 
 PLOT = "sweep.svg"
-ACCURACIES = ("robust_accuracy", "clean_accuracy")
+_CURVES = ("robust_accuracy", "clean_accuracy")
 _MARKERS = ("o", "s", "^")
 
 
@@ -130,7 +130,7 @@ def sweep_svg(reports: Sequence[SweepReport]) -> str:
     from advmoe_deploy.cli.pages.plots import svg_of
 
     if len(reports) > 1:
-        return svg_of("sweep", [partial(_compare, reports=reports, of=of) for of in ACCURACIES])
+        return svg_of("sweep", [partial(_compare, reports=reports, of=of) for of in _CURVES])
     (report,) = reports
     return svg_of(
         "sweep",
@@ -169,7 +169,7 @@ def _draw_accuracy(axes: Axes, report: SweepReport) -> str:
     from advmoe_deploy.cli.pages.plots import DENSE, MOE, legend_below
 
     x = [point.value for point in report.points]
-    for name, colour in zip(ACCURACIES, (MOE, DENSE), strict=True):
+    for name, colour in zip(_CURVES, (MOE, DENSE), strict=True):
         means, errors = _means(report, name)
         label = name.replace("_", " ")
         axes.errorbar(x, means, errors, fmt="o-", capsize=3, color=colour, label=label)

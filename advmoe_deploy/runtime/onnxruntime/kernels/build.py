@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(FOLDER.glob("*.c")))
 LIBRARY = "advmoe_ops.so"
-RECORD = "advmoe_ops.json"
+BUILD_RECORD = "advmoe_ops.json"
 
 # For any processor of the kind, not only for this one: caches and wheels are shared.
 FLAGS = ("-std=c11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -64,4 +64,4 @@ def compile_kernels(compiler: str, directory: Path) -> None:
         "compiler": compiler,
         "flags": FLAGS,
     }
-    (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (directory / BUILD_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

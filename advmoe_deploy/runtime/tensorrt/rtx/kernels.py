@@ -15,7 +15,7 @@ from advmoe_deploy.runtime.tensorrt.api import ICudaEngine, IExecutionContext, t
 from advmoe_deploy.runtime.tensorrt.cuda import gpu
 
 _LOG = logging.getLogger(__name__)
-SUFFIX = ".kernels"
+_SUFFIX = ".kernels"
 # What the kernels of all engines may take on the disk.
 _MOST_BYTES = 1 << 30
 
@@ -83,7 +83,7 @@ def kernels_file(engine: bytes) -> Path | None:
     They are code: the folder has to be closed to others. Without one they are not kept.
     """
     major, minor = gpu().compute_capability
-    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}{SUFFIX}"
+    name = f"sm{major}{minor}-{hashlib.sha256(engine).hexdigest()[:32]}{_SUFFIX}"
     try:
         return private_folder(cache_folder() / "tensorrt-rtx") / name
     except OSError as error:
@@ -101,7 +101,7 @@ def prune(folder: Path, most_bytes: int) -> None:
         OSError: a file cannot be examined or deleted.
     """
     newest_first = sorted(
-        ((file.stat(), file) for file in folder.glob(f"*{SUFFIX}")),
+        ((file.stat(), file) for file in folder.glob(f"*{_SUFFIX}")),
         key=lambda found: found[0].st_mtime_ns,
         reverse=True,
     )

@@ -1,27 +1,15 @@
-"""What holds of every page: the verdict first, green for gains alone, one file, a phone's width."""
+"""Verdicts on pages and in tables: what was measured, told as it is."""
 
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-from advmoe_deploy import api, cli
+from advmoe_deploy import api
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.redundancy import FixedExpertRow
 from advmoe_deploy.analysis.shares import Share
-from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.cli.app import run
+from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.commands.verify import refusal
-from advmoe_deploy.cli.demo.report import write_demo_report
-from advmoe_deploy.cli.demo.result import DENSE, MOE, DemoResult
-from advmoe_deploy.cli.pages.eval_report import write_eval_report
-from advmoe_deploy.cli.pages.profile_report import write_profile_report
 from advmoe_deploy.cli.tables.bundle import robust_verdict as robust_verdict_line
 from advmoe_deploy.cli.verdicts.analysis import conclusions
 from advmoe_deploy.cli.verdicts.evaluation import evaluation_verdict
@@ -36,165 +24,8 @@ from advmoe_deploy.cli.verdicts.said import Said
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs, Pair
-from advmoe_deploy.specs import AttackSpec, ThreatModel
-from advmoe_deploy.train.run.report import TrainReport
-from advmoe_deploy.verify import verify as verify_module
-from advmoe_deploy.verify.curve import CurvePoint
-from advmoe_deploy.verify.examples import convergence
-from advmoe_deploy.verify.examples.entry import Entry
-from tests.serving.online.browser import CHROMIUM, browsing
-
-KINDS = ("analysis", "demo", "eval", "profile", "report")
-PHONE = 400
-Pages = dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def pages(
-    trained_bundle: Bundle, trained_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Pages:
-    """A page of each kind, of little work: nothing on it is good for more than to be looked at."""
-    out = tmp_path_factory.mktemp("pages")
-    found = {kind: out / kind / "report.html" for kind in KINDS}
-    with pytest.MonkeyPatch.context() as patch:
-        cut = (AttackSpec(name="pgd", steps=5), AttackSpec(name="square", steps=5))
-        patch.setattr(verify_module, "attack_suite", lambda *_: cut)
-        patch.setattr(convergence, "STEPS", (2, 4))
-        patch.setattr(convergence, "MOST_IMAGES", 10)
-        few, quick = ("--images", "20"), ("--steps", "1", "--smoothing", "10")
-        bundle = str(trained_bundle.path)
-        assert run(["report", bundle, *few, "--no-card", "--out", str(out / "report")]) == 0
-        assert run(["analyze", bundle, *few, *quick, "--out", str(out / "analysis")]) == 0
-    report = profile_bundle(trained_bundle, batches=(1, 4), n=3, warmup=1)
-    for kind in ("demo", "eval", "profile"):
-        (out / kind).mkdir()
-    write_profile_report(report, trained_bundle, found["profile"])
-    write_eval_report(api.evaluate(trained_bundle, images=40), found["eval"])
-    shutil.copytree(trained_run, out / "demo" / "runs" / MOE)
-    shutil.copytree(trained_bundle.path, out / "demo" / "bundle")
-    write_demo_report(demo_result(out, report), out / "demo")
-    return found
-
-
-def demo_result(out: Path, profile: LatencyReport) -> DemoResult:
-    bundle = open_bundle(out / "demo" / "bundle")
-    verified = entry_of(out).advmoe.engines[0]
-    trained = TrainReport(
-        run="r", recipe="r", method="advmoe", loss="trades", data="digits", epochs=1,
-        selected_epoch=1, images=40, clean_accuracy=0.9, pgd_accuracy=0.8, robust_accuracy=0.7,
-        threat=verified.threat, epsilon=0.05, attack=AttackSpec(name="pgd", steps=50),
-        effective_routes=2.0, expert_load={}, device="cpu", devices=1, versions={}, seed=0,
-        seconds=1.0,
-    )  # fmt: skip
-    curve = tuple(CurvePoint(epsilon=e, accuracy=1 - e, low=0.5, high=1.0) for e in (0.0, 0.1, 0.2))
-    return DemoResult(
-        out=str(out), quick=True, photographs=None, train={MOE: trained, DENSE: trained},
-        verify=verified, profile=profile, macs=bundle.manifest.macs,
-        curves={"AdvMoE": curve, "dense": curve}, load_by_class=((3, 1),) * 10,
-        class_names=bundle.manifest.class_names, classified=100, unreadable=1, report="r",
-        seconds=1.0,
-    )  # fmt: skip
-
-
-def entry_of(out: Path) -> Entry:
-    return Entry.model_validate_json((out / "report" / "report.json").read_text(encoding="utf-8"))
-
-
-class Outline(HTMLParser):
-    """The headings of a page, and whatever else a reader who sees no picture depends on."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def of(self, *names: str) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag in names]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_page_is_one_file_for_every_reader(kind: str, pages: Pages) -> None:
-    page = pages[kind].read_text(encoding="utf-8")
-    outline = Outline(page)
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in outline.of(
-        "meta"
-    )
-    assert not re.search(r"""(?:src|href)=["'](?!data:|#)|url\((?!["']?#)|@import""", page)
-    assert outline.of("html") == [{"lang": "en"}]
-    levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert max(b - a for a, b in pairwise(levels)) <= 1
-    assert all(image["alt"] for image in outline.of("img"))
-    assert all(plot["role"] == "img" and plot["aria-label"] for plot in outline.of("svg"))
-    assert all(column["scope"] in ("col", "row") for column in outline.of("th"))
-    assert "prefers-color-scheme: dark" in page
-    for drawing in re.findall("<svg.*?</svg>", page, re.DOTALL):
-        assert "var(--ink)" in drawing
-        assert "#ffffff" not in drawing
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_page_says_first_what_came_out_and_last_how(kind: str, pages: Pages) -> None:
-    page = pages[kind].read_text(encoding="utf-8")
-    head, rest = page.split("<main>")
-    assert re.search(r"<h1 class=\"\w*\">.*\d.*</h1>", head), "no verdict"
-    footer = rest[rest.index("<footer") :]
-    for name in ("date", "processor", "CPU threads", "versions"):
-        assert f"<dt>{name}</dt>" in footer
-    assert "python 3." in footer
-    assert re.search(r"\d{4}-\d\d-\d\d", footer)
-
-
-def luminance(colour: str) -> float:
-    """Return the relative luminance of ``#rrggbb``, as WCAG 2 defines it."""
-    shares = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    linear = (s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares)
-    return sum(w * s for w, s in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-@pytest.mark.parametrize("shade", [0, 1], ids=["light", "dark"])
-def test_what_is_written_can_be_read(shade: int, pages: Pages) -> None:
-    page = pages["eval"].read_text(encoding="utf-8")
-    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", page.split(":root {")[1 + shade]))
-    assert len(colours) == 15
-
-    def contrast(one: str, other: str) -> float:
-        dark, light = sorted(luminance(colours[name]) for name in (one, other))
-        return (light + 0.05) / (dark + 0.05)
-
-    for text in ("ink", "soft", "gain", "worse", "unsure"):
-        assert contrast(text, "page") >= 4.5
-        assert contrast(text, "card") >= 4.5
-    assert contrast("ink", "bar") >= 4.5
-    for series in range(6):  # lines and bars, and the numbers in them
-        assert contrast(f"series-{series}", "card") >= 4.5
-
-
-@pytest.fixture(scope="module")
-def width(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], int]]:
-    """Return how wide a page is on a phone, in its pixels."""
-    with browsing(tmp_path_factory.mktemp("browser")) as browser:
-
-        def measured(page: Path) -> int:
-            browser(
-                "Emulation.setDeviceMetricsOverride",
-                width=PHONE, height=800, deviceScaleFactor=1, mobile=True,
-            )  # fmt: skip
-            browser.open(page.as_uri())
-            found: int = browser.run("return document.documentElement.scrollWidth")
-            return found
-
-        yield measured
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_page_fits_a_phone(kind: str, pages: Pages, width: Callable[[Path], int]) -> None:
-    assert width(pages[kind]) <= PHONE
+from advmoe_deploy.specs import ThreatModel
+from tests.cli.pages.shown import Pages, entry_of
 
 
 def ratio(
@@ -249,17 +80,6 @@ def test_multiply_accumulates_are_a_gain_only_where_they_are_fewer() -> None:
     macs = Macs(selected=4, router=1, executed=5, unfused=9, dense=10, s_dense=4)
     assert macs_verdict(macs).tone == "gain"
     assert macs_verdict(macs.model_copy(update={"executed": 12})).tone == ""
-
-
-def test_green_is_the_colour_of_gains_alone(pages: Pages) -> None:
-    """Nothing on these pages is better than something else but times and operations."""
-    for kind in ("report", "eval"):
-        assert 'class="gain"' not in pages[kind].read_text(encoding="utf-8").split("<body>")[1]
-    page = pages["profile"].read_text(encoding="utf-8")
-    ratios = re.findall(r'<span class="(\w*)">([\d.]+)x', page)
-    assert ratios
-    for tone, shown in ratios:
-        assert tone in {"", "gain" if float(shown) > 1 else "worse"}
 
 
 def test_robustness_is_told_as_it_is(pages: Pages) -> None:
@@ -354,12 +174,6 @@ def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> Non
     assert said.tone == "worse"
 
 
-def test_no_page_writes_an_epsilon_in_its_own_way() -> None:
-    for page in Path(cli.__file__).parent.rglob("*.jinja"):
-        for shown in re.findall(r"\{\{.*?\}\}", page.read_text(encoding="utf-8")):
-            assert not re.search(r"\.eps(ilon)?\b(?!\|epsilon)", shown), f"{page.name}: {shown}"
-
-
 def test_steps_that_still_break_more_are_said(pages: Pages) -> None:
     measured = entry_of(pages["report"].parent.parent).advmoe
     first, last = measured.convergence[0], measured.convergence[0].model_copy(update={"steps": 50})
@@ -436,16 +250,3 @@ def test_an_evaluation_says_that_nothing_was_attacked(trained_bundle: Bundle) ->
     assert first.text.endswith("of 40 clean test images are right")
     assert last.text == "Nothing was attacked: this says nothing about robustness"
     assert {said.tone for said in evaluation_verdict(report)} == {""}
-
-
-def test_pages_of_what_runs_without_torch_need_none() -> None:
-    program = (
-        "import sys\nfor name in ('torch', 'sklearn'): sys.modules[name] = None\n"
-        "import advmoe_deploy.cli.pages.eval_report, advmoe_deploy.cli.pages.profile_report\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-def test_warnings_stand_above_all_figures(pages: Pages) -> None:
-    head = pages["demo"].read_text(encoding="utf-8").split("<main>")[0]
-    assert "Warning:</strong> quick form" in head
