@@ -32,6 +32,11 @@ class Share(Frozen):
         return Share(value=value, low=low, high=high, n=n)
 
 
+# Attacks that a line of text can name; and AutoAttack's, as they are called with its own steps.
+_FEW = 4
+_AUTOATTACK = {"apgd-100", "apgd-t-100", "fab-t-100", "square-5000"}
+
+
 class AttackStep(Frozen):
     """One attack of a suite: its title, and the share that stands after it and those before."""
 
@@ -57,10 +62,14 @@ class Evaluation(Frozen):
 
     @property
     def attack_words(self) -> str:
-        """The suite or, where it has no name, its attacks."""
+        """The suite or, where it has no name, its attacks; of many their number."""
         if self.suite:
             return f"all {len(self.attacks)} attacks of the suite {self.suite}"
-        return ", ".join(step.title for step in self.attacks)
+        titles = [step.title for step in self.attacks]
+        if len(titles) <= _FEW:
+            return ", ".join(titles)
+        known = ", AutoAttack's four among them" if {*titles} >= _AUTOATTACK else ""
+        return f"{len(titles)} attacks{known}"
 
 
 class Rounding(Frozen):

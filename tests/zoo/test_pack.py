@@ -16,12 +16,12 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import InputError, UsageError
 from advmoe_deploy.files import sha256_of
 from advmoe_deploy.models.checkpoint import load_checkpoint, read_checkpoint
-from advmoe_deploy.specs import AttackSpec
+from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.zoo.evaluation import read_evaluation
 from advmoe_deploy.zoo.pack import Packing, pack_run, portable, rounded
-from advmoe_deploy.zoo.record import Share, read_record
+from advmoe_deploy.zoo.record import AttackStep, Evaluation, Share, read_record
 from tests.conftest import assert_nothing_left
 from tests.packaging.source import source_in, wheel_of
 
@@ -188,6 +188,26 @@ def test_what_verify_and_report_write_is_read(
     pack_run(trained_run, tmp_path / "tiny", Packing(results=(out / "report.json",)))
     card = (tmp_path / "tiny/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "linf, epsilon 0.05, on the weights that are here" in card
+
+
+def test_many_attacks_are_counted() -> None:
+    few, autoattack = ["pgd-50", "rays"], ["apgd-100", "apgd-t-100", "fab-t-100", "square-5000"]
+    share = Share.of(0.5, 10)
+
+    def words(titles: list[str]) -> str:
+        steps = tuple(AttackStep(title=title, standing=0.5) for title in titles)
+        return Evaluation(
+            by="b",
+            data="d",
+            threat=ThreatModel(epsilon=0.1),
+            clean=share,
+            robust=share,
+            attacks=steps,
+        ).attack_words
+
+    assert words(few) == "pgd-50, rays"
+    assert words([*few, *autoattack]) == "6 attacks, AutoAttack's four among them"
+    assert words([*few, *autoattack[1:]]) == "5 attacks"
 
 
 def test_an_interval_by_hand() -> None:
