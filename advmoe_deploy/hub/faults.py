@@ -74,7 +74,7 @@ def _explanation(error: Exception, repository: Repository) -> AdvMoEError | None
         )
     if isinstance(error, OSError):
         return _of_the_disk(error, repository)
-    if isinstance(error, RuntimeError):  # of Xet, the part of the client that moves large files
+    if type(error) is RuntimeError:  # of Xet, the part of the client that moves large files
         text = " ".join(str(error).split())
         return MachineError(f"{repository}: the hub's client failed ({text}); try again")
     if isinstance(error, ValueError):

@@ -137,10 +137,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     try:
         with reading(file):
             fields = json.loads(file.read_bytes())
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # text that is none, or lists in lists without end
+    except (ValueError, RecursionError) as error:  # no text, or lists in lists without end
         raise InputError(f"{file} is no JSON ({error}); copy it again") from None
     if not isinstance(fields, dict):
         raise InputError(f"{file} holds no object; copy it again")

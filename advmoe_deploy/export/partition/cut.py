@@ -55,10 +55,10 @@ def partition(model: Classifier, progress: Progress | None = None) -> Partition:
     Raises:
         CheckFailedError: the model uses an operator or a form that cannot be exported.
     """
-    return _Cut(TracedModule(_Traced(model), model.spec.image_shape, progress)).partition()
+    return _Cut(TracedModule(_Marked(model), model.spec.image_shape, progress)).partition()
 
 
-class _Traced(nn.Module):
+class _Marked(nn.Module):
     """The model with markers; every expert sees every row."""
 
     def __init__(self, model: Classifier) -> None:

@@ -57,7 +57,7 @@ _FIRST_PROFILE = 0
 class Tensor:
     """An input or output: its type on the device, and the least and the largest shape.
 
-    Sizes behind the batch are -1 in those of an output.
+    Sizes that follow the batch are -1 in those of an output.
     """
 
     dtype: np.dtype[Any]
