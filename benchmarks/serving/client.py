@@ -14,6 +14,9 @@ from multiprocessing import Event, Process, Queue
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Times = NDArray[np.float64]
 
 HOST = "127.0.0.1"
 # Of a client, for all that is no connection to the server.
@@ -153,8 +156,18 @@ def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Samp
     return asyncio.run(together(one, clients, seconds))
 
 
-def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample:
-    """Ask at random times, ``per_s`` on average, however long answers take.
+def evenly(per_s: float, seconds: float) -> Times:
+    """Return times to ask at, in seconds, at even intervals: ``perf_analyzer``'s own choice."""
+    return np.arange(1, int(per_s * seconds) + 1) / per_s
+
+
+def randomly(per_s: float, seconds: float) -> Times:
+    """Return times to ask at, in seconds, as clients do who know nothing of each other."""
+    return np.cumsum(np.random.default_rng(0).exponential(1 / per_s, int(per_s * seconds)))
+
+
+def open_loop(port: int, request: bytes, times: Times) -> Sample:
+    """Ask at the ``times`` given, however long answers take.
 
     What finds no connection idle, and none left to be opened, is the client's failure: not asked.
     """
@@ -175,9 +188,8 @@ def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> Sample
         idle.append(client)
 
     async def run() -> Sample:
-        gaps = np.random.default_rng(0).exponential(1 / per_s, int(per_s * seconds))
         sample, idle, began = Sample(), list[Client](), time.perf_counter() + 0.1
-        await asyncio.gather(*(one(sample, idle, began + at) for at in np.cumsum(gaps)))
+        await asyncio.gather(*(one(sample, idle, began + at) for at in times))
         sample.seconds = time.perf_counter() - began
         for client in idle:
             client.close()

@@ -13,6 +13,7 @@ from benchmarks.serving.client import (
     memory_of,
     open_loop,
     probed,
+    randomly,
 )
 from benchmarks.serving.server import Running
 from benchmarks.serving.speed import images_of
@@ -29,7 +30,7 @@ def overload(running: Running, bundle: Bundle, seconds: float) -> dict[str, Any]
     capacity = closed_loop(port, one, 32, min(10.0, seconds)).summary()["per_s"]
     rows = {"idle_memory_mib": round(memory_of(pid) / 1024, 1), "capacity_per_s": capacity}
     kinds = {
-        "4x": lambda: open_loop(port, one, 4 * capacity, seconds),
+        "4x": lambda: open_loop(port, one, randomly(4 * capacity, seconds)),
         "1500 clients": lambda: closed_loop(port, one, MANY_CLIENTS, seconds),
         "32 x 1024 images": lambda: closed_loop(port, large, 32, seconds),
     }

@@ -11,7 +11,14 @@ import tritonclient.http as triton
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.runtime.select import open_runner
-from benchmarks.serving.client import binary_request, closed_loop, open_loop
+from benchmarks.serving.client import (
+    Times,
+    binary_request,
+    closed_loop,
+    evenly,
+    open_loop,
+    randomly,
+)
 from benchmarks.serving.server import Running
 
 BATCH = 32
@@ -69,31 +76,56 @@ def _by_curl(running: Running, request: dict[str, Any], images: np.ndarray) -> n
 def speed(
     running: Running, bundle: Bundle, alone: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Return latency of one client, throughput of 32, latency at half load, and the targets."""
+    """Return latency of one client, throughput of 32, latency at half load, and the targets.
+
+    Half the load comes at even intervals, and at random times.
+    """
     request = binary_request(running.model, images_of(bundle, 1))
     closed_loop(running.port, request, 4, min(2.0, seconds))
     one = closed_loop(running.port, request, 1, seconds).summary()
     many = closed_loop(running.port, request, BATCH, seconds).summary()
-    before = counted(running)
-    half = open_loop(running.port, request, max(1.0, many["per_s"] / 2), seconds).summary()
-    half |= batches_between(before, counted(running))
+    load = max(1.0, many["per_s"] / 2)
+    even, random = (
+        at_times(running, request, times(load, seconds), alone) for times in (evenly, randomly)
+    )
+    allowed_ms = 3 * alone["batch_1_ms"] + running.delay_ms
     return {
         "one_client": one,
         "clients_32": many,
-        "half_load": half,
+        "half_load": even,
+        "half_load_at_random": random,
         "over_bare_ms": one["p50_ms"] - alone["batch_1_ms"],
         "share_of_bare": many["per_s"] / alone["images_per_s"],
         "holds": {
             "p50 <= bare + 1.5 ms": one["p50_ms"] <= alone["batch_1_ms"] + 1.5,
             "throughput >= 85 %": many["per_s"] >= 0.85 * alone["images_per_s"],
-            "p99 at half load <= 3 x one image + delay": (
-                half["p99_ms"] <= 3 * alone["batch_1_ms"] + running.delay_ms
-            ),
-            "p99 at half load <= 3 x mean compute + delay": (
-                half["p99_ms"] <= 3 * half["mean_compute_ms"] + running.delay_ms
-            ),
+            "p99 at half load <= 3 x one image + delay": even["p99_ms"] <= allowed_ms,
+            "the same at random times": random["p99_ms"] <= allowed_ms,
         },
     }
+
+
+def at_times(
+    running: Running, request: bytes, times: Times, alone: dict[str, float]
+) -> dict[str, Any]:
+    """Return what came of requests of one image at ``times``, and the runner's own p99 at them."""
+    before = counted(running)
+    found = open_loop(running.port, request, times).summary()
+    found |= batches_between(before, counted(running))
+    return {**found, "p99_of_the_runner_alone_ms": queued_p99_ms(times, alone["batch_1_ms"])}
+
+
+def queued_p99_ms(times: Times, one_ms: float) -> float:
+    """Return the 99th percentile of waiting and being answered, one image after the other.
+
+    No server in front of a runner that takes ``one_ms`` for an image has less, unless images cost
+    less together.
+    """
+    free, answered = 0.0, list[float]()
+    for at in times:
+        free = max(at, free) + 1e-3 * one_ms
+        answered.append(free - at)
+    return round(1e3 * float(np.percentile(answered, 99)), 3)
 
 
 def counted(running: Running) -> dict[str, int]:

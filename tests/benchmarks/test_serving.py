@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle
@@ -12,7 +13,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.serving.online.grpc.messages import asked_of
 from advmoe_deploy.serving.online.protocol import RefusedError
 from benchmarks.program import write
-from benchmarks.serving import client
+from benchmarks.serving import client, speed
 from benchmarks.serving.main import PARTS, staying_parts, wanted_of
 from benchmarks.serving.rpc import costly_messages, longest_of
 from benchmarks.serving.speed import batches_between
@@ -66,6 +67,12 @@ def test_a_client_that_has_no_connection_left_says_so(monkeypatch: pytest.Monkey
         return 503, b""
 
     monkeypatch.setattr(client.Client, "ask", never)
-    sample = client.open_loop(1, b"", 50.0, 0.2)
+    sample = client.open_loop(1, b"", client.randomly(50.0, 0.2))
     assert (asked, sample.not_asked) == (2, 8)
     assert sample.answers == {503: 2}
+
+
+def test_a_queue_before_a_runner_waits_for_those_ahead() -> None:
+    """Of three requests at once, 4 ms each, the last has its answer after 12; one alone after 4."""
+    assert speed.queued_p99_ms(np.array([0.0, 0.0, 0.0]), 4.0) == pytest.approx(12, abs=0.2)
+    assert speed.queued_p99_ms(client.evenly(100.0, 1.0), 4.0) == 4.0

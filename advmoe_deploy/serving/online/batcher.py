@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 # How much a batch weighs in the estimate of the pace.
 _FRESH = 0.2
 # How long no dead jobs are looked for, as a multiple of what that took; unless jobs are few.
-_REST, _FEW = 50.0, 256
+_REST, _FEW = 200.0, 256
 
 
 class Batcher:
@@ -142,7 +142,7 @@ class Batcher:
         return f"its turn would come in {wait_s:.1f} s only" if wait_s > timeout_s else ""
 
     def _sweep(self) -> None:
-        """Drop the dead, unless that was done so lately that it would be a fiftieth of all work.
+        """Drop the dead, unless it was done so lately that it would be half a percent of all work.
 
         Each request that is refused asks for it, and goes through all that wait.
         """
@@ -249,10 +249,9 @@ class Batcher:
         for job, numbers, _ in slices:
             own_pathways, own_rows = pathways[at : at + len(numbers)], rows[at : at + len(numbers)]
             at += len(numbers)
-            for pathway in np.unique(own_pathways):
-                own = np.flatnonzero(own_pathways == pathway)
+            for pathway, own in _by_pathway(own_pathways):
                 piece = Piece(job, numbers[own], own_rows[own], now)
-                self._pieces.setdefault(int(pathway), deque()).append(piece)
+                self._pieces.setdefault(pathway, deque()).append(piece)
 
     def _next_batch(self) -> tuple[int, list[Piece]] | None:
         """Return the pathway whose batch is full, or that waits longest, and rows of it."""
@@ -319,6 +318,18 @@ class Batcher:
                     if failure is not None or not job.left:
                         self._end(job, failure)
             self._hand_over()
+
+
+def _by_pathway(
+    pathways: NDArray[np.int64],
+) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
+    """Yield each of the ``pathways`` of some rows, and which rows: without a copy if all are."""
+    first = int(pathways[0])
+    if (pathways == first).all():
+        yield first, slice(None)
+        return
+    for pathway in np.unique(pathways):
+        yield int(pathway), np.flatnonzero(pathways == pathway)
 
 
 def _end_all(ended: list[tuple[Job, Exception | None]]) -> None:

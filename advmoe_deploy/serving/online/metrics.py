@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from advmoe_deploy.runtime.routing import share_margins
-from advmoe_deploy.runtime.runner import Prediction, joined
+from advmoe_deploy.runtime.runner import joined
 from advmoe_deploy.serving.online.job import Done, Times
 from advmoe_deploy.serving.online.operations.monitor import CLASSES, Drift, Monitor
 
@@ -47,7 +47,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges = gauges
         self._lock = threading.Lock()
-        self._fresh: list[Prediction] = []
+        self._fresh: list[Done] = []
+        self._fresh_images = 0
         self._loads: dict[str, NDArray[np.float64]] = {}
         self._totals = dict.fromkeys(_TOTALS, 0.0)
         self.last_s = 0.0  # when the last batch ended, since the epoch
@@ -90,26 +91,26 @@ class Metrics:
     def batch(self, done: Done) -> None:
         """Count a batch, its routes and margins."""
         self.last_s = time.time()
-        self._compute.observe(done.seconds)
-        self._batches.observe(len(done.answer.logits))
         with self._lock:
-            self._fresh.append(done.answer)
-            many = sum(len(answer.logits) for answer in self._fresh) >= _TOGETHER
+            self._fresh.append(done)
+            self._fresh_images += len(done.answer.logits)
+            many = self._fresh_images >= _TOGETHER
         if many:
-            self._count_answers()
+            self._count_batches()
 
     def totals(self) -> dict[str, float]:
         """Return counts and sums of times: of ``success`` and ``fail``, of the parts of the former.
 
         ``images`` and ``batches`` are of all that was computed.
         """
+        self._count_batches()
         (batches,) = self._batches.collect()
         found = {sample.name.rpartition("_")[2]: sample.value for sample in batches.samples}
         return {**self._totals, "images": found["sum"], "batches": found["count"]}
 
     def families(self) -> list[Metric]:
         """Return everything, as it is now."""
-        self._count_answers()
+        self._count_batches()
         return list(self._registry.collect())
 
     def now(self) -> dict[str, float]:
@@ -133,12 +134,15 @@ class Metrics:
                 ([], 0) if self._monitor is None else (self._monitor.drifts, self._monitor.windows)
             )
 
-    def _count_answers(self) -> None:
+    def _count_batches(self) -> None:
         with self._lock:
-            fresh, self._fresh = self._fresh, []
+            fresh, self._fresh, self._fresh_images = self._fresh, [], 0
         if not fresh:
             return
-        answers = joined(fresh)
+        for done in fresh:
+            self._compute.observe(done.seconds)
+            self._batches.observe(len(done.answer.logits))
+        answers = joined([done.answer for done in fresh])
         loads = {layer: np.bincount(ids.reshape(-1)) for layer, ids in answers.expert_ids.items()}
         margins = {**answers.margins, CLASSES: share_margins(answers.logits)}
         found = {layer: binned(values) for layer, values in margins.items()}
