@@ -24,7 +24,7 @@ from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import BACKLOG, Limits
 from advmoe_deploy.serving.online.operations.signals import handling
 from advmoe_deploy.serving.online.shedding import Shedding
-from advmoe_deploy.serving.online.turns import Turns
+from advmoe_deploy.serving.online.turns import EveryTurn, Turns
 
 # How long a thread that reads pixels may keep the event loop waiting whenever the loop needs the
 # interpreter, which it does several times per answer; Python's own 5 ms make a slow health probe.
@@ -38,6 +38,8 @@ _READING_S = 5.0
 # New objects until the youngest are gone through, and how often until the older ones, and all, are.
 # The first two are Python's own: where more come together, each time takes longer.
 _COLLECTIONS = (700, 10, 1000)
+# How many pieces of what came are parsed before others have their turn.
+_LOOKS = 32
 # How many pieces of long bodies, of up to 256 KiB each, are read before others have their turn.
 _PIECES = 4
 
@@ -72,8 +74,7 @@ class Server(uvicorn.Server):
         self._beside, self._tls = beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
-        self._begins, self._ends = Turns(), Turns()  # of requests, and of connections
-        self._reads = Turns(_PIECES)
+        self._turns = EveryTurn(Turns(_LOOKS), Turns(), Turns(_PIECES), Turns())
         self.stopping = False
         self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
         config = uvicorn.Config(
@@ -155,9 +156,7 @@ class Server(uvicorn.Server):
             app_state=self.lifespan.state,
             limits=self._limits,
             stopping=lambda: self.stopping,
-            begins=self._begins,
-            reads=self._reads,
-            ends=self._ends,
+            turns=self._turns,
             shed=self._shed,
         )
 

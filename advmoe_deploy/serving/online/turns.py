@@ -1,8 +1,11 @@
 """Turns of the event loop, so that work in small pieces does not keep others waiting in sum."""
 
 import asyncio
+import select
+import sys
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -50,12 +53,29 @@ class Turns:
                 asyncio.get_running_loop().call_soon(self._renew)
 
 
+@dataclass(frozen=True)
+class EveryTurn:
+    """Turns of a server's connections.
+
+    Attributes:
+        looks: at what came, mostly a short request each.
+        begins: of requests, but for those that ask for health.
+        reads: of pieces of long bodies.
+        ends: of connections whose clients leave.
+    """
+
+    looks: Turns
+    begins: Turns
+    reads: Turns
+    ends: Turns
+
+
 class Flow(FlowControl):
     """Pauses and resumes what a connection reads; it goes on in its turn among others."""
 
     def __init__(self, transport: asyncio.Transport, reads: Turns) -> None:
         super().__init__(transport)
-        self._reads, self._is_waiting = reads, False
+        self.transport, self._reads, self._is_waiting = transport, reads, False
 
     def resume_reading(self) -> None:
         """Read on, in this turn or a later one."""
@@ -66,6 +86,49 @@ class Flow(FlowControl):
     def _resume(self) -> None:
         self._is_waiting = False
         super().resume_reading()
+
+
+class Inbox:
+    """Pieces that came on one connection and wait to be looked at, in turn with those of others."""
+
+    def __init__(self, turns: Turns, flow: Flow) -> None:
+        """Begin with nothing; no more than two pieces will wait."""
+        self._turns, self._flow = turns, flow
+        self._pieces: list[bytes] = []
+        self._is_full = False
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something came that was not looked at: to close now would lose it."""
+        sock = self._flow.transport.get_extra_info("socket")
+        if self._pieces or sys.platform == "win32" or sock is None or sock.fileno() < 0:
+            return bool(self._pieces)  # such a socket has no poll()
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def put(self, data: bytes, look: Callable[[bytes], object], *, is_urgent: bool) -> None:
+        """Call ``look`` with ``data`` in its turn, or now if it ``is_urgent`` and nothing is ahead.
+
+        It is not kept longer: it belongs to the connection, and both would be a circle.
+        """
+        if is_urgent and not self._pieces:
+            look(data)
+            return
+        self._pieces.append(data)
+        if len(self._pieces) == 1:
+            self._turns.call(partial(self._take, look))
+        else:
+            self._is_full = True
+            self._flow.pause_reading()
+
+    def _take(self, look: Callable[[bytes], object]) -> None:
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        if self._is_full:
+            self._is_full = False
+            self._flow.resume_reading()
+        look(data)
 
 
 def _free(waiting: "asyncio.Future[None]") -> None:

@@ -10,7 +10,6 @@ import errno
 import http
 import json
 import logging
-import select
 import socket
 import ssl
 import sys
@@ -28,7 +27,7 @@ _READ = 64 << 10
 # How many connections beyond the limit are read, since they may ask for the server's health.
 SPARE = 128
 HEALTH = "/v2/health/"
-_PROBES = (f"GET {HEALTH}".encode(), f"HEAD {HEALTH}".encode())
+PROBES = (f"GET {HEALTH}".encode(), f"HEAD {HEALTH}".encode())
 TOO_MANY = "too many connections are open; try again later"
 _PAUSE_S = 1.0
 _FAREWELL_S = 1.0
@@ -79,12 +78,12 @@ class Crowd:
             return False
         connection.setblocking(False)
         try:
-            head = connection.recv(max(map(len, _PROBES)), socket.MSG_PEEK)
+            head = connection.recv(max(map(len, PROBES)), socket.MSG_PEEK)
         except BlockingIOError:
             return over >= SPARE
         except OSError:
             return True
-        return not head.startswith(_PROBES)
+        return not head.startswith(PROBES)
 
 
 class Acceptor:
@@ -218,16 +217,6 @@ class Acceptor:
         if (now := time.monotonic()) - self._complained >= _COMPLAIN_EVERY_S:
             self._complained = now
             _log.warning("no connection can be accepted now: %s", error.strerror)
-
-
-def has_more(transport: asyncio.BaseTransport) -> bool:
-    """Return whether something came that was not read yet: to close now would lose it."""
-    sock = transport.get_extra_info("socket")
-    if sys.platform == "win32" or sock is None or sock.fileno() < 0:  # it has no poll()
-        return False
-    poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def refusal(

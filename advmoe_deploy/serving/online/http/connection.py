@@ -12,11 +12,11 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from advmoe_deploy.serving.online.http.accept import HEALTH, SPARE, TOO_MANY, has_more, refusal
+from advmoe_deploy.serving.online.http.accept import HEALTH, PROBES, SPARE, TOO_MANY, refusal
 from advmoe_deploy.serving.online.http.reading import REFUSED, links, without_upgrade
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
-from advmoe_deploy.serving.online.turns import Flow, Turns
+from advmoe_deploy.serving.online.turns import EveryTurn, Flow, Inbox
 
 _HEAD_BYTES = 32 << 10
 _LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
@@ -39,9 +39,7 @@ class _RefusedError(Exception):
 class Connection(HttpToolsProtocol):
     """One connection; ``stopping`` says whether each answer is the last one on its connection.
 
-    Its requests begin in turn with those of others, ``begins``, but for those that ask for health;
-    the pieces of long bodies are read in turn, ``reads``, and it ends in turn, ``ends``, where its
-    client leaves. What is to be ``shed`` never begins.
+    Its work takes ``turns``, but for requests for health. What is to be ``shed`` never begins.
     """
 
     def __init__(
@@ -49,16 +47,14 @@ class Connection(HttpToolsProtocol):
         *args: Any,
         limits: Limits,
         stopping: Callable[[], bool],
-        begins: Turns,
-        reads: Turns,
-        ends: Turns,
+        turns: EveryTurn,
         shed: Shedding,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._refused_unread: Shed | None = None  # why the request that is being read is refused
         self._limits, self._stopping, self._shed = limits, stopping, shed
-        self._begins, self._reads, self._ends = begins, reads, ends
+        self._turns = turns
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
         self._is_dropped = False  # whether the rest of the body that is being read is
@@ -76,7 +72,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many already."""
         super().connection_made(transport)
-        self.flow = Flow(transport, self._reads)
+        self.flow = Flow(transport, self._turns.reads)
+        self._inbox = Inbox(self._turns.looks, self.flow)
         self._crowded = len(self.connections) > self._limits.connections
         if len(self.connections) > self._limits.connections + SPARE:
             self._over = True
@@ -99,7 +96,7 @@ class Connection(HttpToolsProtocol):
         self._be_alone()
         if self.scheme != "http":
             return False  # TLS closes by itself
-        self._ends.call(self.transport.close)
+        self._turns.ends.call(self.transport.close)
         return True
 
     def _be_alone(self) -> None:
@@ -112,7 +109,10 @@ class Connection(HttpToolsProtocol):
         self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, within the limits."""
+        """Parse what came within the limits: now if it asks for health, else in its turn."""
+        self._inbox.put(data, self._look_at, is_urgent=data.startswith(PROBES))
+
+    def _look_at(self, data: bytes) -> None:
         if self._over:
             return
         before = self._parsed
@@ -257,7 +257,7 @@ class Connection(HttpToolsProtocol):
         if cycle.scope["path"].startswith(HEALTH):
             start()
         else:  # while it waits it is small
-            self._begins.call(start)
+            self._turns.begins.call(start)
 
     def on_response_complete(self) -> None:
         """Go on to the next request, which may have begun already."""
@@ -281,7 +281,7 @@ class Connection(HttpToolsProtocol):
         """Close now if no request is under way, else after the answer, which says so."""
         if not self.is_idle:
             self.cycle.keep_alive = False
-        elif self._part != "head" and self._refused_unread is None and not has_more(self.transport):
+        elif self._part != "head" and self._refused_unread is None and not self._inbox.has_more:
             self.transport.close()
 
     def give_up(self) -> None:

@@ -1,7 +1,6 @@
 """Connections are accepted and requests begun a few at a time; none that waits is lost."""
 
 import asyncio
-import contextlib
 import errno
 import itertools
 import socket
@@ -17,7 +16,6 @@ from advmoe_deploy.serving.online.http.accept import Acceptor, Crowd
 from advmoe_deploy.serving.online.models import Models
 from advmoe_deploy.serving.online.protocol import InferRequest, served_model
 from advmoe_deploy.serving.online.service import Arrival, Service
-from advmoe_deploy.serving.online.turns import Flow, Turns
 from tests.serving.online.live import LIMITS, ONE, SlowRunner
 
 
@@ -196,80 +194,6 @@ def test_a_server_that_ends_while_it_has_no_descriptors_does_not_complain_later(
         listener.listen(8)
         with socket.create_connection(listener.getsockname()):
             assert asyncio.run(run()) == []
-
-
-def test_callers_go_on_in_order_and_a_few_in_each_turn() -> None:
-    went: list[tuple[int, int]] = []
-
-    async def run() -> None:
-        turns, now = Turns(3), [0]
-
-        async def caller(number: int) -> None:
-            await turns.take()
-            went.append((now[0], number))
-
-        tasks = [asyncio.create_task(caller(number)) for number in range(11)]
-        tasks[5].cancel()
-        while not all(task.done() for task in tasks):
-            now[0] += 1
-            await asyncio.sleep(0)
-        await turns.take()
-
-    asyncio.run(run())
-    assert [number for _, number in went] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    per_turn = [sum(turn == each for turn, _ in went) for each in {turn for turn, _ in went}]
-    assert max(per_turn) <= 3
-
-
-def test_what_raises_in_its_turn_does_not_end_the_turns_of_others() -> None:
-    async def run() -> list[int]:
-        went: list[int] = []
-        asyncio.get_running_loop().set_exception_handler(lambda *_: went.append(-1))
-        turns = Turns(1)
-        for number in range(4):
-            turns.call([lambda: went.append(0), lambda: 1 / 0][number % 2])
-        for _ in range(9):
-            await asyncio.sleep(0)
-        return went
-
-    assert asyncio.run(run()) == [0, -1, 0, -1]
-
-
-def test_connections_read_a_few_pieces_in_each_turn() -> None:
-    went: list[int] = []
-
-    async def run() -> None:
-        turns, now = Turns(2), 0
-
-        class Reader(asyncio.Protocol):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                assert isinstance(transport, asyncio.Transport)
-                self.flow = Flow(transport, turns)
-
-            def data_received(self, data: bytes) -> None:
-                went.append(now)
-                self.flow.pause_reading()
-                self.flow.resume_reading()
-
-        with contextlib.ExitStack() as stack:
-            theirs = []
-            for _ in range(9):
-                ours, other = socket.socketpair()
-                loop = asyncio.get_running_loop()
-                transport, _ = await loop.create_connection(Reader, sock=ours)
-                stack.callback(transport.close)
-                stack.enter_context(other)
-                theirs.append(other)
-            while len(went) < 40:
-                now += 1
-                for other in theirs:
-                    other.send(b"more")
-                await asyncio.sleep(0)
-        await asyncio.sleep(0)
-
-    asyncio.run(run())
-    steady = went[20:]  # at first there is nothing to read for those that may
-    assert max(steady.count(turn) for turn in steady) <= 2
 
 
 def test_the_answers_of_a_batch_go_on_a_few_in_each_turn(
