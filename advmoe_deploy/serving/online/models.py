@@ -229,5 +229,9 @@ class Models:
             ({"model": each.model.name, "version": each.model.version}, each.metrics)
             for each in self.all()
         ]
-        now = {"ready": float(self.ready), "held_bytes": float(self.shared.budget.used)}
+        now = {
+            "ready": float(self.ready),
+            "held_bytes": float(self.shared.budget.used),
+            "image_files_waiting": float(self.shared.decoders.waiting),
+        }
         return figures_text(parts, now, self._unknown, self.reloads)

@@ -130,11 +130,6 @@ class Service:
         return len(self.arrivals)
 
     @property
-    def decoding(self) -> int:
-        """Images of all models whose files are being decoded, or wait for that."""
-        return self._shared.decoders.waiting
-
-    @property
     def expecting(self) -> bool:
         """Whether one of them is here, or a piece of it came so lately that the rest may follow."""
         since = time.monotonic() - self.model.limits.delay_s

@@ -24,7 +24,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(THREADS, "decode", initializer=step_back)
         self._most = most
         self._pace_s = 0.0  # seconds per image
-        self.waiting = 0
+        self.waiting = 0  # those that are being decoded among them
 
     async def run(self, work: Callable[[], T], timeout_s: float, is_gone: Callable[[], bool]) -> T:
         """Return what ``work`` returns in one of the threads, begun within ``timeout_s``.

@@ -1,6 +1,7 @@
 """Image files as requests: what predict says of a file, and one line for what is none."""
 
 import io
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,13 @@ def test_an_image_file_in_the_place_of_tensors_is_shown_the_way(live: Live, kind
     assert "POST the file to the one that ends in /image" in answer.json()["error"]
 
 
+def waiting_files(live: Live) -> float:
+    text = httpx.get(live.url + "/metrics").text
+    found = re.search(r"^advmoe_image_files_waiting (\S+)$", text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
 def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone_never_begun(
     tiny_bundle: Bundle, slow: SlowRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +180,7 @@ def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone
         waiting = [live.connect() for _ in range(4)]
         for connection in waiting:
             connection.sendall(request)
-        wait_for(lambda: live.service.decoding == 4 and len(begun) == 2)
+        wait_for(lambda: waiting_files(live) == 4 and len(begun) == 2)
         refused = post(live, content)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
@@ -184,7 +192,7 @@ def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone
         let_go.set()
         for connection in waiting:
             assert connection.recv(20).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: live.service.decoding == 0)
+        wait_for(lambda: waiting_files(live) == 0)
         assert len(begun) == 3
         figures = httpx.get(live.url + "/metrics").text
     for status, count in {200: 4, 499: 1, 503: 1}.items():
