@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 
 import httpx
 import numpy as np
@@ -137,3 +138,22 @@ def test_entropy_and_margins_by_hand() -> None:
     assert (
         figures(figures_text([({}, metrics)], {}, 0).decode())["advmoe_class_margin_count"] == 8004
     )
+
+
+def test_nothing_counted_is_missed_while_another_thread_counts() -> None:
+    metrics, ended = Metrics(dict), [0]
+    ids, logits = np.zeros((1, 1), np.int64), np.zeros((1, 2), np.float32)
+    done = Done(Prediction(logits, {"r": ids}, {"r": ids}), 0.1)
+
+    def compute() -> None:
+        for _ in range(5000):
+            metrics.batch(done)
+            ended[0] += 1
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    while thread.is_alive():
+        before = ended[0]
+        assert metrics.totals()["batches"] >= before
+    thread.join()
+    assert metrics.totals()["images"] == 5000

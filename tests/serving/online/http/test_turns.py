@@ -183,3 +183,42 @@ def test_what_lies_in_the_socket_is_no_less_to_come() -> None:
         assert not own.inbox.has_more
 
     with_looking(Turns(), 1, test)
+
+
+def test_a_pause_holds_though_the_turn_to_read_on_before_it_comes_later() -> None:
+    turns, reads = Turns(), Turns(1)
+
+    async def test(ends: Ends, turn: Turn) -> None:
+        ((own, _),) = ends
+        flow = Flow(own.transport, reads)
+        reads.call(lambda: None)
+        flow.pause_reading()
+        flow.resume_reading()
+        flow.pause_reading()
+        await turn()
+        await turn()
+        assert not own.transport.is_reading()
+        flow.resume_reading()
+        assert own.transport.is_reading()
+
+    with_looking(turns, 1, test)
+
+
+def test_no_third_piece_waits_though_whoever_reads_a_body_reads_on() -> None:
+    turns = Turns(1)
+
+    async def test(ends: Ends, turn: Turn) -> None:
+        ((own, other),) = ends
+        for _ in range(30):
+            turns.call(lambda: None)
+        for _ in range(3):
+            other.send(b"piece")
+            await turn()
+            await turn()
+            own.inbox._flow.pause_reading()
+            own.inbox._flow.resume_reading()
+        assert not own.transport.is_reading()
+        while b"".join(data for _, data in own.looked) != 3 * b"piece":
+            await turn()
+
+    with_looking(turns, 1, test)
