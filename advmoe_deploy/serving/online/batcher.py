@@ -190,8 +190,7 @@ class Batcher:
     def _turn(self) -> None:
         if not self._wait():
             return
-        if slices := self._next_slices():
-            self._route(slices)
+        self._route(self._next_slices())  # kept no longer: they are parts of their requests
         if taken := self._next_batch():
             self._compute(*taken)
 
@@ -230,10 +229,14 @@ class Batcher:
         return slices
 
     def _route(self, slices: list[Slice]) -> None:
+        if not slices:
+            return
         parts, began = [each.images for each in slices], time.monotonic()
         jobs = dict.fromkeys((each.job for each in slices), 0)
         try:
-            images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            # A part of a request is copied: rows of it must not keep the memory of all.
+            is_whole = len(parts) == 1 and len(parts[0]) == slices[0].job.size
+            images = parts[0] if is_whole else np.concatenate(parts)
             self._sort(slices, *self._work.route(images))
         except Exception as error:  # noqa: BLE001, RUF100 - it is the answer to these jobs
             self._finish(jobs, error)

@@ -137,11 +137,11 @@ class Metrics:
     def _count_batches(self) -> None:
         with self._lock:
             fresh, self._fresh, self._fresh_images = self._fresh, [], 0
+            for done in fresh:  # with the lock: who asks meanwhile must not miss them
+                self._compute.observe(done.seconds)
+                self._batches.observe(len(done.answer.logits))
         if not fresh:
             return
-        for done in fresh:
-            self._compute.observe(done.seconds)
-            self._batches.observe(len(done.answer.logits))
         answers = joined([done.answer for done in fresh])
         loads = {layer: np.bincount(ids.reshape(-1)) for layer, ids in answers.expert_ids.items()}
         margins = {**answers.margins, CLASSES: share_margins(answers.logits)}

@@ -71,21 +71,42 @@ class EveryTurn:
 
 
 class Flow(FlowControl):
-    """Pauses and resumes what a connection reads; it goes on in its turn among others."""
+    """Pauses and resumes what a connection reads; it goes on in its turn among others.
+
+    Nothing is read as long as one who reads bodies wants a pause, or it is held.
+    """
 
     def __init__(self, transport: asyncio.Transport, reads: Turns) -> None:
         super().__init__(transport)
-        self.transport, self._reads, self._is_waiting = transport, reads, False
+        self.transport, self._reads = transport, reads
+        self._is_held = self._is_waiting = False
 
     def resume_reading(self) -> None:
-        """Read on, in this turn or a later one."""
-        if self.read_paused and not self._is_waiting:
+        """Read on, in this turn or a later one, unless there is another pause until then."""
+        if self.read_paused:
+            self.read_paused = False
+            self._read_on()
+
+    def hold(self) -> None:
+        """Read nothing until :meth:`let_go`, whoever resumes meanwhile."""
+        self._is_held = True
+        self.transport.pause_reading()
+
+    def let_go(self) -> None:
+        """Read on after :meth:`hold`, if nobody else wants a pause."""
+        if self._is_held:
+            self._is_held = False
+            self._read_on()
+
+    def _read_on(self) -> None:
+        if not self._is_waiting:
             self._is_waiting = True
             self._reads.call(self._resume)
 
     def _resume(self) -> None:
         self._is_waiting = False
-        super().resume_reading()
+        if not (self.read_paused or self._is_held):
+            self.transport.resume_reading()
 
 
 class Inbox:
@@ -95,7 +116,6 @@ class Inbox:
         """Begin with nothing; no more than two pieces will wait."""
         self._turns, self._flow = turns, flow
         self._pieces: list[bytes] = []
-        self._is_full = False
 
     @property
     def has_more(self) -> bool:
@@ -117,17 +137,17 @@ class Inbox:
             return
         self._pieces.append(data)
         if len(self._pieces) == 1:
-            self._turns.call(partial(self._take, look))
+            self._turns.call(partial(self.take, look))
         else:
-            self._is_full = True
-            self._flow.pause_reading()
+            self._flow.hold()
 
-    def _take(self, look: Callable[[bytes], object]) -> None:
+    def take(self, look: Callable[[bytes], object]) -> None:
+        """Call ``look`` with all that waits, if there is any."""
+        if not self._pieces:
+            return
         data = b"".join(self._pieces)
         self._pieces.clear()
-        if self._is_full:
-            self._is_full = False
-            self._flow.resume_reading()
+        self._flow.let_go()
         look(data)
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -146,7 +147,7 @@ def test_nothing_counted_is_missed_while_another_thread_counts() -> None:
     done = Done(Prediction(logits, {"r": ids}, {"r": ids}), 0.1)
 
     def compute() -> None:
-        for _ in range(5000):
+        for _ in range(20_000):
             metrics.batch(done)
             ended[0] += 1
 
@@ -155,5 +156,6 @@ def test_nothing_counted_is_missed_while_another_thread_counts() -> None:
     while thread.is_alive():
         before = ended[0]
         assert metrics.totals()["batches"] >= before
+        time.sleep(0.0005)
     thread.join()
-    assert metrics.totals()["images"] == 5000
+    assert metrics.totals()["images"] == 20_000

@@ -13,7 +13,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.http.accept import HEALTH, PROBES, SPARE, TOO_MANY, refusal
-from advmoe_deploy.serving.online.http.reading import REFUSED, links, without_upgrade
+from advmoe_deploy.serving.online.http.reading import REFUSED, links, parse
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
 from advmoe_deploy.serving.online.turns import EveryTurn, Flow, Inbox
@@ -117,7 +117,7 @@ class Connection(HttpToolsProtocol):
             return
         before = self._parsed
         try:
-            self._parse(data)
+            parse(self, data)
             parsed = self._parsed - before
             self._unparsed = max(0, len(data) - parsed) if parsed else self._unparsed + len(data)
             if self._head_bytes + self._unparsed > _HEAD_BYTES:
@@ -130,17 +130,6 @@ class Connection(HttpToolsProtocol):
         ahead = sum(len(cycle.body) for cycle, _ in self.pipeline)
         if 0 < len(self.pipeline) < _PIPELINED and ahead <= _PIPELINED_BYTES:
             self.flow.resume_reading()
-
-    def _parse(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            try:
-                self.parser.feed_data(rest)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                rest = rest[upgrade.args[0] :]
-            method, version = self.parser.get_method(), self.parser.get_http_version()
-            self.parser.feed_data(without_upgrade(method, self.url, version, self.headers))
 
     def on_message_begin(self) -> None:
         """Begin the head of a request."""
@@ -200,11 +189,9 @@ class Connection(HttpToolsProtocol):
         if is_behind or self.parser.get_method() != b"POST":
             return False
         self._refused_unread = shed = self._shed(self.url, self.headers)
-        if shed is None:
-            return False
-        if self.expect_100_continue or not is_short(self.headers):
+        if shed and (self.expect_100_continue or not is_short(self.headers)):
             raise self._refused(503, shed.reason)
-        return True
+        return shed is not None
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
@@ -286,6 +273,7 @@ class Connection(HttpToolsProtocol):
 
     def give_up(self) -> None:
         """Answer no request that is not here whole: the server is stopping."""
+        self._inbox.take(self._look_at)
         if self._part in {"head", "body"}:
             self._refuse(503, "the server is stopping; ask again elsewhere")
 
@@ -308,7 +296,18 @@ class Connection(HttpToolsProtocol):
         if awaited[1] is not None:
             self._timer = self.loop.call_later(seconds[awaited[1]], self._late, awaited[1])
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Close, unless another request has come that only waits to be looked at."""
+        timer = self.timeout_keep_alive_task
+        self._inbox.take(self._look_at)
+        if self.timeout_keep_alive_task is timer:
+            super().timeout_keep_alive_handler()
+
     def _late(self, part: str) -> None:
+        awaited = self._awaited
+        self._inbox.take(self._look_at)  # what came in time may wait for its turn
+        if self._awaited != awaited:
+            return
         if part == "nothing":
             self._over = True
             self.transport.close()

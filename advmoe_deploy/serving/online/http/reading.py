@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
+import httptools
 from starlette.types import Receive, Scope
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.http.packing import Unpacker, UnreadError
 from advmoe_deploy.serving.online.limits import Hold
@@ -25,7 +26,20 @@ REFUSED = "advmoe.refused"
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
+def parse(reader: HttpToolsProtocol, data: bytes) -> None:
+    """Have ``reader`` parse ``data``; heads that wish for another protocol, without that wish."""
+    rest, parser = memoryview(data), reader.parser
+    while rest:
+        try:
+            parser.feed_data(rest)
+            return
+        except httptools.HttpParserUpgrade as upgrade:
+            rest = rest[upgrade.args[0] :]
+        method, version = parser.get_method(), parser.get_http_version()
+        parser.feed_data(_without_upgrade(method, reader.url, version, reader.headers))
+
+
+def _without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
     """Return the head of a request without its wish for another protocol.
 
     A server may ignore the wish (RFC 9110, section 7.8); the parser takes what follows it for that

@@ -38,7 +38,7 @@ def test_clients_that_left_leave_no_images_while_a_batch_runs(begun: bool) -> No
 
     async def test(batcher: Batcher) -> None:
         gone = threading.Event()
-        images = image(*range(20, 60))
+        images = image(*range(20, 60)).copy()  # which has its memory itself
         seen = weakref.ref(images)
         if begun:
             work.open.clear()

@@ -1,22 +1,35 @@
 """A server before it is ready, and connections that nobody uses."""
 
+import asyncio
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import cast
 
 import httpx
+import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online.http.connection import Connection
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.serve import create_app
 from advmoe_deploy.serving.online.server import Server
+from advmoe_deploy.serving.online.turns import Turns
 from tests.serving.online.live import (
+    GOOD,
     INFER,
+    LIMITS,
     ONE,
+    Live,
     SlowRunner,
+    all_of,
     request_for,
+    running,
     served,
+    wait_for,
     wait_until_ready,
 )
 
@@ -61,3 +74,47 @@ def test_an_idle_connection_is_closed_when_its_time_is_over(tiny_bundle: Bundle)
                 answer += more
         assert answer.endswith(b'{"live":true}')
         run.terminate()
+
+
+class Late(Turns):
+    """Has its turns long after the limits of time in these tests."""
+
+    def call(self, work: Callable[[], object]) -> None:
+        asyncio.get_running_loop().call_later(8, work)
+
+
+@pytest.fixture
+def crowded(tiny_bundle: Bundle, slow: SlowRunner) -> Iterator[Live]:
+    """A server that looks at what came so late, but where a limit of time is over."""
+    limits = replace(LIMITS, head_s=0.5, keep_alive_s=0.5, body_s=0.5)
+    with running(tiny_bundle, slow, limits) as live:
+        wait_until_ready(live.address)
+        live.server._turns = replace(live.server._turns, looks=Late())
+        yield live
+
+
+def test_what_came_in_time_is_not_late_because_it_waits_to_be_looked_at(crowded: Live) -> None:
+    """Neither the first request, nor one on a connection that was idle, nor the end of a body."""
+    connection = crowded.connect()
+    for pieces in ([GOOD], [GOOD], [GOOD[:-9], GOOD[-9:]]):
+        read = sum(each._request for each in _connections(crowded))
+        for piece in pieces:
+            connection.sendall(piece)
+            if piece != pieces[-1]:
+                wait_for(lambda read=read: any(e._request > read for e in _connections(crowded)))
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_a_server_that_stops_looks_at_what_came_before_it_gives_up(crowded: Live) -> None:
+    crowded.server._limits = replace(crowded.server._limits, body_s=60)
+    connection = crowded.connect()
+    connection.sendall(GOOD[:-9])
+    wait_for(lambda: any(each._part == "body" for each in _connections(crowded)))
+    connection.sendall(GOOD[-9:])
+    wait_for(lambda: any(each._inbox._pieces for each in _connections(crowded)))
+    crowded.server.stop(announced=False)
+    assert all_of(connection).startswith(b"HTTP/1.1 200")
+
+
+def _connections(live: Live) -> list[Connection]:
+    return [cast("Connection", each) for each in list(live.server.server_state.connections)]
