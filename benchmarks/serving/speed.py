@@ -125,7 +125,7 @@ def queued_p99_ms(times: Times, one_ms: float) -> float:
     for at in times:
         free = max(at, free) + 1e-3 * one_ms
         answered.append(free - at)
-    return round(1e3 * float(np.percentile(answered, 99)), 3)
+    return round(1e3 * float(np.percentile(answered or [np.nan], 99)), 3)
 
 
 def counted(running: Running) -> dict[str, int]:
