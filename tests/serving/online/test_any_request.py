@@ -46,8 +46,9 @@ TENSOR = GOOD["inputs"][0]
 
 
 def perhaps(value: Any) -> SearchStrategy[Any]:
-    """Return ``value``, mostly, or anything."""
-    return st.one_of(*[st.just(value)] * 4, JSON)
+    """Return ``value`` four times of five, or anything."""
+    # Not ``one_of``, which would give each of the many branches of ``JSON`` as much as ``value``.
+    return st.integers(0, 4).flatmap(lambda number: st.just(value) if number else JSON)
 
 
 INFERENCES = st.fixed_dictionaries(
@@ -221,4 +222,4 @@ def test_a_good_request_is_among_them() -> None:
         found.append(value["inputs"][0] == TENSOR)
 
     look()
-    assert np.mean(found) > 0.02
+    assert np.mean(found) > 0.05
