@@ -69,6 +69,16 @@ def key_of(attack: AttackSpec) -> str:
     return attack.model_dump_json(exclude_defaults=True)
 
 
+def digits_of(flags: Flags) -> str:
+    """Return flags as digits."""
+    return "".join("01"[flag] for flag in flags.tolist())
+
+
+def flags_of(digits: str) -> Flags:
+    """Return what :func:`digits_of` wrote."""
+    return np.array([digit == "1" for digit in digits], bool)
+
+
 class Standing:
     """What each attack left of the images it has seen: flags by attack, kept in a file.
 
@@ -85,10 +95,7 @@ class Standing:
             if kept["weights_sha256"] != weights:
                 raise UsageError(f"{path} is of other weights; remove it to attack these")
             self.seconds = kept["seconds"]
-            self.flags = {
-                key: np.array([digit == "1" for digit in digits], bool)
-                for key, digits in kept["standing"].items()
-            }
+            self.flags = {key: flags_of(digits) for key, digits in kept["standing"].items()}
 
     def of(self, attack: AttackSpec) -> Flags:
         """Return the flags of the images that ``attack`` has seen."""
@@ -103,13 +110,19 @@ class Standing:
         return standing
 
     def add(self, attack: AttackSpec, flags: Flags, seconds: float) -> None:
-        """Append a chunk to the flags of ``attack`` and write the file whole or not at all."""
+        """Append a chunk to the flags of ``attack`` and write the file."""
         self.flags[key_of(attack)] = np.concatenate([self.of(attack), flags])
         self.seconds += seconds
-        digits = {
-            key: "".join("01"[flag] for flag in flags.tolist()) for key, flags in self.flags.items()
+        self.write()
+
+    def write(self) -> None:
+        """Write the file whole or not at all."""
+        kept = {
+            "weights_sha256": self.weights,
+            "seconds": self.seconds,
+            "clean": digits_of(self.clean),
+            "standing": {key: digits_of(flags) for key, flags in self.flags.items()},
         }
-        kept = {"weights_sha256": self.weights, "seconds": self.seconds, "standing": digits}
         write(self.path, kept)
 
 
@@ -254,6 +267,7 @@ def main() -> None:
             model, x[first], y[first], checkpoint.threat
         )
     if attacked == arguments.images:
+        standing.write()
         write_row(out, result_of(checkpoint, model, standing) | facts)
     turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):

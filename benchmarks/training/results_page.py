@@ -8,22 +8,34 @@ either it is "not trained".
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from advmoe_deploy.files import write_atomically
 from advmoe_deploy.models.macs import macs_of
+from advmoe_deploy.parity.intervals import paired_difference_interval
+from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.recipes import RECIPES, recipe
 from advmoe_deploy.zoo.record import Share
+from benchmarks.training.cifar10 import AUTOATTACK, PGD, Flags, flags_of, key_of
 
 HERE = Path(__file__).parents[1]
 RESULTS, PAGE = HERE / "results" / "cifar10", HERE.parent / "docs/measured/cifar10.md"
-OURS = "cifar10-advmoe-cpu"
+TWINS = OURS, S_DENSE = "cifar10-advmoe-cpu", "cifar10-s-dense-cpu"
 ROWS = {
     OURS: "AdvMoE, experts that agree",
     "cifar10-at-moe-cpu": "AT MoE",
-    "cifar10-s-dense-cpu": "S-Dense",
+    S_DENSE: "S-Dense",
     "cifar10-dense-cpu": "dense",
+}
+# Attacks by which twins are compared image by image; without any, by all that each of them saw.
+COMPARED: dict[str, Sequence[AttackSpec]] = {
+    "PGD-50": [PGD],
+    "AutoAttack": AUTOATTACK,
+    "all attacks": [],
 }
 COLUMNS = ("clean", "pgd_50", "autoattack", "robust")
 HEAD = """\
@@ -82,7 +94,35 @@ def goals(found: dict[str, Any]) -> str:
             verdict(auto - worst <= 3, known=ended),
         ),
     ]
+    rows += [row for each in COMPARED.items() if (row := beside_s_dense(*each)) is not None]
     return GOALS + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
+
+
+def beside_s_dense(title: str, attacks: Sequence[AttackSpec]) -> tuple[str, str, str] | None:
+    """Return how the MoE compares with S-Dense, image by image, if both were attacked."""
+    ours_N, theirs_N = (stands(RESULTS / f"{name}.attacked.json", attacks) for name in TWINS)
+    if ours_N is None or theirs_N is None:
+        return None
+    n = min(len(ours_N), len(theirs_N))
+    ours_N, theirs_N = ours_N[:n], theirs_N[:n]
+    only = int((ours_N & ~theirs_N).sum()), int((theirs_N & ~ours_N).sum())
+    low, high = (100 * end for end in paired_difference_interval(*only, n))
+    told = f"{100 * (only[0] - only[1]) / n:+.1f} points ({low:+.1f} to {high:+.1f}) of {n:,}"
+    return f"under {title} level with S-Dense, or ahead", told, verdict(high >= 0, known=n >= 1000)
+
+
+def stands(path: Path, attacks: Sequence[AttackSpec]) -> Flags | None:
+    """Return which images are right and stand after ``attacks``, or all of them, once all ran."""
+    kept = json.loads(path.read_text()) if path.exists() else {"standing": {}}
+    needed = {key_of(attack) for attack in attacks or (PGD, *AUTOATTACK)}
+    if not needed <= kept["standing"].keys():
+        return None
+    flags = [flags_of(kept["standing"][key]) for key in (needed if attacks else kept["standing"])]
+    if len({len(each) for each in flags}) > 1:
+        return None
+    clean_N = flags_of(kept["clean"])[: len(flags[0])]
+    standing_N: Flags = np.logical_and.reduce([clean_N, *flags])
+    return standing_N
 
 
 def verdict(held: bool, *, known: bool = True) -> str:

@@ -1,6 +1,7 @@
 """The measurement on CIFAR-10: it goes on where it was, and its four attacks are AutoAttack."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.specs import AttackSpec, ThreatModel
-from benchmarks.training import cifar10
+from benchmarks.training import cifar10, results_page
 from benchmarks.training.cifar10 import (
     AUTOATTACK,
     Flags,
@@ -134,3 +135,29 @@ def test_the_four_in_a_row_are_autoattack(model: Classifier, tmp_path: Path) -> 
     theirs = clean & (predict(model, found) == y).numpy()
     assert 0 < theirs.sum() < clean.sum()
     assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
+
+
+def test_twins_are_compared_image_by_image_once_both_were_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four images the MoE keeps the first two, S-Dense the second and the last."""
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    clean = np.array([True, True, False, True])
+
+    def attacked(name: str, attacks: Sequence[AttackSpec], stand: list[bool]) -> None:
+        standing = Standing(tmp_path / f"{name}.attacked.json", name, clean)
+        for attack in attacks:
+            standing.add(attack, np.array(stand), 1.0)
+
+    attacked(results_page.OURS, [cifar10.PGD, *AUTOATTACK], [True, True, True, False])
+    attacked(results_page.S_DENSE, [cifar10.PGD, *AUTOATTACK[:3]], [False, True, True, True])
+    row = results_page.beside_s_dense("PGD-50", [cifar10.PGD])
+    assert row is not None
+    assert row[1].startswith("+0.0 points (-")
+    assert row[1].endswith(" of 4")
+    assert row[2] == "open"
+    assert results_page.beside_s_dense("AutoAttack", AUTOATTACK) is None
+    assert results_page.beside_s_dense("all attacks", []) is None
+    attacked(results_page.S_DENSE, AUTOATTACK[3:], [False, False, False, False])
+    (_, told, _) = results_page.beside_s_dense("all attacks", []) or ("", "", "")
+    assert told.startswith("+50.0 points (")
