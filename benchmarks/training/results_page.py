@@ -108,7 +108,8 @@ def beside_s_dense(title: str, attacks: Sequence[AttackSpec]) -> tuple[str, str,
     only = int((ours_N & ~theirs_N).sum()), int((theirs_N & ~ours_N).sum())
     low, high = (100 * end for end in paired_difference_interval(*only, n))
     told = f"{100 * (only[0] - only[1]) / n:+.1f} points ({low:+.1f} to {high:+.1f}) of {n:,}"
-    return f"under {title} level with S-Dense, or ahead", told, verdict(high >= 0, known=n >= 1000)
+    aim = f"under {title} level with S-Dense, or ahead, within the interval"
+    return aim, told, verdict(high >= 0, known=n >= 1000)
 
 
 def stands(path: Path, attacks: Sequence[AttackSpec]) -> Flags | None:
@@ -153,6 +154,8 @@ def cell(found: dict[str, Any], column: str) -> str:
     if found[column] is not None:
         return share(found[column])
     so_far = found["autoattack_so_far"]
+    if not so_far["by"]:
+        return "not measured"
     return f"at most {share(so_far)}, by {' and '.join(so_far['by'])}"
 
 
