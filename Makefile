@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SETUP := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test lint slow docs site wheel clean
+.PHONY: help demo test pytest lint ruff mypy slow docs site wheel clean
 
 help:
 	@echo "make demo    time a trained model, then train, export and verify one on digits (six minutes)"
@@ -19,16 +19,24 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/advmoe demo --out demo-out
 
-test: lint
+# Types are checked beside the tests, of which at times one waits.
+test: ruff
+	$(MAKE) --jobs=2 mypy pytest
+
+pytest: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
 	    --no-loadscope-reorder
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/dev.stamp
+lint: ruff mypy
+
+ruff: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mypy: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 docs: $(VENV)/dev.stamp

@@ -154,12 +154,12 @@ def copy(copied: Path) -> Bundle:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what runs whole commands: at the end it would keep one worker busy alone.
 
-    Neighbours wait for the bundle that they share, so that files of both halves take turns.
+    Neighbours wait for the bundle that they share, so that files of sixteen parts take turns.
     """
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     files = [*dict.fromkeys(item.path for item in items)]
-    half = (len(files) + 1) // 2
-    places = {path: (i % half, i // half) for i, path in enumerate(files)}
+    part = len(files) // 16 + 1
+    places = {path: (i % part, i // part) for i, path in enumerate(files)}
     items.sort(key=lambda item: places[item.path])
 
 
