@@ -110,13 +110,9 @@ class Standing:
         return standing
 
     def add(self, attack: AttackSpec, flags: Flags, seconds: float) -> None:
-        """Append a chunk to the flags of ``attack`` and write the file."""
+        """Append a chunk to the flags of ``attack`` and write the file whole or not at all."""
         self.flags[key_of(attack)] = np.concatenate([self.of(attack), flags])
         self.seconds += seconds
-        self.write()
-
-    def write(self) -> None:
-        """Write the file whole or not at all."""
         kept = {
             "weights_sha256": self.weights,
             "seconds": self.seconds,
@@ -267,7 +263,6 @@ def main() -> None:
             model, x[first], y[first], checkpoint.threat
         )
     if attacked == arguments.images:
-        standing.write()
         write_row(out, result_of(checkpoint, model, standing) | facts)
     turn = turner(model, x, y, checkpoint.threat)
     for attack, images in attack_all(turn, model, standing, arguments.images):

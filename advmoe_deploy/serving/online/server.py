@@ -74,7 +74,9 @@ class Server(uvicorn.Server):
         self._beside, self._tls = beside, tls
         self.failure: MachineError | None = None  # why it did not begin
         self._announced = True
-        self._turns = EveryTurn(Turns(_LOOKS), Turns(), Turns(_PIECES), Turns())
+        self._turns = EveryTurn(
+            looks=Turns(_LOOKS), begins=Turns(), reads=Turns(_PIECES), ends=Turns()
+        )
         self.stopping = False
         self.is_busy: Callable[[], bool] = lambda: False  # whether an answer is being made
         config = uvicorn.Config(
