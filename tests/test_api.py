@@ -120,6 +120,7 @@ def test_what_is_of_no_use_to_an_argument_is_refused_before_anything_is_done(
         ("import_checkpoint", {"epsilon": nan}, "epsilon=nan is outside (0, 1]"),
         ("import_checkpoint", {"classes": [1, 2]}, "classes[0]=1 is no text"),
         ("export", {"precisions": "int7"}, "unknown precision 'int7'; did you mean int8?"),
+        ("export", {"least_route_agreement": 95}, "=95 is no share; pass a number from 0 to 1"),
         ("export", {"build": {}}, "build={} is no advmoe_deploy.BuildOptions"),
         ("open_runner", {"engine": 3}, "engine=3 is no text; pass a string"),
         ("open_runner", {"threads": -1}, "threads=-1 is too small; the least is 0"),
@@ -178,7 +179,17 @@ def test_numbers_of_numpy_are_numbers_and_one_string_is_a_list_of_one(tiny_bundl
             lambda _: advmoe_deploy.export("no run", onnx_only=True),
             "goes with --format trt, not onnx",
         ),
+        (
+            lambda _: advmoe_deploy.export("no run", least_route_agreement=0.9),
+            "--least-route-agreement goes with a --precision below fp32",
+        ),
         (lambda bundle: advmoe_deploy.export(bundle.path), "this is a bundle"),
+        (
+            lambda bundle: advmoe_deploy.export(
+                bundle.path, format="trt", precisions=["fp16"], least_route_agreement=0.0
+            ),
+            "--least-route-agreement goes with a run, and this is a bundle",
+        ),
         (lambda bundle: advmoe_deploy.open_runner(bundle, "onnx"), "did you mean onnxruntime"),
         (lambda bundle: advmoe_deploy.verify(bundle, attacks="quik"), "did you mean quick"),
         (lambda bundle: advmoe_deploy.profile(bundle, against=["dence"]), "did you mean dense"),

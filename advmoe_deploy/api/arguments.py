@@ -98,6 +98,13 @@ def _no_less_than_zero(name: str, value: Any) -> float:
     return number
 
 
+def _share(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise UsageError(f"{name}={number:g} is no share; pass a number from 0 to 1")
+    return number
+
+
 def _radius(name: str, value: Any) -> float:
     return epsilon_of(repr(_number(name, value)))
 
@@ -163,6 +170,7 @@ _RULES: Mapping[str, Rule] = {
     "threads": _whole(0),
     "batches": _several("whole numbers", _whole(1)),
     "epsilon": _radius,
+    "least_route_agreement": _share,
     "classes": _classes,
     "class_map": _renamed,
     "build": _options,

@@ -149,6 +149,7 @@ def export(
     with_reference: bool = True,
     onnx_only: bool = False,
     build: BuildOptions | None = None,
+    least_route_agreement: float | None = None,
     prune_unused: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -168,6 +169,8 @@ def export(
         with_reference: also write the weights that :func:`verify` attacks.
         onnx_only: for ``trt``, write graphs and a script that build the engines elsewhere.
         build: for ``trt`` and ``trt-rtx``, how engines are built.
+        least_route_agreement: share of the clear routes, by default 0.999, that a router has to
+            keep to run in a lower precision; accuracy limits it either way.
         prune_unused: leave out the experts that no image visits.
         progress: receives progress reports.
 
@@ -181,13 +184,16 @@ def export(
     from advmoe_deploy.export.request import require_bundle_request, targets_of
 
     build = build or BuildOptions()
-    targets = targets_of(format, precisions, build, onnx_only=onnx_only)
+    targets = targets_of(
+        format, precisions, build, onnx_only=onnx_only, least_route_agreement=least_route_agreement
+    )
     source = resolve(run)
     if (source / MANIFEST).is_file():
         from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
 
         options = {"--data": data, "--class-map": class_map, "--no-reference": not with_reference}
         options |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
+        options |= {"--least-route-agreement": least_route_agreement is not None}
         require_bundle_request(format, options)
         beside = source.resolve().with_name(f"{source.resolve().name}-{format}")
         return build_from_bundle(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,13 @@ from onnx import ModelProto
 from advmoe_deploy.bundle import EngineSet
 from advmoe_deploy.export.cpu_backend import CpuBackend
 from advmoe_deploy.export.precision.calibrate import calibrated
-from advmoe_deploy.export.precision.gate import Findings, attack_itself, precision_report, run_gate
+from advmoe_deploy.export.precision.gate import (
+    Findings,
+    GateLimits,
+    attack_itself,
+    precision_report,
+    run_gate,
+)
 from advmoe_deploy.export.precision.search import PrecisionChoice, Precisions, choose_precisions
 from advmoe_deploy.export.subject import Subject
 from advmoe_deploy.export.targets import Target, fallback_order
@@ -74,6 +81,8 @@ def write_engine_set(staged: Path, target: Target, subject: Subject) -> EngineSe
         BundleError: the backend cannot read a graph.
         CheckFailedError: what lies there does not answer well enough.
     """
+    limits = GateLimits(target.least_route_agreement)
+    subject = replace(subject, gate=replace(subject.gate, limits=limits))
     return _Writer(target, subject, _BACKENDS[target.backend](target, subject)).write(staged)
 
 

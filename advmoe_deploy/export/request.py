@@ -5,6 +5,7 @@ from typing import get_args
 
 from advmoe_deploy.bundle import FORMATS
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.export.precision.gate import LEAST_ROUTE_AGREEMENT
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.specs import Precision
@@ -25,7 +26,12 @@ _NOT_OF_RTX = {
 
 
 def targets_of(
-    name: str, precisions: Sequence[Precision], build: BuildOptions, *, onnx_only: bool
+    name: str,
+    precisions: Sequence[Precision],
+    build: BuildOptions,
+    *,
+    onnx_only: bool,
+    least_route_agreement: float | None = None,
 ) -> list[Target]:
     """Return the targets of the format called ``name``, each precision once, by default fp32.
 
@@ -44,7 +50,14 @@ def targets_of(
     if build.unquantised_dtype != "fp32" and "int8" not in precisions:
         raise UsageError("unquantised_dtype goes with --precision int8")
     wanted = dict.fromkeys(precisions or ("fp32",))
-    return [Target(backends[name], precision, onnx_only, build) for precision in wanted]
+    if least_route_agreement is None:
+        least_route_agreement = LEAST_ROUTE_AGREEMENT
+    elif {*wanted} == {"fp32"}:
+        raise UsageError("--least-route-agreement goes with a --precision below fp32")
+    return [
+        Target(backends[name], precision, onnx_only, build, least_route_agreement)
+        for precision in wanted
+    ]
 
 
 def _require_options(name: str, build: BuildOptions) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from advmoe_deploy.errors import BackendUnavailableError, UsageError
+from advmoe_deploy.export.precision.gate import LEAST_ROUTE_AGREEMENT
 from advmoe_deploy.reports.devices import GpuLibrary
 from advmoe_deploy.runtime.openvino.engine import has_precision, require_precision
 from advmoe_deploy.runtime.tensorrt.api import STRONG_TYPES, tensorrt_version, version_text
@@ -25,13 +26,15 @@ class Target:
     """A backend and a precision to write graphs for.
 
     TensorRT's engines are built as ``build`` says, on this machine unless ``onnx_only``: then the
-    graphs are written, and a script that builds them elsewhere. RTX's are compiled anywhere.
+    graphs are written, and a script that builds them elsewhere. RTX's are compiled anywhere. A
+    router is lowered if at least ``least_route_agreement`` of its clear routes stay the same.
     """
 
     backend: Backend
     precision: Precision
     onnx_only: bool = False
     build: BuildOptions = field(default_factory=BuildOptions)
+    least_route_agreement: float = LEAST_ROUTE_AGREEMENT
 
     @property
     def is_exact(self) -> bool:

@@ -68,6 +68,17 @@ def export(
         bool,
         typer.Option("--prune-unused", help="Leave out experts that no image visits; declared."),
     ] = False,
+    least_route_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--least-route-agreement",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of clear routes that a router keeps in a lower precision, else it stays in "
+            "a higher one; by default 0.999. Accuracy limits it either way.",
+        ),
+    ] = None,
     onnx_only: OnnxOnly = False,
     build_config: BuildConfig = None,
     set_build: SetBuild = None,
@@ -94,6 +105,8 @@ def export(
         others: dict[str, object] = {"--precision": precision, "--no-reference": not reference}
         others |= {"--onnx-only": onnx_only, "--prune-unused": prune_unused}
         others |= {"--build-config": build_config, "--set-build": set_build}
+        # Not the number: 0.0 is given, too.
+        others |= {"--least-route-agreement": least_route_agreement is not None}
         others |= {"--data": data, "--class-map": class_map}
         own: dict[str, dict[str, object]] = {
             "triton": {"--mount": mount, "--device": device, "--max-batch": max_batch},
@@ -116,6 +129,7 @@ def export(
             with_reference=reference,
             onnx_only=onnx_only,
             build=build,
+            least_route_agreement=least_route_agreement,
             prune_unused=prune_unused,
             progress=ui.progress,
         )

@@ -53,12 +53,13 @@ class AnsweredImages:
 
 @dataclass(frozen=True)
 class GateLimits:
-    """The shares that may differ: of a layer's clear routes, and of predictions without labels.
+    """The share of a layer's clear routes that has to agree, and of predictions that may differ.
 
-    Of a ``sample``, of few images, what chance does not explain is too much.
+    The latter counts where there are no labels. Of a ``sample``, of few images, what chance does
+    not explain is too much.
     """
 
-    routes: float = 1 - LEAST_ROUTE_AGREEMENT
+    least_route_agreement: float = LEAST_ROUTE_AGREEMENT
     predictions: float = MAX_DROP / 100
     sample: bool = False
 
@@ -116,8 +117,9 @@ class Findings:
     @property
     def routes_agree(self) -> bool:
         """True if enough clear routes are the same."""
+        allowed = 1 - self.limits.least_route_agreement
         return not any(
-            rows == 0 or self.limits.exceeded(flips / rows, rows, self.limits.routes)
+            rows == 0 or self.limits.exceeded(flips / rows, rows, allowed)
             for flips, rows in self._clear_routes
         )
 
@@ -150,7 +152,7 @@ class Findings:
         if not self.routes_agree:
             return (
                 f"{_percent(self.least_agreement)} of the clear routes of a layer agree, less than "
-                f"{_percent(LEAST_ROUTE_AGREEMENT)}"
+                f"{_percent(self.limits.least_route_agreement)}"
             )
         if not self.parity.mostly_compared:
             return f"{self.parity.compared} of {self.parity.images} images keep all their routes"
@@ -256,7 +258,7 @@ def precision_report(
         attacks=gate.attacks,
         pathway_images=gate.pathway_images,
         drops={name: drop.report(MAX_DROP) for name, drop in findings.drops.items()},
-        least_route_agreement=LEAST_ROUTE_AGREEMENT,
+        least_route_agreement=gate.limits.least_route_agreement,
         max_drop=MAX_DROP,
     )
 

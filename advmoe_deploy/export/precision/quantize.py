@@ -7,7 +7,7 @@ the rows that are sent to it.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.export.precision.recording import RecordedRows, Recording
 from advmoe_deploy.parity.answers import Images
-from advmoe_deploy.plan import Plan
+from advmoe_deploy.plan import Plan, RouteStep
 from advmoe_deploy.process import without_telemetry
 
 with without_telemetry():
@@ -56,12 +56,13 @@ def quantised_segments(
     experts of their layer.
     """
     result, unvisited = {}, []
+    heads = {*plan.outputs, *(step.scores for step in plan.steps if isinstance(step, RouteStep))}
     sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
     with Recording(plan, sources, image_shape) as recording:
         # Layer by layer, and the images run anew for each: what all of them are given together
         # may be more than fits into memory.
         for names in plan.units:
-            if not any(is_heavy(graphs[name]) for name in names):
+            if not any(is_heavy(graphs[name], heads) for name in names):
                 continue
             rows = recording.rows_of(names, images)
             of_all = [batch for name in names for batch in rows[name]]
@@ -69,24 +70,35 @@ def quantised_segments(
                 if not rows[name]:
                     unvisited.append(name)
                     rows[name] = _renamed(of_all, plan.segment(name).inputs[0].name)
-                if is_heavy(graphs[name]):
-                    result[name] = quantised(graphs[name], rows[name], symmetric=symmetric)
+                if is_heavy(graphs[name], heads):
+                    result[name] = quantised(
+                        graphs[name], rows[name], symmetric=symmetric, heads=heads
+                    )
     return result, tuple(unvisited)
 
 
-def is_heavy(graph: ModelProto) -> bool:
-    """Return whether ``graph`` does anything that is worth quantising."""
-    return not _HEAVY.isdisjoint(node.op_type for node in graph.graph.node)
+def is_heavy(graph: ModelProto, heads: Container[str]) -> bool:
+    """Return whether ``graph`` does anything that is worth quantising beside making ``heads``."""
+    return any(n.op_type in _HEAVY and n.output[0] not in heads for n in graph.graph.node)
 
 
-def quantised(graph: ModelProto, rows: RecordedRows, *, symmetric: bool = False) -> ModelProto:
+def quantised(
+    graph: ModelProto,
+    rows: RecordedRows,
+    *,
+    symmetric: bool = False,
+    heads: Container[str] = frozenset(),
+) -> ModelProto:
     """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs.
 
     With ``symmetric``, as TensorRT wants it: zero points of 0, weights in float32 between a pair of
-    their own, biases in float32.
+    their own, biases in float32. What makes ``heads``, the scores and the logits, stays in float32:
+    it costs next to nothing, and the rounding of pooled features shifts all scores one way.
     """
     marked = ModelProto()
     marked.CopyFrom(graph)
+    for index, node in enumerate(marked.graph.node):
+        node.name = node.name or f"node-{index}"
     # Shapes are known and normalisations folded: what the quantizer's own preparation is for.
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory() as folder:
@@ -102,6 +114,11 @@ def quantised(graph: ModelProto, rows: RecordedRows, *, symmetric: bool = False)
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=[
+                node.name
+                for node in marked.graph.node
+                if node.op_type in _FLOAT_OUTPUTS and node.output[0] in heads
+            ],
             extra_options={
                 "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
                 **(_SYMMETRIC if symmetric else {}),

@@ -162,8 +162,10 @@ class _Building:
         layers = [route.layer for route in self.plan.routes]
         examples = AnsweredImages(*read_golden(source, layers))
         parity = source.manifest.parity
-        changed = 1 - graphs.check.prediction_agreement if graphs.check else 0.0
-        limits = GateLimits(predictions=max(GateLimits().predictions, changed), sample=True)
+        limits = GateLimits(sample=True)
+        if check := graphs.check:
+            changed = max(limits.predictions, 1 - check.prediction_agreement)
+            limits = GateLimits(check.least_route_agreement, changed, sample=True)
         self.gate = AccuracyGate(examples, GOLDEN, parity.rounding, parity.margin, limits=limits)
 
     def written_to(self, staged: Path) -> EngineSet:

@@ -18,7 +18,7 @@ from advmoe_deploy.export.targets import Target
 from advmoe_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from advmoe_deploy.runtime.select import open_runner
 from tests.conftest import TINY, assert_nothing_left, write_run
-from tests.export.precision.int8 import IMAGES, TARGETS, engines_of
+from tests.export.precision.int8 import IMAGES, TARGETS, any_drop, engines_of
 
 # Why a segment is not int8, or none is.
 REASON = (
@@ -107,10 +107,15 @@ def test_what_was_lowered_and_what_it_cost_is_recorded(bundle: Bundle, backend: 
 def test_weights_are_int8_and_logits_are_not(bundle: Bundle, backend: str) -> None:
     graph = onnx.load_model(bundle.file(engines_of(bundle, backend).files["router.expert-0"])).graph
     types = Counter(tensor.data_type for tensor in graph.initializer)
-    assert types[onnx.TensorProto.INT8] >= 20  # its convolutions and its head
     made = {name: node for node in graph.node for name in node.output}
-    assert made[graph.output[0].name].op_type == "Gemm"
+    head = made[graph.output[0].name]
+    assert head.op_type == "Gemm"
+    assert made[head.input[0]].op_type != "DequantizeLinear"
+    assert head.input[1] in {
+        t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+    }
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert types[onnx.TensorProto.INT8] >= len(convolutions) >= 20
     for node in convolutions:
         assert {made[name].op_type for name in node.input} == {"DequantizeLinear"}
 
@@ -182,6 +187,22 @@ def test_without_training_images_there_is_no_int8(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"calibrated on training images.*pass --data"):
         export_run(tmp_path / "nameless", out, data="random:8", targets=TARGETS)
     assert_nothing_left(out)
+
+
+def test_a_router_keeps_as_many_routes_as_it_is_told_to(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run", TINY)
+    checkpoint, model = load_checkpoint(source / "model")
+    (tmp_path / "unattacked" / "model").mkdir(parents=True)
+    unattacked = checkpoint.model_copy(update={"threat": None})
+    save_checkpoint(tmp_path / "unattacked" / "model", unattacked, model)
+    target = Target("onnxruntime", "int8", least_route_agreement=0.0)
+    with any_drop():
+        bundle = export_run(tmp_path / "unattacked", tmp_path / "bundle", targets=[target])
+    (engines,) = bundle.manifest.engines
+    assert {*engines.segments.values()} == {"int8"}
+    assert engines.check is not None
+    assert engines.check.least_route_agreement == 0.0
+    assert not engines.check.raised
 
 
 def test_labelled_images_are_of_the_models_kind(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from advmoe_deploy.export.precision.gate import (
     AccuracyGate,
     AnsweredImages,
     Findings,
+    GateLimits,
     precision_report,
     run_gate,
 )
@@ -162,6 +163,17 @@ def test_a_router_whose_routes_differ_stays_in_fp32(tiny_bundle: Bundle) -> None
     }
     assert choice.lowered is not None
     assert choice.lowered.parity.route_agreement == 0.998
+
+
+def test_how_many_routes_differ_is_up_to_whoever_exports(tiny_bundle: Bundle) -> None:
+    def trial(_: Precisions) -> Findings:
+        return replace(findings(agreement=0.95), limits=GateLimits(least_route_agreement=0.95))
+
+    plan = tiny_bundle.manifest.plan
+    choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
+    assert "router" in low(choice.precisions)
+    fewer = replace(findings(agreement=0.949), limits=GateLimits(least_route_agreement=0.95))
+    assert fewer.complaint == ("94.90 % of the clear routes of a layer agree, less than 95.00 %")
 
 
 def test_int8_is_raised_by_steps(tiny_bundle: Bundle) -> None:

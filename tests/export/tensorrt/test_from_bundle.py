@@ -238,7 +238,7 @@ def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) ->
 
     assert not flipped(1).complaint
     assert "of the clear routes of a layer agree" in flipped(2).complaint
-    assert not replace(flipped(1), limits=GateLimits(routes=0.02)).complaint
+    assert not replace(flipped(1), limits=GateLimits(least_route_agreement=0.98)).complaint
 
 
 def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> None:
