@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +19,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read on import; else an id is left 
 import onnxruntime
 
 
-def pixels_of(file: Path, decoding: dict) -> np.ndarray:
+def pixels_of(file: Path, decoding: dict[str, Any]) -> np.ndarray:
     """Return the image in ``file`` as the model takes it, float32 [C, H, W] in [0, 1]."""
     if decoding["rule"] != 1:
         sys.exit(f"images are decoded by rule {decoding['rule']}, this program knows rule 1")

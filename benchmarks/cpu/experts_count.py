@@ -44,10 +44,10 @@ def row_of(bundles: dict[int, Bundle], threads: int, seconds: float) -> dict[str
     """Return medians in milliseconds, and ratios to the fewest experts."""
     with ExitStack() as stack:
         calls = {}
-        for count, bundle in bundles.items():
+        for number, bundle in bundles.items():
             runner = stack.enter_context(open_runner(bundle, threads=threads))
             images = cycle(images_of(bundle))
-            calls[str(count)] = partial(lambda run, given: run(next(given)), runner.infer, images)
+            calls[str(number)] = partial(lambda run, given: run(next(given)), runner.infer, images)
         times = time_interleaved(calls, warmup=10, budget_s=seconds)
     first, *others = times
     ratios = {}

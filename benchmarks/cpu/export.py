@@ -216,7 +216,8 @@ def models_of(
     stack: ExitStack, bundle: Bundle, images: np.ndarray, threads: int, with_unfused: bool
 ) -> Calls:
     """Return a call for the model and for each baseline."""
-    manifest, calls = bundle.manifest, {}
+    manifest = bundle.manifest
+    calls: Calls = {}
     for name, file, routes in (
         ("moe", MODEL, manifest.plan.routes),
         ("dense", "baselines/dense.onnx", ()),
@@ -234,10 +235,10 @@ def models_of(
 def row_of(name: str, at: dict[str, Any], times: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return medians, ratios with their intervals, and how they stand to their bounds."""
     shared = sum(v for key, v in times.items() if key.startswith("part ") and ".expert-" not in key)
-    one = sum(v for key, v in times.items() if ".expert-" in key)
+    expert = sum(v for key, v in times.items() if ".expert-" in key)
     used = sum(v for key, v in times.items() if key.startswith("used "))
     pairs = {
-        "moe / parts": (times["moe"], shared + one),
+        "moe / parts": (times["moe"], shared + expert),
         "moe / computed": (times["moe"], shared + used),
         "moe / dense": (times["moe"], times["dense"]),
         "dense / moe": (times["dense"], times["moe"]),
@@ -245,8 +246,8 @@ def row_of(name: str, at: dict[str, Any], times: dict[str, np.ndarray]) -> dict[
     if "unfused" in times:
         pairs["unfused / moe"] = times["unfused"], times["moe"]
     ratios = {}
-    for key, pair in pairs.items():
-        ratio = ratio_of_medians(*pair)
+    for key, (one, other) in pairs.items():
+        ratio = ratio_of_medians(np.asarray(one), np.asarray(other))
         bound = CASES[name][1].get(key, {}).get(at["batch"])
         ratios[key] = {
             "ratio": round(ratio.value, 4),

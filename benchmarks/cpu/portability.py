@@ -89,7 +89,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
     for python in pythons:
         for form, more in (("kernels", [str(library)]), ("bodies", [])):
             out = folder / "answers.npz"
-            command = [python, CHILD, file, folder / "images.npy", out, *more]
+            command = [python, str(CHILD), str(file), str(folder / "images.npy"), str(out), *more]
             version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             with np.load(out) as outputs:
                 answer = prediction_of(bundle, dict(outputs))
@@ -102,7 +102,7 @@ def rows_of(name: str, folder: Path, data: str, pythons: list[str]) -> Iterator[
                 **report.model_dump(mode="json"),
             }
     few = reference_answers(model, images[:FEW])
-    values = ReferenceEvaluator(str(file)).run(None, {"images": images[:FEW]})
+    values: Any = ReferenceEvaluator(str(file)).run(None, {"images": images[:FEW]})
     names = [output.name for output in onnx.load_model(file).graph.output]
     answer = prediction_of(bundle, dict(zip(names, values, strict=True)))
     report = compare_answers(few, answer, **limits, data=source)

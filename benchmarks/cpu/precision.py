@@ -1,16 +1,13 @@
-"""OpenVINO and lower precision against the dense float32 model in ONNX Runtime, on this CPU.
+"""Lower precisions against the dense network and S-Dense in the same, on this CPU.
 
-    python -m benchmarks.cpu.precision --data cifar10:PATH [--threads 1,2] [--seconds 20]
+    advmoe export zoo:cifar10-advmoe --format openvino --precision int8 --data ... --out BUNDLE
+    python -m benchmarks.cpu.precision BUNDLE... [--threads 1,2] [--seconds 20]
 
-AdvMoE's ResNet-18 (two experts, ratio 0.5, 32x32, random weights fitted to images of ``--data``)
-goes through ``advmoe export`` at every precision, which measures routes on held-out images and
-keeps a segment in a higher precision where they would not agree; what it chose is in the result.
-Nothing is attacked, for random weights have no accuracy to lose.
-The dense network is compiled for OpenVINO at the same precisions, in int8 by the same quantizer,
-with float32 and with bf16 between what is quantised.
-Everything is timed interleaved in one process; no thread pool spins, and OpenVINO pins no thread.
-
-Accuracy needs trained weights: ``--trained RUN`` adds what the export of that run measured.
+Times every engine that the bundles hold, all exported from one model: what the export lowered, what
+it kept back and why is in the result. Beside them the dense network and S-Dense of the first
+bundle, untrained, in both engines at every precision, in int8 by the export's quantizer, calibrated
+on the bundle's own images; in OpenVINO with float32 and with bf16 between what is quantised.
+Everything is interleaved in one process; no thread pool spins, and OpenVINO pins no thread.
 
 Writes ``benchmarks/results/precision_cpu.json``.
 """
@@ -19,8 +16,7 @@ import argparse
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,89 +27,101 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
 
 import onnx
-import torch
 
-from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.data.dataset import to_float
-from advmoe_deploy.data.registry import load_dataset
-from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.errors import UsageError
+from advmoe_deploy.export.precision.gate import LEAST_ROUTE_AGREEMENT
 from advmoe_deploy.export.precision.quantize import quantised
-from advmoe_deploy.export.targets import Target
-from advmoe_deploy.models.checkpoint import Checkpoint, save_checkpoint
-from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
-from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, openvino_version
+from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision, openvino_version
 from advmoe_deploy.runtime.select import open_runner
-from benchmarks.cpu.export import advmoe, numbers
+from benchmarks.cpu.export import numbers
 from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results" / "precision_cpu.json"
-PRECISIONS = ("fp32", "bf16", "int8")
-TARGETS = [
-    Target("openvino", "fp32"),
-    Target("openvino", "bf16"),
-    Target("openvino", "int8"),
-    Target("onnxruntime", "int8"),
-]
+BASELINES = ("dense", "s-dense")
 BATCHES = (1, 64)
-CALIBRATION, FITTING = 256, 256
+CALIBRATION = 256
+FP32 = "onnxruntime:fp32"
 Calls = dict[str, Callable[[], object]]
 
 
-def build(folder: Path, source: str) -> Bundle:
-    """Return the bundle of an untrained model, exported at every precision."""
-    spec, data = advmoe(2), load_dataset(source)
-    (folder / "run" / "model").mkdir(parents=True)
-    checkpoint = Checkpoint(
-        model=spec,
-        threat=None,
-        class_names=data.class_names,
-        recipe={},
-        metrics={},
-        provenance={"data": source},
-    )
-    images = torch.from_numpy(to_float(data.train.images[:FITTING]))
-    save_checkpoint(folder / "run" / "model", checkpoint, untrained_model(spec, images))
-    export_run(folder / "run", folder / "bundle", targets=TARGETS)
-    return open_bundle(folder / "bundle")
+def label(engines: EngineSet) -> str:
+    """Return the engine's name, and how many routes its routers had to keep if that was told."""
+    least = engines.check.least_route_agreement if engines.check else LEAST_ROUTE_AGREEMENT
+    told = "" if least == LEAST_ROUTE_AGREEMENT else f", {100 * least:g} % of the routes"
+    return engines.name + told
 
 
-def calls_of(stack: ExitStack, bundle: Bundle, pixels: np.ndarray, threads: int) -> Calls:
+def engine_sets(bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, EngineSet]]:
+    """Yield every engine that the bundles hold.
+
+    Raises:
+        UsageError: the bundles are of several models, or two of their engines are alike.
+    """
+    if len({b.manifest.training["weights_sha256"] for b in bundles}) > 1:
+        raise UsageError("the bundles are of several models; name bundles of one")
+    found = [(bundle, engines) for bundle in bundles for engines in bundle.manifest.engines]
+    labels = [label(engines) for _, engines in found]
+    if twice := {each for each in labels if labels.count(each) > 1}:
+        raise UsageError(f"{', '.join(sorted(twice))} is in two bundles; leave one out")
+    yield from found
+
+
+def calls_of(
+    stack: ExitStack, bundles: Sequence[Bundle], pixels: np.ndarray, threads: int
+) -> Calls:
     """Return what is timed by name, on images ``pixels``."""
-    calls: Calls = {}
-    for engine in ("onnxruntime:fp32", "onnxruntime:int8", *(f"openvino:{p}" for p in PRECISIONS)):
-        runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
-        calls[f"moe {engine}"] = partial(runner.infer, pixels)
-    dense = bundle.file("baselines/dense.onnx")
-    ort = stack.enter_context(OrtEngine(dense, threads=threads))
-    calls["dense onnxruntime:fp32"] = partial(ort.run, {"images": pixels})
-    with np.load(bundle.file("golden.npz")) as golden:
-        rows = [{"images": np.resize(golden["images"], (CALIBRATION, *pixels.shape[1:]))}]
-    in_int8 = quantised(onnx.load_model(dense), rows, heads={"logits"}).SerializeToString()
-    for name, source, compute_dtypes in (
-        ("fp32", dense, "fp32"),
-        ("bf16", dense, "bf16"),
-        ("int8", in_int8, "fp32"),
-        ("int8, bf16 between", in_int8, "bf16"),
-    ):
-        engine = OpenVinoEngine(source, compute_dtypes=compute_dtypes, threads=threads)
-        calls[f"dense openvino:{name}"] = partial(
-            stack.enter_context(engine).run, {"images": pixels}
-        )
+    first = bundles[0]
+    runner = stack.enter_context(open_runner(first, FP32, threads=threads))
+    calls: Calls = {f"moe {FP32}": partial(runner.infer, pixels)}
+    for bundle, engines in engine_sets(bundles):
+        runner = stack.enter_context(open_runner(bundle, engines.name, threads=threads))
+        calls[f"moe {label(engines)}"] = partial(runner.infer, pixels)
+    for name in BASELINES:
+        for engine, opened in baselines(first, name, threads):
+            stack.enter_context(opened)
+            calls[f"{name} {engine}"] = partial(opened.run, {"images": pixels})
     return calls
 
 
+def baselines(
+    bundle: Bundle, name: str, threads: int
+) -> Iterator[tuple[str, OrtEngine | OpenVinoEngine]]:
+    """Yield by engine a network without experts, opened, at each precision of this CPU."""
+    graph = bundle.file(f"baselines/{name}.onnx")
+    images = golden_images(bundle)
+    rows = [{"images": np.resize(images, (CALIBRATION, *images.shape[1:]))}]
+    in_int8 = quantised(onnx.load_model(graph), rows, heads={"logits"}).SerializeToString()
+    yield FP32, OrtEngine(graph, threads=threads)
+    yield "onnxruntime:int8", OrtEngine(in_int8, threads=threads)
+    yield "openvino:fp32", OpenVinoEngine(graph, compute_dtype="fp32", threads=threads)
+    yield "openvino:int8", OpenVinoEngine(in_int8, compute_dtype="fp32", threads=threads)
+    if has_precision("bf16"):
+        yield "openvino:bf16", OpenVinoEngine(graph, compute_dtype="bf16", threads=threads)
+        between = OpenVinoEngine(in_int8, compute_dtype="bf16", threads=threads)
+        yield "openvino:int8, bf16 between", between
+
+
+def golden_images(bundle: Bundle) -> np.ndarray:
+    """Return the images that travel with the bundle, float32 [N, C, H, W]."""
+    with np.load(bundle.file("golden.npz")) as golden:
+        images: np.ndarray = golden["images"]
+    return images
+
+
 def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return medians and how many times faster each MoE is than the dense networks."""
+    """Return medians and how many times faster each MoE is than networks without experts."""
     ratios = {}
     for name in [name for name in times if name.startswith("moe ")]:
-        engine = name.removeprefix("moe ")
-        for dense in [n for n in times if n.startswith("dense ")]:
-            if dense == "dense onnxruntime:fp32" or dense.startswith(f"dense {engine}"):
-                ratio = ratio_of_medians(times[dense], times[name])
-                ratios[f"{dense} / {name}"] = {
+        engine = name.removeprefix("moe ").partition(",")[0]
+        for other in [each for each in times if not each.startswith("moe ")]:
+            alike = other.partition(" ")[2].partition(",")[0] == engine
+            if alike or other == f"dense {FP32}":
+                ratio = ratio_of_medians(times[other], times[name])
+                ratios[f"{other} / {name}"] = {
                     "ratio": round(ratio.value, 3),
                     "ci": [round(ratio.low, 3), round(ratio.high, 3)],
                 }
@@ -122,53 +130,51 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, 
     return {"batch": batch, "threads": threads, "n": n, "p50_ms": medians, "ratios": ratios}
 
 
-def chosen(bundle: Bundle) -> list[dict[str, Any]]:
-    """Return what the export measured and chose per engine and precision."""
-    paths = {name: {"data"} for name in ("parity", "calibration", "check")}
-    unused = {"plan": True, "files": True, **paths}
-    return [engine.model_dump(mode="json", exclude=unused) for engine in bundle.manifest.engines]
+def record_of(engines: EngineSet) -> dict[str, Any]:
+    """Return what the export chose for an engine, and what it measured."""
+    record = engines.model_dump(mode="json")
+    kept = ("backend", "precision", "compute_dtypes", "segments", "check")
+    measured = ("images", "route_agreement", "max_relative_logit_diff")
+    return {
+        "name": label(engines),
+        **{key: record[key] for key in kept},
+        "parity": {key: record["parity"][key] for key in measured},
+    }
 
 
 def main() -> None:
-    """Build, export, time, write the JSON."""
+    """Time everything, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="cifar10:PATH")
+    parser.add_argument("bundles", nargs="+", type=Path, help="of one model, by 'advmoe export'")
     parser.add_argument("--threads", type=numbers, default=(1, 2))
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring per row")
-    parser.add_argument("--trained", type=Path, help="a run, for what its export measures")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    load_before, rows = os.getloadavg(), []
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = build(Path(folder), arguments.data)
-        with np.load(bundle.file("golden.npz")) as golden:
-            images = golden["images"]
-        for threads in arguments.threads:
-            for batch in BATCHES:
-                pixels = np.resize(images, (batch, *images.shape[1:]))
-                with ExitStack() as stack:
-                    calls = calls_of(stack, bundle, pixels, threads)
-                    times = time_interleaved(calls, warmup=3, budget_s=arguments.seconds)
-                rows.append(row_of(batch, threads, times))
-                print(json.dumps(rows[-1]), flush=True)
-        trained = None
-        if arguments.trained:
-            trained = chosen(
-                export_run(arguments.trained, Path(folder, "trained"), targets=TARGETS)
-            )
-        result = {
-            "model": bundle.manifest.model.model_dump(mode="json"),
-            "macs": bundle.manifest.macs.model_dump(),
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "platform": platform.platform(),
-            "versions": {**bundle.manifest.versions, "openvino": openvino_version()},
-            "settings": {"spinning": False, "pinning": False, "warmup": 3},
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-            "rows": rows,
-            "exported": chosen(bundle),
-            "trained": trained,
-        }
+    bundles, load_before, rows = [*map(open_bundle, arguments.bundles)], os.getloadavg(), []
+    chosen = [record_of(engines) for _, engines in engine_sets(bundles)]
+    images = golden_images(bundles[0])
+    for threads in arguments.threads:
+        for batch in BATCHES:
+            pixels = np.resize(images, (batch, *images.shape[1:]))
+            with ExitStack() as stack:
+                calls = calls_of(stack, bundles, pixels, threads)
+                times = time_interleaved(calls, warmup=3, budget_s=arguments.seconds)
+            rows.append(row_of(batch, threads, times))
+            print(json.dumps(rows[-1]), flush=True)
+    manifest = bundles[0].manifest
+    result = {
+        "model": manifest.model.model_dump(mode="json"),
+        "weights_sha256": manifest.training["weights_sha256"],
+        "macs": manifest.macs.model_dump(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": {**manifest.versions, "openvino": openvino_version()},
+        "settings": {"spinning": False, "pinning": False, "warmup": 3},
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "rows": rows,
+        "exported": chosen,
+    }
     write(arguments.out, result)
 
 

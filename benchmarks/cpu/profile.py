@@ -22,6 +22,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def measure(bundle: Bundle, model: AdvMoE, seconds: float) -> dict[str, object]:
         "model": SPEC.model_dump(),
         "macs": bundle.manifest.macs.model_dump(),
         "parity": bundle.manifest.parity.model_dump()
-        | {"data": bundle.manifest.parity.data.partition(":")[0]},
+        | {"data": str(bundle.manifest.parity.data).partition(":")[0]},
         "rows": [row.model_dump() for row in report.rows],
         "ratios": ratios,
         "settings": {**report.settings, "omp_wait_policy": os.environ["OMP_WAIT_POLICY"]},
@@ -153,7 +154,7 @@ def _eager_ratio(name: str, batch: int, times: dict[str, np.ndarray]) -> dict[st
     }
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print parity and every ratio next to its target."""
     print(json.dumps(result["parity"]))
     for row in result["rows"]:

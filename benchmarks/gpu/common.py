@@ -13,7 +13,7 @@ import numpy as np
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.reports.versions import version_of
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile
-from advmoe_deploy.specs import ExpertLayers, ModelSpec, Precision, VisionTransformer
+from advmoe_deploy.specs import ComputeDtype, ExpertLayers, ModelSpec, VisionTransformer
 
 BATCH = BatchProfile(min=1, opt=128, max=256)
 PACKAGES = (
@@ -57,7 +57,7 @@ class Work:
     folder: Path
     data: str
     models: tuple[str, ...]
-    precisions: tuple[Precision, ...]
+    precisions: tuple[ComputeDtype, ...]
     batches: tuple[int, ...]
     images: int
     seconds: float

@@ -148,7 +148,11 @@ def _torch_row(
     moe = reference_model(open_bundle(work.bundle(model))).to("cuda", dtype)
     dense = untrained_model(MODELS[model].dense(), fitting).to("cuda", dtype)
     masked = Routes(execution="masked")
-    forms = {"masked": lambda x: moe(x, masked), "grouped": moe, "dense": dense}
+    forms: dict[str, Callable[[Any], Any]] = {
+        "masked": lambda x: moe(x, masked),
+        "grouped": moe,
+        "dense": dense,
+    }
     if with_compiled:
         forms["masked compiled"] = torch.compile(forms["masked"])
         forms["dense compiled"] = torch.compile(dense)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -78,15 +78,15 @@ def _command(python: str, *words: str) -> list[str]:
     return ["bash", "-c", f'{python} "$@"', "python", "-m", "benchmarks.gpu.remote", *words]
 
 
-def _write(stream: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(stream: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **dict[str, Any](arrays))
     stream.write(_LENGTH.pack(content.tell()))
     stream.write(content.getbuffer())
     stream.flush()
 
 
-def _read(stream: BinaryIO) -> dict[str, np.ndarray] | None:
+def _read(stream: IO[bytes]) -> dict[str, np.ndarray] | None:
     """Return the arrays that come next, nothing at the end."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
@@ -112,7 +112,7 @@ def run(bundle: Path, engine: str) -> None:
     with redirect_stdout(sys.stderr), open_runner(open_bundle(bundle), engine) as runner:
         while (given := _read(sys.stdin.buffer)) is not None:
             answer = runner.infer(given["images"])
-            arrays = {"logits": answer.logits}
+            arrays: dict[str, np.ndarray] = {"logits": answer.logits}
             arrays |= {f"expert_ids:{layer}": ids for layer, ids in answer.expert_ids.items()}
             arrays |= {f"weights:{layer}": values for layer, values in answer.weights.items()}
             _write(answers, arrays)

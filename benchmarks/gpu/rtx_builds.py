@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from advmoe_deploy.errors import AdvMoEError
 from advmoe_deploy.files import write_atomically
-from advmoe_deploy.specs import ExpertLayers, ModelSpec
+from advmoe_deploy.specs import ExpertLayers, ModelSpec, Precision
 from benchmarks.gpu.common import BATCH, MODELS, Record, facts
 from benchmarks.program import named, run_program
 
@@ -109,11 +109,12 @@ def graphs_of(model: str, precision: str) -> Iterator[tuple[str, bytes, Any]]:
     from advmoe_deploy.export.tensorrt.backend import TensorRtBackend
     from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 
-    kind, _, around = precision.partition("/")
+    kind, _, around = cast("tuple[Precision, str, str]", precision.partition("/"))
     build = BuildOptions(batch=BATCH, unquantised_dtype=around or "fp32")
     subject = _subject(FAMILIES[model])
     backend = TensorRtBackend(Target("tensorrt-rtx", kind, build=build), subject)
-    graphs, kinds = dict(subject.parts.graphs), dict.fromkeys(subject.parts.graphs, kind)
+    graphs = dict(subject.parts.graphs)
+    kinds: dict[str, Precision] = dict.fromkeys(graphs, kind)
     if kind == "int8":
         quantised, _ = calibrated(
             subject.reference.model,

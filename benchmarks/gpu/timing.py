@@ -21,7 +21,7 @@ from benchmarks.gpu.engines import (
     set_of,
 )
 
-_DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
+_DTYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 
 
 def latency(work: Work) -> Iterator[Part]:

@@ -204,7 +204,8 @@ def probed(port: int, pid: int, pause_s: float = 0.02) -> Iterator[dict[str, Any
 
     Health is asked again ``pause_s`` after its answer; the block begins after the first one.
     """
-    begun, stop, found, result = Event(), Event(), Queue(), dict[str, Any]()
+    begun, stop, result = Event(), Event(), dict[str, Any]()
+    found: Queue[Any] = Queue()
     probe = Process(target=_probe, args=(port, pid, pause_s, begun, stop, found), daemon=True)
     probe.start()
     begun.wait(timeout=60)

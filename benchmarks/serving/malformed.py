@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,21 @@ AGAIN = 5  # how often each costly request is sent, one after the other
 # Memory that comes and goes whatever is asked: of the allocator, and of threads that begin.
 NOISE_MIB = 8.0
 HALVES, HALF_HEADS = 20, 200
-JUNK = [None, True, -1, 1.5, 10**30, "", "\ud800", "x\n" * 99, [], [[]], {}, {"a": [1]}, [None]]
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**30,
+    "",
+    "\ud800",
+    "x\n" * 99,
+    [],
+    [[]],
+    {},
+    {"a": [1]},
+    [None],
+]
 
 
 def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
@@ -40,7 +55,7 @@ def malformed(running: Running, bundle: Bundle, count: int) -> dict[str, Any]:
             hurried(port, [random_request(running.model, images) for _ in range(4)])
     result["hurried"] = seen
     for name, (request, length) in costly(running.model, images).items():
-        result[name] = held(port, pid, length, lambda asked=request: status_of(port, asked))
+        result[name] = held(port, pid, length, partial(status_of, port, request))
         result[name]["holds"]["refused"] = 400 <= result[name]["status"] < 500
     result["half bodies"] = held(port, pid, *half_bodies(running.model, port), again=1)
     result["half heads"] = held(port, pid, *half_heads(port), again=1)

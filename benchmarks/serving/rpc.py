@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import grpc
@@ -88,12 +89,8 @@ def malformed(running: Running, request: bytes, count: int, longest: int) -> dic
         result: dict[str, Any] = {"random": {"answers": named, **seen}}
         for name, costly in costly_messages(longest).items():
             for packed in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
-                row = held(
-                    running.port,
-                    pid,
-                    len(costly),
-                    lambda message=costly, how=packed: _status(ask, message, how),
-                )
+                asked = partial(_status, ask, costly, packed)
+                row = held(running.port, pid, len(costly), asked)
                 row["holds"]["INVALID_ARGUMENT"] = row["status"] == INVALID
                 result[name + " in gzip" * (packed == grpc.Compression.Gzip)] = row
     return result

@@ -25,6 +25,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -227,7 +228,7 @@ def peak_memory(step: Step, form: str) -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print the ratios next to their targets."""
     for row in result["rows"]:
         experts, times, peak = row["experts"], row["p50_ms"], row["peak_mib"]

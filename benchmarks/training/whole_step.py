@@ -124,7 +124,7 @@ def compute_all(model: Classifier) -> None:
         routes.execution = "masked"
         return forward(images, routes)
 
-    model.forward = masked  # type: ignore[method-assign]
+    model.forward = masked
 
 
 def convolutions(precision: str, batch: int) -> Callable[[], object]:

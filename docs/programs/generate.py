@@ -54,7 +54,7 @@ FUNCTIONS = sorted(
     map(inspect.unwrap, filter(inspect.isfunction, OBJECTS)),
     key=lambda f: (f.__module__, f.__code__.co_firstlineno),
 )
-TYPES = [
+TYPES: list[type] = [
     *filter(inspect.isclass, OBJECTS),
     *(BundleManifest, BatchProfile, Checkpoint, Runner, Prediction, TrainReport, Pair),
     *(BenchmarkReport, Contender, MeasuredShare, Timing),
@@ -105,6 +105,7 @@ def outline(type_: type) -> str:
         if isinstance(member, ast.AnnAssign):
             lines.append(f"    {ast.get_source_segment(source, member)}")
         elif isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+            assert member.returns, f"{type_.__name__}.{member.name} says no type"
             returns, is_property = ast.unparse(member.returns), member.decorator_list
             call = f"def {member.name}({ast.unparse(member.args)}) -> {returns}"
             lines.append(f"    {member.name}: {returns}" if is_property else f"    {call}")

@@ -154,7 +154,7 @@ def slots(_: Bench) -> Record:
     stored = Stored(_FLOAT, len(images), images.shape[1:])
     host, device, holds = [], [], True
     with TensorRtSlot({}, {"images": stored}, streams=2) as slot:
-        for _ in range(20):
+        for _round in range(20):
             begun = time.perf_counter()
             slot.put("images", images, check=lambda piece: None)
             host.append(1e3 * (time.perf_counter() - begun))

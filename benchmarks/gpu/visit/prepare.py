@@ -72,8 +72,8 @@ def tensorrt(out: Path, asked: argparse.Namespace) -> None:
         _pip(site, "3.10", *_BESIDE_IT, "numpy<2")
         for library in _STAND_INS:
             write_stand_in(site / "tensorrt", library, "libnvinfer_plugin.so.8")
-        for library in Path("/usr/lib/x86_64-linux-gnu").glob("libffi.so.*"):
-            shutil.copy(library, python / "lib")  # ctypes wants the one it was built with
+        for file in Path("/usr/lib/x86_64-linux-gnu").glob("libffi.so.*"):
+            shutil.copy(file, python / "lib")  # ctypes wants the one it was built with
         (whole / "activate").write_text(_ACTIVATE)
 
 
@@ -110,8 +110,14 @@ def _write_batch(split: Split, file: Path) -> None:
 
 def _pip(target: Path, python: str, *requirements: str, deps: bool = True) -> None:
     """Put wheels for another version of Python into a folder."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", target]
-    command += ["--only-binary=:all:", "--python-version", python, *([] if deps else ["--no-deps"])]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target"]
+    command += [
+        str(target),
+        "--only-binary=:all:",
+        "--python-version",
+        python,
+        *([] if deps else ["--no-deps"]),
+    ]
     subprocess.run([*command, *requirements], check=True, timeout=1800)
 
 
@@ -129,7 +135,7 @@ def write_pieces(folder: Path, out: Path, size: int = PIECE_BYTES) -> list[Path]
     for old in out.glob("piece.*"):
         old.unlink()
     command = 'tar -C "$1" -c . | xz -3 -T0 | split -b "$2" -d -a 2 - "$3/piece."'
-    shell = ["bash", "-o", "pipefail", "-c", command, "pack", folder, str(size), out]
+    shell = ["bash", "-o", "pipefail", "-c", command, "pack", str(folder), str(size), str(out)]
     subprocess.run(shell, check=True, timeout=4 * 3600)  # hours where cores are busy
     pieces = sorted(out.glob("piece.*"))
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in pieces]

@@ -33,7 +33,7 @@ def steps(batch: int, device: str, *, compiled: bool) -> dict[str, Callable[[], 
     forms: dict[str, Callable[[], object]] = {}
     for name, spec in {"moe": moe, "dense": moe.dense()}.items():
         model = untrained_model(spec, images.cpu()).train()
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         kinds = {"eager": model, **({"compiled": torch.compile(model)} if compiled else {})}
         for kind, form in kinds.items():
             forms[f"{name} {kind}"] = _step(model, form, images, labels, device)
