@@ -1,7 +1,8 @@
 """What engines of a lower precision lose of robust accuracy: attacked themselves, not replayed.
 
     python -m benchmarks.training.lowered MODEL [--data cifar10:PATH] [--images 1000]
-        [--attacks quick] [--engines openvino:bf16,...] [--work FOLDER] [--threads 2]
+        [--attacks quick] [--engines openvino:bf16,...] [--least-route-agreement 0.999]
+        [--work FOLDER] [--threads 2]
 
 MODEL is a run, or what ``advmoe export`` takes in its place. It goes through ``advmoe export`` at
 every precision of a CPU, whose own gate keeps a segment in fp32 where lowering it would cost too
@@ -20,6 +21,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import advmoe_deploy as advmoe
 from advmoe_deploy.bundle import REFERENCE, Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import CheckFailedError, UsageError
 from advmoe_deploy.export.from_run import export_run
+from advmoe_deploy.export.precision.gate import LEAST_ROUTE_AGREEMENT
 from advmoe_deploy.export.targets import Target
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.reports.checkpoint import checkpoint_folder, read_checkpoint
@@ -41,7 +44,7 @@ from benchmarks.program import run_program, write
 
 RESULT = Path(__file__).parents[1] / "results/robustness" / "lowered.json"
 # What tells one measurement from another; a second of the same takes the place of the first.
-KEY = ("model", "weights_sha256", "suite", "images", "engine")
+KEY = ("model", "weights_sha256", "suite", "images", "engine", "least_route_agreement")
 TARGETS = {
     "openvino:fp32": Target("openvino", "fp32"),
     "openvino:bf16": Target("openvino", "bf16"),
@@ -101,15 +104,19 @@ def rows_of(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any
         "epsilon": checkpoint.threat.epsilon if checkpoint.threat else None,
         "suite": arguments.attacks,
         "images": arguments.images or 0,  # of a refusal; else as many as there were
+        "least_route_agreement": arguments.least_route_agreement,
         "threads": arguments.threads,
         "processor": processor_name(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in LIBRARIES}},
     }
     for name in arguments.engines.split(","):
-        place = work / name.replace(":", "-")
+        least = arguments.least_route_agreement
+        told = "" if least == LEAST_ROUTE_AGREEMENT else f"-{least:g}"
+        place = work / f"{name.replace(':', '-')}{told}"
+        target = replace(TARGETS[name], least_route_agreement=least)
         try:
-            bundle = exported(arguments.model, TARGETS[name], arguments.data, place)
+            bundle = exported(arguments.model, target, arguments.data, place)
         except CheckFailedError as error:
             yield about | {"engine": name, "refused": str(error)}
             continue
@@ -152,6 +159,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of the test split; by default all")
     parser.add_argument("--attacks", default="quick", choices=["quick", "standard", "full"])
     parser.add_argument("--engines", default=LOWERED)
+    parser.add_argument("--least-route-agreement", type=float, default=LEAST_ROUTE_AGREEMENT)
     parser.add_argument("--work", type=Path, help="keeps bundle and attacks; by default none do")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
