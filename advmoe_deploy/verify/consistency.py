@@ -84,6 +84,7 @@ def inspect_answers(
     exact: bool,
     rounding: float,
     margin: float,
+    least_route_agreement: float = 1.0,
     decoding: Decoding | None = None,
     progress: Progress | None = None,
 ) -> ConsistencyReport:
@@ -97,6 +98,8 @@ def inspect_answers(
         exact: whether the engine must answer what float32 allows.
         rounding: the reference's own uncertainty, as the bundle's parity says.
         margin: how near the best scores are in a close call, as the bundle's parity says.
+        least_route_agreement: the share of clear routes that the export of a lower precision asked
+            for; where it is below what honest exports keep, more routes may differ.
         decoding: how image files are read; without it none is.
         progress: hears of :data:`STEPS` advances of the task :data:`COMPARE`.
     """
@@ -116,7 +119,8 @@ def inspect_answers(
     parity = compare_answers(reference, answer, rounding=rounding, margin=margin)
     # What depends on its neighbours has no answer of its own that could be judged.
     if not any(finding.kind == "neighbours" for finding in findings):
-        findings += _disagreement(evidence, parity, runner.precision)
+        limits = _limits_of(runner.precision, least_route_agreement)
+        findings += _disagreement(evidence, parity, limits)
         if exact and not findings:
             found = router_finding(evidence, runner, rounding) or _between_pixels(evidence, runner)
             findings += [found] if found else []
@@ -155,7 +159,14 @@ def _close_calls(evidence: Evidence) -> Flags:
     return np.asarray(np.any(close, axis=0) if close else np.zeros(evidence.images, dtype=bool))
 
 
-def _disagreement(evidence: Evidence, parity: ParityReport, precision: Precision) -> list[Finding]:
+def _limits_of(precision: Precision, least_route_agreement: float) -> PrecisionLimits:
+    limits = _INT8 if precision == "int8" else _SIXTEEN_BITS
+    return replace(limits, routes=max(limits.routes, 1 - least_route_agreement))
+
+
+def _disagreement(
+    evidence: Evidence, parity: ParityReport, limits: PrecisionLimits
+) -> list[Finding]:
     """Return why the engine does not agree with its reference; nothing if it does."""
     if evidence.closeness.exact:
         # Images that were routed otherwise are held to the reference on the same way.
@@ -163,7 +174,6 @@ def _disagreement(evidence: Evidence, parity: ParityReport, precision: Precision
             return diagnose(evidence)
         found = tie_break(evidence)
         return [found] if found else []
-    limits = _INT8 if precision == "int8" else _SIXTEEN_BITS
     if not _agrees(evidence, parity, limits):
         return diagnose(evidence)
     apart = relative_distances(evidence.answer.logits, evidence.reference.logits)

@@ -23,7 +23,7 @@ from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports.cautions import of_routes
 from advmoe_deploy.runtime.runner import is_exact
-from advmoe_deploy.runtime.select import engine_for, open_runner
+from advmoe_deploy.runtime.select import backend_of, engine_for, open_runner, resolved
 from advmoe_deploy.specs import AttackSpec, ModelSpec
 from advmoe_deploy.verify.consistency import COMPARE, STEPS, inspect_answers
 from advmoe_deploy.verify.examples.images import images_of, source_of
@@ -102,6 +102,7 @@ def verify_bundle(
                 exact=is_exact(runner),
                 rounding=exported.rounding,
                 margin=exported.margin,
+                least_route_agreement=_least_route_agreement(bundle, engine),
                 decoding=manifest.decoding,
                 progress=progress,
             )
@@ -159,6 +160,13 @@ def verify_bundle(
     if examples is not None:
         write_examples(examples, trial, report, bundle)
     return report
+
+
+def _least_route_agreement(bundle: Bundle, engine: str) -> float:
+    """Return the share of clear routes that the export asked of ``engine``; of fp32 all."""
+    name, precision = resolved(bundle, engine)
+    engines = bundle.engine_set(backend_of(name), precision)
+    return engines.check.least_route_agreement if engines and engines.check else 1.0
 
 
 def _within(

@@ -20,7 +20,8 @@ from advmoe_deploy.cli.app import run
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, UsageError
 from advmoe_deploy.models.stored import reference_model
-from advmoe_deploy.runtime.runner import Runner
+from advmoe_deploy.reports import PrecisionReport
+from advmoe_deploy.runtime.runner import Prediction, Runner
 from advmoe_deploy.runtime.select import ENGINES, open_runner
 from advmoe_deploy.sealing.seal import seal_bundle
 from advmoe_deploy.specs import Precision, build_spec
@@ -90,6 +91,34 @@ def test_what_rounds_to_tf32_is_attacked_by_its_own_answers(
     assert (report.precision, report.tf32) == ("fp32", True)
     assert [a.found_on for a in report.attacks] == ["reference"] * 4 + ["engine"] * 4
     assert report.transferred_accuracy >= report.robust_accuracy.engine
+
+
+@pytest.mark.parametrize(("asked", "agrees"), [(0.999, False), (0.8, True)])
+def test_as_many_routes_may_differ_as_the_export_was_told(
+    asked: float, agrees: bool, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rerouting(bundle: Bundle, precision: Precision, threads: int) -> Runner:
+        runner = open_runner(bundle, "onnxruntime:fp32", threads=threads)
+        infer = runner.infer
+
+        def infer_elsewhere(images: np.ndarray) -> Prediction:
+            answer = infer(images)
+            answer.expert_ids["router"][images[:, 0, 0, 2] > 0.75] ^= 1  # 4 of the first 40
+            return answer
+
+        monkeypatch.setattr(runner, "precision", precision)
+        monkeypatch.setattr(runner, "infer", infer_elsewhere)
+        return runner
+
+    monkeypatch.setitem(ENGINES, "openvino", rerouting)
+    check = PrecisionReport.model_construct(least_route_agreement=asked)
+    (engines,) = tiny_bundle.manifest.engines
+    engines = engines.model_copy(update={"precision": "int8", "check": check})
+    manifest = tiny_bundle.manifest.model_copy(update={"engines": (engines,)})
+    told = Bundle(tiny_bundle.path, manifest)
+    report = verify_bundle(told, engine="openvino:int8", images=40, threads=1, budget=1e-3)
+    assert report.route_agreement == 0.9
+    assert (not report.findings) == agrees, report.findings
 
 
 def spoilt(bundle: Bundle, path: Path, heads: int) -> Bundle:
