@@ -22,6 +22,7 @@ from advmoe_deploy.export.precision.gate import (
     run_gate,
 )
 from advmoe_deploy.export.precision.search import Precisions, choose_precisions
+from advmoe_deploy.export.request import targets_of
 from advmoe_deploy.export.targets import Target, require_supported
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.answers import Answers
@@ -33,6 +34,7 @@ from advmoe_deploy.reports.drops import ACCURACIES, Accuracy
 from advmoe_deploy.runtime.openvino.engine import OpenVinoEngine, has_precision
 from advmoe_deploy.runtime.plan_runner import PlanRunner
 from advmoe_deploy.runtime.select import compute_dtypes_of, open_runner
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.specs import ComputeDtype, Precision
 from tests.conftest import assert_nothing_left, write_run
 from tests.families import Families, spec_of
@@ -174,6 +176,15 @@ def test_how_many_routes_differ_is_up_to_whoever_exports(tiny_bundle: Bundle) ->
     assert "router" in low(choice.precisions)
     fewer = replace(findings(agreement=0.949), limits=GateLimits(least_route_agreement=0.95))
     assert fewer.complaint == ("94.90 % of the clear routes of a layer agree, less than 95.00 %")
+
+
+def test_every_target_is_told_how_many_routes_may_differ() -> None:
+    build = BuildOptions()
+    wanted: tuple[Precision, ...] = ("fp32", "int8")
+    told = targets_of("onnx", wanted, build, onnx_only=False, least_route_agreement=0.0)
+    assert [target.least_route_agreement for target in told] == [0.0, 0.0]
+    untold = targets_of("onnx", wanted, build, onnx_only=False)
+    assert [target.least_route_agreement for target in untold] == [0.999, 0.999]
 
 
 def test_int8_is_raised_by_steps(tiny_bundle: Bundle) -> None:

@@ -111,6 +111,23 @@ def test_fp16_is_reported_and_fp32_needs_parity(built: Bundle) -> None:
     assert 0 < fp16.parity.max_abs_logit_diff < 0.2
 
 
+def test_engines_have_to_keep_as_many_routes_as_their_graphs(
+    graphs: Bundle, tmp_path: Path
+) -> None:
+    fp32, fp16 = graphs.manifest.engines
+    assert fp16.check is not None
+    check = fp16.check.model_copy(update={"least_route_agreement": 0.75})
+    told = (fp32, fp16.model_copy(update={"check": check}))
+    source = Bundle(graphs.path, graphs.manifest.model_copy(update={"engines": told}))
+    out, builder = tmp_path / "bundle", CpuBuilder()
+    built = build_from_bundle(source, out, build=BUILD, precisions=["fp16"], builder=builder)
+    engines = built.engine_set("tensorrt", "fp16")
+    assert engines is not None
+    assert engines.is_built
+    assert engines.check is not None
+    assert engines.check.least_route_agreement == 0.75
+
+
 def test_building_again_replaces_engines_where_they_are(built: Bundle, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(built.path, copy)
@@ -260,6 +277,11 @@ def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> 
     [
         (["--format", "onnx"], 2, "only engines of --format trt and trt-rtx are built"),
         (["--format", "trt", "--onnx-only"], 2, "--onnx-only goes with a run"),
+        (
+            ["--format", "trt", "--precision", "fp16", "--least-route-agreement", "0"],
+            2,
+            "--least-route-agreement goes with a run",
+        ),
         (["--format", "trt", "--no-reference", "--data", "digits"], 2, "--data, --no-reference"),
         (
             ["--format", "trt", "--precision", "int8"],
