@@ -236,7 +236,8 @@ class PrecisionReport(Frozen):
                 "with everything lowered, routers included, "
                 f"{100 * router.route_agreement_lowered:.4g} % of the clear routes would agree "
                 f"and a batch of {router.batch} take {router.lowered_ms:.3g} ms instead of "
-                f"{router.shipped_ms:.3g}; export --least-route-agreement allows it"
+                f"{router.shipped_ms:.3g}; export --least-route-agreement allows it "
+                "where accuracy holds"
             )
         return lines
 

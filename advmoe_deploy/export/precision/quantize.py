@@ -92,8 +92,9 @@ def quantised(
     """Return ``graph`` with Q/DQ pairs whose scales cover ``rows``, a list of its inputs.
 
     With ``symmetric``, as TensorRT wants it: zero points of 0, weights in float32 between a pair of
-    their own, biases in float32. What makes ``heads``, the scores and the logits, stays in float32:
-    it costs next to nothing, and the rounding of pooled features shifts all scores one way.
+    their own, biases in float32. Matrix products that make ``heads``, scores or logits, stay in
+    float32: it costs next to nothing, and the rounding of pooled features shifts all scores one
+    way.
     """
     marked = ModelProto()
     marked.CopyFrom(graph)
