@@ -130,8 +130,9 @@ class EngineSet(Frozen):
 
     def _measured(self) -> list[str]:
         parity, check = self.parity, self.check
+        limit = f" (limit: {100 * check.least_route_agreement:.4g} %)" if check else ""
         routes = (
-            f"{100 * parity.route_agreement:.4g} % of the clear routes agree, of "
+            f"{100 * parity.route_agreement:.4g} % of the clear routes agree{limit}, of "
             f"{parity.close_calls} close calls {parity.close_flips} went the other way"
         )
         if check is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from advmoe_deploy.api.arguments import checked
 from advmoe_deploy.bundle import MANIFEST, Bundle
+from advmoe_deploy.errors import UsageError
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.runtime.select import open_runner as open_runner_of
 from advmoe_deploy.runtime.tensorrt.build import BuildOptions
@@ -205,6 +206,8 @@ def export(
             library="tensorrt-rtx" if format == "trt-rtx" else "tensorrt",
             progress=progress,
         )
+    if least_route_agreement is not None and all(target.is_exact for target in targets):
+        raise UsageError("--least-route-agreement goes with a --precision below fp32")
     from advmoe_deploy.export.from_run import export_run
     from advmoe_deploy.profiling.lowered import slower_than_fp32
     from advmoe_deploy.progress import Silent

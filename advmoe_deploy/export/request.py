@@ -50,14 +50,8 @@ def targets_of(
     if build.unquantised_dtype != "fp32" and "int8" not in precisions:
         raise UsageError("unquantised_dtype goes with --precision int8")
     wanted = dict.fromkeys(precisions or ("fp32",))
-    if least_route_agreement is None:
-        least_route_agreement = LEAST_ROUTE_AGREEMENT
-    elif {*wanted} == {"fp32"}:
-        raise UsageError("--least-route-agreement goes with a --precision below fp32")
-    return [
-        Target(backends[name], precision, onnx_only, build, least_route_agreement)
-        for precision in wanted
-    ]
+    least = LEAST_ROUTE_AGREEMENT if least_route_agreement is None else least_route_agreement
+    return [Target(backends[name], precision, onnx_only, build, least) for precision in wanted]
 
 
 def _require_options(name: str, build: BuildOptions) -> None:

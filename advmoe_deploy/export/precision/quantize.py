@@ -98,8 +98,6 @@ def quantised(
     """
     marked = ModelProto()
     marked.CopyFrom(graph)
-    for index, node in enumerate(marked.graph.node):
-        node.name = node.name or f"node-{index}"
     # Shapes are known and normalisations folded: what the quantizer's own preparation is for.
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory() as folder:
