@@ -130,11 +130,9 @@ class EngineSet(Frozen):
 
     def _measured(self) -> list[str]:
         parity, check = self.parity, self.check
-        limit = f" (limit: {100 * check.least_route_agreement:.4g} %)" if check else ""
-        routes = (
-            f"{100 * parity.route_agreement:.4g} % of the clear routes agree{limit}, of "
-            f"{parity.close_calls} close calls {parity.close_flips} went the other way"
-        )
+        agree = f"{100 * parity.route_agreement:.4g} % of the clear routes agree"
+        agree += f" (limit: {100 * check.least_route_agreement:.4g} %)" if check else ""
+        routes = f"{agree}, of {parity.close_calls} close calls {parity.close_flips} went otherwise"
         if check is None:
             return [f"logits differ by {parity.max_relative_logit_diff:.2g} at most; {routes}"]
         lines = [f"{routes}; {100 * check.prediction_agreement:.4g} % of the predictions agree"]
