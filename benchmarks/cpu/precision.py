@@ -7,7 +7,9 @@ Times every engine that the bundles hold, all exported from one model: what the 
 it kept back and why is in the result. Beside them the dense network and S-Dense of the first
 bundle, untrained, in both engines at every precision, in int8 by the export's quantizer, calibrated
 on the bundle's own images; in OpenVINO with float32 and with bf16 between what is quantised.
-Everything is interleaved in one process; no thread pool spins, and OpenVINO pins no thread.
+Everything is interleaved in one process, and then every engine of the MoE with the dense network of
+its precision alone: among so many models each finds the caches cold, which one that is served does
+not. No thread pool spins, and OpenVINO pins no thread.
 
 Writes ``benchmarks/results/precision_cpu.json``.
 """
@@ -112,8 +114,18 @@ def golden_images(bundle: Bundle) -> np.ndarray:
     return images
 
 
-def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return medians and how many times faster each MoE is than networks without experts."""
+def pairs_of(calls: Calls) -> Iterator[Calls]:
+    """Yield each engine of the MoE with the dense network in the same."""
+    for name in [name for name in calls if name.startswith("moe ")]:
+        dense = "dense " + name.removeprefix("moe ").partition(",")[0]
+        yield {name: calls[name], dense: calls[dense]}
+
+
+def row_of(batch: int, threads: int, times: dict[str, np.ndarray], *, pair: bool) -> dict[str, Any]:
+    """Return medians and how many times faster each MoE is than networks without experts.
+
+    Of a ``pair``, nothing else was timed in turn with it.
+    """
     ratios = {}
     for name in [name for name in times if name.startswith("moe ")]:
         engine = name.removeprefix("moe ").partition(",")[0]
@@ -127,7 +139,8 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray]) -> dict[str, 
                 }
     medians = {name: round(1e3 * float(np.median(values)), 4) for name, values in times.items()}
     n = len(next(iter(times.values())))
-    return {"batch": batch, "threads": threads, "n": n, "p50_ms": medians, "ratios": ratios}
+    of = {"batch": batch, "threads": threads, "pair": pair, "n": n}
+    return {**of, "p50_ms": medians, "ratios": ratios}
 
 
 def record_of(engines: EngineSet) -> dict[str, Any]:
@@ -159,7 +172,10 @@ def main() -> None:
             with ExitStack() as stack:
                 calls = calls_of(stack, bundles, pixels, threads)
                 times = time_interleaved(calls, warmup=3, budget_s=arguments.seconds)
-            rows.append(row_of(batch, threads, times))
+                rows.append(row_of(batch, threads, times, pair=False))
+                for pair in pairs_of(calls):
+                    times = time_interleaved(pair, warmup=20, budget_s=arguments.seconds / 4)
+                    rows.append(row_of(batch, threads, times, pair=True))
             print(json.dumps(rows[-1]), flush=True)
     manifest = bundles[0].manifest
     result = {
