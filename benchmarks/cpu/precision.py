@@ -32,8 +32,8 @@ import onnx
 
 from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.export.precision.gate import LEAST_ROUTE_AGREEMENT
 from advmoe_deploy.export.precision.quantize import quantised
+from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
@@ -50,11 +50,12 @@ FP32 = "onnxruntime:fp32"
 Calls = dict[str, Callable[[], object]]
 
 
-def label(engines: EngineSet) -> str:
-    """Return the engine's name, and how many routes its routers had to keep if that was told."""
-    least = engines.check.least_route_agreement if engines.check else LEAST_ROUTE_AGREEMENT
-    told = "" if least == LEAST_ROUTE_AGREEMENT else f", {100 * least:g} % of the routes"
-    return engines.name + told
+def label(bundle: Bundle, engines: EngineSet) -> str:
+    """Return the engine's name and the precision of its routers."""
+    plan = bundle.manifest.plan
+    scores = {step.scores for step in plan.steps if isinstance(step, RouteStep)}
+    routers = [s.name for s in plan.segments if scores & {output.name for output in s.outputs}]
+    return f"{engines.name}, router {'/'.join(sorted({engines.segments[n] for n in routers}))}"
 
 
 def engine_sets(bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, EngineSet]]:
@@ -66,7 +67,7 @@ def engine_sets(bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, EngineSet]]
     if len({b.manifest.training["weights_sha256"] for b in bundles}) > 1:
         raise UsageError("the bundles are of several models; name bundles of one")
     found = [(bundle, engines) for bundle in bundles for engines in bundle.manifest.engines]
-    labels = [label(engines) for _, engines in found]
+    labels = [label(*each) for each in found]
     if twice := {each for each in labels if labels.count(each) > 1}:
         raise UsageError(f"{', '.join(sorted(twice))} is in two bundles; leave one out")
     yield from found
@@ -81,7 +82,7 @@ def calls_of(
     calls: Calls = {f"moe {FP32}": partial(runner.infer, pixels)}
     for bundle, engines in engine_sets(bundles):
         runner = stack.enter_context(open_runner(bundle, engines.name, threads=threads))
-        calls[f"moe {label(engines)}"] = partial(runner.infer, pixels)
+        calls[f"moe {label(bundle, engines)}"] = partial(runner.infer, pixels)
     for name in BASELINES:
         for engine, opened in baselines(first, name, threads):
             stack.enter_context(opened)
@@ -143,13 +144,13 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray], *, pair: bool
     return {**of, "p50_ms": medians, "ratios": ratios}
 
 
-def record_of(engines: EngineSet) -> dict[str, Any]:
+def record_of(bundle: Bundle, engines: EngineSet) -> dict[str, Any]:
     """Return what the export chose for an engine, and what it measured."""
     record = engines.model_dump(mode="json")
     kept = ("backend", "precision", "compute_dtypes", "segments", "check")
     measured = ("images", "route_agreement", "max_relative_logit_diff")
     return {
-        "name": label(engines),
+        "name": label(bundle, engines),
         **{key: record[key] for key in kept},
         "parity": {key: record["parity"][key] for key in measured},
     }
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     bundles, load_before, rows = [*map(open_bundle, arguments.bundles)], os.getloadavg(), []
-    chosen = [record_of(engines) for _, engines in engine_sets(bundles)]
+    chosen = [record_of(*each) for each in engine_sets(bundles)]
     images = golden_images(bundles[0])
     for threads in arguments.threads:
         for batch in BATCHES:
