@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import onnx
 
-from advmoe_deploy.bundle import Bundle, EngineSet, open_bundle
+from advmoe_deploy.bundle import MODEL, Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.precision.quantize import quantised
 from advmoe_deploy.plan import RouteStep
@@ -64,7 +64,7 @@ def engine_sets(bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, EngineSet]]
     Raises:
         UsageError: the bundles are of several models, or two of their engines are alike.
     """
-    if len({b.manifest.training["weights_sha256"] for b in bundles}) > 1:
+    if len({bundle.manifest.files[MODEL].sha256 for bundle in bundles}) > 1:
         raise UsageError("the bundles are of several models; name bundles of one")
     found = [(bundle, engines) for bundle in bundles for engines in bundle.manifest.engines]
     labels = [label(*each) for each in found]
