@@ -184,6 +184,12 @@ class Plan(Frozen):
         """The routing points: those among the steps, in order, and those inside of segments."""
         return (*(step for step in self.steps if isinstance(step, RouteStep)), *self.inside)
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The segments that make scores."""
+        scores = {route.scores for route in self.routes}
+        return tuple(s.name for s in self.segments if scores & {t.name for t in s.outputs})
+
 
 class _Walk:
     """Goes through the steps and knows which tensors there are by now.

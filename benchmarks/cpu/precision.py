@@ -33,7 +33,6 @@ import onnx
 from advmoe_deploy.bundle import MODEL, Bundle, EngineSet, open_bundle
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.precision.quantize import quantised
-from advmoe_deploy.plan import RouteStep
 from advmoe_deploy.profiling.processor import processor_name
 from advmoe_deploy.profiling.timing import ratio_of_medians, time_interleaved
 from advmoe_deploy.runtime.onnxruntime.engine import OrtEngine
@@ -52,10 +51,8 @@ Calls = dict[str, Callable[[], object]]
 
 def label(bundle: Bundle, engines: EngineSet) -> str:
     """Return the engine's name and the precision of its routers."""
-    plan = bundle.manifest.plan
-    scores = {step.scores for step in plan.steps if isinstance(step, RouteStep)}
-    routers = [s.name for s in plan.segments if scores & {output.name for output in s.outputs}]
-    return f"{engines.name}, router {'/'.join(sorted({engines.segments[n] for n in routers}))}"
+    routers = {engines.segments[name] for name in bundle.manifest.plan.scorers}
+    return f"{engines.name}, router {'/'.join(sorted(routers))}"
 
 
 def engine_sets(bundles: Sequence[Bundle]) -> Iterator[tuple[Bundle, EngineSet]]:

@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from advmoe_deploy.export.precision.recording import RecordedRows, Recording
 from advmoe_deploy.parity.answers import Images
-from advmoe_deploy.plan import Plan, RouteStep
+from advmoe_deploy.plan import Plan
 from advmoe_deploy.process import without_telemetry
 
 with without_telemetry():
@@ -56,7 +56,7 @@ def quantised_segments(
     experts of their layer.
     """
     result, unvisited = {}, []
-    heads = {*plan.outputs, *(step.scores for step in plan.steps if isinstance(step, RouteStep))}
+    heads = {*plan.outputs, *(route.scores for route in plan.routes)}
     sources = {name: graph.SerializeToString() for name, graph in graphs.items()}
     with Recording(plan, sources, image_shape) as recording:
         # Layer by layer, and the images run anew for each: what all of them are given together

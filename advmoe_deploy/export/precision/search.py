@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from advmoe_deploy.errors import CheckFailedError
 from advmoe_deploy.export.precision.gate import Findings
-from advmoe_deploy.plan import Plan, RouteStep
+from advmoe_deploy.plan import Plan
 from advmoe_deploy.specs import Precision
 
 Precisions = dict[str, Precision]
@@ -58,7 +58,7 @@ def choose_precisions(
     whole = search.findings
     for _ in fallback_order[1:]:
         if not search.findings.routes_agree:
-            search.raise_precision(*_scorers(plan))
+            search.raise_precision(*((name,) for name in plan.scorers))
     if search.findings.complaint:
         for unit in search.most_sensitive_first():
             while search.findings.complaint and search.can_raise(unit):
@@ -120,9 +120,3 @@ class _Search:
             f"nothing of this model can run in {self.lowest}: {why}; no bundle was written; use "
             "a higher precision"
         )
-
-
-def _scorers(plan: Plan) -> list[_Unit]:
-    """Return the segments that make scores."""
-    scores = {step.scores for step in plan.steps if isinstance(step, RouteStep)}
-    return [(s.name,) for s in plan.segments if scores & {t.name for t in s.outputs}]

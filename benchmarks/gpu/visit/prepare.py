@@ -110,14 +110,9 @@ def _write_batch(split: Split, file: Path) -> None:
 
 def _pip(target: Path, python: str, *requirements: str, deps: bool = True) -> None:
     """Put wheels for another version of Python into a folder."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target"]
-    command += [
-        str(target),
-        "--only-binary=:all:",
-        "--python-version",
-        python,
-        *([] if deps else ["--no-deps"]),
-    ]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile"]
+    command += ["--target", str(target), "--only-binary=:all:", "--python-version", python]
+    command += [] if deps else ["--no-deps"]
     subprocess.run([*command, *requirements], check=True, timeout=1800)
 
 
