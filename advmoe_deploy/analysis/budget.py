@@ -109,7 +109,7 @@ def seconds_per_pass(
         started = time.perf_counter()
         attack_model(model, images[:few], labels[:few], threat, attack)
         taken.append(time.perf_counter() - started)
-    return min(taken) / few / passes_of(model, attack, few)
+    return min(taken) / passes_of(model, attack, few)
 
 
 def _fitting(seconds: float, per_pass: float, passes: Mapping[str, int]) -> int:

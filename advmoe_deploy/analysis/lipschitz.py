@@ -22,8 +22,8 @@ from advmoe_deploy.analysis.slopes import (
     pair_slopes,
     sloped_image,
 )
+from advmoe_deploy.attacks.batches import batch_size
 from advmoe_deploy.attacks.pgd import eval_mode, random_start
-from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
 from advmoe_deploy.models.routing.routing import (
@@ -278,7 +278,7 @@ def _largest_gradient(
     """
     norms = []
     with eval_mode(model), frozen_parameters(model), torch.enable_grad():
-        for batch in torch.split(images, ATTACK_BATCH):
+        for batch in torch.split(images, batch_size(images)):
             norms.append(_gradient(margin_at(batch), batch)[1])
         norm_N = torch.cat(norms)
         x = images[norm_N.topk(min(_ASCENTS, len(images))).indices]

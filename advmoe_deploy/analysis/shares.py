@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.batches import batch_size
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing
 from advmoe_deploy.parity.intervals import paired_difference_interval, wilson_interval
@@ -67,7 +67,7 @@ def answers(
     """
     logits, taken = [], []
     with eval_mode(model), torch.no_grad():
-        for x in torch.split(images, ATTACK_BATCH):
+        for x in torch.split(images, batch_size(images)):
             own = Routes(routes.forced, adjust=routes.adjust) if routes else Routes()
             logits.append(model(x, own))
             taken.append(own.taken)

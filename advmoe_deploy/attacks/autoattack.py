@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.batches import batch_size, in_pieces, labelled_batches
 from advmoe_deploy.attacks.objectives import require_target
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.scene import ATTACK_BATCH, Scene, labelled_batches
+from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.attacks.soft import SoftForm
 from advmoe_deploy.errors import UsageError, missing_extra
 from advmoe_deploy.models.base import Classifier
@@ -133,10 +134,11 @@ def _face(model: Classifier, images: Tensor, labels: Tensor, attack: AttackSpec)
         )
     require_target(model, attack.target)
     if attack.target == "soft":
-        scene = Scene.of(model, images[:ATTACK_BATCH], labels[:ATTACK_BATCH])
-        return SoftForm(model, scene.routings, attack.temperature)
+        first = slice(batch_size(images))
+        scene = Scene.of(model, images[first], labels[first])
+        return in_pieces(model, SoftForm(model, scene.routings, attack.temperature))
     surrogate: Surrogate | None = "probability" if attack.target == "straight-through" else None
-    return lambda x: model(x, Routes(surrogate=surrogate))
+    return in_pieces(model, lambda x: model(x, Routes(surrogate=surrogate)))
 
 
 def _targets(attack: AttackSpec, classes: int) -> int:

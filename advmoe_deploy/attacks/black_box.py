@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.attacks.autoattack import Predict, square
+from advmoe_deploy.attacks.batches import labelled_batches
 from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.rays import rays
-from advmoe_deploy.attacks.scene import labelled_batches
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 

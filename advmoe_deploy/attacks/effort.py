@@ -1,6 +1,6 @@
-"""Effort of an attack, in passes through the model, and who hears of each.
+"""Effort of an attack, in passes of an image through the model, and who hears of them.
 
-A pass answers one batch, with or without a gradient; whatever an attack does, it makes some.
+A pass gives an answer, with or without a gradient; whatever an attack does, it makes some.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from advmoe_deploy.attacks.objectives import PULLS
 from advmoe_deploy.attacks.pathways import count_pathways
-from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.reports.attacks import attack_title
@@ -26,36 +25,36 @@ _STANDARD = (
 
 def passes_of(model: Classifier, attack: AttackSpec, images: int) -> int:
     """Return about how many passes ``attack`` on so many images makes: fewer where it soon wins."""
-    return -(-images // ATTACK_BATCH) * _per_batch(model, attack)
+    return images * _per_image(model, attack)
 
 
 @contextmanager
 def attack_task(
     progress: Progress, model: Classifier, attack: AttackSpec, images: int
-) -> Iterator[Callable[[], None]]:
-    """Tell ``progress`` of each pass through ``model`` during the block, which runs ``attack``.
+) -> Iterator[Callable[[int], None]]:
+    """Tell ``progress`` of the passes through ``model`` during the block, which runs ``attack``.
 
-    The function that is yielded tells of a pass that somebody else than ``model`` made.
+    The function that is yielded tells of so many passes that somebody else than ``model`` made.
     """
     name = attack_title(attack)
 
-    def passed() -> None:
-        progress.advance(name)
+    def passed(images: int) -> None:
+        progress.advance(name, images)
 
     with task(progress, name, passes_of(model, attack, images)):
-        hook = model.register_forward_hook(lambda *_: passed())
+        hook = model.register_forward_hook(lambda _, given, __: passed(len(given[0])))
         try:
             yield passed
         finally:
             hook.remove()
 
 
-def _per_batch(model: Classifier, attack: AttackSpec) -> int:
+def _per_image(model: Classifier, attack: AttackSpec) -> int:
     aims = max(1, min(_aims(attack), model.spec.num_classes - 1))
     if attack.name == "pgd":
         return 1 + attack.restarts * aims * _tries(model, attack) * _per_try(model, attack)
     if attack.name == "autoattack":
-        return sum(_per_batch(model, each) for each in _STANDARD)
+        return sum(_per_image(model, each) for each in _STANDARD)
     # FAB asks for a gradient and then for an answer.
     steps = 2 * attack.steps if attack.name == "fab-t" else attack.steps
     return 1 + attack.restarts * aims * (steps + 1)
@@ -76,4 +75,5 @@ def _per_try(model: Classifier, attack: AttackSpec) -> int:
     """Return the passes of one search: its steps, and who is fooled at its end."""
     exact = all(rule.top_k == 1 and rule.weighting == "one" for rule in model.rules)
     asks_twice = attack.target in ("pathway", "weakest") and not exact
-    return (2 if asks_twice else 1) * (attack.steps + 1) + 2
+    looks = 4 if attack.target in ("router", "auxiliary") else 2
+    return (2 if asks_twice else 1) * (attack.steps + 1) + looks

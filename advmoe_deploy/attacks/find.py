@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from advmoe_deploy.attacks.autoattack import library_attack, standard_autoattack
+from advmoe_deploy.attacks.batches import in_pieces
 from advmoe_deploy.attacks.black_box import NAMES, ask_only
 from advmoe_deploy.attacks.objectives import Answer
 from advmoe_deploy.attacks.pgd import eval_mode
@@ -47,4 +48,4 @@ def find_adversarial(
     if attack.name not in NAMES:
         return library_attack(model, images, labels, threat, attack)
     with eval_mode(model), torch.no_grad():
-        return ask_only(model, images, labels, threat, attack)
+        return ask_only(in_pieces(model, model), images, labels, threat, attack)

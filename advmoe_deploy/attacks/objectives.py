@@ -17,12 +17,12 @@ Shapes: N images, T routed rows per image (1, or its tokens), E experts, K class
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.attacks.batches import pieces
 from advmoe_deploy.attacks.clean_routes import CleanRoutes, take_images
 from advmoe_deploy.attacks.losses import (
     attack_loss,
@@ -69,10 +69,15 @@ def require_target(model: Classifier, target: AttackTarget) -> None:
 
 def objectives_for(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) -> list[Objective]:
     """Return what to ascend in turn on the batch of ``scene``; ``clean`` are its fixed routes."""
-    if attack.target == "router":
-        return [_RouteObjective(scene)]
     if attack.target == "auxiliary":
         return [_AuxiliaryObjective(scene.model, attack.loss)]
+    return [InPieces(scene.model, objective) for objective in _apart(scene, attack, clean)]
+
+
+def _apart(scene: Scene, attack: AttackSpec, clean: CleanRoutes | None) -> list[Objective]:
+    """Return what looks at every image on its own."""
+    if attack.target == "router":
+        return [_RouteObjective(scene)]
     aims: list[Tensor | None] = [None]
     if attack.classes:
         aims = [*likeliest_targets(scene.logits_NK, scene.labels_N, attack.classes)]
@@ -93,6 +98,19 @@ def _pathways(scene: Scene, target: AttackTarget) -> list[Pathway]:
     return whole + second_choices(model, scene.routings, images)
 
 
+class InPieces:
+    """An objective that looks at every image on its own, asked piece by piece."""
+
+    def __init__(self, model: Classifier, objective: Objective) -> None:
+        self.model = model
+        self.objective = objective
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor, rows_N: Tensor, /) -> Ascent:
+        """Return the ascents of all pieces."""
+        parts = pieces(self.model, images_NCHW, labels_N, rows_N)
+        return Ascent(*map(torch.cat, zip(*(self.objective(*part) for part in parts), strict=True)))
+
+
 class AnsweredBy:
     """An objective whose answers are somebody else's: only they say who is fooled."""
 
@@ -104,7 +122,7 @@ class AnsweredBy:
         """Return the objective's ascent, fooled where the other's answer is wrong."""
         ascent = self.objective(images_NCHW, labels_N, rows_N)
         logits_NK = self.answer(images_NCHW.detach())
-        return replace(ascent, fooled_N=is_wrong(logits_NK, labels_N))
+        return ascent._replace(fooled_N=is_wrong(logits_NK, labels_N))
 
 
 class _ModelObjective:

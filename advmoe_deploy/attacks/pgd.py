@@ -5,8 +5,7 @@ Shapes: N images, C channels, H height, W width.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 
 
-@dataclass(frozen=True)
-class Ascent:
+class Ascent(NamedTuple):
     """State of an ascent: the direction to go, each image's loss, and who is fooled."""
 
     gradient_NCHW: Tensor

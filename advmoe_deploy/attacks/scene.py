@@ -3,7 +3,7 @@
 Shapes: N images, C channels, H height, W width, K classes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,6 @@ from advmoe_deploy.models.routing.routing import Routes, Routing
 
 # A goal is reached when it is by this share of what is usual.
 _GOAL = 0.01
-
-# Images of one batch; fixed, for random starts and squares, hence the examples, depend on it.
-ATTACK_BATCH = 256
-
-
-def labelled_batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return images and labels in batches of :data:`ATTACK_BATCH`; of none, one empty batch."""
-    return zip(torch.split(images, ATTACK_BATCH), torch.split(labels, ATTACK_BATCH), strict=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.attacks.batches import labelled_batches, piece_size, pieces
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.losses import is_wrong, require_finite_loss
 from advmoe_deploy.attacks.objectives import (
@@ -25,7 +26,7 @@ from advmoe_deploy.attacks.pgd import (
     random_start,
     step_sizes_of,
 )
-from advmoe_deploy.attacks.scene import ATTACK_BATCH, Scene, labelled_batches
+from advmoe_deploy.attacks.scene import Scene
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.dispatch import frozen_parameters
@@ -77,7 +78,7 @@ def attack_model(
 
 
 def predict(model: Classifier, images: Tensor, *, routes_of: Tensor | None = None) -> Tensor:
-    """Return the class [N] the model gives each float image, in eval mode and in batches.
+    """Return the class [N] the model gives each float image, in eval mode and in pieces.
 
     With ``routes_of``, as many images, it answers with the routes of those.
     """
@@ -85,12 +86,13 @@ def predict(model: Classifier, images: Tensor, *, routes_of: Tensor | None = Non
         return torch.empty(0, dtype=torch.int64, device=images.device)
     answers = []
     with eval_mode(model), torch.no_grad():
-        for start in range(0, len(images), ATTACK_BATCH):
-            x = images[start : start + ATTACK_BATCH]
+        size = piece_size(model, images)
+        for start in range(0, len(images), size):
+            x = images[start : start + size]
             if routes_of is None:
                 logits = model(x)
             else:
-                clean = CleanRoutes(model, routes_of[start : start + ATTACK_BATCH])
+                clean = CleanRoutes(model, routes_of[start : start + size])
                 logits = model(x, clean.of(torch.arange(len(x), device=x.device)))
             answers.append(logits.argmax(dim=1))
     return torch.cat(answers)
@@ -177,13 +179,18 @@ class _Batch:
             logits_NK = self.answer(images)
             loss_N = F.cross_entropy(logits_NK.nan_to_num(), labels_N, reduction="none")
         else:
-            logits_NK = self.model(images, self.clean.of(rows_N) if self.clean else None)
+            parts = pieces(self.model, images, rows_N)
+            logits_NK = torch.cat([self._logits(x, rows) for x, rows in parts])
             loss_N = require_finite_loss(F.cross_entropy(logits_NK, labels_N, reduction="none"))
         # A new route may well lower the loss of the answer.
         if self.spec.target in ("router", "auxiliary"):
             (objective,) = self.objectives
             loss_N = objective(images, labels_N, rows_N).loss_N
         return _Judged(loss_N, is_wrong(logits_NK, labels_N))
+
+    def _logits(self, images: Tensor, rows_N: Tensor) -> Tensor:
+        logits_NK: Tensor = self.model(images, self.clean.of(rows_N) if self.clean else None)
+        return logits_NK
 
     def _restore_clean_mistakes(self, found: Tensor, everyone: Tensor) -> None:
         """Never let an attack correct a mistake: an image wrong from the start stays wrong."""

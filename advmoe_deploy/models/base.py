@@ -36,6 +36,8 @@ class Classifier(nn.Module):
 
     # The routed layers in the order they are met; none for a dense network.
     rules: tuple[RoutingRule, ...] = ()
+    # True where the answer to an image depends on who else is in the batch.
+    shares_batch = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -72,6 +72,7 @@ class TwoHalves(nn.Module):
     """Logits (s, -s) with s the sum of the pixels less two: the best attack is known."""
 
     rules = ()
+    shares_batch = False
 
     def forward(self, x: Tensor, routes: object = None) -> Tensor:
         s = x.sum(dim=(1, 2, 3)) - 2

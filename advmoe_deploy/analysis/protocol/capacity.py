@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advmoe_deploy.analysis.protocol.radii import Protocol, withstanding
 from advmoe_deploy.analysis.shares import Share, answers, share_of
-from advmoe_deploy.attacks.scene import ATTACK_BATCH
+from advmoe_deploy.attacks.batches import batch_size
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.base import Classifier
@@ -74,6 +74,8 @@ class CapacityReport(Frozen):
 
 class CapacityLimited(Classifier):
     """``model`` whose experts have room for a share of a batch, the surest rows first."""
+
+    shares_batch = True
 
     def __init__(self, model: Classifier, ratio: float) -> None:
         super().__init__(model.spec)
@@ -154,7 +156,7 @@ def over_capacities(
             progress.advance("capacity", robust_accuracy=robust.value)
     return CapacityReport(
         overflow=overflow_of(model),
-        batch=min(ATTACK_BATCH, len(labels)),
+        batch=min(batch_size(images), len(labels)),
         epsilon=threat.epsilon,
         steps=protocol.steps,
         macs=whole,

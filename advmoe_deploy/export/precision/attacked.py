@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from advmoe_deploy.attacks.batches import labelled_batches
 from advmoe_deploy.attacks.black_box import TorchFace
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.losses import is_wrong
 from advmoe_deploy.attacks.objectives import PULLS, Answer
 from advmoe_deploy.attacks.pathways import count_pathways
-from advmoe_deploy.attacks.scene import labelled_batches
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.data.dataset import Dataset, to_float
 from advmoe_deploy.export.precision.gate import (

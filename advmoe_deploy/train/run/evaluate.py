@@ -10,9 +10,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from advmoe_deploy.attacks.batches import labelled_batches
 from advmoe_deploy.attacks.pgd import eval_mode
 from advmoe_deploy.attacks.route_aware import route_aware, withstanding
-from advmoe_deploy.attacks.scene import labelled_batches
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes
 from advmoe_deploy.plan import effective_routes

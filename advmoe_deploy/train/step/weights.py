@@ -6,8 +6,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from advmoe_deploy.attacks.batches import batch_size
 from advmoe_deploy.attacks.pgd import eval_mode
-from advmoe_deploy.attacks.scene import ATTACK_BATCH
 from advmoe_deploy.errors import CheckpointError, DivergedError
 from advmoe_deploy.models.backbones.layers import RoutedConv2d
 from advmoe_deploy.models.base import Classifier
@@ -169,7 +169,7 @@ def _adopt(mixture: Classifier, pathway: Classifier) -> None:
 @torch.no_grad()
 def _scores(model: AdvMoE, images: Tensor) -> Tensor:
     with eval_mode(model):
-        return torch.cat([model.score(part) for part in torch.split(images, ATTACK_BATCH)])
+        return torch.cat([model.score(part) for part in torch.split(images, batch_size(images))])
 
 
 def _banked(tensor: Tensor, rows: int) -> Tensor:

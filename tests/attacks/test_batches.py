@@ -1,0 +1,89 @@
+"""A batch goes through the model in pieces, which changes neither examples nor what is counted."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from advmoe_deploy.analysis.protocol.capacity import CapacityLimited
+from advmoe_deploy.attacks import batches
+from advmoe_deploy.attacks.effort import attack_task, passes_of
+from advmoe_deploy.attacks.find import find_adversarial
+from advmoe_deploy.models.base import Classifier
+from advmoe_deploy.models.families.advmoe import AdvMoE
+from advmoe_deploy.progress import Silent
+from advmoe_deploy.specs import AttackSpec
+from tests.attacks.digits import TARGETS, THREAT, some_digits
+
+ATTACKS = [
+    *[AttackSpec(name="pgd", steps=4, target=target) for target in TARGETS],
+    AttackSpec(name="apgd", steps=4),
+    AttackSpec(name="square", steps=4),
+]
+
+
+class Counted(Silent):
+    """Counts what it hears of."""
+
+    def __init__(self) -> None:
+        self.total = self.steps = 0
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self.total += total
+
+    def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+        self.steps += steps
+
+
+def asked_of(model: Classifier, attack: AttackSpec) -> list[int]:
+    """Return how many images ``model`` was asked about in each pass while 60 were attacked."""
+    x, y = some_digits(60)
+    asked: list[int] = []
+    with model.register_forward_hook(lambda _, given, __: asked.append(len(given[0]))):
+        find_adversarial(model, x, y, THREAT, attack)
+    return asked
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.name} {attack.target}")
+def test_pieces_find_the_same_examples(
+    model: AdvMoE, attack: AttackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = some_digits(60)
+    whole = find_adversarial(model, x, y, THREAT, attack)
+    monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
+    asked = asked_of(model, attack)
+    # Before it starts an attack may look at the whole batch; one loss is of all images together.
+    assert (sum(images > 8 for images in asked) > 4) == (attack.target == "auxiliary")
+    found = find_adversarial(model, x, y, THREAT, attack)
+    # A rounding turns the sign of a gradient that is almost zero.
+    assert ((found - whole).abs() < 1e-6).float().mean() > 0.99
+
+
+def test_images_that_share_an_experts_room_stay_together(
+    model: AdvMoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
+    attack = AttackSpec(name="pgd", steps=2)
+    assert set(asked_of(CapacityLimited(model, 1.0), attack)) == {60}
+
+
+def test_large_images_come_fewer_at_once(model: AdvMoE) -> None:
+    sizes = {side: torch.empty(0, 3, side, side) for side in (8, 32, 64, 224, 4000)}
+    batch = {side: batches.batch_size(images) for side, images in sizes.items()}
+    piece = {side: batches.piece_size(model, images) for side, images in sizes.items()}
+    assert batch == {8: 256, 32: 256, 64: 256, 224: 20, 4000: 8}
+    assert piece == {8: 256, 32: 64, 64: 16, 224: 8, 4000: 8}
+
+
+@pytest.mark.parametrize("target", ["model", "straight-through", "router", "auxiliary"])
+def test_an_attack_makes_as_many_passes_as_were_told(
+    model: AdvMoE, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
+    x, y = some_digits(60)
+    attack = AttackSpec(name="pgd", steps=10, target=target)
+    heard = Counted()
+    with attack_task(heard, model, attack, len(x)):
+        find_adversarial(model, x, y, THREAT, attack)
+    assert heard.total == passes_of(model, attack, 60)
+    assert heard.steps == pytest.approx(heard.total, rel=0.25)
