@@ -68,9 +68,9 @@ class Batcher:
         return self._waiting
 
     @property
-    def _pace_s(self) -> float:
-        """Seconds per image, routed and run."""
-        return self._route_s + self._run_s
+    def _wait_s(self) -> float:
+        """Seconds until what waits has an answer: each image is routed and run."""
+        return self._waiting * (self._route_s + self._run_s)
 
     def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -110,7 +110,7 @@ class Batcher:
 
     def overload(self, timeout_s: float) -> OverloadedError | None:
         """Return why not even a single image would be taken now, if that is so."""
-        if not self._refusal(1, timeout_s):
+        if self._has_room(1, timeout_s):
             return None
         with self._changed:
             return self._overload(1, timeout_s)
@@ -129,17 +129,18 @@ class Batcher:
             self._thread.join()
 
     def _overload(self, count: int, timeout_s: float) -> OverloadedError | None:
-        if self._refusal(count, timeout_s):
-            self._sweep()
-            if reason := self._refusal(count, timeout_s):
-                return OverloadedError(reason, self._waiting * self._pace_s)
-        return None
-
-    def _refusal(self, count: int, timeout_s: float) -> str:
-        wait_s = self._waiting * self._pace_s
+        if self._has_room(count, timeout_s):
+            return None
+        self._sweep()
+        if self._has_room(count, timeout_s):
+            return None
+        reason = f"its turn would come in {self._wait_s:.1f} s only"
         if self._waiting + count > self._limits.queue:
-            return f"{self._waiting} images wait already, of {self._limits.queue} at most"
-        return f"its turn would come in {wait_s:.1f} s only" if wait_s > timeout_s else ""
+            reason = f"{self._waiting} images wait already, of {self._limits.queue} at most"
+        return OverloadedError(reason, self._wait_s)
+
+    def _has_room(self, count: int, timeout_s: float) -> bool:
+        return self._waiting + count <= self._limits.queue and self._wait_s <= timeout_s
 
     def _sweep(self) -> None:
         """Drop the dead, unless it was done so lately that it would be half a percent of all work.
@@ -155,7 +156,7 @@ class Batcher:
     def _drop_dead(self) -> None:
         dead = [(job, reason) for job in self._jobs if (reason := job.dead())]
         for job, reason in dead:
-            self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
+            self._end(job, OverloadedError(reason, self._wait_s))
         if dead:  # else they would stay until the running batch has ended
             self._arrived = deque(job for job in self._arrived if job in self._jobs)
             self._hand_over()
@@ -216,7 +217,7 @@ class Batcher:
             while self._arrived and room > 0:
                 job = self._arrived.popleft()
                 if reason := job.dead():
-                    self._end(job, OverloadedError(reason, self._waiting * self._pace_s))
+                    self._end(job, OverloadedError(reason, self._wait_s))
                 if job not in self._jobs:
                     continue
                 start, stop = job.routed, min(job.routed + min(room, self._limits.batch), job.size)

@@ -6,6 +6,7 @@ With ``prometheus_client``, known to this module alone.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ class Metrics:
         self._totals = dict.fromkeys(_TOTALS, 0.0)
         self.last_s = 0.0  # when the last batch ended, since the epoch
         own: dict[str, Any] = {"registry": self._registry, "namespace": "advmoe"}
-        self._requests = Counter("requests", "Inference requests.", ["status"], **own)
+        requests = Counter("requests", "Inference requests.", ["status"], **own)
+        self._ended = cache(lambda status: requests.labels(str(status)))  # statuses are few
         self._seconds = Histogram(
             "request_seconds",
             "Time of a request: read (body and its numbers), decode (an image file), wait (in the "
@@ -74,7 +76,7 @@ class Metrics:
 
     def request(self, status: int, seconds: float, times: Times) -> None:
         """Count a request that ended with ``status``; its ``times``, if it was answered."""
-        self._requests.labels(str(status)).inc()
+        self._ended(status).inc()
         self._stages["all"].observe(seconds)
         end = "success" if status == 200 else "fail"
         self._totals[f"{end}_count"] += 1

@@ -68,9 +68,9 @@ def shedding(models: Models, watchers: Sequence[Watcher] = ()) -> Shedding:
         found = _TO_INFER.fullmatch(target)
         if found is None:
             return None
-        name, version = (part.decode() for part in (found[1], found[2] or b""))
+        version = found[2] or b""
         try:
-            service = models.find(name, version)
+            service = models.find(found[1].decode(), version.decode())
         except RefusedError:
             return None  # whoever reads the request says which there are
         overload = service.overload()
@@ -87,5 +87,7 @@ def shedding(models: Models, watchers: Sequence[Watcher] = ()) -> Shedding:
 
 def is_short(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Return whether the body of a request, by its headers, is so short that it may be dropped."""
-    length = next((value for name, value in headers if name == b"content-length"), None)
-    return length is not None and int(length) <= _SHORT_BYTES
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value) <= _SHORT_BYTES
+    return False
