@@ -28,6 +28,7 @@ EXAMPLES = {
     "export": (
         "advmoe export runs/digits-advmoe",
         "advmoe export runs/photos-advmoe --precision int8",
+        "advmoe export zoo:NAME --precision int8 --least-route-agreement 0.9",
         "advmoe export runs/digits-advmoe --format onnx --out bundle --no-reference",
         "advmoe export runs/digits-advmoe --format trt --precision fp16 --onnx-only",
         "advmoe export bundle --format trt --out bundle-for-this-gpu",

@@ -7,6 +7,7 @@ loss of accuracy, clean and under attack. That is a
 Shapes: N images, C channels, H height, W width.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -150,10 +151,9 @@ class Findings:
         if self.parity.non_finite:
             return f"{self.parity.non_finite} of {self.parity.images} images give no finite logits"
         if not self.routes_agree:
-            return (
-                f"{_percent(self.least_agreement)} of the clear routes of a layer agree, less than "
-                f"{_percent(self.limits.least_route_agreement)}"
-            )
+            limit = _percent(self.limits.least_route_agreement)
+            agree = _percent_below(self.least_agreement)
+            return f"{agree} of the clear routes of a layer agree, less than {limit}"
         if not self.parity.mostly_compared:
             return f"{self.parity.compared} of {self.parity.images} images keep all their routes"
         if self.batches:
@@ -288,6 +288,11 @@ def _labels(gate: AccuracyGate) -> Labels:
 
 def _pair(reference_N: Flags, engine_N: Flags) -> Pair:
     return Pair(reference=float(reference_N.mean()), engine=float(engine_N.mean()))
+
+
+def _percent_below(share: float) -> str:
+    """Return a share that is too small, not rounded up to the limit that it is below."""
+    return _percent(math.floor(round(1e4 * share, 6)) / 1e4)
 
 
 def _percent(share: float) -> str:

@@ -46,12 +46,12 @@ needs_bf16 = pytest.mark.skipif(not has_precision("bf16"), reason="this CPU has 
 LADDER = ("int8", "fp32")
 
 
-def findings(agreement: float = 1.0, lost: float = 0.0) -> Findings:
+def findings(agreement: float = 1.0, lost: float = 0.0, rows: int = 1000) -> Findings:
     """Return what an accuracy gate of 1,000 images may find: ``lost`` is the drop in points."""
     layer = LayerParity(
         layer="router",
-        rows=1000,
-        flips=round(1000 * (1 - agreement)),
+        rows=rows,
+        flips=round(rows * (1 - agreement)),
         close_calls=0,
         close_flips=0,
         smallest_margin=0.1,
@@ -175,7 +175,10 @@ def test_how_many_routes_differ_is_up_to_whoever_exports(tiny_bundle: Bundle) ->
     choice = choose_precisions(plan, all_int8(plan), LADDER, trial, trial)
     assert "router" in low(choice.precisions)
     fewer = replace(findings(agreement=0.949), limits=GateLimits(least_route_agreement=0.95))
-    assert fewer.complaint == ("94.90 % of the clear routes of a layer agree, less than 95.00 %")
+    assert fewer.complaint == "94.90 % of the clear routes of a layer agree, less than 95.00 %"
+    nearly = findings(agreement=0.99996, rows=100_000)
+    nearly = replace(nearly, limits=GateLimits(least_route_agreement=1))
+    assert nearly.complaint == "99.99 % of the clear routes of a layer agree, less than 100.00 %"
 
 
 def test_every_target_is_told_how_many_routes_may_differ() -> None:
