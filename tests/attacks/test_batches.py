@@ -16,9 +16,9 @@ from advmoe_deploy.specs import AttackSpec
 from tests.attacks.digits import TARGETS, THREAT, some_digits
 
 ATTACKS = [
-    *[AttackSpec(name="pgd", steps=4, target=target) for target in TARGETS],
-    AttackSpec(name="apgd", steps=4),
-    AttackSpec(name="square", steps=4),
+    *[AttackSpec(name="pgd", steps=2, target=target) for target in TARGETS],
+    AttackSpec(name="apgd", steps=2),
+    AttackSpec(name="square", steps=2),
 ]
 
 
@@ -36,8 +36,8 @@ class Counted(Silent):
 
 
 def asked_of(model: Classifier, attack: AttackSpec) -> list[int]:
-    """Return how many images ``model`` was asked about in each pass while 60 were attacked."""
-    x, y = some_digits(60)
+    """Return how many images ``model`` was asked about in each pass while 20 were attacked."""
+    x, y = some_digits(20)
     asked: list[int] = []
     with model.register_forward_hook(lambda _, given, __: asked.append(len(given[0]))):
         find_adversarial(model, x, y, THREAT, attack)
@@ -48,7 +48,7 @@ def asked_of(model: Classifier, attack: AttackSpec) -> list[int]:
 def test_pieces_find_the_same_examples(
     model: AdvMoE, attack: AttackSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, y = some_digits(60)
+    x, y = some_digits(20)
     whole = find_adversarial(model, x, y, THREAT, attack)
     monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
     asked = asked_of(model, attack)
@@ -64,7 +64,7 @@ def test_images_that_share_an_experts_room_stay_together(
 ) -> None:
     monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
     attack = AttackSpec(name="pgd", steps=2)
-    assert set(asked_of(CapacityLimited(model, 1.0), attack)) == {60}
+    assert set(asked_of(CapacityLimited(model, 1.0), attack)) == {20}
 
 
 def test_large_images_come_fewer_at_once(model: AdvMoE) -> None:
@@ -80,10 +80,10 @@ def test_an_attack_makes_as_many_passes_as_were_told(
     model: AdvMoE, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "_PIECE_PIXELS", 0)
-    x, y = some_digits(60)
+    x, y = some_digits(20)
     attack = AttackSpec(name="pgd", steps=10, target=target)
     heard = Counted()
     with attack_task(heard, model, attack, len(x)):
         find_adversarial(model, x, y, THREAT, attack)
-    assert heard.total == passes_of(model, attack, 60)
+    assert heard.total == passes_of(model, attack, 20)
     assert heard.steps == pytest.approx(heard.total, rel=0.25)
