@@ -91,7 +91,7 @@ class OpenVinoEngine(Closing):
             raise UsageError("the engine is closed; open the bundle again")
         request = requests.get()
         try:
-            request.infer(dict(inputs), share_inputs=True)
+            request.infer(dict(inputs), share_inputs=True, share_outputs=True)  # copied below
             return {name: request.get_tensor(name).data.copy() for name in self.output_names}
         except (RuntimeError, MemoryError) as error:
             _refuse_out_of_memory(error)
