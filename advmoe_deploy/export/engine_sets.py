@@ -104,13 +104,12 @@ class _Writer:
     def write(self, staged: Path) -> EngineSet:
         """Choose the precision of each segment, write what runs, and check it as it lies there."""
         progress, name = self.subject.progress, f"{self.target.backend} {self.target.precision}"
-        with task(progress, name, 3):
+        # One step: next to the choice, which attacks, the others take no time worth telling.
+        with task(progress, name, 1):
             choice = self._choose() if self.target.precision != "fp32" else None
             precisions = choice.precisions if choice else self._lowest()
-            progress.advance(name)
             lowered = self._lower(precisions)
             self.backend.write(lowered, staged)
-            progress.advance(name)
             findings = self.backend.check(lowered, staged)
             progress.advance(name)
         return EngineSet(
