@@ -1,5 +1,6 @@
 """AutoAttack, its parts and the other attacks that are found by name."""
 
+import copy
 from typing import Literal
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_square_attacks_anything_that_answers(model: AdvMoE) -> None:
     assert accuracy(model, torch.from_numpy(found), y) < accuracy(model, x, y)
     again = attack_predictions(answer, x.numpy(), y.numpy(), THREAT, attack)
     assert np.array_equal(found, again)
+
+
+def test_square_goes_on_where_all_classes_tie(model: AdvMoE) -> None:
+    x, y = some_digits(6)[0], torch.zeros(6, dtype=torch.int64)
+    tied = copy.deepcopy(model)
+    for parameter in tied.backbone.parameters():
+        parameter.data.zero_()
+    found = find_adversarial(tied, x, y, THREAT, AttackSpec(name="square", steps=5))
+    assert torch.equal(found, x)  # the first class is the answer, whatever was tried
 
 
 def test_autoattack_leaves_nothing_of_a_weak_model(model: AdvMoE) -> None:
