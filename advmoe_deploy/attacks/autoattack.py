@@ -23,6 +23,7 @@ Predict = Callable[[Tensor], Tensor]
 
 _MOST_TARGETS = 9
 _LEAST_TARGETS_OF_DLR = 3
+_AUTHORS_BATCH = 250  # images that AutoAttack attacks together
 
 
 def square(
@@ -96,7 +97,8 @@ def standard_autoattack(
         )
         suite.fab.n_target_classes = _targets(attack, model.spec.num_classes)
         _aim(suite.apgd_targeted, suite.fab.n_target_classes)
-        found, _ = suite.run_standard_evaluation(images, labels)
+        size = min(_AUTHORS_BATCH, batch_size(images))
+        found, _ = suite.run_standard_evaluation(images, labels, batch_size=size)
     result: Tensor = found.detach()
     return result
 

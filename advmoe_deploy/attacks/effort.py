@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from advmoe_deploy.attacks.objectives import PULLS
-from advmoe_deploy.attacks.pathways import count_pathways
+from advmoe_deploy.attacks.pathways import count_pathways, count_whole_pathways
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.reports.attacks import attack_title
@@ -38,8 +38,8 @@ def attack_task(
     """
     name = attack_title(attack)
 
-    def passed(images: int) -> None:
-        progress.advance(name, images)
+    def passed(count: int) -> None:
+        progress.advance(name, count)
 
     with task(progress, name, passes_of(model, attack, images)):
         hook = model.register_forward_hook(lambda _, given, __: passed(len(given[0])))
@@ -52,7 +52,9 @@ def attack_task(
 def _per_image(model: Classifier, attack: AttackSpec) -> int:
     aims = max(1, min(_aims(attack), model.spec.num_classes - 1))
     if attack.name == "pgd":
-        return 1 + attack.restarts * aims * _tries(model, attack) * _per_try(model, attack)
+        compared = count_whole_pathways(model) if attack.target == "weakest" else 0
+        tries = attack.restarts * aims * _tries(model, attack)
+        return 1 + compared + tries * _per_try(model, attack)
     if attack.name == "autoattack":
         return sum(_per_image(model, each) for each in _STANDARD)
     # FAB asks for a gradient and then for an answer.

@@ -63,9 +63,12 @@ def second_choices(model: Classifier, clean: Mapping[str, Routing], images: int)
 
 def count_pathways(model: Classifier) -> int:
     """Return how many pathways are tried, second choices included."""
-    if _has_few_combinations(model):
-        return _combinations(model)
-    return len(model.experts_in_use) + len(_layers_with_a_choice(model))
+    return count_whole_pathways(model) + len(_layers_with_a_choice(model))
+
+
+def count_whole_pathways(model: Classifier) -> int:
+    """Return how many pathways go through all layers."""
+    return _combinations(model) if _has_few_combinations(model) else len(model.experts_in_use)
 
 
 def _layers_with_a_choice(model: Classifier) -> list[RoutingRule]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advmoe_deploy.attacks.batches import labelled_batches, piece_size, pieces
+from advmoe_deploy.attacks.batches import labelled_batches, pieces
 from advmoe_deploy.attacks.clean_routes import CleanRoutes
 from advmoe_deploy.attacks.losses import is_wrong, require_finite_loss
 from advmoe_deploy.attacks.objectives import (
@@ -86,15 +86,10 @@ def predict(model: Classifier, images: Tensor, *, routes_of: Tensor | None = Non
         return torch.empty(0, dtype=torch.int64, device=images.device)
     answers = []
     with eval_mode(model), torch.no_grad():
-        size = piece_size(model, images)
-        for start in range(0, len(images), size):
-            x = images[start : start + size]
-            if routes_of is None:
-                logits = model(x)
-            else:
-                clean = CleanRoutes(model, routes_of[start : start + size])
-                logits = model(x, clean.of(torch.arange(len(x), device=x.device)))
-            answers.append(logits.argmax(dim=1))
+        for x, *clean in pieces(model, images, *([] if routes_of is None else [routes_of])):
+            everyone = torch.arange(len(x), device=x.device)
+            routes = CleanRoutes(model, *clean).of(everyone) if clean else None
+            answers.append(model(x, routes).argmax(dim=1))
     return torch.cat(answers)
 
 

@@ -1,11 +1,13 @@
 """AutoAttack, its parts and the other attacks that are found by name."""
 
+import copy
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
+from advmoe_deploy.attacks import batches
 from advmoe_deploy.attacks.autoattack import _lead_of_target
 from advmoe_deploy.attacks.black_box import attack_predictions
 from advmoe_deploy.attacks.find import find_adversarial
@@ -59,11 +61,32 @@ def test_square_attacks_anything_that_answers(model: AdvMoE) -> None:
     assert np.array_equal(found, again)
 
 
+def test_square_goes_on_where_all_classes_tie(model: AdvMoE) -> None:
+    x, y = some_digits(6)[0], torch.zeros(6, dtype=torch.int64)
+    tied = copy.deepcopy(model)
+    for parameter in tied.backbone.parameters():
+        parameter.data.zero_()
+    found = find_adversarial(tied, x, y, THREAT, AttackSpec(name="square", steps=5))
+    assert torch.equal(found, x)  # the first class is the answer, whatever was tried
+
+
 def test_autoattack_leaves_nothing_of_a_weak_model(model: AdvMoE) -> None:
     x, y = some_digits(6)
     wide = ThreatModel(epsilon=0.5)  # so that its first attack succeeds and the test is short
     found = find_adversarial(model, x, y, wide, AttackSpec(name="autoattack"))
     assert (found - x).abs().max() <= wide.epsilon + 1e-5
+    assert accuracy(model, found, y) == 0
+
+
+def test_autoattack_takes_fewer_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BATCH_PIXELS", 0)  # so that any image is a large one
+    model, asked = pixels(3), list[int]()
+    x = torch.zeros(20, 1, 4, 4)
+    x[:, 0, 0, 0] = 1.0
+    y, wide = torch.zeros(20, dtype=torch.int64), ThreatModel(epsilon=0.6)
+    with model.register_forward_hook(lambda _, given, __: asked.append(len(given[0]))):
+        found = find_adversarial(model, x, y, wide, AttackSpec(name="autoattack"))
+    assert max(asked) == 8
     assert accuracy(model, found, y) == 0
 
 
