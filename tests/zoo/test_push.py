@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from advmoe_deploy.bundle import MANIFEST, MANIFEST_HASH, SIGNATURE, Bundle, open_bundle
+from advmoe_deploy.cli.app import run
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.zoo.pack import Packing, pack_run
 from advmoe_deploy.zoo.publish import _matching
@@ -22,10 +23,10 @@ SLOW = pytest.mark.slow  # each a process that asks the hub
 
 @pytest.fixture
 def push(advmoe: Callable[..., Done]) -> Callable[..., Done]:
-    def run(*arguments: object, **variables: str) -> Done:
+    def pushed(*arguments: object, **variables: str) -> Done:
         return advmoe("push", *map(str, arguments), **{"HF_TOKEN": TOKEN, **variables})
 
-    return run
+    return pushed
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +109,23 @@ def test_a_dry_run_uploads_nothing(
         assert "nothing was uploaded; it is in tiny-upload" in done.stdout
     assert hub.requests == []
     assert load_checkpoint(tmp_path / "tiny-upload/model")
-    (tmp_path / "mine").mkdir()
+
+
+def test_a_dry_run_replaces_nothing_of_yours(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mine", "tiny-upload"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tiny-upload/README.md").touch()
     for out, flag, said in (
         ("mine", ["--overwrite"], "holds no README.md"),
         ("mine", [], "holds no README.md"),
         ("tiny-upload", [], "pass --overwrite"),
     ):
-        done = push(packed, "--to", "me/tiny", "--dry-run", "--out", out, *flag)
-        assert (done.returncode, said in done.stderr) == (2, True)
+        to = ["--to", "me/tiny", "--dry-run", "--out", str(tmp_path / out)]
+        assert run(["push", str(packed), *to, *flag]) == 2
+        assert said in capsys.readouterr().err
+    assert [*(tmp_path / "mine").iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -127,9 +137,6 @@ def test_a_dry_run_uploads_nothing(
         pytest.param(["--to", "me/open", "--private"], {}, 2, "exists and is public", marks=SLOW),
         (["--to", "me/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 5, "check the network"),
         pytest.param(["--to", "me/tiny"], {"HF_HUB_OFFLINE": "1"}, 5, "HF_HUB_OFFLINE", marks=SLOW),
-        (["--to", "me/tiny@v1"], {}, 2, "leave @ out"),
-        (["--to", "tiny"], {}, 2, "write hub:USER/NAME"),
-        (["--to", "me/tiny", "--out", "x"], {}, 2, "go with --dry-run"),
     ],
 )
 def test_what_cannot_be_pushed_is_one_line(
@@ -147,6 +154,24 @@ def test_what_cannot_be_pushed_is_one_line(
     assert (done.returncode, said in line) == (code, True), line
     assert done.stdout == ""
     assert "me/tiny" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--to", "me/tiny@v1"], "leave @ out"),
+        (["--to", "tiny"], "write hub:USER/NAME"),
+        (["--to", "me/tiny", "--out", "x"], "go with --dry-run"),
+    ],
+)
+def test_what_is_refused_without_a_hub(
+    packed: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["push", str(packed), *arguments]) == 2
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert said in line
+    assert shown.out == ""
 
 
 @pytest.mark.slow
