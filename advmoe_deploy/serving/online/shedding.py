@@ -57,6 +57,32 @@ class Shed:
         self._service.metrics.request(status, self._record.seconds, Times())
 
 
+class Again:
+    """The last request of a connection if it was refused unread and came in one piece.
+
+    Who is refused asks again, mostly with the same head; it need not be parsed again, which costs
+    more than all else that a refusal takes.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Another request begins."""
+        self.is_refused, self._head, self._bytes = False, b"", 0
+
+    def keep(self, data: bytes, body_bytes: int) -> None:
+        """Take ``data`` for that request, whose body had so many bytes, if it was refused so."""
+        head = data.find(b"\r\n\r\n") + 4
+        if self.is_refused and data.startswith(b"POST ") and head + body_bytes == len(data):
+            self._head, self._bytes = data[:head], len(data)
+
+    def is_in(self, data: bytes) -> bool:
+        """Return whether ``data`` is that request, but for its body, and nothing else."""
+        return len(data) == self._bytes and data.startswith(self._head)
+
+
 # Of the target and the headers of a request.
 Shedding = Callable[[bytes, Sequence[tuple[bytes, bytes]]], "Shed | None"]
 

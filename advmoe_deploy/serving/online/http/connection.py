@@ -13,21 +13,16 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from advmoe_deploy.serving.online.http.accept import HEALTH, PROBES, SPARE, TOO_MANY, refusal
-from advmoe_deploy.serving.online.http.reading import REFUSED, links, parse
+from advmoe_deploy.serving.online.http.reading import REFUSED, Sizes, links, parse
 from advmoe_deploy.serving.online.limits import Limits
-from advmoe_deploy.serving.online.shedding import Shed, Shedding, is_short
+from advmoe_deploy.serving.online.shedding import Again, Shed, Shedding, is_short
 from advmoe_deploy.serving.online.turns import EveryTurn, Flow, Inbox
 
-_HEAD_BYTES = 32 << 10
-_LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
 _HEADERS = 100
 _PIPELINED = 8
 # Bytes of their bodies beyond which nothing more is read. Until then it is, since who has left
 # is noticed by reading alone.
 _PIPELINED_BYTES = 64 << 10
-# A body in chunks of a byte each costs a hundred times a body in one piece.
-_SMALL_CHUNKS = 1000
-_SMALLEST_CHUNK = 64  # bytes, on average
 # How long an answer to half a request stays in the line before the connection is reset.
 _LINGER_S = 2.0
 
@@ -53,8 +48,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._refused_unread: Shed | None = None  # why the request that is being read is refused
-        self._limits, self._stopping, self._shed = limits, stopping, shed
-        self._turns = turns
+        self._limits, self._stopping, self._turns, self._shed = limits, stopping, turns, shed
         self._refusal: tuple[int, str] | None = None
         self._over = False  # whether nothing that comes is looked at any more
         self._is_dropped = False  # whether the rest of the body that is being read is
@@ -66,8 +60,7 @@ class Connection(HttpToolsProtocol):
         self._awaited: tuple[int, str | None] = (0, None)
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._request = self._head_bytes = self._body_bytes = self._chunks = 0
-        self._parsed = self._unparsed = 0  # bytes of whole headers and bodies, and those since
+        self._request, self._sizes, self._again = 0, Sizes(), Again()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, unless there are too many already."""
@@ -113,20 +106,20 @@ class Connection(HttpToolsProtocol):
         self._inbox.put(data, self._look_at, is_urgent=data.startswith(PROBES))
 
     def _look_at(self, data: bytes) -> None:
-        if self._over:
+        if self._over or self._is_refused_again(data):
             return
-        before = self._parsed
+        is_first = self._part in {None, "nothing"}
         try:
             parse(self, data)
-            parsed = self._parsed - before
-            self._unparsed = max(0, len(data) - parsed) if parsed else self._unparsed + len(data)
-            if self._head_bytes + self._unparsed > _HEAD_BYTES:
-                self._refuse(431, _LONG_HEAD)
+            if self._sizes.looked_at(len(data)):
+                self._refuse(431, Sizes.LONG_HEAD)
         except httptools.HttpParserError as error:
             told = isinstance(error, httptools.HttpParserCallbackError)  # of our own code
             reason = "" if told else f": {error}"
             self._refuse(*(self._refusal or (400, f"this is no HTTP/1.1 request{reason}")))
         self._await_rest()
+        if is_first and self._part is None:
+            self._again.keep(data, self._sizes.body)
         ahead = sum(len(cycle.body) for cycle, _ in self.pipeline)
         if 0 < len(self.pipeline) < _PIPELINED and ahead <= _PIPELINED_BYTES:
             self.flow.resume_reading()
@@ -135,9 +128,10 @@ class Connection(HttpToolsProtocol):
         """Begin the head of a request."""
         super().on_message_begin()
         self._unset_keepalive_if_required()  # now, since empty lines may come before a request
+        self._again.forget()
         self._request += 1
         self._part = "head"
-        self._head_bytes = self._body_bytes = self._chunks = 0
+        self._sizes.begin()
 
     def on_url(self, url: bytes) -> None:
         """Take a piece of the address, if it is not too long."""
@@ -153,10 +147,8 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def _count_head(self, length: int) -> None:
-        self._parsed += length
-        self._head_bytes += length
-        if self._head_bytes > _HEAD_BYTES:
-            raise self._refused(431, _LONG_HEAD)
+        if self._sizes.add_head(length):
+            raise self._refused(431, Sizes.LONG_HEAD)
 
     def on_headers_complete(self) -> None:
         """Begin the body of a request and hand the request on."""
@@ -195,15 +187,12 @@ class Connection(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
-        self._chunks += 1
-        self._parsed += len(b"0\r\n\r\n")
-        if self._chunks > _SMALL_CHUNKS and self._body_bytes < _SMALLEST_CHUNK * self._chunks:
-            raise self._refused(400, f"the chunks are shorter than {_SMALLEST_CHUNK} bytes")
+        if self._sizes.add_chunk():
+            raise self._refused(400, Sizes.SHORT_CHUNKS)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
-        self._body_bytes += len(body)
-        self._parsed += len(body)
+        self._sizes.add_body(len(body))
         if self._is_dropped:
             self.flow.pause_reading()
             self.flow.resume_reading()  # in its turn
@@ -220,7 +209,10 @@ class Connection(HttpToolsProtocol):
         """End a request: what follows is another one."""
         self._is_dropped = False
         if self._refused_unread is not None:
+            self._again.is_refused = True
             self._answer_unread(self._refused_unread)
+            if self._over:
+                raise _RefusedError  # what follows has no answer
         elif not self.parser.should_upgrade():
             super().on_message_complete()
             self._part = None
@@ -235,8 +227,16 @@ class Connection(HttpToolsProtocol):
         if last:
             self._over = True
             self.transport.close()
-            raise _RefusedError  # what follows has no answer
-        super().on_response_complete()
+        else:
+            super().on_response_complete()
+
+    def _is_refused_again(self, data: bytes) -> bool:
+        """Refuse ``data``, and say so, if it was refused last and there is still no room."""
+        is_again = self._part is None and not self.flow.write_paused and self._again.is_in(data)
+        shed = self._shed(self.url, self.headers) if is_again else None
+        if shed is not None:
+            self._answer_unread(shed)
+        return shed is not None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle

@@ -25,6 +25,11 @@ REFUSED = "advmoe.refused"
 
 Headers = Iterable[tuple[bytes, bytes]]
 
+_HEAD_BYTES = 32 << 10
+# A body in chunks of a byte each costs a hundred times a body in one piece.
+_SMALL_CHUNKS = 1000
+_SMALLEST_CHUNK = 64  # bytes, on average
+
 
 def parse(reader: HttpToolsProtocol, data: bytes) -> None:
     """Have ``reader`` parse ``data``; heads that wish for another protocol, without that wish."""
@@ -48,6 +53,52 @@ def _without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) 
     first = b"%b %b HTTP/%b\r\n" % (method, url, version.encode())
     kept = (b"%b: %b\r\n" % each for each in headers if each[0] != b"upgrade")
     return b"".join((first, *kept, b"\r\n"))
+
+
+class Sizes:
+    """Bytes and chunks of a request, counted as they are parsed.
+
+    Attributes:
+        body: bytes of the body.
+    """
+
+    LONG_HEAD = f"the head or trailer of the request exceeds {_HEAD_BYTES} bytes"
+    SHORT_CHUNKS = f"the chunks are shorter than {_SMALLEST_CHUNK} bytes"
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._head = self.body = self._chunks = 0
+        self._parsed = self._unparsed = 0  # bytes of whole headers and bodies, and those since
+
+    def begin(self) -> None:
+        """Begin a request."""
+        self._head = self.body = self._chunks = 0
+
+    def add_head(self, length: int) -> bool:
+        """Count a piece of the head; return whether that is too much."""
+        self._parsed += length
+        self._head += length
+        return self._head > _HEAD_BYTES
+
+    def add_body(self, length: int) -> None:
+        """Count a piece of the body."""
+        self._parsed += length
+        self.body += length
+
+    def add_chunk(self) -> bool:
+        """Count the head of a chunk; return whether that is one too many of next to nothing."""
+        self._parsed += len(b"0\r\n\r\n")
+        self._chunks += 1
+        return self._chunks > _SMALL_CHUNKS and self.body < _SMALLEST_CHUNK * self._chunks
+
+    def looked_at(self, length: int) -> bool:
+        """Count ``length`` bytes that the parser took; return whether the head is too much.
+
+        It may keep some of them for later.
+        """
+        parsed, self._parsed = self._parsed, 0
+        self._unparsed = max(0, length - parsed) if parsed else self._unparsed + length
+        return self._head + self._unparsed > _HEAD_BYTES
 
 
 class Reader(Protocol):

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.bundle import Bundle
+from advmoe_deploy.serving.online.http import connection as of_one
+from advmoe_deploy.serving.online.http.connection import Connection
+from advmoe_deploy.serving.online.http.reading import parse
 from advmoe_deploy.serving.online.limits import Limits
 from advmoe_deploy.serving.online.operations.requests import Record
 from tests.serving.online.live import (
@@ -78,6 +81,40 @@ def test_a_connection_stays_and_is_answered_once_there_is_room(
     assert connection.recv(12) == b"HTTP/1.1 200"
     figures = httpx.get(live.url + "/metrics").content
     assert b'advmoe_requests_total{model="advmoe",status="503",version="1"} 3.0' in figures
+
+
+def test_who_asks_the_same_again_is_refused_without_parsing(
+    full: tuple[Live, SlowRunner], told: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, slow = full
+    parsed: list[bytes] = []
+
+    def spied(reader: Connection, data: bytes) -> None:
+        parsed.append(data)
+        parse(reader, data)
+
+    monkeypatch.setattr(of_one, "parse", spied)
+    client = live.connect()
+    for _ in range(3):
+        client.sendall(GOOD)
+        assert answered(client)[0] == 503
+    assert parsed == [GOOD]
+    refused = [record for record in told if record.status == 503]
+    assert len({record.id for record in refused}) == len(refused) == 3
+    # Two at once, another head, and the end of the line behind the body are parsed as before.
+    for more, answers in ((GOOD * 2, 2), (GOOD.replace(b"localhost", b"127.0.0.1"), 1)):
+        client.sendall(more)
+        assert [answered(client)[0] for _ in range(answers)] == [503] * answers
+        assert parsed[-1] == more
+    for more in (GOOD + b"\r\n", GOOD + b"\r\n", GOOD):
+        client.sendall(more)
+        assert answered(client)[0] == 503
+    slow.let_go.set()
+    wait_for(lambda: not live.service.waiting)
+    seen = len(parsed)
+    client.sendall(GOOD)
+    assert client.recv(12) == b"HTTP/1.1 200"
+    assert parsed[seen:] == [GOOD]
 
 
 def test_requests_behind_one_another_are_each_answered(full: tuple[Live, SlowRunner]) -> None:
