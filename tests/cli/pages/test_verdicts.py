@@ -20,12 +20,20 @@ from advmoe_deploy.cli.verdicts.robust import (
     robust_verdict,
     withstands,
 )
-from advmoe_deploy.cli.verdicts.said import Said
+from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs, Pair
 from advmoe_deploy.specs import ThreatModel
 from tests.cli.pages.shown import Pages, entry_of
+
+
+def test_all_but_one_is_not_all() -> None:
+    shares = (0, 1 / 10_000, 1 / 3, 1999 / 2000, 9999 / 10_000, 1)
+    assert [percent(share) for share in shares] == [
+        "0.0 %", "0.01 %", "33.3 %", "99.95 %", "99.99 %", "100.0 %"
+    ]  # fmt: skip
+    assert [percent(share) for share in (1e-18, 1 - 1e-12)] == ["0.0 %", "100.0 %"]
 
 
 def ratio(
