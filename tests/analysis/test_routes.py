@@ -43,6 +43,18 @@ def test_who_goes_where() -> None:
     assert use.rows_per_image == 1
 
 
+def test_few_images_seem_to_share_bits_with_routes_that_know_no_class() -> None:
+    model = LinearMoE(toy_spec(10), first_pixel_router(), [says(0), says(1)])
+    classes = torch.arange(20) % 10
+    by_coin, by_class = ((torch.arange(20) % 3 > 0).float(), (classes < 5).float())
+    (coin,), (known,) = (
+        route_use(model, corners(*pixels.tolist()), classes) for pixels in (by_coin, by_class)
+    )
+    assert 0.2 < coin.class_information <= coin.chance_information < 0.8
+    assert known.class_information == pytest.approx(1.0)
+    assert known.chance_information < 0.9
+
+
 def test_tokens_count_for_their_image() -> None:
     model = PixelMoE(toy_spec(), top_k=2, weighting="renormalised")
     x = torch.tensor([[0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.9, 0.9]]).view(2, 1, 2, 2)

@@ -74,7 +74,13 @@ def _routes(report: AnalysisReport) -> Table | None:
         if effect.attack.target == "router" and effect.epsilon == report.threat.epsilon
         for layer in effect.layers
     }
-    columns = ("layer", "load, %", "effective routes", "class, bits", "sets changed by RA-R")
+    columns = (
+        "layer",
+        "load, %",
+        "effective routes",
+        "class (chance), bits",
+        "sets changed by RA-R",
+    )
     table = _table("routes", columns)
     for use in report.routes[:_MOST_LAYERS]:
         total = max(1, sum(use.load))
@@ -84,7 +90,7 @@ def _routes(report: AnalysisReport) -> Table | None:
             escape(use.layer),
             " ".join(shares[:8]) + (" ..." if len(shares) > 8 else ""),
             f"{use.effective_routes:.2f} of {use.experts}",
-            f"{use.class_information:.2f}",
+            f"{use.class_information:.2f} ({use.chance_information:.2f})",
             "-" if change is None else percent(change.set_change),
         )
     if (more := len(report.routes) - _MOST_LAYERS) > 0:

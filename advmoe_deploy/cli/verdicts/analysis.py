@@ -61,13 +61,16 @@ def _classes(report: AnalysisReport) -> Said | None:
         return None
     use = max(report.routes, key=lambda use: use.class_information)
     most = math.log2(min(use.experts, len(use.by_class)) or 1)
-    part = use.class_information / most if most else 0.0
-    bits = f"{use.class_information:.2f} of at most {most:.2f} bits in {use.layer}"
-    if part >= 0.5:
-        return Said(f"Routes follow the class: they share {bits}")
-    return Said(
-        f"Routes {'hardly' if part < 0.1 else 'partly'} follow the class: they share {bits}"
+    chance = use.chance_information
+    bits = (
+        f"{use.class_information:.2f} of at most {most:.2f} bits in {use.layer}, "
+        f"by chance up to {chance:.2f}"
     )
+    if use.class_information <= chance:
+        return Said(f"Routes follow the class no more than chance explains: they share {bits}")
+    part = (use.class_information - chance) / max(most - chance, 1e-12)
+    how_far = "" if part >= 0.5 else "hardly " if part < 0.1 else "partly "
+    return Said(f"Routes {how_far}follow the class: they share {bits}")
 
 
 def _routes(report: AnalysisReport) -> Said | None:

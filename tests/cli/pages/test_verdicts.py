@@ -220,6 +220,9 @@ def test_an_analysis_draws_conclusions(pages: Pages) -> None:
     said = conclusions(report.model_copy(update={"routes": (collapsed,)}))[1]
     assert said.text == "Routing has collapsed onto one expert: 1.00 effective routes of 2"
     assert said.tone == "worse"
+    by_chance = use.model_copy(update={"class_information": use.chance_information})
+    said = conclusions(report.model_copy(update={"routes": (by_chance,)}))[2]
+    assert said.text.startswith("Routes follow the class no more than chance explains")
     assert "under the stronger of PGD and APGD" in page.split("<main>")[1]
 
 
