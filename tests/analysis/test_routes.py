@@ -18,6 +18,7 @@ from advmoe_deploy.analysis.routing_change import MovedImage, effect_of, layer_c
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
+from advmoe_deploy.parity.intervals import paired_difference_interval
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from tests.analysis.toy_routes import (
     ROUTED,
@@ -115,6 +116,9 @@ def test_experts_by_hand() -> None:
     report = expert_report(model, x, y, THREAT, AttackSpec(name="pgd", steps=8))
     assert report.accuracy.value == 0.75
     assert [row.accuracy.value for row in report.second] == [0.25]
+    (second,) = report.second  # three are lost by it and one is won
+    assert second.lost.value == 0.5
+    assert (second.lost.low, second.lost.high) == paired_difference_interval(3, 1, 4)
     assert report.disagreement == ((0.0, 1.0), (1.0, 0.0))
     assert [row.clean_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.robust_accuracy.value for row in report.fixed] == [0.75, 0.25]

@@ -11,6 +11,7 @@ from advmoe_deploy.reports.cautions import COLLAPSED
 from advmoe_deploy.settings import epsilon_text
 
 _EVEN = 0.8  # share of the experts from which they count as used alike
+_REDUNDANT = 0.05  # of all images, that redundant experts cost less than, shown by an interval
 
 
 def conclusions(report: AnalysisReport) -> list[Said]:
@@ -109,10 +110,18 @@ def _redundant(report: AnalysisReport) -> Said | None:
     if report.experts is None:
         return None
     last = report.experts.second[-1]
-    without = f"without its best expert an image is right in {percent(last.accuracy.value)}"
-    if last.accuracy.high < report.experts.accuracy.low:
-        return Said(f"Experts do not stand in for each other: {without}")
-    return Said(f"Experts are redundant: {without}, no less than chance explains", "unsure")
+    figures = (
+        f"{percent(last.accuracy.value)} are right without their best expert, "
+        f"{percent(report.experts.accuracy.value)} with it, {points(last.lost)} apart"
+    )
+    if last.lost.low > 0:
+        return Said(f"Experts do not stand in for each other: {figures}")
+    if last.lost.high < _REDUNDANT:
+        return Said(f"Experts are redundant: {figures}")
+    return Said(
+        f"Whether experts stand in for each other, {report.images} images do not decide: {figures}",
+        "unsure",
+    )
 
 
 def _worth(report: AnalysisReport) -> Said | None:

@@ -7,7 +7,7 @@ import pytest
 from advmoe_deploy import api
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.redundancy import FixedExpertRow
-from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.shares import Difference, Share
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.commands.verify import refusal
 from advmoe_deploy.cli.tables.bundle import robust_verdict as robust_verdict_line
@@ -224,6 +224,24 @@ def test_an_analysis_draws_conclusions(pages: Pages) -> None:
     said = conclusions(report.model_copy(update={"routes": (by_chance,)}))[2]
     assert said.text.startswith("Routes follow the class no more than chance explains")
     assert "under the stronger of PGD and APGD" in page.split("<main>")[1]
+
+
+def test_experts_are_redundant_only_where_that_is_shown(pages: Pages) -> None:
+    file = pages["analysis"].parent / "analysis.json"
+    report = AnalysisReport.model_validate_json(file.read_text())
+
+    def said(low: float, high: float) -> str:
+        assert report.experts
+        lost = Difference(value=(low + high) / 2, low=low, high=high)
+        second = report.experts.second[-1].model_copy(update={"lost": lost})
+        experts = report.experts.model_copy(update={"second": (second,)})
+        texts = [each.text for each in conclusions(report.model_copy(update={"experts": experts}))]
+        return next(text for text in texts if "without their best expert" in text)
+
+    assert said(0.07, 0.48).startswith("Experts do not stand in for each other: ")
+    assert said(-0.01, 0.04).startswith("Experts are redundant: ")
+    assert said(-0.1, 0.1).startswith("Whether experts stand in for each other, 20 images do not")
+    assert said(-0.1, 0.1).endswith("-10.0 to +10.0 points apart")
 
 
 def test_routing_is_judged_by_the_stronger_attack(pages: Pages) -> None:
