@@ -2,6 +2,7 @@
 
 from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.reports import Pair
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import Robustness
@@ -21,8 +22,9 @@ def export_verdict(report: RobustReport) -> Said:
     if report.fragility:
         return Said(f"Undecided: {reference}", "unsure")
     if report.verdict == "undecided":
-        few = f"{report.images} images cannot tell whether robust accuracy survived the export"
-        return Said(f"Undecided: {few} ({robust})", "unsure")
+        few = f"{count_of(report.images, 'image')} cannot tell"
+        what = f"whether robust accuracy survived the export ({robust})"
+        return Said(f"Undecided: {few} {what}", "unsure")
     if not report.robust_accuracy.reference:
         return Said(f"Nothing withstands these attacks, before or after: {robust}", "worse")
     return Said(f"Robust accuracy survived the export: {robust}")
