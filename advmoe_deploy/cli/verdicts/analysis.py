@@ -111,8 +111,8 @@ def _redundant(report: AnalysisReport) -> Said | None:
         return None
     last = report.experts.second[-1]
     figures = (
-        f"{percent(last.accuracy.value)} are right without their best expert, "
-        f"{percent(report.experts.accuracy.value)} with it, {points(last.lost)} apart"
+        f"{percent(report.experts.accuracy.value)} are right with their best expert, "
+        f"{percent(last.accuracy.value)} without it, {points(last.lost)} apart"
     )
     if last.lost.low > 0:
         return Said(f"Experts do not stand in for each other: {figures}")

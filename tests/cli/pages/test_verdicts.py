@@ -184,18 +184,25 @@ def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> Non
 
 def test_steps_that_still_break_more_are_said(pages: Pages) -> None:
     measured = entry_of(pages["report"].parent.parent).advmoe
-    first, last = measured.convergence[0], measured.convergence[0].model_copy(update={"steps": 50})
+    some = {"images": 40, "robust_accuracy": 0.6, "low": 0.446}
+    first = measured.convergence[0].model_copy(update=some)
+    last = first.model_copy(update={"steps": 50})
 
-    def said(share: float) -> tuple[str, str]:
-        rows = (first, last.model_copy(update={"robust_accuracy": share}))
+    def said(fell: int, stood: int = 0) -> tuple[str, str]:
+        share = first.robust_accuracy - (fell - stood) / first.images
+        update = {"robust_accuracy": share, "fell": fell, "stood": stood}
+        rows = (first, last.model_copy(update=update))
         sentence = robust_verdict(measured.model_copy(update={"convergence": rows}))[-1]
         return sentence.text, sentence.tone
 
-    assert said(first.robust_accuracy) == (
+    assert said(0) == (
         "50 steps of PGD instead of 2 break no more: the attack has converged", ""
     )  # fmt: skip
-    assert "the true figure is lower" in said(first.low - 0.01)[0]
-    assert said(first.low - 0.01)[1] == "unsure"
+    # Of the same images: what is left is within the interval of what stood before.
+    assert "break 12.5 points more: the true figure is lower" in said(5)[0]
+    assert said(5)[1] == "unsure"
+    assert said(1)[0].endswith("break 2.5 points more at most, within chance")
+    assert said(6, 4)[0].endswith("break 5.0 points more at most, within chance")
 
 
 def test_an_analysis_draws_conclusions(pages: Pages) -> None:
@@ -236,7 +243,7 @@ def test_experts_are_redundant_only_where_that_is_shown(pages: Pages) -> None:
         second = report.experts.second[-1].model_copy(update={"lost": lost})
         experts = report.experts.model_copy(update={"second": (second,)})
         texts = [each.text for each in conclusions(report.model_copy(update={"experts": experts}))]
-        return next(text for text in texts if "without their best expert" in text)
+        return next(text for text in texts if "with their best expert" in text)
 
     assert said(0.07, 0.48).startswith("Experts do not stand in for each other: ")
     assert said(-0.01, 0.04).startswith("Experts are redundant: ")
