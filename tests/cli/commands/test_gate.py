@@ -256,3 +256,4 @@ def test_nothing_that_is_said_breaks_xml_or_tables(kept: Path) -> None:
     rows = [line for line in gate_files.markdown(gate).decode().splitlines() if line[:1] == "|"]
     assert len(rows) == 5
     assert all(row.replace("\\|", "").count("|") == 4 for row in rows)
+    assert "\x1b" not in "".join(rows)  # which a log in a terminal would obey
