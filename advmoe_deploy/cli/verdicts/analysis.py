@@ -7,7 +7,8 @@ from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.protocol.radii import Standing
 from advmoe_deploy.analysis.shares import difference_of
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent, points
-from advmoe_deploy.reports.cautions import COLLAPSED
+from advmoe_deploy.reports.cautions import COLLAPSED, FEWEST_ROWS
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.settings import epsilon_text
 
 _EVEN = 0.8  # share of the experts from which they count as used alike
@@ -50,6 +51,9 @@ def _use(report: AnalysisReport) -> Said | None:
     least = min(report.routes, key=lambda use: use.effective_routes / use.experts)
     figures = f"{least.effective_routes:.2f} effective routes of {least.experts}"
     where = f" in {least.layer}, where it is least even" if len(report.routes) > 1 else ""
+    if (choices := sum(least.load)) < FEWEST_ROWS:
+        few = f"{count_of(choices, 'choice')} of experts cannot tell how evenly they are used"
+        return Said(f"{few}: {figures}{where}", "unsure")
     if least.effective_routes < COLLAPSED:
         return Said(f"Routing has collapsed onto one expert: {figures}{where}", "worse")
     if least.effective_routes >= _EVEN * least.experts:

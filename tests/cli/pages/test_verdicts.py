@@ -227,6 +227,10 @@ def test_an_analysis_draws_conclusions(pages: Pages) -> None:
     said = conclusions(report.model_copy(update={"routes": (collapsed,)}))[1]
     assert said.text == "Routing has collapsed onto one expert: 1.00 effective routes of 2"
     assert said.tone == "worse"
+    few = use.model_copy(update={"effective_routes": 1.0, "load": (4, 0)})
+    said = conclusions(report.model_copy(update={"routes": (few,)}))[1]
+    assert said.text.startswith("4 choices of experts cannot tell how evenly they are used: 1.00")
+    assert said.tone == "unsure"
     by_chance = use.model_copy(update={"class_information": use.chance_information})
     said = conclusions(report.model_copy(update={"routes": (by_chance,)}))[2]
     assert said.text.startswith("Routes follow the class no more than chance explains")
