@@ -40,7 +40,8 @@ def _withstands(report: AnalysisReport) -> Said:
         return Said(f"{clean} of {of} are right, unattacked")
     together = report.experts.together.value
     said = (
-        f"{percent(together)} of {of} withstand PGD with every target; {clean} are right unattacked"
+        f"{percent(together)} of {of} withstand PGD with every target but experts; "
+        f"{clean} are right unattacked"
     )
     return Said(said, "" if together else "worse")
 

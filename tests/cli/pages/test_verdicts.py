@@ -154,6 +154,9 @@ def test_a_loss_is_told_by_the_rule_that_found_it(
     lowered = assured.model_copy(update={"consistency": other})
     assert "reference gets right" not in export_verdict(lowered).text
     assert "accuracy fell by 0.00 points" in str(refusal(lowered))
+    won = Drop(images=200, only_reference=0, only_engine=1).report(0.5)
+    gained = lowered.model_copy(update={"clean_drop": won})
+    assert "clean accuracy rose by 0.50 points" in str(refusal(gained))
 
 
 def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> None:
