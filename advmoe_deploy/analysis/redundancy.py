@@ -11,7 +11,15 @@ Shapes: N images, E experts, K classes.
 from torch import Tensor
 
 from advmoe_deploy.analysis.routing_change import changed_images
-from advmoe_deploy.analysis.shares import Marked, Share, answers, marked, share_of
+from advmoe_deploy.analysis.shares import (
+    Difference,
+    Marked,
+    Share,
+    answers,
+    difference_of,
+    marked,
+    share_of,
+)
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import attack_model, predict
@@ -25,11 +33,15 @@ ALL_LAYERS = "all layers"
 
 
 class SecondExpert(Frozen):
-    """Answers once the best expert of ``layer`` is taken away and the route chosen anew."""
+    """Answers once the best expert of ``layer`` is taken away and the route chosen anew.
+
+    ``lost`` is how much accuracy falls by that, of the same images.
+    """
 
     layer: str
     accuracy: Share
     agreement: Share
+    lost: Difference
 
 
 class FixedExpertRow(Frozen):
@@ -160,7 +172,10 @@ def second_experts(model: Classifier, images: Tensor, labels: Tensor) -> tuple[S
         logits, _ = answers(model, images, Routes(adjust=_WithoutBest(without)))
         other_N = logits.argmax(dim=1)
         row = SecondExpert(
-            layer=name, accuracy=share_of(other_N == labels), agreement=share_of(other_N == own_N)
+            layer=name,
+            accuracy=share_of(other_N == labels),
+            agreement=share_of(other_N == own_N),
+            lost=difference_of(marked(own_N == labels), marked(other_N == labels)),
         )
         result.append(row)
     return tuple(result)

@@ -44,8 +44,8 @@ class Drop(Frozen):
 
     @property
     def points(self) -> float:
-        """The drop in percentage points; rounded, for 200 less 199 of 200 is half a point."""
-        return round(100 * (self.only_reference - self.only_engine) / max(1, self.images), 9)
+        """The drop in percentage points."""
+        return self._points(self.only_reference - self.only_engine)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -85,6 +85,10 @@ class Drop(Frozen):
     def _discordant(self) -> int:
         return self.only_reference + self.only_engine
 
+    def _points(self, lost: int) -> float:
+        """Return images in points; rounded, so that 57 of 10,000 are 0.57 as a limit is."""
+        return round(100 * lost / max(1, self.images), 9)
+
     def verdict(self, max_drop: float) -> Verdict:
         """Return whether at most ``max_drop`` points are lost, or whether these images cannot tell.
 
@@ -102,7 +106,7 @@ class Drop(Frozen):
         It is for engines that were shown to answer as their reference does: there is no population
         to conclude on, and what was gained makes up for nothing.
         """
-        return "passed" if 100 * self.only_reference <= max_drop * self.images else "failed"
+        return "passed" if self._points(self.only_reference) <= max_drop else "failed"
 
     def images_needed(self, max_drop: float) -> int | None:
         """Return how many images would decide on ``max_drop`` points; ``None`` if no number would.

@@ -115,14 +115,14 @@ def profile_bundle(
         "timed": "infer: input check, engine, outputs",
         "advmoe_deploy": __version__,
     }
-    with ExitStack() as stack, task(progress, "profile", len(batches)):
+    with ExitStack() as stack, task(progress, "profile", len({*batches})):
         subjects = _open_subjects(stack, bundle, engines, against, threads, settings)
         for form in {s.runner.custom_ops for s in subjects if isinstance(s.runner, GraphRunner)}:
             if form:
                 settings["custom_ops"] = str(form)
         if rounded := [s.key for s in subjects if s.runner.tf32]:
             settings["rounded_to_tf32"] = ", ".join(rounded)
-        for batch in batches:
+        for batch in dict.fromkeys(batches):
             repeated = np.resize(images, (batch, *images.shape[1:]))
             seconds = time_interleaved(
                 {s.key: partial(s.runner.infer, repeated) for s in subjects},
@@ -191,10 +191,13 @@ def _open_subjects(
     manifest = bundle.manifest
     macs = manifest.macs
     own: ProfiledModel = "moe" if manifest.plan.routes else "dense"
-    subjects = []
+    subjects: list[_Subject] = []
     for engine in engines:
         runner = stack.enter_context(open_runner(bundle, engine, threads=threads))
-        subjects.append(_Subject(own, runner.name, runner, macs.executed))
+        subject = _Subject(own, runner.name, runner, macs.executed)
+        if subject.key in [other.key for other in subjects]:
+            raise UsageError(f"{', '.join(engines)} names {subject.key} twice; name each once")
+        subjects.append(subject)
         for precision, names in _raised(bundle, runner).items():
             settings[f"{runner.name} {runner.precision}, in {precision}"] = ", ".join(names)
     cost = {"dense": macs.dense, "s-dense": macs.s_dense, "unfused": macs.unfused}

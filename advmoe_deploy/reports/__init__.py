@@ -92,6 +92,11 @@ class ParityReport(Frozen):
         return sum(layer.close_flips for layer in self.layers)
 
     @property
+    def clear_rows(self) -> int:
+        """Rows that were compared and no close call, over all layers."""
+        return sum(layer.rows - layer.close_calls for layer in self.layers)
+
+    @property
     def undecided(self) -> tuple[str, ...]:
         """Layers without a single row that was no close call."""
         return tuple(layer.layer for layer in self.layers if layer.close_calls == layer.rows)

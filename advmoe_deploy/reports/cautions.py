@@ -9,7 +9,7 @@ from advmoe_deploy.reports import LatencyRatio, Macs, ParityReport
 COLLAPSED = 1.1
 # Of fewer rows, all may have gone to one expert by chance: of 16, an expert that gets a fifth of
 # all images has none in three of a hundred cases.
-_FEWEST_ROWS = 16
+FEWEST_ROWS = 16
 # For where the settings of the training are not at hand; its own summary names their values.
 _WAY_OUT = "train with even_loads=true (AdvMoE) or a balance_loss, or a dense network"
 _NAMED = 3
@@ -60,7 +60,7 @@ def of_routes(loads: Mapping[str, Sequence[int]], *, way_out: str = _WAY_OUT) ->
 
 def _collapsed(loads: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, float]]:
     for layer, load in loads.items():
-        if len(load) > 1 and sum(load) >= _FEWEST_ROWS:
+        if len(load) > 1 and sum(load) >= FEWEST_ROWS:
             routes = effective_routes(tuple(load))
             if routes < COLLAPSED:
                 yield layer, routes

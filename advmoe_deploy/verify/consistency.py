@@ -201,13 +201,12 @@ def _agrees(evidence: Evidence, parity: ParityReport, limits: PrecisionLimits) -
     apart_N = relative_distances(answer, reference)
     images = len(moved_N)
     other_N = answer.argmax(axis=1) != reference.argmax(axis=1)
-    clear = sum(layer.rows - layer.close_calls for layer in parity.layers)
     return bool(
         _by_chance(int((apart_N > limits.logits).sum()), images, _OVER)
         and moved_N.mean() <= limits.probability + FAR / images
         and _by_chance(int((moved_N > FAR).sum()), images, limits.far)
         and _by_chance(int(other_N.sum()), images, limits.predictions)
-        and _by_chance(parity.route_flips, clear, limits.routes)
+        and _by_chance(parity.route_flips, parity.clear_rows, limits.routes)
     )
 
 

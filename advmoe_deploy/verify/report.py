@@ -81,7 +81,8 @@ class RobustReport(Frozen):
     are what it lost, with what chance explains; each has the verdict that counted. A ``reference``
     that is not shown to be robust itself counts in the verdict unless ``allow_fragile``; ``None``
     in reports written before there was such a check. ``transferred_accuracy`` is the engine's on
-    what was found on the reference alone: shown beside, and never the figure.
+    what was found on the reference alone: shown beside, and never the figure. ``seconds`` has
+    those of the attacks of an earlier run that this one went on from.
     """
 
     passed: bool

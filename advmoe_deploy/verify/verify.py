@@ -112,6 +112,7 @@ def verify_bundle(
         key = key_of(bundle, engine, trial, searches)
         done = go_on(resume, key, trial) if resume is not None else 0
         measured.extend(trial.outcomes)
+        before = sum(outcome.seconds for outcome in trial.outcomes)
         with task(progress, "verify", len(searches), min(done, len(searches))):
             attacked = _within(budget, trial, searches, bundle.manifest.model, same=same)
             for attack, found_on in islice(attacked, done, None):
@@ -155,7 +156,7 @@ def verify_bundle(
         warnings=(*cut_short, *judgement.warnings, *of_routes(loads), *warnings_of(masking)),
         masking=masking,
         attacks=tuple(trial.outcomes),
-        seconds=time.perf_counter() - started,
+        seconds=before + time.perf_counter() - started,
     )
     if examples is not None:
         write_examples(examples, trial, report, bundle)

@@ -18,6 +18,7 @@ from advmoe_deploy.analysis.routing_change import MovedImage, effect_of, layer_c
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.models.routing.routing import RoutingRule, choose
+from advmoe_deploy.parity.intervals import paired_difference_interval
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from tests.analysis.toy_routes import (
     ROUTED,
@@ -41,6 +42,18 @@ def test_who_goes_where() -> None:
         entropy / math.log(2)
     )  # the route tells the class
     assert use.rows_per_image == 1
+
+
+def test_few_images_seem_to_share_bits_with_routes_that_know_no_class() -> None:
+    model = LinearMoE(toy_spec(10), first_pixel_router(), [says(0), says(1)])
+    classes = torch.arange(20) % 10
+    by_coin, by_class = ((torch.arange(20) % 3 > 0).float(), (classes < 5).float())
+    (coin,), (known,) = (
+        route_use(model, corners(*pixels.tolist()), classes) for pixels in (by_coin, by_class)
+    )
+    assert 0.2 < coin.class_information <= coin.chance_information < 0.8
+    assert known.class_information == pytest.approx(1.0)
+    assert known.chance_information < 0.9
 
 
 def test_tokens_count_for_their_image() -> None:
@@ -103,6 +116,9 @@ def test_experts_by_hand() -> None:
     report = expert_report(model, x, y, THREAT, AttackSpec(name="pgd", steps=8))
     assert report.accuracy.value == 0.75
     assert [row.accuracy.value for row in report.second] == [0.25]
+    (second,) = report.second  # three are lost by it and one is won
+    assert second.lost.value == 0.5
+    assert (second.lost.low, second.lost.high) == paired_difference_interval(3, 1, 4)
     assert report.disagreement == ((0.0, 1.0), (1.0, 0.0))
     assert [row.clean_accuracy.value for row in report.fixed] == [0.75, 0.25]
     assert [row.robust_accuracy.value for row in report.fixed] == [0.75, 0.25]

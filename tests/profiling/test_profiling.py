@@ -175,6 +175,7 @@ def test_a_dense_bundle_is_profiled_alone_and_says_so(tmp_path: Path) -> None:
     [
         ({"engines": ("tensort",)}, "unknown engine"),
         ({"against": ("dens",)}, "did you mean dense"),
+        ({"engines": ("onnxruntime", "onnxruntime:fp32")}, "onnxruntime fp32 twice"),
         ({"batches": (0,)}, "batch=0"),
         ({"batches": ()}, "at least one"),
         ({"n": 1}, "n=1"),

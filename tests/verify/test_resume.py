@@ -39,6 +39,7 @@ def test_what_was_killed_ends_the_same(
     resumed = verify_bundle(trained_bundle, images=40, threads=1, resume=state, examples=twice)
     assert len(ran) == len(whole.attacks) - 2
     assert figures(resumed) == figures(whole)
+    assert resumed.seconds > sum(attack.seconds for attack in resumed.attacks)
     with np.load(once) as expected, np.load(twice) as found:
         for name in set(expected.files) - {"header"}:
             assert np.array_equal(expected[name], found[name])

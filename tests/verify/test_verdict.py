@@ -6,15 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.progress import Silent
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.verify.findings import Finding
 from advmoe_deploy.verify.trial import Sides
 from advmoe_deploy.verify.verdict import chance_of, judge
+from tests.analysis.toy_routes import THREAT, corners
+from tests.toys import LinearClassifier, toy_spec
 
 
 def trial(images: int, only_reference: int, only_engine: int) -> Any:
@@ -30,6 +34,7 @@ def trial(images: int, only_reference: int, only_engine: int) -> Any:
     ("images", "lost", "gained", "max_drop", "same", "verdict"),
     [
         (400, 2, 0, 0.5, True, "passed"),  # the limit itself is allowed
+        (10_000, 57, 0, 0.57, True, "passed"),
         (400, 3, 0, 0.5, True, "failed"),
         (400, 3, 3, 0.5, True, "failed"),  # what was gained makes up for nothing
         (5, 0, 0, 0.0, True, "passed"),
@@ -152,3 +157,16 @@ def test_too_few_images_are_undecided(
     assert code == 6
     assert "UNDECIDED: 20 images cannot tell" in printed.out
     assert "images would decide" in printed.err.splitlines()[-1]
+
+
+def test_convergence_tells_which_images_fell_and_which_stood_again() -> None:
+    before_N, stands_N = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1]]).bool()
+    row = convergence_module._row(AttackSpec(name="pgd", steps=10), stands_N, before_N)
+    assert (row.robust_accuracy, row.fell, row.stood) == (0.5, 2, 1)
+    weight = torch.zeros(2, 16)
+    weight[0, 0] = 1
+    model = LinearClassifier(toy_spec(), weight, torch.tensor([0.0, 0.5]))
+    x_NCHW, labels_N = corners(0.55, 0.9, 0.1).numpy(), np.array([0, 0, 0])
+    rows = convergence_module.convergence(model, x_NCHW, labels_N, THREAT, Silent())
+    # Only 0.9 is too far from 0.5 to fall, to however few steps.
+    assert {(round(3 * row.robust_accuracy), row.fell, row.stood) for row in rows} == {(1, 0, 0)}

@@ -99,6 +99,8 @@ def gate(
 def _refusal(report: "GateReport") -> AdvMoEError:
     first = next(check for check in report.checks if check.verdict == report.verdict)
     said = f"{first.name}: {first.message}"
+    if report.report.findings:  # which nothing allows
+        return CheckFailedError(f"{said}; do not ship this bundle")
     allow = "raise --max-drop"
     if report.report.fragility:  # which no limit mends; losses may have come on top
         export = report.checks[-1].name

@@ -125,10 +125,14 @@ def _of_reference(reference: "ReferenceReport") -> AdvMoEError:
 
 def _drops(report: "RobustReport") -> str:
     clean, robust = report.clean_drop, report.robust_drop
-    said = f"clean accuracy fell by {clean.drop:.2f} points, robust accuracy by {robust.drop:.2f}"
+    said = f"clean accuracy {_fell(clean.drop)}, robust accuracy {_fell(robust.drop)}"
     if report.consistency.same_function:
         said = f"{clean.counted()} as they are, {robust.counted()} under attack"
     return f"{said}; the limit is {report.max_drop:g} points"
+
+
+def _fell(drop: float) -> str:
+    return f"{'rose' if drop < 0 else 'fell'} by {abs(drop):.2f} points"
 
 
 def refusal(report: "RobustReport") -> AdvMoEError:

@@ -3,6 +3,7 @@
 import re
 from xml.etree import ElementTree as ET
 
+from advmoe_deploy.reports.text import in_markdown
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.gate import Check, GateReport
 
@@ -69,7 +70,7 @@ def markdown(report: GateReport) -> bytes:
 
 def _cell(text: str) -> str:
     """Return ``text`` for a cell of a table: one line, in which nothing is markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return in_markdown(" ".join(text.split()))
 
 
 def _text(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.cli.pages.plots import require_matplotlib
-from advmoe_deploy.cli.verdicts.said import Said
+from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.errors import missing_extra
 from advmoe_deploy.process import default_threads, usable_cpus
 from advmoe_deploy.profiling.processor import processor_name
@@ -67,5 +67,5 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["epsilon"] = epsilon_text
+    environment.filters |= {"epsilon": epsilon_text, "percent": percent}
     return environment

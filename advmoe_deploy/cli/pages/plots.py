@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from advmoe_deploy.errors import missing_extra, printable
 from advmoe_deploy.process import cache_folder
 from advmoe_deploy.reports import LatencyReport, LatencyRow
-from advmoe_deploy.reports.text import in_plot
+from advmoe_deploy.reports.text import count_of, in_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,7 +142,7 @@ def draw_latency(axes: Axes, report: LatencyReport) -> str:
     axes.axhline(1, color=INK, lw=0.8, ls=":")
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     axes.set(ylabel=f"time, {unit} = 1", ylim=(0, 1.75 * highest))
-    axes.set_title(f"Median latency, {report.rows[0].threads} threads")
+    axes.set_title(f"Median latency, {count_of(report.rows[0].threads, 'thread')}")
     legend_below(axes)
     return f"times of {', '.join(models)}, relative to the first"
 

@@ -40,7 +40,7 @@ def sections(report: AnalysisReport) -> RenderableType:
 
 def interval(share: Share) -> str:
     """Return a share in percent with its 95 % interval."""
-    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+    return f"{percent(share.value)} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 def radii_text(radii: Radii) -> str:
@@ -48,7 +48,7 @@ def radii_text(radii: Radii) -> str:
     if radii.certified is None or radii.median is None:
         return radii.note
     return (
-        f"{100 * radii.certified.value:.1f} % at epsilon, median radius "
+        f"{percent(radii.certified.value)} at epsilon, median radius "
         f"{radius_text(radii.median)}; {radii.note}"
     )
 
@@ -74,7 +74,13 @@ def _routes(report: AnalysisReport) -> Table | None:
         if effect.attack.target == "router" and effect.epsilon == report.threat.epsilon
         for layer in effect.layers
     }
-    columns = ("layer", "load, %", "effective routes", "class, bits", "sets changed by RA-R")
+    columns = (
+        "layer",
+        "load, %",
+        "effective routes",
+        "class (chance), bits",
+        "sets changed by RA-R",
+    )
     table = _table("routes", columns)
     for use in report.routes[:_MOST_LAYERS]:
         total = max(1, sum(use.load))
@@ -84,8 +90,8 @@ def _routes(report: AnalysisReport) -> Table | None:
             escape(use.layer),
             " ".join(shares[:8]) + (" ..." if len(shares) > 8 else ""),
             f"{use.effective_routes:.2f} of {use.experts}",
-            f"{use.class_information:.2f}",
-            "-" if change is None else f"{100 * change.set_change:.1f} %",
+            f"{use.class_information:.2f} ({use.chance_information:.2f})",
+            "-" if change is None else percent(change.set_change),
         )
     if (more := len(report.routes) - _MOST_LAYERS) > 0:
         table.add_row(f"and {more} more in the report", "", "", "", "")
@@ -98,7 +104,7 @@ def _experts(report: AnalysisReport) -> Group | None:
         return None
     attacks = _table("accuracy under PGD, by target", ("target", "accuracy", "routes changed"))
     for row in experts.targets:
-        changed = "-" if row.route_change is None else f"{100 * row.route_change.value:.1f} %"
+        changed = "-" if row.route_change is None else percent(row.route_change.value)
         attacks.add_row(_NAMED.get(row.target, row.target), interval(row.accuracy), changed)
     attacks.add_row("all but experts, together", interval(experts.together), "")
     columns = ("expert", "clean", "under PGD", "under APGD")

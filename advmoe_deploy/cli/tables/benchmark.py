@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.comparison.report import BenchmarkReport, Contender, MeasuredShare, Timing
+from advmoe_deploy.reports.text import count_of
 
 _MARK = "*"
 _COLUMNS = ("MB", "clean %", "robust %")
@@ -60,7 +61,7 @@ def _lines(report: BenchmarkReport) -> list[str]:
     lines += [f"warning: {line}" for line in report.latency.warnings]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"left out: {reason}" for reason in report.left_out]
-    return [*lines, f"{first.threads} threads, medians in turn, {first.device}"]
+    return [*lines, f"{count_of(first.threads, 'thread')}, medians in turn, {first.device}"]
 
 
 def _deciding(each: Contender, report: BenchmarkReport) -> Timing:

@@ -20,6 +20,7 @@ from advmoe_deploy.reports import (
     Pair,
     ParityReport,
 )
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.runtime.select import own_engine, resolved
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.report import AttackOutcome, RobustReport
@@ -87,8 +88,8 @@ def robust_report(report: RobustReport) -> RenderableType:
     """Return accuracies of both sides, clean and as the attacks go on, and the verdict."""
     norm, epsilon = report.threat.norm, report.threat.epsilon
     table = FittedTable(
-        f"{report.images} images of {report.data}, {norm} epsilon {epsilon_text(epsilon)}; "
-        f"engine: {report.engine} {report.precision}",
+        f"{count_of(report.images, 'image')} of {report.data}, {norm} epsilon "
+        f"{epsilon_text(epsilon)}; engine: {report.engine} {report.precision}",
         _OUTCOMES,
     )
     table.add_row("none (clean)", "", "", *_pair(report.clean_accuracy), "", "")
@@ -100,7 +101,7 @@ def robust_report(report: RobustReport) -> RenderableType:
     engine = f"{escape(report.engine)}, {report.precision}{' with TF32' if report.tf32 else ''}"
     lines = [
         f"robust on {engine}: 95 % interval {percent(low)} to {percent(high)}; "
-        f"routes agree on {percent(report.route_agreement)}; "
+        f"{_agreement(report.parity)}; "
         f"largest logit difference {report.parity.max_abs_logit_diff:.2g}, "
         f"relative {report.parity.max_relative_logit_diff:.2g}",
         f"drop in robust accuracy: {report.robust_drop.figures()}",
@@ -110,6 +111,14 @@ def robust_report(report: RobustReport) -> RenderableType:
         robust_verdict(report),
     ]
     return Group(table, *map(escape, (_LEGEND, *lines)))
+
+
+def _agreement(parity: ParityReport) -> str:
+    if not parity.layers:
+        return "nothing is routed"
+    if not parity.clear_rows:
+        return "routes cannot be compared, for all are close calls"
+    return f"routes agree on {percent(parity.route_agreement)}"
 
 
 def robust_verdict(report: RobustReport) -> str:
@@ -124,7 +133,7 @@ def robust_verdict(report: RobustReport) -> str:
         counted = f": {drop.counted()}" if report.consistency.same_function else ""
         return f"{what}{counted} {limit}"
     return _of_reference(report) or (
-        f"UNDECIDED: {report.images} images cannot tell {limit}"
+        f"UNDECIDED: {count_of(report.images, 'image')} cannot tell {limit}"
         if report.verdict == "undecided"
         else f"robustness survived the export {limit}"
     )
@@ -133,10 +142,11 @@ def robust_verdict(report: RobustReport) -> str:
 def _of_reference(report: RobustReport) -> str:
     """Return the verdict where it is one on the reference; empty where it is on the engine."""
     unknown = report.reference is not None and report.reference.verdict == "undecided"
+    images = count_of(report.images, "image")
     if report.fragility and not unknown:
         return "THE REFERENCE IS NOT ROBUST: there is nothing to preserve"
     if report.fragility:
-        return f"UNDECIDED: {report.images} images cannot tell whether the reference is robust"
+        return f"UNDECIDED: {images} cannot tell whether the reference is robust"
     if report.verdict == "passed" and report.fragile and not unknown:
         return "nothing was lost, but the reference itself is not robust at this epsilon"
     if report.verdict == "passed" and not report.robust_accuracy.reference:
@@ -262,14 +272,14 @@ def _parity_rows(parity: ParityReport) -> list[tuple[str, str]]:
     whose = "of this noise" if noise else "of these images"
     return [
         (
-            f"logits, {parity.images} images",
+            f"logits, {count_of(parity.images, 'image')}",
             f"differ by {parity.max_abs_logit_diff:.2g} at most, relative to logits above 1 by "
             f"{parity.max_relative_logit_diff:.2g}, limit {parity.logit_tolerance:g}",
         ),
         (
             "routes",
-            f"{percent(parity.route_agreement)} agree; {parity.close_calls} close calls, "
-            f"{parity.close_flips} of them flipped"
+            f"{percent(parity.route_agreement)} agree; "
+            f"{count_of(parity.close_calls, 'close call')}, {parity.close_flips} of them flipped"
             if parity.layers
             else "none",
         ),

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.reports import LatencyReport, LatencyRow
+from advmoe_deploy.reports.text import count_of
 
 _TIMES = ("batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "MACs", "n")
 
@@ -35,7 +36,7 @@ def latency_rows(latencies: Iterable[LatencyRow]) -> FittedTable:
 def latency_report(report: LatencyReport) -> RenderableType:
     """Return the latency rows, and how fast each model is beside the others."""
     first = report.rows[0]
-    setting = f"{first.threads} threads, warm-up {first.warmup}, {first.device}"
+    setting = f"{count_of(first.threads, 'thread')}, warm-up {first.warmup}, {first.device}"
     warnings = (escape(f"warning: {line}") for line in report.warnings)
     return Group(latency_rows(report.rows), *_speeds(report), *warnings, escape(setting))
 

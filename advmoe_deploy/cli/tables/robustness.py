@@ -10,6 +10,7 @@ from advmoe_deploy.cli.tables.bundle import robust_report
 from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.cli.tables.fitted import FittedTable
 from advmoe_deploy.cli.verdicts.said import percent
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import CertifiedRoutes, Entry
@@ -21,7 +22,8 @@ def screen(entry: Entry, out: Path, card: Path | None) -> RenderableType:
     measured = entry.advmoe
     lines = [_convergence(entry)]
     if measured.certified.certified is not None or measured.rerouted:
-        lines.append(f"{len(measured.rerouted)} images were sent to other experts as they fell")
+        sent = count_of(len(measured.rerouted), "image")
+        lines.append(f"sent to other experts as they fell: {sent}")
     lines += [certified_text(measured.certified), f"written to {out}"]
     lines += [f"figures put on {card}"] if card else []
     return Group(*(robust_report(each) for each in measured.engines), *map(escape, lines))

@@ -7,10 +7,12 @@ from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.protocol.radii import Standing
 from advmoe_deploy.analysis.shares import difference_of
 from advmoe_deploy.cli.verdicts.said import Said, listed, percent, points
-from advmoe_deploy.reports.cautions import COLLAPSED
+from advmoe_deploy.reports.cautions import COLLAPSED, FEWEST_ROWS
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.settings import epsilon_text
 
 _EVEN = 0.8  # share of the experts from which they count as used alike
+_REDUNDANT = 0.05  # of all images, that redundant experts cost less than, shown by an interval
 
 
 def conclusions(report: AnalysisReport) -> list[Said]:
@@ -38,7 +40,8 @@ def _withstands(report: AnalysisReport) -> Said:
         return Said(f"{clean} of {of} are right, unattacked")
     together = report.experts.together.value
     said = (
-        f"{percent(together)} of {of} withstand PGD with every target; {clean} are right unattacked"
+        f"{percent(together)} of {of} withstand PGD with every target but experts; "
+        f"{clean} are right unattacked"
     )
     return Said(said, "" if together else "worse")
 
@@ -49,6 +52,9 @@ def _use(report: AnalysisReport) -> Said | None:
     least = min(report.routes, key=lambda use: use.effective_routes / use.experts)
     figures = f"{least.effective_routes:.2f} effective routes of {least.experts}"
     where = f" in {least.layer}, where it is least even" if len(report.routes) > 1 else ""
+    if (choices := sum(least.load)) < FEWEST_ROWS:
+        few = f"{count_of(choices, 'choice')} of experts cannot tell how evenly they are used"
+        return Said(f"{few}: {figures}{where}", "unsure")
     if least.effective_routes < COLLAPSED:
         return Said(f"Routing has collapsed onto one expert: {figures}{where}", "worse")
     if least.effective_routes >= _EVEN * least.experts:
@@ -61,13 +67,16 @@ def _classes(report: AnalysisReport) -> Said | None:
         return None
     use = max(report.routes, key=lambda use: use.class_information)
     most = math.log2(min(use.experts, len(use.by_class)) or 1)
-    part = use.class_information / most if most else 0.0
-    bits = f"{use.class_information:.2f} of at most {most:.2f} bits in {use.layer}"
-    if part >= 0.5:
-        return Said(f"Routes follow the class: they share {bits}")
-    return Said(
-        f"Routes {'hardly' if part < 0.1 else 'partly'} follow the class: they share {bits}"
+    chance = use.chance_information
+    bits = (
+        f"{use.class_information:.2f} of at most {most:.2f} bits in {use.layer}, "
+        f"by chance up to {chance:.2f}"
     )
+    if use.class_information <= chance:
+        return Said(f"Routes follow the class no more than chance explains: they share {bits}")
+    part = (use.class_information - chance) / max(most - chance, 1e-12)
+    how_far = "" if part >= 0.5 else "hardly " if part < 0.1 else "partly "
+    return Said(f"Routes {how_far}follow the class: they share {bits}")
 
 
 def _routes(report: AnalysisReport) -> Said | None:
@@ -106,10 +115,18 @@ def _redundant(report: AnalysisReport) -> Said | None:
     if report.experts is None:
         return None
     last = report.experts.second[-1]
-    without = f"without its best expert an image is right in {percent(last.accuracy.value)}"
-    if last.accuracy.high < report.experts.accuracy.low:
-        return Said(f"Experts do not stand in for each other: {without}")
-    return Said(f"Experts are redundant: {without}, no less than chance explains", "unsure")
+    figures = (
+        f"{percent(report.experts.accuracy.value)} are right with their best expert, "
+        f"{percent(last.accuracy.value)} without it, {points(last.lost)} apart"
+    )
+    if last.lost.low > 0:
+        return Said(f"Experts do not stand in for each other: {figures}")
+    if last.lost.high < _REDUNDANT:
+        return Said(f"Experts are redundant: {figures}")
+    return Said(
+        f"Whether experts stand in for each other, {report.images} images do not decide: {figures}",
+        "unsure",
+    )
 
 
 def _worth(report: AnalysisReport) -> Said | None:

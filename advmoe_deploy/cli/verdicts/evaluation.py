@@ -2,6 +2,7 @@
 
 from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.evaluation.report import EvalReport
+from advmoe_deploy.reports.text import count_of
 
 
 def evaluation_verdict(report: EvalReport) -> list[Said]:
@@ -17,7 +18,7 @@ def evaluation_verdict(report: EvalReport) -> list[Said]:
         default=None,
     )
     if weakest is not None:
-        right = f"{percent(weakest.recall or 0.0)} of its {weakest.images} images are right"
+        right = f"{percent(weakest.recall or 0.0)} of {count_of(weakest.images, 'image')} right"
         said.append(Said(f"Weakest class: {weakest.name}, {right}"))
     if report.reliability is not None:
         ece, mean = report.reliability.ece, percent(report.reliability.mean_confidence)

@@ -1,7 +1,9 @@
 """Verdict of a robustness report: did it survive the export, and what withstands at all."""
 
 from advmoe_deploy.cli.verdicts.said import Said, percent
+from advmoe_deploy.parity.intervals import paired_difference_interval
 from advmoe_deploy.reports import Pair
+from advmoe_deploy.reports.text import count_of
 from advmoe_deploy.settings import epsilon_text
 from advmoe_deploy.verify.examples.convergence import lines_of
 from advmoe_deploy.verify.examples.entry import Robustness
@@ -21,8 +23,9 @@ def export_verdict(report: RobustReport) -> Said:
     if report.fragility:
         return Said(f"Undecided: {reference}", "unsure")
     if report.verdict == "undecided":
-        few = f"{report.images} images cannot tell whether robust accuracy survived the export"
-        return Said(f"Undecided: {few} ({robust})", "unsure")
+        few = f"{count_of(report.images, 'image')} cannot tell"
+        what = f"whether robust accuracy survived the export ({robust})"
+        return Said(f"Undecided: {few} {what}", "unsure")
     if not report.robust_accuracy.reference:
         return Said(f"Nothing withstands these attacks, before or after: {robust}", "worse")
     return Said(f"Robust accuracy survived the export: {robust}")
@@ -88,7 +91,8 @@ def _converged(measured: Robustness) -> Said:
     )
     more = before.robust_accuracy - last.robust_accuracy
     steps = f"{last.steps} steps of PGD instead of {before.steps}"
-    if last.robust_accuracy < before.low:
+    # The same images: that a few fell of which none stood again is no chance.
+    if paired_difference_interval(last.fell, last.stood, last.images)[0] > 0:
         said = f"{steps} still break {100 * more:.1f} points more: the true figure is lower"
         return Said(said, "unsure")
     if more <= 0:

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 # Green on a page is a gain, and nothing else: neither what is as it was nor what had to be.
 Tone = Literal["gain", "", "unsure", "worse"]
+# One image of a million is told from none.
+_MOST_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Said:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.1f} %"
+    """Return a share in percent, of one digit; of more where that looked like all or like none."""
+    texts = [f"{100 * share:.{digits}f}" for digits in range(1, _MOST_DIGITS + 1)]
+    return f"{next((text for text in texts if float(text) not in (0, 100)), texts[0])} %"
 
 
 def points(difference: "Difference") -> str:

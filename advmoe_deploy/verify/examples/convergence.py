@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.route_aware import route_aware
@@ -23,7 +24,10 @@ RESTARTS = (1, 3)
 
 
 class ConvergenceRow(Frozen):
-    """Share of ``images`` images that stand after one attack alone, with its Wilson interval."""
+    """Share of ``images`` images that stand after one attack alone, with its Wilson interval.
+
+    ``fell`` of them stood after the next fewer steps, ``stood`` the other way round.
+    """
 
     target: AttackTarget
     steps: int
@@ -32,6 +36,8 @@ class ConvergenceRow(Frozen):
     robust_accuracy: float
     low: float
     high: float
+    fell: int = 0
+    stood: int = 0
 
 
 def convergence(
@@ -53,15 +59,20 @@ def convergence(
         for steps, restarts in product(STEPS, RESTARTS)
         for attack in route_aware(model, AttackSpec(name="pgd", steps=steps, restarts=restarts))
     ]
-    rows = []
+    rows: list[ConvergenceRow] = []
+    standing: dict[tuple[AttackTarget, int], Tensor] = {}
     with task(progress, "convergence", len(attacks)):
         for attack in attacks:
             with attack_task(progress, model, attack, int(right_N.sum())):
                 found = attack_model(
                     model, x[right_N], labels[right_N], threat, attack, first_only=True
                 )
-            stands = int((predict(model, found) == labels[right_N]).sum()) if len(found) else 0
-            rows.append(_row(attack, stands, len(labels)))
+            stands_N = right_N.clone()
+            if len(found):
+                stands_N[right_N] = predict(model, found) == labels[right_N]
+            kind = attack.target, attack.restarts
+            rows.append(_row(attack, stands_N, standing.get(kind, stands_N)))
+            standing[kind] = stands_N
             progress.advance("convergence", robust_accuracy=rows[-1].robust_accuracy)
     return tuple(rows)
 
@@ -75,7 +86,8 @@ def lines_of(rows: Sequence[ConvergenceRow]) -> tuple[tuple[ConvergenceRow, ...]
     )
 
 
-def _row(attack: AttackSpec, stands: int, images: int) -> ConvergenceRow:
+def _row(attack: AttackSpec, stands_N: Tensor, before_N: Tensor) -> ConvergenceRow:
+    stands, images = int(stands_N.sum()), len(stands_N)
     low, high = wilson_interval(stands, images)
     return ConvergenceRow(
         target=attack.target,
@@ -85,4 +97,6 @@ def _row(attack: AttackSpec, stands: int, images: int) -> ConvergenceRow:
         robust_accuracy=stands / images,
         low=low,
         high=high,
+        fell=int((before_N & ~stands_N).sum()),
+        stood=int((stands_N & ~before_N).sum()),
     )

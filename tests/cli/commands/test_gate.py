@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -13,6 +14,7 @@ import pytest
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
+from advmoe_deploy.cli.commands.gate import _refusal
 from advmoe_deploy.cli.pages import gate_files
 from advmoe_deploy.errors import DataError
 from advmoe_deploy.specs import AttackSpec
@@ -102,6 +104,19 @@ def test_too_few_images_of_another_model_decide_nothing(
     assert "or raise --max-drop" in capsys.readouterr().err
     undecided = [c for c in ET.parse(xml).iter("testcase") if c.find("error") is not None]
     assert len(undecided) == 3
+
+
+def test_no_limit_is_offered_against_answers_that_differ() -> None:
+    names = ("clean accuracy", "engine answers as its reference", "robustness survived the export")
+    checks = [
+        Check(name=name, verdict=verdict, message="router: routes differ", seconds=0.0)
+        for name, verdict in zip(names, ("passed", "failed", "failed"), strict=True)
+    ]
+    seen = SimpleNamespace(findings=("one",), fragility=())
+    report: Any = SimpleNamespace(verdict="failed", checks=checks, report=seen)
+    assert str(_refusal(report)) == (
+        "engine answers as its reference: router: routes differ; do not ship this bundle"
+    )
 
 
 def of_another_model(kept: Path, out: Path) -> Path:
@@ -241,3 +256,4 @@ def test_nothing_that_is_said_breaks_xml_or_tables(kept: Path) -> None:
     rows = [line for line in gate_files.markdown(gate).decode().splitlines() if line[:1] == "|"]
     assert len(rows) == 5
     assert all(row.replace("\\|", "").count("|") == 4 for row in rows)
+    assert "\x1b" not in "".join(rows)  # which a log in a terminal would obey

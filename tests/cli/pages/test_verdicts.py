@@ -7,7 +7,7 @@ import pytest
 from advmoe_deploy import api
 from advmoe_deploy.analysis.analyze import AnalysisReport
 from advmoe_deploy.analysis.redundancy import FixedExpertRow
-from advmoe_deploy.analysis.shares import Share
+from advmoe_deploy.analysis.shares import Difference, Share
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.commands.verify import refusal
 from advmoe_deploy.cli.tables.bundle import robust_verdict as robust_verdict_line
@@ -20,12 +20,20 @@ from advmoe_deploy.cli.verdicts.robust import (
     robust_verdict,
     withstands,
 )
-from advmoe_deploy.cli.verdicts.said import Said
+from advmoe_deploy.cli.verdicts.said import Said, percent
 from advmoe_deploy.parity.drop import Drop
 from advmoe_deploy.profiling.profile import profile_bundle
 from advmoe_deploy.reports import LatencyRatio, LatencyReport, Macs, Pair
 from advmoe_deploy.specs import ThreatModel
 from tests.cli.pages.shown import Pages, entry_of
+
+
+def test_all_but_one_is_not_all() -> None:
+    shares = (0, 1 / 10_000, 1 / 3, 1999 / 2000, 9999 / 10_000, 1)
+    assert [percent(share) for share in shares] == [
+        "0.0 %", "0.01 %", "33.3 %", "99.95 %", "99.99 %", "100.0 %"
+    ]  # fmt: skip
+    assert [percent(share) for share in (1e-18, 1 - 1e-12)] == ["0.0 %", "100.0 %"]
 
 
 def ratio(
@@ -146,6 +154,9 @@ def test_a_loss_is_told_by_the_rule_that_found_it(
     lowered = assured.model_copy(update={"consistency": other})
     assert "reference gets right" not in export_verdict(lowered).text
     assert "accuracy fell by 0.00 points" in str(refusal(lowered))
+    won = Drop(images=200, only_reference=0, only_engine=1).report(0.5)
+    gained = lowered.model_copy(update={"clean_drop": won})
+    assert "clean accuracy rose by 0.50 points" in str(refusal(gained))
 
 
 def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> None:
@@ -176,18 +187,25 @@ def test_a_reference_that_is_not_robust_is_told_from_a_loss(pages: Pages) -> Non
 
 def test_steps_that_still_break_more_are_said(pages: Pages) -> None:
     measured = entry_of(pages["report"].parent.parent).advmoe
-    first, last = measured.convergence[0], measured.convergence[0].model_copy(update={"steps": 50})
+    some = {"images": 40, "robust_accuracy": 0.6, "low": 0.446}
+    first = measured.convergence[0].model_copy(update=some)
+    last = first.model_copy(update={"steps": 50})
 
-    def said(share: float) -> tuple[str, str]:
-        rows = (first, last.model_copy(update={"robust_accuracy": share}))
+    def said(fell: int, stood: int = 0) -> tuple[str, str]:
+        share = first.robust_accuracy - (fell - stood) / first.images
+        update = {"robust_accuracy": share, "fell": fell, "stood": stood}
+        rows = (first, last.model_copy(update=update))
         sentence = robust_verdict(measured.model_copy(update={"convergence": rows}))[-1]
         return sentence.text, sentence.tone
 
-    assert said(first.robust_accuracy) == (
+    assert said(0) == (
         "50 steps of PGD instead of 2 break no more: the attack has converged", ""
     )  # fmt: skip
-    assert "the true figure is lower" in said(first.low - 0.01)[0]
-    assert said(first.low - 0.01)[1] == "unsure"
+    # Of the same images: what is left is within the interval of what stood before.
+    assert "break 12.5 points more: the true figure is lower" in said(5)[0]
+    assert said(5)[1] == "unsure"
+    assert said(1)[0].endswith("break 2.5 points more at most, within chance")
+    assert said(6, 4)[0].endswith("break 5.0 points more at most, within chance")
 
 
 def test_an_analysis_draws_conclusions(pages: Pages) -> None:
@@ -212,7 +230,32 @@ def test_an_analysis_draws_conclusions(pages: Pages) -> None:
     said = conclusions(report.model_copy(update={"routes": (collapsed,)}))[1]
     assert said.text == "Routing has collapsed onto one expert: 1.00 effective routes of 2"
     assert said.tone == "worse"
+    few = use.model_copy(update={"effective_routes": 1.0, "load": (4, 0)})
+    said = conclusions(report.model_copy(update={"routes": (few,)}))[1]
+    assert said.text.startswith("4 choices of experts cannot tell how evenly they are used: 1.00")
+    assert said.tone == "unsure"
+    by_chance = use.model_copy(update={"class_information": use.chance_information})
+    said = conclusions(report.model_copy(update={"routes": (by_chance,)}))[2]
+    assert said.text.startswith("Routes follow the class no more than chance explains")
     assert "under the stronger of PGD and APGD" in page.split("<main>")[1]
+
+
+def test_experts_are_redundant_only_where_that_is_shown(pages: Pages) -> None:
+    file = pages["analysis"].parent / "analysis.json"
+    report = AnalysisReport.model_validate_json(file.read_text())
+
+    def said(low: float, high: float) -> str:
+        assert report.experts
+        lost = Difference(value=(low + high) / 2, low=low, high=high)
+        second = report.experts.second[-1].model_copy(update={"lost": lost})
+        experts = report.experts.model_copy(update={"second": (second,)})
+        texts = [each.text for each in conclusions(report.model_copy(update={"experts": experts}))]
+        return next(text for text in texts if "with their best expert" in text)
+
+    assert said(0.07, 0.48).startswith("Experts do not stand in for each other: ")
+    assert said(-0.01, 0.04).startswith("Experts are redundant: ")
+    assert said(-0.1, 0.1).startswith("Whether experts stand in for each other, 20 images do not")
+    assert said(-0.1, 0.1).endswith("-10.0 to +10.0 points apart")
 
 
 def test_routing_is_judged_by_the_stronger_attack(pages: Pages) -> None:

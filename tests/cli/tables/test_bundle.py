@@ -119,6 +119,27 @@ def test_reports_are_tables(capsys: Capture, tiny_bundle: Bundle) -> None:
         assert text in out
 
 
+def test_routes_that_are_none_or_too_close_do_not_agree_on_a_share(
+    capsys: Capture, tiny_bundle: Bundle
+) -> None:
+    kept = Drop(images=1, only_reference=0, only_engine=0)
+    report = robust_report(tiny_bundle, kept, kept)
+    (layer,) = report.parity.layers
+    close = layer.model_copy(update={"rows": 1, "close_calls": 1})
+    for layers, said in (((), "nothing is routed; "), ((close,), "for all are close calls; ")):
+        parity = report.parity.model_copy(update={"layers": layers})
+        consistency = report.consistency.model_copy(update={"parity": parity})
+        seen = report.model_copy(update={"consistency": consistency, "images": 1})
+        draw_on(sys.stdout, tables.robust_report(seen))
+        out = " ".join(capsys.readouterr().out.split())
+        assert said in out
+        assert "routes agree" not in out
+        assert out.startswith("1 image of digits")
+        assert tables.robust_verdict(seen.model_copy(update={"verdict": "undecided"})) == (
+            "UNDECIDED: 1 image cannot tell (limit: 0.5 points)"
+        )
+
+
 def test_the_interval_is_set_aside_only_where_robustness_is_decided_by_a_count(
     tiny_bundle: Bundle,
 ) -> None:
