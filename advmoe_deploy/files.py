@@ -26,6 +26,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def names_file(text: str) -> bool:
+    """Return whether there is a file called ``text``, which may be too long for a name."""
+    with suppress(OSError):
+        return Path(text).is_file()
+    return False
+
+
 def write_sums(root: Path) -> None:
     """Write ``root/SHA256SUMS``, of all files below it, for ``sha256sum --check``."""
     files = sorted(file for file in root.rglob("*") if file.is_file())
