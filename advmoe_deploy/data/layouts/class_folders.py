@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
-from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.data.layouts.tree import Tree, require_text
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError, reason_of
@@ -102,12 +102,14 @@ def by_folder(
     Of files in the root's folders ``beside`` nothing is said.
 
     Raises:
-        DataError: one of them holds no image.
+        DataError: one of them holds no image, or its name is no UTF-8.
     """
     top = f"{folder}/" if folder else ""
     files: list[str] = []
     labels: list[int] = []
     by_class: dict[str, list[str]] = {name: [] for name in names}
+    for name in names:
+        require_text(tree.root / folder / name)
     below_it = tree.below(folder) if folder else tree.files
     there = [file for file in below_it if file.split("/")[0] not in beside]
     images = images_of(there)
