@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe_deploy.data.layouts.tables import encoded_in
 from advmoe_deploy.data.registry import load_dataset, load_test_split
 from advmoe_deploy.errors import DataError
 from tests.data.images import pixels, png, write_png, write_table
@@ -259,3 +260,13 @@ def test_a_grey_image_in_a_table_is_read_as_colour(tmp_path: Path) -> None:
     row = pa.array([{"bytes": file.getvalue()}], kind)
     pq.write_table(pa.table({"img": row, "label": [3]}), tmp_path / "test-00000-of-00001.parquet")
     assert (load_dataset(f"cifar10:{tmp_path}").test.images == 7).all()
+
+
+def test_images_of_more_bytes_than_one_array_holds_are_read() -> None:
+    # A row that is nothing, of a file's bytes it claims 1 GiB; two of such arrays are not joined.
+    begins = pa.py_buffer(np.array([0, 1 << 30], np.int32))
+    data = pa.py_buffer(np.zeros(1 << 30, np.uint8))
+    nothing = pa.Array.from_buffers(pa.binary(), 1, [pa.py_buffer(b"\0"), begins, data])
+    images = pa.StructArray.from_arrays([nothing], ["bytes"])
+    assert encoded_in(pa.chunked_array([images] * 3)) == [None] * 3
+    assert encoded_in(pa.chunked_array([nothing] * 3)) == [None] * 3
