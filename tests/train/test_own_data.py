@@ -65,6 +65,16 @@ def test_one_line_trains_on_a_folder_and_says_what_it_chose(
     assert "holds a finished run; pass --overwrite to replace it" in capfd.readouterr().err
 
 
+def test_classes_that_are_held_out_whole_are_said(tmp_path: Path) -> None:
+    for number in range(5):
+        write_png(tmp_path / "set" / "train" / f"c{number}" / "0.png", number)
+        write_png(tmp_path / "set" / "val" / f"c{number}" / "0.png", 10 + number)
+    asked = train_request("dense", tmp_path / "run", data=str(tmp_path / "set"))
+    (held,) = asked.data.holdout.labels
+    said = f"4 to train on, 1 to choose the epoch by, 5 to test on; none to train on of c{held}"
+    assert asked.config.chosen["split"] == said
+
+
 def test_mean_and_deviation_are_those_of_the_training_part(photos: Path, tmp_path: Path) -> None:
     asked = train_request("dense", tmp_path / "run", data=str(photos))
     images = to_float(asked.data.train.images)
