@@ -28,6 +28,7 @@ from advmoe_deploy.files import (
     sha256_of,
     staged_directory,
     write_atomically,
+    write_in_turn,
 )
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import (
@@ -41,7 +42,7 @@ from advmoe_deploy.models.checkpoint import (
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import DATA, RunData
-from advmoe_deploy.train.run.place import CONFIG, REPORT, is_occupied, require_place, require_same
+from advmoe_deploy.train.run.place import CONFIG, REPORT, require_place, require_same
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CHECKPOINTS = "checkpoints"
@@ -188,12 +189,15 @@ def open_run(
     if resume:
         require_place(path, resume=True, overwrite=overwrite)
         require_same(path, config, data)
-    elif is_occupied(path):
-        _make_room(path, overwrite=overwrite)
-    path.mkdir(parents=True, exist_ok=True)
-    # Written again by a resumed run, whose data may have moved; last what says that it was begun.
-    for name, value in ((DATA, data), (CONFIG, config)):
-        write_atomically(path / name, value.model_dump_json(indent=2).encode() + b"\n")
+    else:
+        require_place(path, resume=False, overwrite=overwrite)
+        _clear(path)
+    # Written again by a resumed run, whose data may have moved. First what says that it was begun:
+    # with it alone the run can be replaced and resumed.
+    told = ((CONFIG, config), (DATA, data))
+    write_in_turn(
+        [(path / name, value.model_dump_json(indent=2).encode() + b"\n") for name, value in told]
+    )
     return RunFolder(path)
 
 
@@ -201,15 +205,17 @@ def _merit(record: EpochRecord) -> tuple[float, float]:
     return (record.robust_accuracy or 0.0, record.clean_accuracy or 0.0)
 
 
-def _make_room(path: Path, *, overwrite: bool) -> None:
-    killed_at_once = path.is_dir() and all(
-        entry.name.startswith(f".{CONFIG}.partial-") for entry in path.iterdir()
-    )
-    if killed_at_once and overwrite:  # by another host: remove_abandoned knows those of this one
-        shutil.rmtree(path)
-        return
-    require_place(path, resume=False, overwrite=overwrite)
-    shutil.rmtree(path)
+def _clear(path: Path) -> None:
+    """Remove what is in the folder of a run, last what says that it is one.
+
+    The folder itself, which may be a link or a mounted volume, stays.
+    """
+    inside = path.iterdir() if path.is_dir() else ()
+    for entry in sorted(inside, key=lambda entry: entry.name == CONFIG):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _read_state(directory: Path, epoch: int) -> RunState:
