@@ -8,7 +8,7 @@ RUN/tensorboard/
 RUN/model/                      the selected model, at the end
 RUN/report.json                 what it reached, at the end
 
-Every file is whole or absent. Two newest checkpoints and the best one are kept.
+Every file is whole or absent. The two newest checkpoints are kept, and the best so far of each.
 """
 
 import json
@@ -57,12 +57,13 @@ _KEPT = 2
 class RunState(Frozen):
     """State of a run after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out.
 
-    ``best_epoch`` is 0 as long as no epoch could be the result. ``processes`` and ``threads`` of
-    the last epoch decide how sums are rounded.
+    ``best_epoch`` is 0 as long as no epoch could be the result, ``best_before`` is that of the
+    epoch before. ``processes`` and ``threads`` of the last epoch decide how sums are rounded.
     """
 
     epoch: int
     best_epoch: int
+    best_before: int = 0
     history: tuple[EpochRecord, ...]
     seconds: float
     processes: int = 1
@@ -91,6 +92,7 @@ class RunState(Frozen):
         return RunState(
             epoch=record.epoch,
             best_epoch=best,
+            best_before=self.best_epoch,
             history=history,
             seconds=seconds,
             processes=processes,
@@ -132,7 +134,7 @@ class RunFolder:
             (partial / STATE).write_text(sealed.model_dump_json(indent=2), encoding="utf-8")
         self.write_metrics(state.history)
         for epoch in self.epochs()[:-_KEPT]:
-            if epoch != state.best_epoch:
+            if epoch not in (state.best_epoch, state.best_before):
                 shutil.rmtree(self.checkpoint(epoch), ignore_errors=True)
 
     def write_metrics(self, history: Sequence[EpochRecord]) -> None:
