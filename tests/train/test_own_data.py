@@ -148,6 +148,7 @@ def test_size_and_precision_follow_the_device(monkeypatch: pytest.MonkeyPatch) -
         (["data=digits"], "both name data"),
         (["threat.epsilon=1/0"], "divides by zero"),
         (["threat.epsilon=8"], "less than or equal to 1"),
+        (["seed=18446744073709551616"], "seed: Input should be less than 18446744073709551616"),
     ],
 )
 def test_contradictions_are_one_line(photos: Path, settings: list[str], says: str) -> None:
@@ -192,6 +193,7 @@ REFUSED = [
     ([*OWN, "--set", "epoch=1"], 2, "did you mean epochs"),
     ([*OWN, "--epochs", "2", "--set", "epochs=3"], 2, "are one setting; give one"),
     ([*OWN, "--out", "photos"], 2, "exists and is no run"),
+    ([*OWN, "--out", "photos/runs/first"], 2, "and would be taken for one of them; choose"),
     ([*OWN, "--resume"], 2, "holds no run to resume"),
     ([*OWN, "--dry-run", "--out", "photos"], 2, "exists and is no run"),
     ([*OWN, "--dry-run", "--resume"], 2, "holds no run to resume"),
