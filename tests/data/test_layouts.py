@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 import shutil
 import tarfile
@@ -18,7 +19,7 @@ from PIL import Image
 from advmoe_deploy.data.layouts.tables import encoded_in
 from advmoe_deploy.data.registry import load_dataset, load_test_split
 from advmoe_deploy.errors import DataError
-from tests.data.images import pixels, png, write_png, write_table
+from tests.data.images import pixels, png, write_folders, write_png, write_table
 from tests.data.layouts import (
     LAYOUTS,
     TEST,
@@ -250,6 +251,21 @@ def test_an_annotation_of_no_image_or_class_is_one_line(tmp_path: Path) -> None:
     ):
         file.write_text("\n".join(changed))
         assert says in one_line_of(f"folder:{tmp_path}?size=32")
+    file.write_text("\n".join(lines))
+    write_png(tmp_path / "val" / "more" / lines[0].partition("\t")[0], 98)
+    assert "names 10 images, and 11 are there" in one_line_of(f"folder:{tmp_path}?size=32")
+
+
+def test_a_split_of_classes_that_is_not_read_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folders(tmp_path / "set")
+    for index, name in enumerate("ab"):
+        write_png(root / "test" / name / "0.png", 980 + index)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(f"folder:{root}?size=32")
+    assert len(data.test) == 6
+    assert caplog.messages == [f"{root}: val is the test, and test beside it is not read"]
 
 
 def test_a_grey_image_in_a_table_is_read_as_colour(tmp_path: Path) -> None:

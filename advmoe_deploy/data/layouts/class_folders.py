@@ -42,7 +42,10 @@ def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
             f"some images of each class to {wanted.test[0]}/CLASS/"
         )
     # Test images without labels may lie beside validation images that have them.
-    test = next((each for each in tests if _tells_classes(tree, each, names)), tests[0])
+    labelled = [each for each in tests if _tells_classes(tree, each, names)]
+    test = (labelled or tests)[0]
+    if unread := labelled[1:]:
+        say_once(f"{tree.root}: {test} is the test, and {some_of(unread)} beside it is not read")
     return by_folder(tree, train, names), _test_images(tree, test, names, train)
 
 
@@ -142,7 +145,8 @@ def by_folder(
 def _by_annotation(tree: Tree, folder: str, annotations: str, names: Sequence[str]) -> Listing:
     """Return the images that the lines of a text file name, with the class that they say."""
     classes = {name: label for label, name in enumerate(names)}
-    by_name = {PurePosixPath(file).name: file for file in images_of(tree.below(folder))}
+    images = images_of(tree.below(folder))
+    by_name = {PurePosixPath(file).name: file for file in images}
     files: list[str] = []
     labels: list[int] = []
     text = (tree.root / annotations).read_text(encoding="utf-8-sig", errors="replace")
@@ -157,10 +161,10 @@ def _by_annotation(tree: Tree, folder: str, annotations: str, names: Sequence[st
             )
         files.append(by_name[image])
         labels.append(classes[rest[0]])
-    if len(set(files)) != len(by_name) or len(files) != len(by_name):
+    if not len(set(files)) == len(files) == len(images):
         raise DataError(
-            f"{tree.root / annotations} names {len(files):,} images, and {len(by_name):,} are "
-            "there; give each image one line"
+            f"{tree.root / annotations} names {len(files):,} images, and {len(images):,} are "
+            "there; give each image one line, and a name of its own"
         )
     return _of_files(tree, files, labels, names)
 
