@@ -238,3 +238,17 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
     assert refused == [f"another process trains in {run}; stop it, or choose another --out"]
     assert json.loads((run / "config.json").read_text())["lr"] == config.lr
     train(config, data, run, overwrite=True)
+
+
+def test_images_beyond_those_to_train_on_decide_nothing(tmp_path: Path) -> None:
+    config = tiny(
+        "digits-advmoe", "epochs=1", "train_images=16", "shared_start=0", "even_loads=true"
+    )
+    data = some_digits()
+    train(config, data, tmp_path / "a")
+    data.train.images[16:] = 255 - data.train.images[16:]
+    train(config, data, tmp_path / "b")
+    ours, theirs = (
+        (tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in "ab"
+    )
+    assert ours == theirs
