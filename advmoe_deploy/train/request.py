@@ -97,7 +97,7 @@ def train_request(
         found = load_dataset(config.data)
     require_fit(config, found, devices)
     if takes_out:
-        _require_outside(target, found)
+        require_outside(target, found)
     if resume:
         kept = config.model_copy(update={"data": found.source})
         require_same(target, kept, RunData.of(found))
@@ -144,8 +144,12 @@ def _require_apart(origin: Origin, target: Path) -> None:
         )
 
 
-def _require_outside(target: Path, data: Dataset) -> None:
-    """Refuse a run beside the class folders of its data, one of which it would be from then on."""
+def require_outside(target: Path, data: Dataset) -> None:
+    """Refuse a run beside the class folders of its data, one of which it would be from then on.
+
+    Raises:
+        UsageError: ``target`` lies there.
+    """
     folder = folder_in(data.source)
     above = Path(os.path.realpath(target)).parents if folder else ()
     for place in (each for each in above if folder and each.is_relative_to(folder[0])):

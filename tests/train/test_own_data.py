@@ -221,6 +221,7 @@ ELSEWHERE = [
     ),
     (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no finite number; write"),
     (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
+    (["sweep", *OWN, "--over", "lr=0.1", "--out", "photos/s"], 2, "would be taken for one of them"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
     (["verify", "x", "--epsilon", "8"], 2, "write 8/255"),
 ]
