@@ -15,6 +15,8 @@ from typing import BinaryIO
 from advmoe_deploy.errors import UsageError, naming, reading, writing
 
 SUMS = "SHA256SUMS"
+# Names of all that this process has written under another name first.
+_own: set[str] = set()
 
 
 def sha256_of(path: Path) -> str:
@@ -24,6 +26,13 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def names_file(text: str) -> bool:
+    """Return whether there is a file called ``text``, which may be too long for a name."""
+    with suppress(OSError):
+        return Path(text).is_file()
+    return False
 
 
 def write_sums(root: Path) -> None:
@@ -185,7 +194,7 @@ def remove_abandoned(directory: Path, target: str = r".+") -> None:
     pattern = re.compile(rf"\.({target})\.partial-{re.escape(platform.node())}-(\d+)-\w+(\.old)?")
     for path in directory.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match[2])):
+        if match is None or _is_in_use(path.name.removesuffix(".old"), int(match[2])):
             continue
         if match[3] and not (directory / match[1]).exists():
             path.rename(directory / match[1])  # killed between the two renames: it is all there is
@@ -198,7 +207,9 @@ def remove_abandoned(directory: Path, target: str = r".+") -> None:
 def _partial_name(target: Path) -> Path:
     # The host is named because process ids mean nothing to another one on a shared volume.
     unique = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return target.with_name(f".{target.name}.partial-{unique}")
+    name = f".{target.name}.partial-{unique}"
+    _own.add(name)
+    return target.with_name(name)
 
 
 def _replace_directory(partial: Path, target: Path) -> None:
@@ -215,6 +226,14 @@ def _replace_directory(partial: Path, target: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
+
+
+def _is_in_use(partial: str, pid: int) -> bool:
+    """Return whether the process that made ``partial`` may still be writing it.
+
+    In a container that is started again every process has the number of the one that was killed.
+    """
+    return partial in _own if pid == os.getpid() else _is_alive(pid)
 
 
 def _is_alive(pid: int) -> bool:

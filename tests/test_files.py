@@ -74,6 +74,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_a_process_of_our_own_number_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{platform.node()}-{os.getpid()}-0123abcd"
+    left.mkdir()
+    aside = tmp_path / f".old.partial-{platform.node()}-{os.getpid()}-0123abcd.old"
+    aside.mkdir()
+    with staged_directory(tmp_path / "out") as partial:
+        remove_abandoned(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {partial.name, "old"}
+
+
 def test_old_directory_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -85,9 +85,10 @@ def stratified_parts(
     their rank within their class relative to the class's size, and cut.
     """
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    by_class = np.argsort(labels[shuffled], kind="stable")
+    _, counts = np.unique(labels, return_counts=True)
+    before = np.repeat(np.cumsum(counts) - counts, counts)
     rank = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels[shuffled] == label)
-        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    rank[by_class] = (np.arange(len(labels)) - before + 0.5) / np.repeat(counts, counts)
     dealt = shuffled[np.argsort(rank, kind="stable")].astype(np.int64)
     return np.split(dealt, np.cumsum(sizes))

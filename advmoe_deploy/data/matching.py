@@ -13,6 +13,7 @@ from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.data.registry import load_dataset, load_first_of_test
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import InputError, UsageError
+from advmoe_deploy.files import names_file
 from advmoe_deploy.specs import Fingerprint, ModelSpec
 
 _SHOWN = 5
@@ -133,7 +134,7 @@ def read_class_map(text: str | None) -> dict[str, str]:
     if not text:
         return {}
     parts: Iterable[str] = text.split(",")
-    if "=" not in text or Path(text).is_file():
+    if "=" not in text or names_file(text):
         try:
             parts = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:

@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ import PIL
 from advmoe_deploy.data.decode import DecodedImage, decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
+from advmoe_deploy.files import staged_file
 from advmoe_deploy.process import cache_folder, default_threads, usable_cpus
 
 CACHE_VARIABLE = "ADVMOE_CACHE"
@@ -85,6 +88,17 @@ def _fill(
             images[index] = pixels
 
 
+def _mapped(stream: BinaryIO, shape: tuple[int, ...]) -> Pixels:
+    """Return the pixels of an NPY file, which ``stream`` becomes."""
+    kind = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, kind)
+    stream.flush()
+    begin = stream.tell()
+    if sys.platform == "linux":  # a full disk is an error here, and the end of the process later
+        os.posix_fallocate(stream.fileno(), 0, begin + math.prod(shape))
+    return np.memmap(stream, np.uint8, "r+", begin, shape)
+
+
 def _cached(
     read: Callable[[int], Pixels], rows: Sequence[int], shape: tuple[int, ...], key: str
 ) -> Pixels:
@@ -92,15 +106,10 @@ def _cached(
     root = Path(own).expanduser() if own else cache_folder() / "images"
     root.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(f"{key} {shape}".encode()).hexdigest()[:24]
-    file, partial = root / f"{digest}.npy", root / f"{digest}.{os.getpid()}.partial.npy"
+    file = root / f"{digest}.npy"
     if not file.is_file():
-        try:
-            images = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            _fill(images, read, rows)
-            images.flush()
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with staged_file(file) as stream:
+            _fill(_mapped(stream, shape), read, rows)
     # Copy-on-write: torch wants writable memory, the file must not change.
     found: Pixels = np.load(file, mmap_mode="c")
     return found

@@ -98,8 +98,13 @@ def folder_in(source: str) -> tuple[Path, int | None] | None:
         return None
     folder, mark, size = path.rpartition(_SIZE)
     if not mark:
-        return Path(path).expanduser(), None
-    return Path(folder).expanduser(), _pixels_in(source, size)
+        return _at_home(path), None
+    return _at_home(folder), _pixels_in(source, size)
+
+
+def _at_home(path: str) -> Path:
+    """Return ``path``, a leading ``~`` or ``~USER`` replaced if there is such a user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises
 
 
 def _pixels_in(source: str, size: str) -> int:
@@ -145,4 +150,4 @@ def absolute(source: str, size: int | None = None) -> str:
     if name == "folder":
         stem, _, text = path.rpartition(_SIZE) if _SIZE in path else (path, "", str(size or ""))
         path, ending = stem, f"{_SIZE}{_pixels_in(source, text if stem else '')}"
-    return f"{name}:{Path(path).expanduser().resolve()}{ending}" if path else name
+    return f"{name}:{_at_home(path).resolve()}{ending}" if path else name

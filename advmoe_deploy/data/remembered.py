@@ -10,6 +10,7 @@ from advmoe_deploy.data.matching import label_map
 from advmoe_deploy.data.registry import absolute, folder_in, load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import InputError, UsageError
+from advmoe_deploy.files import names_file
 from advmoe_deploy.reports.checkpoint import Known
 from advmoe_deploy.specs import ModelSpec, ThreatModel
 
@@ -100,12 +101,11 @@ def _names(classes: str | os.PathLike[str] | Sequence[str] | None) -> tuple[str,
 
 
 def _read(text: str) -> list[str]:
-    file = Path(text)
-    if not file.is_file():
+    if not names_file(text):
         if "," in text:
             return text.split(",")
         raise InputError(f"--classes {text} is no file; name one with a class a line, or A,B,C")
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return Path(text).read_text(encoding="utf-8-sig").splitlines()
     except ValueError as error:
         raise InputError(f"--classes {text} is no text ({error}); save it as UTF-8") from None

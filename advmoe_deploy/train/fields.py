@@ -150,7 +150,7 @@ class TrainFields(Frozen):
     """Mirror half of the training images."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the average of the weights that is evaluated and kept."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 64)
     """Seed of weights, order and every random number."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Number format of the computation; 16-mixed needs a GPU."""

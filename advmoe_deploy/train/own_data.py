@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.folder import Survey
+from advmoe_deploy.data.layouts.class_folders import some_of
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.device import has_bf16, has_gpu
 from advmoe_deploy.train.fields import Start
@@ -185,13 +186,16 @@ def chosen(
     """Return what is to be said and recorded of ``choices``, the split first."""
     counts = f"{len(data.train):,} to train on, {len(data.holdout):,} to choose the epoch by, "
     begun = {}
+    per_class = np.bincount(data.train.labels, minlength=len(data.class_names)).tolist()
+    lone = [name for name, n in zip(data.class_names, per_class, strict=True) if not n]
+    untaught = f"; none to train on of {some_of(lone)}" if lone else ""
     if start:
         new = f"but for a new head for these {len(data.class_names)} classes"
         begun["from"] = f"{start.source}: its weights, {new if start.new_head else 'head included'}"
     return {
         "recipe": recipe,
         **begun,
-        "split": f"{counts}{len(data.test):,} to test on",
+        "split": f"{counts}{len(data.test):,} to test on{untaught}",
         **{choice.key: choice.told for choice in choices if choice.key not in ("data", "name")},
     }
 

@@ -65,9 +65,9 @@ def train_request(
         require: refuses configurations; asked before any image is read, of what is known then.
 
     Raises:
-        UsageError: an argument is unknown or makes no sense, ``out`` is in the way, the run to go
-            on with has other settings or data, or the model to begin with lies in what would be
-            replaced.
+        UsageError: an argument is unknown or makes no sense, ``out`` is in the way or among the
+            images, the run to go on with has other settings or data, or the model to begin with
+            lies in what would be replaced.
         InputError: the data, or the model to begin with, cannot be read.
     """
     given = {key: value for key, _, value in (each.partition("=") for each in settings)}
@@ -96,6 +96,8 @@ def train_request(
     else:
         found = load_dataset(config.data)
     require_fit(config, found, devices)
+    if takes_out:
+        require_outside(target, found)
     if resume:
         kept = config.model_copy(update={"data": found.source})
         require_same(target, kept, RunData.of(found))
@@ -140,6 +142,22 @@ def _require_apart(origin: Origin, target: Path) -> None:
             f"--from {origin.source} lies in {target}, which would be replaced; choose another "
             "--out"
         )
+
+
+def require_outside(target: Path, data: Dataset) -> None:
+    """Refuse a run beside the class folders of its data, one of which it would be from then on.
+
+    Raises:
+        UsageError: ``target`` lies there.
+    """
+    folder = folder_in(data.source)
+    above = Path(os.path.realpath(target)).parents if folder else ()
+    for place in (each for each in above if folder and each.is_relative_to(folder[0])):
+        if all((place / name).is_dir() for name in data.class_names):
+            raise UsageError(
+                f"{target} lies beside the classes of {place}, and would be taken for one of them; "
+                "choose another --out"
+            )
 
 
 def _stem(source: str) -> str:

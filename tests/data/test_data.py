@@ -66,6 +66,14 @@ def test_stratified_parts_are_disjoint_and_complete() -> None:
     assert labels[second].tolist().count(1) == 3
 
 
+def test_small_parts_hold_uneven_classes_evenly() -> None:
+    labels = np.repeat([7, 3, 5], [40, 20, 1])
+    first, rest = stratified_parts(labels, (15,))
+    assert [int((labels[first] == label).sum()) for label in (7, 3, 5)] == [10, 5, 0]
+    assert len(rest) == 46
+    assert [len(part) for part in stratified_parts(labels[:0], (0,))] == [0, 0]
+
+
 def test_to_float_is_x_over_255() -> None:
     assert to_float(np.array([0, 51, 255], np.uint8)).tolist() == [0.0, np.float32(0.2), 1.0]
 

@@ -1,6 +1,7 @@
 """Hub data sets besides CIFAR-10, and image folders."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from advmoe_deploy.data import pixels
 from advmoe_deploy.data.dataset import mixed
 from advmoe_deploy.data.registry import load_dataset
+from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, UsageError
 from tests.data.test_data import digit_png
 
@@ -168,3 +170,21 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder: Path) -> None:
     (folder / "val" / "grey").mkdir()
     with pytest.raises(DataError, match="different classes"):
         load_dataset(f"folder:{folder}?size=8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is taken in advance on Linux")
+def test_a_large_split_has_its_room_on_the_disk_before_an_image_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADVMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(pixels, "IN_MEMORY_BYTES", 0)
+
+    def read(row: int) -> np.ndarray:
+        (file,) = tmp_path.iterdir()
+        assert 512 * file.stat().st_blocks > images * 3 * 64 * 64  # else a full disk is a SIGBUS
+        return np.full((3, 64, 64), row, np.uint8)
+
+    images = 40
+    found = pixels.stacked(read, range(images), Decoding.of(64), lambda: "key")
+    assert found[:, 0, 0, 0].tolist() == [*range(images)]
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]

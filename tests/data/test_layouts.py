@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 import shutil
 import tarfile
@@ -15,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from advmoe_deploy.data.layouts.tables import encoded_in
 from advmoe_deploy.data.registry import load_dataset, load_test_split
 from advmoe_deploy.errors import DataError
-from tests.data.images import pixels, png, write_png, write_table
+from tests.data.images import pixels, png, write_folders, write_png, write_table
 from tests.data.layouts import (
     LAYOUTS,
     TEST,
@@ -249,6 +251,21 @@ def test_an_annotation_of_no_image_or_class_is_one_line(tmp_path: Path) -> None:
     ):
         file.write_text("\n".join(changed))
         assert says in one_line_of(f"folder:{tmp_path}?size=32")
+    file.write_text("\n".join(lines))
+    write_png(tmp_path / "val" / "more" / lines[0].partition("\t")[0], 98)
+    assert "names 10 images, and 11 are there" in one_line_of(f"folder:{tmp_path}?size=32")
+
+
+def test_a_split_of_classes_that_is_not_read_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folders(tmp_path / "set")
+    for index, name in enumerate("ab"):
+        write_png(root / "test" / name / "0.png", 980 + index)
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(f"folder:{root}?size=32")
+    assert len(data.test) == 6
+    assert caplog.messages == [f"{root}: val is the test, and test beside it is not read"]
 
 
 def test_a_grey_image_in_a_table_is_read_as_colour(tmp_path: Path) -> None:
@@ -259,3 +276,13 @@ def test_a_grey_image_in_a_table_is_read_as_colour(tmp_path: Path) -> None:
     row = pa.array([{"bytes": file.getvalue()}], kind)
     pq.write_table(pa.table({"img": row, "label": [3]}), tmp_path / "test-00000-of-00001.parquet")
     assert (load_dataset(f"cifar10:{tmp_path}").test.images == 7).all()
+
+
+def test_images_of_more_bytes_than_one_array_holds_are_read() -> None:
+    # A row that is nothing, of a file's bytes it claims 1 GiB; two of such arrays are not joined.
+    begins = pa.py_buffer(np.array([0, 1 << 30], np.int32))
+    data = pa.py_buffer(np.zeros(1 << 30, np.uint8))
+    nothing = pa.Array.from_buffers(pa.binary(), 1, [pa.py_buffer(b"\0"), begins, data])
+    images = pa.StructArray.from_arrays([nothing], ["bytes"])
+    assert encoded_in(pa.chunked_array([images] * 3)) == [None] * 3
+    assert encoded_in(pa.chunked_array([nothing] * 3)) == [None] * 3

@@ -71,6 +71,8 @@ def test_a_class_map_is_a_list_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeffcar=automobile\r\n\r\ncrane, the bird=crane\r\n".encode())
     assert read_class_map(str(file)) == {"car": "automobile", "crane, the bird": "crane"}
+    long = {f"name {i}": f"class {i}" for i in range(50)}  # of more bytes than a file's name has
+    assert read_class_map(",".join("=".join(pair) for pair in long.items())) == long
     for wrong in ("car=", "=automobile", "car=a,car=b", "car=automobile,plane"):
         with pytest.raises(UsageError, match="OLD=NEW"):
             read_class_map(wrong)

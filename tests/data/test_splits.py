@@ -153,6 +153,7 @@ def test_a_source_means_the_same_in_any_folder(
     assert load_dataset(source).source == source
     monkeypatch.setenv("HOME", str(tmp_path))
     assert absolute("cifar10:~/c") == f"cifar10:{tmp_path}/c"
+    assert absolute("cifar10:~nobody-of-this-name/c") == "cifar10:/~nobody-of-this-name/c"
     assert absolute("digits") == "digits"
     assert absolute("cifar10") == "cifar10"
 

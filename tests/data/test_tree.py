@@ -2,10 +2,12 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from advmoe_deploy.data.layouts.tree import Tree, tree_of
 from advmoe_deploy.data.registry import load_dataset
 from tests.data.images import write_folders, write_png
 
@@ -78,3 +80,26 @@ def test_files_that_are_no_images_are_said(
     (line,) = caplog.messages
     assert "1 files below train are no images by their suffix" in line
     assert line.endswith("such as train/a/photo.heic")
+
+
+class Seldom(tuple[str, ...]):
+    """Files that must not be gone through one by one."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("every file was looked at")
+
+
+def test_what_is_below_one_of_thousands_of_folders_is_found_without_a_look_at_each_file(
+    tmp_path: Path,
+) -> None:
+    names = ("a", "a b", "a-b", "a.b", "ab", "b")
+    for name in names:
+        write_png(tmp_path / name / "deep" / "0.png", 0)
+        write_png(tmp_path / name / "1.png", 0)
+    tree = tree_of(tmp_path)
+    tree = Tree(tree.root, Seldom(tree.files), tree.folders)
+    for name in names:
+        assert tree.below(name) == (f"{name}/1.png", f"{name}/deep/0.png")
+    assert tree.below("a/deep") == ("a/deep/0.png",)
+    assert not tree.below("0")
+    assert not tree.below("c")

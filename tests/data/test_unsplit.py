@@ -1,6 +1,7 @@
 """Folders of photographs as people have them: classes, and no split for the test."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -183,3 +184,16 @@ def test_a_damaged_head_is_one_line(tmp_path: Path) -> None:
     (root / "digit" / "000.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"000\.jpg: not a PNG"):
         survey(root)
+
+
+def test_a_class_or_a_folder_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "photos", count=5)
+    latin = os.fsdecode(b"caf\xe9")
+    try:
+        (root / "flower").rename(root / latin)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert f"the name of b'{root}/caf\\xe9' is no UTF-8; rename it" in refused(str(root))
+    (root / latin).rename(root / "flower")
+    root = root.rename(tmp_path / latin)
+    assert f"the name of b'{tmp_path}/caf\\xe9' is no UTF-8; rename it" in refused(str(root))

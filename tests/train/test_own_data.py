@@ -65,6 +65,16 @@ def test_one_line_trains_on_a_folder_and_says_what_it_chose(
     assert "holds a finished run; pass --overwrite to replace it" in capfd.readouterr().err
 
 
+def test_classes_that_are_held_out_whole_are_said(tmp_path: Path) -> None:
+    for number in range(5):
+        write_png(tmp_path / "set" / "train" / f"c{number}" / "0.png", number)
+        write_png(tmp_path / "set" / "val" / f"c{number}" / "0.png", 10 + number)
+    asked = train_request("dense", tmp_path / "run", data=str(tmp_path / "set"))
+    (held,) = asked.data.holdout.labels
+    said = f"4 to train on, 1 to choose the epoch by, 5 to test on; none to train on of c{held}"
+    assert asked.config.chosen["split"] == said
+
+
 def test_mean_and_deviation_are_those_of_the_training_part(photos: Path, tmp_path: Path) -> None:
     asked = train_request("dense", tmp_path / "run", data=str(photos))
     images = to_float(asked.data.train.images)
@@ -138,6 +148,7 @@ def test_size_and_precision_follow_the_device(monkeypatch: pytest.MonkeyPatch) -
         (["data=digits"], "both name data"),
         (["threat.epsilon=1/0"], "divides by zero"),
         (["threat.epsilon=8"], "less than or equal to 1"),
+        (["seed=18446744073709551616"], "seed: Input should be less than 18446744073709551616"),
     ],
 )
 def test_contradictions_are_one_line(photos: Path, settings: list[str], says: str) -> None:
@@ -182,6 +193,7 @@ REFUSED = [
     ([*OWN, "--set", "epoch=1"], 2, "did you mean epochs"),
     ([*OWN, "--epochs", "2", "--set", "epochs=3"], 2, "are one setting; give one"),
     ([*OWN, "--out", "photos"], 2, "exists and is no run"),
+    ([*OWN, "--out", "photos/runs/first"], 2, "and would be taken for one of them; choose"),
     ([*OWN, "--resume"], 2, "holds no run to resume"),
     ([*OWN, "--dry-run", "--out", "photos"], 2, "exists and is no run"),
     ([*OWN, "--dry-run", "--resume"], 2, "holds no run to resume"),
@@ -209,6 +221,7 @@ ELSEWHERE = [
     ),
     (["sweep", *OWN, "--over", "model.num_experts=two"], 2, "is no finite number; write"),
     (["sweep", "advmoe", "--over", "lr=0.1"], 2, "pass --data FOLDER"),
+    (["sweep", *OWN, "--over", "lr=0.1", "--out", "photos/s"], 2, "would be taken for one of them"),
     (["import", "one/cats/0.png", "--from", "advmoe", "--classes", "a,a"], 2, "names a twice"),
     (["verify", "x", "--epsilon", "8"], 2, "write 8/255"),
 ]

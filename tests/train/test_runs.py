@@ -1,5 +1,6 @@
 """Whole runs: what they leave, what they refuse, how they end badly."""
 
+import errno
 import json
 import platform
 import shutil
@@ -18,7 +19,10 @@ from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run.data import RunData
+from advmoe_deploy.train.run.folder import open_run
 from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.run.place import require_place
 from advmoe_deploy.train.step import learner
 from tests.toy_training import TINY, some_digits, tiny
 
@@ -34,7 +38,8 @@ def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Pat
     best = max(lines, key=lambda r: (r["robust_accuracy"], r["clean_accuracy"], r["epoch"]))
     assert report.selected_epoch == best["epoch"]
     kept = {path.name for path in (run / "checkpoints").iterdir()}
-    assert kept == {f"epoch-{e:04d}" for e in {3, 4, report.selected_epoch}}
+    before = max(lines[:3], key=lambda r: (r["robust_accuracy"], r["clean_accuracy"], r["epoch"]))
+    assert kept == {f"epoch-{e:04d}" for e in {3, 4, report.selected_epoch, before["epoch"]}}
     checkpoint, model = load_checkpoint(run / "model")
     assert checkpoint.provenance["data"] == "digits"
     assert checkpoint.recipe == config.model_dump(mode="json")
@@ -174,8 +179,76 @@ def test_a_run_killed_before_its_configuration_is_started_again(tmp_path: Path) 
     train(config, some_digits(), run)
     shutil.rmtree(run)
     run.mkdir()
-    (run / ".config.json.partial-elsewhere-1-0a1b2c3d").write_bytes(b"{")
-    with pytest.raises(UsageError, match="is no run"):
-        train(config, some_digits(), run)
-    train(config, some_digits(), run, overwrite=True)
+    for name in ("config", "data"):  # by another machine
+        (run / f".{name}.json.partial-elsewhere-1-0a1b2c3d").write_bytes(b"{")
+    require_place(run, resume=False, overwrite=False)
+    train(config, some_digits(), run)
     assert not list(run.rglob(".*"))
+
+
+def test_a_run_that_is_a_link_is_replaced_and_stays_a_run_until_all_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data, run = tiny("digits-dense"), RunData.of(some_digits()), tmp_path / "run"
+    (tmp_path / "disk").mkdir()
+    run.symlink_to(tmp_path / "disk")
+    open_run(run, config, data, resume=False, overwrite=False)
+    (run / "checkpoints" / "epoch-0001").mkdir(parents=True)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("advmoe_deploy.train.run.folder.shutil.rmtree", killed)
+        open_run(run, config, data, resume=False, overwrite=True)
+    require_place(run, resume=False, overwrite=True)
+    open_run(run, config, data, resume=False, overwrite=True)
+    assert run.is_symlink()
+    assert {file.name for file in run.iterdir()} == {"config.json", "data.json"}
+
+
+def test_a_full_disk_at_the_start_leaves_nothing_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data, run = tiny("digits-dense"), RunData.of(some_digits()), tmp_path / "run"
+    syncs = iter([None, OSError(errno.ENOSPC, "full")])
+
+    def fsync(descriptor: int) -> None:
+        if error := next(syncs):
+            raise error
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr("os.fsync", fsync)
+        open_run(run, config, data, resume=False, overwrite=False)
+    require_place(run, resume=False, overwrite=False)
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    config, data, run = tiny("digits-dense", "epochs=2"), some_digits(), tmp_path / "run"
+    refused: list[str] = []
+
+    class Other(Silent):
+        def advance(self, task: str, steps: int = 1, **figures: float) -> None:
+            if figures.get("epoch") == 1:
+                with pytest.raises(UsageError) as caught:
+                    train(apply_overrides(config, ["lr=0.5"]), data, run, overwrite=True)
+                refused.append(str(caught.value))
+
+    train(config, data, run, progress=Other())
+    assert refused == [f"another process trains in {run}; stop it, or choose another --out"]
+    assert json.loads((run / "config.json").read_text())["lr"] == config.lr
+    train(config, data, run, overwrite=True)
+
+
+def test_images_beyond_those_to_train_on_decide_nothing(tmp_path: Path) -> None:
+    config = tiny(
+        "digits-advmoe", "epochs=1", "train_images=16", "shared_start=0", "even_loads=true"
+    )
+    data = some_digits()
+    train(config, data, tmp_path / "a")
+    data.train.images[16:] = 255 - data.train.images[16:]
+    train(config, data, tmp_path / "b")
+    ours, theirs = (
+        (tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in "ab"
+    )
+    assert ours == theirs

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from advmoe_deploy.data.layouts.listing import Listing, Wanted
-from advmoe_deploy.data.layouts.tree import Tree
+from advmoe_deploy.data.layouts.tree import Tree, require_text
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import IMAGE_SUFFIXES
 from advmoe_deploy.errors import DataError, reason_of
@@ -42,7 +42,10 @@ def class_folders(tree: Tree, wanted: Wanted) -> tuple[Listing, Listing] | None:
             f"some images of each class to {wanted.test[0]}/CLASS/"
         )
     # Test images without labels may lie beside validation images that have them.
-    test = next((each for each in tests if _tells_classes(tree, each, names)), tests[0])
+    labelled = [each for each in tests if _tells_classes(tree, each, names)]
+    test = (labelled or tests)[0]
+    if unread := labelled[1:]:
+        say_once(f"{tree.root}: {test} is the test, and {some_of(unread)} beside it is not read")
     return by_folder(tree, train, names), _test_images(tree, test, names, train)
 
 
@@ -102,12 +105,14 @@ def by_folder(
     Of files in the root's folders ``beside`` nothing is said.
 
     Raises:
-        DataError: one of them holds no image.
+        DataError: one of them holds no image, or its name is no UTF-8.
     """
     top = f"{folder}/" if folder else ""
     files: list[str] = []
     labels: list[int] = []
     by_class: dict[str, list[str]] = {name: [] for name in names}
+    for name in names:
+        require_text(tree.root / folder / name)
     below_it = tree.below(folder) if folder else tree.files
     there = [file for file in below_it if file.split("/")[0] not in beside]
     images = images_of(there)
@@ -140,7 +145,8 @@ def by_folder(
 def _by_annotation(tree: Tree, folder: str, annotations: str, names: Sequence[str]) -> Listing:
     """Return the images that the lines of a text file name, with the class that they say."""
     classes = {name: label for label, name in enumerate(names)}
-    by_name = {PurePosixPath(file).name: file for file in images_of(tree.below(folder))}
+    images = images_of(tree.below(folder))
+    by_name = {PurePosixPath(file).name: file for file in images}
     files: list[str] = []
     labels: list[int] = []
     text = (tree.root / annotations).read_text(encoding="utf-8-sig", errors="replace")
@@ -155,10 +161,10 @@ def _by_annotation(tree: Tree, folder: str, annotations: str, names: Sequence[st
             )
         files.append(by_name[image])
         labels.append(classes[rest[0]])
-    if len(set(files)) != len(by_name) or len(files) != len(by_name):
+    if not len(set(files)) == len(files) == len(images):
         raise DataError(
-            f"{tree.root / annotations} names {len(files):,} images, and {len(by_name):,} are "
-            "there; give each image one line"
+            f"{tree.root / annotations} names {len(files):,} images, and {len(images):,} are "
+            "there; give each image one line, and a name of its own"
         )
     return _of_files(tree, files, labels, names)
 

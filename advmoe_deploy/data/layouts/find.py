@@ -8,7 +8,7 @@ from advmoe_deploy.data.layouts.class_folders import class_folders, images_of
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, in_order_of
 from advmoe_deploy.data.layouts.shards import webdataset_shards
 from advmoe_deploy.data.layouts.tables import image_tables
-from advmoe_deploy.data.layouts.tree import Tree, parent_of, tree_of
+from advmoe_deploy.data.layouts.tree import Tree, parent_of, require_text, tree_of
 from advmoe_deploy.data.layouts.unsplit import unsplit_class_folders
 from advmoe_deploy.errors import DataError, missing_folder
 
@@ -53,12 +53,13 @@ def require_folder(root: Path, way_out: str) -> None:
     """Refuse what is no folder, with ``way_out`` where nothing better is known.
 
     Raises:
-        DataError: ``root`` is a file, or not there.
+        DataError: ``root`` is a file, or not there, or its name is no UTF-8.
     """
     if root.is_file():
         raise DataError(f"{root} is a file; {_unpack(root.name) or way_out}")
     if not root.is_dir():
         raise DataError(missing_folder(root, "folder", way_out))
+    require_text(root)
 
 
 def _hint(tree: Tree, wanted: Wanted, way_out: str) -> str:

@@ -16,7 +16,7 @@ from advmoe_deploy.data.layouts.copies import split_files
 from advmoe_deploy.data.layouts.listing import Listing, Wanted, joined
 from advmoe_deploy.data.layouts.tree import Tree, is_hidden
 from advmoe_deploy.decoding import IMAGE_SUFFIXES
-from advmoe_deploy.errors import DataError
+from advmoe_deploy.errors import DataError, reason_of
 
 _LARGEST_IMAGE = 256 << 20
 _LARGEST_LABEL = 64
@@ -59,9 +59,12 @@ def _shard(file: Path, wanted: Wanted) -> Listing:
     members, stamp = list(images.values()), file.stat().st_mtime_ns
 
     def encoded(row: int) -> bytes:
-        with file.open("rb") as stream:
-            stream.seek(members[row].offset)
-            return stream.read(members[row].size)
+        try:
+            with file.open("rb") as stream:
+                stream.seek(members[row].offset)
+                return stream.read(members[row].size)
+        except OSError as error:
+            raise DataError(f"{file}: {reason_of(error, 'read')}") from None
 
     return Listing(
         labels_N=np.asarray([labels[key] for key in images], dtype=np.int64),

@@ -65,10 +65,7 @@ def _table(file: Path, wanted: Wanted) -> Listing:
         schema = _schema(file)
         image, label = (_column(file, schema, names) for names in (wanted.images, wanted.labels))
         table = _read(file, [image, label])
-        column = table.column(image).combine_chunks()
-        if pyarrow.types.is_struct(column.type):
-            column = column.field("bytes")
-        encoded, labels = column.to_pylist(), table.column(label).to_pylist()
+        encoded, labels = encoded_in(table.column(image)), table.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{file}: {reason_of(error, 'read')}") from None
@@ -87,6 +84,15 @@ def _table(file: Path, wanted: Wanted) -> Listing:
         where=lambda row: f"{file}, row {row}",
         stamp=lambda row: hashlib.sha256(encoded[row] or b"").hexdigest(),
     )
+
+
+def encoded_in(column: Any) -> list[Any]:
+    """Return the bytes of each image of a column, in whose structures they may be a field."""
+    import pyarrow.compute
+
+    if pyarrow.types.is_struct(column.type):
+        column = pyarrow.compute.struct_field(column, "bytes")
+    return list(column.to_pylist())  # not as one array, which holds 2 GiB at most
 
 
 def _schema(file: Path) -> Any:

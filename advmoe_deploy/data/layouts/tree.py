@@ -2,6 +2,7 @@
 
 import errno
 import os
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,11 @@ class Tree:
 
     def below(self, folder: str) -> tuple[str, ...]:
         """Return the files anywhere below ``folder``."""
-        return tuple(file for file in self.files if file.startswith(f"{folder}/"))
+        # In order of their parts these are neighbours; no name has a NUL, the next one after it.
+        parts = folder.split("/")
+        ends = (parts, [*parts[:-1], f"{parts[-1]}\0"])
+        first, last = (bisect_left(self.files, end, key=_parts_of) for end in ends)
+        return self.files[first:last]
 
     def files_in(self, folder: str = "") -> tuple[str, ...]:
         """Return the files directly in ``folder``, by default in the root."""
@@ -80,6 +85,18 @@ def tree_of(root: Path) -> Tree:
                 files.append(_below(folder, entry.name))
     _say_hidden(root, hidden)
     return Tree(root, _sorted(files), _sorted(folders[1:]))
+
+
+def require_text(folder: Path) -> None:
+    """Refuse a folder whose name no report can hold, as archives of other systems leave them.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of {os.fsencode(folder)!r} is no UTF-8; rename it") from None
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
@@ -137,8 +154,12 @@ def _below(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def _parts_of(path: str) -> list[str]:
+    return path.split("/")
+
+
 def _sorted(paths: list[str]) -> tuple[str, ...]:
-    return tuple(sorted(paths, key=lambda path: path.split("/")))
+    return tuple(sorted(paths, key=_parts_of))
 
 
 def _say_hidden(root: Path, hidden: list[str]) -> None:

@@ -8,7 +8,7 @@ RUN/tensorboard/
 RUN/model/                      the selected model, at the end
 RUN/report.json                 what it reached, at the end
 
-Every file is whole or absent. Two newest checkpoints and the best one are kept.
+Every file is whole or absent. The two newest checkpoints are kept, and the best so far of each.
 """
 
 import json
@@ -28,6 +28,7 @@ from advmoe_deploy.files import (
     sha256_of,
     staged_directory,
     write_atomically,
+    write_in_turn,
 )
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import (
@@ -41,7 +42,7 @@ from advmoe_deploy.models.checkpoint import (
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.run.data import DATA, RunData
-from advmoe_deploy.train.run.place import CONFIG, REPORT, is_occupied, require_place, require_same
+from advmoe_deploy.train.run.place import CONFIG, REPORT, require_place, require_same
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport
 
 CHECKPOINTS = "checkpoints"
@@ -56,12 +57,13 @@ _KEPT = 2
 class RunState(Frozen):
     """State of a run after ``epoch`` epochs; ``best_epoch`` is the best on the hold-out.
 
-    ``best_epoch`` is 0 as long as no epoch could be the result. ``processes`` and ``threads`` of
-    the last epoch decide how sums are rounded.
+    ``best_epoch`` is 0 as long as no epoch could be the result, ``best_before`` is that of the
+    epoch before. ``processes`` and ``threads`` of the last epoch decide how sums are rounded.
     """
 
     epoch: int
     best_epoch: int
+    best_before: int = 0
     history: tuple[EpochRecord, ...]
     seconds: float
     processes: int = 1
@@ -90,6 +92,7 @@ class RunState(Frozen):
         return RunState(
             epoch=record.epoch,
             best_epoch=best,
+            best_before=self.best_epoch,
             history=history,
             seconds=seconds,
             processes=processes,
@@ -131,7 +134,7 @@ class RunFolder:
             (partial / STATE).write_text(sealed.model_dump_json(indent=2), encoding="utf-8")
         self.write_metrics(state.history)
         for epoch in self.epochs()[:-_KEPT]:
-            if epoch != state.best_epoch:
+            if epoch not in (state.best_epoch, state.best_before):
                 shutil.rmtree(self.checkpoint(epoch), ignore_errors=True)
 
     def write_metrics(self, history: Sequence[EpochRecord]) -> None:
@@ -188,12 +191,15 @@ def open_run(
     if resume:
         require_place(path, resume=True, overwrite=overwrite)
         require_same(path, config, data)
-    elif is_occupied(path):
-        _make_room(path, overwrite=overwrite)
-    path.mkdir(parents=True, exist_ok=True)
-    # Written again by a resumed run, whose data may have moved; last what says that it was begun.
-    for name, value in ((DATA, data), (CONFIG, config)):
-        write_atomically(path / name, value.model_dump_json(indent=2).encode() + b"\n")
+    else:
+        require_place(path, resume=False, overwrite=overwrite)
+        _clear(path)
+    # Written again by a resumed run, whose data may have moved. First what says that it was begun:
+    # with it alone the run can be replaced and resumed.
+    told = ((CONFIG, config), (DATA, data))
+    write_in_turn(
+        [(path / name, value.model_dump_json(indent=2).encode() + b"\n") for name, value in told]
+    )
     return RunFolder(path)
 
 
@@ -201,15 +207,17 @@ def _merit(record: EpochRecord) -> tuple[float, float]:
     return (record.robust_accuracy or 0.0, record.clean_accuracy or 0.0)
 
 
-def _make_room(path: Path, *, overwrite: bool) -> None:
-    killed_at_once = path.is_dir() and all(
-        entry.name.startswith(f".{CONFIG}.partial-") for entry in path.iterdir()
-    )
-    if killed_at_once and overwrite:  # by another host: remove_abandoned knows those of this one
-        shutil.rmtree(path)
-        return
-    require_place(path, resume=False, overwrite=overwrite)
-    shutil.rmtree(path)
+def _clear(path: Path) -> None:
+    """Remove what is in the folder of a run, last what says that it is one.
+
+    The folder itself, which may be a link or a mounted volume, stays.
+    """
+    inside = path.iterdir() if path.is_dir() else ()
+    for entry in sorted(inside, key=lambda entry: entry.name == CONFIG):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _read_state(directory: Path, epoch: int) -> RunState:

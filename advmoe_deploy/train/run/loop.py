@@ -26,6 +26,7 @@ from advmoe_deploy.train.own_data import told
 from advmoe_deploy.train.request import TrainRequest
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import RunFolder, open_run
+from advmoe_deploy.train.run.place import claimed, require_place
 from advmoe_deploy.train.run.report import TrainReport
 from advmoe_deploy.train.run.session import TrainingSession
 from advmoe_deploy.train.run.trouble import costly
@@ -52,8 +53,8 @@ def train(
     batch, BatchNorm statistics included, and train what one would, but for rounding.
 
     Raises:
-        UsageError: the folder is in the way, another configuration trained it, or the data do
-            not fit the model.
+        UsageError: the folder is in the way, another process trains there or another
+            configuration did, or the data do not fit the model.
         CheckpointError: the newest checkpoint is truncated or changed.
         BackendUnavailableError: the machine has too few GPUs, or none for the precision.
         DivergedError: a loss, gradient or weight is not finite; the last checkpoint is good.
@@ -64,14 +65,17 @@ def train(
     config = config.model_copy(update={"data": data.source})
     if config.chosen:
         progress.note(told(config))
-    folder = RunFolder(out)
-    if is_first_process():
-        for line in costly(config):
-            progress.note(f"warning: {line}")
-        resume = resume or (was_restarted() and folder.was_begun())
-        folder = open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
-    work = partial(_work, config=config, data=data, folder=folder)
-    return launch(work, devices=devices, precision=config.precision, progress=progress)
+    work = partial(_work, config=config, data=data, folder=RunFolder(out))
+    start = partial(launch, work, devices=devices, precision=config.precision, progress=progress)
+    if not is_first_process():
+        return start()
+    for line in costly(config):
+        progress.note(f"warning: {line}")
+    resume = resume or (was_restarted() and RunFolder(out).was_begun())
+    require_place(out, resume=resume, overwrite=overwrite)
+    with claimed(out):
+        open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
+        return start()
 
 
 def train_requested(asked: TrainRequest, progress: Progress = _SILENT) -> TrainReport:

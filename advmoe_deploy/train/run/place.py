@@ -1,6 +1,10 @@
 """Place of a run: whether a folder may become one, known without loading anything heavy."""
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,8 +42,43 @@ def require_place(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def is_occupied(path: Path) -> bool:
-    """Return whether something is at ``path`` besides an empty folder."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    """Return whether something is at ``path`` besides an empty folder.
+
+    What is left of a run that was killed before it had begun is nothing.
+    """
+    return path.is_file() or (path.is_dir() and any(map(_is_kept, path.iterdir())))
+
+
+def _is_kept(entry: Path) -> bool:
+    return not entry.name.startswith(tuple(f".{name}.partial-" for name in (CONFIG, DATA)))
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold the folder of a run, made if need be, against other processes of this machine.
+
+    Raises:
+        UsageError: another one trains there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # without locks of POSIX
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process trains in {path}; stop it, or choose another --out"
+            ) from None
+        except OSError:  # file systems of a network may lock no folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def require_same(path: Path, config: TrainConfig, data: RunData) -> None:

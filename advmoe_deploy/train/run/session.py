@@ -159,7 +159,7 @@ class TrainingSession:
         return sum(losses) / len(losses)
 
     def _even_loads(self) -> None:
-        train = self.data.train
+        train = self.data.train.first(self.config.train_images)
         rows = np.linspace(0, len(train) - 1, min(len(train), _EVEN_LOADS)).astype(np.int64)
         images, _ = on_device(self.fabric, train.take(rows))
         self.weights.even_loads(to_unit(images))

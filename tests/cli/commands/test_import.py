@@ -216,6 +216,7 @@ def next_of(told: str) -> list[str]:
     ("known", "code", "says"),
     [
         (["--classes", "cat,dog,bird"], 2, "names 3 classes, and the model has 10"),
+        (["--classes", ",".join(map(str, range(100)))], 2, "names 100 classes, and the model has"),
         (["--classes", "cat,cat"], 2, "names cat twice"),
         (["--classes", "missing.txt"], 3, "is no file; name one with a class a line"),
         (["--data", "photos3"], 2, "has 3 classes, and the model has 10"),

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from advmoe_deploy.data.dataset import Dataset
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import CheckpointError
-from advmoe_deploy.train.run.folder import RESUME, STATE
+from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.train.run.folder import RESUME, STATE, RunFolder, RunState
 from advmoe_deploy.train.run.loop import train
+from advmoe_deploy.train.run.report import EpochRecord
 from tests.toy_training import tiny
 
 
@@ -93,3 +95,19 @@ def test_a_momentum_of_another_shape_is_refused(run: Path, data: Dataset) -> Non
     with pytest.raises(CheckpointError, match="has shape") as caught:
         train(tiny(), data, run, resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_without_the_newest_checkpoint_the_best_of_the_one_before_is_there(
+    finished: Path, tmp_path: Path
+) -> None:
+    checkpoint, model = load_checkpoint(finished / "model")
+    folder, state = RunFolder(tmp_path), RunState(epoch=0, best_epoch=0, history=(), seconds=0)
+    for epoch, accuracy in enumerate((0.1, 0.5, 0.2, 0.3, 0.9), start=1):
+        record = EpochRecord(epoch=epoch, loss=1, robust_accuracy=accuracy, seconds=1)
+        state = state.after(record, 1)
+        folder.save(state, checkpoint, model, {})
+    assert folder.epochs() == [2, 4, 5]
+    shutil.rmtree(folder.checkpoint(5))  # as the error of a damaged one says
+    loaded = folder.load()
+    assert loaded is not None
+    assert folder.checkpoint(loaded[0].best_epoch).is_dir()

@@ -78,7 +78,7 @@ def sweep(
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.cli.pages.plots import require_matplotlib
         from advmoe_deploy.files import write_atomically
-        from advmoe_deploy.train.request import train_request
+        from advmoe_deploy.train.request import require_outside, train_request
         from advmoe_deploy.train.run.swept import sweep_configs
 
         require = partial(sweep_configs, key=key, values=values, seeds=_seeds(seeds))
@@ -95,9 +95,11 @@ def sweep(
         ]
         for each in asked:  # again, for images of one's own have changed some
             require(each.config)
-        require_matplotlib()
         named = "+".join(each.out.name for each in asked)
         folder = out or Path("runs") / f"sweep-{named}"
+        for each in asked:
+            require_outside(folder, each.data)
+        require_matplotlib()
         use_torch_threads(threads, processes=devices)
 
         from advmoe_deploy.train.run.sweep import sweep as sweep_recipe
