@@ -28,6 +28,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def at_home(path: str) -> Path:
+    """Return ``path``, a leading ``~`` or ``~USER`` replaced if there is such a user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises
+
+
 def names_file(text: str) -> bool:
     """Return whether there is a file called ``text``, which may be too long for a name."""
     with suppress(OSError):

@@ -13,6 +13,7 @@ from advmoe_deploy.data.layouts.listing import Listing, Wanted, require_labels
 from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError, InputError, MachineError
+from advmoe_deploy.files import at_home
 from advmoe_deploy.hub.client import snapshot
 from advmoe_deploy.hub.faults import Repository
 
@@ -152,7 +153,7 @@ def _class_names(hub_set: HubSet, where: str, found: tuple[str, ...]) -> tuple[s
 
 def _default_folder(hub_set: HubSet) -> Path | None:
     root = os.environ.get(FOLDER_VARIABLE)
-    return Path(root) / hub_set.name if root else None
+    return at_home(root) / hub_set.name if root else None
 
 
 def _from_hub(hub_set: HubSet, *splits: str) -> Path:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,7 +16,7 @@ import PIL
 from advmoe_deploy.data.decode import DecodedImage, decode
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.files import staged_file
+from advmoe_deploy.files import at_home, staged_file
 from advmoe_deploy.process import cache_folder, default_threads, usable_cpus
 
 CACHE_VARIABLE = "ADVMOE_CACHE"
@@ -103,7 +102,7 @@ def _cached(
     read: Callable[[int], Pixels], rows: Sequence[int], shape: tuple[int, ...], key: str
 ) -> Pixels:
     own = os.environ.get(CACHE_VARIABLE)
-    root = Path(own).expanduser() if own else cache_folder() / "images"
+    root = at_home(own) if own else cache_folder() / "images"
     root.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(f"{key} {shape}".encode()).hexdigest()[:24]
     file = root / f"{digest}.npy"

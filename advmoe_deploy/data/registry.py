@@ -9,6 +9,7 @@ from advmoe_deploy.data.folder import load_first_of_folder, load_folder_test, lo
 from advmoe_deploy.data.hub import HUB_SETS, load_first_of_hub, load_hub_set, load_hub_test
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.files import at_home
 
 DATASETS = ("digits", *HUB_SETS, "imagenet", "folder")
 _IMAGENET_SIZE = 224
@@ -98,13 +99,8 @@ def folder_in(source: str) -> tuple[Path, int | None] | None:
         return None
     folder, mark, size = path.rpartition(_SIZE)
     if not mark:
-        return _at_home(path), None
-    return _at_home(folder), _pixels_in(source, size)
-
-
-def _at_home(path: str) -> Path:
-    """Return ``path``, a leading ``~`` or ``~USER`` replaced if there is such a user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises
+        return at_home(path), None
+    return at_home(folder), _pixels_in(source, size)
 
 
 def _pixels_in(source: str, size: str) -> int:
@@ -150,4 +146,4 @@ def absolute(source: str, size: int | None = None) -> str:
     if name == "folder":
         stem, _, text = path.rpartition(_SIZE) if _SIZE in path else (path, "", str(size or ""))
         path, ending = stem, f"{_SIZE}{_pixels_in(source, text if stem else '')}"
-    return f"{name}:{_at_home(path).resolve()}{ending}" if path else name
+    return f"{name}:{at_home(path).resolve()}{ending}" if path else name

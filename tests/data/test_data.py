@@ -93,8 +93,10 @@ def test_cifar10_is_found_through_the_environment(
 ) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "cifar10").symlink_to(folder)
-    monkeypatch.setenv("ADVMOE_DATA", str(tmp_path / "root"))
-    assert len(load_dataset("cifar10").test) == 5
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for said in (str(tmp_path / "root"), "~/root"):
+        monkeypatch.setenv("ADVMOE_DATA", said)
+        assert len(load_dataset("cifar10").test) == 5
 
 
 def test_the_real_cifar10() -> None:

@@ -44,6 +44,14 @@ def test_folders_that_are_links_are_followed_once(tmp_path: Path) -> None:
     assert len(data.train) + len(data.holdout) == 20
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs mkfifo")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_png(tmp_path / "a" / "0.png", 0)
+    os.mkfifo(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").symlink_to("0.png")
+    assert tree_of(tmp_path).files == ("a/0.png", "a/2.png")
+
+
 def test_links_between_folders_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folders(tmp_path / "set")
     for name, other in (("a", "b"), ("b", "a")):

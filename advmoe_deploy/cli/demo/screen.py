@@ -7,6 +7,7 @@ from rich.table import Table
 from advmoe_deploy.cli.demo.photographs import ZOO_MODEL, Photographs
 from advmoe_deploy.cli.demo.result import MOE, DemoResult
 from advmoe_deploy.cli.tables.bundle import robust_verdict
+from advmoe_deploy.cli.tables.escape import escape
 from advmoe_deploy.settings import epsilon_text
 
 
@@ -45,7 +46,7 @@ def screen(result: DemoResult) -> RenderableType:
         *lines,
         "",
         "[bold]Try next[/bold]",
-        *(f"  {line}" for line in following),
+        *(escape(f"  {line}") for line in following),
     )
     return Panel(body, title=f"advmoe demo: {result.seconds:.0f} s", expand=False, padding=(1, 2))
 

@@ -81,7 +81,8 @@ def tree_of(root: Path) -> Tree:
         for entry in entries:
             if is_hidden(entry.name):
                 hidden += _files_of(root, entry)
-            elif not _is_folder(entry):
+            elif not _is_folder(entry) and (entry.is_symlink() or entry.is_file()):
+                # No pipe or socket, which would be waited for.
                 files.append(_below(folder, entry.name))
     _say_hidden(root, hidden)
     return Tree(root, _sorted(files), _sorted(folders[1:]))

@@ -43,7 +43,7 @@ def test_quick_demo_goes_the_whole_road(
     results.write_text(json.dumps({"epsilon": 0.05, "suite": "standard", "rows": [ROW]}))
     pack_run(trained_run, tmp_path / "zoo" / ZOO_MODEL, Packing(results=(results,)))
     monkeypatch.setenv("ADVMOE_ZOO", str(tmp_path / "zoo"))
-    out = tmp_path / "demo"
+    out = tmp_path / "demo [b]"
     assert run(["demo", "--quick", "--out", str(out), "--json"]) == 0
     result = check(out, capsys)
     assert result["quick"] is True
@@ -52,7 +52,9 @@ def test_quick_demo_goes_the_whole_road(
     assert photographs["evaluation"]["robust"]["value"] == 0.9
     assert {(r["a"], r["b"]) for r in photographs["profile"]["ratios"]} >= {("dense", "moe")}
     assert 0 < photographs["served_ms"] < 10_000
-    assert ZOO_MODEL in screen_text(result)
+    shown = screen_text(result)
+    assert ZOO_MODEL in shown
+    assert "[b]" in shown  # no markup
 
 
 def screen_text(result: dict[str, object]) -> str:
