@@ -1,6 +1,7 @@
 """Files that are whole or absent: hashes, atomic writes, staged directories."""
 
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -15,8 +16,8 @@ from typing import BinaryIO
 from advmoe_deploy.errors import UsageError, naming, reading, writing
 
 SUMS = "SHA256SUMS"
-# Names of all that this process has written under another name first.
-_own: set[str] = set()
+# In the names of all that this process writes under another name first.
+_OURS, _numbers = uuid.uuid4().hex[:8], itertools.count()
 
 
 def sha256_of(path: Path) -> str:
@@ -199,7 +200,7 @@ def remove_abandoned(directory: Path, target: str = r".+") -> None:
     pattern = re.compile(rf"\.({target})\.partial-{re.escape(platform.node())}-(\d+)-\w+(\.old)?")
     for path in directory.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or _is_in_use(path.name.removesuffix(".old"), int(match[2])):
+        if match is None or _is_in_use(path.name, int(match[2])):
             continue
         if match[3] and not (directory / match[1]).exists():
             path.rename(directory / match[1])  # killed between the two renames: it is all there is
@@ -211,10 +212,8 @@ def remove_abandoned(directory: Path, target: str = r".+") -> None:
 
 def _partial_name(target: Path) -> Path:
     # The host is named because process ids mean nothing to another one on a shared volume.
-    unique = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    name = f".{target.name}.partial-{unique}"
-    _own.add(name)
-    return target.with_name(name)
+    unique = f"{platform.node()}-{os.getpid()}-{_OURS}_{next(_numbers)}"
+    return target.with_name(f".{target.name}.partial-{unique}")
 
 
 def _replace_directory(partial: Path, target: Path) -> None:
@@ -238,7 +237,7 @@ def _is_in_use(partial: str, pid: int) -> bool:
 
     In a container that is started again every process has the number of the one that was killed.
     """
-    return partial in _own if pid == os.getpid() else _is_alive(pid)
+    return f"-{pid}-{_OURS}_" in partial if pid == os.getpid() else _is_alive(pid)
 
 
 def _is_alive(pid: int) -> bool:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from advmoe_deploy.data.notices import say_once
 from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.errors import CheckpointError, UsageError, one_line
 from advmoe_deploy.specs import Frozen
@@ -75,7 +76,7 @@ def claimed(path: Path) -> Iterator[None]:
                 f"another process trains in {path}; stop it, or choose another --out"
             ) from None
         except OSError:  # file systems of a network may lock no folders
-            pass
+            say_once(f"{path} cannot be locked; see that no other process trains there")
         yield
     finally:
         os.close(descriptor)
