@@ -4,11 +4,20 @@ from collections.abc import Mapping
 
 from onnx import ModelProto
 
+from advmoe_deploy.export.targets import Target
 from advmoe_deploy.export.tensorrt.builders import OnCpu
 from advmoe_deploy.reports.devices import EngineDevice
+from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.shapes import BatchProfile, Shapes
+from advmoe_deploy.specs import Precision
 
 BATCH = BatchProfile(min=1, opt=8, max=32)
+BUILD = BuildOptions(batch=BATCH)
+
+
+def graphs_in(precision: Precision) -> Target:
+    """Return the target that writes graphs alone, for engines to be built of."""
+    return Target("tensorrt", precision, onnx_only=True, build=BUILD)
 
 
 class CpuBuilder(OnCpu):

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +13,18 @@ from onnx import numpy_helper as onnx_numpy
 
 from advmoe_deploy.bundle import GOLDEN, Bundle, open_bundle
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.from_run import export_run
-from advmoe_deploy.export.precision.attacked import with_accuracy
-from advmoe_deploy.export.precision.gate import (
-    AccuracyGate,
-    AnsweredImages,
-    Findings,
-    GateLimits,
-    run_gate,
-)
-from advmoe_deploy.export.targets import Target
-from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, check_set, experts_of
+from advmoe_deploy.export.tensorrt.builders import OnCpu, check_experts, experts_of
 from advmoe_deploy.export.tensorrt.from_bundle import build_from_bundle
-from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.parity.golden import read_golden
 from advmoe_deploy.profiling.profile import _raised
-from advmoe_deploy.runtime.tensorrt.build import BuildOptions
 from advmoe_deploy.runtime.tensorrt.load import graph_files
 from advmoe_deploy.runtime.tensorrt.shapes import Shapes
-from advmoe_deploy.specs import Precision, ThreatModel
+from advmoe_deploy.specs import Precision
 from tests.conftest import assert_nothing_left, write_run
-from tests.export.tensorrt.cpu_builder import BATCH, CpuBuilder
+from tests.export.tensorrt.cpu_builder import BATCH, BUILD, CpuBuilder, graphs_in
 from tests.families import spec_of
-
-BUILD = BuildOptions(batch=BATCH)
-
-
-def graphs_in(precision: Precision) -> Target:
-    return Target("tensorrt", precision, onnx_only=True, build=BUILD)
-
-
-@pytest.fixture(scope="module")
-def graphs(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle with TensorRT's graphs in fp32 and fp16."""
-    out = tmp_path_factory.mktemp("graphs") / "bundle"
-    return export_run(tiny_run, out, targets=[graphs_in("fp32"), graphs_in("fp16")])
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +83,6 @@ def test_fp16_is_reported_and_fp32_needs_parity(built: Bundle) -> None:
     assert fp16.check.clean_accuracy is None  # there are no labels to count with
     assert fp16.parity.data == GOLDEN
     assert 0 < fp16.parity.max_abs_logit_diff < 0.2
-
-
-def test_engines_have_to_keep_as_many_routes_as_their_graphs(
-    graphs: Bundle, tmp_path: Path
-) -> None:
-    fp32, fp16 = graphs.manifest.engines
-    assert fp16.check is not None
-    check = fp16.check.model_copy(update={"least_route_agreement": 0.75})
-    told = (fp32, fp16.model_copy(update={"check": check}))
-    source = Bundle(graphs.path, graphs.manifest.model_copy(update={"engines": told}))
-    out, builder = tmp_path / "bundle", CpuBuilder()
-    built = build_from_bundle(source, out, build=BUILD, precisions=["fp16"], builder=builder)
-    engines = built.engine_set("tensorrt", "fp16")
-    assert engines is not None
-    assert engines.is_built
-    assert engines.check is not None
-    assert engines.check.least_route_agreement == 0.75
 
 
 def test_building_again_replaces_engines_where_they_are(built: Bundle, tmp_path: Path) -> None:
@@ -232,44 +189,6 @@ def test_golden_routes_are_read_as_they_were_written(graphs: Bundle) -> None:
     images, answers = read_golden(graphs, ["router"])
     assert len(images) == len(answers.logits) == len(answers.routes["router"].expert_ids)
     assert answers.routes["router"].margins.min() >= 0
-
-
-def test_of_a_sample_only_what_chance_does_not_explain_counts(graphs: Bundle) -> None:
-    examples = AnsweredImages(*read_golden(graphs, ["router"]))
-    plan = graphs.manifest.engines[0].plan
-    files = {name: graphs.file(file) for name, file in graph_files(plan).items()}
-    with CpuBuilder().runner(plan, files, (1, 8, 8), "fp32") as runner:
-        findings = run_gate(AccuracyGate(examples, GOLDEN, limits=GateLimits(sample=True)), runner)
-    assert not findings.complaint
-    # Of 64; 0.5 % may differ of a thousand, and then 2 of 64 do in 4 % of all cases, 3 in 0.4 %.
-    two, three = (replace(findings, prediction_agreement=1 - n / 64) for n in (2, 3))
-    assert not two.complaint
-    assert three.complaint == "4.69 % of the predictions differ"
-    assert replace(two, limits=GateLimits()).complaint == "3.12 % of the predictions differ"
-    assert not replace(three, limits=GateLimits(sample=True, predictions=0.05)).complaint
-
-    def flipped(rows: int) -> Findings:
-        (layer,) = findings.parity.layers
-        layers = (layer.model_copy(update={"flips": rows}),)
-        return replace(findings, parity=findings.parity.model_copy(update={"layers": layers}))
-
-    assert not flipped(1).complaint
-    assert "of the clear routes of a layer agree" in flipped(2).complaint
-    assert not replace(flipped(1), limits=GateLimits(least_route_agreement=0.98)).complaint
-
-
-def test_tf32_is_attacked_by_its_own_answers(tiny_run: Path, graphs: Bundle) -> None:
-    _, model = load_checkpoint(tiny_run / "model")
-    examples = AnsweredImages(*read_golden(graphs, ["router"]))
-    threat = ThreatModel(epsilon=0.02)
-    gate = with_accuracy(AccuracyGate(examples, GOLDEN), model, load_dataset("digits"), threat)
-    plan, maker = graphs.manifest.engines[0].plan, OnCpu(BATCH)
-    exact, rounded = (
-        check_set(graphs.path, plan, gate, maker, "fp32", tf32=tf32) for tf32 in (False, True)
-    )
-    assert exact.own_attack is None
-    assert rounded.own_attack is not None
-    assert rounded.own_attack.least_drop <= 0 <= rounded.own_attack.most_drop
 
 
 @pytest.mark.parametrize(
