@@ -42,6 +42,8 @@ TINY = ModelSpec(
     std=(0.4,),
 )
 
+TRAINED_RUN = Path(__file__).parent / "data" / "trained-run"
+
 # Bundles that tests share run on every engine.
 OPENVINO = Target("openvino", "fp32")
 
@@ -151,11 +153,14 @@ def copy(copied: Path) -> Bundle:
     return open_bundle(copied)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what runs whole commands: at the end it would keep one worker busy alone.
 
     Neighbours wait for the bundle that they share, so that files of sixteen parts take turns.
+    Of another ``--trained-run`` only the tests that read it run.
     """
+    if config.getoption("--trained-run") != TRAINED_RUN:
+        items[:] = [item for item in items if "trained_run" in getattr(item, "fixturenames", ())]
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     files = [*dict.fromkeys(item.path for item in items)]
     part = len(files) // 16 + 1
@@ -165,7 +170,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let another run stand for ``trained_run``: tests hold whatever was trained."""
-    parser.addoption("--trained-run", type=Path, default=Path(__file__).parent / "data/trained-run")
+    parser.addoption("--trained-run", type=Path, default=TRAINED_RUN)
 
 
 @pytest.fixture(scope="session")

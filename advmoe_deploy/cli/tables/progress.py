@@ -33,6 +33,7 @@ class Running:
     first: float
     since: float = field(default_factory=time.monotonic)
     figures: dict[str, float] = field(default_factory=dict)
+    parts_over: int = 0  # of the step that it is at
 
     @property
     def owner(self) -> str:
@@ -65,6 +66,7 @@ class Tasks:
         found = self._of(name)
         if found is not None:
             found.done = min(found.done + steps, found.total)
+            found.parts_over = 0
             found.figures.update(figures)
         return found
 
@@ -72,14 +74,17 @@ class Tasks:
         """End a task and return it, if it ran."""
         found = self._of(name)
         if found is not None:
+            whole = [each for each in self._before(found) if each.owner == found.owner]
             self.running.remove(found)
+            if whole:
+                whole[-1].parts_over += 1
         return found
 
     def is_part(self, name: str) -> bool:
         """Return whether the task belongs to one that began before it."""
         found = self._of(name)
         return found is not None and any(
-            other.owner == found.owner for other in self.running[: self.running.index(found)]
+            other.owner == found.owner for other in self._before(found)
         )
 
     def seconds_left(self, task: Running) -> float | None:
@@ -94,8 +99,11 @@ class Tasks:
         return max((seconds for seconds in known if seconds is not None), default=None)
 
     def _reached(self, task: Running) -> float:
-        """Return the steps done, with the share of the one that a part of ``task`` is at."""
-        part = self._part_of(task)
+        """Return the steps done, with the share of the one that a part of ``task`` is at.
+
+        A second part of one step tells no share: how many follow is not known.
+        """
+        part = None if task.parts_over else self._part_of(task)
         share = self._reached(part) / part.total if part is not None and part.total else 0.0
         return min(task.done + share, task.total)
 
@@ -103,6 +111,9 @@ class Tasks:
         own = [other for other in self.running if other.owner == task.owner]
         behind = own[own.index(task) + 1 :] if task in own else []
         return behind[0] if behind else None
+
+    def _before(self, task: Running) -> list[Running]:
+        return self.running[: self.running.index(task)]
 
     def _of(self, name: str) -> Running | None:
         return next((task for task in reversed(self.running) if task.name == name), None)

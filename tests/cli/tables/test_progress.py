@@ -89,6 +89,24 @@ def test_the_time_left_counts_what_a_part_has_done_of_its_step() -> None:
     assert tasks.running[-1].count == "8/8"
 
 
+def test_a_second_part_of_one_step_does_not_tell_how_far_it_is() -> None:
+    tasks = Tasks()
+    tasks.start("export", 1, 0)
+    tasks.start("attack", 100, 0)
+    export = tasks.running[0]
+    export.since -= 100
+    tasks.advance("attack", 100, {})
+    tasks.finish("attack")
+    tasks.start("pathways", 100, 0)
+    tasks.running[-1].since -= 10
+    tasks.advance("pathways", 1, {})
+    # One of a hundred in 10 s; that the hundred seconds before bought 1 % would be another hour.
+    assert tasks.seconds_left(export) == pytest.approx(990, abs=5)
+    tasks.finish("pathways")
+    tasks.advance("export", 1, {})
+    assert tasks.seconds_left(export) == pytest.approx(0, abs=1)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_bar_count_and_time_left_stay_on_one_line(width: int, capsys: Capture) -> None:
     progress = RichProgress(sys.stderr)
