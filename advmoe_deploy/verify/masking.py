@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from advmoe_deploy.attacks.batches import pieces
 from advmoe_deploy.attacks.black_box import NAMES
 from advmoe_deploy.attacks.effort import attack_task
 from advmoe_deploy.attacks.white_box import attack_model, predict
@@ -148,14 +149,18 @@ class _Probe:
 
     def gradients(self) -> Sign:
         """Return whether gradients of the cross-entropy vanish in float32."""
-        x = self.x_NCHW.clone().requires_grad_(True)
-        with torch.enable_grad():
-            logits_NK = self.model(x)
-            loss = F.cross_entropy(logits_NK, self.y_N, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x)
-        gone = float((gradient.flatten(1).abs().amax(dim=1) < 1e-20).float().mean())
-        best_N2 = logits_NK.detach().topk(2, dim=1).values
-        lead = float((best_N2[:, 0] - best_N2[:, 1]).median())
+        largest, leads = [], []
+        for x, y_N in pieces(self.model, self.x_NCHW, self.y_N):
+            x = x.clone().requires_grad_(True)
+            with torch.enable_grad():
+                logits_NK = self.model(x)
+                loss = F.cross_entropy(logits_NK, y_N, reduction="sum")
+                (gradient,) = torch.autograd.grad(loss, x)
+            largest.append(gradient.flatten(1).abs().amax(dim=1))
+            best_N2 = logits_NK.detach().topk(2, dim=1).values
+            leads.append(best_N2[:, 0] - best_N2[:, 1])
+        gone = float((torch.cat(largest) < 1e-20).float().mean())
+        lead = float(torch.cat(leads).median())
         return Sign(
             name="gradients",
             seen=f"no gradient for {100 * gone:.1f} %; the best class leads by {lead:.3g} "
