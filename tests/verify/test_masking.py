@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from advmoe_deploy.attacks import batches
 from advmoe_deploy.attacks.white_box import attack_model, predict
 from advmoe_deploy.data.dataset import to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.checkpoint import load_checkpoint
+from advmoe_deploy.progress import Silent
 from advmoe_deploy.reports import Pair
 from advmoe_deploy.specs import AttackSpec, ThreatModel
 from advmoe_deploy.verify import masking
@@ -105,3 +107,14 @@ def test_a_model_that_is_never_right_is_not_attacked(trained_run: Path) -> None:
     keep = (TEST.labels != 3) & (wrong != 3)
     found = masking_signs(model, to_float(TEST.images[keep]), TEST.labels[keep], THREAT, [])
     assert [sign.name for sign in found] == ["black box against white box"]
+
+
+def test_gradients_are_taken_in_pieces(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = load_checkpoint(trained_run / "model")
+    x, y = torch.from_numpy(to_float(TEST.images[:40])), torch.from_numpy(TEST.labels[:40])
+    probe = masking._Probe(model, x, y, THREAT, Silent())
+    whole, passed = probe.gradients(), list[int]()
+    model.register_forward_pre_hook(lambda module, given: passed.append(len(given[0])))
+    monkeypatch.setattr(batches, "_PIECE_PIXELS", 16 * 8**2)
+    assert probe.gradients() == whole
+    assert passed == [16, 16, 8]
