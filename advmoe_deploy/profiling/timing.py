@@ -29,6 +29,7 @@ def time_interleaved(
     *,
     rounds: int | None = None,
     warmup: int = 3,
+    settle: int = 0,
     budget_s: float = 10.0,
     least: int = 30,
     most: int = 500,
@@ -40,6 +41,8 @@ def time_interleaved(
 
     In every round each call runs once, in an order shuffled anew; the collector of garbage is off
     meanwhile. Without ``rounds``, as many as ``budget_s`` allows, between ``least`` and ``most``.
+    ``settle`` calls of the same, not timed, go before each that is: what runs again and again finds
+    its memory in the caches, which others empty.
     ``progress`` hears between rounds of the task ``name``.
     """
     was_on = gc.isenabled()
@@ -51,18 +54,22 @@ def time_interleaved(
             for call in calls.values():
                 call()
         if rounds is None:
-            per_round = (time.perf_counter() - started) / max(1, warmup)
+            per_round = (1 + settle) * (time.perf_counter() - started) / max(1, warmup)
             rounds = int(np.clip(budget_s / max(per_round, 1e-9), least, most))
         progress = progress or Silent()
         with task(progress, name, rounds):
-            return _time_rounds(calls, rounds, seed, partial(progress.advance, name))
+            return _time_rounds(calls, rounds, settle, seed, partial(progress.advance, name))
     finally:
         if was_on:
             gc.enable()
 
 
 def _time_rounds(
-    calls: Mapping[str, Callable[[], object]], rounds: int, seed: int, passed: Callable[[], None]
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    settle: int,
+    seed: int,
+    passed: Callable[[], None],
 ) -> dict[str, NDArray[np.float64]]:
     shuffle = np.random.default_rng(seed)
     names = list(calls)
@@ -70,6 +77,8 @@ def _time_rounds(
     for index in range(rounds):
         for position in shuffle.permutation(len(names)):
             name = names[position]
+            for _ in range(settle):
+                calls[name]()
             started = time.perf_counter_ns()
             calls[name]()
             seconds[name][index] = (time.perf_counter_ns() - started) / 1e9

@@ -1,7 +1,7 @@
 """Lower precisions against the dense network and S-Dense in the same, on this CPU.
 
     advmoe export zoo:cifar10-advmoe --format openvino --precision int8 --data ... --out BUNDLE
-    python -m benchmarks.cpu.precision BUNDLE... [--threads 1,2] [--seconds 20]
+    python -m benchmarks.cpu.precision BUNDLE... [--threads 1,2] [--seconds 20] [--settle 0,1]
 
 Times every engine that the bundles hold, all exported from one model: what the export lowered, what
 it kept back and why is in the result. Beside them the dense network and S-Dense of the first
@@ -9,7 +9,8 @@ bundle, untrained, in both engines at every precision, in int8 by the export's q
 on the bundle's own images; in OpenVINO with float32 and with bf16 between what is quantised.
 Everything is interleaved in one process, and then every engine of the MoE with the dense network of
 its precision alone: among so many models each finds the caches cold, which one that is served does
-not. No thread pool spins, and OpenVINO pins no thread.
+not. Nor does it with ``--settle 1``, where an untimed call goes before each that is timed. No
+thread pool spins, and OpenVINO pins no thread.
 
 Writes ``benchmarks/results/precision_cpu.json``.
 """
@@ -21,6 +22,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +121,8 @@ def pairs_of(calls: Calls) -> Iterator[Calls]:
         yield {name: calls[name], dense: calls[dense]}
 
 
-def row_of(batch: int, threads: int, times: dict[str, np.ndarray], *, pair: bool) -> dict[str, Any]:
-    """Return medians and how many times faster each MoE is than networks without experts.
-
-    Of a ``pair``, nothing else was timed in turn with it.
-    """
+def row_of(times: dict[str, np.ndarray], **of: object) -> dict[str, Any]:
+    """Return medians and how many times faster each MoE is than networks without experts."""
     ratios = {}
     for name in [name for name in times if name.startswith("moe ")]:
         engine = name.removeprefix("moe ").partition(",")[0]
@@ -137,8 +136,23 @@ def row_of(batch: int, threads: int, times: dict[str, np.ndarray], *, pair: bool
                 }
     medians = {name: round(1e3 * float(np.median(values)), 4) for name, values in times.items()}
     n = len(next(iter(times.values())))
-    of = {"batch": batch, "threads": threads, "pair": pair, "n": n}
-    return {**of, "p50_ms": medians, "ratios": ratios}
+    return {**of, "n": n, "p50_ms": medians, "ratios": ratios}
+
+
+def rows_of(
+    bundles: Sequence[Bundle], threads: int, batch: int, settle: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of everything in turn, then that of each pair."""
+    images = golden_images(bundles[0])
+    pixels = np.resize(images, (batch, *images.shape[1:]))
+    of = {"batch": batch, "threads": threads, "settle": settle}
+    with ExitStack() as stack:
+        calls = calls_of(stack, bundles, pixels, threads)
+        times = time_interleaved(calls, warmup=3, settle=settle, budget_s=seconds)
+        yield row_of(times, **of, pair=False)
+        for pair in pairs_of(calls):
+            times = time_interleaved(pair, warmup=20, settle=settle, budget_s=seconds / 4)
+            yield row_of(times, **of, pair=True)
 
 
 def record_of(bundle: Bundle, engines: EngineSet) -> dict[str, Any]:
@@ -161,22 +175,16 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", type=Path, help="of one model, by 'advmoe export'")
     parser.add_argument("--threads", type=numbers, default=(1, 2))
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring per row")
+    parser.add_argument("--settle", type=numbers, default=(0,), help="calls before each timed one")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     bundles, load_before, rows = [*map(open_bundle, arguments.bundles)], os.getloadavg(), []
     chosen = [record_of(*each) for each in engine_sets(bundles)]
-    images = golden_images(bundles[0])
-    for threads in arguments.threads:
-        for batch in BATCHES:
-            pixels = np.resize(images, (batch, *images.shape[1:]))
-            with ExitStack() as stack:
-                calls = calls_of(stack, bundles, pixels, threads)
-                times = time_interleaved(calls, warmup=3, budget_s=arguments.seconds)
-                rows.append(row_of(batch, threads, times, pair=False))
-                for pair in pairs_of(calls):
-                    times = time_interleaved(pair, warmup=20, budget_s=arguments.seconds / 4)
-                    rows.append(row_of(batch, threads, times, pair=True))
-            print(json.dumps(rows[-1]), flush=True)
+    asked = (arguments.threads, BATCHES, arguments.settle)
+    for threads, batch, settle in product(*asked):
+        for row in rows_of(bundles, threads, batch, settle, arguments.seconds):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     manifest = bundles[0].manifest
     result = {
         "model": manifest.model.model_dump(mode="json"),

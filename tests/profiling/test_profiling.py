@@ -33,6 +33,16 @@ def test_calls_are_interleaved_and_counted() -> None:
     assert all((values > 0).all() for values in seconds.values())
 
 
+def test_calls_that_settle_go_before_each_that_is_timed() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = time_interleaved(calls, rounds=5, warmup=1, settle=2)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 5, "b": 5}
+    rounds = [order[i : i + 6] for i in range(2, 2 + 5 * 6, 6)]
+    assert len(order) == 2 + 5 * 6
+    assert all(one in ([*"aaabbb"], [*"bbbaaa"]) for one in rounds)
+
+
 def test_the_collector_rests_meanwhile_and_comes_back() -> None:
     seen = []
     assert gc.isenabled()
