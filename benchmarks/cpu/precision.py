@@ -12,7 +12,7 @@ its precision alone: among so many models each finds the caches cold, which one 
 not. Nor does it with ``--settle 1``, where an untimed call goes before each that is timed. No
 thread pool spins, and OpenVINO pins no thread.
 
-Writes ``benchmarks/results/precision_cpu.json``.
+Writes ``benchmarks/results/precision_cpu.json`` after each batch.
 """
 
 import argparse
@@ -178,28 +178,27 @@ def main() -> None:
     parser.add_argument("--settle", type=numbers, default=(0,), help="calls before each timed one")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    bundles, load_before, rows = [*map(open_bundle, arguments.bundles)], os.getloadavg(), []
+    bundles, rows = [*map(open_bundle, arguments.bundles)], list[dict[str, Any]]()
     chosen = [record_of(*each) for each in engine_sets(bundles)]
+    manifest, load_before = bundles[0].manifest, os.getloadavg()
     asked = (arguments.threads, BATCHES, arguments.settle)
     for threads, batch, settle in product(*asked):
-        for row in rows_of(bundles, threads, batch, settle, arguments.seconds):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    manifest = bundles[0].manifest
-    result = {
-        "model": manifest.model.model_dump(mode="json"),
-        "weights_sha256": manifest.training["weights_sha256"],
-        "macs": manifest.macs.model_dump(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "versions": {**manifest.versions, "openvino": openvino_version()},
-        "settings": {"spinning": False, "pinning": False, "warmup": 3},
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-        "rows": rows,
-        "exported": chosen,
-    }
-    write(arguments.out, result)
+        rows += rows_of(bundles, threads, batch, settle, arguments.seconds)
+        result = {
+            "model": manifest.model.model_dump(mode="json"),
+            "weights_sha256": manifest.training["weights_sha256"],
+            "macs": manifest.macs.model_dump(),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+            "versions": {**manifest.versions, "openvino": openvino_version()},
+            "settings": {"spinning": False, "pinning": False, "warmup": 3},
+            "load_average": {"before": load_before, "after": os.getloadavg()},
+            "rows": rows,
+            "exported": chosen,
+        }
+        write(arguments.out, result)
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":
