@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,10 +37,12 @@ TRAINED_RUN = ROOT / "tests" / "data" / "trained-run"
 
 
 def trained(seed: int, out: Path) -> dict[str, Any]:
-    """Train the tests' run from ``seed`` into ``out`` and return what it reached."""
+    """Train from ``seed``, put what tests read into ``out`` and return what was reached."""
     recipe = read_checkpoint(TRAINED_RUN / "model").recipe
     config = TrainConfig.model_validate({**recipe, "seed": seed})
-    train(config, load_dataset(config.data), out)
+    whole = out.with_name("whole")
+    train(config, load_dataset(config.data), whole)
+    shutil.copytree(whole / "model", out / "model")
     checkpoint = read_checkpoint(out / "model")
     return {"weights_sha256": checkpoint.weights_sha256, **checkpoint.metrics}
 
@@ -77,7 +80,7 @@ def main() -> None:
     facts = {"versions": versions(), "platform": platform.platform(), "threads": 1}
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as temporary:
-            run = Path(temporary) / "run"
+            run = Path(temporary) / TRAINED_RUN.name
             row = {"processor": processor_name(), "seed": seed, **trained(seed, run)}
             row |= tested(run, arguments.processes)
         write(arguments.out, with_kept_rows(arguments.out, facts, [row], ("processor", "seed")))
