@@ -159,8 +159,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Neighbours wait for the bundle that they share, so that files of sixteen parts take turns.
     Of another ``--trained-run`` only the tests that read it run.
     """
-    if config.getoption("--trained-run") != TRAINED_RUN:
-        items[:] = [item for item in items if "trained_run" in getattr(item, "fixturenames", ())]
+    if config.getoption("--trained-run").resolve() != TRAINED_RUN.resolve():
+        other = [each for each in items if "trained_run" not in getattr(each, "fixturenames", ())]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [each for each in items if each not in set(other)]
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     files = [*dict.fromkeys(item.path for item in items)]
     part = len(files) // 16 + 1

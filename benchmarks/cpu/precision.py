@@ -12,7 +12,7 @@ its precision alone: among so many models each finds the caches cold, which one 
 not. Nor does it with ``--settle 1``, where an untimed call goes before each that is timed. No
 thread pool spins, and OpenVINO pins no thread.
 
-Writes ``benchmarks/results/precision_cpu.json`` after each batch.
+Writes ``benchmarks/results/precision_cpu.json``.
 """
 
 import argparse
@@ -183,22 +183,23 @@ def main() -> None:
     manifest, load_before = bundles[0].manifest, os.getloadavg()
     asked = (arguments.threads, BATCHES, arguments.settle)
     for threads, batch, settle in product(*asked):
-        rows += rows_of(bundles, threads, batch, settle, arguments.seconds)
-        result = {
-            "model": manifest.model.model_dump(mode="json"),
-            "weights_sha256": manifest.training["weights_sha256"],
-            "macs": manifest.macs.model_dump(),
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "platform": platform.platform(),
-            "versions": {**manifest.versions, "openvino": openvino_version()},
-            "settings": {"spinning": False, "pinning": False, "warmup": 3},
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-            "rows": rows,
-            "exported": chosen,
-        }
-        write(arguments.out, result)
-        print(json.dumps(rows[-1]), flush=True)
+        for row in rows_of(bundles, threads, batch, settle, arguments.seconds):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    result = {
+        "model": manifest.model.model_dump(mode="json"),
+        "weights_sha256": manifest.training["weights_sha256"],
+        "macs": manifest.macs.model_dump(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": {**manifest.versions, "openvino": openvino_version()},
+        "settings": {"spinning": False, "pinning": False, "warmup": 3},
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "rows": rows,
+        "exported": chosen,
+    }
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 How a training ends depends on the CPU as well as on the seed: tests must hold for whatever came out
 of it. Needs the development extras, in a clone of the repository. Writes
-``benchmarks/results/trained_run_seeds.json`` after each seed; rows of other processors stay.
+``benchmarks/results/trained_run_seeds.json`` after each seed; rows of other processors and seeds
+stay.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is loaded
+os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is loaded
 
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import UsageError
@@ -58,9 +59,9 @@ def tested(run: Path, processes: int) -> dict[str, Any]:
     spread = ["-n", str(processes), "--dist", "loadfile", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *chosen, *spread]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        told_last = (done.stdout + done.stderr)[-2000:]
-        raise UsageError(f"pytest ended in {done.returncode}: {told_last}")
+    if done.returncode not in (0, 1) or not results.exists():
+        told = (done.stdout + done.stderr).strip().splitlines() or ["nothing was printed"]
+        raise UsageError(f"pytest ended in {done.returncode}: {told[-1]}")
     ended: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(results).iter("testcase"):
         kinds = {each.tag for each in case}

@@ -34,6 +34,7 @@ class Running:
     since: float = field(default_factory=time.monotonic)
     figures: dict[str, float] = field(default_factory=dict)
     parts_over: int = 0  # of the step that it is at
+    stepped: float = field(default_factory=time.monotonic)  # when that step began
 
     @property
     def owner(self) -> str:
@@ -66,7 +67,8 @@ class Tasks:
         found = self._of(name)
         if found is not None:
             found.done = min(found.done + steps, found.total)
-            found.parts_over = 0
+            if steps:
+                found.parts_over, found.stepped = 0, time.monotonic()
             found.figures.update(figures)
         return found
 
@@ -92,18 +94,30 @@ class Tasks:
 
         It is never less than its part takes: the last step may be a long one.
         """
-        at, part = self._reached(task), self._part_of(task)
+        part = self._part_of(task)
+        of_part = None if part is None else self.seconds_left(part)
+        if task.parts_over:
+            return self._left_between_parts(task, of_part or 0.0)
+        at = self._reached(task)
         gone = at - task.first
-        known = [] if part is None else [self.seconds_left(part)]
-        known += [task.elapsed * (task.total - at) / gone] if gone > 0 else []
+        known = [of_part, task.elapsed * (task.total - at) / gone if gone > 0 else None]
         return max((seconds for seconds in known if seconds is not None), default=None)
+
+    def _left_between_parts(self, task: Running, of_part: float) -> float:
+        """Return the same where parts of a step are over, so that the next tells no share of it.
+
+        Whole steps tell how long one takes; before there is one, it is taken to end with its part.
+        """
+        at_step, gone = time.monotonic() - task.stepped, task.done - task.first
+        step = (task.stepped - task.since) / gone if gone > 0 else at_step + of_part
+        return max(of_part, step * (task.total - task.done) - at_step)
 
     def _reached(self, task: Running) -> float:
         """Return the steps done, with the share of the one that a part of ``task`` is at.
 
-        A second part of one step tells no share: how many follow is not known.
+        A first part is taken for the whole step: how many follow is not known.
         """
-        part = None if task.parts_over else self._part_of(task)
+        part = self._part_of(task)
         share = self._reached(part) / part.total if part is not None and part.total else 0.0
         return min(task.done + share, task.total)
 

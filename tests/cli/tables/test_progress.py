@@ -94,7 +94,7 @@ def test_a_second_part_of_one_step_does_not_tell_how_far_it_is() -> None:
     tasks.start("export", 1, 0)
     tasks.start("attack", 100, 0)
     export = tasks.running[0]
-    export.since -= 100
+    export.since = export.stepped = export.since - 100
     tasks.advance("attack", 100, {})
     tasks.finish("attack")
     tasks.start("pathways", 100, 0)
@@ -105,6 +105,23 @@ def test_a_second_part_of_one_step_does_not_tell_how_far_it_is() -> None:
     tasks.finish("pathways")
     tasks.advance("export", 1, {})
     assert tasks.seconds_left(export) == pytest.approx(0, abs=1)
+
+
+def test_second_parts_of_later_steps_go_by_whole_steps() -> None:
+    tasks = Tasks()
+    tasks.start("sweep", 6, 0)
+    sweep = tasks.running[0]
+    for done, gone in ((0, 110), (1, 230)):  # runs of 120 s, in the test half way through
+        sweep.done, sweep.since = done, sweep.since - gone
+        sweep.stepped = sweep.since + 120 * done
+        tasks.start("train", 10, 0)
+        tasks.finish("train")
+        tasks.start("test", 20, 0)
+        tasks.running[-1].since -= 10
+        tasks.advance("test", 10, {})
+        assert tasks.seconds_left(sweep) == pytest.approx(10 + 120 * (5 - done), abs=1)
+        tasks.finish("test")
+        sweep.parts_over, sweep.since = 0, sweep.since + gone
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
