@@ -48,10 +48,17 @@ def results_file(folder: Path, **changes: Any) -> Path:
     return file
 
 
+def seed_of(run: Path) -> int:
+    """Return the seed that a run says it was trained from: a row of results is found by it."""
+    seed: int = read_checkpoint(run / "model").provenance["seed"]
+    return seed
+
+
 @pytest.fixture
 def packed(trained_run: Path, tmp_path: Path) -> Path:
     """The trained run in fp16 with a row of results."""
-    how = Packing(half=True, results=(results_file(tmp_path),), licence="apache-2.0")
+    results = results_file(tmp_path, seed=seed_of(trained_run))
+    how = Packing(half=True, results=(results,), licence="apache-2.0")
     pack_run(trained_run, tmp_path / "zoo" / "tiny", how)
     return tmp_path / "zoo" / "tiny"
 
@@ -132,9 +139,13 @@ def test_a_path_of_data_stays_on_its_machine(trained_run: Path) -> None:
 
 
 def test_results_of_another_model_are_refused(trained_run: Path, tmp_path: Path) -> None:
+    own = seed_of(trained_run)
     for changes, complaint in (
-        ({"seed": 1}, "0 rows of recipe digits-advmoe with seed 0"),
-        ({"weights_sha256": "ab" * 32}, "measured on weights abababababab, the run has"),
+        ({"seed": own + 1}, f"0 rows of recipe digits-advmoe with seed {own}"),
+        (
+            {"seed": own, "weights_sha256": "ab" * 32},
+            "measured on weights abababababab, the run has",
+        ),
     ):
         file = results_file(tmp_path, **changes)
         with pytest.raises(UsageError, match=complaint):

@@ -16,7 +16,7 @@ from advmoe_deploy.zoo.publish import _matching
 from advmoe_deploy.zoo.upload import _STALE
 from tests.zoo.hub_commands import Done, files_in
 from tests.zoo.hub_server import TOKEN, Hub
-from tests.zoo.test_pack import results_file
+from tests.zoo.test_pack import results_file, seed_of
 
 SLOW = pytest.mark.slow  # each a process that asks the hub
 
@@ -33,7 +33,8 @@ def push(advmoe: Callable[..., Done]) -> Callable[..., Done]:
 def packed(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained run in fp16 with a row of results. Read it only."""
     folder = tmp_path_factory.mktemp("packed")
-    how = Packing(half=True, results=(results_file(folder),), licence="apache-2.0")
+    results = results_file(folder, seed=seed_of(trained_run))
+    how = Packing(half=True, results=(results,), licence="apache-2.0")
     pack_run(trained_run, folder / "tiny", how)
     return folder / "tiny"
 

@@ -14,7 +14,7 @@ from advmoe_deploy.cli.demo.result import DemoResult
 from advmoe_deploy.cli.demo.screen import screen
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.zoo.pack import Packing, pack_run
-from tests.zoo.test_pack import ROW
+from tests.zoo.test_pack import results_file, seed_of
 
 
 def check(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -39,8 +39,7 @@ def test_quick_demo_goes_the_whole_road(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A small network stands for the model of photographs; all that is done with it is real."""
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps({"epsilon": 0.05, "suite": "standard", "rows": [ROW]}))
+    results = results_file(tmp_path, seed=seed_of(trained_run))
     pack_run(trained_run, tmp_path / "zoo" / ZOO_MODEL, Packing(results=(results,)))
     monkeypatch.setenv("ADVMOE_ZOO", str(tmp_path / "zoo"))
     out = tmp_path / "demo [b]"

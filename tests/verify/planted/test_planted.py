@@ -1,5 +1,6 @@
 """Every planted fault is found before any attack, and called what it is."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
     "mean off": (faults.seen("Sub", 0.1), "preprocessing", "minus 0.1"),
     "gain off": (faults.seen("Mul", 255 / 256), "preprocessing", "times 0.99609"),
     "pixels to 255": (faults.seen("Mul", 255.0), "preprocessing", "times 255"),
-    "divided twice": (faults.seen("Div", 255.0), "preprocessing", "times 0.0039"),
+    "divided twice": (faults.seen("Div", 255.0), "preprocessing", "times 0.0039|255 twice"),
     "clipped images": (faults.seen("Clip", 0.0, 0.6), "preprocessing", "clipped above"),
     "height for width": (faults.transposed, "preprocessing", "transposed"),
     "left for right": (faults.reversed_axis(3, 8), "preprocessing", "left to right"),
@@ -93,7 +94,7 @@ def test_a_fault_is_called_what_it_is(
     edit, kind, words = FAULTS[name]
     report = inspected(with_fault(trained_bundle, tmp_path / "bundle", edit), digits)
     assert report.kinds == (kind,), report.findings
-    assert words in report.findings[0].message
+    assert re.search(words, report.findings[0].message)
     assert not report.passed
 
 
@@ -103,8 +104,9 @@ def test_statistics_of_the_batch(
     layer = dict(reference_model(trained_bundle).named_modules())["router.bn1"]
     edit = faults.batch_statistics(layer.weight.detach().numpy(), layer.bias.detach().numpy())
     report = inspected(with_fault(trained_bundle, tmp_path / "bundle", edit), digits)
-    # How many routes of small batches move depends on how the router was trained.
-    assert report.kinds in (("neighbours",), ("batch-size", "router"))
+    # Which routes move in which batches depends on how the router was trained.
+    assert report.kinds in (("neighbours",), ("batch-size",), ("batch-size", "router"))
+    assert not report.passed
 
 
 def test_a_router_that_is_slightly_off_is_found_between_images(
