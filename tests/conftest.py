@@ -160,9 +160,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Of another ``--trained-run`` only the tests that read it run.
     """
     if config.getoption("--trained-run").resolve() != TRAINED_RUN.resolve():
-        other = [each for each in items if "trained_run" not in getattr(each, "fixturenames", ())]
-        config.hook.pytest_deselected(items=other)
-        items[:] = [each for each in items if each not in set(other)]
+        read = [each for each in items if "trained_run" in getattr(each, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[*{*items} - {*read}])
+        items[:] = read
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     files = [*dict.fromkeys(item.path for item in items)]
     part = len(files) // 16 + 1

@@ -20,7 +20,7 @@ from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import ModelSpec
 from advmoe_deploy.verify.consistency import inspect_answers
 from advmoe_deploy.verify.findings import ConsistencyReport
-from tests.conftest import TINY
+from tests.conftest import TINY, TRAINED_RUN
 from tests.verify.planted import faults
 from tests.verify.planted.graphs import Edit, sealed_again, with_fault
 
@@ -99,13 +99,16 @@ def test_a_fault_is_called_what_it_is(
 
 
 def test_statistics_of_the_batch(
-    trained_bundle: Bundle, digits: tuple[Images, np.ndarray], tmp_path: Path
+    trained_run: Path, trained_bundle: Bundle, digits: tuple[Images, np.ndarray], tmp_path: Path
 ) -> None:
     layer = dict(reference_model(trained_bundle).named_modules())["router.bn1"]
     edit = faults.batch_statistics(layer.weight.detach().numpy(), layer.bias.detach().numpy())
     report = inspected(with_fault(trained_bundle, tmp_path / "bundle", edit), digits)
     # Which routes move in which batches depends on how the router was trained.
-    assert report.kinds in (("neighbours",), ("batch-size",), ("batch-size", "router"))
+    others = (
+        [("batch-size",), ("batch-size", "router")] if trained_run != TRAINED_RUN.resolve() else []
+    )
+    assert report.kinds in [("neighbours",), *others]
     assert not report.passed
 
 
