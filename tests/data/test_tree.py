@@ -49,7 +49,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     write_png(tmp_path / "a" / "0.png", 0)
     os.mkfifo(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "2.png").symlink_to("0.png")
-    assert tree_of(tmp_path).files == ("a/0.png", "a/2.png")
+    (tmp_path / "a" / "3.png").symlink_to("1.png")
+    (tmp_path / "a" / "4.png").symlink_to("nowhere.png")
+    (tmp_path / "a" / "5.png").symlink_to("5.png")
+    assert tree_of(tmp_path).files == ("a/0.png", "a/2.png", "a/4.png", "a/5.png")
 
 
 def test_links_between_folders_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -81,8 +81,7 @@ def tree_of(root: Path) -> Tree:
         for entry in entries:
             if is_hidden(entry.name):
                 hidden += _files_of(root, entry)
-            elif not _is_folder(entry) and (entry.is_symlink() or entry.is_file()):
-                # No pipe or socket, which would be waited for.
+            elif not _is_folder(entry) and _is_file(entry):
                 files.append(_below(folder, entry.name))
     _say_hidden(root, hidden)
     return Tree(root, _sorted(files), _sorted(folders[1:]))
@@ -142,6 +141,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno == errno.ELOOP:  # a link that leads to itself is no folder
             return False
         raise DataError(f"{entry.path}: {reason_of(error, 'read')}") from None
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    # No pipe or socket, which would be waited for. A link to nowhere is refused when it is read.
+    if not entry.is_symlink():
+        return entry.is_file()
+    file = Path(entry.path)
+    return file.is_file() or not file.exists()
 
 
 def _files_of(root: Path, hidden: os.DirEntry[str]) -> list[str]:

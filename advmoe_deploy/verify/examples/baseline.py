@@ -109,12 +109,18 @@ def _json(path: Path) -> dict[str, Any]:
     with reading(path):
         content = path.read_bytes()
     try:
-        entry = json.loads(content)
+        entry = json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         raise DataError(f"{path} is no JSON; name the report.json of advmoe report") from None
     if not isinstance(entry, dict):
         raise DataError(f"{path} holds no JSON object; name the report.json of advmoe report")
     return entry
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):  # 1e999 is one of those as well
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def _share(path: Path, name: str, value: object) -> float:

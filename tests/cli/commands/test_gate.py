@@ -157,6 +157,8 @@ def test_figures_alone_are_compared_unpaired(
     [
         ("{", "is no JSON"),
         ("[]", "no JSON object"),
+        ('{"advmoe": {"bundle": NaN}}', "is no JSON"),
+        ('{"eps": 1e999}', "is no JSON"),
         ('{"advmoe": {}}', "bundle: Field required"),
         ('{"eps": "8/255", "clean_acc": "a lot"}', "no percentage"),
         ('{"eps": "8/0", "clean_acc": "90", "autoattack_acc": 50}', "no l-inf radius"),
