@@ -167,7 +167,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         with naming(target):
             yield partial
         with writing(target):
-            _replace_directory(partial, target)
+            _replace_directory(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -216,11 +216,12 @@ def _partial_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial-{unique}")
 
 
-def _replace_directory(partial: Path, target: Path) -> None:
-    # A directory cannot be renamed over a full one, so the old one steps aside for an instant.
+def _replace_directory(partial: Path, target: Path, *, overwrite: bool) -> None:
+    # A directory cannot be renamed over a full one, so the old one steps aside for an instant. What
+    # has come since the start, and may not be replaced, is in the way.
     aside = target.with_name(f"{partial.name}.old")
     try:
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(aside)
         partial.rename(target)
     finally:

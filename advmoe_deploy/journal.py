@@ -28,7 +28,7 @@ class Journal(Closing):
 
         Raises:
             UsageError: another process uses it, or a link or another kind of file is there.
-            MachineError: the system has no locks of POSIX.
+            MachineError: the system or the file system has no locks of POSIX.
         """
         self.path = path
         self.count = 0
@@ -120,6 +120,11 @@ def _locked(path: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         raise UsageError(f"another process is writing {path}; wait for it or stop it") from None
+    except OSError:  # of a network, without a service for locks
+        file.close()
+        raise MachineError(
+            f"the file system of {path} locks no files; name a place on another one"
+        ) from None
     return file
 
 

@@ -48,6 +48,15 @@ def test_existing_target_is_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows calls it otherwise")
+def test_what_came_meanwhile_stays(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="out"), staged_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["thesis"]
+
+
 def test_overwrite_replaces(tmp_path: Path) -> None:
     for content in ("one", "two"):
         with staged_directory(tmp_path / "out", overwrite=True) as partial:

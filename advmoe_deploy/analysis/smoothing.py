@@ -134,7 +134,7 @@ def certify(
 def _certified(
     model: Classifier, image: Tensor, label: int, index: int, settings: Smoothing
 ) -> CertifiedImage:
-    generator = torch.Generator().manual_seed(settings.seed * _SEEDS_APART + index)
+    generator = torch.Generator().manual_seed((settings.seed * _SEEDS_APART + index) % (1 << 64))
     guess = int(_counts(model, image, settings.n0, settings.sigma, generator).argmax())
     count = int(_counts(model, image, settings.n, settings.sigma, generator)[guess])
     radius = l2_radius(count, settings)

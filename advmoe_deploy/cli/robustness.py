@@ -21,6 +21,7 @@ from advmoe_deploy.models.stored import reference_model
 from advmoe_deploy.parity.answers import Images
 from advmoe_deploy.progress import Progress
 from advmoe_deploy.reports.versions import installed_versions
+from advmoe_deploy.runtime.select import open_runner
 from advmoe_deploy.specs import ThreatModel
 from advmoe_deploy.verify.examples.card import with_measured
 from advmoe_deploy.verify.examples.convergence import convergence
@@ -76,9 +77,10 @@ def robustness_of(
         EXAMPLES_FILE,
         *(f"examples-{each.replace(':', '-')}.npz" for each in options.engines[1:]),
     ]
+    for engine in options.engines[1:]:  # said before the first is attacked, not after
+        open_runner(bundle, engine, threads=options.threads).close()
     reports = []
     for engine, name in zip(options.engines, names, strict=True):
-        measured.clear()
         reports.append(_verified(bundle, options, engine, folder / name, measured, progress))
     model, threat = reference_model(bundle), reports[0].threat
     clean_NCHW, labels_N = images_of(

@@ -122,7 +122,7 @@ def _classes(evidence: Evidence) -> Finding | None:
     wanted, right = evidence.answer.logits.astype(np.float64), evidence.along.astype(np.float64)
     apart_C = np.square(wanted - right).sum(axis=0)
     # The reference's column that each of the engine's is nearest to.
-    apart_CC = np.square(wanted[:, :, None] - right[:, None, :]).sum(axis=0)
+    apart_CC = np.stack([np.square(w_N[:, None] - right).sum(axis=0) for w_N in wanted.T])
     order_C = apart_CC.argmin(axis=1)
     moved = int((order_C != np.arange(len(order_C))).sum())
     left = float(apart_CC.min(axis=1).sum())

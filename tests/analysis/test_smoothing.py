@@ -1,7 +1,9 @@
 """Randomized smoothing against what is known exactly: counts, radii, and runs that were cut off."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from advmoe_deploy.analysis.smoothing import (
     l2_radius,
     lower_confidence_bound,
 )
-from advmoe_deploy.errors import CheckFailedError, UsageError
+from advmoe_deploy.errors import CheckFailedError, MachineError, UsageError
 from tests.toys import LinearClassifier, toy_spec
 
 QUICK = Smoothing(sigma=0.5, n0=20, n=400)
@@ -122,6 +124,20 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another process is writing"):
             certify(model, x, torch.tensor([0]), QUICK, journal=journal)
+
+
+def test_where_files_cannot_be_locked_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    model, x = halfspace(0.3)
+    with pytest.raises(MachineError, match="name a place on another one"):
+        certify(model, x, torch.tensor([0]), QUICK, journal=tmp_path / "j.jsonl")
 
 
 def test_a_model_that_answers_nan_is_not_certified() -> None:

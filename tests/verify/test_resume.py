@@ -1,5 +1,6 @@
 """A verification that was killed goes on where it was, and ends as it would have."""
 
+import io
 import os
 from pathlib import Path
 
@@ -87,9 +88,15 @@ def test_the_state_of_another_verification_is_refused(
     ):
         with pytest.raises(DataError, match=other):
             verify_bundle(trained_bundle, threads=1, resume=state, **options)  # type: ignore[arg-type]
-    state.write_bytes(state.read_bytes()[:-40])
-    with pytest.raises(DataError, match="delete it to begin anew"):
-        verify_bundle(trained_bundle, images=10, threads=1, resume=state)
+    whole = state.read_bytes()
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    middle = len(whole) // 3  # of what is compressed
+    flipped = bytes([*whole[:middle], whole[middle] ^ 255, *whole[middle + 1 :]])
+    for damaged in (whole[:-40], flipped, array.getvalue(), b""):
+        state.write_bytes(damaged)
+        with pytest.raises(DataError, match="delete it to begin anew"):
+            verify_bundle(trained_bundle, images=10, threads=1, resume=state)
 
 
 def test_a_budget_is_spent_on_restarts(

@@ -135,7 +135,9 @@ def analyze(
             help="Time for all of it, such as 2m: fewer images, or sections, and it says so.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of attacks and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=(1 << 64) - 1, help="Of attacks and noise.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -225,8 +227,9 @@ def analyze(
             report = analyze_model(
                 stored, settings, measured=measured, moved=moved, progress=ui.progress
             )
-        with staged_directory(target, overwrite=overwrite) as staged:
-            analysis_report.write_report(report, moved, staged, REPORT, threads=threads)
+            measured.append(report)
+            with staged_directory(target, overwrite=overwrite) as staged:
+                analysis_report.write_report(report, moved, staged, REPORT, threads=threads)
         if "smoothing" in sections:
             journal.unlink(missing_ok=True)
         value = {"out": str(target), **report.model_dump(mode="json")}

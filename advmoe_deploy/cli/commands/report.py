@@ -94,7 +94,7 @@ def report(
         )
         measured: list[AttackOutcome] = []
         with (
-            ui.keeping(measured, lambda: tables.attack_outcomes(measured, engines[0])),
+            ui.keeping(measured, lambda: tables.attack_outcomes(measured, ", then ".join(engines))),
             staged_directory(target, overwrite=overwrite) as staged,
         ):
             seen = robustness_of(opened, options, staged, measured=measured, progress=ui.progress)

@@ -81,6 +81,8 @@ def labelled_images(
             data = load_dataset(source, checkpoint.decoding)
             return _fitting(data, checkpoint, class_map or {})
         except (DataError, MachineError, UsageError) as error:
+            if class_map and isinstance(error, UsageError):  # it would be ignored without a word
+                raise
             say(f"accuracy is not measured on {source}: {error}")
     return None
 

@@ -127,7 +127,7 @@ def graph_sets(bundle: Bundle, precisions: Sequence[Precision] = ()) -> list[Eng
                 f"{bundle.path} holds no TensorRT graphs in {precision}; write them with advmoe "
                 f"export RUN --format trt --precision {precision} --onnx-only"
             )
-    return [sets[precision] for precision in precisions or sets]
+    return [sets[precision] for precision in dict.fromkeys(precisions or sets)]
 
 
 def _builder(

@@ -16,6 +16,7 @@ from advmoe_deploy.attacks.find import find_adversarial
 from advmoe_deploy.attacks.white_box import predict
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.data.matching import Trained, matching_test_images
+from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.progress import Progress, task
@@ -62,7 +63,7 @@ def attacked_samples(
     """
     model, manifest = reference_model(bundle), bundle.manifest
     threat = threat_or(epsilon, manifest.threat, bundle.path)
-    source = data or manifest.data
+    source = absolute(data or manifest.data, manifest.model.image_size)
     x_NCHW, labels_N = matching_test_images(
         source, Trained.of(manifest), max(_AMONG, count), class_map=class_map
     )

@@ -9,6 +9,7 @@ Shapes: N images, C channels, H height, W width.
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,11 @@ def _read(path: Path) -> dict[str, NDArray[np.generic]]:
     with reading(path):
         content = path.read_bytes()
     try:
+        if not content.startswith(b"PK"):  # np.load would take an array of its own as well
+            raise ValueError("no zip file")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise _damaged(path) from None
 
 

@@ -1,6 +1,8 @@
 """``advmoe analyze`` leaves a report of whatever it is given, whole or not at all."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,6 +16,7 @@ from advmoe_deploy.analysis.smoothing import CertifiedImage
 from advmoe_deploy.bundle import Bundle, open_bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.grid import Grid
+from advmoe_deploy.cli.pages import analysis_report
 from tests.cli.command_line import Capture, said
 from tests.conftest import TINY, write_run
 from tests.families import spec_of
@@ -142,6 +145,38 @@ def test_bad_inputs_leave_nothing(capsys: Capture, tiny_run: Path, tmp_path: Pat
     assert run(["analyze", str(tiny_run), "--out", str(out), "--overwrite"]) == 2
     assert "holds no analysis.json" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("seed", [(1 << 64) - 1, 1 << 64])
+def test_every_seed_of_torch_is_taken(
+    seed: int, capsys: Capture, tiny_run: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--only",
+        "smoothing",
+        "--smoothing",
+        "10",
+        "--images",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    code = run(["analyze", str(tiny_run), *words, "--seed", str(seed)])
+    assert code == (2 if seed >> 64 else 0), capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_takes_no_figures_with_it(
+    capsys: Capture, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "analysis.html")
+
+    monkeypatch.setattr(analysis_report, "write_report", full)
+    out = tmp_path / "out"
+    assert run(["analyze", str(tiny_run), "--only", "lipschitz", "--json", "--out", str(out)]) == 5
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["measured"][0]["lipschitz"]
+    assert not out.exists()
 
 
 def test_without_matplotlib_it_says_so_before_the_work(

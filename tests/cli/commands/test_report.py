@@ -95,6 +95,11 @@ def test_it_goes_beside_the_bundle_and_replaces_nothing_of_others(
         beside.rmdir()
     twice = ["report", str(bundle), "--engine", "onnxruntime", "--engine", "onnxruntime"]
     assert run(twice) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(robustness, "verify_bundle", unasked)
+    for other in ("openvin", "onnxruntime:int8"):  # said before the first engine is attacked
+        assert run([*twice[:-1], other]) in (2, 3)
+        assert other.partition(":")[2] in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert run(["report", str(bundle)]) == 4
 

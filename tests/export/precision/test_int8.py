@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from advmoe_deploy.bundle import Bundle, open_bundle
-from advmoe_deploy.errors import BundleError, CheckFailedError, DataError
+from advmoe_deploy.errors import BundleError, CheckFailedError, DataError, UsageError
 from advmoe_deploy.export.checks.images import labelled_images
 from advmoe_deploy.export.from_run import export_run
 from advmoe_deploy.export.precision.quantize import quantised_segments
@@ -216,6 +216,8 @@ def test_labelled_images_are_of_the_models_kind(tmp_path: Path) -> None:
     assert found(["", "random:8", "digits"])
     assert not found(["random:8"])
     assert said == []
+    with pytest.raises(UsageError):  # a map that was asked for is not left out with a note
+        labelled_images(["digits"], checkpoint, said.append, {"flowr": "flower"})
     assert not found(["digits"], model=TINY.model_copy(update={"image_size": 16}))
     assert not found(["digits"], model=TINY.model_copy(update={"num_classes": 9}))
     assert not found(["digits"], class_names=tuple("abcdefghij"))

@@ -17,7 +17,9 @@ from advmoe_deploy.bundle import MODEL, Bundle, FileRecord
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.errors import BundleError, CheckFailedError
 from advmoe_deploy.export.graph.op_bodies import nodes_of
+from advmoe_deploy.export.web import samples
 from advmoe_deploy.export.web.site import Site, write_site
+from advmoe_deploy.progress import Silent
 from advmoe_deploy.runtime.select import open_runner
 from tests.conftest import assert_nothing_left
 from tests.export.web.test_runtime import PACKED, SMALL
@@ -97,6 +99,19 @@ def test_samples_are_attacked_ever_harder(site: Path, trained_bundle: Bundle) ->
     labels_N = np.repeat(facts["labels"], len(facts["epsilons"]))
     right_SA = (answer.logits.argmax(axis=1) == labels_N).reshape(IMAGES, -1)
     assert (np.diff(right_SA.astype(int), axis=1) <= 0).all()  # what fell stays down
+
+
+def test_where_images_lie_is_not_told(
+    trained_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = trained_bundle.manifest.model.image_shape
+    found = np.zeros((2, *shape), np.float32), np.arange(2)
+    monkeypatch.setattr(samples, "matching_test_images", lambda *_, **__: found)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    assert (
+        samples.attacked_samples(trained_bundle, 1, Silent(), data=str(folder)).source == "folder"
+    )
 
 
 def test_a_page_replaces_a_page_and_nothing_else(
