@@ -197,8 +197,7 @@ class _Work:
     ) -> None:
         self.moved = moved
         self.model = model
-        self.images = images
-        self.labels = labels
+        self.images, self.labels = self.all = images, labels
         self.threat = threat
         self.settings = settings
         self.progress = progress
@@ -317,9 +316,9 @@ class _Work:
     def _smoothing(self) -> SmoothingReport:
         return certify(
             self.model,
-            self.images,
-            self.labels,
+            *self.all,  # a budget leaves more or fewer the next time: the journal is of any
             self.settings.smoothing,
+            first=len(self.labels),
             journal=self.settings.journal,
             progress=self.progress,
         )

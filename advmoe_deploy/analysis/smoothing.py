@@ -105,14 +105,16 @@ def certify(
     labels: Tensor,
     settings: Smoothing,
     *,
+    first: int | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
 ) -> SmoothingReport:
-    """Return the certificate of each float image [N, C, H, W] in [0, 1].
+    """Return the certificate of each float image [N, C, H, W] in [0, 1], or of the ``first`` ones.
 
-    Each image has a seed of its own. With ``journal``, a file, every certified image is written
-    there at once and a later call for the same job continues after the last whole line, with the
-    same result; a journal of another job is begun anew.
+    Each image has a seed of its own, so how many there are changes no other. With ``journal``, a
+    file, every certified image is written there at once and a later call for the same job, of
+    whatever ``first``, continues after the last whole line, with the same result; a journal of
+    another job is begun anew.
 
     Raises:
         CheckFailedError: the model's answers are not finite.
@@ -121,9 +123,10 @@ def certify(
     progress = progress or Silent()
     kept, rows = continued(journal, _job(model, images, labels, settings))
     with kept, eval_mode(model), torch.no_grad():
-        done = [CertifiedImage.model_validate(row) for row in rows]
-        with task(progress, "smoothing", len(labels), len(done)):
-            for index in range(len(done), len(labels)):
+        count = len(labels) if first is None else first
+        done = [CertifiedImage.model_validate(row) for row in rows[:count]]
+        with task(progress, "smoothing", count, len(done)):
+            for index in range(len(done), count):
                 image = _certified(model, images[index], int(labels[index]), index, settings)
                 kept.append(image.model_dump())
                 done.append(image)

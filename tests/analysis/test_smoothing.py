@@ -101,6 +101,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_result(tmp_path: Path) -> No
     assert again.certified[1].radius == 9.0
     assert again.certified[2:] == whole.certified[2:]
     assert len(journal.read_bytes().splitlines()) == 7
+    fewer = certify(model, x, y, QUICK, first=4, journal=journal)  # as a budget may leave
+    assert fewer.certified == again.certified[:4]
+    assert certify(model, x, y, QUICK, first=5, journal=journal).certified[1].radius == 9.0
 
 
 def test_the_journal_of_another_job_is_begun_anew(tmp_path: Path) -> None:
