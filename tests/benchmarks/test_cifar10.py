@@ -161,3 +161,6 @@ def test_twins_are_compared_image_by_image_once_both_were_attacked(
     attacked(results_page.S_DENSE, AUTOATTACK[3:], [False, False, False, False])
     (_, told, _) = results_page.beside_s_dense("all attacks", []) or ("", "", "")
     assert told.startswith("+50.0 points (")
+    assert results_page.beside_dense() == ""
+    attacked(results_page.DENSE, [cifar10.PGD], [True, True, True, True])
+    assert "under PGD-50 -25.0 points (" in results_page.beside_dense()

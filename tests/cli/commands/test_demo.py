@@ -13,6 +13,7 @@ from advmoe_deploy.cli.demo.photographs import ZOO_MODEL, show_photographs
 from advmoe_deploy.cli.demo.result import DemoResult
 from advmoe_deploy.cli.demo.screen import screen
 from advmoe_deploy.progress import Silent
+from advmoe_deploy.train.recipes import RECIPES
 from advmoe_deploy.zoo.pack import Packing, pack_run
 from tests.zoo.test_pack import results_file, seed_of
 
@@ -53,6 +54,7 @@ def test_quick_demo_goes_the_whole_road(
     assert 0 < photographs["served_ms"] < 10_000
     shown = screen_text(result)
     assert ZOO_MODEL in shown
+    assert f"S-Dense: {RECIPES['cifar10-s-dense-cpu'].measured}" in shown
     assert "[b]" in shown  # no markup
 
 
