@@ -149,7 +149,7 @@ def _labelled(
         source = absolute(data or manifest.data, manifest.model.image_size)
         found = matching_test_images(source, Trained.of(manifest), images, class_map=class_map)
     except AdvMoEError as error:
-        if data is not None or images < 1:
+        if data is not None or class_map or images < 1:
             raise
         notes.append(f"clean accuracy is unmeasured: {error}")
         return None

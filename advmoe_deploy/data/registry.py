@@ -146,4 +146,4 @@ def absolute(source: str, size: int | None = None) -> str:
     if name == "folder":
         stem, _, text = path.rpartition(_SIZE) if _SIZE in path else (path, "", str(size or ""))
         path, ending = stem, f"{_SIZE}{_pixels_in(source, text if stem else '')}"
-    return f"{name}:{at_home(path).resolve()}{ending}" if path else name
+    return f"{name}:{os.path.realpath(at_home(path))}{ending}" if path else name

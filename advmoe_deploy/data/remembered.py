@@ -81,7 +81,7 @@ def remembered(
     source = absolute(data, _SIZE) if data else ""
     if data and (folder := folder_in(data)):
         require_folder(folder[0], "name where the data lie")
-        source = data if folder[1] else f"folder:{folder[0].resolve()}"
+        source = data if folder[1] else f"folder:{os.path.realpath(folder[0])}"
     threat = ThreatModel(epsilon=epsilon) if epsilon is not None else None
     return Remembered(_names(classes), source, threat, note)
 

@@ -163,7 +163,7 @@ def require_outside(target: Path, data: Dataset) -> None:
 def _stem(source: str) -> str:
     """Return what the data are called in names: the folder, or the data set."""
     folder = folder_in(source)
-    return folder[0].resolve().name if folder else source.partition(":")[0]
+    return Path(os.path.realpath(folder[0])).name if folder else source.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:
     folder, decoding, seen, source = folder_in(asked.source), None, None, asked.source
     spec = asked.origin.spec if asked.origin else None
     if folder:
-        root = folder[0].resolve()
+        root = Path(os.path.realpath(folder[0]))  # a link in a circle is said later
         seen = survey(root)
         own_size = None if asked.name in FAMILIES and not spec else asked.base.model.image_size
         size = _size(asked, folder[1]) or own_size or size_for(seen)

@@ -9,6 +9,7 @@ NAME/MODEL_CARD.md
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from advmoe_deploy.bundle import CARD
 from advmoe_deploy.data.hub import HUB_SETS
+from advmoe_deploy.data.registry import absolute
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.export.checks.images import parity_images
 from advmoe_deploy.files import refuse_existing, sha256_of, staged_directory
@@ -31,7 +33,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.parity.reference import reference_answers
 from advmoe_deploy.zoo.card import run_card
 from advmoe_deploy.zoo.evaluation import read_evaluation
-from advmoe_deploy.zoo.places import RUN_MARKER, is_plain
+from advmoe_deploy.zoo.places import is_plain
 from advmoe_deploy.zoo.record import RECORD, Evaluation, ModelRecord, Rounding, read_record
 
 State = dict[str, Tensor]
@@ -68,7 +70,7 @@ def pack_run(run: Path, target: Path, how: Packing, *, overwrite: bool = False) 
     """
     if not is_plain(target.name) or ":" in target.name:
         raise UsageError(f"'{target.name}' is no name of a model; use letters, digits and dashes")
-    refuse_existing(target, overwrite=overwrite, marker=RUN_MARKER)
+    refuse_existing(target, overwrite=overwrite, marker=RECORD)  # which no training run has
     checkpoint, model = load_checkpoint(run / "model")
     with staged_directory(target, overwrite=overwrite) as staged:
         (staged / "model").mkdir()
@@ -126,16 +128,30 @@ def evaluations_of(
 
 
 def portable(checkpoint: Checkpoint) -> Checkpoint:
-    """Return ``checkpoint`` without the path of its data: a name that means the same elsewhere.
+    """Return ``checkpoint`` without paths of its data, and of the model that it began with.
 
-    Where a name alone names no data, as of image folders, none is left.
+    Data keep a name that means the same elsewhere. Where a name alone names no data, as of image
+    folders, none is left.
     """
     name = _data_name(checkpoint)
     data = name if name == "digits" or name in HUB_SETS else ""
     recipe = {**checkpoint.recipe, "data": name} if "data" in checkpoint.recipe else {}
     provenance = {**checkpoint.provenance, "data": data} if name else checkpoint.provenance
-    changes = {"recipe": recipe or checkpoint.recipe, "provenance": provenance}
+    changes = {
+        "recipe": _without_origin(recipe or checkpoint.recipe, "start"),
+        "provenance": _without_origin(provenance, "from"),
+    }
     return checkpoint.model_copy(update=changes)
+
+
+def _without_origin(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return ``fields`` without the place of the model at ``key``, which its hash tells as well."""
+    if not (start := fields.get(key)):
+        return fields
+    is_public = start["source"].startswith(("zoo:", "hub:"))
+    start = {**start, "path": "", "source": start["source"] if is_public else ""}
+    told = {k: text for k, text in fields.get("chosen", {}).items() if k != "from"}
+    return {**fields, key: start, **({"chosen": told} if "chosen" in fields else {})}
 
 
 def checkpoint_text(checkpoint: Checkpoint) -> bytes:
@@ -193,8 +209,10 @@ def _rounding(
         for name in before.routes
     ]
     same = before.logits.argmax(axis=1) == after.logits.argmax(axis=1)
+    noise = source.startswith("random:")
+    place = source if noise else absolute(source, checkpoint.model.image_size)
     return Rounding(
-        data=source if source.startswith("random:") else source.partition(":")[0],
+        data=source if noise else place.partition(":")[0],  # of images of one's own no path
         images=len(images),
         lost=_lost(state),
         max_abs_logit_diff=float(np.abs(before.logits - after.logits).max()),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from advmoe_deploy.bundle import MANIFEST
 from advmoe_deploy.errors import UsageError, nearest
+from advmoe_deploy.files import at_home
 
 Source = Literal["packaged", "own"]
 
@@ -29,7 +30,7 @@ def own_folder() -> Path:
     Source: XDG Base Directory Specification 0.8; Apple's File System Programming Guide.
     """
     if named := os.environ.get(ZOO_VARIABLE):
-        return Path(named)
+        return at_home(named)
     data = os.environ.get("XDG_DATA_HOME")
     if not data:
         usual = "Library/Application Support" if sys.platform == "darwin" else ".local/share"

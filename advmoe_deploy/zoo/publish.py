@@ -5,11 +5,24 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from advmoe_deploy.bundle import MANIFEST
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.files import refuse_existing
 from advmoe_deploy.hub.client import hub_client
 from advmoe_deploy.hub.faults import SIGN_IN, Repository, explained
+from advmoe_deploy.zoo.places import RUN_MARKER
 
 README = "README.md"  # what the hub shows of a repository
+
+
+def refuse_upload(target: Path, *, overwrite: bool) -> None:
+    """Raise :class:`UsageError` if ``target`` is in the way, or is no upload and would be lost."""
+    refuse_existing(target, overwrite=overwrite, marker=README)
+    if target.exists() and not any((target / file).is_file() for file in (MANIFEST, RUN_MARKER)):
+        raise UsageError(
+            f"{target} exists and holds neither {MANIFEST} nor {RUN_MARKER}, so it is not "
+            "replaced; choose another target"
+        )
 
 
 @dataclass(frozen=True)

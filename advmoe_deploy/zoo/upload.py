@@ -20,7 +20,7 @@ from advmoe_deploy.bundle import (
 )
 from advmoe_deploy.data.hub import HUB_SETS
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import refuse_existing, staged_directory
+from advmoe_deploy.files import staged_directory
 from advmoe_deploy.hub.faults import Repository
 from advmoe_deploy.models.checkpoint import WEIGHTS, load_checkpoint
 from advmoe_deploy.settings import epsilon_text
@@ -29,7 +29,7 @@ from advmoe_deploy.zoo.card import run_card
 from advmoe_deploy.zoo.evaluation import read_evaluation
 from advmoe_deploy.zoo.pack import Packing, checkpoint_text, portable, record_of
 from advmoe_deploy.zoo.places import RUN_MARKER
-from advmoe_deploy.zoo.publish import README, Figure, front_matter, publish
+from advmoe_deploy.zoo.publish import README, Figure, front_matter, publish, refuse_upload
 from advmoe_deploy.zoo.record import RECORD, Evaluation
 
 # What an earlier push may have left in a repository.
@@ -85,7 +85,7 @@ def write_upload(upload: Upload, target: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: ``target`` is in the way.
     """
-    refuse_existing(target, overwrite=overwrite, marker=README)
+    refuse_upload(target, overwrite=overwrite)
     with staged_directory(target, overwrite=overwrite) as staged:
         for name, content in upload.files.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)

@@ -101,6 +101,8 @@ def test_without_data_the_rest_is_measured_and_attacks_are_refused(
     moved = Bundle(tiny_bundle.path, known.model_copy(update={"training": {"data": gone}}))
     with pytest.raises(UsageError, match="attacks need labelled images"):
         benchmark_bundle(moved, attacks="quick")
+    with pytest.raises(DataError, match="gone"):  # a map asks for images as well
+        benchmark_bundle(moved, class_map={"a": "b"})
     report = benchmark_bundle(moved, batches=(1,), threads=1)
     assert report.notes[0].startswith("clean accuracy is unmeasured: ")
     assert [each.robust for each in report.contenders] == [None, None, None]

@@ -15,6 +15,7 @@ from advmoe_deploy.data.augment import augment, random_moves, to_unit
 from advmoe_deploy.data.dataset import stratified_parts, to_float
 from advmoe_deploy.data.registry import load_dataset
 from advmoe_deploy.errors import DataError, UsageError
+from advmoe_deploy.train.request import train_request
 
 
 def write_parquet(path: Path, images: list[bytes], labels: list[int]) -> None:
@@ -121,6 +122,14 @@ def one_line_of(source: str) -> str:
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     assert "pass --data cifar10:PATH" in one_line_of(f"cifar10:{tmp_path}/nowhere")
     assert "train-*.parquet" in one_line_of(f"cifar10:{tmp_path}")
+
+
+def test_a_link_in_a_circle_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((DataError, UsageError), match="loop"):
+        load_dataset(f"folder:{tmp_path / 'loop'}?size=8")
+    with pytest.raises((DataError, UsageError), match="loop"):
+        train_request("dense", tmp_path / "run", data=str(tmp_path / "loop"))
 
 
 def test_a_truncated_parquet_is_one_line(folder: Path) -> None:

@@ -21,6 +21,7 @@ from advmoe_deploy.verify import verify as verify_module
 from advmoe_deploy.verify.examples import convergence as convergence_module
 from advmoe_deploy.zoo.evaluation import read_evaluation
 from advmoe_deploy.zoo.pack import Packing, pack_run, portable, rounded
+from advmoe_deploy.zoo.places import own_folder
 from advmoe_deploy.zoo.record import AttackStep, Evaluation, Share, read_record
 from tests.conftest import assert_nothing_left
 from tests.packaging.source import source_in, wheel_of
@@ -136,6 +137,32 @@ def test_a_path_of_data_stays_on_its_machine(trained_run: Path) -> None:
         assert handed_on.provenance["data"] == left
         assert "/home/me" not in handed_on.model_dump_json()
     assert portable(checkpoint) == checkpoint
+    for source, left in (("/home/me/a", ""), ("zoo:cifar10-advmoe", "zoo:cifar10-advmoe")):
+        start = {"source": source, "path": "/home/me/a", "weights_sha256": "ab", "new_head": True}
+        begun = {"start": start, "chosen": {"from": f"{source}: its weights", "lr": "0.1"}}
+        changes = {
+            "provenance": {**checkpoint.provenance, "from": start},
+            "recipe": {**checkpoint.recipe, **begun},
+        }
+        handed_on = portable(checkpoint.model_copy(update=changes))
+        assert "/home/me" not in handed_on.model_dump_json()
+        assert handed_on.recipe["start"] == handed_on.provenance["from"]
+        assert handed_on.recipe["start"]["source"] == left
+        assert handed_on.recipe["chosen"] == {"lr": "0.1"}
+
+
+def test_a_training_run_is_not_replaced(trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "runs" / "mine")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(UsageError, match=r"holds no record\.json, so it is not replaced"):
+        pack_run(run, run, Packing(half=True), overwrite=True)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_zoo_in_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ADVMOE_ZOO", "~/zoo")
+    assert own_folder() == tmp_path / "zoo"
 
 
 def test_results_of_another_model_are_refused(trained_run: Path, tmp_path: Path) -> None:

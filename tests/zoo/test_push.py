@@ -122,11 +122,13 @@ def test_a_dry_run_replaces_nothing_of_yours(
         ("mine", ["--overwrite"], "holds no README.md"),
         ("mine", [], "holds no README.md"),
         ("tiny-upload", [], "pass --overwrite"),
+        ("tiny-upload", ["--overwrite"], "holds neither manifest.json nor model/checkpoint.json"),
     ):
         to = ["--to", "me/tiny", "--dry-run", "--out", str(tmp_path / out)]
         assert run(["push", str(packed), *to, *flag]) == 2
         assert said in capsys.readouterr().err
     assert [*(tmp_path / "mine").iterdir()] == []
+    assert (tmp_path / "tiny-upload/README.md").exists()
 
 
 @pytest.mark.parametrize(

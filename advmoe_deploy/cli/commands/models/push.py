@@ -40,9 +40,8 @@ def push(
     """Upload a run's model or a bundle to the Hugging Face hub."""
     if not dry_run and (out is not None or overwrite):
         raise UsageError("--out and --overwrite go with --dry-run; a push replaces what was pushed")
-    from advmoe_deploy.files import refuse_existing
     from advmoe_deploy.zoo.download import repository_of
-    from advmoe_deploy.zoo.publish import README
+    from advmoe_deploy.zoo.publish import README, refuse_upload
 
     repository = repository_of(to.removeprefix("hub:"))
     if repository.revision:
@@ -50,7 +49,7 @@ def push(
     name = repository.name.partition("/")[2]
     target = out or Path(f"{name}-upload")
     if dry_run:
-        refuse_existing(target, overwrite=overwrite, marker=README)
+        refuse_upload(target, overwrite=overwrite)
     with session(as_json) as ui:
         from advmoe_deploy.cli.tables import models as tables
         from advmoe_deploy.zoo.pack import Packing
