@@ -58,6 +58,10 @@ def test_a_model_learns_other_classes_with_a_new_head(
         elif not name.startswith("router"):  # whose learning rate is its own
             torch.testing.assert_close(parameter, theirs[name], rtol=0, atol=1e-6)
     assert json.loads((out / "config.json").read_text())["shared_start"] == 0
+    moved = shutil.copytree(tiny_run, tmp_path / "moved")
+    line[line.index(str(tiny_run))] = str(moved)
+    assert run([*line, *settings, "--out", str(out), "--resume"]) == 0
+    assert "nothing is trained" in capfd.readouterr().err
 
 
 def test_the_same_classes_keep_their_head(tiny_run: Path) -> None:

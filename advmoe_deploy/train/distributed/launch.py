@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 from torch import distributed, multiprocessing
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from advmoe_deploy import errors
 from advmoe_deploy.errors import (
     AdvMoEError,
     BackendUnavailableError,
+    MachineError,
     UsageError,
     file_error,
     machine_error,
@@ -54,6 +55,11 @@ def launch(work: ProcessWork[T], *, devices: int, precision: str, progress: Prog
             result: T = fabric.launch(_work, work, relay)  # type: ignore[arg-type]
         except ProcessRaisedException as error:
             raise _own_error(error) or error from None
+        except ProcessExitedException as error:
+            raise MachineError(
+                f"a process of the training was ended from outside: {error}; where memory ran out, "
+                "lower batch_size or raise accumulate, and go on with --resume"
+            ) from None
     return result
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -94,7 +94,8 @@ def require_same(path: Path, config: TrainConfig, data: RunData) -> None:
         raise CheckpointError(f"{path} holds no {CONFIG}; name what 'advmoe train' wrote")
     before = _validated(TrainConfig, file)
     kept = _validated(RunData, path / DATA) if (path / DATA).is_file() else None
-    told = {"chosen"}  # why, not what
+    # Why, not what; and of the model that it began with its weights tell, wherever they lie now.
+    told: Any = {"chosen": True, "start": {"source", "path"}}
     ours, theirs = (each.model_dump(mode="json", exclude=told) for each in (config, before))
     if kept and kept.fingerprint and data.fingerprint:
         require_same_content(path, kept, data)

@@ -16,6 +16,8 @@ from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.distributed.launch import process_total
+from advmoe_deploy.train.fit import require_fit
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.place import CONFIG, REPORT, require_same
@@ -64,6 +66,8 @@ def sweep(
     """
     progress = progress or Silent()
     configs = sweep_configs(config, key, values, seeds)
+    for each in configs.values():
+        require_fit(each, data, process_total(devices))
     points: list[SweepPoint] = []
     with task(progress, "sweep", len(values) * len(seeds)):
         for value in values:

@@ -118,6 +118,8 @@ def test_nonsense_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     config = apply_overrides(recipe("digits-advmoe"), TINY)
     with pytest.raises(UsageError, match="leaves no channel"):
         sweep(config, "model.ratio", (0.5, 0.001), load_dataset("digits"), tmp_path / "s")
+    with pytest.raises(UsageError, match="the model takes"):  # the second of two
+        sweep(config, "model.image_size", (8, 16), load_dataset("digits"), tmp_path / "s")
     assert not (tmp_path / "s").exists()
     with pytest.raises(UsageError, match="at least one value"):
         sweep(config, "model.ratio", (), load_dataset("digits"), tmp_path / "s")
