@@ -57,7 +57,7 @@ def launch(work: ProcessWork[T], *, devices: int, precision: str, progress: Prog
             raise _own_error(error) or error from None
         except ProcessExitedException as error:
             raise MachineError(
-                f"a process of the training was ended from outside: {error}; where memory ran out, "
+                f"a process of the training is gone: {error}; where memory ran out, "
                 "lower batch_size or raise accumulate, and go on with --resume"
             ) from None
     return result
