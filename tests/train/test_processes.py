@@ -1,5 +1,8 @@
 """Several processes train what one does, and torchrun restarts those that fail."""
 
+import os
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -10,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from advmoe_deploy.errors import BackendUnavailableError, DivergedError, UsageError
+from advmoe_deploy.errors import BackendUnavailableError, DivergedError, MachineError, UsageError
 from advmoe_deploy.models.checkpoint import load_checkpoint
 from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
@@ -90,6 +93,18 @@ def test_an_error_in_a_process_comes_back_as_itself(tmp_path: Path) -> None:
     config = tiny("digits-dense", "epochs=1", "lr=1e30", "schedule=cosine")
     with pytest.raises(DivergedError, match="no checkpoint yet"):
         train(config, some_digits(), tmp_path / "run", devices=2)
+
+
+def killed(fabric: Fabric, progress: Progress) -> None:
+    if fabric.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)  # which the launcher ends
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_process_that_was_killed_says_so() -> None:
+    with pytest.raises(MachineError, match="SIGKILL; where memory ran out"):
+        launch(killed, devices=2, precision="32-true", progress=Silent())
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:

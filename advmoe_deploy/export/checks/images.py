@@ -73,6 +73,9 @@ def labelled_images(
     Its classes are put into the model's order, once ``class_map`` has renamed them. ``None`` if
     none is: noise has no labels, and a run may have come without its data. ``say`` hears why a data
     set is left out.
+
+    Raises:
+        UsageError: a data set does not fit the model with ``class_map``.
     """
     for source in dict.fromkeys(sources):
         if not source or source.startswith(_NOISE):
@@ -81,8 +84,8 @@ def labelled_images(
             data = load_dataset(source, checkpoint.decoding)
             return _fitting(data, checkpoint, class_map or {})
         except (DataError, MachineError, UsageError) as error:
-            if class_map and isinstance(error, UsageError):  # it would be ignored without a word
-                raise
+            if class_map and isinstance(error, UsageError):  # else the map is ignored
+                raise UsageError(f"{source} with --class-map: {error}") from None
             say(f"accuracy is not measured on {source}: {error}")
     return None
 

@@ -14,7 +14,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -148,7 +148,7 @@ def read_examples(path: Path) -> StoredExamples:
     """
     try:
         with reading(path), path.open("rb") as opened:
-            values = _arrays(opened)
+            values = npz_arrays(opened, (*_KINDS, _HEADER))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).strip("'\"").splitlines()[0] if str(error) else "it ends too early"
         raise _bad(path, reason) from None
@@ -164,12 +164,17 @@ def read_examples(path: Path) -> StoredExamples:
     )
 
 
-def _arrays(opened: BinaryIO) -> dict[str, NDArray[Any]]:
+def npz_arrays(opened: BinaryIO, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an ``.npz`` file, those of ``names`` or all of them; none is a pickle.
+
+    Raises:
+        ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error: it is none, or damaged.
+    """
     if opened.read(2) != b"PK":  # what NumPy would take for a pickle
         raise ValueError("it is no .npz file")
     opened.seek(0)
     with np.load(opened, allow_pickle=False) as file:
-        return {name: file[name] for name in (*_KINDS, _HEADER)}
+        return {name: file[name] for name in (file.files if names is None else names)}
 
 
 def _header(path: Path, values: Mapping[str, NDArray[Any]]) -> Header:

@@ -23,6 +23,7 @@ from advmoe_deploy.errors import DataError, UsageError, reading
 from advmoe_deploy.files import is_stream, write_output
 from advmoe_deploy.reports.versions import installed_versions
 from advmoe_deploy.specs import AttackSpec, Frozen, ThreatModel
+from advmoe_deploy.verify.examples.stored import npz_arrays
 from advmoe_deploy.verify.report import AttackOutcome, FoundOn
 from advmoe_deploy.verify.trial import Trial
 
@@ -103,10 +104,7 @@ def _read(path: Path) -> dict[str, NDArray[np.generic]]:
     with reading(path):
         content = path.read_bytes()
     try:
-        if not content.startswith(b"PK"):  # np.load would take an array of its own as well
-            raise ValueError("no zip file")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        return npz_arrays(io.BytesIO(content))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise _damaged(path) from None
 
