@@ -85,7 +85,7 @@ def labelled_images(
             return _fitting(data, checkpoint, class_map or {})
         except (DataError, MachineError, UsageError) as error:
             if class_map and isinstance(error, UsageError):  # else the map is ignored
-                raise UsageError(f"{source} with --class-map: {error}") from None
+                raise UsageError(f"{source}: {error}") from None
             say(f"accuracy is not measured on {source}: {error}")
     return None
 
