@@ -315,10 +315,14 @@ def one_line(error: ValidationError) -> str:
     return printable("; ".join(parts))  # a stranger's file may have named the fields
 
 
-def machine_error(error: OSError | MemoryError) -> MachineError | None:
+def machine_error(error: BaseException) -> MachineError | None:
     """Return the :class:`MachineError` that ``error`` amounts to, or ``None`` if it is not one."""
-    found = MachineError(_OUT_OF_MEMORY) if isinstance(error, MemoryError) else file_error(error)
-    return found if isinstance(found, MachineError) else None
+    if isinstance(error, OSError):
+        found = file_error(error)
+        return found if isinstance(found, MachineError) else None
+    # PyTorch has a class of its own on a GPU, and none on a CPU.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return MachineError(_OUT_OF_MEMORY) if isinstance(error, MemoryError) or of_torch else None
 
 
 def _doing(error: OSError) -> Doing:

@@ -1,5 +1,6 @@
 """Files that are whole or absent: hashes, atomic writes, staged directories."""
 
+import errno
 import hashlib
 import itertools
 import os
@@ -59,6 +60,18 @@ def write_output(path: Path, content: bytes) -> None:
             stream.write(content)
     else:
         write_atomically(path.resolve(), content)
+
+
+def require_place(path: Path) -> None:
+    """Raise as :func:`write_output` would, before the work whose result ``path`` is to take."""
+    if path.is_dir():
+        with writing(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not is_stream(path):
+        probe = _partial_name(path.resolve())
+        with writing(path):
+            _write_to_disk(probe, b"")
+            probe.unlink()
 
 
 def is_stream(path: Path) -> bool:

@@ -13,6 +13,7 @@ from advmoe_deploy.errors import InputError, MachineError, UsageError
 from advmoe_deploy.files import (
     refuse_existing,
     remove_abandoned,
+    require_place,
     sha256_of,
     staged_directory,
     write_atomically,
@@ -168,6 +169,19 @@ def test_links_in_a_circle_are_refused_before_the_work(tmp_path: Path, overwrite
         refuse_existing(circle, overwrite=overwrite, marker="manifest.json")
     assert os.listdir(tmp_path) == ["circle"]
     assert circle.is_symlink()
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    kept, pipe, below = tmp_path / "kept", tmp_path / "pipe", tmp_path / "kept" / "new"
+    kept.write_text("old")
+    os.mkfifo(pipe)
+    for path in (kept, pipe, tmp_path / "new"):
+        require_place(path)
+    assert kept.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["kept", "pipe"]
+    for path in (below, tmp_path, tmp_path / ("n" * 300)):
+        with pytest.raises(OSError, match=path.name):
+            require_place(path)
 
 
 def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:

@@ -86,10 +86,12 @@ def test_exit_codes(error: AdvMoEError, code: int) -> None:
 
 
 def test_machine_errors_are_told_from_others() -> None:
-    full = machine_error(OSError(errno.ENOSPC, "No space left on device", "some/file"))
-    assert full is not None
-    assert "some/file: the disk is full" in str(full)
-    assert "out of memory" in str(machine_error(MemoryError()))
+    disk = machine_error(OSError(errno.ENOSPC, "No space left on device", "some/file"))
+    assert "some/file: the disk is full" in str(disk)
+    of_torch = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+    for full in (MemoryError(), of_torch, type("OutOfMemoryError", (RuntimeError,), {})()):
+        assert "out of memory" in str(machine_error(full))
+    assert machine_error(RuntimeError("another")) is None
     assert machine_error(OSError(errno.ENOENT, "no such file")) is None
     assert "advmoe-deploy[serve]" in str(missing_extra("fastapi", "serve"))
 

@@ -69,12 +69,9 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, _parser_message(error)
     if isinstance(error, ImportError) and (missing := missing_package(error)):
         return missing.exit_code, str(missing)
-    if isinstance(error, MemoryError) and (machine := machine_error(error)):
-        return machine.exit_code, str(machine)
-    if isinstance(error, OSError) and (known := file_error(error)):
+    known = file_error(error) if isinstance(error, OSError) else machine_error(error)
+    if known:
         return known.exit_code, str(known)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return 5, "out of memory; lower the batch size"
     return (
         INTERNAL,
         f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it",

@@ -11,6 +11,7 @@ import typer
 
 from advmoe_deploy.cli.completion import data_sets, engines, named_models
 from advmoe_deploy.errors import UsageError
+from advmoe_deploy.files import require_place
 from advmoe_deploy.process import use_threads
 from advmoe_deploy.settings import epsilon_of
 
@@ -152,6 +153,19 @@ def use_torch_threads(threads: int, *, processes: int = 1) -> None:
         # Its size can be set once; who runs several commands in one process keeps the first.
         with suppress(RuntimeError):
             torch.set_num_interop_threads(threads)
+
+
+def require_places(files: Mapping[str, Path | None]) -> None:
+    """Refuse an option's file that cannot be written, before the work whose result it takes.
+
+    Raises:
+        UsageError: it is a folder.
+    """
+    for option, file in files.items():
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: {file} is a directory; name a file in it")
+        if file is not None:
+            require_place(file)
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:

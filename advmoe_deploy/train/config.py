@@ -1,6 +1,6 @@
 """Training configuration, one typed value, and its changes by ``key=value``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -34,6 +34,10 @@ _ROUTER_TERMS = (
     "shared_start",
     "track_router_robustness",
 )
+
+
+# Returns a configuration with these settings, each ``key=value``, changed.
+Configure = Callable[[Sequence[str]], TrainConfig]
 
 
 def without_router(config: TrainConfig, *, name: str, model: ModelSpec) -> TrainConfig:

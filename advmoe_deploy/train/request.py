@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -11,7 +12,7 @@ from advmoe_deploy.data.folder import Survey, survey
 from advmoe_deploy.data.registry import folder_in, load_dataset
 from advmoe_deploy.decoding import Decoding
 from advmoe_deploy.errors import UsageError, unknown_name
-from advmoe_deploy.train.config import TrainConfig, apply_overrides
+from advmoe_deploy.train.config import Configure, TrainConfig, apply_overrides
 from advmoe_deploy.train.fit import require_fit
 from advmoe_deploy.train.origin import Origin, origin_of
 from advmoe_deploy.train.own_data import chosen, of_family, of_images, of_origin, size_for
@@ -26,9 +27,13 @@ _OF_IMAGES = ("model.in_channels", "model.mean", "model.std")
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A run to be: its configuration, its data, read, its folder, and how it is begun."""
+    """A run to be: its configuration, its data, read, its folder, and how it is begun.
+
+    ``configure`` chooses anew, where settings were chosen for the images, what depends on others.
+    """
 
     config: TrainConfig
+    configure: Configure
     data: Dataset
     out: Path
     devices: int
@@ -92,16 +97,18 @@ def train_request(
         require_place(target, resume=resume, overwrite=overwrite)
     if is_own:
         asked = _Asked(name, base, source or base.data, tuple(settings), given, config, origin)
-        config, found = _of_own_images(asked)
+        found, seen = _images(asked)
+        configure: Configure = partial(_chosen_for, asked, found, seen)
+        config = configure(())
     else:
-        found = load_dataset(config.data)
+        found, configure = load_dataset(config.data), partial(apply_overrides, config)
     require_fit(config, found, devices)
     if takes_out:
         require_outside(target, found)
     if resume:
         kept = config.model_copy(update={"data": found.source})
         require_same(target, kept, RunData.of(found))
-    return TrainRequest(config, found, target, devices, resume, overwrite)
+    return TrainRequest(config, configure, found, target, devices, resume, overwrite)
 
 
 def recipe_or_family(name: str) -> TrainConfig:
@@ -179,23 +186,30 @@ class _Asked:
     origin: Origin | None
 
 
-def _of_own_images(asked: _Asked) -> tuple[TrainConfig, Dataset]:
-    """Return the configuration that fits the images, and the images."""
-    data, seen = _images(asked)
+def _chosen_for(
+    asked: _Asked, data: Dataset, seen: Survey | None, more: Sequence[str]
+) -> TrainConfig:
+    """Return the configuration that fits the images, with the settings ``more`` as well."""
+    given = {**asked.given} | {
+        key: value for key, _, value in (each.partition("=") for each in more)
+    }
+    early = apply_overrides(asked.early, more)
+    train, test = data.train.first(early.train_images), data.test.first(early.test_images)
+    data = replace(data, train=train, test=test)
     base, choices = asked.base, of_images(data, seen)
     told = base.name
     if asked.name in FAMILIES:
         base = family_recipe(asked.name, len(data.train))
         told = f"{base.name}: for {len(data.train):,} training images"
-        choices += of_family(asked.name, asked.early, data, _stem(asked.source), asked.given)
+        choices += of_family(asked.name, early, data, _stem(asked.source), given)
     if asked.origin:
         begun = asked.origin.start(data.class_names)
         base = asked.origin.applied_to(base).model_copy(update={"start": begun})
         choices = of_origin(choices, base, is_family=asked.name in FAMILIES)
-    choices = [choice for choice in choices if choice.key not in asked.given]
-    config = apply_overrides(base, [*(choice.setting for choice in choices), *asked.settings])
+    choices = [choice for choice in choices if choice.key not in given]
+    config = apply_overrides(base, [*(each.setting for each in choices), *asked.settings, *more])
     words = chosen(data, told, choices, config.start)
-    return config.model_copy(update={"chosen": words}), data
+    return config.model_copy(update={"chosen": words})
 
 
 def _images(asked: _Asked) -> tuple[Dataset, Survey | None]:

@@ -28,13 +28,21 @@ def own_folder() -> Path:
     ``~/.local/share``, on macOS below ``~/Library/Application Support``.
 
     Source: XDG Base Directory Specification 0.8; Apple's File System Programming Guide.
+
+    Raises:
+        UsageError: nothing names it, as in a container whose user has no home.
     """
     if named := os.environ.get(ZOO_VARIABLE):
         return at_home(named)
     data = os.environ.get("XDG_DATA_HOME")
     if not data:
         usual = "Library/Application Support" if sys.platform == "darwin" else ".local/share"
-        data = str(Path.home() / usual)
+        try:
+            data = str(Path.home() / usual)
+        except RuntimeError:
+            raise UsageError(
+                f"this user has no home folder for models of their own; set {ZOO_VARIABLE} to one"
+            ) from None
     return Path(data) / "advmoe-deploy" / "models"
 
 
@@ -47,7 +55,7 @@ def places() -> dict[Source, Path]:
         own = own_folder()
         if not os.environ.get(ZOO_VARIABLE):
             own.is_dir()  # which raises where the way there is closed
-    except (RuntimeError, PermissionError):
+    except (UsageError, PermissionError):
         return {"packaged": PACKAGED}
     return {"own": own, "packaged": PACKAGED}
 

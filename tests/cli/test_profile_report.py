@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.cli.app import run
 from advmoe_deploy.cli.pages.profile_report import write_profile_report
 from advmoe_deploy.profiling.profile import profile_bundle
+from advmoe_deploy.reports import LatencyReport
 from tests.cli.command_line import read_meanwhile
 
 
@@ -57,16 +59,28 @@ def test_without_what_draws_it_says_so_before_the_work(
 
 
 def test_a_page_that_cannot_be_written_takes_no_figure_with_it(
-    capsys: pytest.CaptureFixture[str], tiny_bundle: Bundle, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
 ) -> None:
-    (tmp_path / "file").write_text("mine")
     page = tmp_path / "file" / "page.html"
+
+    def profiled_meanwhile(*args: Any, **options: Any) -> LatencyReport:
+        page.parent.rmdir()
+        page.parent.write_text("mine")
+        return profile_bundle(*args, **options)
+
     command = ["profile", str(tiny_bundle.path), "--batch", "1", "--against", "", "--json"]
-    assert run([*command, "--html", str(page)]) == 3
+    with monkeypatch.context() as changed:
+        changed.setattr("advmoe_deploy.profiling.profile.profile_bundle", profiled_meanwhile)
+        assert run([*command, "--html", str(page)]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["rows"][0]["batch"] == 1
     assert captured.err.splitlines()[-1].startswith("advmoe: error: ")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert page.parent.read_text() == "mine"
+    assert run([*command, "--html", str(page)]) == 3  # now it has no place from the start
+    assert "rows" not in json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("option", ["--out", "--html"])

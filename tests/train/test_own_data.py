@@ -17,6 +17,7 @@ from advmoe_deploy.models.checkpoint import read_checkpoint
 from advmoe_deploy.train import device, own_data
 from advmoe_deploy.train.recipes.by_family import FAMILIES, MANY, family_recipe
 from advmoe_deploy.train.request import train_request
+from advmoe_deploy.train.run.swept import sweep_configs
 from tests.data.images import write_photos, write_png
 
 SMALL = ["--set", "model.width=4", "--set", "model.router_width=2", "--set", "attack_steps=1"]
@@ -118,6 +119,25 @@ def test_a_recipe_takes_a_folder_too_and_a_family_a_data_set(photos: Path) -> No
     asked = train_request("s-dense", data="digits")
     assert asked.config.model.image_shape == (1, 8, 8)
     assert (asked.config.name, asked.config.batch_size) == ("digits-s-dense", 64)
+
+
+def test_what_depends_on_a_swept_setting_is_chosen_anew(photos: Path) -> None:
+    asked = train_request("advmoe", data=str(photos))
+    assert asked.config.attack_step_size == 0.625 * 8 / 255
+    swept = sweep_configs(asked.config, "threat.epsilon", (4 / 255, 0.1), (0, 1), asked.configure)
+    assert [each.threat.epsilon for each in swept.values()] == [4 / 255, 4 / 255, 0.1, 0.1]
+    for config in swept.values():
+        assert config.attack_step_size == pytest.approx(0.625 * config.threat.epsilon)
+        assert "threat.epsilon" not in config.chosen
+    said = train_request("advmoe", data=str(photos), settings=["attack_step_size=0.01"])
+    assert said.configure(["threat.epsilon=0.1"]).attack_step_size == 0.01
+
+
+def test_settings_are_chosen_for_the_images_that_are_used(photos: Path) -> None:
+    few = ["train_images=12", "test_images=3"]
+    chosen = train_request("advmoe", data=str(photos), settings=few).config.chosen
+    assert chosen["split"] == "12 to train on, 5 to choose the epoch by, 3 to test on"
+    assert chosen["batch_size"] == "16: for 12 training images"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

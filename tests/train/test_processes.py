@@ -107,6 +107,15 @@ def test_a_process_that_was_killed_says_so() -> None:
         launch(killed, devices=2, precision="32-true", progress=Silent())
 
 
+def out_of_memory(fabric: Fabric, progress: Progress) -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_process_without_memory_says_so() -> None:
+    with pytest.raises(MachineError, match="out of memory; lower the batch size"):
+        launch(out_of_memory, devices=2, precision="32-true", progress=Silent())
+
+
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="under two images for each of 9 processes"):
         train(tiny(), some_digits(), tmp_path / "run", devices=9)

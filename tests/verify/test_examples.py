@@ -146,3 +146,22 @@ def test_the_command_writes_them_and_refuses_a_folder_before_the_work(
     (tmp_path / "link.npz").symlink_to(tmp_path / "kept.npz")
     assert run([*command, str(tmp_path / "link.npz"), "--json"]) == 0
     assert len(read_examples(tmp_path / "kept.npz").labels_N) == 20
+
+
+@pytest.mark.parametrize("option", ["--save-examples", "--resume"])
+def test_a_file_without_a_place_is_refused_before_the_attacks(
+    option: str,
+    kept: tuple[Bundle, Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(verify_module, "open_runner", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").write_text("in the way")
+    nowhere = tmp_path / "file" / "kept.npz"
+    assert run(["verify", str(kept[0].path), option, str(nowhere)]) == 3
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert str(nowhere) in said
+    argument = {"--save-examples": "examples", "--resume": "resume"}[option]
+    with pytest.raises(OSError, match="file"):
+        verify_module.verify_bundle(kept[0], **{argument: nowhere})

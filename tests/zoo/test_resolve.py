@@ -132,6 +132,20 @@ def test_add_puts_a_run_among_ones_own(zoo: Path, trained_run: Path, capsys: Cap
     assert "zoo:mine-too" in capsys.readouterr().out
 
 
+def test_add_without_a_home_names_the_way_out(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_DATA_HOME", "ADVMOE_ZOO"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(["add", str(trained_run), "--name", "mine"]) == 2
+    assert "set ADVMOE_ZOO to one" in capsys.readouterr().err
+    assert [source for _, source, _ in places.models()] == ["packaged"]
+
+
 def test_the_list_says_what_is_known(zoo: Path, trained_run: Path, capsys: Capture) -> None:
     metrics = read_checkpoint(trained_run / "model").metrics
     (zoo / "own/broken/model").mkdir(parents=True)

@@ -14,10 +14,11 @@ from advmoe_deploy.cli.options import (
     Json,
     Suite,
     Threads,
+    require_places,
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError, UsageError
+from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError
 
 if TYPE_CHECKING:
     from advmoe_deploy.verify.examples.gate import GateReport
@@ -58,9 +59,7 @@ def gate(
 
     Exit 1 if it lost accuracy, 6 if undecided.
     """
-    for option, file in (("--junit", junit), ("--markdown", markdown)):
-        if file is not None and file.is_dir():
-            raise UsageError(f"{option}: {file} is a directory; name a file in it")
+    require_places({"--junit": junit, "--markdown": markdown})
     use_torch_threads(threads)
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle

@@ -16,11 +16,12 @@ from advmoe_deploy.cli.options import (
     SignedBy,
     Suite,
     Threads,
+    require_places,
     seconds_of,
     use_torch_threads,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError, UsageError
+from advmoe_deploy.errors import AdvMoEError, CheckFailedError, UndecidedError
 
 if TYPE_CHECKING:
     from advmoe_deploy.verify.report import AttackOutcome, ReferenceReport, RobustReport
@@ -75,9 +76,8 @@ def verify(
 
     Exit 1 if robustness was lost, 6 if undecided.
     """
-    if save_examples is not None and save_examples.is_dir():
-        raise UsageError(f"--save-examples: {save_examples} is a directory; name a file in it")
     seconds = seconds_of(budget)
+    require_places({"--save-examples": save_examples, "--resume": resume})
     use_torch_threads(threads)
     with session(as_json, loads=True) as ui:
         from advmoe_deploy.api import open_bundle

@@ -133,7 +133,7 @@ def _join_torchrun() -> None:
 def _work(fabric: Fabric, work: ProcessWork[T], progress: Progress) -> T:
     try:
         return work(fabric, progress if fabric.is_global_zero else Silent())
-    except (OSError, MemoryError) as error:  # of what ends a process only its text comes back
+    except Exception as error:  # of what ends a process only its text comes back
         known = file_error(error) if isinstance(error, OSError) else machine_error(error)
         if known is None:
             raise

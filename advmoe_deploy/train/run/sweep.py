@@ -15,7 +15,7 @@ from advmoe_deploy.models.macs import macs_of
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.reports import Macs
 from advmoe_deploy.specs import Frozen
-from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.config import Configure, TrainConfig
 from advmoe_deploy.train.distributed.launch import process_total
 from advmoe_deploy.train.fit import require_fit
 from advmoe_deploy.train.run.data import RunData
@@ -52,10 +52,11 @@ def sweep(
     out: Path,
     *,
     seeds: Sequence[int] = (0,),
+    configure: Configure | None = None,
     devices: int = 1,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Train ``config`` with ``key`` set to each of ``values``, for each seed.
+    """Train ``config`` with ``key`` set to each of ``values`` by ``configure``, for each seed.
 
     Each run is ``out/KEY=VALUE/seed-S``; one that is finished is taken as it is, an interrupted one
     goes on. ``out/sweep.json`` is written after each run.
@@ -65,7 +66,7 @@ def sweep(
             holds runs of another configuration.
     """
     progress = progress or Silent()
-    configs = sweep_configs(config, key, values, seeds)
+    configs = sweep_configs(config, key, values, seeds, configure)
     for each in configs.values():
         require_fit(each, data, process_total(devices))
     points: list[SweepPoint] = []

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from advmoe_deploy.cli.completion import engines, named_models
-from advmoe_deploy.cli.options import NAMED, ClassMap, Data, Json, Threads
+from advmoe_deploy.cli.options import NAMED, ClassMap, Data, Json, Threads, require_places
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import UsageError
 from advmoe_deploy.process import use_threads
 
 
@@ -52,8 +51,7 @@ def evaluate(
 
     With intervals, calibration and the use of the experts.
     """
-    if report_file is not None and report_file.is_dir():
-        raise UsageError(f"--report: {report_file} is a directory; name a file in it")
+    require_places({"--report": report_file})
     use_threads(threads)
     with session(as_json, loads=True) as ui:
         from advmoe_deploy import api

@@ -11,9 +11,10 @@ from advmoe_deploy.cli.options import (
     Json,
     names,
     positive_numbers,
+    require_places,
 )
 from advmoe_deploy.cli.session import session
-from advmoe_deploy.errors import UsageError, unknown_name
+from advmoe_deploy.errors import unknown_name
 from advmoe_deploy.process import usable_cpus, use_threads
 from advmoe_deploy.profiling.baselines import BASELINES
 
@@ -45,9 +46,7 @@ def profile(
     for baseline in baselines:
         if baseline not in BASELINES:
             raise unknown_name("baseline", baseline, BASELINES)
-    for option, file in (("--out", out), ("--html", html)):
-        if file is not None and file.is_dir():
-            raise UsageError(f"{option}: {file} is a directory; name a file in it")
+    require_places({"--out": out, "--html": html})
     use_threads(threads)
     with session(as_json) as ui:
         from advmoe_deploy.api import open_bundle

@@ -94,7 +94,7 @@ def sweep(
             for each in _recipes(recipe)
         ]
         for each in asked:  # again, for images of one's own have changed some
-            require(each.config)
+            require(each.config, configure=each.configure)
         named = "+".join(each.out.name for each in asked)
         folder = out or Path("runs") / f"sweep-{named}"
         for each in asked:
@@ -113,6 +113,7 @@ def sweep(
                 each.data,
                 folder / each.out.name if len(asked) > 1 else folder,
                 seeds=_seeds(seeds),
+                configure=each.configure,
                 devices=devices,
                 progress=ui.progress,
             )
