@@ -18,7 +18,7 @@ import torch
 
 from advmoe_deploy.bundle import CARD, GOLDEN, MANIFEST, REFERENCE, Bundle, EngineSet
 from advmoe_deploy.data.dataset import Dataset
-from advmoe_deploy.errors import CheckpointError
+from advmoe_deploy.errors import CheckpointError, UsageError
 from advmoe_deploy.export.checks.every_expert import unvisited_experts
 from advmoe_deploy.export.checks.images import absolute_source, labelled_images, parity_images
 from advmoe_deploy.export.engine_sets import write_engine_set
@@ -88,6 +88,11 @@ def export_run(
     refuse_existing(out, overwrite=overwrite, marker=MANIFEST)
     for target in targets:
         require_supported(target)
+    if class_map and not prune_unused and all(target.is_exact for target in targets):
+        raise UsageError(
+            "--class-map renames classes where accuracy is measured, and an export of fp32 "
+            "measures none; leave it out, or give --precision int8 or --prune-unused"
+        )
     versions = _versions(targets)
     checkpoint, model = load_checkpoint(run / "model")
     denormals = zero_denormals(model)

@@ -16,9 +16,12 @@ def require_fit(config: TrainConfig, data: Dataset, processes: int) -> None:
     model = config.model
     if model.image_shape != data.image_shape:
         channels, size, _ = data.image_shape
+        way_out = f"set model.in_channels={channels} and model.image_size={size}"
+        if config.start:  # the network is that of the weights
+            way_out = f"choose other data, or leave --from {config.start.source} out"
         raise UsageError(
             f"{data.source} has images of {data.image_shape}, the model takes {model.image_shape}; "
-            f"set model.in_channels={channels} and model.image_size={size}"
+            f"{way_out}"
         )
     if model.num_classes != len(data.class_names):
         raise UsageError(

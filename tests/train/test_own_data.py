@@ -193,7 +193,7 @@ def test_a_value_in_another_spelling_counts_as_validated(
     assert (config.threat.epsilon, config.attack_step_size) == (epsilon, 0.625 * epsilon)
 
 
-OWN = ["advmoe", "--data", "photos"]
+OWN, ZOO = ["advmoe", "--data", "photos"], "zoo:cifar10-advmoe"
 REFUSED = [
     (["nope"], 2, "unknown recipe 'nope'"),
     (["advmo"], 2, "did you mean advmoe"),
@@ -222,6 +222,7 @@ REFUSED = [
     ([*OWN, "--from", "runs/missing"], 3, "is not there; name what 'advmoe train'"),
     ([*OWN, "--from", "photos"], 3, "no finished run, no checkpoint and no bundle"),
     ([*OWN, "--from", "zoo:nope"], 2, "unknown model 'nope'"),
+    (["advmoe", "--data", "digits", "--from", ZOO], 2, f"other data, or leave --from {ZOO} out"),
     (["digits-dense", *OWN[1:], "--set", "batch_size=2", "--devices", "2"], 2, "under two images"),
     (["digits-dense", *OWN[1:], "--set", "model.num_classes=4"], 2, "has 3 classes, not 4"),
 ]

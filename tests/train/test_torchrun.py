@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ADVMOE = ["-m", "advmoe_deploy.cli.app"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ALONE = "--standalone"
+TORCHRUN = ["-m", "torch.distributed.run", ALONE, "--nproc-per-node", "2"]
 EPOCHS = 25
 SETTINGS = {
     "model.width": 4,
@@ -87,3 +88,19 @@ def test_a_failed_process_is_replaced_and_the_run_goes_on(tmp_path: Path) -> Non
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
     assert not list(run.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [TORCHRUN, [each for each in TORCHRUN if each != ALONE]])
+def test_a_run_that_is_in_the_way_is_refused_again_by_a_restart(
+    torchrun: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("of a run that did not end")
+    command = [sys.executable, *torchrun, "--max-restarts", "1", *TRAIN]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("run holds a run that did not end; pass --resume") == 2
+    assert os.listdir(tmp_path / "run") == ["config.json"]

@@ -26,6 +26,8 @@ from advmoe_deploy.progress import Progress, Silent
 
 T = TypeVar("T")
 ProcessWork = Callable[[Fabric, Progress], T]
+# A key in torchrun's store.
+_REFUSED = "advmoe-refused"
 _OWN_ERROR = re.compile(r"^advmoe_deploy\.errors\.(\w+): (.+)$", re.MULTILINE)
 
 
@@ -82,8 +84,23 @@ def under_torchrun() -> bool:
 
 
 def was_restarted() -> bool:
-    """Return whether torchrun has started this process in the place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Return whether torchrun has started this process in the place of one that failed.
+
+    One in the place of a process that was refused its run was not: it is refused like that one.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return restarted and not (_on_one_node() and _store_of_torchrun().check([_REFUSED]))
+
+
+@contextmanager
+def kept_refusal() -> Iterator[None]:
+    """Let what is refused in the block be refused to a process that torchrun restarts, too."""
+    try:
+        yield
+    except UsageError:
+        if _on_one_node():
+            _store_of_torchrun().set(_REFUSED, "")
+        raise
 
 
 def process_total(devices: int) -> int:
@@ -116,18 +133,26 @@ def _join_torchrun() -> None:
     gone; so each attempt has keys of its own. With several nodes attempts are counted by each, and
     it is left to Fabric.
     """
-    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+    if not _on_one_node():
         return
-    rendezvous = distributed.rendezvous("env://")  # type: ignore[attr-defined]
-    store, rank, processes = next(iter(rendezvous))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=processes,
+        store=distributed.PrefixStore(f"attempt-{attempt}", _store_of_torchrun()),  # type: ignore[attr-defined]
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
     atexit.register(distributed.destroy_process_group)
+
+
+def _on_one_node() -> bool:
+    """Return whether torchrun has started all processes here, where one store serves them all."""
+    return under_torchrun() and os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]
+
+
+def _store_of_torchrun() -> Any:
+    store, _, _ = next(iter(distributed.rendezvous("env://")))  # type: ignore[attr-defined]
+    return store
 
 
 def _work(fabric: Fabric, work: ProcessWork[T], progress: Progress) -> T:

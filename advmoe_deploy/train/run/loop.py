@@ -16,6 +16,7 @@ from advmoe_deploy.progress import Progress, Silent
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.distributed.launch import (
     is_first_process,
+    kept_refusal,
     launch,
     process_total,
     require_machine,
@@ -72,10 +73,11 @@ def train(
     for line in costly(config):
         progress.note(f"warning: {line}")
     resume = resume or (was_restarted() and RunFolder(out).was_begun())
-    require_place(out, resume=resume, overwrite=overwrite)
-    with claimed(out):
-        open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
-        return start()
+    with kept_refusal():
+        require_place(out, resume=resume, overwrite=overwrite)
+        with claimed(out):
+            open_run(out, config, RunData.of(data), resume=resume, overwrite=overwrite)
+            return start()
 
 
 def train_requested(asked: TrainRequest, progress: Progress = _SILENT) -> TrainReport:
