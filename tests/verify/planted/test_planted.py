@@ -245,12 +245,30 @@ INT8_FAULTS: dict[str, tuple[Edit, str | None]] = {
 }
 
 
+# What these may be called where another run was trained: its router may stay in fp32 and see what
+# its experts clip, or send nearly all images the right way with four bits; and scales that are too
+# small in the first layer do clip images.
+OTHERWISE: dict[str, tuple[str, ...]] = {
+    "pixels to 255": ("weights",),
+    "router of 4 bits": (),
+    "dark scales": ("preprocessing",),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INT8_FAULTS)
 def test_int8(
-    name: str, int8_bundle: Bundle, digits: tuple[Images, np.ndarray], tmp_path: Path
+    name: str,
+    int8_bundle: Bundle,
+    digits: tuple[Images, np.ndarray],
+    trained_run: Path,
+    tmp_path: Path,
 ) -> None:
     edit, kind = INT8_FAULTS[name]
     bundle = with_fault(int8_bundle, tmp_path / "bundle", edit, file=INT8_GRAPH)
     report = inspected(bundle, digits, exact=False, engine="onnxruntime:int8")
-    assert report.kinds == ((kind,) if kind else ()), report.findings
+    expected = [(kind,) if kind else ()]
+    if trained_run != TRAINED_RUN.resolve() and name in OTHERWISE:
+        expected.append(OTHERWISE[name])
+    assert report.kinds in expected, report.findings
+    assert report.findings or report.parity.route_agreement > 0.985
