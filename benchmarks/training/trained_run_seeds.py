@@ -1,6 +1,6 @@
 """Train the tests' own run again from other seeds, and let every test that reads it read those.
 
-    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--processes 1]
+    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--slow] [--processes 1]
 
 How a training ends depends on the CPU as well as on the seed: tests must hold for whatever came out
 of it. Needs the development extras, in a clone of the repository. Writes
@@ -48,14 +48,15 @@ def trained(seed: int, out: Path) -> dict[str, Any]:
     return {"weights_sha256": checkpoint.weights_sha256, **checkpoint.metrics}
 
 
-def tested(run: Path, processes: int) -> dict[str, Any]:
+def tested(run: Path, processes: int, *, slow: bool) -> dict[str, Any]:
     """Return how many of the tests that read ``run`` passed, and the names of those that failed.
 
     Raises:
         UsageError: the tests could not be run.
     """
     results = run.parent / "results.xml"
-    chosen = ["-m", "not slow and not gpu", f"--trained-run={run}", f"--junitxml={results}"]
+    marked = "not gpu" if slow else "not slow and not gpu"
+    chosen = ["-m", marked, f"--trained-run={run}", f"--junitxml={results}"]
     spread = ["-n", str(processes), "--dist", "loadfile", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *chosen, *spread]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -68,13 +69,14 @@ def tested(run: Path, processes: int) -> dict[str, Any]:
         how = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else ""
         ended[how or "passed"].append(f"{case.get('classname')}.{case.get('name')}")
     counts = {how: len(names) for how, names in ended.items()}
-    return {**counts, "failures": ended["failed"]}
+    return {"slow": slow, **counts, "failures": ended["failed"]}
 
 
 def main() -> None:
     """Train and test each seed, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=numbers, default=tuple(range(10)))
+    parser.add_argument("--slow", action="store_true", help="the tests marked so, too")
     parser.add_argument("--processes", type=int, default=1, help="that run tests")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -83,7 +85,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             run = Path(temporary) / TRAINED_RUN.name
             row = {"processor": processor_name(), "seed": seed, **trained(seed, run)}
-            row |= tested(run, arguments.processes)
+            row |= tested(run, arguments.processes, slow=arguments.slow)
         write(arguments.out, with_kept_rows(arguments.out, facts, [row], ("processor", "seed")))
         print(json.dumps(row), flush=True)
 
