@@ -245,14 +245,10 @@ INT8_FAULTS: dict[str, tuple[Edit, str | None]] = {
 }
 
 
-# What these may be called where another run was trained: its router may stay in fp32 and see what
-# its experts clip, or send nearly all images the right way with four bits; and scales that are too
-# small in the first layer do clip images.
-OTHERWISE: dict[str, tuple[str, ...]] = {
-    "pixels to 255": ("weights",),
-    "router of 4 bits": (),
-    "dark scales": ("preprocessing",),
-}
+# Where another run was trained, what a fault changes may be too much of int8's own rounding to be
+# told by its cause, and is another function; nearly all images may go the right way with a router
+# of four bits; and scales that are too small in the first layer do clip images.
+OTHERWISE: dict[str, tuple[str, ...]] = {"router of 4 bits": (), "dark scales": ("preprocessing",)}
 
 
 @pytest.mark.slow
@@ -268,7 +264,7 @@ def test_int8(
     bundle = with_fault(int8_bundle, tmp_path / "bundle", edit, file=INT8_GRAPH)
     report = inspected(bundle, digits, exact=False, engine="onnxruntime:int8")
     expected = [(kind,) if kind else ()]
-    if trained_run != TRAINED_RUN.resolve() and name in OTHERWISE:
-        expected.append(OTHERWISE[name])
+    if kind and trained_run != TRAINED_RUN.resolve():
+        expected += [("weights",), OTHERWISE.get(name, (kind,))]
     assert report.kinds in expected, report.findings
     assert report.findings or report.parity.route_agreement > 0.985
