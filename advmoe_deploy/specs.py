@@ -310,9 +310,9 @@ class ThreatModel(Frozen):
 class AttackSpec(Frozen):
     """One attack. ``step_size`` is in [0, 1] pixels; ``None`` means 2.5 * epsilon / steps.
 
-    ``steps`` are the queries of Square and RayS, which restarts by itself; AutoAttack has its own,
-    and its own way into a router. APGD and FAB set their step size. ``classes`` says at how many of
-    the likeliest wrong classes a targeted attack aims in turn: -t at nine by default, PGD at none.
+    ``steps`` are the squares of Square, the queries of RayS, which restarts by itself; AutoAttack's
+    are its own, as is its way into a router. APGD and FAB set their step size. ``classes`` says at
+    how many likeliest wrong classes a targeted attack aims in turn: -t at nine, PGD at none.
 
     The rest is PGD's. Without ``random_start`` the search begins at the image. ``momentum`` is the
     share of the last direction that is kept; with ``decay`` the step falls from epsilon to nearly

@@ -28,7 +28,8 @@ def attack_predictions(
 ) -> Images:
     """Return adversarial images float32 [N, C, H, W] by Square or RayS.
 
-    Each image is asked about ``attack.steps`` times at most, by Square in each restart.
+    RayS asks about each image ``attack.steps`` times at most; Square in each restart tries as many
+    squares, and asks about the image, its first stripes and what it ends with besides.
     ``predict`` gets float32 images [n, C, H, W] in [0, 1], n from 1 to 256, and returns logits
     [n, classes]; NaN and infinity answer nothing and thus are a mistake. The same seed gives the
     same examples. An image no query turned comes back at its clean self.

@@ -146,7 +146,7 @@ class _Search:
         at.start_A[stuck_A] += 1
         at.radius_A[stuck_A], at.flip_A[stuck_A], at.since_A[stuck_A] = torch.inf, 0, 0
         for start in sorted(set(at.start_A[stuck_A].tolist())):
-            generator = torch.Generator().manual_seed(_STARTS * self._seed + start)
+            generator = torch.Generator().manual_seed((_STARTS * self._seed + start) % 2**63)
             signs_D = 2 * torch.randint(2, at.signs_AD.shape[1:], generator=generator) - 1
             at.signs_AD[stuck_A[at.start_A[stuck_A] == start]] = signs_D.to(at.signs_AD)
 

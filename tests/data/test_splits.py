@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from advmoe_deploy.data import pixels as pixels_module
-from advmoe_deploy.data.dataset import Dataset, Split
+from advmoe_deploy.data.dataset import Dataset, Split, mixed
 from advmoe_deploy.data.registry import absolute, load_dataset
 from advmoe_deploy.errors import DataError
 from tests.data.images import pixels, png, write_folders, write_png, write_table
@@ -173,3 +173,24 @@ def test_images_are_told_by_pixels_not_by_files(tmp_path: Path) -> None:
     (root / "val" / "b" / "leak.png").write_bytes(png(101) + b"comment")
     with pytest.raises(DataError, match=r"train/b/1\.png and .*val/b/leak\.png"):
         load_dataset(f"folder:{root}?size=32")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.repeat([0, 1, 2], 20),
+        np.repeat([2, 0, 1], 20),  # classes that a table numbers otherwise
+        np.tile(np.repeat([0, 1, 2], 10), 2),  # two files, each class by class
+    ],
+)
+def test_what_comes_class_by_class_is_dealt(labels: np.ndarray) -> None:
+    rows = mixed(labels, np.arange(60))
+    assert sorted(rows) == [*range(60)]
+    for first in range(0, 60, 12):
+        assert np.bincount(labels[rows[first : first + 12]]).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 60])
+def test_what_is_mixed_or_has_one_image_a_class_keeps_its_order(classes: int) -> None:
+    for labels in (np.random.default_rng(classes).permutation(60) % classes, np.arange(60)):
+        assert mixed(labels, np.arange(60)).tolist() == [*range(60)]

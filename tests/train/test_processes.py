@@ -89,6 +89,15 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "run" / "model")
 
 
+def test_a_process_may_have_no_image_to_measure(tmp_path: Path) -> None:
+    data = some_digits()
+    few = replace(data, holdout=data.holdout.first(1))
+    config = tiny("digits-advmoe", "epochs=1", "test_images=1", "track_router_robustness=true")
+    report = train(config, few, tmp_path / "run", devices=2)
+    assert report.images == 1
+    assert sum(report.expert_load["router"]) == 1
+
+
 def test_an_error_in_a_process_comes_back_as_itself(tmp_path: Path) -> None:
     config = tiny("digits-dense", "epochs=1", "lr=1e30", "schedule=cosine")
     with pytest.raises(DivergedError, match="no checkpoint yet"):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from advmoe_deploy.progress import Silent
+from advmoe_deploy.reports.checkpoint import read_checkpoint
 from advmoe_deploy.train.config import TrainConfig
+from advmoe_deploy.train.fields import Start
 from advmoe_deploy.train.run.folder import RunState
 from advmoe_deploy.train.run.loop import train
 from tests.toy_training import some_digits, tiny, tiny_of
@@ -51,9 +53,7 @@ def content(run: Path) -> list[object]:
     return [history, state.best_epoch, *((last / name).read_bytes() for name in files)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_an_interrupted_run_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
-    config: TrainConfig = CONFIGS[name]
+def require_same_bits(config: TrainConfig, tmp_path: Path) -> None:
     train(config, some_digits(), tmp_path / "whole")
     for epoch in range(1, EPOCHS):  # an interruption after each epoch: every border is crossed
         with pytest.raises(KeyboardInterrupt):
@@ -66,3 +66,19 @@ def test_an_interrupted_run_ends_in_the_same_bits(name: str, tmp_path: Path) -> 
             )
     train(config, some_digits(), tmp_path / "torn", resume=True)
     assert content(tmp_path / "torn") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_interrupted_run_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
+    require_same_bits(CONFIGS[name], tmp_path)
+
+
+def test_so_does_a_sparse_one_that_begins_with_trained_weights(tmp_path: Path) -> None:
+    """No stage holds the BatchNorm statistics that a later one moves."""
+    begin = tmp_path / "begin"
+    train(tiny_of("dense", "joint", "epochs=1"), some_digits(), begin)
+    sha256 = read_checkpoint(begin / "model").weights_sha256
+    start = Start(
+        source=str(begin), path=str(begin / "model"), weights_sha256=sha256, new_head=False
+    )
+    require_same_bits(CONFIGS["sparse"].model_copy(update={"start": start}), tmp_path)

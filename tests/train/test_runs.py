@@ -19,12 +19,24 @@ from advmoe_deploy.models.families.advmoe import AdvMoE
 from advmoe_deploy.progress import Silent
 from advmoe_deploy.train.data.schedule import lr_factor
 from advmoe_deploy.train.recipes import apply_overrides, recipe
+from advmoe_deploy.train.run import session
 from advmoe_deploy.train.run.data import RunData
 from advmoe_deploy.train.run.folder import open_run
 from advmoe_deploy.train.run.loop import train
 from advmoe_deploy.train.run.place import require_place
 from advmoe_deploy.train.step import learner
 from tests.toy_training import TINY, some_digits, tiny
+
+
+def test_a_large_split_is_measured_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny(), some_digits(), tmp_path / "whole")
+    monkeypatch.setattr(session, "_MEASURED_AT_ONCE", 7 * 64)
+    parts = train(tiny(), some_digits(), tmp_path / "parts")
+    assert (parts.images, parts.clean_accuracy) == (30, whole.clean_accuracy)
+    assert parts.expert_load == whole.expert_load
+    assert parts.robust_accuracy == pytest.approx(whole.robust_accuracy, abs=0.1)
 
 
 def test_a_run_leaves_a_model_a_line_per_epoch_and_two_checkpoints(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each process draws the random starts of its own share, so that a measurement, un
 depends on their number.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,21 @@ class Measured:
         return min(map(effective_routes, self.expert_load.values()), default=None)
 
 
+def together(parts: Sequence[Measured]) -> Measured:
+    """Return the measurements on splits as one on all of them."""
+    loads = [part.expert_load for part in parts]
+    return Measured(
+        images=sum(part.images for part in parts),
+        clean_correct=sum(part.clean_correct for part in parts),
+        pgd_correct=sum(part.pgd_correct for part in parts),
+        robust_correct=sum(part.robust_correct for part in parts),
+        expert_load={
+            layer: tuple(map(sum, zip(*(load[layer] for load in loads), strict=True)))
+            for layer in loads[0]
+        },
+    )
+
+
 def measure(
     fabric: Fabric,
     model: Classifier,
@@ -89,7 +105,8 @@ def _clean(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
     loads = [correct.new_zeros(rule.num_experts) for rule in model.rules]
     with eval_mode(model), torch.no_grad():
-        for images, labels in labelled_batches(x, y):
+        # A process may have none of a small split, and some models take no empty batch.
+        for images, labels in labelled_batches(x, y) if len(x) else ():
             routes = Routes()
             correct += (model(images, routes).argmax(dim=1) == labels).sum()
             for rule, load in zip(model.rules, loads, strict=True):

@@ -40,15 +40,18 @@ class FlipProbe:
         """Return the share of images whose best expert changes under the attack."""
         mine = slice(self.fabric.global_rank, None, self.fabric.world_size)
         x, y = self.images[mine], self.labels[mine]
+        total = self._changed(model, x, y) if len(x) else x.new_zeros(())
+        summed = self.fabric.all_reduce(total, reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return float(summed) / len(self.images)
+
+    def _changed(self, model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+        """Return the share times the images, for the processes have not all as many."""
         found = attack_model(model, x, y, self.threat, self.attack)
         with eval_mode(model), torch.no_grad():
             clean, attacked = model.route(x), model.route(found)
         shares = [_share_changed(clean[layer], attacked[layer]) for layer in clean]
-        # A sum over the images, for the processes have not all as many.
-        total = torch.stack(shares).mean() * len(x)
-        summed = self.fabric.all_reduce(total, reduce_op="sum")
-        assert isinstance(summed, Tensor)
-        return float(summed) / len(self.images)
+        return torch.stack(shares).mean() * len(x)
 
 
 def router_state(model: Classifier) -> dict[str, Tensor]:

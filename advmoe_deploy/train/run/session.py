@@ -17,7 +17,7 @@ from advmoe_deploy.progress import Progress, task
 from advmoe_deploy.specs import AttackSpec
 from advmoe_deploy.train.config import TrainConfig
 from advmoe_deploy.train.data.loader import DataLoader, on_device
-from advmoe_deploy.train.run.evaluate import Measured, measure
+from advmoe_deploy.train.run.evaluate import Measured, measure, together
 from advmoe_deploy.train.run.folder import RunFolder, RunState
 from advmoe_deploy.train.run.report import EpochRecord, TrainReport, versions
 from advmoe_deploy.train.run.router_robustness import (
@@ -33,6 +33,8 @@ from advmoe_deploy.train.step.weights import TrainedWeights, place
 
 # Images on which the experts' loads are evened out.
 _EVEN_LOADS = 2000
+# Values of the images that are measured together; as floats they take four times as many bytes.
+_MEASURED_AT_ONCE = 1 << 27
 
 
 class TrainingSession:
@@ -191,6 +193,15 @@ class TrainingSession:
         return again
 
     def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
+        """Measure part by part: an attack keeps its images as floats, four times over."""
+        size = max(1, _MEASURED_AT_ONCE // split.images[0].size)
+        parts = [
+            Split(split.images[first : first + size], split.labels[first : first + size])
+            for first in range(0, len(split), size)
+        ]
+        return together([self._measure_part(model, part, attack) for part in parts])
+
+    def _measure_part(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
         images, labels = on_device(self.fabric, split)
         threat = self.config.threat
         return measure(

@@ -92,7 +92,7 @@ class Learner:
         self.phases: tuple[Phase, ...] = phases_of(config, model)
         if self.pruning is not None:
             self.groups, self.phases = self.pruning.taking_part(self.groups, self.phases)
-        if config.start is not None:
+        elif config.start is not None:  # pruning moves every weight, in one stage or another
             still(model, {n for phase in self.phases for g in phase.groups for n in self.groups[g]})
         self.optimizers = {
             name: torch.optim.SGD(
