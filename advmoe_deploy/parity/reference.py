@@ -18,7 +18,7 @@ from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule, Surrogate, choose
 from advmoe_deploy.parity.answers import Answers, Images, RouteAnswers, first_images
 from advmoe_deploy.parity.compare import BATCH, CLOSE_CALL
-from advmoe_deploy.parity.rounding import disturb
+from advmoe_deploy.parity.rounding import DRAWS, disturb
 from advmoe_deploy.parity.tolerance import error_of, margin_for, rounding_of, same_experts
 from advmoe_deploy.pruning import DROPPED
 
@@ -26,7 +26,7 @@ from advmoe_deploy.pruning import DROPPED
 CERTAIN = 1e30
 
 # Images that the disturbed model answers: it says how large roundings are, not where.
-_DISTURBED_IMAGES = 16
+_DISTURBED_IMAGES = 8
 
 
 def reference_answers(
@@ -86,15 +86,16 @@ class Reference:
     def uncertainty(self, images: Images, *, preferred: int | None = None) -> Uncertainty:
         """Return the larger of what float32 costs here and, on a few images, on any processor."""
         exact = self._exact_answers(images, preferred)
-        here = _difference(self.answers(images, preferred=preferred), exact)
+        found = [_difference(self.answers(images, preferred=preferred), exact)]
         few = images[:_DISTURBED_IMAGES]
-        disturb(self._exact.parameters())
-        try:
-            elsewhere = self._exact_answers(few, preferred)
-        finally:
-            self._exact.load_state_dict(self.model.state_dict())
-        there = _difference(elsewhere, first_images(exact, len(few)))
-        return Uncertainty(max(here.rounding, there.rounding), max(here.scores, there.scores))
+        for draw in DRAWS:
+            disturb(self._exact.parameters(), draw)
+            try:
+                elsewhere = self._exact_answers(few, preferred)
+            finally:
+                self._exact.load_state_dict(self.model.state_dict())
+            found.append(_difference(elsewhere, first_images(exact, len(few))))
+        return Uncertainty(max(u.rounding for u in found), max(u.scores for u in found))
 
     def rounding(self, images: Images, *, preferred: int | None = None) -> float:
         """Return by how much logits and routing weights are uncertain, see :class:`Uncertainty`."""

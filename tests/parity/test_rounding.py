@@ -8,7 +8,7 @@ from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.models.untrained import untrained_model
 from advmoe_deploy.parity.answers import Answers, RouteAnswers, first_images
 from advmoe_deploy.parity.reference import Reference, Uncertainty
-from advmoe_deploy.parity.rounding import disturb, disturbed
+from advmoe_deploy.parity.rounding import disturb, disturbed, furthest
 from tests.conftest import TINY
 
 IMAGES = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
@@ -17,10 +17,10 @@ IMAGES = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
 def test_a_weight_moves_by_the_rounding_of_its_sum() -> None:
     """A row of 1600 products: 100 roundings in a row in each of 16 sums, so ten on average."""
     rows, single = torch.ones(100, 1600), torch.ones(1600)
-    moved = disturbed(rows) - 1
+    moved = disturbed(rows, 0) - 1
     assert moved.dtype == torch.float64
     assert 9.8 < float(moved.std()) / 2**-24 < 10.2
-    alone = disturbed(single) - 1
+    alone = disturbed(single, 0) - 1
     assert 0.9 < float(alone.std()) / 2**-24 < 1.1
 
 
@@ -29,9 +29,17 @@ def test_disturbing_is_the_same_every_time() -> None:
     other.load_state_dict(one.state_dict())
     before = one.weight.clone()
     for model in (one, other):
-        disturb(model.parameters())
+        disturb(model.parameters(), 1)
     assert torch.equal(one.weight, other.weight)
     assert not torch.equal(one.weight, before)
+    assert not torch.equal(disturbed(before, 0), disturbed(before, 1))
+
+
+def test_of_several_draws_the_furthest_counts_value_by_value() -> None:
+    exact = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    one, other = exact + torch.tensor([[0.1, -0.2], [0.0, 0.3]]), exact - 0.15
+    expected = torch.tensor([[0.85, 1.8], [2.85, 4.3]])
+    torch.testing.assert_close(furthest([one, other], exact), expected)
 
 
 def test_a_reference_is_as_it_was_after_it_was_disturbed() -> None:

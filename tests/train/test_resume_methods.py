@@ -55,7 +55,9 @@ def content(run: Path, epochs: int) -> list[object]:
 
 def require_same_bits(config: TrainConfig, tmp_path: Path) -> None:
     train(config, some_digits(), tmp_path / "whole")
-    for epoch in range(1, config.epochs):  # an interruption after each epoch: every border is crossed
+    for epoch in range(
+        1, config.epochs
+    ):  # an interruption after each epoch: every border is crossed
         with pytest.raises(KeyboardInterrupt):
             train(
                 config,

@@ -30,6 +30,7 @@ from advmoe_deploy.export.partition.sample import Sample
 from advmoe_deploy.models.base import Classifier
 from advmoe_deploy.models.routing.markers import mark_route
 from advmoe_deploy.models.routing.routing import Routes, Routing, RoutingRule
+from advmoe_deploy.parity.rounding import DRAWS, furthest
 from advmoe_deploy.plan import ExpertsStep, Plan, RouteStep, RunStep, Segment, Step, TensorInfo
 from advmoe_deploy.progress import Progress
 
@@ -278,7 +279,13 @@ class _Cut:
             given = {**batch, **{node: values[node] for node in inputs}}
             exact = self.program.evaluate(outputs, given, torch.float64)
             few = {n: v[: _DISTURBED * (len(v) // len(images))] for n, v in given.items()}
-            moved = self.program.evaluate(outputs, few, torch.float64, disturb=True)
+            drawn = [
+                self.program.evaluate(outputs, few, torch.float64, draw=draw) for draw in DRAWS
+            ]
+            moved = {
+                n: furthest([values[n] for values in drawn], exact[n][: len(drawn[0][n])])
+                for n in outputs
+            }
             samples[segment.name] = Sample(
                 {t.name: _array(values[n]) for t, n in zip(segment.inputs, inputs, strict=True)},
                 {t.name: _array(values[n]) for t, n in zip(segment.outputs, outputs, strict=True)},

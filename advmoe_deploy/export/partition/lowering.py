@@ -84,21 +84,21 @@ class TracedModule:
         given: Mapping[fx.Node, torch.Tensor],
         dtype: torch.dtype = torch.float32,
         *,
-        disturb: bool = False,
+        draw: int | None = None,
     ) -> dict[fx.Node, torch.Tensor]:
         """Return the values of ``results``, computed in ``dtype`` from those of ``given``.
 
-        With ``disturb``, by disturbed parameters, see :mod:`advmoe_deploy.parity.rounding`.
+        With a ``draw``, by disturbed parameters, see :mod:`advmoe_deploy.parity.rounding`.
         """
         results = list(results)
         nodes = self.needed(results, given)
         read = {*results, *(n for node in nodes for n in node.all_input_nodes)}
         constants = {n: v for n, (_, v) in self.constants.items() if n in read}
         values: dict[fx.Node, Any] = {n: v.to(dtype) for n, v in constants.items()}
-        if disturb:
+        if draw is not None:
             for n, v in constants.items():
                 if isinstance(v, nn.Parameter):
-                    values[n] = disturbed(v).to(dtype)
+                    values[n] = disturbed(v, draw).to(dtype)
         values |= {node: value.to(dtype) for node, value in given.items()}
         with torch.inference_mode():
             for node in nodes:

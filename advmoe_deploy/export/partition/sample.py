@@ -14,8 +14,9 @@ Arrays = dict[str, NDArray[Any]]
 class Sample:
     """Inputs and outputs of one segment, by tensor name, in the torch model.
 
-    ``exact`` is the answer to the same inputs in float64, ``disturbed`` what it would be for the
-    first few of them with sums rounded as on any processor (:mod:`advmoe_deploy.parity.rounding`).
+    ``exact`` is the answer to the same inputs in float64, ``disturbed`` the furthest
+    that it would be from that for the first few of them with sums rounded as on any processor
+    (:mod:`advmoe_deploy.parity.rounding`).
     """
 
     inputs: Arrays
