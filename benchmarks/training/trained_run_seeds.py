@@ -1,9 +1,10 @@
 """Train the tests' own run again from other seeds, and let every test that reads it read those.
 
-    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--slow] [--processes 1]
+    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--slow] [--processes 1] [--runs DIR]
 
 How a training ends depends on the CPU as well as on the seed: tests must hold for whatever came out
-of it. Needs the development extras, in a clone of the repository. Writes
+of it. Needs the development extras, in a clone of the repository. ``--runs`` keeps what is trained,
+a folder a seed, and what lies there is not trained again, so that a mended test is soon seen. Writes
 ``benchmarks/results/trained_run_seeds.json`` after each seed; rows of other processors and seeds
 stay.
 """
@@ -38,12 +39,13 @@ TRAINED_RUN = ROOT / "tests" / "data" / "trained-run"
 
 
 def trained(seed: int, out: Path) -> dict[str, Any]:
-    """Train from ``seed``, put what tests read into ``out`` and return what was reached."""
+    """Train from ``seed`` what tests read, unless it is in ``out``; return what was reached."""
     recipe = read_checkpoint(TRAINED_RUN / "model").recipe
     config = TrainConfig.model_validate({**recipe, "seed": seed})
-    whole = out.with_name("whole")
-    train(config, load_dataset(config.data), whole)
-    shutil.copytree(whole / "model", out / "model")
+    if not (out / "model").exists():
+        whole = out.with_name("whole")
+        train(config, load_dataset(config.data), whole, overwrite=True)
+        shutil.copytree(whole / "model", out / "model")
     checkpoint = read_checkpoint(out / "model")
     return {"weights_sha256": checkpoint.weights_sha256, **checkpoint.metrics}
 
@@ -78,12 +80,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=tuple(range(10)))
     parser.add_argument("--slow", action="store_true", help="the tests marked so, too")
     parser.add_argument("--processes", type=int, default=1, help="that run tests")
+    parser.add_argument("--runs", type=Path, help="a folder to keep trained runs in")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     facts = {"versions": versions(), "platform": platform.platform(), "threads": 1}
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as temporary:
-            run = Path(temporary) / TRAINED_RUN.name
+            run = (arguments.runs or Path(temporary)) / f"seed-{seed}" / TRAINED_RUN.name
             row = {"processor": processor_name(), "seed": seed, **trained(seed, run)}
             row |= tested(run, arguments.processes, slow=arguments.slow)
         write(arguments.out, with_kept_rows(arguments.out, facts, [row], ("processor", "seed")))

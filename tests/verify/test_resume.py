@@ -2,6 +2,7 @@
 
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,9 @@ def test_the_state_of_another_verification_is_refused(
     whole = state.read_bytes()
     array = io.BytesIO()
     np.save(array, np.zeros(3))
-    middle = len(whole) // 3  # of what is compressed
+    with zipfile.ZipFile(state) as packed:
+        largest = max(packed.infolist(), key=lambda entry: entry.compress_size)
+    middle = largest.header_offset + largest.compress_size // 2  # a byte of what is compressed
     flipped = bytes([*whole[:middle], whole[middle] ^ 255, *whole[middle + 1 :]])
     for damaged in (whole[:-40], flipped, array.getvalue(), b""):
         state.write_bytes(damaged)
