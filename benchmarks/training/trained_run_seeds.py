@@ -1,10 +1,10 @@
 """Train the tests' own run again from other seeds, and let every test that reads it read those.
 
-    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--slow] [--processes 1] [--runs DIR]
+    python -m benchmarks.training.trained_run_seeds [--seeds 0,1,2] [--slow] [--runs FOLDER]
 
 How a training ends depends on the CPU as well as on the seed: tests must hold for whatever came out
 of it. Needs the development extras, in a clone of the repository. ``--runs`` keeps what is trained,
-a folder a seed, and what lies there is not trained again, so that a mended test is soon seen. Writes
+a folder a seed, and what lies there is not trained again: a mended test is soon seen. Writes
 ``benchmarks/results/trained_run_seeds.json`` after each seed; rows of other processors and seeds
 stay.
 """
