@@ -322,7 +322,9 @@ def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
                 f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
                 "export it again"
             )
-        return BundleManifest.model_validate(fields)
+        manifest = BundleManifest.model_validate(fields)
+        manifest_text(manifest)  # half a character, such as "\ud800", has no bytes
+        return manifest
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {one_line(error)}; export it again") from None
     except (ValueError, RecursionError) as error:

@@ -57,13 +57,11 @@ class Journal(Closing):
         line = self._first()
         return (_parsed(line) or {}) if line.endswith(b"\n") else None
 
-    def rows(self) -> list[Row]:
-        """Return the rows, up to the first that is torn."""
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, up to the first that is torn."""
         self._first()
-        found = []
         while (row := _parsed(self._file.readline())) is not None:
-            found.append(row)
-        return found
+            yield row
 
     def keep(self, count: int) -> None:
         """Drop what comes after the first ``count`` rows."""
@@ -102,7 +100,7 @@ def continued(path: Path | None, job: Row) -> tuple[Journal, list[Row]]:
     journal = Journal(path)
     if journal.job() != job:
         journal.begin(job)
-    rows = journal.rows()
+    rows = list(journal.rows())
     journal.keep(len(rows))
     return journal, rows
 

@@ -8,13 +8,13 @@ Source: OpenSSF Model Signing specification 1.0, https://github.com/sigstore/mod
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from advmoe_deploy.bundle import CARD, MANIFEST, SIGNATURE, Bundle
-from advmoe_deploy.errors import BundleError, InputError, missing_extra, reading
+from advmoe_deploy.errors import BundleError, InputError, MachineError, missing_extra, reading
 from advmoe_deploy.files import remove_abandoned, write_atomically
 from advmoe_deploy.sealing.files import read_at_most
 
@@ -81,10 +81,17 @@ def require_signature(bundle: Bundle, public_key: Path) -> Bundle:
 @contextmanager
 def _laid_out(bundle: Bundle) -> Iterator[tuple[Path, Path]]:
     """Give a private folder with the manifest as it was opened, and a place for a signature."""
-    with tempfile.TemporaryDirectory(prefix="advmoe-sign-") as made:
-        folder = Path(made) / "bundle"
-        folder.mkdir()
-        (folder / MANIFEST).write_bytes(bundle.manifest_text)
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="advmoe-sign-"))
+            folder = Path(made) / "bundle"
+            folder.mkdir()
+            (folder / MANIFEST).write_bytes(bundle.manifest_text)
+        except OSError as error:
+            raise MachineError(
+                f"a signature is checked in a temporary folder, and none can be written "
+                f"({error.strerror}); set TMPDIR to one that can"
+            ) from None
         yield folder, Path(made) / SIGNATURE
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import DataError
+from advmoe_deploy.files import require_place
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.progress import Progress, Silent, task
-from advmoe_deploy.serving.classify import Window, count_errors
+from advmoe_deploy.serving.classify import Window
 from advmoe_deploy.serving.inputs import open_inputs
 from advmoe_deploy.serving.job import BatchReport, Place, job_of, require_limit, tally_of
 from advmoe_deploy.serving.resume import open_journal
@@ -65,6 +66,7 @@ def classify_files(
     job = job_of(bundle, engine, threads, batch, top_k, on, progress)
     require_limit(max_errors)
     writer_for(output)
+    require_place(output)
     inputs = open_inputs(source)
     tally = tally_of(source, inputs, bundle, progress)
     described: Row = {
@@ -74,7 +76,7 @@ def classify_files(
         "top_k": top_k,
         "batch": batch,
     }
-    journal, done = open_journal(
+    journal, errors = open_journal(
         output,
         described,
         inputs.names(),
@@ -83,15 +85,15 @@ def classify_files(
         resume=resume,
         overwrite=overwrite,
     )
-    errors = count_errors(done)
+    resumed = journal.count
     with journal, _keeping_what_is_done(journal, len(inputs), progress):
         _require_few(errors, journal, max_errors)
-        if len(done) < len(inputs):
+        if resumed < len(inputs):
             with job.windows(inputs, journal.count) as windows:
                 errors = _append(windows, journal, len(inputs), errors, max_errors, progress)
         write_rows(output, tally.passing(journal.lines()), job.columns)
         journal.discard()
-    counts = {"images": journal.count, "errors": errors, "resumed": len(done)}
+    counts = {"images": journal.count, "errors": errors, "resumed": resumed}
     return job.report(str(output), tally, inputs, started, **counts)
 
 

@@ -1,7 +1,7 @@
 """Classification of inputs, a batch at a time, the next of which are decoded meanwhile."""
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -84,6 +84,6 @@ class FileClassifier:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def count_errors(rows: Sequence[Row]) -> int:
+def count_errors(rows: Iterable[Row]) -> int:
     """Return how many of ``rows`` have no answer."""
     return sum(row["error"] is not None for row in rows)

@@ -1,11 +1,13 @@
 """Resume of an unfinished batch job, from the journal that an interrupted run left."""
 
 from collections.abc import Iterable
+from itertools import islice, takewhile
 from pathlib import Path
 
 from advmoe_deploy.errors import UsageError
 from advmoe_deploy.files import refuse_existing
 from advmoe_deploy.journal import Journal, Row
+from advmoe_deploy.serving.classify import count_errors
 
 
 def journal_of(output: Path) -> Path:
@@ -22,8 +24,8 @@ def open_journal(
     batch: int,
     resume: bool,
     overwrite: bool,
-) -> tuple[Journal, list[Row]]:
-    """Return the journal beside ``output``, locked, and the rows that are in it already.
+) -> tuple[Journal, int]:
+    """Return the journal beside ``output``, locked, and how many of its rows are errors.
 
     The inputs of ``job`` are ``count``, and their rows have ``names``.
 
@@ -40,11 +42,11 @@ def open_journal(
     except BaseException:
         journal.close()
         raise
-    return journal, []
+    return journal, 0
 
 
-def _resumed(journal: Journal, job: Row, names: Iterable[str], count: int, batch: int) -> list[Row]:
-    """Keep the rows that ``job`` has for the first ``names``, and return them.
+def _resumed(journal: Journal, job: Row, names: Iterable[str], count: int, batch: int) -> int:
+    """Keep the rows that ``job`` has for the first ``names``, and return how many are errors.
 
     Whole batches only, unless all rows are there: then every batch holds the images that it would
     have held without the interruption, and answers agree to the last bit.
@@ -52,19 +54,18 @@ def _resumed(journal: Journal, job: Row, names: Iterable[str], count: int, batch
     begun = journal.job()
     if begun is None:
         journal.begin(job)
-        return []
+        return 0
     if other := [key for key in job if begun.get(key) != job[key]]:
         raise UsageError(
             f"{journal.path} was begun with another {', '.join(other)}; "
             "pass --overwrite without --resume to start again"
         )
-    rows = journal.rows()[:count]
-    own = [
-        row.get("path") == name and "error" in row for row, name in zip(rows, names, strict=False)
-    ]
-    whole = own.index(False) if False in own else len(own)
+    # No row is kept in memory: of millions there may be less room than the first run needed.
+    pairs = zip(journal.rows(), islice(names, count), strict=False)
+    own = takewhile(lambda pair: pair[0].get("path") == pair[1] and "error" in pair[0], pairs)
+    whole = sum(1 for _ in own)
     journal.keep(whole if whole == count else whole // batch * batch)
-    return rows[: journal.count]
+    return count_errors(journal.rows())
 
 
 def _refuse(output: Path, journal: Path, *, resume: bool, overwrite: bool) -> None:

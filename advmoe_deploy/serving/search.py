@@ -81,6 +81,7 @@ class FileSearch:
     def images(self, root: Path) -> None:
         """Find the images below ``root``, or else shards; links are followed, hidden names not."""
         shards: dict[str, bool] = {}
+        nowhere: dict[str, bool] = {}  # links, which are said whatever the others are
         for folder, linked in self._folders([(root, False)]):
             for entry in self._entries(folder):
                 path = folder / entry.name
@@ -88,16 +89,19 @@ class FileSearch:
                     self._skipped[str(path)] = HIDDEN
                 elif self._is_folder(entry, path):
                     continue
-                elif path.suffix.lower() in IMAGE_SUFFIXES or _leads_nowhere(path):
+                elif path.suffix.lower() in IMAGE_SUFFIXES:
                     self._found[str(path)] = linked or entry.is_symlink()
                 elif path.suffix.lower() in SHARDS:
                     shards[str(path)] = linked or entry.is_symlink()
+                elif _leads_nowhere(path):
+                    nowhere[str(path)] = True
                 else:
                     self._skipped[str(path)] = NO_IMAGE
         if self._found:
             self._skipped.update(dict.fromkeys(shards, _BESIDE_IMAGES))
         else:
             self._found = shards
+        self._found |= nowhere
 
     def match(self, folder: Path, parts: Sequence[str]) -> None:
         """Find what the ``parts`` of a pattern match below ``folder``, whatever its suffix.

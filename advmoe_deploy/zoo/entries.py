@@ -55,8 +55,10 @@ def _entry(name: str, source: Source, folder: Path) -> ListedModel:
         said = file_error(error) if isinstance(error, OSError) else error
         return ListedModel.model_validate({**known, "note": str(said or error)})
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        # What was read beyond these may be what is damaged.
+        kept = {key: known[key] for key in ("name", "source", "path", "kind", "bytes")}
         note = f"damaged ({type(error).__name__})"
-        return ListedModel.model_validate({**known, "note": note})
+        return ListedModel.model_validate({**kept, "note": note})
 
 
 def _of_run(folder: Path) -> dict[str, Any]:

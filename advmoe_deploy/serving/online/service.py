@@ -17,7 +17,7 @@ from advmoe_deploy.runtime.pathways import work_of
 from advmoe_deploy.runtime.runner import Prediction, Runner, joined
 from advmoe_deploy.serving.online.batcher import Batcher
 from advmoe_deploy.serving.online.golden import Golden
-from advmoe_deploy.serving.online.job import OverloadedError, Times
+from advmoe_deploy.serving.online.job import Done, OverloadedError, Times
 from advmoe_deploy.serving.online.limits import Budget, Limits
 from advmoe_deploy.serving.online.metrics import Metrics
 from advmoe_deploy.serving.online.operations.monitor import Monitor
@@ -111,7 +111,7 @@ class Service:
             work_of(runner),
             model.limits,
             expecting=lambda: self.expecting,
-            watch=self.metrics.batch,
+            watch=self._watch,
         )
 
     @property
@@ -142,6 +142,11 @@ class Service:
             "waiting_images": float(self.waiting),
             "requests_being_read": float(self.reading),
         }
+
+    def _watch(self, done: Done) -> None:
+        """Count a batch of requests; what warms up is none."""
+        if self.warm:
+            self.metrics.batch(done)
 
     def start(self) -> None:
         """Begin to compute for the running event loop."""

@@ -20,7 +20,7 @@ from advmoe_deploy.serving.online.operations.requests import (
 from advmoe_deploy.serving.online.protocol import CLIENT_LEFT, RefusedError
 from advmoe_deploy.serving.online.service import Service
 
-_TO_INFER = re.compile(rb"/v2/models/([\w.~-]+)(?:/versions/(\d+))?/(?:infer|image)")
+_TO_INFER = re.compile(rb"/v2/models/([\w.~-]+)(?:/versions/(\d+))?/(?:infer|image)(?:\?.*)?")
 # The longest body that is dropped so that its connection stays; beyond it a new one costs less.
 _SHORT_BYTES = 256 << 10
 

@@ -148,13 +148,16 @@ async def read_body(
 ) -> bytes | bytearray:
     """Return the body, unpacked, for which ``hold`` is charged ``copies`` times its length.
 
+    What has come is charged, not what is announced: else a head alone would take the memory. One
+    for which there is no room now is refused at its head, all the same.
+
     Raises:
         UnreadError: its encoding is unknown (415), it is too long (413), or the memory is taken
             (503).
         RefusedError: it cannot be unpacked, or its client has left.
     """
     unpacker = _unpacker(headers)
-    _admit(models, int(headers.get(b"content-length", 0)), copies, hold)
+    _require_room(models, int(headers.get(b"content-length", 0)), copies)
     body = bytearray()
     while True:
         message = await receive()
@@ -177,6 +180,11 @@ async def read_body(
             if unpacker is not None:
                 unpacker.finish()
             return body
+
+
+def _require_room(models: Models, length: int, copies: int) -> None:
+    with models.shared.budget.hold() as tried:
+        _admit(models, length, copies, tried)
 
 
 def _admit(models: Models, length: int, copies: int, hold: Hold) -> None:
