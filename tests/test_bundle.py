@@ -128,6 +128,12 @@ def test_there_is_one_name_per_class(copied: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_is_no_name(copied: Path) -> None:
+    edit_manifest(copied, class_names=[*"abcdefghi", "\ud800"])
+    with pytest.raises(BundleError, match="surrogates not allowed"):
+        open_bundle(copied)
+
+
 def test_no_bundle_at_all(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no bundle"):
         open_bundle(tmp_path / "nothing")

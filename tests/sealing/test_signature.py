@@ -21,7 +21,7 @@ from advmoe_deploy.bundle import (
 )
 from advmoe_deploy.card import replace_card
 from advmoe_deploy.cli.app import run
-from advmoe_deploy.errors import AdvMoEError, BundleError, InputError
+from advmoe_deploy.errors import AdvMoEError, BundleError, InputError, MachineError
 from advmoe_deploy.sealing.signature import require_signature, sign_bundle
 from tests.cli.command_line import said
 from tests.sealing.bundles import put, put_manifest
@@ -30,6 +30,15 @@ pytest.importorskip("model_signing")
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+
+def test_without_a_temporary_folder_the_way_out_is_named(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not-there"))
+    keys = write_pair(tmp_path / "keys", ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(MachineError, match="set TMPDIR"):
+        sign_bundle(tiny_bundle, keys / "key.pem")
 
 
 def write_pair(folder: Path, private: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> Path:

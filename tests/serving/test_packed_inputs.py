@@ -85,6 +85,9 @@ def test_shards_are_found_where_files_are(tmp_path: Path) -> None:
         ("hidden", 1),
         ("not an image by its suffix", 1),
     ]
+    (tmp_path / "in" / "lost.tar").symlink_to("nowhere")
+    assert [*answers(tmp_path / "in")] == sorted([*expected, f"{tmp_path}/in/lost.tar"])
+    (tmp_path / "in" / "lost.tar").unlink()
     (tmp_path / "in" / "photo.png").write_bytes(image)
     listing = list_inputs(str(tmp_path / "in"))  # an archive beside photographs is none of them
     assert [Path(path).name for path in listing] == ["photo.png"]

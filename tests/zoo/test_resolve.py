@@ -1,5 +1,6 @@
 """Names of models: which folder each leads to, and what a command makes of it."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -150,9 +151,14 @@ def test_the_list_says_what_is_known(zoo: Path, trained_run: Path, capsys: Captu
     metrics = read_checkpoint(trained_run / "model").metrics
     (zoo / "own/broken/model").mkdir(parents=True)
     (zoo / "own/broken/model/checkpoint.json").write_text("{")
+    shutil.copytree(zoo / "own/both", zoo / "own/wrong")
+    kept = json.loads((zoo / "own/wrong/model/checkpoint.json").read_text())
+    kept["metrics"]["clean_accuracy"] = []
+    (zoo / "own/wrong/model/checkpoint.json").write_text(json.dumps(kept))
     found = {(each.name, each.source): each for each in listed_models()}
+    assert found["wrong", "own"].note == "damaged (ValidationError)"
     assert set(found) == {
-        *((name, "own") for name in ("both", "broken", "tiny-bundle")),
+        *((name, "own") for name in ("both", "broken", "tiny-bundle", "wrong")),
         *((name, "packaged") for name in ("both", "tiny-advmoe")),
     }
     tiny, bundle = found["tiny-advmoe", "packaged"], found["tiny-bundle", "own"]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from advmoe_deploy.errors import UsageError
 
 # What a request is charged until it is read, times the length of its body: the body itself and its
-# images, which are as long again, or twice that of JSON, whose shortest number has two bytes.
+# images, which are as long again, or twice that of JSON, whose shortest number has two bytes, and
+# once more while they are put into their order.
 COPIES_OF_BINARY = 2
-COPIES_OF_JSON = 3
+COPIES_OF_JSON = 4
 # What an image file is charged for each of its pixels while it is decoded: four bytes of them as
 # they are in the file, and as many in the colours of the model.
 BYTES_OF_PIXEL = 8

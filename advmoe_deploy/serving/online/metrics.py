@@ -90,6 +90,12 @@ class Metrics:
         self._totals["compute"] += times.compute
         self._totals["write"] += times.write
 
+    def warm_up(self, done: Done) -> None:
+        """Show the experts of a batch that is no request's, at what they have."""
+        for layer, ids in done.answer.expert_ids.items():
+            for expert in np.unique(ids):
+                self._experts.labels(layer, str(expert))
+
     def batch(self, done: Done) -> None:
         """Count a batch, its routes and margins."""
         self.last_s = time.time()

@@ -144,9 +144,8 @@ class Service:
         }
 
     def _watch(self, done: Done) -> None:
-        """Count a batch of requests; what warms up is none."""
-        if self.warm:
-            self.metrics.batch(done)
+        """Count a batch; what warms up is no request."""
+        (self.metrics.batch if self.warm else self.metrics.warm_up)(done)
 
     def start(self) -> None:
         """Begin to compute for the running event loop."""

@@ -115,23 +115,14 @@ class Image:
         """Return the one image [1, C, H, W] in ``body``, and width and height of its file."""
         loop = asyncio.get_running_loop()
 
-        def needed(pixels: int) -> int:
-            return 2 * len(body) + BYTES_OF_PIXEL * pixels
-
         async def charge(pixels: int) -> None:
-            self._models.charge(hold, needed(pixels))
+            self._models.charge(hold, 2 * len(body) + BYTES_OF_PIXEL * pixels)
 
         def admit(pixels: int) -> None:
             limit = service.model.limits.max_pixels
             if pixels > limit:
                 raise RefusedError(
                     f"the image has {pixels} pixels; the server takes {limit} (--memory)", 413
-                )
-            if needed(pixels) > self._models.limits.memory:
-                raise RefusedError(
-                    f"the image needs {needed(pixels)} bytes, file and pixels; the server has "
-                    f"{self._models.limits.memory} (--memory)",
-                    413,
                 )
             asyncio.run_coroutine_threadsafe(charge(pixels), loop).result(timeout=_LOOP_S)
 

@@ -199,6 +199,16 @@ def test_images_that_cannot_be_decoded_in_time_are_refused_and_those_of_the_gone
         assert f'{{model="advmoe",status="{status}",version="1"}} {count}.0' in figures
 
 
+def test_the_longest_file_of_the_most_pixels_has_room(tiny_bundle: Bundle) -> None:
+    limits = Limits(max_images=4, max_body=2 << 20, memory=8 << 20)
+    assert limits.max_pixels > 724**2 - 724
+    padded = encoded("PNG", 724, 723)
+    padded += bytes(limits.max_body - len(padded))
+    with open_runner(tiny_bundle) as runner, running(tiny_bundle, runner, limits) as live:
+        wait_until_ready(live.address)
+        assert post(live, padded).status_code == 200
+
+
 def test_the_pixels_of_a_file_are_charged_before_they_are_decoded(
     live: Live, tmp_path: Path
 ) -> None:
