@@ -1,6 +1,5 @@
 """Files that are whole or absent: hashes, atomic writes, staged directories."""
 
-import errno
 import hashlib
 import itertools
 import os
@@ -63,15 +62,27 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Raise as :func:`write_output` would, before the work whose result ``path`` is to take."""
+    """Raise as :func:`write_output` would, before the work whose result ``path`` is to take.
+
+    Nothing stays of the trial.
+
+    Raises:
+        UsageError: it is a folder.
+    """
     if path.is_dir():
-        with writing(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not is_stream(path):
-        probe = _partial_name(path.resolve())
-        with writing(path):
+        raise UsageError(f"{path} is a directory; name a file in it")
+    if is_stream(path):
+        return
+    probe = _partial_name(path.resolve())
+    with writing(path):
+        made = [folder for folder in probe.parents if not folder.exists()]
+        try:
             _write_to_disk(probe, b"")
-            probe.unlink()
+        finally:
+            probe.unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):  # it could not be made, or somebody else's is in it
+                    folder.rmdir()
 
 
 def is_stream(path: Path) -> bool:

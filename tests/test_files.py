@@ -179,9 +179,13 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
         require_place(path)
     assert kept.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["kept", "pipe"]
-    for path in (below, tmp_path, tmp_path / ("n" * 300)):
+    require_place(tmp_path / "deep" / "deeper" / "new")
+    for path in (below, tmp_path / ("n" * 300), tmp_path / "deep" / ("n" * 300)):
         with pytest.raises(OSError, match=path.name):
             require_place(path)
+    with pytest.raises(UsageError, match="is a directory"):
+        require_place(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["kept", "pipe"]
 
 
 def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:

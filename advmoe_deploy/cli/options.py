@@ -160,12 +160,14 @@ def require_places(files: Mapping[str, Path | None]) -> None:
 
     Raises:
         UsageError: it is a folder.
+        OSError: it has no place.
     """
     for option, file in files.items():
-        if file is not None and file.is_dir():
-            raise UsageError(f"{option}: {file} is a directory; name a file in it")
-        if file is not None:
-            require_place(file)
+        try:
+            if file is not None:
+                require_place(file)
+        except UsageError as error:
+            raise UsageError(f"{option}: {error}") from None
 
 
 def positive_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -68,8 +68,9 @@ def mixed(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDA
     """Return ``rows`` as they are, or, if they come class by class, dealt evenly by class.
 
     So the first so many images of a split are always of all classes. Class by class they come in
-    whatever order of the classes, and in several parts: another class follows on an image a
-    quarter as often as among shuffled ones, or less.
+    whatever order of the classes, and in several parts: another class follows on an image less
+    than a quarter as often as among shuffled ones. (Of four images a class or fewer that is the
+    ascending order alone.)
     """
     steps = np.diff(labels[rows])
     shares = np.unique(labels[rows], return_counts=True)[1] / max(1, len(rows))

@@ -17,14 +17,10 @@ from torch import Tensor
 _ROUNDING = 2.0**-24
 # How many partial sums a vectorised loop keeps at least: each adds up a share of the products.
 _PARTIAL_SUMS = 16
-
-
-# As many random directions are drawn, and then repeated: a prime, which no channel is as long as.
-_DIRECTIONS = 65_521
-
-
 # Draws of directions that are tried; the furthest counts.
 DRAWS = range(3)
+# As many random directions are drawn, and then repeated: a prime, which no channel is as long as.
+_DIRECTIONS = 65_521
 
 
 def furthest(answers: Sequence[Tensor], exact: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _laid_out(bundle: Bundle) -> Iterator[tuple[Path, Path]]:
             (folder / MANIFEST).write_bytes(bundle.manifest_text)
         except OSError as error:
             raise MachineError(
-                f"a signature is checked in a temporary folder, and none can be written "
+                "signatures are made and checked in a temporary folder, and none can be written "
                 f"({error.strerror}); set TMPDIR to one that can"
             ) from None
         yield folder, Path(made) / SIGNATURE

@@ -187,7 +187,7 @@ def test_an_existing_output_is_refused(tiny_bundle: Bundle, folder: Path, tmp_pa
     classify_files(tiny_bundle, str(folder), output, overwrite=True)
     assert len(rows_of(output)) == 22
     (below := tmp_path / "b.jsonl").mkdir()
-    with pytest.raises(IsADirectoryError):  # before anything is classified
+    with pytest.raises(UsageError, match="is a directory"):  # before anything is classified
         classify_files(tiny_bundle, str(folder), below, overwrite=True)
     assert not any(path.name.startswith(".b.jsonl") for path in tmp_path.iterdir())
 

@@ -283,7 +283,7 @@ class _Cut:
                 self.program.evaluate(outputs, few, torch.float64, draw=draw) for draw in DRAWS
             ]
             moved = {
-                n: furthest([values[n] for values in drawn], exact[n][: len(drawn[0][n])])
+                n: furthest([each[n] for each in drawn], exact[n][: len(drawn[0][n])])
                 for n in outputs
             }
             samples[segment.name] = Sample(

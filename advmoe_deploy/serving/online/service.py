@@ -103,6 +103,7 @@ class Service:
         self._release = ExitStack()
         self._release.callback(release)
         self.warm = False
+        self._warming = 0  # images of the warm-up that are not computed yet
         self.budget = shared.budget
         self.arrivals = set[Arrival]()
         self._shared = shared
@@ -144,8 +145,10 @@ class Service:
         }
 
     def _watch(self, done: Done) -> None:
-        """Count a batch; what warms up is no request."""
-        (self.metrics.batch if self.warm else self.metrics.warm_up)(done)
+        """Count a batch; the first images are those that warm up, which are no request's."""
+        counted = self.metrics.batch if self._warming <= 0 else self.metrics.warm_up
+        self._warming -= len(done.answer.logits)
+        counted(done)
 
     def start(self) -> None:
         """Begin to compute for the running event loop."""
@@ -162,6 +165,7 @@ class Service:
         """
         golden, one = self._golden, np.zeros((1, *self.model.image_shape), dtype=np.float32)
         images = one if golden is None else golden.images
+        self._warming = len(images)
         at_once = min(self.model.limits.batch, self.model.limits.queue)
         answers = list[Prediction]()
         for part in np.split(images, range(at_once, len(images), at_once)):

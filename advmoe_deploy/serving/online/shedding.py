@@ -103,7 +103,8 @@ def shedding(models: Models, watchers: Sequence[Watcher] = ()) -> Shedding:
         if overload is None:
             return None
         record = record_of(dict(headers))
-        record.method, record.name, record.infers = "POST", target.decode(), True
+        # Its path alone: what a query says is nobody's in a log.
+        record.method, record.name, record.infers = "POST", target.partition(b"?")[0].decode(), True
         service.sign(record)
         reason = f"overloaded: {overload}"
         return Shed(reason, overload.retry_s, record, service, watchers)

@@ -88,17 +88,16 @@ def was_restarted() -> bool:
 
     One in the place of a process that was refused its run was not: it is refused like that one.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return restarted and not (_on_one_node() and _store_of_torchrun().check([_REFUSED]))
+    return _attempt() > 0 and not (_agent_has_store() and _store_of_torchrun().check([_REFUSED]))
 
 
 @contextmanager
 def kept_refusal() -> Iterator[None]:
-    """Let what is refused in the block be refused to a process that torchrun restarts, too."""
+    """Let what is refused in the block at first be refused to the processes of restarts, too."""
     try:
         yield
     except UsageError:
-        if _on_one_node():
+        if _agent_has_store() and _attempt() == 0:
             _store_of_torchrun().set(_REFUSED, "")
         raise
 
@@ -135,14 +134,23 @@ def _join_torchrun() -> None:
     """
     if not _on_one_node():
         return
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=distributed.PrefixStore(f"attempt-{attempt}", _store_of_torchrun()),  # type: ignore[attr-defined]
+        store=distributed.PrefixStore(f"attempt-{_attempt()}", _store_of_torchrun()),  # type: ignore[attr-defined]
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     atexit.register(distributed.destroy_process_group)
+
+
+def _attempt() -> int:
+    """Return how often torchrun has restarted the processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _agent_has_store() -> bool:
+    """Return whether a store outlives the processes, for it is that of torchrun itself."""
+    return _on_one_node() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _on_one_node() -> bool:

@@ -1,5 +1,6 @@
 """Training session of one process: epochs, checkpoints, the test at the end."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
@@ -194,10 +195,10 @@ class TrainingSession:
 
     def _measure(self, model: Classifier, split: Split, attack: AttackSpec) -> Measured:
         """Measure part by part: an attack keeps its images as floats, four times over."""
-        size = max(1, _MEASURED_AT_ONCE // split.images[0].size)
+        size = max(1, _MEASURED_AT_ONCE // math.prod(split.images.shape[1:]))
         parts = [
             Split(split.images[first : first + size], split.labels[first : first + size])
-            for first in range(0, len(split), size)
+            for first in range(0, max(1, len(split)), size)
         ]
         return together([self._measure_part(model, part, attack) for part in parts])
 

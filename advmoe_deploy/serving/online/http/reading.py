@@ -148,8 +148,8 @@ async def read_body(
 ) -> bytes | bytearray:
     """Return the body, unpacked, for which ``hold`` is charged ``copies`` times its length.
 
-    What has come is charged, not what is announced: else a head alone would take the memory. One
-    for which there is no room now is refused at its head, all the same.
+    What has come is charged, not what is announced: else a head alone would take the memory. A
+    body for which there is no room now is refused at its head, all the same.
 
     Raises:
         UnreadError: its encoding is unknown (415), it is too long (413), or the memory is taken

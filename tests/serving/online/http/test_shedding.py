@@ -65,13 +65,14 @@ def answered(connection: socket.socket) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("target", [INFER, INFER.replace("infer", "image") + "?top=3"])
 def test_images_are_refused_from_their_heads_too(
-    full: tuple[Live, SlowRunner], target: str
+    full: tuple[Live, SlowRunner], told: list[Record], target: str
 ) -> None:
     """The body is none, which nobody looks at."""
     with full[0].connect() as connection:
         head = f"POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
         connection.sendall(head.encode() + bytes(9))
         assert answered(connection)[0] == 503
+    assert told[-1].name == target.partition("?")[0]
 
 
 def test_a_connection_stays_and_is_answered_once_there_is_room(
