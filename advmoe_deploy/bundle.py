@@ -322,9 +322,8 @@ def _parse_manifest(path: Path, text: bytes) -> BundleManifest:
                 f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
                 "export it again"
             )
-        manifest = BundleManifest.model_validate(fields)
-        manifest_text(manifest)  # half a character, such as "\ud800", has no bytes
-        return manifest
+        json.dumps(fields, ensure_ascii=False).encode()  # half a character has no bytes
+        return BundleManifest.model_validate(fields)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {one_line(error)}; export it again") from None
     except (ValueError, RecursionError) as error:

@@ -79,9 +79,10 @@ def require_place(path: Path) -> None:
         try:
             _write_to_disk(probe, b"")
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):  # it could not be made, or somebody else's is in a folder
+                probe.unlink(missing_ok=True)
             for folder in made:
-                with suppress(OSError):  # it could not be made, or somebody else's is in it
+                with suppress(OSError):
                     folder.rmdir()
 
 

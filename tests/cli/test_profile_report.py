@@ -65,6 +65,7 @@ def test_a_page_that_cannot_be_written_takes_no_figure_with_it(
     tmp_path: Path,
 ) -> None:
     page = tmp_path / "file" / "page.html"
+    page.parent.mkdir()
 
     def profiled_meanwhile(*args: Any, **options: Any) -> LatencyReport:
         page.parent.rmdir()
