@@ -206,7 +206,7 @@ def test_what_may_not_be_written_is_not_about_reading(tiny_bundle: Bundle, tmp_p
     said = predicted(tiny_bundle.path, tmp_path)
     tmp_path.chmod(0o700)
     assert said == (
-        f"{tmp_path / '.a.jsonl.partial.jsonl'}: permission denied: you may not write there; "
+        f"{tmp_path / 'a.jsonl'}: permission denied: you may not write there; "
         "choose a place you may write to"
     )
 
