@@ -61,7 +61,7 @@ def write_output(path: Path, content: bytes) -> None:
         write_atomically(path.resolve(), content)
 
 
-def require_place(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Raise as :func:`write_output` would, before the work whose result ``path`` is to take.
 
     Nothing stays of the trial.

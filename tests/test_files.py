@@ -13,7 +13,7 @@ from advmoe_deploy.errors import InputError, MachineError, UsageError
 from advmoe_deploy.files import (
     refuse_existing,
     remove_abandoned,
-    require_place,
+    require_writable,
     sha256_of,
     staged_directory,
     write_atomically,
@@ -176,15 +176,15 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     kept.write_text("old")
     os.mkfifo(pipe)
     for path in (kept, pipe, tmp_path / "new"):
-        require_place(path)
+        require_writable(path)
     assert kept.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["kept", "pipe"]
-    require_place(tmp_path / "deep" / "deeper" / "new")
+    require_writable(tmp_path / "deep" / "deeper" / "new")
     for path in (below, tmp_path / ("n" * 300), tmp_path / "deep" / ("n" * 300)):
         with pytest.raises(OSError, match=path.name):
-            require_place(path)
+            require_writable(path)
     with pytest.raises(UsageError, match="is a directory"):
-        require_place(tmp_path)
+        require_writable(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["kept", "pipe"]
 
 

@@ -11,7 +11,7 @@ import typer
 
 from advmoe_deploy.cli.completion import data_sets, engines, named_models
 from advmoe_deploy.errors import UsageError
-from advmoe_deploy.files import require_place
+from advmoe_deploy.files import require_writable
 from advmoe_deploy.process import use_threads
 from advmoe_deploy.settings import epsilon_of
 
@@ -165,7 +165,7 @@ def require_places(files: Mapping[str, Path | None]) -> None:
     for option, file in files.items():
         try:
             if file is not None:
-                require_place(file)
+                require_writable(file)
         except UsageError as error:
             raise UsageError(f"{option}: {error}") from None
 

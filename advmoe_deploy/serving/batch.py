@@ -7,7 +7,7 @@ from pathlib import Path
 
 from advmoe_deploy.bundle import Bundle
 from advmoe_deploy.errors import DataError
-from advmoe_deploy.files import require_place
+from advmoe_deploy.files import require_writable
 from advmoe_deploy.journal import Journal, Row
 from advmoe_deploy.progress import Progress, Silent, task
 from advmoe_deploy.serving.classify import Window
@@ -66,7 +66,7 @@ def classify_files(
     job = job_of(bundle, engine, threads, batch, top_k, on, progress)
     require_limit(max_errors)
     writer_for(output)
-    require_place(output)
+    require_writable(output)
     inputs = open_inputs(source)
     tally = tally_of(source, inputs, bundle, progress)
     described: Row = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from advmoe_deploy.bundle import Bundle
-from advmoe_deploy.files import require_place
+from advmoe_deploy.files import require_writable
 from advmoe_deploy.models.stored import reference_model, threat_or
 from advmoe_deploy.parity.intervals import wilson_interval
 from advmoe_deploy.progress import Progress, Silent, task
@@ -87,7 +87,7 @@ def verify_bundle(
     progress, measured = progress or Silent(), [] if measured is None else measured
     for kept in (examples, resume):
         if kept is not None:
-            require_place(kept)
+            require_writable(kept)
     engine = engine_for(bundle, engine, progress.note)
     model = reference_model(bundle)
     threat = threat_or(epsilon, bundle.manifest.threat, bundle.path)
